@@ -1,0 +1,178 @@
+"""A pool of equal actors: bounded queues, deadlines, retries, replacement of the dead.
+
+A call runs on the actor with the fewest calls in hand. Calls must be repeatable: one that meets a
+dead or silent actor is sent again, to whichever actor has room, while the lost one is replaced.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from orchard.errors import ActorError, OrchardError
+
+
+@dataclass
+class Seat:
+    """A place in the pool and whoever sits there now."""
+
+    actor: Any
+    index: int
+    generation: int = 0
+    busy: int = 0
+    replacing: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class Pool:
+    """Actors of one kind. Use from one event loop."""
+
+    def __init__(
+        self,
+        name: str,
+        make: Callable[[int], Any],
+        *,
+        size: int,
+        queue: int,
+        timeout_s: float,
+        retries: int,
+        max_restarts: int,
+        start_timeout_s: float,
+    ) -> None:
+        """Start `size` actors by `make(index)`.
+
+        Args:
+            name: of the kind, for messages.
+            make: starts one actor and returns its handle at once.
+            size: number of actors.
+            queue: calls that may be in an actor's hands; further ones wait here.
+            timeout_s: longest wait for one call.
+            retries: how often a call is sent again after a death or a missed deadline.
+            max_restarts: replacements over the pool's life.
+            start_timeout_s: longest wait for a new actor.
+        """
+        self.name = name
+        self.restarts = 0
+        self.on_start: Callable[[Any], Awaitable[object]] | None = None
+        """Brings a replacement up to date before it takes calls."""
+        self._make = make
+        self._queue, self._timeout_s, self._retries = queue, timeout_s, retries
+        self._max_restarts, self._start_timeout_s = max_restarts, start_timeout_s
+        self._seats = [Seat(make(index), index) for index in range(size)]
+        self._room = asyncio.Condition()
+
+    async def ready(self) -> None:
+        """Wait until every actor answers."""
+        await asyncio.gather(*(self._answer(seat.actor, seat.index) for seat in self._seats))
+
+    async def call(self, method: str, *args: object) -> Any:
+        """The answer of some actor; raises ActorError when retries are used up.
+
+        An OrchardError raised by the method itself is final and raised as it is.
+        """
+        lost: Exception | None = None
+        for _ in range(self._retries + 1):
+            seat = await self._take()
+            generation = seat.generation
+            try:
+                return await self._ask(seat.actor, self._timeout_s, method, *args)
+            except (RayActorError, TimeoutError) as error:
+                lost = error
+                await self._replace(seat, generation, error)
+            finally:
+                await self._give_back(seat)
+        raise ActorError(
+            f"{self.name}.{method} failed {self._retries + 1} times, last with "
+            f"{_brief(lost)}; see the run's logs or raise {self.name}.timeout_s"
+        ) from lost
+
+    async def broadcast(self, method: str, *args: object, timeout_s: float) -> list[Any]:
+        """The answers of all actors; one that fails is replaced, and brought up to date by that."""
+
+        async def one(seat: Seat) -> Any:
+            generation = seat.generation
+            try:
+                return await self._ask(seat.actor, timeout_s, method, *args)
+            except (RayActorError, TimeoutError) as error:
+                await self._replace(seat, generation, error)
+                return await self._ask(seat.actor, timeout_s, method, *args)
+
+        return await asyncio.gather(*(one(seat) for seat in self._seats))
+
+    def close(self) -> None:
+        """Stop the actors that this pool started."""
+        for seat in self._seats:
+            ray.kill(seat.actor)
+
+    @property
+    def actors(self) -> list[Any]:
+        """The handles as they are now."""
+        return [seat.actor for seat in self._seats]
+
+    async def _take(self) -> Seat:
+        async with self._room:
+            await self._room.wait_for(lambda: any(s.busy < self._queue for s in self._seats))
+            seat = min(self._seats, key=lambda s: s.busy)
+            seat.busy += 1
+            return seat
+
+    async def _give_back(self, seat: Seat) -> None:
+        async with self._room:
+            seat.busy -= 1
+            self._room.notify()
+
+    async def _ask(self, actor: Any, timeout_s: float, method: str, *args: object) -> Any:
+        reference = getattr(actor, method).remote(*args)
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(reference.future()), timeout_s)
+        except RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, OrchardError):
+                raise cause from error
+            raise ActorError(f"{self.name}.{method} raised {_brief(cause or error)}") from error
+
+    async def _answer(self, actor: Any, index: int) -> None:
+        ready = asyncio.wrap_future(actor.__ray_ready__.remote().future())
+        try:
+            await asyncio.wait_for(ready, self._start_timeout_s)
+        except TimeoutError as error:
+            raise ActorError(
+                f"{self.name} actor {index} did not start within {self._start_timeout_s:.0f} s; "
+                "are there free CPUs or GPUs for it in the cluster?"
+            ) from error
+        except RayTaskError as error:
+            cause = error.cause
+            raise (cause if isinstance(cause, OrchardError) else ActorError(
+                f"{self.name} actor {index} did not start: {_brief(cause or error)}"
+            )) from error
+        except RayActorError as error:
+            raise ActorError(
+                f"{self.name} actor {index} died while starting: {_brief(error)}"
+            ) from error
+
+    async def _replace(self, seat: Seat, generation: int, error: Exception) -> None:
+        """Put a new actor on the seat, unless another caller already has."""
+        async with seat.replacing:
+            if seat.generation != generation:
+                return
+            if self.restarts >= self._max_restarts:
+                raise ActorError(
+                    f"{self.name} actor {seat.index} was lost ({_brief(error)}) after "
+                    f"{self._max_restarts} replacements; raise {self.name}.max_restarts if that is "
+                    "expected on this cluster"
+                ) from error
+            self.restarts += 1
+            ray.kill(seat.actor)
+            actor = self._make(seat.index)
+            await self._answer(actor, seat.index)
+            if self.on_start is not None:
+                await self.on_start(actor)
+            seat.actor, seat.generation = actor, seat.generation + 1
+
+
+def _brief(error: BaseException | None) -> str:
+    """An exception as one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__

@@ -1,0 +1,1 @@
+"""ScoredTrees -> PolicyVersion: credit, packing, loss, and the update itself."""

@@ -1,0 +1,137 @@
+"""Advantage estimators: how much each candidate is better than the rest of its group.
+
+A group is the candidates of one prompt, whatever their number. All estimators compare within the
+group; they differ in whether the spread is divided out and in how tokens are weighted. With N
+candidates in the batch, |y| tokens in a candidate and mu, sigma of its group:
+
+    group           (R - mu) / (sigma + eps)     1 / (N |y|)         GRPO, arXiv 2402.03300
+    dapo            (R - mu) / (sigma + eps)     1 / sum of |y|      DAPO, arXiv 2503.14476
+    drgrpo          R - mu                       1 / (N max |y|)     Dr. GRPO, arXiv 2503.20783
+    leave_one_out   R - mean of the others       1 / (N |y|)         RLOO, arXiv 2402.14740
+
+|y| counts forced codes: their log-probability is 0 and they carry no gradient, but a candidate's
+length must not depend on how bushy the catalogue is around it. N is that of the whole batch before
+it is cut for workers or micro-batches, so the parts' losses add up.
+
+Shapes:  B prompts   N nodes   C candidates   K steps of the longest candidate
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import Float64, Int64
+
+from orchard.types import Credit, ScoredTrees, SearchTrees
+
+Estimator = Callable[[ScoredTrees, float], Credit]
+"""Scored trees and the epsilon beside a standard deviation to a verdict."""
+
+
+def candidate_lengths(trees: SearchTrees) -> Int64[np.ndarray, " C"]:
+    """Number of tokens of each candidate, forced ones included."""
+    path = trees.paths()
+    return np.where(path >= 0, np.diff(trees.token_start)[path], 0).sum(1)
+
+
+def group(scored: ScoredTrees, std_epsilon: float) -> Credit:
+    """Standardised within the group; every candidate weighs the same."""
+    return _credit(scored, _standardised(scored, std_epsilon), _per_candidate(scored))
+
+
+def dapo(scored: ScoredTrees, std_epsilon: float) -> Credit:
+    """Standardised within the group; every token of the batch weighs the same."""
+    length = candidate_lengths(scored.trees)
+    weight = np.full(len(length), 1 / max(1, length.sum()))
+    return _credit(scored, _standardised(scored, std_epsilon), weight)
+
+
+def drgrpo(scored: ScoredTrees, std_epsilon: float) -> Credit:
+    """Centred within the group but not divided by its spread; `std_epsilon` plays no part."""
+    length = candidate_lengths(scored.trees)
+    weight = np.full(len(length), 1 / max(1, len(length) * length.max(initial=0)))
+    return _credit(scored, _centred(scored), weight)
+
+
+def leave_one_out(scored: ScoredTrees, std_epsilon: float) -> Credit:
+    """Against the mean of the other candidates; `std_epsilon` plays no part."""
+    size = np.diff(scored.trees.candidate_start)[scored.trees.prompt_of_candidate]
+    # R - (sum - R) / (G - 1) = (R - mu) G / (G - 1); alone in its group R - mu is already 0.
+    advantage = _centred(scored) * size / np.maximum(size - 1, 1)
+    return _credit(scored, advantage, _per_candidate(scored))
+
+
+ESTIMATORS: dict[str, Estimator] = {
+    "group": group,
+    "dapo": dapo,
+    "drgrpo": drgrpo,
+    "leave_one_out": leave_one_out,
+}
+"""By the name in `learner.estimator`. To add one, write a function of the type `Estimator`, list it
+here and add its name to the choices of that setting."""
+
+
+def group_statistics(scored: ScoredTrees) -> dict[str, float]:
+    """What the groups have to teach, for the log.
+
+    `zero_spread_share`: groups whose rewards are all equal, hence without gradient. `hit_share`:
+    groups that hold their target (where the part "rule" is scored). `reward_mean`, and `mean_NAME`
+    of each part. `distinct_share`: distinct leaves per candidate. `probability_mass`: probability
+    of a group's distinct leaves under the policy that found them, averaged over prompts; near 1
+    the search leaves nothing to be found.
+    """
+    trees = scored.trees
+    prompt = trees.prompt_of_candidate
+    occupied = np.flatnonzero(np.diff(trees.candidate_start))
+    first = trees.candidate_start[occupied]
+    if len(occupied) == 0:
+        return {}
+    spread = np.maximum.reduceat(scored.reward, first) - np.minimum.reduceat(scored.reward, first)
+    _, distinct = np.unique(np.stack([prompt, trees.leaf]), axis=1, return_index=True)
+    mass = np.exp(trees.score[distinct].astype(np.float64)).sum() / len(occupied)
+    statistics = {
+        "zero_spread_share": float((spread == 0).mean()),
+        "reward_mean": float(scored.reward.mean()),
+        "distinct_share": len(distinct) / len(prompt),
+        "probability_mass": float(mass),
+    }
+    if "rule" in scored.parts:
+        hit = np.maximum.reduceat(scored.parts["rule"], first) > 0
+        statistics["hit_share"] = float(hit.mean())
+    return statistics | {f"mean_{name}": float(part.mean()) for name, part in scored.parts.items()}
+
+
+def _centred(scored: ScoredTrees) -> Float64[np.ndarray, " C"]:
+    """Reward minus the group's mean; exactly 0 where all rewards of a group are equal."""
+    prompt = scored.trees.prompt_of_candidate
+    reward = scored.reward.astype(np.float64)
+    size = np.bincount(prompt, minlength=len(scored.trees))
+    total = np.bincount(prompt, weights=reward, minlength=len(scored.trees))
+    return reward - (total / np.maximum(size, 1))[prompt]
+
+
+def _standardised(scored: ScoredTrees, std_epsilon: float) -> Float64[np.ndarray, " C"]:
+    """Centred reward over the group's unbiased standard deviation plus epsilon."""
+    prompt, centred = scored.trees.prompt_of_candidate, _centred(scored)
+    size = np.bincount(prompt, minlength=len(scored.trees))
+    square = np.bincount(prompt, weights=centred**2, minlength=len(scored.trees))
+    std = np.sqrt(square / np.maximum(size - 1, 1))
+    return centred / (std[prompt] + std_epsilon)
+
+
+def _per_candidate(scored: ScoredTrees) -> Float64[np.ndarray, " C"]:
+    """Weight of each token such that every candidate weighs 1 / N in all."""
+    length = candidate_lengths(scored.trees)
+    return 1 / np.maximum(1, length * len(length))
+
+
+def _credit(
+    scored: ScoredTrees,
+    advantage: Float64[np.ndarray, " C"],
+    weight: Float64[np.ndarray, " C"],
+) -> Credit:
+    """The same advantage and weight at every step that a candidate has."""
+    inside = scored.trees.paths() >= 0
+    return Credit(
+        advantage=np.where(inside, advantage[:, None], 0).astype(np.float32),
+        weight=np.where(inside, weight[:, None], 0).astype(np.float32),
+    )

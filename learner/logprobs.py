@@ -1,0 +1,101 @@
+"""The policy's log-probabilities of a packed batch's choices.
+
+Shapes:  B rows   S slots   E choices   F distinct predictors of them   D hidden width
+"""
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Float32, Int64
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from orchard.model import child_logprobs, head_weight, hidden_states
+from orchard.trie import Trie
+from orchard.types import SearchTrees, TrainBatch
+from orchard.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchTensors:
+    """The arrays of a `TrainBatch` on the model's device; the fields mean the same."""
+
+    token: Int64[Tensor, "B S"]
+    position: Int64[Tensor, "B S"]
+    subtree_end: Int64[Tensor, "B S"]
+    row: Int64[Tensor, " E"]
+    slot: Int64[Tensor, " E"]
+    state: Int64[Tensor, " E"]
+    edge: Int64[Tensor, " E"]
+    behaviour_logprob: Float32[Tensor, " E"]
+    gain: Float32[Tensor, " E"]
+    loss: Float32[Tensor, " E"]
+    kl_weight: Float32[Tensor, " E"]
+
+
+def to_tensors(batch: TrainBatch, device: torch.device | str = "cpu") -> BatchTensors:
+    """Copies of the batch's arrays, integers widened to what indexing wants."""
+    tensors = {f.name: torch.tensor(getattr(batch, f.name)) for f in fields(BatchTensors)}
+    return BatchTensors(
+        **{
+            name: (value if value.is_floating_point() else value.long()).to(device)
+            for name, value in tensors.items()
+        }
+    )
+
+
+def tree_mask(subtree_end: Int64[Tensor, "B S"]) -> Bool[Tensor, "B S S"]:
+    """Slot i sees slot j where `j <= i < subtree_end[j]`: its ancestors, itself and the prompt."""
+    slot = torch.arange(subtree_end.shape[1], device=subtree_end.device)
+    return (slot <= slot[:, None]) & (slot[:, None] < subtree_end[:, None, :])
+
+
+def choice_logprobs(
+    model: PreTrainedModel,
+    batch: BatchTensors,
+    trie: Trie,
+    vocabulary: Vocabulary,
+    distribution: Literal["trie", "full"] = "trie",
+) -> tuple[Float32[Tensor, " E"], Float32[Tensor, " E"]]:
+    """Log-probability of each choice, and (without gradient) the entropy that it was drawn from.
+
+    A code competes with its legal siblings under "trie", with the whole vocabulary under "full";
+    free text always with the whole vocabulary.
+    """
+    hidden = hidden_states(model, batch.token, batch.position, tree_mask(batch.subtree_end))
+    text = batch.state == SearchTrees.FREE_TEXT
+    whole = text if distribution == "trie" else torch.ones_like(text)
+    in_trie, in_vocabulary = (~whole).nonzero().squeeze(1), whole.nonzero().squeeze(1)
+    head = head_weight(model)
+    at, state, query = _predictors(hidden, batch, in_trie)
+    logprob, children = child_logprobs(at, state, head, trie, vocabulary)
+    # Children are consecutive nodes, so a child's place among them is a difference.
+    chosen = children.start[query] + batch.edge[in_trie] - trie.child_start[batch.state[in_trie]]
+    surprise = -(logprob.exp() * logprob).detach()
+    entropy = surprise.new_zeros(len(state)).index_add(0, children.owner, surprise)[query]
+    logprob = logprob[chosen]
+
+    at, _, query = _predictors(hidden, batch, in_vocabulary)
+    token = batch.edge.clone()
+    token[~text] = vocabulary.token_of(trie, batch.edge[~text])
+    every = (at @ head.T.to(at.dtype)).float().log_softmax(-1)
+    spread = -(every.exp() * every).detach().sum(-1)
+    # Joined even where one is empty: a batch without choices still has a gradient, zero.
+    logprob = torch.cat([logprob, every[query, token[in_vocabulary]]])
+    order = torch.cat([in_trie, in_vocabulary]).argsort()
+    return logprob[order], torch.cat([entropy, spread[query]])[order]
+
+
+def _predictors(
+    hidden: Float[Tensor, "B S D"], batch: BatchTensors, choice: Int64[Tensor, " E"]
+) -> tuple[Float[Tensor, "F D"], Int64[Tensor, " F"], Int64[Tensor, " E"]]:
+    """Distinct (position, trie node) pairs behind the choices, and the pair of each choice.
+
+    Siblings share one, so that their distribution is evaluated once.
+    """
+    state = batch.state[choice]
+    slot = batch.row[choice] * hidden.shape[1] + batch.slot[choice]
+    span = state.max() + 2 if len(choice) else 1
+    key, query = torch.unique(slot * span + state + 1, return_inverse=True)
+    return hidden.flatten(0, 1)[key // span], key % span - 1, query

@@ -1,0 +1,226 @@
+"""Scored trees to training rows: each token once, however many candidates share it.
+
+A row is the prompt and, in preorder, the tree's tokens that some later choice is conditioned on.
+Forced tokens at the end of a branch, and the last choice of each candidate, are predicted or known
+but never read, so they take no slot. `flatten` lays the same choices out one candidate to a row,
+as a trainer without trees would.
+
+Shapes:  B rows   S slots of the widest row   N nodes   M tokens of all nodes   C candidates
+         K steps of the longest candidate   E choices
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float32, Int64
+
+from learner.advantages import candidate_lengths
+from orchard import ragged
+from orchard.catalogue import Catalogue
+from orchard.errors import CatalogueError
+from orchard.trie import Trie
+from orchard.types import Credit, ScoredTrees, SearchTrees, TrainBatch
+from orchard.vocabulary import Vocabulary
+
+
+def pack(
+    scored: ScoredTrees, credits: Sequence[Credit], catalogue: Catalogue, vocabulary: Vocabulary
+) -> TrainBatch:
+    """One tree per row; a tree without any choice becomes a row of padding.
+
+    Every token of a step carries that step's credit. Several credits add up; the KL weight of a
+    choice is the weight of the first credit, summed over the candidates through it.
+
+    Raises:
+        CatalogueError: the trees were grown on another catalogue.
+    """
+    trees = scored.trees
+    if trees.catalogue != catalogue.digest:
+        raise CatalogueError(
+            f"the trees were grown on catalogue {trees.catalogue[:12]}, the learner holds "
+            f"{catalogue.digest[:12]}; start both from the same items file"
+        )
+    path = trees.paths()
+    through = np.bincount(path[path >= 0], minlength=len(trees.step))
+    node = ragged.owners(trees.token_start)
+    choice = np.flatnonzero((through[node] > 0) & ~trees.forced)
+    layout = _lay_out(trees, node, choice)
+    at = node[choice]
+    state, edge = _edges(trees, at, choice, catalogue.trie)
+    earned = [credit.advantage * credit.weight for credit in credits]
+    length = candidate_lengths(trees)
+    prompt_length = np.diff(trees.prompts.token_start)[trees.prompt_of_candidate]
+    return TrainBatch(
+        **_rows(trees, layout, vocabulary.pad),
+        row=trees.prompt_of_node[at],
+        slot=_predictors(trees, layout, at, choice).astype(np.int32),
+        state=state,
+        edge=edge,
+        behaviour_logprob=trees.logprob[choice],
+        gain=_node_sums(path, [a.clip(min=0) for a in earned], len(through))[at],
+        loss=_node_sums(path, [a.clip(max=0) for a in earned], len(through))[at],
+        kl_weight=_node_sums(path, [credits[0].weight], len(through))[at],
+        forward_tokens=int(layout.length.sum()),
+        flat_tokens=int((length + prompt_length).sum()),
+        policy=trees.policy,
+        catalogue=trees.catalogue,
+    )
+
+
+def flatten(
+    scored: ScoredTrees, credits: Sequence[Credit], catalogue: Catalogue, vocabulary: Vocabulary
+) -> TrainBatch:
+    """The batch that `pack` makes with nothing shared: one candidate per row, prompt and all."""
+    chains = replace(scored, trees=_unshare(scored.trees))
+    return pack(chains, credits, catalogue, vocabulary)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Layout:
+    """Where everything goes."""
+
+    prompt_length: Int64[np.ndarray, " B"]
+    """Slots of the prompt; 0 for a tree without a choice."""
+    length: Int64[np.ndarray, " B"]
+    """Slots of the row."""
+    kept: Bool[np.ndarray, " M"]
+    """Tokens that have a slot: those with a choice strictly below them."""
+    slot: Int64[np.ndarray, " M"]
+    """Of the kept tokens; meaningless for the others."""
+    position: Int64[np.ndarray, " M"]
+    subtree_end: Int64[np.ndarray, " M"]
+
+
+def _lay_out(
+    trees: SearchTrees, node: Int64[np.ndarray, " M"], choice: Int64[np.ndarray, " E"]
+) -> _Layout:
+    """Slots in preorder, which makes every subtree of tokens a range."""
+    end = trees.token_start[_subtree_ends(trees)][node]
+    is_choice = np.zeros(len(node), np.int64)
+    is_choice[choice] = 1
+    seen = ragged.starts(is_choice)
+    kept = seen[end] > seen[1:]
+    first = trees.token_start[trees.node_start]
+    has_choice = seen[first[1:]] > seen[first[:-1]]
+    prompt_length = np.diff(trees.prompts.token_start) * has_choice
+    seats = ragged.starts(kept.astype(np.int64))
+    prompt = trees.prompt_of_node[node]
+    shift = prompt_length[prompt] - seats[first[prompt]]
+    depth = _tokens_above(trees)[node] + ragged.places(trees.token_start)
+    return _Layout(
+        prompt_length=prompt_length,
+        length=prompt_length + np.diff(seats[first]),
+        kept=kept,
+        slot=seats[:-1] + shift,
+        position=prompt_length[prompt] + depth,
+        subtree_end=seats[end] + shift,
+    )
+
+
+def _subtree_ends(trees: SearchTrees) -> Int64[np.ndarray, " N"]:
+    """One past the last descendant of each node."""
+    size = np.ones(len(trees.step), np.int64)
+    for step in range(int(trees.step.max(initial=0)), 0, -1):
+        at = np.flatnonzero(trees.step == step)
+        np.add.at(size, trees.parent[at], size[at])
+    return np.arange(len(size)) + size
+
+
+def _tokens_above(trees: SearchTrees) -> Int64[np.ndarray, " N"]:
+    """Number of tokens between the prompt and the first token of each node."""
+    above, span = np.zeros(len(trees.step), np.int64), np.diff(trees.token_start)
+    for step in range(1, int(trees.step.max(initial=0)) + 1):
+        at = np.flatnonzero(trees.step == step)
+        above[at] = above[trees.parent[at]] + span[trees.parent[at]]
+    return above
+
+
+def _predictors(
+    trees: SearchTrees,
+    layout: _Layout,
+    at: Int64[np.ndarray, " E"],
+    choice: Int64[np.ndarray, " E"],
+) -> Int64[np.ndarray, " E"]:
+    """Slot whose output predicts each choice: the token before it on its path."""
+    parent = trees.parent[at]
+    before = np.where(choice > trees.token_start[at], choice, trees.token_start[parent + 1]) - 1
+    opens = (choice == trees.token_start[at]) & (trees.step[parent] == 0)
+    prompt_end = layout.prompt_length[trees.prompt_of_node[at]] - 1
+    return np.where(opens, prompt_end, layout.slot[before])
+
+
+def _edges(
+    trees: SearchTrees, at: Int64[np.ndarray, " E"], choice: Int64[np.ndarray, " E"], trie: Trie
+) -> tuple[Int64[np.ndarray, " E"], Int64[np.ndarray, " E"]]:
+    """Trie node that each choice starts from and trie node (or, in free text, token) it takes."""
+    state, edge = trees.state[at], trees.token[choice].astype(np.int64)
+    bound = state != SearchTrees.FREE_TEXT
+    # A node knows the state after its whole span; earlier tokens of the span lie above it.
+    taken = torch.from_numpy(state[bound])
+    climb = torch.from_numpy((trees.token_start[at + 1] - 1 - choice)[bound])
+    while bool((climb > 0).any()):
+        taken = torch.where(climb > 0, trie.parent(taken), taken)
+        climb = climb - 1
+    edge[bound], state[bound] = taken.numpy(), trie.parent(taken).numpy()
+    return state, edge
+
+
+def _rows(trees: SearchTrees, layout: _Layout, pad: int) -> dict[str, np.ndarray]:
+    """The tables of the batch by field name."""
+    prompts, kept = trees.prompts, layout.kept
+    owner, place = ragged.owners(prompts.token_start), ragged.places(prompts.token_start)
+    used = layout.prompt_length[owner] > 0
+    row = np.concatenate(
+        [owner[used], trees.prompt_of_node[ragged.owners(trees.token_start)[kept]]]
+    )
+    slot = np.concatenate([place[used], layout.slot[kept]])
+    content = {
+        "token": (pad, prompts.token[used], trees.token[kept]),
+        "position": (0, place[used], layout.position[kept]),
+        "subtree_end": (0, layout.length[owner[used]], layout.subtree_end[kept]),
+    }
+    tables: dict[str, np.ndarray] = {}
+    for name, (fill, of_prompts, of_trees) in content.items():
+        # A batch of no slots at all still is one forward pass, of padding.
+        width = max(1, int(layout.length.max(initial=0)))
+        tables[name] = np.full((len(layout.length), width), fill, np.int32)
+        tables[name][row, slot] = np.concatenate([of_prompts, of_trees])
+    return tables
+
+
+def _node_sums(
+    path: Int64[np.ndarray, "C K"], values: Sequence[Float32[np.ndarray, "C K"]], num_nodes: int
+) -> Float32[np.ndarray, " N"]:
+    """Sum of each node's values over the candidates through it."""
+    inside = path >= 0
+    total = np.zeros(num_nodes)
+    for value in values:
+        total += np.bincount(path[inside], weights=value[inside], minlength=num_nodes)
+    return total.astype(np.float32)
+
+
+def _unshare(trees: SearchTrees) -> SearchTrees:
+    """A tree of its own for each candidate."""
+    prompt = trees.prompt_of_candidate
+    node = np.concatenate([trees.node_start[prompt][:, None], trees.paths()], axis=1)
+    length = (node >= 0).sum(1)
+    start, nodes = ragged.starts(length), node[node >= 0]
+    parent = np.arange(len(nodes)) - 1
+    parent[start[:-1]] = SearchTrees.NO_PARENT
+    token, token_start = ragged.take(trees.token, trees.token_start, nodes)
+    return replace(
+        trees,
+        prompts=trees.prompts.select(prompt),
+        node_start=start,
+        parent=parent,
+        step=trees.step[nodes],
+        state=trees.state[nodes],
+        token=token,
+        token_start=token_start,
+        logprob=ragged.take(trees.logprob, trees.token_start, nodes)[0],
+        forced=ragged.take(trees.forced, trees.token_start, nodes)[0],
+        candidate=start[1:] - 1,
+        candidate_start=np.arange(len(prompt) + 1),
+    )

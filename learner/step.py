@@ -1,0 +1,228 @@
+"""The update on one rank: forward, backward over micro-batches, clip, step.
+
+Every rank holds a shard of the batch whose weights are global, so the loss is a plain sum over
+ranks and micro-batches; DDP and FSDP average, hence the factor `world`.
+"""
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from typing import Literal, cast
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
+
+from learner.logprobs import BatchTensors, choice_logprobs, to_tensors
+from learner.loss import LossParts, policy_loss
+from learner.optim import optimiser, schedule
+from learner.sft import nll
+from learner.split import micro_batches, shard
+from orchard.config import KlConfig, LearnerConfig
+from orchard.trie import Trie
+from orchard.types import TrainBatch
+from orchard.vocabulary import Vocabulary
+
+
+class Scorer(nn.Module):
+    """A policy whose forward is the log-probability of choices, so that DDP and FSDP can wrap it."""
+
+    def __init__(
+        self,
+        policy: PreTrainedModel,
+        trie: Trie,
+        vocabulary: Vocabulary,
+        distribution: Literal["trie", "full"],
+    ) -> None:
+        """Hold the policy and what names its distribution (`trie` or `full`)."""
+        super().__init__()
+        self.policy = policy
+        self._context = (trie, vocabulary, distribution)
+
+    def forward(self, batch: BatchTensors) -> tuple[Float[Tensor, " E"], Float[Tensor, " E"]]:
+        """Log-probability and entropy of every choice of the batch."""
+        return choice_logprobs(self.policy, batch, *self._context)
+
+
+class Learner:
+    """Weights, reference and optimiser of one rank."""
+
+    def __init__(
+        self,
+        policy: PreTrainedModel,
+        trie: Trie,
+        vocabulary: Vocabulary,
+        config: LearnerConfig,
+        *,
+        total_steps: int,
+        device: torch.device | str = "cpu",
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        """Take the policy over; `total_steps` is the length of the learning-rate schedule."""
+        self.config, self.rank, self.world = config, rank, world
+        self.device = torch.device(device)
+        context = (trie.to(self.device), vocabulary.to(self.device), config.logprob)
+        self.policy = policy.to(self.device)
+        self.reference: Scorer | None = None
+        if config.kl.weight > 0:
+            frozen = copy.deepcopy(self.policy).eval().requires_grad_(False)
+            self.reference = Scorer(frozen, *context)
+        self.scorer: nn.Module = Scorer(self.policy, *context)
+        if world > 1 and config.parallel == "ddp":
+            self.scorer = DistributedDataParallel(self.scorer)
+        elif world > 1:
+            _shard_parameters(self.scorer, self.policy)
+            if self.reference is not None:
+                _shard_parameters(self.reference, self.reference.policy)
+        self.optimizer: AdamW = optimiser(
+            self.scorer, lr=config.lr, weight_decay=config.weight_decay
+        )
+        self.schedule: LambdaLR = schedule(
+            self.optimizer,
+            total_steps=total_steps,
+            warmup=config.warmup,
+            final_lr=config.final_lr,
+        )
+        self.updates = 0
+
+    def supervise(self, batch: TrainBatch) -> dict[str, float]:
+        """One update towards the choices of the batch (maximum likelihood)."""
+        self.policy.train()
+
+        def loss(part: BatchTensors) -> tuple[Tensor, LossParts]:
+            value = nll(self.scorer(part)[0], part.gain)
+            return value, LossParts(surrogate=float(value.detach()))
+
+        parts, metrics = self._update(batch, loss)
+        return {"nll": parts.surrogate} | metrics
+
+    def improve(self, batch: TrainBatch) -> dict[str, float]:
+        """The configured number of updates on one batch of scored trees."""
+        # Without dropout the first ratio is exactly one: the learner scores what the search scored.
+        self.policy.eval()
+        begin = time.perf_counter()
+        metrics: dict[str, float] = {}
+        gap = 0.0
+        for update in range(self.config.updates_per_batch):
+            parts, rates = self._update(batch, self._surrogate)
+            self._move_reference(self.config.kl)
+            metrics = parts.metrics() | rates
+            gap = metrics["logprob_gap"] if update == 0 else gap
+        return metrics | {
+            # Only the first update compares the same weights, as the gate wants.
+            "logprob_gap": gap,
+            "update_s": time.perf_counter() - begin,
+            "forward_tokens": batch.forward_tokens,
+            "flat_over_packed": batch.flat_tokens / max(1, batch.forward_tokens),
+        }
+
+    def _surrogate(self, part: BatchTensors) -> tuple[Tensor, LossParts]:
+        reference: Tensor | None = None
+        if self.reference is not None:
+            with torch.no_grad():
+                reference, _ = self.reference(part)
+        logprob, entropy = self.scorer(part)
+        return policy_loss(
+            logprob,
+            entropy,
+            reference,
+            part,
+            clip_low=self.config.clip_low,
+            clip_high=self.config.clip_high,
+            dual_clip=self.config.dual_clip,
+            kl_weight=self.config.kl.weight,
+        )
+
+    def _update(
+        self, batch: TrainBatch, loss: Callable[[BatchTensors], tuple[Tensor, LossParts]]
+    ) -> tuple[LossParts, dict[str, float]]:
+        """Accumulate over micro-batches, clip, step; the parts of all ranks and the rates."""
+        mine = list(micro_batches(shard(batch, self.rank, self.world), self.config.max_tokens))
+        # All ranks must run equally many backward passes, or their exchanges do not meet.
+        mine += [_without_choices(mine[-1])] * (self._most(len(mine)) - len(mine))
+        total = LossParts()
+        self.optimizer.zero_grad(set_to_none=True)
+        for index, part in enumerate(mine):
+            with self._exchange(last=index == len(mine) - 1), self._precision():
+                value, parts = loss(to_tensors(part, self.device))
+                (value * self.world).backward()
+            total += parts
+        limit = self.config.grad_clip or float("inf")
+        norm = nn.utils.clip_grad_norm_(self.scorer.parameters(), limit)
+        self.optimizer.step()
+        rate = float(self.schedule.get_last_lr()[0])
+        self.schedule.step()
+        self.updates += 1
+        return self._over_ranks(total), {"grad_norm": _number(norm), "lr": rate}
+
+    def _precision(self) -> AbstractContextManager[object]:
+        if self.config.dtype == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    @contextmanager
+    def _exchange(self, *, last: bool) -> Iterator[None]:
+        """Exchange gradients once per update, with the last micro-batch."""
+        if isinstance(self.scorer, DistributedDataParallel) and not last:
+            with self.scorer.no_sync():
+                yield
+        else:
+            yield
+
+    def _most(self, count: int) -> int:
+        """The largest count of any rank."""
+        if self.world == 1:
+            return count
+        most = torch.tensor(count, device=self.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        return int(most)
+
+    def _over_ranks(self, parts: LossParts) -> LossParts:
+        if self.world == 1:
+            return parts
+        everyone: list[LossParts] = [parts] * self.world
+        dist.all_gather_object(everyone, parts)
+        return sum(everyone, LossParts())
+
+    def _move_reference(self, kl: KlConfig) -> None:
+        due = kl.reference == "ema" and self.updates % kl.ema_every == 0
+        if self.reference is None or not due:
+            return
+        with torch.no_grad():
+            pairs = zip(self.reference.policy.parameters(), self.policy.parameters(), strict=True)
+            for anchor, current in pairs:
+                anchor.lerp_(current, kl.ema_share)
+
+
+def _shard_parameters(scorer: nn.Module, policy: PreTrainedModel) -> None:
+    """FSDP2: each decoder block is a unit of its own, the rest (embeddings, norm) is the root."""
+    for block in cast(nn.ModuleList, policy.base_model.layers):
+        fully_shard(block)
+    fully_shard(scorer)
+
+
+def _without_choices(batch: TrainBatch) -> TrainBatch:
+    """One row of the batch with nothing to learn: no loss, but a backward pass to take part in."""
+    row = replace(
+        batch,
+        token=batch.token[:1],
+        position=batch.position[:1],
+        subtree_end=batch.subtree_end[:1],
+    )
+    per_choice = ("row", "slot", "state", "edge", "behaviour_logprob", "gain", "loss", "kl_weight")
+    return replace(row, **{name: getattr(batch, name)[:0] for name in per_choice})
+
+
+def _number(value: Tensor) -> float:
+    """A scalar, gathered first where it is sharded."""
+    full = getattr(value, "full_tensor", None)
+    return float(full() if full is not None else value)

@@ -1,0 +1,1 @@
+"""The nouns of Orchard: types, configuration, catalogue, policy, data, metrics, errors."""

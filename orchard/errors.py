@@ -1,0 +1,40 @@
+"""Everything that Orchard raises on purpose.
+
+    OrchardError
+    ├── ConfigError        a run that cannot work as written
+    ├── DataError          a file or row that cannot be used
+    │   └── CatalogueError     items or semantic IDs that do not fit together
+    ├── CheckpointError    a checkpoint or policy that belongs to something else
+    ├── EngineError        a decoder that cannot serve the request
+    └── ActorError         a remote part that died, hung or answered wrongly
+
+Each message names the value, the bound and the remedy; the command line prints it and exits with 2.
+"""
+
+
+class OrchardError(Exception):
+    """Base of every error that a user can act on."""
+
+
+class ConfigError(OrchardError):
+    """The configuration names something unknown, contradictory or out of bounds."""
+
+
+class DataError(OrchardError):
+    """A data file is missing, unreadable, or holds a row that cannot be used."""
+
+
+class CatalogueError(DataError):
+    """Items, semantic IDs or titles do not form a catalogue."""
+
+
+class CheckpointError(OrchardError):
+    """A checkpoint or exported policy does not belong to this run, model or catalogue."""
+
+
+class EngineError(OrchardError):
+    """A decoding engine cannot be built, or a request does not fit it."""
+
+
+class ActorError(OrchardError):
+    """A rollout, reward or learner actor died, missed its deadline or answered wrongly."""

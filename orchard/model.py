@@ -1,0 +1,163 @@
+"""The policy: a Hugging Face causal language model read through the trie.
+
+`child_logprobs` is the one definition of the policy's distribution: the softmax over the legal
+children of a trie node. Search, learner and serving all call it.
+
+Shapes:  F nodes   M legal children of them   D hidden width   R rows   S slots
+"""
+
+from pathlib import Path
+from typing import cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+from orchard.config import ModelConfig
+from orchard.errors import CheckpointError, DataError
+from orchard.trie import Children, Trie
+from orchard.vocabulary import Vocabulary
+
+
+def create(config: ModelConfig, vocabulary: Vocabulary, *, seed: int) -> PreTrainedModel:
+    """A small Qwen3 with tied embeddings from scratch; equal seeds give equal weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen3ForCausalLM(
+            Qwen3Config(
+                vocab_size=vocabulary.size,
+                hidden_size=config.hidden_size,
+                intermediate_size=config.intermediate_size,
+                num_hidden_layers=config.layers,
+                num_attention_heads=config.heads,
+                num_key_value_heads=config.kv_heads,
+                head_dim=max(16, config.hidden_size // config.heads),
+                max_position_embeddings=4096,
+                tie_word_embeddings=True,
+                bos_token_id=vocabulary.bos,
+                pad_token_id=vocabulary.pad,
+                eos_token_id=None,
+            )
+        )
+    return model.float().eval()
+
+
+def load(folder: Path, vocabulary: Vocabulary | None = None) -> PreTrainedModel:
+    """The policy of a Hugging Face folder, in float32.
+
+    Raises:
+        DataError: the folder holds no model.
+        CheckpointError: the model's vocabulary is smaller than the catalogue needs.
+    """
+    if not (folder / "config.json").is_file():
+        raise DataError(f"{folder} holds no config.json; give the folder of a saved policy")
+    try:
+        model = cast(
+            PreTrainedModel,
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        )
+    except OSError as error:
+        raise DataError(f"{folder} holds no loadable weights: {error}") from error
+    rows = model.get_output_embeddings().weight.shape[0]
+    if vocabulary is not None and rows < vocabulary.size:
+        raise CheckpointError(
+            f"the policy in {folder} knows {rows} tokens, its tokenizer {vocabulary.size}; "
+            "export the policy again with its own tokenizer"
+        )
+    return model.eval()
+
+
+def head_weight(model: PreTrainedModel) -> Float[Tensor, "tokens D"]:
+    """The rows that turn a hidden state into logits, one per token id."""
+    return cast(Tensor, model.get_output_embeddings().weight)
+
+
+def hidden_states(
+    model: PreTrainedModel,
+    token: Int[Tensor, "R S"],
+    position: Int[Tensor, "R S"],
+    visible: Bool[Tensor, "R S S"],
+) -> Float[Tensor, "R S D"]:
+    """Last hidden states of packed rows; slot i of a row sees slot j where `visible[i, j]`."""
+    dtype = head_weight(model).dtype
+    # Fully masked (padding) slots must see something, or their softmax is 0/0 and poisons gradients.
+    lonely = ~visible.any(-1, keepdim=True)
+    eye = torch.eye(visible.shape[-1], dtype=torch.bool, device=visible.device)
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    mask.masked_fill_(~(visible | (lonely & eye)), torch.finfo(dtype).min)
+    output = model.base_model(
+        input_ids=token, position_ids=position, attention_mask=mask[:, None], use_cache=False
+    )
+    return output.last_hidden_state
+
+
+def child_logprobs(
+    hidden: Float[Tensor, "F D"],
+    node: Int[Tensor, " F"],
+    head: Float[Tensor, "tokens D"],
+    trie: Trie,
+    vocabulary: Vocabulary,
+) -> tuple[Float[Tensor, " M"], Children]:
+    """Log-probability of every legal child of each node, in float32: the policy itself.
+
+    Only the head's rows of the node's level are evaluated. A single child has log-probability 0.
+    """
+    children = trie.children(node)
+    level = trie.depth_of(node)
+    pieces: list[Tensor] = []
+    places: list[Tensor] = []
+    for at in cast(list[int], level.unique().tolist()):
+        rows = (level == at).nonzero().squeeze(1)
+        logit = hidden[rows] @ head[vocabulary.tokens_at(at)].T.to(hidden.dtype)
+        place = (level[children.owner] == at).nonzero().squeeze(1)
+        local = torch.full_like(node, -1)
+        local[rows] = torch.arange(len(rows), device=node.device)
+        chosen = children.node[place]
+        pieces.append(logit[local[children.owner[place]], trie.code[chosen].long()].float())
+        places.append(place)
+    if not pieces:
+        # Empty, but attached to the graph: a worker without choices must still take part in the
+        # gradient exchange.
+        return (hidden @ head[:0].T.to(hidden.dtype)).float().reshape(-1), children
+    logit = pieces[0] if len(pieces) == 1 else torch.cat(pieces)[torch.cat(places).argsort()]
+    return _segment_log_softmax(logit, children.owner, len(node)), children
+
+
+def _segment_log_softmax(
+    logit: Float[Tensor, " M"], owner: Int[Tensor, " M"], num_rows: int
+) -> Float[Tensor, " M"]:
+    """Log-softmax within each segment of a ragged array."""
+    peak = logit.new_full((num_rows,), float("-inf"))
+    peak = peak.scatter_reduce(0, owner, logit.detach(), "amax")
+    shifted = logit - peak[owner]
+    total = logit.new_zeros(num_rows).index_add(0, owner, shifted.exp())
+    return shifted - total.log()[owner]
+
+
+def add_dropout(model: PreTrainedModel, share: float) -> list[RemovableHandle]:
+    """Dropout after the embeddings and after each attention and MLP block, while training.
+
+    Decoder families disagree on where they offer dropout, and recent ones offer none; hooks on the
+    modules that all of them share leave the saved model untouched. Remove the handles to undo.
+    """
+    if share == 0:
+        return []
+    drop = nn.Dropout(share)
+
+    def hook(module: nn.Module, _: object, output: object) -> object:
+        drop.train(module.training)
+        if isinstance(output, tuple):
+            return (drop(cast(Tensor, output[0])), *cast(tuple[object, ...], output[1:]))
+        return drop(cast(Tensor, output))
+
+    named = dict(model.base_model.named_modules())
+    blocks = [m for name, m in named.items() if name.endswith((".self_attn", ".mlp"))]
+    if not blocks:
+        raise DataError(
+            f"{type(model).__name__} has no self_attn or mlp modules to apply dropout to; "
+            "set model.dropout = 0"
+        )
+    modules = [cast(nn.Module, model.get_input_embeddings()), *blocks]
+    return [module.register_forward_hook(hook) for module in modules]

@@ -1,0 +1,106 @@
+"""Tiny worlds for tests and benchmarks: catalogues, policies, prompts, and brute force.
+
+Shapes:  K leaves   B prompts
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float64, Int32
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from orchard import catalogue as catalogues
+from orchard import model as models
+from orchard import ragged
+from orchard.catalogue import Catalogue
+from orchard.config import ModelConfig
+from orchard.prompts import PromptFormat
+from orchard.types import Prompts
+from orchard.vocabulary import Vocabulary, compact_tokenizer, of_codes
+
+
+def tiny_catalogue(
+    *,
+    seed: int = 0,
+    level_size: Sequence[int] = (5, 4, 6),
+    num_items: int = 30,
+    varying_depth: bool = False,
+) -> Catalogue:
+    """Random semantic IDs with what real ones have: collisions, lone children and whole chains.
+
+    Below an odd first code the second is always 0, so that chains also occur inside a sequence.
+    With `varying_depth`, about a third of the sequences stop early, some as a prefix of another.
+    """
+    draw = np.random.default_rng(seed)
+    codes = draw.integers(level_size, size=(num_items, len(level_size)))
+    codes[codes[:, 0] % 2 == 1, 1:2] = 0
+    codes[-1] = codes[0]  # one collision for certain
+    short = draw.random(num_items) < (1 / 3 if varying_depth else 0)
+    length = np.where(short, draw.integers(1, len(level_size) + 1, num_items), len(level_size))
+    return catalogues.from_codes(
+        [row[:n].tolist() for row, n in zip(codes, length, strict=True)],
+        level_size=level_size,
+        varying_depth=varying_depth,
+    )
+
+
+def tiny_policy(catalogue: Catalogue, *, seed: int = 0) -> tuple[PreTrainedModel, Vocabulary]:
+    """A policy of two layers and width 32 whose distributions are far from uniform."""
+    vocabulary = of_codes(compact_tokenizer(catalogue), catalogue)
+    sizes = ModelConfig(hidden_size=32, intermediate_size=64, layers=2, heads=2, kv_heads=1)
+    model = models.create(sizes, vocabulary, seed=seed)
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0.0, 0.2, generator=draw)
+    return model, vocabulary
+
+
+def tiny_prompts(catalogue: Catalogue, lengths: Sequence[int], *, seed: int = 0) -> Prompts:
+    """One prompt per history length, with random items as history and target."""
+    draw = np.random.default_rng(seed)
+    vocabulary = of_codes(compact_tokenizer(catalogue), catalogue)
+    history_start = ragged.starts(np.asarray(lengths, dtype=np.int64))
+    history = draw.integers(len(catalogue), size=int(history_start[-1]))
+    form = PromptFormat(catalogue=catalogue, vocabulary=vocabulary)
+    token, token_start = form.tokens(history, history_start)
+    return Prompts(
+        id=np.arange(len(lengths)),
+        target=draw.integers(len(catalogue), size=len(lengths)),
+        history=history,
+        history_start=history_start,
+        token=token,
+        token_start=token_start,
+    )
+
+
+def brute_force(
+    model: PreTrainedModel,
+    vocabulary: Vocabulary,
+    catalogue: Catalogue,
+    prompt: Int32[np.ndarray, " T"],
+) -> Float64[np.ndarray, " K"]:
+    """Log-probability of every leaf, by one ordinary forward pass per leaf and plain Python."""
+    leaf_codes = {
+        tuple(int(c) for c in row if c >= 0): int(leaf)
+        for row, leaf in zip(catalogue.codes, catalogue.leaf_of_item, strict=True)
+    }
+    result = np.zeros(len(leaf_codes))
+    for codes, leaf in leaf_codes.items():
+        tokens = [int(vocabulary.tokens_at(level)[code]) for level, code in enumerate(codes)]
+        with torch.inference_mode():
+            logits = model(torch.tensor([[*prompt.tolist(), *tokens]])).logits[0].double()
+        for level, code in enumerate(codes):
+            legal = sorted({other[level] for other in leaf_codes if other[:level] == codes[:level]})
+            row = logits[len(prompt) - 1 + level, vocabulary.tokens_at(level)[legal]]
+            result[leaf] += float(row.log_softmax(0)[legal.index(code)])
+    return result
+
+
+def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a Hugging Face folder that `orchard.model.load` and vLLM can read."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,115 @@
+"""Which token stands for which code.
+
+Compact policies own a word-level tokenizer with one token per code; text policies carry the code
+tokens among their words. Title catalogues use the text tokens themselves as codes.
+
+Shapes:  V codes of one level   F nodes
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from jaxtyping import Int
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from orchard.catalogue import Catalogue
+from orchard.errors import CatalogueError, DataError
+from orchard.trie import Trie
+
+PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
+
+
+def sid_token(level: int, code: int) -> str:
+    """The token of a code, as published data sets spell it: `<a_5>` is code 5 of level 0."""
+    return f"<{chr(ord('a') + level)}_{code}>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """Token ids of the codes of every level; levels past the last entry share it (title mode)."""
+
+    level_tokens: tuple[Int[Tensor, " _"], ...]
+    bos: int
+    pad: int
+    size: int
+    """Number of token ids, hence of rows of the model's head."""
+
+    def slice_of(self, level: int) -> int:
+        """Index into `level_tokens` for the codes chosen at 0-based level."""
+        return min(level, len(self.level_tokens) - 1)
+
+    def tokens_at(self, level: int) -> Int[Tensor, " V"]:
+        """Token id of each code of a level."""
+        return self.level_tokens[self.slice_of(level)]
+
+    @cached_property
+    def _table(self) -> tuple[Int[Tensor, " V"], Int[Tensor, " levels"]]:
+        sizes = torch.tensor([0, *(len(t) for t in self.level_tokens)])
+        return torch.cat(self.level_tokens), sizes.cumsum(0)[:-1]
+
+    def token_of(self, trie: Trie, node: Int[Tensor, " F"]) -> Int[Tensor, " F"]:
+        """Token id of the code that leads into each node (none of them the root)."""
+        table, first = self._table
+        level = (trie.depth_of(node) - 1).clamp(max=len(self.level_tokens) - 1)
+        return table.to(node.device)[first.to(node.device)[level] + trie.code[node]]
+
+    def to(self, device: torch.device | str) -> "Vocabulary":
+        """The same vocabulary on another device."""
+        return Vocabulary(
+            level_tokens=tuple(tokens.to(device) for tokens in self.level_tokens),
+            bos=self.bos,
+            pad=self.pad,
+            size=self.size,
+        )
+
+
+def compact_tokenizer(catalogue: Catalogue) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer with the special tokens and one token per code."""
+    if len(catalogue.level_size) > 26:
+        raise CatalogueError(
+            f"semantic IDs have {len(catalogue.level_size)} levels; compact policies name at most 26"
+        )
+    words = [PAD, BOS, EOS]
+    for level, size in enumerate(catalogue.level_size):
+        words += [sid_token(level, code) for code in range(size)]
+    inner = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token=PAD))
+    inner.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token=PAD, bos_token=BOS, eos_token=EOS
+    )
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer saved in a policy folder; raises DataError where there is none."""
+    if not (folder / "tokenizer.json").is_file():
+        raise DataError(f"{folder} holds no tokenizer.json; it is not a saved policy")
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def of_codes(tokenizer: PreTrainedTokenizerBase, catalogue: Catalogue) -> Vocabulary:
+    """Look up the token of every code.
+
+    Raises:
+        CatalogueError: a code has no token of its own, as when the policy was made for another
+            catalogue.
+    """
+    known = tokenizer.get_vocab()
+    levels: list[Tensor] = []
+    for level, size in enumerate(catalogue.level_size):
+        words = [sid_token(level, code) for code in range(size)]
+        missing = [word for word in words if word not in known]
+        if missing:
+            raise CatalogueError(
+                f"the policy's tokenizer has no token {missing[0]} ({len(missing)} of {size} codes "
+                f"of level {level + 1} are missing); it was made for another catalogue"
+            )
+        levels.append(torch.tensor([known[word] for word in words]))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else pad
+    return Vocabulary(level_tokens=tuple(levels), bos=bos, pad=pad, size=len(tokenizer))

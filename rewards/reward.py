@@ -1,0 +1,57 @@
+"""The weighted sum of rewards, with its parts kept for the log.
+
+Shapes:  C candidates
+"""
+
+import difflib
+from collections.abc import Mapping
+
+import numpy as np
+from jaxtyping import Float32
+
+from orchard.catalogue import Catalogue
+from orchard.errors import CatalogueError, ConfigError, DataError
+from orchard.types import ScoredTrees, SearchTrees
+from rewards import REWARDS
+
+
+def check(weights: Mapping[str, float]) -> None:
+    """Refuse weights of rewards that do not exist; raises ConfigError with the nearest name."""
+    for name in weights:
+        if name not in REWARDS:
+            near = difflib.get_close_matches(name, REWARDS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(REWARDS)}"
+            raise ConfigError(f"rewards.weights names an unknown reward {name}; {hint}")
+
+
+def score(trees: SearchTrees, catalogue: Catalogue, weights: Mapping[str, float]) -> ScoredTrees:
+    """Judge every candidate; a part of weight 0 is computed for the log alone.
+
+    Raises:
+        ConfigError: a weight of an unknown reward.
+        CatalogueError: the trees were grown on another catalogue, so that leaves mean other items.
+        DataError: a reward is not finite.
+    """
+    check(weights)
+    if trees.catalogue != catalogue.digest:
+        raise CatalogueError(
+            f"the trees were grown on catalogue {trees.catalogue[:12]}, the rewards hold "
+            f"{catalogue.digest[:12]}; start both from the same items file"
+        )
+    parts = {name: REWARDS[name](trees, catalogue) for name in weights}
+    for name, part in parts.items():
+        _refuse_non_finite(name, part, trees)
+    total = np.zeros(len(trees.leaf), np.float32)
+    for name, weight in weights.items():
+        total += np.float32(weight) * parts[name]
+    return ScoredTrees(trees=trees, reward=total, parts=parts)
+
+
+def _refuse_non_finite(name: str, part: Float32[np.ndarray, " C"], trees: SearchTrees) -> None:
+    bad = np.flatnonzero(~np.isfinite(part))
+    if len(bad):
+        prompt = trees.prompts.id[trees.prompt_of_candidate[bad[0]]]
+        raise DataError(
+            f"reward {name} is {part[bad[0]]} for leaf {trees.leaf[bad[0]]} of prompt {prompt} "
+            f"({len(bad)} of {len(part)} candidates); a reward must be finite, repair rewards.{name}"
+        )

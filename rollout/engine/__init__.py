@@ -1,0 +1,97 @@
+"""What a search asks of a model: forward spans of codes, and score what may follow.
+
+An engine owns a policy, its keys and values, and the trie that says which codes are legal. It knows
+nothing of beams or draws; `rollout.search` knows nothing of models.
+
+Shapes:  B prompts   F nodes of a frontier   F1 = F + 1   S tokens of their spans   M legal children
+"""
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float32, Int64
+from torch import Tensor
+
+from orchard.errors import EngineError
+from orchard.trie import Children, Trie
+from orchard.types import PolicyVersion, Prompts
+from orchard.vocabulary import Vocabulary
+from orchard.weights import Weights, digest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expansion:
+    """The policy at the nodes of a frontier, and what the engine needs to go on from them."""
+
+    state: Int64[Tensor, " F"]
+    """Opaque handles, valid until the next `prefill`; any state may be extended any number of
+    times."""
+    logprob: Float32[Tensor, " M"]
+    """Log-probability of each legal child, as `orchard.model.child_logprobs` defines it."""
+    children: Children
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """A policy ready to decode. All tensors are on the device of `trie`."""
+
+    @property
+    def trie(self) -> Trie:
+        """The legal sequences."""
+        ...
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The tokens of their codes."""
+        ...
+
+    @property
+    def version(self) -> PolicyVersion:
+        """The policy that answers now."""
+        ...
+
+    def prefill(self, prompts: Prompts) -> Expansion:
+        """Read each prompt once and score the children of the root; older states become invalid."""
+        ...
+
+    def extend(
+        self,
+        state: Int64[Tensor, " F"],
+        token: Int64[Tensor, " S"],
+        start: Int64[Tensor, " F1"],
+        node: Int64[Tensor, " F"],
+    ) -> Expansion:
+        """Append the span `token[start[f] : start[f + 1]]` (one token or more) to each state.
+
+        `node` is the trie node after the span, whose children are scored.
+        """
+        ...
+
+    def install(self, version: PolicyVersion, weights: Weights) -> None:
+        """Answer with these weights from now on; all states become invalid.
+
+        Raises:
+            EngineError: the weights are not those that the version names.
+            CheckpointError: they belong to another model.
+        """
+        ...
+
+
+def check_weights(version: PolicyVersion, weights: Weights) -> None:
+    """Raise EngineError unless the weights are those that the version names."""
+    if (found := digest(weights)) != version.digest:
+        raise EngineError(
+            f"weights with digest {found[:8]} arrived as policy {version}; publish them again"
+        )
+
+
+def check_length(prompts: Prompts, trie: Trie, limit: int) -> int:
+    """Tokens of the longest prompt; raises EngineError where its codes would not fit behind it."""
+    longest = int(np.diff(prompts.token_start).max())
+    if longest + trie.depth > limit:
+        raise EngineError(
+            f"a prompt of {longest} tokens and a sequence of {trie.depth} codes exceed the policy's "
+            f"{limit} positions; shorten the history (data.max_history)"
+        )
+    return longest

@@ -1,0 +1,153 @@
+"""The reference engine: a Hugging Face causal language model and tree attention.
+
+The keys and values of a prompt are computed once, in one row of the cache. Each frontier node
+appends its own to the row of its prompt and sees the prompt and its own ancestors only, through an
+explicit mask; nothing in the cache is ever reordered.
+
+Shapes:  B prompts (rows of the cache)   P slots of the longest prompt   C slots of the cache
+         S new slots of each row   F frontier nodes   F1 = F + 1   N tokens of their spans   D width
+"""
+
+from typing import cast
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from orchard import ragged
+from orchard.model import child_logprobs, head_weight
+from orchard.trie import ROOT, Trie
+from orchard.types import PolicyVersion, Prompts
+from orchard.vocabulary import Vocabulary
+from orchard.weights import Weights, restore
+from rollout.engine import Expansion, check_length, check_weights
+
+_SLOT_BITS = 32
+"""A state is a row and, in its lower bits, the slot of the last token there."""
+
+
+class TorchEngine:
+    """Decodes with a model of this process, on the model's device and in its precision."""
+
+    def __init__(
+        self, model: PreTrainedModel, trie: Trie, vocabulary: Vocabulary, version: PolicyVersion
+    ) -> None:
+        head = head_weight(model)
+        self.trie = trie.to(head.device)
+        self.vocabulary = vocabulary.to(head.device)
+        self.version = version
+        self._model = model.eval()
+        self._cache = DynamicCache()
+        self._padding = head.new_zeros(0, 0)
+        self._position = self._above = torch.zeros(0, 0, dtype=torch.long, device=head.device)
+
+    def install(self, version: PolicyVersion, weights: Weights) -> None:
+        """Answer with these weights from now on; see `Engine.install`."""
+        check_weights(version, weights)
+        restore(self._model, weights)
+        self.version, self._cache = version, DynamicCache()
+
+    @torch.inference_mode()
+    def prefill(self, prompts: Prompts) -> Expansion:
+        """Read each prompt once and score the children of the root."""
+        length = np.diff(prompts.token_start)
+        widest = check_length(prompts, self.trie, self._model.config.max_position_embeddings)
+        # Padded on the left, the last token of every prompt is in the same slot.
+        row, place = ragged.owners(prompts.token_start), ragged.places(prompts.token_start)
+        table = np.full((len(prompts), widest), self.vocabulary.pad, dtype=np.int64)
+        table[row, place + (widest - length)[row]] = prompts.token
+        token = torch.from_numpy(table).to(self._padding.device)
+        slot = torch.arange(widest, device=token.device)
+        position = slot - torch.from_numpy(widest - length).to(token.device)[:, None]
+        hidden_value = torch.finfo(self._padding.dtype).min
+        self._padding = torch.where(position >= 0, 0.0, hidden_value).to(self._padding.dtype)
+        later = torch.full((widest, widest), hidden_value, device=token.device).triu(1)
+        mask = torch.minimum(self._padding[:, None], later.to(self._padding.dtype))
+        # A padding slot sees itself: over nothing at all, a softmax is undefined.
+        mask.diagonal(dim1=1, dim2=2).zero_()
+        self._cache = DynamicCache()
+        self._position = position.clamp(min=0)
+        self._above = torch.full_like(token, widest - 1)
+        last = self._forward(token, self._position, mask)[:, -1]
+        state = (torch.arange(len(prompts), device=token.device) << _SLOT_BITS) + (widest - 1)
+        return self._expand(state, last, torch.full_like(state, ROOT))
+
+    @torch.inference_mode()
+    def extend(
+        self,
+        state: Int64[Tensor, " F"],
+        token: Int64[Tensor, " N"],
+        start: Int64[Tensor, " F1"],
+        node: Int64[Tensor, " F"],
+    ) -> Expansion:
+        """Append a span to each state and score the children of `node`, the trie node after it."""
+        num_rows, used = self._position.shape
+        row, slot = state >> _SLOT_BITS, state & ((1 << _SLOT_BITS) - 1)
+        place, owner = self._places(row, start)
+        at, new = row[owner], int(place.max()) + 1
+        tokens = torch.full((num_rows, new), self.vocabulary.pad, device=token.device)
+        tokens[at, place] = token
+        step = torch.arange(len(token), device=token.device) - start[owner]
+        above = torch.full_like(tokens, self._padding.shape[1] - 1)
+        above[at, place] = torch.where(step == 0, slot[owner], used + place - 1)
+        position = torch.zeros_like(tokens)
+        position[at, place] = self._position[row, slot][owner] + 1 + step
+        self._above = torch.cat([self._above, above], 1)
+        self._position = torch.cat([self._position, position], 1)
+        hidden = self._forward(tokens, position, self._tree_mask(new))
+        end = place[start[1:] - 1]
+        return self._expand((row << _SLOT_BITS) + used + end, hidden[row, end], node)
+
+    def _places(
+        self, row: Int64[Tensor, " F"], start: Int64[Tensor, " F1"]
+    ) -> tuple[Int64[Tensor, " N"], Int64[Tensor, " N"]]:
+        """For each token its place among the new ones of its row, and the span that it is of."""
+        count = start.diff()
+        order = row.argsort(stable=True)
+        before = count[order].cumsum(0) - count[order]
+        total = torch.zeros(len(self._position), dtype=torch.long, device=row.device)
+        total = total.index_add(0, row, count)
+        first = torch.empty_like(before)
+        first[order] = before - (total.cumsum(0) - total)[row[order]]
+        owner = torch.arange(len(row), device=row.device).repeat_interleave(count)
+        return first[owner] + torch.arange(len(owner), device=row.device) - start[owner], owner
+
+    def _tree_mask(self, new: int) -> Float[Tensor, "B S C"]:
+        """Additive mask of the newest slots: the prompt, their ancestors and themselves."""
+        num_rows, slots = self._above.shape
+        prompt = self._padding.shape[1]
+        mask = self._padding.new_full((num_rows, new, slots), torch.finfo(self._padding.dtype).min)
+        mask[:, :, :prompt] = self._padding[:, None]
+        at = torch.arange(slots - new, slots, device=mask.device).expand(num_rows, new)
+        while bool((at >= prompt).any()):
+            mask.scatter_(2, at[:, :, None], 0.0)
+            at = self._above.gather(1, at)
+        return mask
+
+    def _forward(
+        self,
+        token: Int64[Tensor, "B S"],
+        position: Int64[Tensor, "B S"],
+        mask: Float[Tensor, "B S C"],
+    ) -> Float[Tensor, "B S D"]:
+        """Last hidden states of new slots, whose keys and values join the cache."""
+        output = self._model.base_model(
+            input_ids=token,
+            position_ids=position,
+            attention_mask=mask[:, None],
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        return cast(Tensor, output.last_hidden_state)
+
+    def _expand(
+        self,
+        state: Int64[Tensor, " F"],
+        hidden: Float[Tensor, "F D"],
+        node: Int64[Tensor, " F"],
+    ) -> Expansion:
+        head = head_weight(self._model)
+        logprob, children = child_logprobs(hidden, node, head, self.trie, self.vocabulary)
+        return Expansion(state=state, logprob=logprob, children=children)

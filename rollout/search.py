@@ -1,0 +1,234 @@
+"""Search under the trie for many prompts at once, with any engine.
+
+The policy is the softmax over the legal children of a trie node. Codes without an alternative have
+log-probability 0 and need no forward pass of their own: inside a sequence they travel with the next
+forward pass, at its end they are not computed at all.
+
+Shapes:  B prompts   F beams or draws of all prompts   M legal children of them   C candidates
+         D longest sequence   S tokens of all spans   B1 = B + 1   F1 = F + 1
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Float64, Int64
+from torch import Tensor
+
+from orchard import ragged
+from orchard.trie import ROOT, Trie
+from orchard.types import Cost, Prompts
+from rollout.engine import Engine, Expansion
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidates:
+    """Catalogue leaves found for each prompt, best first within it."""
+
+    start: Int64[np.ndarray, " B1"]
+    node: Int64[np.ndarray, "C D"]
+    """Trie node at each depth 1..D, -1 past the end."""
+    logprob: Float32[np.ndarray, "C D"]
+    """Log-probability of the code into each of them; 0 where it was forced, and past the end."""
+    score: Float32[np.ndarray, " C"]
+    """Log-probability of the leaf given the prompt."""
+    leaf: Int64[np.ndarray, " C"]
+    cost: Cost
+
+    @staticmethod
+    def concatenate(parts: "list[Candidates]") -> "Candidates":
+        """Several batches one after another; costs add up."""
+        leaf, start = ragged.concatenate([(p.leaf, p.start) for p in parts])
+        return Candidates(
+            start=start,
+            node=np.concatenate([p.node for p in parts]),
+            logprob=np.concatenate([p.logprob for p in parts]),
+            score=np.concatenate([p.score for p in parts]),
+            leaf=leaf,
+            cost=sum((p.cost for p in parts), Cost()),
+        )
+
+
+def beam(engine: Engine, prompts: Prompts, *, width: int) -> Candidates:
+    """Exact beam search: at each step the `width` best prefixes of all beams of a prompt survive.
+
+    Leaves already reached keep competing with their score. Equal scores are ordered by trie node.
+    A prompt gets fewer candidates where the catalogue has fewer leaves, and never the same twice.
+    """
+    trie, num_prompts = engine.trie, len(prompts)
+    expansion = engine.prefill(prompts)
+    cost = Cost(prefill_tokens=len(prompts.token), passes=1)
+    prompt = torch.arange(num_prompts, device=trie.code.device)
+    node, state = torch.full_like(prompt, ROOT), expansion.state
+    score = torch.zeros(num_prompts, device=prompt.device)
+    logprob = torch.zeros(num_prompts, trie.depth, device=prompt.device)
+    while True:
+        source, child, gain = _pool(trie, node, expansion)
+        best = _best(prompt[source], score[source] + gain, child, width, num_prompts)
+        source, child, gain = source[best], child[best], gain[best]
+        above, prompt, score = node[source], prompt[source], score[source] + gain
+        logprob = logprob[source]
+        logprob[torch.arange(len(child), device=child.device), trie.depth_of(child) - 1] += gain
+        node = trie.descend(child)
+        live = (trie.num_children(node) > 0).nonzero().squeeze(1)
+        if len(live) == 0:
+            break
+        token, start = _spans(engine, above[live], node[live])
+        expansion = engine.extend(state[source[live]], token, start, node[live])
+        state = torch.full_like(node, -1).index_copy(0, live, expansion.state)
+        cost += Cost(forward_tokens=len(token), passes=1)
+    return _collect(trie, prompt, node, logprob, score, num_prompts, cost)
+
+
+def sample(
+    engine: Engine, prompts: Prompts, *, count: int, temperature: float, seed: int
+) -> Candidates:
+    """`count` independent draws per prompt; draws that share a prefix share its forward pass.
+
+    Each code is drawn from the policy's distribution to the power `1 / temperature`, renormalised;
+    log-probabilities and scores are those of the policy itself. The draws of a prompt depend on
+    `seed` and on its id alone: not on its batch, nor on `count` (more draws extend fewer).
+    """
+    trie, num_prompts = engine.trie, len(prompts)
+    expansion = engine.prefill(prompts)
+    cost = Cost(prefill_tokens=len(prompts.token), passes=1)
+    uniform = _uniforms(prompts.id, count, trie.depth, seed).to(trie.code.device)
+    prompt = torch.arange(num_prompts, device=trie.code.device).repeat_interleave(count)
+    node = torch.full_like(prompt, ROOT)
+    logprob = torch.zeros(len(prompt), trie.depth, device=prompt.device)
+    live, at = torch.arange(len(prompt), device=prompt.device), prompt
+    for step in range(trie.depth):
+        pick = _draw(expansion, at, uniform[live, step], temperature)
+        child = expansion.children.node[pick]
+        logprob[live, trie.depth_of(child) - 1] = expansion.logprob[pick]
+        above, below = node[live], trie.descend(child)
+        node[live] = below
+        goes_on = trie.num_children(below) > 0
+        live, at, above, below = live[goes_on], at[goes_on], above[goes_on], below[goes_on]
+        if len(live) == 0:
+            break
+        distinct, owner = torch.unique(prompt[live] * trie.num_nodes + below, return_inverse=True)
+        # Draws of one prefix agree in everything that follows, so any of them speaks for all.
+        voice = torch.empty_like(distinct).index_copy(0, owner, torch.arange(len(owner)).to(owner))
+        token, start = _spans(engine, above[voice], below[voice])
+        expansion = engine.extend(expansion.state[at[voice]], token, start, below[voice])
+        at = owner
+        cost += Cost(forward_tokens=len(token), passes=1)
+    score = logprob.sum(1)
+    order = _order(prompt, score, node)
+    return _collect(trie, prompt[order], node[order], logprob[order], score[order], num_prompts, cost)
+
+
+def _pool(
+    trie: Trie, node: Int64[Tensor, " F"], expansion: Expansion
+) -> tuple[Int64[Tensor, " M"], Int64[Tensor, " M"], Float32[Tensor, " M"]]:
+    """What may follow each beam: its index, the trie node, and what that adds to the score.
+
+    A beam that has reached its leaf stays in the competition as the only child of itself.
+    """
+    fanout = trie.num_children(node)
+    source = torch.arange(len(node), device=node.device).repeat_interleave(fanout.clamp(min=1))
+    grown = (fanout > 0)[source].nonzero().squeeze(1)
+    child = node[source].index_copy(0, grown, expansion.children.node)
+    gain = torch.zeros_like(child, dtype=torch.float32).index_copy(0, grown, expansion.logprob)
+    return source, child, gain
+
+
+def _best(
+    prompt: Int64[Tensor, " M"],
+    score: Float32[Tensor, " M"],
+    node: Int64[Tensor, " M"],
+    width: int,
+    num_prompts: int,
+) -> Int64[Tensor, " F"]:
+    """The `width` best entries of each prompt, by prompt (ascending), falling score, rising node."""
+    chosen = torch.arange(len(prompt), device=prompt.device)
+    place = _places(prompt, num_prompts)
+    widest = int(place.max()) + 1
+    if widest > width:
+        # Only what reaches the last place, ties included, is ever sorted.
+        rows = score.new_full((num_prompts, widest), float("-inf"))
+        rows[prompt, place] = score
+        bound = rows.topk(width, sorted=False).values.amin(1)
+        chosen = (score >= bound[prompt]).nonzero().squeeze(1)
+    chosen = chosen[_order(prompt[chosen], score[chosen], node[chosen])]
+    return chosen[_places(prompt[chosen], num_prompts) < width]
+
+
+def _places(prompt: Int64[Tensor, " M"], num_prompts: int) -> Int64[Tensor, " M"]:
+    """Place of each entry within its prompt, the entries being grouped by prompt."""
+    count = torch.bincount(prompt, minlength=num_prompts)
+    first = count.cumsum(0) - count
+    return torch.arange(len(prompt), device=prompt.device) - first[prompt]
+
+
+def _order(
+    prompt: Int64[Tensor, " M"], score: Float32[Tensor, " M"], node: Int64[Tensor, " M"]
+) -> Int64[Tensor, " M"]:
+    """Indices by prompt, then falling score, then rising node."""
+    order = node.argsort()
+    order = order[score[order].argsort(descending=True, stable=True)]
+    return order[prompt[order].argsort(stable=True)]
+
+
+def _spans(
+    engine: Engine, above: Int64[Tensor, " F"], node: Int64[Tensor, " F"]
+) -> tuple[Int64[Tensor, " S"], Int64[Tensor, " F1"]]:
+    """Tokens of the codes that lead from `above` down to `node`."""
+    trie = engine.trie
+    top = trie.depth_of(above)
+    start = torch.zeros(len(node) + 1, dtype=torch.long, device=node.device)
+    torch.cumsum(count := trie.depth_of(node) - top, 0, out=start[1:])
+    owner = torch.arange(len(node), device=node.device).repeat_interleave(count)
+    level = torch.arange(len(owner), device=node.device) + (top - start[:-1])[owner]
+    return engine.vocabulary.token_of(trie, trie.path(node)[owner, level]), start
+
+
+def _uniforms(
+    prompt_id: Int64[np.ndarray, " B"], count: int, depth: int, seed: int
+) -> Float64[Tensor, "F D"]:
+    """Numbers in [0, 1) for each draw and decision, from (seed, prompt id) and nothing else."""
+    draws = [
+        np.random.Generator(np.random.Philox(key=[seed, int(one)])).random((count, depth))
+        for one in prompt_id
+    ]
+    return torch.from_numpy(np.concatenate(draws))
+
+
+def _draw(
+    expansion: Expansion,
+    at: Int64[Tensor, " F"],
+    uniform: Float64[Tensor, " F"],
+    temperature: float,
+) -> Int64[Tensor, " F"]:
+    """For each draw the child chosen at node `at[f]` of the frontier, by inverting its CDF."""
+    owner, start = expansion.children.owner, expansion.children.start
+    scaled = expansion.logprob.double() / temperature
+    peak = scaled.new_full((len(start) - 1,), float("-inf"))
+    peak = peak.scatter_reduce(0, owner, scaled, "amax")
+    weight = (scaled - peak[owner]).exp()
+    edge = torch.cat([weight.new_zeros(1), weight.cumsum(0)])
+    low, high = edge[start[:-1]][at], edge[start[1:]][at]
+    pick = torch.searchsorted(edge, low + uniform * (high - low), right=True) - 1
+    # Rounding may carry a number just below 1 onto the edge of the next node.
+    return pick.minimum(start[1:][at] - 1)
+
+
+def _collect(
+    trie: Trie,
+    prompt: Int64[Tensor, " C"],
+    node: Int64[Tensor, " C"],
+    logprob: Float32[Tensor, "C D"],
+    score: Float32[Tensor, " C"],
+    num_prompts: int,
+    cost: Cost,
+) -> Candidates:
+    """Candidates of leaves that are grouped by prompt and in order."""
+    return Candidates(
+        start=ragged.starts(torch.bincount(prompt, minlength=num_prompts).cpu().numpy()),
+        node=trie.path(node).cpu().numpy(),
+        logprob=logprob.cpu().numpy(),
+        score=score.cpu().numpy(),
+        leaf=trie.leaf(node).cpu().numpy(),
+        cost=cost,
+    )

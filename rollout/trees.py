@@ -1,0 +1,64 @@
+"""Candidates to search trees: what several candidates of a prompt share becomes one node.
+
+Shapes:  B prompts   C candidates   D longest sequence   N nodes
+"""
+
+import numpy as np
+import torch
+
+from orchard import ragged
+from orchard.catalogue import Catalogue
+from orchard.trie import ROOT
+from orchard.types import PolicyVersion, Prompts, SearchTrees
+from orchard.vocabulary import Vocabulary
+from rollout.search import Candidates
+
+
+def grow(
+    prompts: Prompts,
+    candidates: Candidates,
+    catalogue: Catalogue,
+    vocabulary: Vocabulary,
+    policy: PolicyVersion,
+) -> SearchTrees:
+    """The tree of each prompt: its root and one node per distinct trie node on a candidate's path.
+
+    Trie nodes of one level are numbered in the order of their paths. With the candidates sorted by
+    path, the first candidate through a node opens it, and the order of opening is preorder.
+    """
+    owner = ragged.owners(candidates.start)
+    order = np.lexsort((*candidates.node.T[::-1], owner))
+    # Column d is the node at depth d; the root's column tells the prompts apart.
+    path = np.column_stack([owner[order], candidates.node[order]])
+    fresh = np.ones(path.shape, dtype=bool)
+    np.logical_or.accumulate(path[1:] != path[:-1], axis=1, out=fresh[1:])
+    row, step = np.nonzero(fresh & (path >= 0))
+    # Index of the tree node at each place of the table, repeated down its column.
+    at = np.full(path.shape, -1, dtype=np.int64)
+    at[row, step] = np.arange(len(row))
+    np.maximum.accumulate(at, axis=0, out=at)
+    inner = step > 0
+    parent = np.full(len(row), SearchTrees.NO_PARENT, dtype=np.int64)
+    parent[inner] = at[row[inner], step[inner] - 1]
+    state = np.where(inner, path[row, step], ROOT)
+    here, above = torch.from_numpy(state[inner]), torch.from_numpy(state[parent[inner]])
+    candidate = np.empty(len(order), dtype=np.int64)
+    candidate[order] = at[np.arange(len(order)), (path >= 0).sum(1) - 1]
+    return SearchTrees(
+        prompts=prompts,
+        policy=policy,
+        catalogue=catalogue.digest,
+        node_start=ragged.starts(np.bincount(path[row, 0], minlength=len(prompts))),
+        parent=parent,
+        step=step.astype(np.int32),
+        state=state,
+        token=vocabulary.token_of(catalogue.trie, here).numpy().astype(np.int32),
+        token_start=ragged.starts(inner.astype(np.int64)),
+        logprob=candidates.logprob[order][row[inner], step[inner] - 1],
+        forced=(catalogue.trie.num_children(above) == 1).numpy(),
+        candidate=candidate,
+        candidate_start=candidates.start,
+        leaf=candidates.leaf,
+        score=candidates.score,
+        cost=candidates.cost,
+    )

@@ -1,0 +1,1 @@
+"""A user -> items: the trained policy behind HTTP."""

@@ -1,0 +1,77 @@
+"""The weighted sum, and what it refuses."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from orchard.catalogue import Catalogue
+from orchard.errors import CatalogueError, ConfigError, DataError
+from orchard.testing import tiny_catalogue, tiny_policy, tiny_prompts
+from orchard.types import PolicyVersion, SearchTrees
+from rewards import REWARDS
+from rewards.reward import score
+from rollout.engine.torch import TorchEngine
+from rollout.search import beam
+from rollout.trees import grow
+
+VERSION = PolicyVersion(step=0, digest="0" * 64)
+
+
+@pytest.fixture(scope="module")
+def world() -> tuple[SearchTrees, Catalogue]:
+    """Trees of a tiny search, each with its target among the candidates."""
+    catalogue = tiny_catalogue()
+    model, vocabulary = tiny_policy(catalogue)
+    prompts = tiny_prompts(catalogue, [3, 1, 2])
+    engine = TorchEngine(model, catalogue.trie, vocabulary, VERSION)
+    trees = grow(prompts, beam(engine, prompts, width=6), catalogue, vocabulary, VERSION)
+    hit = catalogue.item_of_leaf[catalogue.leaf_start[trees.leaf[trees.candidate_start[:-1] + 2]]]
+    return replace(trees, prompts=replace(prompts, target=hit)), catalogue
+
+
+def test_the_reward_is_the_weighted_sum_of_its_parts(world: tuple[SearchTrees, Catalogue]) -> None:
+    trees, catalogue = world
+    scored = score(trees, catalogue, {"rule": 2.0, "ranking": 0.5, "prefix": 0.0})
+    assert scored.parts["rule"].sum() == 3
+    assert set(scored.parts) == {"rule", "ranking", "prefix"}
+    np.testing.assert_allclose(
+        scored.reward, 2.0 * scored.parts["rule"] + 0.5 * scored.parts["ranking"], rtol=1e-6
+    )
+
+
+def test_every_listed_reward_gives_one_finite_number_per_candidate(
+    world: tuple[SearchTrees, Catalogue],
+) -> None:
+    scored = score(*world, dict.fromkeys(REWARDS, 1.0))
+    assert all(part.shape == scored.reward.shape for part in scored.parts.values())
+    assert np.isfinite(scored.reward).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("rankin", "did you mean ranking"), ("zzz", "choose from rule, ranking")]
+)
+def test_an_unknown_reward_is_refused_with_a_hint(
+    world: tuple[SearchTrees, Catalogue], name: str, hint: str
+) -> None:
+    with pytest.raises(ConfigError, match=hint):
+        score(*world, {"rule": 1.0, name: 1.0})
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_reward_that_is_not_finite_is_refused_by_name(
+    world: tuple[SearchTrees, Catalogue], monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    def broken(trees: SearchTrees, catalogue: Catalogue) -> np.ndarray:
+        part = np.zeros(len(trees.leaf), np.float32)
+        part[7] = value
+        return part
+
+    monkeypatch.setitem(REWARDS, "broken", broken)
+    with pytest.raises(DataError, match=rf"reward broken is {value} .* prompt 1 "):
+        score(*world, {"rule": 1.0, "broken": 0.0})
+
+
+def test_trees_of_another_catalogue_are_refused(world: tuple[SearchTrees, Catalogue]) -> None:
+    with pytest.raises(CatalogueError, match="same items file"):
+        score(world[0], tiny_catalogue(seed=1), {"rule": 1.0})

@@ -1,0 +1,39 @@
+"""The reward actor answers as the function that it wraps."""
+
+import numpy as np
+import pytest
+import ray
+
+from orchard.errors import ConfigError
+from orchard.testing import tiny_catalogue, tiny_policy, tiny_prompts
+from orchard.types import PolicyVersion
+from rewards.actor import RewardActor
+from rewards.reward import score
+from rollout.engine.torch import TorchEngine
+from rollout.search import beam
+from rollout.trees import grow
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_actor_scores_as_the_function_does() -> None:
+    catalogue, version = tiny_catalogue(), PolicyVersion(step=0, digest="0" * 64)
+    model, vocabulary = tiny_policy(catalogue)
+    prompts = tiny_prompts(catalogue, [2, 3])
+    found = beam(TorchEngine(model, catalogue.trie, vocabulary, version), prompts, width=30)
+    trees = grow(prompts, found, catalogue, vocabulary, version)
+    weights = {"rule": 1.0, "ranking": 1.0}
+    actor = RewardActor.remote(weights, catalogue)
+    scored = ray.get(actor.score.remote(trees))
+    expected = score(trees, catalogue, weights)
+    np.testing.assert_array_equal(scored.reward, expected.reward)
+    assert scored.reward.max() == 1
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_an_actor_with_an_unknown_reward_does_not_start() -> None:
+    actor = RewardActor.remote({"rul": 1.0}, tiny_catalogue())
+    with pytest.raises(ray.exceptions.ActorDiedError, match="did you mean rule") as info:
+        ray.get(actor.__ray_ready__.remote())
+    assert ConfigError.__name__ in str(info.value)

@@ -1,0 +1,109 @@
+"""Rewards against worked examples and plain-Python references."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import log2
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchard import catalogue as catalogues
+from orchard import ragged
+from orchard.catalogue import Catalogue
+from orchard.testing import tiny_catalogue, tiny_prompts
+from orchard.types import Cost, PolicyVersion, SearchTrees
+from orchard.vocabulary import compact_tokenizer, of_codes
+from rewards.rule import prefix, ranking, rule
+from rollout.search import Candidates
+from rollout.trees import grow
+
+
+def trees_of(
+    catalogue: Catalogue, groups: Sequence[Sequence[int]], targets: Sequence[int]
+) -> SearchTrees:
+    """Trees whose candidates are the given leaves, best first, for prompts of the given targets."""
+    leaf = np.array([leaf for group in groups for leaf in group], np.int64)
+    node = catalogue.trie.path(catalogue.trie.leaf_node[leaf]).numpy()
+    candidates = Candidates(
+        start=ragged.starts(np.array([len(group) for group in groups])),
+        node=node,
+        logprob=np.zeros(node.shape, np.float32),
+        score=np.zeros(len(leaf), np.float32),
+        leaf=leaf,
+        cost=Cost(),
+    )
+    prompts = replace(tiny_prompts(catalogue, [2] * len(groups)), target=np.array(targets))
+    vocabulary = of_codes(compact_tokenizer(catalogue), catalogue)
+    return grow(prompts, candidates, catalogue, vocabulary, PolicyVersion(step=0, digest="0" * 64))
+
+
+WIDE = catalogues.from_codes([[code] for code in range(17)])
+
+
+@pytest.mark.parametrize(
+    ("hit", "expected"),
+    [
+        (4, "-.1638 -.1033 -.0819 0 -.0634 -.0583 -.0546 -.0517 -.0493 -.0473 -.0457 -.0443 -.0430"
+            " -.0419 -.0409 -.0401"),
+        (1, "0 -.1033 -.0819 -.0705 -.0634 -.0583 -.0546 -.0517 -.0493 -.0473 -.0457 -.0443 -.0430"
+            " -.0419 -.0409 -.0401"),
+        (17, " ".join(["0"] * 16)),
+    ],
+)  # fmt: skip
+def test_ranking_equals_the_worked_example_of_sixteen_candidates(hit: int, expected: str) -> None:
+    trees = trees_of(WIDE, [range(16)], targets=[hit - 1])
+    np.testing.assert_allclose(
+        ranking(trees, WIDE), [float(number) for number in expected.split()], atol=5e-5
+    )
+
+
+@given(st.lists(st.lists(st.integers(0, 16), min_size=1, max_size=6), min_size=1, max_size=4))
+def test_ranking_equals_its_definition_for_groups_of_any_size_and_repeats(
+    groups: list[list[int]],
+) -> None:
+    trees = trees_of(WIDE, groups, targets=[3] * len(groups))
+    expected = [
+        0.0 if leaf == 3 or 3 not in group
+        else -(1 / log2(rank + 1)) / sum(1 / log2(j + 1) for j in range(1, len(group) + 1))
+        for group in groups
+        for rank, leaf in enumerate(group, start=1)
+    ]  # fmt: skip
+    np.testing.assert_allclose(ranking(trees, WIDE), expected, rtol=1e-6)
+
+
+def test_rule_is_one_for_the_target_and_for_every_copy_of_it() -> None:
+    trees = trees_of(WIDE, [[5, 3, 3], [4]], targets=[3, 3])
+    assert rule(trees, WIDE).tolist() == [0, 1, 1, 0]
+
+
+def test_equal_histories_are_judged_by_their_own_targets() -> None:
+    trees = trees_of(WIDE, [[5, 3], [5, 3]], targets=[3, 5])
+    same = trees.prompts.select(np.array([0, 0]))
+    trees = replace(trees, prompts=replace(same, target=trees.prompts.target))
+    assert rule(trees, WIDE).tolist() == [0, 1, 1, 0]
+    assert (ranking(trees, WIDE) < 0).tolist() == [True, False, False, True]
+
+
+def test_items_of_one_semantic_id_are_one_target() -> None:
+    catalogue = catalogues.from_codes([[0, 1], [0, 2], [0, 1]])
+    leaf = int(catalogue.leaf_of_item[0])
+    assert rule(trees_of(catalogue, [[leaf]], targets=[2]), catalogue).tolist() == [1]
+
+
+@pytest.mark.parametrize("varying_depth", [False, True])
+def test_prefix_is_the_share_of_leading_codes_in_common(varying_depth: bool) -> None:
+    catalogue = tiny_catalogue(varying_depth=varying_depth)
+    leaves = range(catalogue.trie.num_leaves)
+    trees = trees_of(catalogue, [leaves] * len(catalogue), targets=range(len(catalogue)))
+    codes = [[int(code) for code in row if code >= 0] for row in catalogue.codes]
+    of_leaf = {int(leaf): row for leaf, row in zip(catalogue.leaf_of_item, codes, strict=True)}
+    expected = [
+        next((i for i, (a, b) in enumerate(zip(of_leaf[leaf], target, strict=False)) if a != b),
+             min(len(of_leaf[leaf]), len(target))) / len(target)
+        for target in codes
+        for leaf in leaves
+    ]  # fmt: skip
+    np.testing.assert_allclose(prefix(trees, catalogue), expected, rtol=1e-6)
+    assert ((prefix(trees, catalogue) == 1) == (rule(trees, catalogue) == 1)).all()
