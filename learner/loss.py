@@ -40,6 +40,7 @@ class LossParts:
     """Largest |current - behaviour| log-probability."""
 
     def __add__(self, other: "LossParts") -> "LossParts":
+        """Of both together."""
         largest = ("ratio_max", "logprob_gap")
         return LossParts(
             **{

@@ -8,7 +8,6 @@ Shapes:  B rows   C candidates of all rows   L steps of a candidate   M metrics
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -149,18 +148,19 @@ def diversity(*, path: Int[np.ndarray, "C L"], start: Int[np.ndarray, " B+1"]) -
     any one value). 1: all first steps differ; 0: all candidates are the same. Rows of fewer than
     two candidates have no pairs and do not count; 0 if no row has two.
     """
-    size = np.diff(start)
+    size, row = np.diff(start), ragged.owners(start)
     num_pairs = size * (size - 1) / 2
-    group = ragged.owners(start)
-    row_of_group = np.arange(len(size))
+    sorted_path = path[np.lexsort((*path.T[::-1], row))]
+    parts = np.ones(len(path), dtype=bool)  # where a group of equal prefixes begins
+    parts[1:] = row[1:] != row[:-1]
     shared = np.zeros(len(size))
-    # Two candidates share l steps iff they are in one group after l refinements, so counting group
-    # members at every step adds up to the LCP of all pairs without looking at a pair.
-    for step in path.T:
-        pairs, group = np.unique(np.stack([group, step]), axis=1, return_inverse=True)
-        group, row_of_group = group.reshape(-1), row_of_group[pairs[0]]
-        members = np.bincount(group, minlength=len(row_of_group))
-        shared += np.bincount(row_of_group, members * (members - 1) / 2, minlength=len(size))
+    # A pair shares l steps iff both are in one group of prefixes of length l, so the members of the
+    # groups of every length add up to the LCP of all pairs without looking at a pair.
+    for step in sorted_path.T:
+        parts[1:] |= step[1:] != step[:-1]
+        first = np.flatnonzero(parts)
+        members = np.diff(first, append=len(path))
+        shared += np.bincount(row[first], members * (members - 1) / 2, minlength=len(size))
     counted = num_pairs > 0
     if not counted.any():
         return 0.0
@@ -208,7 +208,7 @@ def difference(
 
 
 def write(evaluation: Evaluation, path: Path) -> None:
-    """Save as JSON at `path`, and the ranks as Parquet beside it (columns row, rank_sid, rank_item).
+    """Save as JSON at `path`, and the ranks beside it as Parquet: row, rank_sid, rank_item.
 
     The JSON file comes last and each file whole, so that a JSON file always has its ranks.
     """
@@ -232,9 +232,9 @@ def write(evaluation: Evaluation, path: Path) -> None:
     }
     partial = path.with_name(f".{path.name}.partial")
     pq.write_table(table, partial, compression="zstd")
-    os.replace(partial, path.with_suffix(".parquet"))
+    partial.replace(path.with_suffix(".parquet"))
     partial.write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n")
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def read(path: Path) -> Evaluation:

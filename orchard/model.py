@@ -33,7 +33,7 @@ def create(config: ModelConfig, vocabulary: Vocabulary, *, seed: int) -> PreTrai
                 num_hidden_layers=config.layers,
                 num_attention_heads=config.heads,
                 num_key_value_heads=config.kv_heads,
-                head_dim=max(16, config.hidden_size // config.heads),
+                head_dim=max(32, config.hidden_size // config.heads),
                 max_position_embeddings=4096,
                 tie_word_embeddings=True,
                 bos_token_id=vocabulary.bos,
@@ -51,8 +51,7 @@ def load(folder: Path, vocabulary: Vocabulary | None = None) -> PreTrainedModel:
         DataError: the folder holds no model.
         CheckpointError: the model's vocabulary is smaller than the catalogue needs.
     """
-    if not (folder / "config.json").is_file():
-        raise DataError(f"{folder} holds no config.json; give the folder of a saved policy")
+    check_folder(folder)
     try:
         model = cast(
             PreTrainedModel,
@@ -67,6 +66,14 @@ def load(folder: Path, vocabulary: Vocabulary | None = None) -> PreTrainedModel:
             "export the policy again with its own tokenizer"
         )
     return model.eval()
+
+
+def check_folder(folder: Path) -> None:
+    """Raise DataError unless the folder looks like a saved policy: configuration and weights."""
+    if not (folder / "config.json").is_file():
+        raise DataError(f"{folder} holds no config.json; give the folder of a saved policy")
+    if not (any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))):
+        raise DataError(f"{folder} holds no weights (*.safetensors); save the policy again")
 
 
 def head_weight(model: PreTrainedModel) -> Float[Tensor, "tokens D"]:

@@ -192,17 +192,20 @@ class SearchTrees:
 
     @staticmethod
     def concatenate(parts: "Sequence[SearchTrees]") -> "SearchTrees":
-        """Several batches of one policy version and catalogue as one; costs add up."""
+        """Several batches on one catalogue as one; costs add up.
+
+        No tree mixes policies, but a batch may: it counts as old as its oldest tree. Behaviour
+        log-probabilities are stored with the tokens, so the update stays exact.
+        """
         first = parts[0]
-        # Mixing versions in one batch would make the behaviour log-probabilities ambiguous.
-        assert all((p.policy, p.catalogue) == (first.policy, first.catalogue) for p in parts)
+        assert all(p.catalogue == first.catalogue for p in parts)
         shift = np.cumsum([0, *(len(p.step) for p in parts)])
         token, token_start = ragged.concatenate([(p.token, p.token_start) for p in parts])
         _, node_start = ragged.concatenate([(p.step, p.node_start) for p in parts])
         _, candidate_start = ragged.concatenate([(p.leaf, p.candidate_start) for p in parts])
         return SearchTrees(
             prompts=Prompts.concatenate([p.prompts for p in parts]),
-            policy=first.policy,
+            policy=min(p.policy for p in parts),
             catalogue=first.catalogue,
             node_start=node_start,
             parent=np.concatenate(

@@ -1,6 +1,7 @@
 """The Ray shell of the room: holds the catalogue and the weights, judges what it is sent."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import ray
 
@@ -9,8 +10,7 @@ from orchard.types import ScoredTrees, SearchTrees
 from rewards.reward import check, score
 
 
-@ray.remote
-class RewardActor:
+class Judge:
     """Scores trees with fixed weights; without state, so that any call may be repeated anywhere."""
 
     def __init__(self, weights: Mapping[str, float], catalogue: Catalogue) -> None:
@@ -22,3 +22,6 @@ class RewardActor:
     def score(self, trees: SearchTrees) -> ScoredTrees:
         """As `rewards.reward.score`."""
         return score(trees, self._catalogue, self._weights)
+
+
+RewardActor: Any = ray.remote(Judge)

@@ -53,5 +53,5 @@ def _refuse_non_finite(name: str, part: Float32[np.ndarray, " C"], trees: Search
         prompt = trees.prompts.id[trees.prompt_of_candidate[bad[0]]]
         raise DataError(
             f"reward {name} is {part[bad[0]]} for leaf {trees.leaf[bad[0]]} of prompt {prompt} "
-            f"({len(bad)} of {len(part)} candidates); a reward must be finite, repair rewards.{name}"
+            f"({len(bad)} of {len(part)} candidates); rewards must be finite, repair this one"
         )

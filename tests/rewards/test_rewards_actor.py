@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import ray
+from ray.exceptions import ActorDiedError
 
 from orchard.errors import ConfigError
 from orchard.testing import tiny_catalogue, tiny_policy, tiny_prompts
-from orchard.types import PolicyVersion
+from orchard.types import PolicyVersion, ScoredTrees
 from rewards.actor import RewardActor
 from rewards.reward import score
 from rollout.engine.torch import TorchEngine
@@ -25,7 +26,7 @@ def test_the_actor_scores_as_the_function_does() -> None:
     trees = grow(prompts, found, catalogue, vocabulary, version)
     weights = {"rule": 1.0, "ranking": 1.0}
     actor = RewardActor.remote(weights, catalogue)
-    scored = ray.get(actor.score.remote(trees))
+    scored: ScoredTrees = ray.get([actor.score.remote(trees)])[0]
     expected = score(trees, catalogue, weights)
     np.testing.assert_array_equal(scored.reward, expected.reward)
     assert scored.reward.max() == 1
@@ -34,6 +35,6 @@ def test_the_actor_scores_as_the_function_does() -> None:
 @pytest.mark.usefixtures("ray_cluster")
 def test_an_actor_with_an_unknown_reward_does_not_start() -> None:
     actor = RewardActor.remote({"rul": 1.0}, tiny_catalogue())
-    with pytest.raises(ray.exceptions.ActorDiedError, match="did you mean rule") as info:
+    with pytest.raises(ActorDiedError, match="did you mean rule") as info:
         ray.get(actor.__ray_ready__.remote())
     assert ConfigError.__name__ in str(info.value)

@@ -1,0 +1,57 @@
+.DEFAULT_GOAL := help
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+
+.PHONY: help env dev quickstart check test bench lock clean
+
+help:  ## show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+env: .venv/.runtime  ## the environment that runs Orchard on a CPU
+dev: .venv/.dev      ## and what checks and tests it
+
+.venv/.python:
+	@$(PYTHON) -c 'import sys; assert sys.version_info[:2] == (3, 11), "Python 3.11 is needed, not " + sys.version.split()[0] + "; set PYTHON=/path/to/python3.11"'
+	@$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/.runtime: .venv/.python requirements/torch-cpu.txt requirements/cpu.txt pyproject.toml
+	@echo "installing torch, Ray, vLLM and friends into .venv; this takes some minutes"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/torch-cpu.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/cpu.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+.venv/.dev: .venv/.runtime requirements/dev.txt
+	@echo "installing the test tools"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/dev.txt
+	@touch $@
+
+quickstart: env  ## the main job on synthetic data: warm start, RL with vLLM rollouts, table, report
+	@$(BIN)/orchard quickstart
+
+check: dev  ## lint, types, tests without Ray or vLLM
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/pyright
+	@$(BIN)/pytest -q -m "not ray and not vllm and not slow"
+
+test: dev  ## everything
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/pyright
+	@$(BIN)/pytest -q --durations=10
+
+bench: env  ## the figures of one bench, e.g. make bench NAME=learner
+	@$(BIN)/orchard bench $(NAME)
+
+lock:  ## resolve requirements/*.in anew (needs uv)
+	@for kind in cpu gpu dev; do \
+	  uv pip compile --quiet --python-version 3.11 --excludes requirements/excludes.txt \
+	    --no-emit-index-url --no-header --no-annotate \
+	    --no-emit-package torch --no-emit-package triton \
+	    requirements/$$kind.in -o requirements/$$kind.txt || exit 1; \
+	done
+
+clean:  ## remove the environment, run folders and caches
+	@rm -rf .venv runs .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,59 @@
+"""The best version so far, judged on validation rows. The test split plays no part in it."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int64
+
+from cluster.launch import House
+from cluster.prepare import export, exported_facts
+from orchard.types import PolicyVersion
+from orchard.weights import Weights
+
+SCORE = "ndcg@10/sid"
+
+
+@dataclass
+class Champion:
+    """Keeps the best policy of a phase exported in the run folder."""
+
+    house: House
+    rows: Int64[np.ndarray, " R"]
+    """Validation rows that judge; none means that the newest version is always the best."""
+    beams: int
+    best: float = float("-inf")
+    policy: PolicyVersion | None = None
+    weights: Weights | None = None
+
+    @classmethod
+    def of(cls, house: House, *, num_rows: int, beams: int) -> "Champion":
+        """The champion of a phase, continued from the run folder where there is one."""
+        run = house.run
+        generator = np.random.Generator(np.random.Philox(key=[run.config.seed, 2**32]))
+        rows = np.sort(generator.permutation(len(run.valid))[:num_rows])
+        champion = cls(house=house, rows=rows, beams=beams)
+        facts = exported_facts(run.result)
+        champion.best = facts.get("valid_score", float("-inf"))
+        return champion
+
+    async def consider(self, policy: PolicyVersion) -> dict[str, float]:
+        """Judge the newest version and export it if it is the best; the figures for the log."""
+        figures: dict[str, float] = {}
+        score = float(policy.step)
+        if len(self.rows):
+            run = self.house.run
+            found = await self.house.evaluate(run.valid, self.rows, beams=self.beams)
+            figures = {f"evaluate/{name}": e.mean for name, e in found.metrics.items()}
+            figures |= {f"evaluate/{name}": value for name, value in found.extra.items()}
+            score = found.metrics[SCORE].mean
+        if score > self.best:
+            self.best, self.policy, self.weights = score, policy, self.house.learner.weights
+            export(
+                self.house.run,
+                self.house.run.result,
+                policy,
+                self.weights,
+                valid_score=score,
+                valid_rows=len(self.rows),
+            )
+        return figures

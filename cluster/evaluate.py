@@ -1,0 +1,51 @@
+"""Held-out evaluation of saved policies, and what one adds to another."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Int64
+
+from cluster.launch import launch
+from cluster.prepare import Run, write_whole
+from orchard import evaluation, model, weights
+from orchard.evaluation import Evaluation
+from orchard.types import PolicyVersion
+
+SplitName = Literal["valid", "test"]
+
+
+async def evaluate(run: Run, *, split: SplitName, beams: int, name: str) -> Evaluation:
+    """Evaluate the run's policy folder and keep the result as `evaluation/<name>.json`."""
+    rows = chosen_rows(run, split)
+    policy = json.loads((run.policy / "policy.json").read_text())["version"]
+    values = weights.snapshot(model.load(run.policy, run.vocabulary))
+    version = PolicyVersion(step=policy["step"], digest=weights.digest(values))
+    async with launch(run) as house:
+        house.hold(version, values)
+        found = await house.evaluate(getattr(run, split), rows, beams=beams)
+    evaluation.write(found, evaluation_file(run, name))
+    return found
+
+
+def chosen_rows(run: Run, split: SplitName) -> Int64[np.ndarray, " R"]:
+    """All rows of the split, or as many as `evaluate.test_rows` says, drawn from the seed."""
+    wanted, there = run.config.evaluate.test_rows, len(getattr(run, split))
+    if wanted == 0 or wanted >= there:
+        return np.arange(there)
+    generator = np.random.Generator(np.random.Philox(key=[run.config.seed, 2**33]))
+    return np.sort(generator.permutation(there)[:wanted])
+
+
+def evaluation_file(run: Run, name: str) -> Path:
+    """Where the evaluation of that name is kept."""
+    return run.dir / "evaluation" / f"{name}.json"
+
+
+def write_metrics(found: Evaluation, path: Path) -> None:
+    """Metric to {mean, low, high, n}, as `orchard evaluate --json` promises."""
+    metrics = {name: asdict(estimate) for name, estimate in found.metrics.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(metrics, indent=2) + "\n")

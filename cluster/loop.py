@@ -1,0 +1,113 @@
+"""The main loop: search, score, learn, publish; evaluate and checkpoint when due.
+
+    prompts --> rollout --> rewards --> pack --> learner --+--> publish --> rollout
+                 trees       scored      batch    version  |
+                                                           +--> evaluate, checkpoint, log
+
+Concurrency lives in `stream` alone; the learner's workers restart behind `update`, and a pool
+replaces its own dead, so that the loop reads as if nothing ever failed.
+"""
+
+import time
+
+from cluster.champion import Champion
+from cluster.console import Progress
+from cluster.launch import launch
+from cluster.prepare import Run
+from cluster.stream import Stream
+from learner.advantages import ESTIMATORS, group_statistics
+from learner.pack import pack
+from orchard.types import PolicyVersion, ScoredTrees, Update
+
+
+async def train(run: Run) -> PolicyVersion:
+    """Improve the run's policy for `learner.steps` updates; returns the last version."""
+    settings, steps = run.config.learner, run.config.learner.steps
+    estimate = ESTIMATORS[settings.estimator]
+    async with launch(run) as house:
+        policy = await house.learner.start()
+        house.logbook.rewind("train", policy.step)
+        await house.publish(policy)
+        champion = Champion.of(
+            house,
+            num_rows=run.config.evaluate.valid_rows if run.config.evaluate.every else 0,
+            beams=run.config.evaluate.valid_beams,
+        )
+        if policy.step == 0:
+            house.logbook.log("train", 0, await champion.consider(policy))
+        scored = Stream(
+            house.scored_trees,
+            first=policy.step,
+            last=steps,
+            max_lag=run.config.cluster.max_lag,
+        )
+        with Progress("training", total=steps, done=policy.step) as progress:
+            scored.admit(policy)
+            clock = Clock()
+            async for trees in scored:
+                clock.lap("wait_s")
+                credit = estimate(trees, settings.std_epsilon)
+                batch = pack(trees, [credit], run.catalogue, run.vocabulary)
+                clock.lap("pack_s")
+                lag = policy.step - batch.policy.step
+                save = due(policy.step + 1, run.config.checkpoint.every, steps)
+                update = await house.learner.update(batch, save=save)
+                policy = update.policy
+                clock.lap("learn_s")
+                await house.publish(policy)
+                clock.lap("publish_s")
+                scored.admit(policy)
+                metrics = describe(trees, update, lag) | house.restarts() | clock.seconds()
+                if due(policy.step, run.config.evaluate.every, steps):
+                    metrics |= await champion.consider(policy)
+                house.logbook.log("train", policy.step, metrics)
+                progress.advance(metrics)
+                clock = Clock()
+        await scored.close()
+        return policy
+
+
+def due(step: int, every: int, last: int) -> bool:
+    """Every so many steps, and at the end; `every = 0` is at the end alone."""
+    return step == last or (every > 0 and step % every == 0)
+
+
+def describe(scored: ScoredTrees, update: Update, lag: int) -> dict[str, float]:
+    """What a step showed, by room."""
+    statistics = group_statistics(scored)
+    cost, num_prompts = scored.trees.cost, len(scored.trees)
+    names = {"reward_mean": "rewards/mean", "hit_share": "rewards/hit_rate"}
+    metrics = {
+        names.get(name, f"rewards/{name.removeprefix('mean_')}"): value
+        for name, value in statistics.items()
+    }
+    metrics |= {f"learner/{name}": value for name, value in update.metrics.items()}
+    return metrics | {
+        "rollout/forward_tokens": cost.forward_tokens,
+        "rollout/prefill_tokens": cost.prefill_tokens,
+        "rollout/passes": cost.passes,
+        "rollout/search_s": cost.seconds,
+        "rollout/prompts_per_s": num_prompts / cost.seconds if cost.seconds else 0.0,
+        "rollout/lag_versions": lag,
+    }
+
+
+class Clock:
+    """Splits a step into phases; every second is in exactly one of them."""
+
+    def __init__(self) -> None:
+        """Start now."""
+        self._begin = self._last = time.perf_counter()
+        self._laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        """Charge the time since the last lap to `name`."""
+        now = time.perf_counter()
+        self._laps[name] = now - self._last
+        self._last = now
+
+    def seconds(self) -> dict[str, float]:
+        """All laps, and the whole step."""
+        laps = {f"cluster/{name}": value for name, value in self._laps.items()}
+        return laps | {"cluster/step_s": time.perf_counter() - self._begin}
+

@@ -1,0 +1,211 @@
+"""Everything that can be checked before an actor starts: the data, the policy, the run folder."""
+
+import json
+import logging
+import shutil
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from orchard import catalogue, config, model, vocabulary
+from orchard.catalogue import Catalogue
+from orchard.config import Config
+from orchard.errors import CheckpointError, ConfigError
+from orchard.prompts import PromptFormat, Split, read_split
+from orchard.types import PolicyVersion
+from orchard.vocabulary import Vocabulary
+from orchard.weights import Weights, restore
+from rewards.reward import check as check_rewards
+
+Phase = Literal["sft", "train", "evaluate"]
+
+# What may differ between a run and its continuation: none of it changes what is computed.
+MAY_CHANGE = (
+    "output", "data.path", "sft.epochs", "sft.minutes", "sft.patience", "learner.steps",
+    "rollout.actors", "rollout.max_restarts", "rollout.timeout_s", "rollout.start_timeout_s",
+    "rollout.threads", "rewards.actors", "rewards.queue", "rewards.timeout_s", "rewards.retries",
+    "rewards.max_restarts", "learner.threads", "learner.max_failures", "learner.timeout_s",
+    "learner.start_timeout_s", "evaluate.", "checkpoint.", "cluster.",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """A checked configuration with its data in memory."""
+
+    config: Config
+    phase: Phase
+    catalogue: Catalogue
+    tokenizer: PreTrainedTokenizerBase
+    vocabulary: Vocabulary
+    policy: Path
+    """Folder of the policy to start from; made by `open_folder` where it is new."""
+    train: Split
+    valid: Split
+    test: Split
+
+    @property
+    def dir(self) -> Path:
+        """Folder of everything that the run writes."""
+        return self.config.run_dir
+
+    @property
+    def result(self) -> Path:
+        """Where the phase leaves its policy."""
+        return self.dir / ("warm_start" if self.phase == "sft" else "policy")
+
+    @cached_property
+    def form(self) -> PromptFormat:
+        """How histories become tokens."""
+        return PromptFormat(catalogue=self.catalogue, vocabulary=self.vocabulary)
+
+
+def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Run:
+    """Read and check all that the run needs; starts nothing and writes nothing.
+
+    Args:
+        settings: the resolved run.
+        phase: what is to be done.
+        policy: folder to start from; by default the one that the phase continues.
+
+    Raises:
+        ConfigError, DataError, CatalogueError, CheckpointError: one sentence each.
+    """
+    check_rewards(settings.rewards.weights)
+    if phase != "evaluate":
+        check_unchanged(settings)
+    data = settings.data
+    if not data.path.is_dir():
+        raise ConfigError(f"data.path = {data.path} is not a folder; set it to where the data is")
+    items = catalogue.read(
+        data.path / data.items, level_size=data.level_size, varying_depth=data.varying_depth
+    )
+    policy = policy or starting_policy(settings, phase)
+    if policy is None:
+        policy = settings.run_dir / "scratch"
+        tokenizer: PreTrainedTokenizerBase = vocabulary.compact_tokenizer(items)
+    else:
+        check_policy(policy, items)
+        tokenizer = vocabulary.read_tokenizer(policy)
+    splits = {
+        name: read_split(
+            [data.path / file for file in files], items, max_history=data.max_history
+        )
+        for name, files in (("train", data.train), ("valid", [data.valid]), ("test", [data.test]))
+    }
+    width = max(settings.rollout.candidates, settings.evaluate.beams, settings.evaluate.valid_beams)
+    if width > items.trie.num_leaves:
+        logging.getLogger("orchard").warning(
+            "a beam of %d is wider than the catalogue of %d distinct sequences: "
+            "each prompt gets %d candidates",
+            width, items.trie.num_leaves, items.trie.num_leaves,
+        )  # fmt: skip
+    return Run(
+        config=settings,
+        phase=phase,
+        catalogue=items,
+        tokenizer=tokenizer,
+        vocabulary=vocabulary.of_codes(tokenizer, items),
+        policy=policy,
+        **splits,
+    )
+
+
+def starting_policy(settings: Config, phase: Phase) -> Path | None:
+    """The folder to start from; None where a policy is to be made from scratch."""
+    warm = settings.run_dir / "warm_start"
+    if phase != "sft" and warm.is_dir():
+        return warm
+    if settings.model.path is not None:
+        return settings.model.path
+    if phase != "sft":
+        raise ConfigError(
+            f"there is no policy to improve: {warm} does not exist and model.path is not set; "
+            "run `orchard sft` first, or set model.path"
+        )
+    return None
+
+
+def check_policy(folder: Path, items: Catalogue) -> None:
+    """Refuse a saved policy of another catalogue; raises CheckpointError or DataError."""
+    model.check_folder(folder)
+    facts = folder / "policy.json"
+    if facts.is_file() and (made_for := json.loads(facts.read_text())["catalogue"]) != items.digest:
+        raise CheckpointError(
+            f"the policy in {folder} was trained on catalogue {made_for[:12]}, the run has "
+            f"{items.digest[:12]}; use the items file that it was trained on, or warm-start anew"
+        )
+
+
+def check_unchanged(settings: Config) -> None:
+    """Refuse to continue a run under a configuration that computes something else."""
+    path = settings.run_dir / "config.toml"
+    if not path.is_file():
+        return
+    changed = [
+        line
+        for line in config.differences(config.load(path), settings)
+        if not line.startswith(MAY_CHANGE)
+    ]
+    if changed:
+        raise ConfigError(
+            f"run {settings.name} exists with another configuration: {'; '.join(changed)}; "
+            f"choose another name, or remove {settings.run_dir} to start anew"
+        )
+
+
+def open_folder(run: Run) -> None:
+    """Make the run folder: the resolved configuration and, for a new policy, its first weights."""
+    run.dir.mkdir(parents=True, exist_ok=True)
+    if run.phase != "evaluate":
+        write_whole(run.dir / "config.toml", config.dump(run.config))
+    if run.policy == run.dir / "scratch" and not run.policy.is_dir():
+        fresh = model.create(run.config.model, run.vocabulary, seed=run.config.seed)
+        _save(run, run.policy, fresh, PolicyVersion(step=0, digest=""), {})
+
+
+def export(run: Run, folder: Path, policy: PolicyVersion, weights: Weights, **facts: float) -> None:
+    """Write a policy as a Hugging Face folder with its tokenizer, catalogue and facts."""
+    trained = model.load(run.policy, run.vocabulary)
+    restore(trained, weights)
+    _save(run, folder, trained, policy, facts)
+
+
+def exported_facts(folder: Path) -> dict[str, float]:
+    """What `export` wrote of its policy; empty where there is none."""
+    path = folder / "policy.json"
+    return json.loads(path.read_text())["facts"] if path.is_file() else {}
+
+
+def _save(
+    run: Run,
+    folder: Path,
+    trained: model.PreTrainedModel,
+    policy: PolicyVersion,
+    facts: dict[str, float],
+) -> None:
+    """Write beside the target and swap, so that a reader never meets half a policy."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    trained.save_pretrained(partial)
+    run.tokenizer.save_pretrained(partial)
+    catalogue.write(run.catalogue, partial / "catalogue")
+    about = {
+        "version": {"step": policy.step, "digest": policy.digest},
+        "catalogue": run.catalogue.digest,
+        "max_history": run.config.data.max_history,
+        "facts": facts,
+    }
+    write_whole(partial / "policy.json", json.dumps(about, indent=2) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file so that it is there whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)

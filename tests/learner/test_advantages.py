@@ -1,0 +1,136 @@
+"""Estimators against worked examples, plain references and the identities that they keep."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from learner.advantages import ESTIMATORS, candidate_lengths, group_statistics
+from orchard.types import ScoredTrees
+
+Grow = Callable[..., ScoredTrees]
+EPSILON = 1e-4
+reward_groups = st.lists(
+    st.lists(st.sampled_from([0.0, 1.0, -0.25, 0.1]), min_size=1, max_size=6),
+    min_size=1,
+    max_size=4,
+)
+untimed = settings(deadline=None)
+RANKING = "-.1638 -.1033 -.0819 1 -.0634 -.0583 -.0546 -.0517 -.0493 -.0473 -.0457 -.0443 -.0430"
+RANKING_AT_4 = [float(number) for number in f"{RANKING} -.0419 -.0409 -.0401".split()]
+
+
+@pytest.mark.parametrize(
+    ("rewards", "expected"),
+    [
+        (RANKING_AT_4, {0: -0.6287, 1: -0.4028, 2: -0.3226, 3: 3.7218, 4: -0.2533, 15: -0.1663}),
+        ([1.0] + [0.0] * 15, {0: 3.7485} | {place: -0.2499 for place in range(1, 16)}),
+    ],
+)
+def test_group_advantages_equal_the_worked_examples_of_sixteen_candidates(
+    score_leaves: Grow, rewards: list[float], expected: dict[int, float]
+) -> None:
+    credit = ESTIMATORS["group"](score_leaves([range(16)], [rewards]), EPSILON)
+    for place, advantage in expected.items():
+        assert credit.advantage[place, 0] == pytest.approx(advantage, abs=3e-4)
+
+
+@untimed
+@given(rewards=reward_groups)
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_advantages_sum_to_zero_within_every_group(
+    score_leaves: Grow, name: str, rewards: list[list[float]]
+) -> None:
+    scored = score_leaves([range(len(group)) for group in rewards], rewards)
+    total = np.bincount(
+        scored.trees.prompt_of_candidate, weights=ESTIMATORS[name](scored, EPSILON).advantage[:, 0]
+    )
+    np.testing.assert_allclose(total, 0, atol=1e-5)
+
+
+@untimed
+@given(rewards=reward_groups)
+def test_advantages_equal_their_definitions(score_leaves: Grow, rewards: list[list[float]]) -> None:
+    scored = score_leaves([range(len(group)) for group in rewards], rewards)
+    spread = [np.std(group, ddof=1) if len(group) > 1 else 0.0 for group in rewards]
+    standard = [
+        (one - np.mean(group)) / (std + EPSILON)
+        for group, std in zip(rewards, spread, strict=True)
+        for one in group
+    ]
+    centred = [one - np.mean(group) for group in rewards for one in group]
+    others = [
+        one - sum([*group[:i], *group[i + 1 :]]) / (len(group) - 1) if len(group) > 1 else 0.0
+        for group in rewards
+        for i, one in enumerate(group)
+    ]
+    expected = {"group": standard, "dapo": standard, "drgrpo": centred, "leave_one_out": others}
+    for name, estimate in ESTIMATORS.items():
+        np.testing.assert_allclose(
+            estimate(scored, EPSILON).advantage[:, 0], expected[name], rtol=1e-4, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("rewards", [[0.1] * 7, [-3.7]])
+def test_a_group_without_spread_has_advantage_exactly_zero(
+    score_leaves: Grow, name: str, rewards: list[float]
+) -> None:
+    scored = score_leaves([range(len(rewards))], [rewards])
+    assert not ESTIMATORS[name](scored, EPSILON).advantage.any()
+
+
+def test_weights_sum_over_tokens_as_each_estimator_says(score_random: Grow) -> None:
+    scored = score_random([5, 1, 7])
+    length = candidate_lengths(scored.trees)
+    assert len(set(length.tolist())) > 1
+    total = {name: estimate(scored, EPSILON).weight.sum(1) for name, estimate in ESTIMATORS.items()}
+    np.testing.assert_allclose(total["group"], 1 / 13, rtol=1e-6)
+    np.testing.assert_allclose(total["leave_one_out"], 1 / 13, rtol=1e-6)
+    np.testing.assert_allclose(total["dapo"], length / length.sum(), rtol=1e-6)
+    np.testing.assert_allclose(total["drgrpo"], length / (13 * length.max()), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_credit_is_zero_past_the_end_of_a_candidate_and_constant_before(
+    score_random: Grow, name: str
+) -> None:
+    scored = score_random([6, 6])
+    credit, inside = ESTIMATORS[name](scored, EPSILON), scored.trees.paths() >= 0
+    assert not credit.weight[~inside].any()
+    for values in (credit.weight, credit.advantage):
+        np.testing.assert_array_equal(values, np.where(inside, values[:, :1], 0))
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_prompts_that_share_codes_get_the_advantages_that_they_get_alone(
+    score_leaves: Grow, name: str
+) -> None:
+    groups, rewards = [[0, 1, 2], [0, 1, 5, 6]], [[1.0, 0.0, 0.5], [0.0, 0.0, 1.0, 0.2]]
+    together = ESTIMATORS[name](score_leaves(groups, rewards), EPSILON)
+    alone = [
+        ESTIMATORS[name](score_leaves([group], [reward]), EPSILON)
+        for group, reward in zip(groups, rewards, strict=True)
+    ]
+    np.testing.assert_array_equal(
+        together.advantage[:, 0], np.concatenate([credit.advantage[:, 0] for credit in alone])
+    )
+
+
+def test_statistics_count_groups_hits_and_distinct_candidates(score_leaves: Grow) -> None:
+    scored = score_leaves([[0, 1], [2, 2], [3], [4, 5, 5]], [[1, 0], [0, 0], [0], [0, 1, 1]])
+    statistics = group_statistics(scored)
+    score = np.exp(scored.trees.score)
+    distinct = score[[0, 1, 2, 4, 5, 6]]
+    assert statistics == pytest.approx(
+        {
+            "zero_spread_share": 0.5,
+            "hit_share": 0.5,
+            "reward_mean": 3 / 8,
+            "mean_rule": 3 / 8,
+            "distinct_share": 6 / 8,
+            "probability_mass": distinct.sum() / 4,
+        }
+    )

@@ -1,0 +1,132 @@
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orchard import ragged
+from orchard.errors import DataError
+from orchard.prompts import (
+    PromptFormat,
+    Split,
+    code_states,
+    read_split,
+    rows_of_step,
+    sequences,
+)
+from orchard.testing import tiny_catalogue
+from orchard.vocabulary import compact_tokenizer, of_codes
+
+ITEMS = tiny_catalogue(num_items=40)
+
+
+def save(path: Path, history: list[list[int] | None], target: list[int], **more: object) -> Path:
+    columns = {"history": pa.array(history, pa.list_(pa.int32())), "target": target, **more}
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def test_rows_keep_their_own_targets_and_the_recent_history(tmp_path: Path) -> None:
+    one = save(tmp_path / "a.parquet", [[1, 2, 3], [1, 2, 3]], [4, 5], user_id=[7, 7])
+    two = save(tmp_path / "b.parquet", [[9]], [8], user_id=[3])
+    split = read_split([one, two], ITEMS, max_history=2)
+    assert split.target.tolist() == [4, 5, 8]
+    assert split.history.tolist() == [2, 3, 2, 3, 9]
+    assert split.history_start.tolist() == [0, 2, 4, 5]
+    assert split.user.tolist() == [7, 7, 3]
+
+
+@pytest.mark.parametrize(
+    ("history", "target", "said"),
+    [
+        ([], [], "no rows"),
+        ([[1], []], [2, 3], "empty history"),
+        ([[1], None], [2, 3], "empty history"),
+        ([[1, 99]], [2], "item 99 is not in the catalogue"),
+        ([[1]], [-4], "item -4 is not in the catalogue"),
+    ],
+)
+def test_rows_that_cannot_be_used_are_refused(
+    tmp_path: Path, history: list[list[int] | None], target: list[int], said: str
+) -> None:
+    path = save(tmp_path / "bad.parquet", history, pa.array(target, pa.int64()))
+    with pytest.raises(DataError, match=said):
+        read_split([path], ITEMS, max_history=5)
+
+
+def test_files_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="does not exist"):
+        read_split([tmp_path / "none.parquet"], ITEMS, max_history=5)
+    (tmp_path / "text.parquet").write_text("not parquet")
+    with pytest.raises(DataError, match="not readable as Parquet"):
+        read_split([tmp_path / "text.parquet"], ITEMS, max_history=5)
+    pq.write_table(pa.table({"history": [[1]]}), tmp_path / "half.parquet")
+    with pytest.raises(DataError, match="no `target`"):
+        read_split([tmp_path / "half.parquet"], ITEMS, max_history=5)
+
+
+def test_a_prompt_is_bos_and_the_codes_of_its_history() -> None:
+    vocabulary = of_codes(compact_tokenizer(ITEMS), ITEMS)
+    form = PromptFormat(catalogue=ITEMS, vocabulary=vocabulary)
+    token, start = form.tokens(np.array([3, 0, 5]), np.array([0, 2, 3]))
+    for row, items in enumerate([[3, 0], [5]]):
+        expected = [vocabulary.bos]
+        for item in items:
+            codes = ITEMS.codes[item]
+            expected += [int(vocabulary.tokens_at(i)[c]) for i, c in enumerate(codes)]
+        assert token[start[row] : start[row + 1]].tolist() == expected
+
+
+def test_steps_walk_every_row_once_an_epoch_and_depend_on_nothing_else() -> None:
+    batches = [rows_of_step(step, num_rows=10, per_step=4, seed=3) for step in range(5)]
+    first, second = np.split(np.concatenate(batches), 2)
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first.tolist() != second.tolist()
+    again = rows_of_step(3, num_rows=10, per_step=4, seed=3)
+    assert again.tolist() == batches[3].tolist()
+
+
+@st.composite
+def users(draw: st.DrawFn) -> list[list[int]]:
+    one = st.lists(st.integers(0, 39), min_size=2, max_size=23)
+    return draw(st.lists(one, min_size=1, max_size=4))
+
+
+@given(users(), st.integers(1, 8))
+@settings(max_examples=60, deadline=None)
+def test_windows_train_every_target_once_and_every_first_item(
+    lives: list[list[int]], max_history: int
+) -> None:
+    rows = [
+        (user, life[max(0, at - max_history) : at], life[at])
+        for user, life in enumerate(lives)
+        for at in range(1, len(life))
+    ]
+    split = Split(
+        user=np.array([user for user, _, _ in rows]),
+        history=np.array([item for _, history, _ in rows for item in history]),
+        history_start=ragged.starts(np.array([len(history) for _, history, _ in rows])),
+        target=np.array([target for _, _, target in rows]),
+    )
+    windows = sequences(split, max_history=max_history)
+    place = ragged.places(windows.start)
+    fresh = place >= windows.fresh[ragged.owners(windows.start)]
+    assert np.diff(windows.start).max() <= max_history + 1
+    assert Counter(windows.item[fresh].tolist()) == Counter(i for life in lives for i in life)
+    # No fresh item but a user's first stands without context.
+    assert int((fresh & (place == 0)).sum()) == len(lives)
+
+
+def test_code_states_walk_the_trie() -> None:
+    before, after = code_states(ITEMS, np.array([4, 11]))
+    for row, item in enumerate([4, 11]):
+        node = 0
+        for level, code in enumerate(ITEMS.codes[item]):
+            assert before[row, level] == node
+            low, high = (int(ITEMS.trie.child_start[n]) for n in (node, node + 1))
+            node = low + ITEMS.trie.code[low:high].tolist().index(code)
+            assert after[row, level] == node

@@ -1,0 +1,66 @@
+"""The rooms, the arrows between them, and where Ray may be spoken."""
+
+import ast
+import importlib
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MAY_IMPORT = {
+    "orchard": set[str](),
+    "rollout": {"orchard"},
+    "rewards": {"orchard"},
+    "learner": {"orchard"},
+    "serve": {"orchard", "rollout"},
+    "cluster": {"orchard", "rollout", "rewards", "learner", "serve"},
+}
+RAY_SHELLS = {"rollout": {"actor.py"}, "rewards": {"actor.py"}, "learner": {"train.py"}}
+LONGEST_FILE = 350
+
+
+def modules(room: str) -> list[Path]:
+    return sorted((ROOT / room).rglob("*.py"))
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Top-level packages that a module imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            yield node.module.split(".")[0]
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_a_room_is_the_folder_of_its_name_and_nothing_else_claims_it(room: str) -> None:
+    module = importlib.import_module(room)
+    assert module.__file__ is not None
+    assert Path(module.__file__).parent == ROOT / room
+    assert set(packages_distributions().get(room, ["orchard"])) == {"orchard"}
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_arrows_point_downwards_only(room: str) -> None:
+    for path in modules(room):
+        rooms = set(imported(path)) & MAY_IMPORT.keys() - {room}
+        assert rooms <= MAY_IMPORT[room], path
+
+
+@pytest.mark.parametrize("room", ["orchard", *RAY_SHELLS])
+def test_only_the_shells_speak_ray(room: str) -> None:
+    for path in modules(room):
+        if path.name not in RAY_SHELLS.get(room, set()):
+            assert "ray" not in set(imported(path)), path
+
+
+def test_no_file_is_too_long_to_read() -> None:
+    for room in MAY_IMPORT:
+        for path in modules(room):
+            assert len(path.read_text().splitlines()) <= LONGEST_FILE, path
+
+
+def test_bare_folders_hide_no_installed_package() -> None:
+    assert not any((ROOT / name / "__init__.py").exists() for name in ("tests", "docker"))
