@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import typer
+from transformers.utils import logging as transformers_logging
 
 from cluster import evaluate as evaluation_runs
 from cluster.console import closing_table
@@ -19,6 +20,9 @@ from orchard import config, evaluation
 from orchard.config import Config
 from orchard.evaluation import Evaluation
 from orchard.synth import WorldParams, write_world
+
+# Orchard's own bars tell how far a run is; those of single weight files only break them up.
+transformers_logging.disable_progress_bar()
 
 WARM_START, TRAINED = "warm_start", "trained"
 QUICKSTART = Path(__file__).parent / "runs" / "quickstart.toml"

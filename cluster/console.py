@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Self
+
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
@@ -93,7 +93,8 @@ class Progress:
             )
             self._bar = self._bars.add_task(title, total=total, completed=done)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Progress":
+        """Show the bar and start the clock."""
         self._begin = self._said = self._clock()
         if self._bars is not None:
             self._bars.start()
@@ -105,6 +106,7 @@ class Progress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        """Leave the last state on the screen."""
         if self._bars is not None:
             self._bars.stop()
         elif self.done > self._resumed_at:

@@ -64,10 +64,21 @@ def choice_logprobs(
     free text always with the whole vocabulary.
     """
     hidden = hidden_states(model, batch.token, batch.position, tree_mask(batch.subtree_end))
+    return score_choices(hidden, head_weight(model), batch, trie, vocabulary, distribution)
+
+
+def score_choices(
+    hidden: Float[Tensor, "B S D"],
+    head: Float[Tensor, "tokens D"],
+    batch: BatchTensors,
+    trie: Trie,
+    vocabulary: Vocabulary,
+    distribution: Literal["trie", "full"] = "trie",
+) -> tuple[Float32[Tensor, " E"], Float32[Tensor, " E"]]:
+    """As `choice_logprobs`, from the last hidden state of every slot."""
     text = batch.state == SearchTrees.FREE_TEXT
     whole = text if distribution == "trie" else torch.ones_like(text)
     in_trie, in_vocabulary = (~whole).nonzero().squeeze(1), whole.nonzero().squeeze(1)
-    head = head_weight(model)
     at, state, query = _predictors(hidden, batch, in_trie)
     logprob, children = child_logprobs(at, state, head, trie, vocabulary)
     # Children are consecutive nodes, so a child's place among them is a difference.

@@ -30,8 +30,10 @@ def pack_sequences(
     first = np.cumsum(codes) - codes
     first -= np.repeat(first[start[:-1]], np.diff(start))
     slot = first[:, None] + np.arange(exists.shape[1])
-    children = form.catalogue.trie.num_children(torch.from_numpy(np.maximum(before, 0))).numpy()
-    chosen = exists & (children > 1) & (place >= sequences.fresh[rows][owner])[:, None]
+    children = form.catalogue.trie.num_children(torch.from_numpy(before[exists])).numpy()
+    free = exists.copy()
+    free[exists] = children > 1
+    chosen = free & (place >= sequences.fresh[rows][owner])[:, None]
     row = np.broadcast_to(owner[:, None], exists.shape)[chosen]
     count = len(row)
     return TrainBatch(

@@ -27,7 +27,7 @@ from learner import checkpoint, sft
 from learner.step import Learner
 from orchard import model, weights
 from orchard.catalogue import Catalogue
-from orchard.config import Config
+from orchard.config import Config, LearnerConfig
 from orchard.errors import ActorError
 from orchard.prompts import PromptFormat, Sequences
 from orchard.types import PolicyVersion, TrainBatch, Update
@@ -39,8 +39,8 @@ class Job:
     """Something for the whole worker group to do."""
 
     kind: Literal["epoch", "update", "stop"]
-    payload: Any = None
-    """Object reference of the batch of an `update`."""
+    batch: tuple[Any, ...] = ()
+    """The object reference of an update's batch, in a tuple: a bare one would be fetched here."""
     save: bool = False
     """Write a checkpoint once the job is done."""
 
@@ -70,7 +70,6 @@ class Assignment:
     total_steps: int
 
 
-@ray.remote(num_cpus=0, max_concurrency=1000)
 class Desk:
     """Where jobs wait for the workers and results for the driver."""
 
@@ -109,7 +108,10 @@ class Desk:
             return self._results.pop(number if number >= 0 else min(self._results))
 
 
-def work(assignment: Assignment, desk: Any) -> None:  # noqa: ANN401  (a Ray actor handle)
+DeskActor: Any = ray.remote(num_cpus=0, max_concurrency=1000)(Desk)
+
+
+def work(assignment: Assignment, desk: Any) -> None:
     """What each Ray Train worker runs."""
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
@@ -148,13 +150,13 @@ def work(assignment: Assignment, desk: Any) -> None:  # noqa: ANN401  (a Ray act
         if job.kind == "epoch":
             metrics = _epoch(learner, assignment, number)
         else:
-            metrics = learner.improve(cast(TrainBatch, ray.get(job.payload)))
+            metrics = learner.improve(cast(TrainBatch, ray.get(job.batch[0])))
         if job.save:
             _save(learner, number, digest, rank)
         deliver(metrics, saved=job.save)
 
 
-def _learner_config(config: Config, phase: str) -> Any:  # noqa: ANN401
+def _learner_config(config: Config, phase: str) -> LearnerConfig:
     """The learner's section, with the warm start's own rates where it is the warm start."""
     if phase == "train":
         return config.learner
@@ -219,7 +221,7 @@ class RemoteLearner:
 
     async def start(self) -> PolicyVersion:
         """Start the workers; the version they begin with, from a checkpoint if there is one."""
-        self._desk = Desk.remote()
+        self._desk = DeskActor.remote()
         learner, checkpoints = self._config.learner, self._config.checkpoint
         trainer = TorchTrainer(
             _bind(self._assignment, self._desk),
@@ -251,7 +253,7 @@ class RemoteLearner:
 
     async def update(self, batch: TrainBatch, *, save: bool = False) -> Update:
         """One RL step on a batch."""
-        return await self._do(Job(kind="update", payload=[ray.put(batch)], save=save))
+        return await self._do(Job(kind="update", batch=(ray.put(batch),), save=save))
 
     async def epoch(self, *, save: bool = False) -> Update:
         """One supervised pass over the training sequences."""
@@ -293,7 +295,7 @@ class RemoteLearner:
                 )
 
 
-def _bind(assignment: Assignment, desk: Any) -> Any:  # noqa: ANN401
+def _bind(assignment: Assignment, desk: Any) -> Any:
     """The worker function without arguments that Ray Train wants."""
 
     def run() -> None:

@@ -3,7 +3,7 @@
 All metrics of a row follow from two numbers, the rank of its target among the semantic IDs and
 among the items, so ranks are what an evaluation keeps and what two evaluations are paired by.
 
-Shapes:  B rows   C candidates of all rows   L steps of a candidate   M metrics
+Shapes:  B rows   B1 = B + 1   C candidates of all rows   L steps of a candidate   M metrics
 """
 
 import json
@@ -39,13 +39,14 @@ class TargetRanks:
     """Among the items, when each semantic ID is replaced by all items that carry it."""
 
     def __len__(self) -> int:
+        """Number of rows."""
         return len(self.sid)
 
 
 def target_ranks(
     *,
     leaf: Int[np.ndarray, " C"],
-    start: Int[np.ndarray, " B+1"],
+    start: Int[np.ndarray, " B1"],
     leaf_items: Int[np.ndarray, " C"],
     target_leaf: Int[np.ndarray, " B"],
     target_position: Int[np.ndarray, " B"],
@@ -131,7 +132,7 @@ def paired_over_seeds(
 
 
 def coverage(
-    *, leaf: Int[np.ndarray, " C"], num_leaves: int, start: Int[np.ndarray, " B+1"], k: int
+    *, leaf: Int[np.ndarray, " C"], num_leaves: int, start: Int[np.ndarray, " B1"], k: int
 ) -> float:
     """Share of the catalogue's leaves that the first k places of any list show."""
     row = ragged.owners(start)
@@ -141,7 +142,7 @@ def coverage(
     return len(np.unique(leaf[shown])) / num_leaves
 
 
-def diversity(*, path: Int[np.ndarray, "C L"], start: Int[np.ndarray, " B+1"]) -> float:
+def diversity(*, path: Int[np.ndarray, "C L"], start: Int[np.ndarray, " B1"]) -> float:
     """Mean of 1 - LCP / L over all pairs of candidates of a row, then over rows.
 
     LCP is the length of the longest common prefix of two paths (codes, or trie nodes; padded with

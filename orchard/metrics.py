@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import numpy as np
 from jaxtyping import Float64, Int64
@@ -103,7 +103,8 @@ class Logbook:
             events.close()
         self._events = {}
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Logbook":
+        """Nothing to do: the files are open."""
         return self
 
     def __exit__(
@@ -112,6 +113,7 @@ class Logbook:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        """Close."""
         self.close()
 
     def _events_of(self, phase: str) -> "_Events":

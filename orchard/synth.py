@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -97,10 +98,9 @@ def write_world(out: Path, params: WorldParams, *, overwrite: bool = False) -> W
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        pq.write_table(_items_table(world), partial / "items.parquet", compression="zstd")
+        _write(_item_columns(world), partial / "items.parquet")
         for name, low, high in SPLITS:
-            table = _rows_table(events, rows.cut(low, high))
-            pq.write_table(table, partial / f"{name}.parquet", compression="zstd")
+            _write(_row_columns(events, rows.cut(low, high)), partial / f"{name}.parquet")
         (partial / CARD).write_text(json.dumps(asdict(card), indent=2) + "\n")
         retired = out.with_name(f".{out.name}.retired")
         if out.exists():
@@ -132,32 +132,32 @@ def _rows(events: Events, max_history: int) -> _Rows:
     return _Rows(user=user[order], event=event, length=np.minimum(place[event], max_history))
 
 
-def _rows_table(events: Events, rows: _Rows) -> pa.Table:
+def _write(columns: Mapping[str, Any], path: Path) -> None:
+    pq.write_table(pa.table(dict(columns)), path, compression="zstd")
+
+
+def _row_columns(events: Events, rows: _Rows) -> dict[str, Any]:
     history = events.item[ragged.ranges(rows.event - rows.length, rows.length)].astype(np.int32)
     offsets = ragged.starts(rows.length).astype(np.int32)
-    return pa.table(
-        {
-            "user_id": rows.user.astype(np.int32),
-            "history": pa.ListArray.from_arrays(offsets, history),
-            "target": events.item[rows.event].astype(np.int32),
-            "timestamp": events.timestamp[rows.event],
-        }
-    )
+    return {
+        "user_id": rows.user.astype(np.int32),
+        "history": pa.ListArray.from_arrays(offsets, history),
+        "target": events.item[rows.event].astype(np.int32),
+        "timestamp": events.timestamp[rows.event],
+    }
 
 
-def _items_table(world: World) -> pa.Table:
+def _item_columns(world: World) -> dict[str, Any]:
     text = [
         "".join(f"<{chr(97 + level)}_{code}>" for level, code in enumerate(codes))
         for codes in world.code.tolist()
     ]
-    return pa.table(
-        {
-            "item_id": np.arange(len(world.code), dtype=np.int32),
-            "title": titles(world.code),
-            "sid": pa.array(world.code.tolist(), pa.list_(pa.int16())),
-            "sid_text": text,
-        }
-    )
+    return {
+        "item_id": np.arange(len(world.code), dtype=np.int32),
+        "title": titles(world.code),
+        "sid": pa.array(world.code.tolist(), pa.list_(pa.int16())),
+        "sid_text": text,
+    }
 
 
 def titles(code: Int[np.ndarray, "I L"]) -> list[str]:
@@ -191,7 +191,7 @@ def _facts(world: World, events: Events, rows: _Rows) -> dict[str, float]:
     codes, count = np.unique(world.code, axis=0, return_counts=True)
     prefixes = np.unique(codes[:, :-1], axis=0, return_counts=True)[1]
     seen = np.unique(events.item + len(world.code) * ragged.owners(events.start))
-    return {
+    facts = {
         "num_items": len(world.code),
         "num_sids": len(codes),
         "items_sharing_a_sid": int(count[count > 1].sum()),
@@ -206,6 +206,7 @@ def _facts(world: World, events: Events, rows: _Rows) -> dict[str, float]:
         "test_targets_in_history": float(_repeated(events, rows.cut(*SPLITS[-1][1:])).mean()),
         "test_targets_seen_in_train": float(np.isin(target["test"], target["train"]).mean()),
     }
+    return {name: float(value) for name, value in facts.items()}
 
 
 def _repeated(events: Events, rows: _Rows) -> Bool[np.ndarray, " R"]:

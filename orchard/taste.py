@@ -64,6 +64,7 @@ class WorldParams:
     """Time over which users arrive; each stays for about a third of it."""
 
     def __post_init__(self) -> None:
+        """Settle the sizes; raises ConfigError on a value out of bounds."""
         least = {"num_items": 10, "num_users": 10, "min_events": 2}
         least |= dict.fromkeys(("max_history", "tastes_per_user", "successors", "days"), 1)
         least |= dict.fromkeys(("seed", "fanout_skew", "popularity_skew"), 0)
@@ -108,7 +109,7 @@ class World:
         return np.lexsort(self.code.T[::-1])
 
     @cached_property
-    def mass(self) -> Float64[np.ndarray, " I+1"]:
+    def mass(self) -> Float64[np.ndarray, " I1"]:
         """Popularity of all items before each place of `order`."""
         return np.concatenate([[0.0], np.cumsum(self.popularity[self.order])])
 
@@ -157,7 +158,7 @@ class World:
 class Events:
     """All interactions; those of user u are `start[u] : start[u + 1]`, oldest first."""
 
-    start: Int64[np.ndarray, " U+1"]
+    start: Int64[np.ndarray, " U1"]
     item: Int64[np.ndarray, " E"]
     timestamp: Int64[np.ndarray, " E"]
     """Seconds since 1970."""

@@ -2,20 +2,22 @@
 
 The policy is the softmax over the legal children of a trie node. Codes without an alternative have
 log-probability 0 and need no forward pass of their own: inside a sequence they travel with the next
-forward pass, at its end they are not computed at all.
+code that is a choice, at its end they are not computed at all.
 
 Shapes:  B prompts   F beams or draws of all prompts   M legal children of them   C candidates
-         D longest sequence   S tokens of all spans   B1 = B + 1   F1 = F + 1
+         D longest sequence   S tokens of all spans   R prompts asked for   B1 = B + 1   F1 = F + 1
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Float64, Int64
+from jaxtyping import Bool, Float32, Float64, Int64
 from torch import Tensor
 
 from orchard import ragged
+from orchard.errors import EngineError
 from orchard.trie import ROOT, Trie
 from orchard.types import Cost, Prompts
 from rollout.engine import Engine, Expansion
@@ -35,8 +37,21 @@ class Candidates:
     leaf: Int64[np.ndarray, " C"]
     cost: Cost
 
+    def select(self, rows: Int64[np.ndarray, " R"]) -> "Candidates":
+        """The candidates of the given prompts, in the order asked for."""
+        count = np.diff(self.start)[rows]
+        which = ragged.ranges(self.start[rows], count)
+        return Candidates(
+            start=ragged.starts(count),
+            node=self.node[which],
+            logprob=self.logprob[which],
+            score=self.score[which],
+            leaf=self.leaf[which],
+            cost=self.cost,
+        )
+
     @staticmethod
-    def concatenate(parts: "list[Candidates]") -> "Candidates":
+    def concatenate(parts: "Sequence[Candidates]") -> "Candidates":
         """Several batches one after another; costs add up."""
         leaf, start = ragged.concatenate([(p.leaf, p.start) for p in parts])
         return Candidates(
@@ -50,33 +65,40 @@ class Candidates:
 
 
 def beam(engine: Engine, prompts: Prompts, *, width: int) -> Candidates:
-    """Exact beam search: at each step the `width` best prefixes of all beams of a prompt survive.
+    """Exact beam search: at each depth, the `width` best prefixes of each prompt survive.
 
     Leaves already reached keep competing with their score. Equal scores are ordered by trie node.
-    A prompt gets fewer candidates where the catalogue has fewer leaves, and never the same twice.
+    Only prefixes that survive and have a choice to make are forwarded. A prompt gets fewer candidates where the catalogue has fewer leaves, and never the same twice.
+
+    Raises:
+        EngineError: a prompt does not fit the engine, or the policy has diverged.
     """
     trie, num_prompts = engine.trie, len(prompts)
-    expansion = engine.prefill(prompts)
+    expansion = _sound(engine, engine.prefill(prompts))
     cost = Cost(prefill_tokens=len(prompts.token), passes=1)
     prompt = torch.arange(num_prompts, device=trie.code.device)
-    node, state = torch.full_like(prompt, ROOT), expansion.state
+    node = torch.full_like(prompt, ROOT)
+    # The trie node that the engine has read up to: forced codes after it have yet to be sent.
+    read, state = node, expansion.state
     score = torch.zeros(num_prompts, device=prompt.device)
     logprob = torch.zeros(num_prompts, trie.depth, device=prompt.device)
-    while True:
-        source, child, gain = _pool(trie, node, expansion)
+    scored = torch.ones_like(prompt, dtype=torch.bool)
+    for _ in range(trie.depth):
+        source, child, gain = _next(trie, node, scored, expansion)
         best = _best(prompt[source], score[source] + gain, child, width, num_prompts)
-        source, child, gain = source[best], child[best], gain[best]
-        above, prompt, score = node[source], prompt[source], score[source] + gain
-        logprob = logprob[source]
-        logprob[torch.arange(len(child), device=child.device), trie.depth_of(child) - 1] += gain
-        node = trie.descend(child)
-        live = (trie.num_children(node) > 0).nonzero().squeeze(1)
-        if len(live) == 0:
-            break
-        token, start = _spans(engine, above[live], node[live])
-        expansion = engine.extend(state[source[live]], token, start, node[live])
-        state = torch.full_like(node, -1).index_copy(0, live, expansion.state)
-        cost += Cost(forward_tokens=len(token), passes=1)
+        source, node, gain = source[best], child[best], gain[best]
+        prompt, score = prompt[source], score[source] + gain
+        read, state, logprob = read[source], state[source], logprob[source]
+        logprob[torch.arange(len(node), device=node.device), trie.depth_of(node) - 1] += gain
+        scored = trie.num_children(node) > 1
+        ask = scored.nonzero().squeeze(1)
+        expansion = None
+        if len(ask):
+            token, start = _spans(engine, read[ask], node[ask])
+            expansion = _sound(engine, engine.extend(state[ask], token, start, node[ask]))
+            read = torch.where(scored, node, read)
+            state = state.index_copy(0, ask, expansion.state)
+            cost += Cost(forward_tokens=len(token), passes=1)
     return _collect(trie, prompt, node, logprob, score, num_prompts, cost)
 
 
@@ -88,9 +110,12 @@ def sample(
     Each code is drawn from the policy's distribution to the power `1 / temperature`, renormalised;
     log-probabilities and scores are those of the policy itself. The draws of a prompt depend on
     `seed` and on its id alone: not on its batch, nor on `count` (more draws extend fewer).
+
+    Raises:
+        EngineError: a prompt does not fit the engine, or the policy has diverged.
     """
     trie, num_prompts = engine.trie, len(prompts)
-    expansion = engine.prefill(prompts)
+    expansion = _sound(engine, engine.prefill(prompts))
     cost = Cost(prefill_tokens=len(prompts.token), passes=1)
     uniform = _uniforms(prompts.id, count, trie.depth, seed).to(trie.code.device)
     prompt = torch.arange(num_prompts, device=trie.code.device).repeat_interleave(count)
@@ -111,27 +136,47 @@ def sample(
         # Draws of one prefix agree in everything that follows, so any of them speaks for all.
         voice = torch.empty_like(distinct).index_copy(0, owner, torch.arange(len(owner)).to(owner))
         token, start = _spans(engine, above[voice], below[voice])
-        expansion = engine.extend(expansion.state[at[voice]], token, start, below[voice])
+        before = expansion.state[at[voice]]
+        expansion = _sound(engine, engine.extend(before, token, start, below[voice]))
         at = owner
         cost += Cost(forward_tokens=len(token), passes=1)
     score = logprob.sum(1)
     order = _order(prompt, score, node)
-    return _collect(trie, prompt[order], node[order], logprob[order], score[order], num_prompts, cost)
+    return _collect(
+        trie, prompt[order], node[order], logprob[order], score[order], num_prompts, cost
+    )
 
 
-def _pool(
-    trie: Trie, node: Int64[Tensor, " F"], expansion: Expansion
+def _sound(engine: Engine, expansion: Expansion) -> Expansion:
+    """The expansion itself; raises EngineError where it holds no numbers to choose by."""
+    if not bool(expansion.logprob.isfinite().all()):
+        raise EngineError(
+            f"policy {engine.version} gives log-probabilities that are not finite; its training "
+            "has diverged: go back to an earlier checkpoint and lower learner.lr"
+        )
+    return expansion
+
+
+def _next(
+    trie: Trie,
+    node: Int64[Tensor, " F"],
+    scored: Bool[Tensor, " F"],
+    expansion: Expansion | None,
 ) -> tuple[Int64[Tensor, " M"], Int64[Tensor, " M"], Float32[Tensor, " M"]]:
-    """What may follow each beam: its index, the trie node, and what that adds to the score.
+    """What may follow each beam: the beam's index, the trie node, what that adds to the score.
 
-    A beam that has reached its leaf stays in the competition as the only child of itself.
+    The beams that are `scored` have the expansion's children. Of the others, those at a leaf stay
+    where they are, and the rest follow their only child.
     """
     fanout = trie.num_children(node)
-    source = torch.arange(len(node), device=node.device).repeat_interleave(fanout.clamp(min=1))
-    grown = (fanout > 0)[source].nonzero().squeeze(1)
-    child = node[source].index_copy(0, grown, expansion.children.node)
-    gain = torch.zeros_like(child, dtype=torch.float32).index_copy(0, grown, expansion.logprob)
-    return source, child, gain
+    first = torch.where(fanout > 0, trie.child_start[node], node)
+    count = fanout.clamp(min=1)
+    source = torch.arange(len(node), device=node.device).repeat_interleave(count)
+    place = torch.arange(len(source), device=node.device) - (count.cumsum(0) - count)[source]
+    gain = torch.zeros_like(source, dtype=torch.float32)
+    if expansion is not None:
+        gain[scored[source]] = expansion.logprob
+    return source, first[source] + place, gain
 
 
 def _best(
@@ -141,7 +186,7 @@ def _best(
     width: int,
     num_prompts: int,
 ) -> Int64[Tensor, " F"]:
-    """The `width` best entries of each prompt, by prompt (ascending), falling score, rising node."""
+    """The `width` best entries of each prompt, by prompt, then falling score, then rising node."""
     chosen = torch.arange(len(prompt), device=prompt.device)
     place = _places(prompt, num_prompts)
     widest = int(place.max()) + 1

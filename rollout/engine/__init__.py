@@ -91,7 +91,7 @@ def check_length(prompts: Prompts, trie: Trie, limit: int) -> int:
     longest = int(np.diff(prompts.token_start).max())
     if longest + trie.depth > limit:
         raise EngineError(
-            f"a prompt of {longest} tokens and a sequence of {trie.depth} codes exceed the policy's "
-            f"{limit} positions; shorten the history (data.max_history)"
+            f"a prompt of {longest} tokens and {trie.depth} codes exceed the policy's {limit} "
+            "positions; shorten the history (data.max_history)"
         )
     return longest

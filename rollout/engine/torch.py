@@ -34,6 +34,7 @@ class TorchEngine:
     def __init__(
         self, model: PreTrainedModel, trie: Trie, vocabulary: Vocabulary, version: PolicyVersion
     ) -> None:
+        """Take over `model`, whose weights are those that `version` names."""
         head = head_weight(model)
         self.trie = trie.to(head.device)
         self.vocabulary = vocabulary.to(head.device)
@@ -52,19 +53,19 @@ class TorchEngine:
     @torch.inference_mode()
     def prefill(self, prompts: Prompts) -> Expansion:
         """Read each prompt once and score the children of the root."""
-        length = np.diff(prompts.token_start)
         widest = check_length(prompts, self.trie, self._model.config.max_position_embeddings)
         # Padded on the left, the last token of every prompt is in the same slot.
+        short = widest - np.diff(prompts.token_start)
         row, place = ragged.owners(prompts.token_start), ragged.places(prompts.token_start)
         table = np.full((len(prompts), widest), self.vocabulary.pad, dtype=np.int64)
-        table[row, place + (widest - length)[row]] = prompts.token
+        table[row, place + short[row]] = prompts.token
         token = torch.from_numpy(table).to(self._padding.device)
         slot = torch.arange(widest, device=token.device)
-        position = slot - torch.from_numpy(widest - length).to(token.device)[:, None]
-        hidden_value = torch.finfo(self._padding.dtype).min
-        self._padding = torch.where(position >= 0, 0.0, hidden_value).to(self._padding.dtype)
-        later = torch.full((widest, widest), hidden_value, device=token.device).triu(1)
-        mask = torch.minimum(self._padding[:, None], later.to(self._padding.dtype))
+        position = slot - torch.from_numpy(short).to(token.device)[:, None]
+        blocked = torch.finfo(self._padding.dtype).min
+        self._padding = torch.zeros_like(token, dtype=self._padding.dtype)
+        self._padding.masked_fill_(position < 0, blocked)
+        mask = self._padding[:, None].masked_fill(slot > slot[:, None], blocked)
         # A padding slot sees itself: over nothing at all, a softmax is undefined.
         mask.diagonal(dim1=1, dim2=2).zero_()
         self._cache = DynamicCache()

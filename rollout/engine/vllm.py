@@ -1,19 +1,23 @@
-"""vLLM through its public interface: one request per frontier node, for the log-probabilities of
-the codes that may follow it. Keys and values are shared through vLLM's prefix cache.
+"""vLLM through its public interface: one request per frontier node.
+
+Each request carries the whole prefix of its node and asks for one token, for the log-probabilities
+of the legal ones. What prefixes have in common, vLLM's prefix cache computes once, page by page.
 
 Shapes:  B prompts   F frontier nodes   F1 = F + 1   N tokens of their spans   M legal children
 """
 
+import logging
 import os
+import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from jaxtyping import Float32, Int64
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from orchard.config import RolloutConfig
@@ -23,6 +27,10 @@ from orchard.types import PolicyVersion, Prompts
 from orchard.vocabulary import Vocabulary
 from orchard.weights import Weights, restore
 from rollout.engine import Expansion, check_length, check_weights
+
+if TYPE_CHECKING:
+    from vllm import LLM, SamplingParams, TokensPrompt
+    from vllm.logprobs import FlatLogprobs
 
 MAX_ALLOWED = 1024
 """Longest list of allowed tokens that every vLLM model runner takes."""
@@ -48,6 +56,11 @@ class VllmEngine:
         *,
         seed: int,
     ) -> None:
+        """Load the policy saved in `folder`, which is what `version` names.
+
+        Raises:
+            EngineError: vLLM is not installed, or cannot serve the policy within its memory.
+        """
         self.trie, self.vocabulary, self.version = trie, vocabulary, version
         with torch.device("meta"):
             self._shapes = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
@@ -92,22 +105,27 @@ class VllmEngine:
         children = self.trie.children(node)
         token = self.vocabulary.token_of(self.trie, children.node)
         legal = [token[a:b].tolist() for a, b in pairwise(children.start.tolist())]
-        requests = [{"prompt_token_ids": prefix} for prefix in self._prefix[first:]]
+        requests: list[TokensPrompt] = [
+            {"prompt_token_ids": prefix} for prefix in self._prefix[first:]
+        ]
         params = [_params(ids) for ids in legal]
         outputs = self._llm.generate(requests, params, use_tqdm=False)
         state = torch.arange(first, len(self._prefix))
-        answers = [output.outputs[0].logprobs for output in outputs]
+        answers = [cast("FlatLogprobs", output.outputs[0].logprobs) for output in outputs]
         return Expansion(state=state, logprob=_read(answers, children, token), children=children)
 
 
-def _start(folder: Path, config: RolloutConfig, seed: int) -> Any:
+def _start(folder: Path, config: RolloutConfig, seed: int) -> "LLM":
     """A vLLM engine for the policy in `folder`; raises EngineError where it cannot be had."""
     os.environ.update(_ENVIRONMENT)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+    logging.getLogger("torch").setLevel(logging.ERROR)
     torch.set_num_threads(config.threads)
     try:
         from vllm import LLM
     except ImportError as error:
         raise EngineError(f"vLLM is not usable ({error}); set rollout.engine = torch") from error
+    memory: dict[str, Any]
     if config.gpus:
         memory = {"gpu_memory_utilization": config.gpu_memory}
     else:  # pages of 32 tokens are the smallest that the CPU kernels are made for
@@ -134,18 +152,18 @@ def _start(folder: Path, config: RolloutConfig, seed: int) -> Any:
         ) from error
 
 
-def _repack_head(model: Any) -> None:
+def _repack_head(model: nn.Module) -> None:
     """Let a tied head see new weights.
 
     On a CPU each layer multiplies by a packed copy of its weights, made when they are loaded. A
     head tied to the embeddings is loaded with them, under their name, so that vLLM renews the
     embeddings' copy and leaves the head's as it was.
     """
-    head = model.lm_head
+    head: Any = model.lm_head
     head.quant_method.process_weights_after_loading(head)
 
 
-def _params(legal: list[int]) -> Any:
+def _params(legal: list[int]) -> "SamplingParams":
     """Ask for the log-probability of each legal token."""
     from vllm import SamplingParams
 
@@ -162,7 +180,7 @@ def _params(legal: list[int]) -> Any:
 
 
 def _read(
-    answers: Sequence[Any], children: Children, token: Int64[Tensor, " M"]
+    answers: "Sequence[FlatLogprobs]", children: Children, token: Int64[Tensor, " M"]
 ) -> Float32[Tensor, " M"]:
     """The answers of all requests in the order of the children, renormalised over them."""
     count = np.array([len(answer.token_ids) for answer in answers])

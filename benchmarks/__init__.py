@@ -1,0 +1,1 @@
+"""The published figures: one module each, `run(quick)` in it, started by `orchard bench NAME`."""

@@ -1,0 +1,196 @@
+"""One policy-gradient update on packed trees against the flat batch of the same candidates.
+
+The trees are the best G leaves of a beam search by the policy itself, a fresh Qwen3 of the default
+sizes, over 20,000 random items with three codes each and some 64 alternatives per code. The flat
+batch is laid out as any trainer would, one candidate to a row, and runs through the model's own
+causal attention; it too leaves out the last code and shares the evaluation of the head.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+from jaxtyping import Float32
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from benchmarks.measure import Report, Row, figure, interleaved, report
+from learner.advantages import ESTIMATORS
+from learner.logprobs import BatchTensors, choice_logprobs, score_choices, to_tensors
+from learner.loss import policy_loss
+from learner.pack import flatten, pack
+from orchard import catalogue as catalogues
+from orchard import model as models
+from orchard.catalogue import Catalogue
+from orchard.config import LearnerConfig, ModelConfig
+from orchard.model import head_weight
+from orchard.types import PolicyVersion, Prompts, ScoredTrees
+from orchard.vocabulary import Vocabulary, compact_tokenizer, of_codes
+from rewards.reward import score
+from rollout.engine.torch import TorchEngine
+from rollout.search import beam
+from rollout.trees import grow
+
+VERSION = PolicyVersion(step=0, digest="0" * 64)
+LENGTH, GROUP = 128, 16
+"""Prompt tokens and candidates of the figures that were asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A policy and the catalogue that it recommends from."""
+
+    catalogue: Catalogue
+    vocabulary: Vocabulary
+    model: PreTrainedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What one forward and backward pass gave."""
+
+    loss: float
+    gradients: list[Tensor]
+    clipped_fraction: float
+
+
+def run(quick: bool) -> Report:
+    """Equality, forward tokens and time at P=128, G=16, L=3; other sizes unless `quick`."""
+    setting = _setting()
+    num_prompts, repeats = (4, 3) if quick else (8, 5)
+    sizes = [(LENGTH, GROUP)]
+    if not quick:
+        sizes += [(64, GROUP), (256, GROUP), (LENGTH, 8), (LENGTH, 32)]
+    rows = [
+        _compare(setting, length, group, num_prompts=num_prompts, repeats=repeats)
+        for length, group in sizes
+    ]
+    at, first = f"P={LENGTH}, G={GROUP}, L=3, {num_prompts} prompts, FP32", rows[0]
+    figures = [
+        figure("loss_difference", float(first["loss_difference"]), "relative", asked="<= 1e-5",
+               note=f"packed against flat, with clipping and KL, {at}"),
+        figure("gradient_difference", float(first["gradient_difference"]), "relative",
+               asked="<= 1e-5", note="largest over the parameters: max |difference| / max |flat|"),
+        figure("forward_token_ratio", float(first["token_ratio"]), "x", asked=">= 8",
+               note=f"flat / packed, {at}"),
+        figure("time_ratio", float(first["time_ratio"]), "x", asked=">= 4",
+               note=f"forward and backward, median of {repeats} interleaved runs, {at}"),
+    ]  # fmt: skip
+    return report("learner", figures, [*rows, *_packing_rows(setting, quick)])
+
+
+def _setting() -> Setting:
+    codes = np.random.default_rng(0).integers(64, size=(20_000, 3))
+    catalogue = catalogues.from_codes(codes.tolist(), level_size=(256, 256, 256))
+    vocabulary = of_codes(compact_tokenizer(catalogue), catalogue)
+    model = models.create(ModelConfig(), vocabulary, seed=0)
+    return Setting(catalogue=catalogue, vocabulary=vocabulary, model=model)
+
+
+def _trees(setting: Setting, length: int, group: int, num_prompts: int) -> ScoredTrees:
+    """Scored beams, half of them with a hit, whose behaviour is some way off the policy."""
+    draw = np.random.default_rng(length)
+    start = np.arange(num_prompts + 1) * length
+    prompts = Prompts(
+        id=np.arange(num_prompts),
+        target=draw.integers(len(setting.catalogue), size=num_prompts),
+        history=np.zeros(0, np.int64),
+        history_start=np.zeros(num_prompts + 1, np.int64),
+        token=draw.integers(3, setting.vocabulary.size, int(start[-1])).astype(np.int32),
+        token_start=start,
+    )
+    catalogue, vocabulary = setting.catalogue, setting.vocabulary
+    engine = TorchEngine(setting.model, catalogue.trie, vocabulary, VERSION)
+    trees = grow(prompts, beam(engine, prompts, width=group), catalogue, vocabulary, VERSION)
+    hit = trees.candidate_start[:-1:2] + draw.integers(group, size=len(prompts.id[::2]))
+    target = prompts.target.copy()
+    target[::2] = catalogue.item_of_leaf[catalogue.leaf_start[trees.leaf[hit]]]
+    moved = trees.logprob + draw.normal(0, 0.3, len(trees.logprob)).astype(np.float32)
+    trees = replace(trees, prompts=replace(prompts, target=target), logprob=moved)
+    return score(trees, catalogue, {"rule": 1.0, "ranking": 1.0})
+
+
+def _compare(
+    setting: Setting, length: int, group: int, *, num_prompts: int, repeats: int
+) -> dict[str, str | int | float]:
+    """Both layouts of the same trees: how equal, how large, how fast."""
+    scored = _trees(setting, length, group, num_prompts)
+    credits = [ESTIMATORS["group"](scored, 1e-4)]
+    packed = pack(scored, credits, setting.catalogue, setting.vocabulary)
+    flat = flatten(scored, credits, setting.catalogue, setting.vocabulary)
+    tree_batch, flat_batch = to_tensors(packed), to_tensors(flat)
+    cases: dict[str, Callable[[], Outcome]] = {
+        "packed": lambda: _update(setting, tree_batch, _packed_logprobs),
+        "flat": lambda: _update(setting, flat_batch, _flat_logprobs),
+    }
+    one, other = (case() for case in cases.values())
+    seconds = interleaved(cases, repeats=repeats)
+    return {
+        "prompt_tokens": length,
+        "candidates": group,
+        "prompts": num_prompts,
+        "packed_tokens": packed.forward_tokens,
+        "flat_tokens": flat.forward_tokens,
+        "token_ratio": flat.forward_tokens / packed.forward_tokens,
+        "packed_s": seconds["packed"],
+        "flat_s": seconds["flat"],
+        "time_ratio": seconds["flat"] / seconds["packed"],
+        "clipped_fraction": one.clipped_fraction,
+        "loss_difference": abs(one.loss - other.loss) / abs(other.loss),
+        "gradient_difference": max(
+            float((a - b).abs().max() / b.abs().max())
+            for a, b in zip(one.gradients, other.gradients, strict=True)
+        ),
+    }
+
+
+def _packing_rows(setting: Setting, quick: bool) -> list[Row]:
+    """How long the packing itself takes."""
+    rows: list[Row] = []
+    for num_prompts in (128,) if quick else (128, 1024):
+        scored = _trees(setting, 32, GROUP, num_prompts)
+        credits = [ESTIMATORS["group"](scored, 1e-4)]
+        given = (scored, credits, setting.catalogue, setting.vocabulary)
+        seconds = interleaved({"pack": lambda given=given: pack(*given)}, repeats=5)
+        rows.append({"prompts": num_prompts, "candidates": GROUP, "pack_s": seconds["pack"]})
+    return rows
+
+
+Logprobs = Callable[[Setting, BatchTensors], tuple[Float32[Tensor, " E"], Float32[Tensor, " E"]]]
+
+
+def _packed_logprobs(
+    setting: Setting, batch: BatchTensors
+) -> tuple[Float32[Tensor, " E"], Float32[Tensor, " E"]]:
+    return choice_logprobs(setting.model, batch, setting.catalogue.trie, setting.vocabulary)
+
+
+def _flat_logprobs(
+    setting: Setting, batch: BatchTensors
+) -> tuple[Float32[Tensor, " E"], Float32[Tensor, " E"]]:
+    """By the causal kernel; padding, if any, is behind the tokens that could see it."""
+    hidden = setting.model.base_model(input_ids=batch.token, use_cache=False).last_hidden_state
+    return score_choices(
+        hidden, head_weight(setting.model), batch, setting.catalogue.trie, setting.vocabulary
+    )
+
+
+def _update(setting: Setting, batch: BatchTensors, logprobs: Logprobs) -> Outcome:
+    """Loss and gradients with the default clips; the reference is the behaviour policy."""
+    setting.model.zero_grad()
+    config = LearnerConfig()
+    value, parts = policy_loss(
+        *logprobs(setting, batch),
+        batch.behaviour_logprob,
+        batch,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        dual_clip=config.dual_clip,
+        kl_weight=config.kl.weight,
+    )
+    value.backward()
+    return Outcome(
+        loss=value.item(),
+        gradients=[p.grad for p in setting.model.parameters() if p.grad is not None],
+        clipped_fraction=parts.metrics()["clipped_fraction"],
+    )

@@ -1,0 +1,168 @@
+"""Figures of the report, as SVG that stands inside an HTML page and asks the network for nothing.
+
+Shapes:  N entries of one metric
+"""
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from jaxtyping import Float64
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from orchard.intervals import Estimate
+from orchard.metrics import Series
+
+INK, FAINT, GRID = "#1c2733", "#66727f", "#e3e8ec"
+COLOURS = ("#1f6f54", "#c8553d", "#3d6fb4", "#b98a1d", "#7a5195")
+
+_STYLE: Any = {
+    "svg.fonttype": "none",  # text stays text: small, selectable, in the page's font
+    "text.parse_math": False,  # a metric's name may hold any sign
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "text.color": INK,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": FAINT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.formatter.limits": (-3, 6),
+    "axes.formatter.useoffset": False,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    # Fixed margins: fitting them to the text would double the time of a figure.
+    "figure.subplot.left": 0.11,
+    "figure.subplot.right": 0.985,
+    "figure.subplot.top": 0.91,
+    "figure.subplot.bottom": 0.2,
+}
+_SMOOTH_FROM = 40
+"""Entries from which a curve also gets a running mean, over one part in twenty of them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curve:
+    """One metric in a figure."""
+
+    label: str
+    series: Series
+
+
+def curves(found: Sequence[Curve], *, title: str, steps: str = "step", log: bool = False) -> str:
+    """Metrics over steps; long ones faint, with their running mean over them.
+
+    Each holds at least one finite number. `log` asks for a logarithmic axis, if all are positive.
+    """
+    with mpl.rc_context(_STYLE | {"svg.hashsalt": title}):
+        figure = Figure(figsize=(5.6, 2.3))
+        axes = figure.subplots()
+        for curve, colour in zip(found, _cycled(len(found)), strict=True):
+            step, value = curve.series.step, curve.series.value
+            long = len(value) >= _SMOOTH_FROM
+            marker = "o" if len(value) <= 25 else ""
+            axes.plot(
+                step, value, color=colour, alpha=0.3 if long else 1.0, lw=0.9 if long else 1.5,
+                marker=marker, ms=3, label=None if long else curve.label,
+            )  # fmt: skip
+            if long:
+                smooth = running_mean(value, width=max(3, len(value) // 20))
+                axes.plot(step, smooth, color=colour, lw=1.6, label=curve.label)
+        values = np.concatenate([curve.series.value for curve in found])
+        values = values[np.isfinite(values)]
+        low, high = float(values.min()), float(values.max())
+        if log and low > 0:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+        elif high - low <= 1e-6 * max(abs(low), abs(high)):
+            # A constant is a line in the middle, not rounding errors at full height.
+            axes.set_ylim(low - 0.1 * abs(low or 1.0), high + 0.1 * abs(high or 1.0))
+        axes.set_xlabel(steps)
+        _legend(axes, len(found))
+        return _svg(figure, title)
+
+
+def forest(changes: Mapping[str, Mapping[str, Estimate]], metrics: Sequence[str]) -> str:
+    """Paired differences with their intervals, one row a metric, one colour a comparison."""
+    title = "Paired differences, 95 % interval"
+    with mpl.rc_context(_STYLE | {"svg.hashsalt": title}):
+        height = 0.6 + 0.34 * len(metrics)
+        figure = Figure(figsize=(5.6, height))
+        figure.subplots_adjust(left=0.19, top=1 - 0.25 / height, bottom=0.3 / height)
+        axes = figure.subplots()
+        axes.axvline(0, color=FAINT, lw=0.9)
+        gap = 0.6 / max(1, len(changes))
+        for index, (name, colour) in enumerate(zip(changes, _cycled(len(changes)), strict=True)):
+            rows = [(i, changes[name][m]) for i, m in enumerate(metrics) if m in changes[name]]
+            place = [i + (index - (len(changes) - 1) / 2) * gap for i, _ in rows]
+            mean = np.asarray([estimate.mean for _, estimate in rows])
+            low = mean - [estimate.low for _, estimate in rows]
+            high = np.asarray([estimate.high for _, estimate in rows]) - mean
+            axes.errorbar(
+                mean, place, xerr=np.maximum([low, high], 0), fmt="o", ms=4, lw=1.4,
+                color=colour, label=name,
+            )  # fmt: skip
+        axes.set_yticks(range(len(metrics)), labels=list(metrics))
+        axes.invert_yaxis()
+        axes.grid(visible=False, axis="y")
+        _legend(axes, len(changes))
+        return _svg(figure, title)
+
+
+def running_mean(value: Float64[np.ndarray, " N"], *, width: int) -> Float64[np.ndarray, " N"]:
+    """Mean over the `width` entries around each, NaN entries left out; NaN near the ends."""
+    known = np.isfinite(value)
+    total = np.concatenate([[0.0], np.cumsum(np.where(known, value, 0.0))])
+    count = np.concatenate([[0], np.cumsum(known)])
+    place = np.arange(len(value))
+    # The same number on both sides, so that a straight line stays one; towards the ends the window
+    # shrinks, and where it would be no better than the curve itself there is no mean.
+    half = np.minimum(width // 2, np.minimum(place, place[::-1]))
+    low, high = place - half, place + half + 1
+    size = count[high] - count[low]
+    enough = (size > 0) & (half >= width // 4)
+    return np.where(enough, (total[high] - total[low]) / np.maximum(size, 1), np.nan)
+
+
+def _legend(axes: Axes, num: int) -> None:
+    """Names above the axes, where no curve can run into them; none for a single curve."""
+    if num > 1:
+        axes.legend(
+            loc="lower right", bbox_to_anchor=(1, 1), ncols=num, borderpad=0.1, borderaxespad=0.1,
+            handlelength=1.2, columnspacing=1.2,
+        )  # fmt: skip
+
+
+def _cycled(num: int) -> list[str]:
+    return [COLOURS[i % len(COLOURS)] for i in range(num)]
+
+
+def _svg(figure: Figure, label: str) -> str:
+    """The figure as an element that scales with its column."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg")
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    # Within HTML neither names of namespaces nor a record of the drawing program are of use; both
+    # are addresses, and this page shall hold none.
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r"\sxmlns(:\w+)?=\"[^\"]*\"", "", text)
+    # The page's own font, and no names that two figures would share.
+    text = re.sub(r"\s?font-family:[^;\"]*;?", "", text)
+    text = re.sub(r"<g id=\"[^\"]*\"", "<g", text)
+    head, _, body = text.partition(">")
+    head = re.sub(r"\s(width|height|version)=\"[^\"]*\"", "", head)
+    return f'{head} role="img" aria-label="{escape(label)}">{body}'

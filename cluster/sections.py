@@ -1,0 +1,257 @@
+"""The parts of the report, each a piece of HTML made from values, empty where there are none."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+
+import numpy as np
+
+from cluster.console import duration, interval, metrics_of
+from cluster.figures import Curve, curves, forest
+from orchard.evaluation import Evaluation
+from orchard.intervals import Estimate
+from orchard.metrics import Series
+
+HEADLINES = ("ndcg@10/sid", "hr@10/sid")
+
+Metrics = Mapping[str, Series]
+Changes = Mapping[str, Mapping[str, Estimate]]
+"""Paired differences by comparison, then by metric."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Panel:
+    """A figure of one phase: the metrics that it shows, of which a run may have some."""
+
+    title: str
+    names: tuple[str, ...]
+    log: bool = False
+
+
+def _evaluated(metric: str, *ks: int) -> tuple[str, ...]:
+    return tuple(f"evaluate/{metric}@{k}/sid" for k in ks)
+
+
+PANELS: dict[str, tuple[Panel, ...]] = {
+    "train": (
+        Panel(title="Reward", names=("rewards/mean", "rewards/rule")),
+        Panel(title="Groups that hold the target", names=("rewards/hit_rate",)),
+        Panel(title="NDCG on held-out rows", names=_evaluated("ndcg", 3, 5, 10)),
+        Panel(title="Hit rate on held-out rows", names=_evaluated("hr", 1, 3, 5, 10, 20)),
+        Panel(title="KL to the reference", names=("learner/kl",)),
+        Panel(title="Entropy of a choice", names=("learner/entropy",)),
+        Panel(title="Groups without spread in reward", names=("rewards/zero_spread_share",)),
+        Panel(title="Choices at the clip", names=("learner/clipped_fraction",)),
+        Panel(title="Norm of the gradient", names=("learner/grad_norm",)),
+        Panel(title="Loss", names=("learner/loss", "learner/surrogate")),
+        Panel(title="Rollout against learner", names=("learner/logprob_gap",), log=True),
+        Panel(title="Learning rate", names=("learner/lr",)),
+        Panel(title="Prompts per second of search", names=("rollout/prompts_per_s",)),
+        Panel(title="Forward tokens per step", names=("rollout/forward_tokens",)),
+    ),
+    "sft": (
+        Panel(title="Loss of the warm start", names=("sft/loss", "sft/nll")),
+        Panel(title="NDCG on held-out rows", names=_evaluated("ndcg", 3, 5, 10)),
+        Panel(title="Learning rate", names=("sft/lr",)),
+        Panel(title="Hit rate on held-out rows", names=_evaluated("hr", 1, 3, 5, 10, 20)),
+    ),
+}
+"""To add a figure, add a line; metrics in no figure go to the appendix."""
+
+STEPS = {"train": "update", "sft": "epoch"}
+"""What a phase counts."""
+TITLES = {"train": "Reinforcement learning", "sft": "Warm start"}
+
+
+def notices(missing: Sequence[str]) -> str:
+    """What the reader will look for in vain."""
+    if not missing:
+        return ""
+    lines = "".join(f"<li>{escape(sentence)}</li>" for sentence in missing)
+    return f"<div class='notice'><b>Missing from this report</b><ul>{lines}</ul></div>"
+
+
+def tiles(
+    evaluations: Mapping[str, Evaluation], changes: Changes, train: Metrics, wanted: int
+) -> str:
+    """The run in a few numbers; `wanted` is the number of updates asked for, 0 if unknown."""
+    found: list[tuple[str, str]] = []
+    change = next(iter(changes.values()), {})
+    for metric in HEADLINES:
+        known = [e.metrics[metric].mean for e in evaluations.values() if metric in e.metrics]
+        if known:
+            note = f"paired {interval(change[metric], signed=True)}" if metric in change else ""
+            value = " \N{RIGHTWARDS ARROW} ".join(f"{mean:.4f}" for mean in known[:2])
+            found.append((value, f"{metric} {note}"))
+    if train:
+        found.append((f"{last_step(train)}{f' of {wanted}' if wanted else ''}", "updates"))
+    if "cluster/step_s" in train:
+        found.append((duration(float(np.nansum(train["cluster/step_s"].value))), "in updates"))
+    if "rollout/prompts_per_s" in train:
+        rate = train["rollout/prompts_per_s"].value
+        rate = rate[np.isfinite(rate)]
+        if len(rate):
+            found.append((f"{np.median(rate):.1f}", "prompts searched per second"))
+    cells = "".join(
+        f"<div class='tile'><b>{escape(value)}</b><span>{escape(what)}</span></div>"
+        for value, what in found
+    )
+    return f"<div class='tiles'>{cells}</div>" if cells else ""
+
+
+def evaluation(evaluations: Mapping[str, Evaluation], changes: Changes) -> str:
+    """Every evaluation and every difference, as a table and as a figure."""
+    if not evaluations:
+        return ""
+    names = metrics_of(evaluations.values())
+    heads = "".join(f"<th>{escape(name)}</th>" for name in (*evaluations, *changes))
+    rows = [_evaluation_row(name, evaluations, changes) for name in names]
+    rows.append("<tr class='gap'><td>of the search</td></tr>")
+    facts = {name: _facts(found) for name, found in evaluations.items()}
+    for fact in dict.fromkeys(fact for known in facts.values() for fact in known):
+        cells = "".join(f"<td>{escape(known.get(fact, ''))}</td>" for known in facts.values())
+        rows.append(f"<tr><td>{escape(fact)}</td>{cells}{'<td></td>' * len(changes)}</tr>")
+    table = (
+        "<p class='faint'>Mean over rows and 95 % bootstrap interval. Differences are paired: both "
+        "sides on the same resampled rows. /sid counts a hit on the semantic ID, /item on the item "
+        "itself. Coloured where the interval leaves zero out.</p>"
+        f"<div class='scroll'><table><thead><tr><th>metric</th>{heads}</tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+    drawn = ""
+    for level in ("sid", "item") if changes else ():
+        here = [name for name in names if name.endswith(f"/{level}")]
+        drawn += _figure(f"Paired differences, {level} level", forest(changes, here))
+    grid = f"<div class='grid' style='margin-top:20px'>{drawn}</div>" if drawn else ""
+    return f"<h2>Evaluation</h2>{table}{grid}"
+
+
+def training(phase: str, metrics: Metrics) -> str:
+    """The figures of a phase."""
+    drawn, absent = "", list[str]()
+    for panel in PANELS[phase]:
+        found = _with_numbers(metrics, panel.names)
+        if found:
+            svg = curves(found, title=panel.title, steps=STEPS[phase], log=panel.log)
+            drawn += _figure(panel.title, svg)
+        else:
+            absent.append(panel.title.lower())
+    note = f"<p class='faint'>Not in the log: {escape(', '.join(absent))}.</p>" if absent else ""
+    return f"<h2>{TITLES[phase]}</h2><div class='grid'>{drawn}</div>{note}" if drawn else ""
+
+
+def seconds(phase: str, metrics: Metrics) -> str:
+    """Where the time of a phase went: the laps of the loop, and the work inside the rooms."""
+    timed = {
+        name: series.value[np.isfinite(series.value)]
+        for name, series in metrics.items()
+        if name.endswith("_s") and not name.endswith(("_per_s", "elapsed_s"))
+    }
+    timed = {name: value for name, value in timed.items() if len(value)}
+    whole = timed.pop("cluster/step_s", None)
+    laps = {name: value for name, value in timed.items() if name.startswith("cluster/")}
+    work = {name: value for name, value in timed.items() if name not in laps}
+    if not timed:
+        return ""
+    total = float((whole if whole is not None else np.concatenate([*timed.values()])).sum())
+    rows = [_time_row(name, float(v.sum()), total, v) for name, v in _longest_first(laps)]
+    if whole is not None:
+        rest = total - sum(float(value.sum()) for value in laps.values())
+        rows.append(_time_row("in no lap", max(rest, 0.0), total, None))
+        rows.append(_time_row("cluster/step_s", total, total, whole))
+    rows.append(
+        "<tr class='gap'><td>work inside the rooms, which may overlap</td></tr>" if work else ""
+    )
+    rows += [_time_row(name, float(v.sum()), total, v) for name, v in _longest_first(work)]
+    head = "<th>phase</th><th>seconds</th><th>share</th><th>median</th><th>95th</th><th></th>"
+    return (
+        f"<h2>Seconds by phase, {TITLES[phase].lower()}</h2><table><thead><tr>{head}</tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody></table>"
+    )
+
+
+def configuration(text: str) -> str:
+    """The resolved run file."""
+    if not text:
+        return ""
+    return f"<details><summary>Configuration</summary><pre>{escape(text)}</pre></details>"
+
+
+def appendix(log: Mapping[str, Metrics]) -> str:
+    """Every metric that no other part has shown."""
+    drawn = ""
+    for phase, metrics in log.items():
+        shown = {name for panel in PANELS.get(phase, ()) for name in panel.names}
+        for name in sorted(metrics.keys() - shown):
+            title, found = f"{phase}: {name}", _with_numbers(metrics, [name])
+            if found:
+                svg = curves(found, title=title, steps=STEPS.get(phase, "step"))
+                drawn += _figure(title, svg)
+    if not drawn:
+        return ""
+    return (
+        "<details><summary>All other metrics</summary>"
+        f"<div class='grid small'>{drawn}</div></details>"
+    )
+
+
+def last_step(metrics: Metrics) -> int:
+    """The last step that a phase logged, 0 if none."""
+    return max((int(series.step.max()) for series in metrics.values()), default=0)
+
+
+def _with_numbers(metrics: Metrics, names: Sequence[str]) -> list[Curve]:
+    """The metrics that hold at least one number."""
+    known = [name for name in names if name in metrics and np.isfinite(metrics[name].value).any()]
+    return [
+        Curve(label=name.split("/")[-2 if "@" in name else -1], series=metrics[name])
+        for name in known
+    ]
+
+
+def _figure(title: str, svg: str) -> str:
+    return f"<figure><h3>{escape(title)}</h3>{svg}</figure>"
+
+
+def _evaluation_row(metric: str, evaluations: Mapping[str, Evaluation], changes: Changes) -> str:
+    cells = ""
+    for found in evaluations.values():
+        estimate = found.metrics.get(metric)
+        cells += f"<td>{_small_interval(interval(estimate)) if estimate else ''}</td>"
+    for change in changes.values():
+        estimate = change.get(metric)
+        if estimate is None:
+            cells += "<td></td>"
+            continue
+        tone = ("up" if estimate.mean > 0 else "down") if estimate.clear else ""
+        text = _small_interval(interval(estimate, signed=True))
+        cells += f"<td class='{tone}'>{text}</td>"
+    return f"<tr><td>{escape(metric)}</td>{cells}</tr>"
+
+
+def _small_interval(text: str) -> str:
+    mean, bounds = text.split(" ", 1)
+    return f"{escape(mean)} <small>{escape(bounds)}</small>"
+
+
+def _facts(found: Evaluation) -> dict[str, str]:
+    """What an evaluation says besides its metrics."""
+    facts = {"policy": found.policy, "rows": str(found.num_rows), "candidates": str(found.width)}
+    facts["seconds"] = f"{found.seconds:.1f}"
+    extra = {name: f"{value:.6g}" for name, value in found.extra.items() if name != "seconds"}
+    return facts | {name.replace("_", " "): text for name, text in extra.items()}
+
+
+def _longest_first(timed: Mapping[str, np.ndarray]) -> list[tuple[str, np.ndarray]]:
+    return sorted(timed.items(), key=lambda item: -float(item[1].sum()))
+
+
+def _time_row(name: str, spent: float, total: float, value: np.ndarray | None) -> str:
+    share = spent / total if total else 0.0
+    middle, slow = np.quantile(value, [0.5, 0.95]) if value is not None else ("", "")
+    times = [f"{t:.3f}" if not isinstance(t, str) else t for t in (middle, slow)]
+    bar = f"<span class='bar' style='width:{100 * min(share, 1):.1f}%'></span>"
+    return (
+        f"<tr><td>{escape(name)}</td><td>{spent:.1f}</td><td>{share:.1%}</td>"
+        f"<td>{times[0]}</td><td>{times[1]}</td><td class='wide'>{bar}</td></tr>"
+    )

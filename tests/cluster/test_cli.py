@@ -1,0 +1,173 @@
+"""The command line as a new user meets it: nothing here may reach Ray."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+from cluster import cli
+from cluster.prepare import export, open_folder, prepare
+from orchard import config, model
+from orchard.synth import WorldParams, write_world
+from orchard.types import PolicyVersion
+from orchard.weights import snapshot
+
+TINY = WorldParams(num_items=60, num_users=60, level_size=(4, 5, 6))
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Path:
+    write_world(tmp_path / "data", TINY)
+    run = tmp_path / "run.toml"
+    run.write_text(
+        f"""
+        name = "toy"
+        output = "{tmp_path / "runs"}"
+        [data]
+        path = "{tmp_path / "data"}"
+        [model]
+        hidden_size = 16
+        heads = 2
+        kv_heads = 1
+        intermediate_size = 16
+        layers = 1
+        """
+    )
+    return run
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., str]:
+    """Runs a command that must fail, and returns its one sentence."""
+
+    def run(*arguments: object) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main([str(a) for a in arguments])
+        said = capsys.readouterr().err
+        assert end.value.code == 2
+        assert said.startswith("error: ")
+        assert said.count("\n") == 1
+        assert "Traceback" not in said
+        assert not ray.is_initialized()
+        return said
+
+    return run
+
+
+def rewrite(path: Path, **columns: object) -> None:
+    table = pq.read_table(path)
+    for name, values in columns.items():
+        at = table.column_names.index(name)
+        table = table.set_column(at, name, pa.array(values, table.schema.field(name).type))
+    pq.write_table(table, path)
+
+
+def test_a_dry_run_shows_the_resolved_run_and_writes_nothing(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.main(["sft", str(world), "sft.epochs=3", "--dry-run"])
+    said = capsys.readouterr().out
+    assert "epochs = 3" in said
+    assert "items: 60" in said
+    assert not (world.parent / "runs").exists()
+
+
+def test_misspelt_keys_and_missing_files_are_refused(
+    world: Path, refused: Callable[..., str]
+) -> None:
+    assert "did you mean learner.lr" in refused("sft", world, "learner.lrr=1")
+    assert "does not exist" in refused("train", world.parent / "nothing.toml")
+    assert "data.path" in refused("sft", world, "data.path=nowhere")
+    (world.parent / "data" / "valid.parquet").unlink()
+    assert "valid.parquet does not exist" in refused("sft", world)
+    assert "unknown reward rul" in refused("train", world, "rewards.weights={rul=1.0}")
+
+
+def test_training_without_a_policy_names_the_remedy(
+    world: Path, refused: Callable[..., str]
+) -> None:
+    assert "run `orchard sft` first" in refused("train", world)
+    assert "holds no config.json" in refused("train", world, f"model.path={world.parent}")
+
+
+def test_items_that_form_no_catalogue_are_refused(
+    world: Path, refused: Callable[..., str]
+) -> None:
+    items = world.parent / "data" / "items.parquet"
+    good = pq.read_table(items)["sid"].to_pylist()
+    rewrite(items, sid=[None, *good[1:]])
+    assert "has no semantic ID" in refused("sft", world)
+    rewrite(items, sid=[good[0][:2], *good[1:]])
+    assert "depth 2 where 3 was expected" in refused("sft", world)
+    rewrite(items, sid=[[0, 0, 99], *good[1:]])
+    assert "codes there run from 0 to 5" in refused("sft", world, "data.level_size=[4,5,6]")
+
+
+def test_rows_that_cannot_be_used_are_refused(world: Path, refused: Callable[..., str]) -> None:
+    train = world.parent / "data" / "train.parquet"
+    rows = pq.read_table(train)
+    history = rows["history"].to_pylist()
+    rewrite(train, history=[[], *history[1:]])
+    assert "empty history" in refused("sft", world)
+    rewrite(train, history=[[12345], *history[1:]])
+    assert "item 12345 is not in the catalogue" in refused("sft", world)
+    pq.write_table(rows.slice(0, 0), train)
+    assert "has no rows" in refused("sft", world)
+
+
+def saved_policy(world: Path) -> Path:
+    """A run folder with a warm start, as `orchard sft` leaves it, but untrained."""
+    run = prepare(config.load(world), "sft")
+    open_folder(run)
+    first = model.create(run.config.model, run.vocabulary, seed=0)
+    export(run, run.result, PolicyVersion(step=1, digest="x"), snapshot(first))
+    return run.result
+
+
+def test_a_policy_of_another_catalogue_is_refused(
+    world: Path, refused: Callable[..., str]
+) -> None:
+    saved_policy(world)
+    items = world.parent / "data" / "items.parquet"
+    sids = pq.read_table(items)["sid"].to_pylist()
+    rewrite(items, sid=[sids[-1], *sids[1:-1], sids[0]])
+    assert "was trained on catalogue" in refused("train", world)
+
+
+def test_a_run_continues_only_under_its_own_configuration(
+    world: Path, refused: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved_policy(world)
+    said = refused("train", world, "learner.lr=0.5")
+    assert "learner.lr = 0.5 (was 0.0002)" in said
+    assert "choose another name" in said
+    cli.main(["train", str(world), "learner.steps=999", "--dry-run"])
+    assert "everything checks out" in capsys.readouterr().out
+
+
+def test_a_beam_wider_than_the_catalogue_is_announced(
+    world: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cli.main(["sft", str(world), "evaluate.beams=5000", "--dry-run"])
+    assert "wider than the catalogue" in caplog.text
+
+
+def test_synthetic_data_is_written_once(
+    tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    out = tmp_path / "fresh"
+    cli.main(["data", "synth", str(out), "--items", "80", "--users", "50"])
+    assert (out / "items.parquet").is_file()
+    refused("data", "synth", out)
+
+
+def test_unknown_names_are_answered_with_the_known_ones(
+    refused: Callable[..., str], world: Path
+) -> None:
+    assert "learner" in refused("bench", "nonsense")
+    assert "choose valid or test" in refused("evaluate", world, "--split", "train")
+    assert "does not exist" in refused("report", world.parent / "none")

@@ -1,0 +1,126 @@
+"""Pools over real actors that die, hang and complain on request."""
+
+import asyncio
+import os
+import threading
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from cluster.pool import Pool
+from orchard.errors import ActorError, DataError
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+
+
+@ray.remote(num_cpus=0)
+class Worker:
+    def __init__(self) -> None:
+        self.version = 0
+
+    def install(self, version: int) -> int:
+        self.version = version
+        return version
+
+    def double(self, number: int) -> tuple[int, int]:
+        return 2 * number, self.version
+
+    def die_once(self, marker: str) -> str:
+        if not Path(marker).exists():
+            Path(marker).touch()
+            os._exit(1)
+        return "alive"
+
+    def hang_once(self, marker: str) -> str:
+        if not Path(marker).exists():
+            Path(marker).touch()
+            threading.Event().wait()
+        return "awake"
+
+    def complain(self) -> None:
+        raise DataError("row 3 is bad")
+
+    def die(self) -> None:
+        os._exit(1)
+
+
+def pool(**changes: Any) -> Pool:
+    settings: dict[str, Any] = {
+        "size": 2,
+        "queue": 2,
+        "timeout_s": 60.0,
+        "retries": 2,
+        "max_restarts": 3,
+        "start_timeout_s": 120.0,
+    }
+    return Pool("workers", lambda _: Worker.remote(), **settings | changes)
+
+
+def run(scenario: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(scenario, timeout=300))
+
+
+def test_every_call_is_answered_once_and_in_its_place() -> None:
+    async def scenario() -> None:
+        workers = pool()
+        await workers.ready()
+        found = await asyncio.gather(*(workers.call("double", n) for n in range(20)))
+        assert [n for n, _ in found] == [2 * n for n in range(20)]
+        workers.close()
+
+    run(scenario())
+
+
+def test_a_killed_actor_is_replaced_brought_up_to_date_and_nothing_is_lost(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        workers = pool(size=1)
+
+        async def catch_up(actor: Any) -> None:
+            await actor.install.remote(7)
+
+        workers.on_start = catch_up
+        assert await workers.broadcast("install", 7, timeout_s=60.0) == [7]
+        others = [workers.call("double", n) for n in range(4)]
+        found = await asyncio.gather(workers.call("die_once", str(tmp_path / "mark")), *others)
+        assert found == ["alive", (0, 7), (2, 7), (4, 7), (6, 7)]
+        assert workers.restarts == 1
+        workers.close()
+
+    run(scenario())
+
+
+def test_a_hanging_actor_is_replaced_at_its_deadline(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        workers = pool(size=1, timeout_s=10.0)
+        await workers.ready()
+        assert await workers.call("hang_once", str(tmp_path / "mark")) == "awake"
+        assert workers.restarts == 1
+        workers.close()
+
+    run(scenario())
+
+
+def test_complaints_are_passed_on_and_not_retried() -> None:
+    async def scenario() -> None:
+        workers = pool(size=1)
+        with pytest.raises(DataError, match="row 3 is bad"):
+            await workers.call("complain")
+        assert workers.restarts == 0
+        workers.close()
+
+    run(scenario())
+
+
+def test_an_actor_that_always_dies_ends_in_an_error_that_names_it() -> None:
+    async def scenario() -> None:
+        workers = pool(size=1, max_restarts=1)
+        with pytest.raises(ActorError, match="workers actor 0 was lost"):
+            await workers.call("die")
+        workers.close()
+
+    run(scenario())

@@ -1,0 +1,148 @@
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from learner import checkpoint, sft
+from learner.advantages import ESTIMATORS
+from learner.pack import pack
+from learner.step import Learner
+from orchard.catalogue import Catalogue
+from orchard.config import KlConfig, LearnerConfig
+from orchard.errors import CheckpointError
+from orchard.prompts import PromptFormat, Sequences
+from orchard.testing import tiny_catalogue, tiny_policy, tiny_prompts
+from orchard.types import PolicyVersion, Prompts, ScoredTrees, TrainBatch
+from orchard.weights import digest, snapshot
+from rewards.reward import score
+from rollout import search
+from rollout.engine.torch import TorchEngine
+from rollout.trees import grow
+
+ITEMS = tiny_catalogue(num_items=40)
+FIRST = PolicyVersion(step=0, digest="")
+BRISK = LearnerConfig(lr=3e-3, warmup=0.0, final_lr=1.0, grad_clip=1.0)
+
+
+def learner(config: LearnerConfig = BRISK, *, total_steps: int = 100) -> Learner:
+    model, vocabulary = tiny_policy(ITEMS)
+    return Learner(model, ITEMS.trie, vocabulary, config, total_steps=total_steps)
+
+
+def scored(one: Learner, prompts: Prompts, catalogue: Catalogue = ITEMS) -> ScoredTrees:
+    vocabulary = tiny_policy(catalogue)[1]
+    engine = TorchEngine(one.policy, catalogue.trie, vocabulary, FIRST)
+    found = search.beam(engine, prompts, width=8)
+    trees = grow(prompts, found, catalogue, vocabulary, FIRST)
+    return score(trees, catalogue, {"rule": 1.0, "ranking": 1.0, "prefix": 0.5})
+
+
+def batch(one: Learner, prompts: Prompts) -> TrainBatch:
+    judged = scored(one, prompts)
+    return pack(judged, [ESTIMATORS["group"](judged, 1e-4)], ITEMS, tiny_policy(ITEMS)[1])
+
+
+def windows() -> TrainBatch:
+    draw = np.random.default_rng(0)
+    sequences = Sequences(
+        item=draw.integers(len(ITEMS), size=24),
+        start=np.arange(0, 25, 4),
+        fresh=np.zeros(6, np.int64),
+    )
+    form = PromptFormat(catalogue=ITEMS, vocabulary=tiny_policy(ITEMS)[1])
+    return sft.pack_sequences(sequences, np.arange(6), form, FIRST)
+
+
+def test_supervision_raises_the_likelihood_of_its_sequences() -> None:
+    one, rows = learner(), windows()
+    losses = [one.supervise(rows)["nll"] for _ in range(40)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_improvement_raises_the_reward_of_what_it_saw() -> None:
+    one, prompts = learner(), tiny_prompts(ITEMS, [1, 3, 2, 2, 4, 1])
+    before = scored(one, prompts).reward.mean()
+    for _ in range(30):
+        one.improve(batch(one, prompts))
+    assert scored(one, prompts).reward.mean() > before + 0.05
+
+
+def test_the_first_ratio_of_a_fresh_batch_is_one() -> None:
+    one = learner()
+    metrics = one.improve(batch(one, tiny_prompts(ITEMS, [1, 5, 2])))
+    assert metrics["logprob_gap"] < 1e-5
+    assert metrics["clipped_fraction"] == 0
+    assert metrics["kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_further_updates_on_one_batch_move_the_ratio_and_meet_the_clip() -> None:
+    one = learner(BRISK.model_copy(update={"lr": 0.02, "updates_per_batch": 6}))
+    metrics = one.improve(batch(one, tiny_prompts(ITEMS, [1, 5, 2])))
+    assert metrics["clipped_fraction"] > 0
+    assert metrics["ratio_max"] > 1.2
+
+
+def test_a_heavier_anchor_keeps_the_policy_nearer_to_its_reference() -> None:
+    def drift(weight: float) -> float:
+        kl = KlConfig(weight=weight)
+        one = learner(BRISK.model_copy(update={"kl": kl}))
+        prompts = tiny_prompts(ITEMS, [1, 3, 2, 2, 4, 1])
+        for _ in range(15):
+            metrics = one.improve(batch(one, prompts))
+        return metrics["kl"]
+
+    assert drift(1.0) < 0.5 * drift(1e-6)
+
+
+def test_an_ema_reference_moves_and_a_fixed_one_does_not() -> None:
+    for reference, moves in (("ema", True), ("fixed", False)):
+        kl = KlConfig(weight=1e-3, reference=reference, ema_every=2, ema_share=0.5)
+        one = learner(BRISK.model_copy(update={"kl": kl}))
+        assert one.reference is not None
+        start = digest(snapshot(one.reference.policy))
+        for _ in range(2):
+            one.improve(batch(one, tiny_prompts(ITEMS, [2, 1])))
+        assert (digest(snapshot(one.reference.policy)) != start) == moves
+
+
+def test_micro_batches_give_the_update_of_the_whole() -> None:
+    whole, cut = learner(), learner(BRISK.model_copy(update={"max_tokens": 40}))
+    rows = batch(whole, tiny_prompts(ITEMS, [1, 5, 2, 7, 3]))
+    whole.improve(rows)
+    cut.improve(rows)
+    for a, b in zip(whole.policy.parameters(), cut.policy.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_a_resumed_learner_continues_bit_for_bit(tmp_path: Path) -> None:
+    prompts = [tiny_prompts(ITEMS, [1, 4, 2], seed=seed) for seed in range(6)]
+    straight = learner()
+    for one in prompts:
+        straight.improve(batch(straight, one))
+
+    first = learner()
+    for one in prompts[:3]:
+        first.improve(batch(first, one))
+    checkpoint.save(first, tmp_path, number=3, catalogue=ITEMS.digest, write=True)
+    second = learner()
+    assert checkpoint.load(second, tmp_path, catalogue=ITEMS.digest) == 3
+    for one in prompts[3:]:
+        second.improve(batch(second, one))
+    assert digest(snapshot(second.policy)) == digest(snapshot(straight.policy))
+    assert second.updates == straight.updates
+
+
+def test_a_checkpoint_of_another_catalogue_or_model_is_refused(tmp_path: Path) -> None:
+    one = learner()
+    checkpoint.save(one, tmp_path, number=1, catalogue=ITEMS.digest, write=True)
+    with pytest.raises(CheckpointError, match="another"):
+        checkpoint.load(one, tmp_path, catalogue=replace(ITEMS, digest="0" * 64).digest)
+    other = tiny_catalogue(level_size=(5, 4, 9), num_items=40)
+    model, vocabulary = tiny_policy(other)
+    stranger = Learner(model, other.trie, vocabulary, BRISK, total_steps=1)
+    with pytest.raises(CheckpointError, match="does not fit"):
+        checkpoint.load(stranger, tmp_path, catalogue=ITEMS.digest)
+    with pytest.raises(CheckpointError, match=r"holds no learner\.pt"):
+        checkpoint.load(one, tmp_path / "empty", catalogue=ITEMS.digest)

@@ -1,0 +1,134 @@
+"""What makes a catalogue, what does not, and what a saved one promises."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from orchard import catalogue as catalogues
+from orchard.catalogue import from_codes, load, read, write
+from orchard.errors import CatalogueError, DataError
+from orchard.testing import tiny_catalogue
+
+
+@pytest.fixture
+def items(tmp_path: Path) -> Path:
+    path = tmp_path / "items.parquet"
+    columns = {"item_id": [7, 3, 9], "sid": [[0, 1], [2, 0], [0, 1]], "title": ["a", None, "c"]}
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def rewrite(path: Path, **columns: object) -> None:
+    table = pq.read_table(path)
+    for name, values in columns.items():
+        table = table.set_column(table.column_names.index(name), name, pa.array(values))
+    pq.write_table(table, path)
+
+
+def test_items_are_read_in_file_order_and_looked_up_by_identifier(items: Path) -> None:
+    found = read(items)
+    assert found.item_id.tolist() == [7, 3, 9]
+    assert found.title == ("a", "", "c")
+    assert found.level_size == (3, 2)
+    assert found.rows(np.array([9, 7])).tolist() == [2, 0]
+    assert found.leaf_of_item[0] == found.leaf_of_item[2] != found.leaf_of_item[1]
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere\.parquet does not exist"):
+        read(tmp_path / "nowhere.parquet")
+
+
+def test_a_file_that_is_no_parquet_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "items.parquet").write_text("item_id,sid")
+    with pytest.raises(DataError, match="not readable as Parquet"):
+        read(tmp_path / "items.parquet")
+
+
+def test_a_missing_column_is_named(items: Path) -> None:
+    pq.write_table(pq.read_table(items).drop_columns("sid"), items)
+    with pytest.raises(DataError, match="no `sid`"):
+        read(items)
+
+
+@pytest.mark.parametrize("sid", [None, []])
+def test_an_item_without_a_semantic_id_is_named(items: Path, sid: list[int] | None) -> None:
+    rewrite(items, sid=[[0, 1], sid, [0, 1]])
+    with pytest.raises(CatalogueError, match=r"item 3 has no semantic ID \(1 of 3 items\)"):
+        read(items)
+
+
+def test_identifiers_are_distinct(items: Path) -> None:
+    rewrite(items, item_id=[7, 7, 9])
+    with pytest.raises(CatalogueError, match="3 items carry 2 distinct identifiers"):
+        read(items)
+
+
+def test_no_items_are_no_catalogue() -> None:
+    with pytest.raises(CatalogueError, match="no items"):
+        from_codes([])
+
+
+def test_depths_differ_only_where_that_is_allowed() -> None:
+    with pytest.raises(CatalogueError, match=r"row 1 .* depth 1 where 2 was expected"):
+        from_codes([[0, 1], [0]])
+    assert from_codes([[0, 1], [0]], varying_depth=True).trie.num_leaves == 2
+
+
+def test_a_sequence_longer_than_the_levels_is_refused() -> None:
+    with pytest.raises(CatalogueError, match=r"row 0 .* depth 3 where 2 was expected"):
+        from_codes([[0, 1, 0]], level_size=(2, 2), varying_depth=True)
+
+
+@pytest.mark.parametrize("code", [-1, 4])
+def test_a_code_out_of_range_is_named(code: int) -> None:
+    with pytest.raises(CatalogueError, match=rf"row 1 .* code {code} at level 2; .* 0 to 3"):
+        from_codes([[0, 1], [0, code]], level_size=(4, 4))
+
+
+def test_an_unknown_item_is_named() -> None:
+    with pytest.raises(DataError, match="item 5 is not in the catalogue of 2 items"):
+        from_codes([[0], [1]]).rows(np.array([1, 5]))
+
+
+@pytest.mark.parametrize("varying_depth", [False, True])
+def test_a_saved_catalogue_comes_back_whole(tmp_path: Path, varying_depth: bool) -> None:
+    saved = tiny_catalogue(varying_depth=varying_depth)
+    write(saved, tmp_path)
+    found = load(tmp_path)
+    assert found.digest == saved.digest
+    assert found.level_size == saved.level_size
+    assert found.end_code == saved.end_code
+    assert np.array_equal(found.codes, saved.codes)
+
+
+def test_a_saved_catalogue_that_was_changed_is_refused(tmp_path: Path) -> None:
+    saved = from_codes([[0, 1], [1, 0]])
+    write(saved, tmp_path)
+    path = tmp_path / "items.parquet"
+    facts = pq.read_schema(path).metadata
+    table = pq.read_table(path)
+    swapped = table.set_column(0, "item_id", pa.array([1, 0]))
+    pq.write_table(swapped.replace_schema_metadata(facts), path)
+    with pytest.raises(DataError, match="was changed after it was sealed"):
+        load(tmp_path)
+
+
+def test_a_folder_without_a_catalogue_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"holds no items\.parquet"):
+        load(tmp_path)
+
+
+def test_a_digest_names_items_codes_and_sizes() -> None:
+    same = [from_codes([[0, 1], [1, 0]]) for _ in range(2)]
+    others = [
+        from_codes([[0, 1], [1, 1]]),
+        from_codes([[0, 1], [1, 0]], item_id=np.array([1, 0])),
+        from_codes([[0, 1], [1, 0]], level_size=(3, 2)),
+    ]
+    assert same[0].digest == same[1].digest
+    assert len({c.digest for c in (same[0], *others)}) == 4
+    assert catalogues.from_codes([[0, 1], [1, 0]], title=["x", "y"]).digest == same[0].digest

@@ -1,0 +1,149 @@
+"""The trie against a dictionary of sets, on random catalogues."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orchard.catalogue import Catalogue, from_codes
+from orchard.trie import Trie
+
+Path = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """What a trie is: a set of paths, and after each path a set of codes."""
+
+    node: dict[Path, int]
+    after: dict[Path, set[int]]
+
+    @property
+    def paths(self) -> list[Path]:
+        return list(self.node)
+
+
+def oracle_of(catalogue: Catalogue) -> Oracle:
+    sequences = {tuple(int(c) for c in row if c >= 0) for row in catalogue.codes}
+    prefixes = {s[:n] for s in sequences for n in range(len(s) + 1)}
+    ordered = sorted(prefixes, key=lambda p: (len(p), p))
+    after: dict[Path, set[int]] = {p: set() for p in ordered}
+    for prefix in ordered[1:]:
+        after[prefix[:-1]].add(prefix[-1])
+    return Oracle({p: i for i, p in enumerate(ordered)}, after)
+
+
+sequences = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=4), min_size=1, max_size=12)
+# A busy machine is no counterexample.
+examples = settings(max_examples=60, deadline=None)
+
+
+def world(codes: list[list[int]]) -> tuple[Catalogue, Trie, Oracle]:
+    catalogue = from_codes(codes, varying_depth=True)
+    return catalogue, catalogue.trie, oracle_of(catalogue)
+
+
+def every(oracle: Oracle) -> torch.Tensor:
+    return torch.arange(len(oracle.node))
+
+
+@examples
+@given(sequences)
+def test_nodes_are_numbered_by_depth_and_then_by_path(codes: list[list[int]]) -> None:
+    _, trie, oracle = world(codes)
+    assert trie.num_nodes == len(oracle.node)
+    for path, nodes in zip(oracle.paths, trie.path(every(oracle)).tolist(), strict=True):
+        inside = [n for n in nodes if n >= 0]
+        assert tuple(trie.code[inside].tolist()) == path
+    assert trie.depth_of(every(oracle)).tolist() == [len(p) for p in oracle.paths]
+
+
+@examples
+@given(sequences)
+def test_children_are_the_codes_that_may_follow_in_order(codes: list[list[int]]) -> None:
+    _, trie, oracle = world(codes)
+    order = torch.randperm(trie.num_nodes, generator=torch.Generator().manual_seed(0))
+    children = trie.children(order)
+    for f, node in enumerate(order.tolist()):
+        path, mine = oracle.paths[node], children.node[children.start[f] : children.start[f + 1]]
+        assert mine.tolist() == [oracle.node[(*path, c)] for c in sorted(oracle.after[path])]
+        assert (children.owner[children.start[f] : children.start[f + 1]] == f).all()
+    assert torch.equal(trie.num_children(order), children.start.diff())
+
+
+@examples
+@given(sequences)
+def test_a_parent_is_its_childs_path_but_for_the_last_code(codes: list[list[int]]) -> None:
+    _, trie, oracle = world(codes)
+    expected = [oracle.node[p[:-1]] for p in oracle.paths]  # the root is its own parent
+    assert trie.parent(every(oracle)).tolist() == expected
+
+
+@examples
+@given(sequences)
+def test_descending_follows_codes_without_an_alternative(codes: list[list[int]]) -> None:
+    _, trie, oracle = world(codes)
+    for path, reached in zip(oracle.paths, trie.descend(every(oracle)).tolist(), strict=True):
+        while len(oracle.after[path]) == 1:
+            path = (*path, *oracle.after[path])
+        assert reached == oracle.node[path]
+
+
+@examples
+@given(sequences, st.lists(st.lists(st.integers(0, 4), max_size=4), min_size=1, max_size=8))
+def test_walking_stops_at_the_first_illegal_code(codes: list[list[int]], walks: list[Path]) -> None:
+    _, trie, oracle = world(codes)
+    table = torch.full((len(walks), 4), -1)
+    for row, walk in enumerate(walks):
+        table[row, : len(walk)] = torch.tensor(walk)
+    nodes, legal = trie.walk(table)
+    for walk, node, held in zip(walks, nodes.tolist(), legal.tolist(), strict=True):
+        longest = next(n for n in range(len(walk), -1, -1) if tuple(walk[:n]) in oracle.node)
+        assert node == oracle.node[tuple(walk[:longest])]
+        assert held == (longest == len(walk))
+
+
+@examples
+@given(sequences)
+def test_leaves_are_the_sequences_and_hold_their_items(codes: list[list[int]]) -> None:
+    catalogue, trie, oracle = world(codes)
+    leaves = [oracle.node[p] for p in oracle.paths if not oracle.after[p]]
+    assert trie.leaf_node.tolist() == leaves
+    assert trie.leaf(trie.leaf_node).tolist() == list(range(trie.num_leaves))
+    node, legal = trie.walk(torch.from_numpy(catalogue.codes))
+    assert legal.all()
+    assert np.array_equal(trie.leaf(node).numpy(), catalogue.leaf_of_item)
+    for leaf in range(trie.num_leaves):
+        items = catalogue.item_of_leaf[catalogue.leaf_start[leaf] : catalogue.leaf_start[leaf + 1]]
+        assert items.tolist() == np.flatnonzero(catalogue.leaf_of_item == leaf).tolist()
+        assert catalogue.place_in_leaf[items].tolist() == list(range(len(items)))
+
+
+@examples
+@given(sequences)
+def test_end_markers_are_added_to_prefixes_and_to_nothing_else(codes: list[list[int]]) -> None:
+    catalogue = from_codes(codes, varying_depth=True)
+    for sequence, row in zip(codes, catalogue.codes.tolist(), strict=True):
+        inside = [c for c in row if c >= 0]
+        prefix = any(o[: len(sequence)] == sequence and o != sequence for o in codes)
+        ends = [catalogue.end_code[len(sequence)]] if prefix else []
+        assert inside == [*sequence, *ends]
+    same = {tuple(a): leaf for a, leaf in zip(codes, catalogue.leaf_of_item, strict=True)}
+    assert len(set(same.values())) == len(same) == catalogue.trie.num_leaves
+
+
+def test_a_trie_keeps_its_content_on_another_device() -> None:
+    trie = from_codes([[0, 1], [2, 1]]).trie
+    moved = trie.to("meta")
+    assert moved.code.device.type == "meta"
+    assert moved.level_start.shape == trie.level_start.shape
+
+
+@pytest.mark.parametrize("depth", [1, 5])
+def test_a_lone_item_is_one_chain(depth: int) -> None:
+    trie = from_codes([[0] * depth]).trie
+    assert trie.descend(torch.tensor([0])).tolist() == [depth]
+    assert trie.num_leaves == 1
