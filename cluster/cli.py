@@ -6,6 +6,7 @@ Heavy imports stay inside the commands, so that a bad configuration is refused w
 import importlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -108,7 +109,9 @@ def quickstart(
 @app.command()
 def bench(
     name: Annotated[str, typer.Argument(help="Which figures, e.g. learner.")],
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures here.")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Smaller run of the same code.")] = False,
 ) -> None:
     """The published figures, measured side by side."""
@@ -139,8 +142,11 @@ def synth(
     """A synthetic world with structure worth learning."""
     from orchard.synth import WorldParams, write_world
 
-    chosen = {"num_items": items, "num_users": users, "seed": seed}
-    params = WorldParams(**{k: v for k, v in chosen.items() if v is not None})
+    params = WorldParams(seed=seed)
+    if items is not None:
+        params = replace(params, num_items=items)
+    if users is not None:
+        params = replace(params, num_users=users)
     card = write_world(out, params, overwrite=overwrite)
     for fact, value in card.facts.items():
         typer.echo(f"{fact:>28}  {value:g}")

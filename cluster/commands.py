@@ -65,9 +65,7 @@ def evaluate_policy(
     """One policy on one split, on the screen and as JSON."""
     trained = settings.run_dir / "policy"
     run = prepare(settings, "evaluate", policy=policy or (trained if trained.is_dir() else None))
-    earlier = (
-        evaluation.read(evaluation_runs.evaluation_file(run, against)) if against else None
-    )
+    earlier = evaluation.read(evaluation_runs.evaluation_file(run, against)) if against else None
     found = asyncio.run(evaluation_runs.evaluate(run, split=split, beams=beams, name=name))
     if json_file is not None:
         evaluation_runs.write_metrics(found, json_file)
@@ -78,9 +76,7 @@ def evaluate_policy(
 def quickstart(output: Path, overrides: list[str]) -> None:
     """World, warm start, RL, evaluation, table and report, in one Ray session."""
     folder = output / "quickstart-data"
-    settings = config.load(
-        QUICKSTART, [f"output='{output}'", f"data.path='{folder}'", *overrides]
-    )
+    settings = config.load(QUICKSTART, [f"output='{output}'", f"data.path='{folder}'", *overrides])
     begin = time.perf_counter()
     if not folder.is_dir():
         write_world(folder, WorldParams())

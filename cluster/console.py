@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
-
+from typing import SupportsFloat
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
@@ -112,11 +112,13 @@ class Progress:
         elif self.done > self._resumed_at:
             self._say("stopped" if error else "done")
 
-    def advance(self, metrics: Mapping[str, float] | None = None, *, count: int = 1) -> None:
+    def advance(
+        self, metrics: Mapping[str, SupportsFloat] | None = None, *, count: int = 1
+    ) -> None:
         """`count` more steps are done; metrics that are not given keep their last value."""
         self.done += count
         found = metrics or {}
-        self._note |= {name: found[name] for name in self._shown if name in found}
+        self._note |= {name: float(found[name]) for name in self._shown if name in found}
         if self._bars is not None and self._bar is not None:
             self._bars.update(self._bar, completed=self.done)
         elif self._clock() - self._said >= _LINE_EVERY_S:

@@ -4,7 +4,7 @@ import asyncio
 import dataclasses
 import logging
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Generator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
@@ -29,7 +29,7 @@ from rollout.search import Candidates
 
 
 @contextmanager
-def ray_session(settings: ClusterConfig, *, cpus: int) -> Iterator[None]:
+def ray_session(settings: ClusterConfig, *, cpus: int) -> Generator[None]:
     """Join a cluster (`cluster.address` or RAY_ADDRESS), or run a local one and stop it after.
 
     An outer session is joined as it is, so that several phases can share one.
@@ -53,9 +53,7 @@ def ray_session(settings: ClusterConfig, *, cpus: int) -> Iterator[None]:
     else:
         # A local session listens on the loopback interface and lives as long as this process.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        ray.init(
-            address="local", num_cpus=settings.cpus or cpus, include_dashboard=False, **quiet
-        )
+        ray.init(address="local", num_cpus=settings.cpus or cpus, include_dashboard=False, **quiet)
     try:
         yield
     finally:
@@ -98,7 +96,6 @@ class House:
 
     async def scored_trees(self, step: int) -> ScoredTrees:
         """Search and score the prompts of a 0-based step, spread over the actors."""
-        assert self.rollout is not None and self.rewards is not None
         config = self.run.config
         rows = rows_of_step(
             step,
@@ -146,7 +143,8 @@ class House:
         return {f"{name}/restarts": float(p.restarts) for name, p in pools.items() if p}
 
     async def _score(self, rows: Int64[np.ndarray, " R"], *, seed: int) -> ScoredTrees:
-        assert self.rollout is not None and self.rewards is not None
+        assert self.rollout is not None, "only a training house has rollout actors"
+        assert self.rewards is not None
         prompts = self.run.form.prompts(self.run.train, rows)
         trees: SearchTrees = await self.rollout.call("search", prompts, seed)
         return await self.rewards.call("score", trees)
@@ -169,7 +167,7 @@ class House:
         per_epoch = -(-len(windows) // config.sft.batch_size) if windows is not None else 0
         return Assignment(
             config=config,
-            phase=run.phase,
+            phase="sft" if supervised else "train",
             policy=run.policy.resolve(),
             catalogue=run.catalogue,
             vocabulary=run.vocabulary,
@@ -224,12 +222,10 @@ class House:
 
 
 @asynccontextmanager
-async def launch(run: Run) -> AsyncIterator[House]:
+async def launch(run: Run) -> AsyncGenerator[House]:
     """A house with its actors up; torn down in reverse."""
     open_folder(run)
-    with Logbook(run.dir) as logbook, ray_session(
-        run.config.cluster, cpus=cpus_needed(run.config)
-    ):
+    with Logbook(run.dir) as logbook, ray_session(run.config.cluster, cpus=cpus_needed(run.config)):
         house = House(run, logbook)
         try:
             ready = [pool.ready() for pool in (house.rollout, house.rewards) if pool is not None]

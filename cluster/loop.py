@@ -110,4 +110,3 @@ class Clock:
         """All laps, and the whole step."""
         laps = {f"cluster/{name}": value for name, value in self._laps.items()}
         return laps | {"cluster/step_s": time.perf_counter() - self._begin}
-

@@ -144,9 +144,13 @@ class Pool:
             ) from error
         except RayTaskError as error:
             cause = error.cause
-            raise (cause if isinstance(cause, OrchardError) else ActorError(
-                f"{self.name} actor {index} did not start: {_brief(cause or error)}"
-            )) from error
+            raise (
+                cause
+                if isinstance(cause, OrchardError)
+                else ActorError(
+                    f"{self.name} actor {index} did not start: {_brief(cause or error)}"
+                )
+            ) from error
         except RayActorError as error:
             raise ActorError(
                 f"{self.name} actor {index} died while starting: {_brief(error)}"

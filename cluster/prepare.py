@@ -91,9 +91,7 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
         check_policy(policy, items)
         tokenizer = vocabulary.read_tokenizer(policy)
     splits = {
-        name: read_split(
-            [data.path / file for file in files], items, max_history=data.max_history
-        )
+        name: read_split([data.path / file for file in files], items, max_history=data.max_history)
         for name, files in (("train", data.train), ("valid", [data.valid]), ("test", [data.test]))
     }
     width = max(settings.rollout.candidates, settings.evaluate.beams, settings.evaluate.valid_beams)

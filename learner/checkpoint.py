@@ -69,9 +69,7 @@ def _tensors(learner: Learner) -> dict[str, Any]:
     from torch.distributed.checkpoint import state_dict as sharded
 
     whole = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    policy, optimizer = sharded.get_state_dict(
-        learner.scorer, learner.optimizer, options=whole
-    )
+    policy, optimizer = sharded.get_state_dict(learner.scorer, learner.optimizer, options=whole)
     reference = (
         sharded.get_model_state_dict(learner.reference, options=whole)
         if learner.reference is not None

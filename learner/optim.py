@@ -18,9 +18,7 @@ def optimiser(model: nn.Module, *, lr: float, weight_decay: float) -> AdamW:
     return AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95))
 
 
-def schedule(
-    optimizer: AdamW, *, total_steps: int, warmup: float, final_lr: float
-) -> LambdaLR:
+def schedule(optimizer: AdamW, *, total_steps: int, warmup: float, final_lr: float) -> LambdaLR:
     """Linear rise over a share of the steps, then a cosine down to a share of the peak rate."""
     rise = max(1, round(total_steps * warmup))
 

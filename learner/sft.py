@@ -38,12 +38,8 @@ def pack_sequences(
     count = len(row)
     return TrainBatch(
         token=ragged.pad(token, token_start, fill=form.vocabulary.pad),
-        position=ragged.pad(
-            ragged.places(token_start).astype(np.int32), token_start, fill=0
-        ),
-        subtree_end=ragged.pad(
-            np.repeat(length, length).astype(np.int32), token_start, fill=0
-        ),
+        position=ragged.pad(ragged.places(token_start).astype(np.int32), token_start, fill=0),
+        subtree_end=ragged.pad(np.repeat(length, length).astype(np.int32), token_start, fill=0),
         row=row.astype(np.int64),
         slot=slot[chosen].astype(np.int32),
         state=before[chosen],

@@ -6,7 +6,7 @@ ranks and micro-batches; DDP and FSDP average, hence the factor `world`.
 
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Literal, cast
@@ -33,7 +33,7 @@ from orchard.vocabulary import Vocabulary
 
 
 class Scorer(nn.Module):
-    """A policy whose forward is the log-probability of choices, so that DDP and FSDP can wrap it."""
+    """A policy whose forward gives choices' log-probabilities, so that DDP and FSDP can wrap it."""
 
     def __init__(
         self,
@@ -71,7 +71,8 @@ class Learner:
         self.config, self.rank, self.world = config, rank, world
         self.device = torch.device(device)
         context = (trie.to(self.device), vocabulary.to(self.device), config.logprob)
-        self.policy = policy.to(self.device)
+        self.policy = policy
+        cast(nn.Module, policy).to(self.device)
         self.reference: Scorer | None = None
         if config.kl.weight > 0:
             frozen = copy.deepcopy(self.policy).eval().requires_grad_(False)
@@ -170,7 +171,7 @@ class Learner:
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     @contextmanager
-    def _exchange(self, *, last: bool) -> Iterator[None]:
+    def _exchange(self, *, last: bool) -> Generator[None]:
         """Exchange gradients once per update, with the last micro-batch."""
         if isinstance(self.scorer, DistributedDataParallel) and not last:
             with self.scorer.no_sync():

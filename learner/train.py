@@ -21,7 +21,7 @@ import ray.train
 import torch
 from ray.train import CheckpointConfig as RayCheckpointConfig
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from learner import checkpoint, sft
 from learner.step import Learner
@@ -108,7 +108,7 @@ class Desk:
             return self._results.pop(number if number >= 0 else min(self._results))
 
 
-DeskActor: Any = ray.remote(num_cpus=0, max_concurrency=1000)(Desk)
+DeskActor: Any = ray.remote(Desk)
 
 
 def work(assignment: Assignment, desk: Any) -> None:
@@ -126,7 +126,7 @@ def work(assignment: Assignment, desk: Any) -> None:
         assignment.vocabulary,
         _learner_config(config, assignment.phase),
         total_steps=assignment.total_steps,
-        device=ray.train.torch.get_device(),
+        device=get_device(),
         rank=rank,
         world=world,
     )
@@ -196,9 +196,7 @@ def _epoch(learner: Learner, assignment: Assignment, number: int) -> dict[str, f
 
 def _save(learner: Learner, number: int, catalogue: str, rank: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint.save(
-            learner, Path(folder), number=number, catalogue=catalogue, write=rank == 0
-        )
+        checkpoint.save(learner, Path(folder), number=number, catalogue=catalogue, write=rank == 0)
         mine = ray.train.Checkpoint.from_directory(folder) if rank == 0 else None
         ray.train.report(
             {"number": number}, checkpoint=mine, checkpoint_dir_name=f"job_{number:06d}"
@@ -221,7 +219,7 @@ class RemoteLearner:
 
     async def start(self) -> PolicyVersion:
         """Start the workers; the version they begin with, from a checkpoint if there is one."""
-        self._desk = DeskActor.remote()
+        self._desk = DeskActor.options(num_cpus=0, max_concurrency=1000).remote()
         learner, checkpoints = self._config.learner, self._config.checkpoint
         trainer = TorchTrainer(
             _bind(self._assignment, self._desk),
@@ -273,9 +271,9 @@ class RemoteLearner:
 
     async def _collect(self, number: int, timeout_s: float) -> Result:
         """Wait for a result, for the end of the worker group, or for the deadline."""
-        pending = asyncio.ensure_future(asyncio.wrap_future(
-            self._desk.collect.remote(number).future()
-        ))
+        pending = asyncio.ensure_future(
+            asyncio.wrap_future(self._desk.collect.remote(number).future())
+        )
         deadline = time.monotonic() + timeout_s
         while True:
             done, _ = await asyncio.wait({pending}, timeout=1.0)

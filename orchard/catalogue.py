@@ -186,7 +186,7 @@ def write(catalogue: Catalogue, folder: Path) -> None:
 
 
 def load(folder: Path) -> Catalogue:
-    """The catalogue that `write` saved; raises DataError where the content is not what was sealed."""
+    """The catalogue that `write` saved; raises DataError where its content was changed."""
     path = folder / "items.parquet"
     if not path.is_file():
         raise DataError(f"{folder} holds no items.parquet; it is not a saved catalogue")
@@ -235,7 +235,7 @@ def _mark_ends(
 ) -> Int[np.ndarray, "I D"]:
     """Append the end marker to each sequence that is a proper prefix of another."""
     unique, inverse = np.unique(table, axis=0, return_inverse=True)
-    # In lexicographic order with the padding smallest, a prefix of anything is one of its successor.
+    # Sorted with the padding smallest, a prefix of anything is a prefix of its successor.
     same = (unique[:-1] == unique[1:]) | (unique[:-1] < 0)
     rows = np.flatnonzero(same.all(1))
     if len(rows) == 0:

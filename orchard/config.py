@@ -334,8 +334,10 @@ def _known() -> list[str]:
         keys: list[str] = []
         for name, field in section.model_fields.items():
             kind = field.annotation
-            inner = isinstance(kind, type) and issubclass(kind, BaseModel)
-            keys += walk(kind, f"{prefix}{name}.") if inner else [prefix + name]
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                keys += walk(kind, f"{prefix}{name}.")
+            else:
+                keys.append(prefix + name)
         return keys
 
     return walk(Config, "")

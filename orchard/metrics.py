@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import Any, SupportsFloat, cast
 
 import numpy as np
 from jaxtyping import Float64, Int64
@@ -54,7 +54,7 @@ class Logbook:
         self._file = self._path.open("a", encoding="utf-8")
         self._events: dict[str, _Events] = {}
 
-    def log(self, phase: str, step: int, values: Mapping[str, float]) -> None:
+    def log(self, phase: str, step: int, values: Mapping[str, SupportsFloat]) -> None:
         """Write one line, at once on disk; NaN and infinity become null.
 
         Args:

@@ -59,7 +59,7 @@ def load(folder: Path, vocabulary: Vocabulary | None = None) -> PreTrainedModel:
         )
     except OSError as error:
         raise DataError(f"{folder} holds no loadable weights: {error}") from error
-    rows = model.get_output_embeddings().weight.shape[0]
+    rows = head_weight(model).shape[0]
     if vocabulary is not None and rows < vocabulary.size:
         raise CheckpointError(
             f"the policy in {folder} knows {rows} tokens, its tokenizer {vocabulary.size}; "
@@ -78,7 +78,7 @@ def check_folder(folder: Path) -> None:
 
 def head_weight(model: PreTrainedModel) -> Float[Tensor, "tokens D"]:
     """The rows that turn a hidden state into logits, one per token id."""
-    return cast(Tensor, model.get_output_embeddings().weight)
+    return cast(Tensor, cast(nn.Module, model.get_output_embeddings()).weight)
 
 
 def hidden_states(
@@ -89,7 +89,7 @@ def hidden_states(
 ) -> Float[Tensor, "R S D"]:
     """Last hidden states of packed rows; slot i of a row sees slot j where `visible[i, j]`."""
     dtype = head_weight(model).dtype
-    # Fully masked (padding) slots must see something, or their softmax is 0/0 and poisons gradients.
+    # A padding slot must see something: 0/0 in its softmax would poison all gradients.
     lonely = ~visible.any(-1, keepdim=True)
     eye = torch.eye(visible.shape[-1], dtype=torch.bool, device=visible.device)
     mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
@@ -166,5 +166,5 @@ def add_dropout(model: PreTrainedModel, share: float) -> list[RemovableHandle]:
             f"{type(model).__name__} has no self_attn or mlp modules to apply dropout to; "
             "set model.dropout = 0"
         )
-    modules = [cast(nn.Module, model.get_input_embeddings()), *blocks]
+    modules = [model.get_input_embeddings(), *blocks]
     return [module.register_forward_hook(hook) for module in modules]

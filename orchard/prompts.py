@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -76,7 +77,7 @@ def read_split(paths: Sequence[Path], catalogue: Catalogue, *, max_history: int)
     )
 
 
-def _read(path: Path) -> pa.Table:
+def _read(path: Path) -> Any:
     if not path.is_file():
         raise DataError(f"split file {path} does not exist; check data.path and the file names")
     try:
@@ -91,7 +92,7 @@ def _read(path: Path) -> pa.Table:
     return table
 
 
-def _combined(column: pa.ChunkedArray) -> pa.Array:
+def _combined(column: Any) -> Any:
     combined = column.combine_chunks()
     if isinstance(combined, pa.ChunkedArray):  # an empty table has no chunk to give back
         return pa.array([], column.type)
@@ -224,7 +225,9 @@ def code_states(
     catalogue: Catalogue, item: Int[np.ndarray, " H"]
 ) -> tuple[Int64[np.ndarray, "H D"], Int64[np.ndarray, "H D"]]:
     """Trie node before and after each code of each item, -1 past its end."""
-    after = catalogue.trie.path(catalogue.trie.leaf_node[torch.from_numpy(catalogue.leaf_of_item[item])])
+    after = catalogue.trie.path(
+        catalogue.trie.leaf_node[torch.from_numpy(catalogue.leaf_of_item[item])]
+    )
     before = torch.cat([torch.zeros_like(after[:, :1]), after[:, :-1]], dim=1)
     before = torch.where(after >= 0, before, -1)
     return before.numpy(), after.numpy()

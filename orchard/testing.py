@@ -4,6 +4,8 @@ Shapes:  K leaves   B prompts
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from orchard import catalogue as catalogues
 from orchard import model as models
-from orchard import ragged
+from orchard import ragged, weights
 from orchard.catalogue import Catalogue
 from orchard.config import ModelConfig
 from orchard.prompts import PromptFormat
-from orchard.types import Prompts
+from orchard.types import PolicyVersion, Prompts
 from orchard.vocabulary import Vocabulary, compact_tokenizer, of_codes
 
 
@@ -104,3 +106,52 @@ def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
     """Write a Hugging Face folder that `orchard.model.load` and vLLM can read."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """A catalogue, a policy over it, some prompts, and what brute force says of them."""
+
+    catalogue: Catalogue
+    model: PreTrainedModel
+    vocabulary: Vocabulary
+    prompts: Prompts
+
+    @property
+    def version(self) -> PolicyVersion:
+        """The policy as it is now, as step 0."""
+        return PolicyVersion(step=0, digest=weights.digest(weights.snapshot(self.model)))
+
+    @cached_property
+    def leaf_logprob(self) -> list[Float64[np.ndarray, " K"]]:
+        """For each prompt the log-probability of every leaf."""
+        rows = np.split(self.prompts.token, self.prompts.token_start[1:-1])
+        return [brute_force(self.model, self.vocabulary, self.catalogue, row) for row in rows]
+
+    @cached_property
+    def leaf_path(self) -> list[tuple[int, ...]]:
+        """For each leaf its trie nodes from depth 1 on."""
+        trie = self.catalogue.trie
+        return [tuple(n for n in row if n >= 0) for row in trie.path(trie.leaf_node).tolist()]
+
+    def save(self, folder: Path) -> Path:
+        """Write the policy to a folder."""
+        save_policy(self.model, compact_tokenizer(self.catalogue), folder)
+        return folder
+
+
+def tiny_world(
+    *,
+    seed: int = 0,
+    level_size: Sequence[int] = (5, 4, 6),
+    num_items: int = 30,
+    varying_depth: bool = False,
+    lengths: Sequence[int] = (0, 3, 1, 7),
+) -> World:
+    """The above, of one seed; `lengths` are those of the prompts' histories, in items."""
+    catalogue = tiny_catalogue(
+        seed=seed, level_size=level_size, num_items=num_items, varying_depth=varying_depth
+    )
+    model, vocabulary = tiny_policy(catalogue, seed=seed)
+    prompts = tiny_prompts(catalogue, lengths, seed=seed)
+    return World(catalogue=catalogue, model=model, vocabulary=vocabulary, prompts=prompts)

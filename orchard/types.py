@@ -90,7 +90,9 @@ class Cost:
     seconds: float = 0.0
 
     def __add__(self, other: "Cost") -> "Cost":
-        return Cost(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+        return Cost(
+            **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -246,9 +248,7 @@ class ScoredTrees:
         return ScoredTrees(
             trees=SearchTrees.concatenate([p.trees for p in parts]),
             reward=np.concatenate([p.reward for p in parts]),
-            parts={
-                name: np.concatenate([p.parts[name] for p in parts]) for name in parts[0].parts
-            },
+            parts={name: np.concatenate([p.parts[name] for p in parts]) for name in parts[0].parts},
         )
 
 

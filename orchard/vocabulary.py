@@ -73,7 +73,7 @@ def compact_tokenizer(catalogue: Catalogue) -> PreTrainedTokenizerFast:
     """A word-level tokenizer with the special tokens and one token per code."""
     if len(catalogue.level_size) > 26:
         raise CatalogueError(
-            f"semantic IDs have {len(catalogue.level_size)} levels; compact policies name at most 26"
+            f"semantic IDs have {len(catalogue.level_size)} levels; compact policies name up to 26"
         )
     words = [PAD, BOS, EOS]
     for level, size in enumerate(catalogue.level_size):
@@ -110,6 +110,6 @@ def of_codes(tokenizer: PreTrainedTokenizerBase, catalogue: Catalogue) -> Vocabu
                 f"of level {level + 1} are missing); it was made for another catalogue"
             )
         levels.append(torch.tensor([known[word] for word in words]))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else pad
+    pad = known.get(str(tokenizer.pad_token), 0)
+    bos = known.get(str(tokenizer.bos_token), pad)
     return Vocabulary(level_tokens=tuple(levels), bos=bos, pad=pad, size=len(tokenizer))

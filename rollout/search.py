@@ -68,7 +68,8 @@ def beam(engine: Engine, prompts: Prompts, *, width: int) -> Candidates:
     """Exact beam search: at each depth, the `width` best prefixes of each prompt survive.
 
     Leaves already reached keep competing with their score. Equal scores are ordered by trie node.
-    Only prefixes that survive and have a choice to make are forwarded. A prompt gets fewer candidates where the catalogue has fewer leaves, and never the same twice.
+    Only prefixes that survive and have a choice to make are forwarded. A prompt gets fewer
+    candidates where the catalogue has fewer leaves, and never the same one twice.
 
     Raises:
         EngineError: a prompt does not fit the engine, or the policy has diverged.

@@ -94,9 +94,7 @@ def test_training_without_a_policy_names_the_remedy(
     assert "holds no config.json" in refused("train", world, f"model.path={world.parent}")
 
 
-def test_items_that_form_no_catalogue_are_refused(
-    world: Path, refused: Callable[..., str]
-) -> None:
+def test_items_that_form_no_catalogue_are_refused(world: Path, refused: Callable[..., str]) -> None:
     items = world.parent / "data" / "items.parquet"
     good = pq.read_table(items)["sid"].to_pylist()
     rewrite(items, sid=[None, *good[1:]])
@@ -128,9 +126,7 @@ def saved_policy(world: Path) -> Path:
     return run.result
 
 
-def test_a_policy_of_another_catalogue_is_refused(
-    world: Path, refused: Callable[..., str]
-) -> None:
+def test_a_policy_of_another_catalogue_is_refused(world: Path, refused: Callable[..., str]) -> None:
     saved_policy(world)
     items = world.parent / "data" / "items.parquet"
     sids = pq.read_table(items)["sid"].to_pylist()
@@ -156,9 +152,7 @@ def test_a_beam_wider_than_the_catalogue_is_announced(
     assert "wider than the catalogue" in caplog.text
 
 
-def test_synthetic_data_is_written_once(
-    tmp_path: Path, refused: Callable[..., str]
-) -> None:
+def test_synthetic_data_is_written_once(tmp_path: Path, refused: Callable[..., str]) -> None:
     out = tmp_path / "fresh"
     cli.main(["data", "synth", str(out), "--items", "80", "--users", "50"])
     assert (out / "items.parquet").is_file()

@@ -70,7 +70,7 @@ def test_a_catalogue_and_prompts_are_made_of_it(small: tuple[Path, WorldCard]) -
 def test_time_alone_divides_the_parts(small: tuple[Path, WorldCard]) -> None:
     folder, _ = small
     times = [[row["timestamp"] for row in rows_of(folder, part)] for part in PARTS]
-    joined = sum(times, [])
+    joined = [when for part in times for when in part]
     assert joined == sorted(joined)
     total = len(joined)
     assert [len(part) for part in times] == [

@@ -1,0 +1,148 @@
+"""Beam search against enumeration, and against a slow beam search over enumerated numbers."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from orchard.errors import EngineError
+from orchard.testing import World, tiny_prompts, tiny_world
+from orchard.types import Prompts
+from rollout.engine.torch import TorchEngine
+from rollout.search import Candidates, beam
+
+
+def found(candidates: Candidates, prompt: int) -> dict[int, float]:
+    rows = slice(candidates.start[prompt], candidates.start[prompt + 1])
+    return dict(zip(candidates.leaf[rows].tolist(), candidates.score[rows].tolist(), strict=True))
+
+
+def slow_beam(
+    leaf_path: list[tuple[int, ...]], leaf_logprob: np.ndarray, width: int
+) -> dict[int, float]:
+    """Keep the best prefixes depth by depth; a prefix is as likely as the leaves below it."""
+    beams: list[tuple[int, ...]] = [()]
+    for depth in range(1, max(len(path) for path in leaf_path) + 1):
+        score = {
+            path[:depth]: np.logaddexp.reduce(
+                [p for other, p in zip(leaf_path, leaf_logprob, strict=True)
+                 if other[:depth] == path[:depth]]
+            )
+            for path in leaf_path
+            if any(path[: len(b)] == b for b in beams)
+        }  # fmt: skip
+        beams = sorted(score, key=lambda prefix: -score[prefix])[:width]
+    return {leaf: leaf_logprob[leaf] for leaf, path in enumerate(leaf_path) if path in beams}
+
+
+def test_a_beam_as_wide_as_the_catalogue_enumerates_it(world: World, engine: TorchEngine) -> None:
+    every = beam(engine, world.prompts, width=100)
+    for prompt, expected in enumerate(world.leaf_logprob):
+        scores = found(every, prompt)
+        assert sorted(scores) == list(range(len(expected)))
+        assert np.allclose([scores[leaf] for leaf in range(len(expected))], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [1, 2, 5, 11])
+def test_a_narrow_beam_equals_a_slow_one(world: World, engine: TorchEngine, width: int) -> None:
+    candidates = beam(engine, world.prompts, width=width)
+    for prompt, leaf_logprob in enumerate(world.leaf_logprob):
+        expected = slow_beam(world.leaf_path, leaf_logprob, width)
+        scores = found(candidates, prompt)
+        assert list(scores) == sorted(expected, key=lambda leaf: -expected[leaf])
+        assert np.allclose(list(scores.values()), sorted(expected.values())[::-1], atol=1e-5)
+
+
+def test_candidates_are_best_first_and_never_twice(world: World, engine: TorchEngine) -> None:
+    for width in (4, 100):
+        candidates = beam(engine, world.prompts, width=width)
+        count = min(width, world.catalogue.trie.num_leaves)
+        assert np.diff(candidates.start).tolist() == [count] * len(world.prompts)
+        for prompt in range(len(world.prompts)):
+            scores = found(candidates, prompt)
+            assert len(scores) == count
+            assert list(scores.values()) == sorted(scores.values(), reverse=True)
+
+
+def test_scores_are_the_sums_of_the_codes_and_forced_codes_are_free(
+    world: World, engine: TorchEngine
+) -> None:
+    candidates, trie = beam(engine, world.prompts, width=7), world.catalogue.trie
+    assert np.allclose(candidates.logprob.sum(1), candidates.score, atol=1e-6)
+    for leaf, node, logprob in zip(
+        candidates.leaf, candidates.node, candidates.logprob, strict=True
+    ):
+        assert tuple(node[node >= 0]) == world.leaf_path[leaf]
+        above = np.concatenate([[0], node[:-1]])
+        width = trie.num_children(trie.leaf_node.new_tensor(above)).numpy()
+        assert (logprob[(width == 1) | (node < 0)] == 0).all()
+        assert (logprob[(width > 1) & (node >= 0)] < 0).all()
+
+
+def test_a_prompt_gives_the_same_alone_as_in_a_batch(world: World, engine: TorchEngine) -> None:
+    together = beam(engine, world.prompts, width=6)
+    for prompt in range(len(world.prompts)):
+        alone = beam(engine, world.prompts.select(np.array([prompt])), width=6)
+        ours = together.select(np.array([prompt]))
+        assert alone.leaf.tolist() == ours.leaf.tolist()
+        assert np.allclose(alone.logprob, ours.logprob, atol=1e-5)
+
+
+def test_equal_scores_are_ordered_by_trie_node(
+    torch_engine: Callable[[World], TorchEngine],
+) -> None:
+    world = tiny_world()
+    for parameter in world.model.parameters():
+        parameter.data.zero_()  # every code is as likely as its siblings
+    every = beam(torch_engine(world), world.prompts, width=100)
+    order = np.lexsort((every.leaf, -every.score, np.repeat(np.arange(4), np.diff(every.start))))
+    assert order.tolist() == list(range(len(order)))
+    assert len(set(every.score.tolist())) < world.catalogue.trie.num_leaves / 2
+    few = beam(torch_engine(world), world.prompts, width=2)
+    assert few.leaf[:2].tolist() == few.leaf[2:4].tolist()
+
+
+def test_the_last_choice_and_what_is_forced_after_it_are_not_forwarded(
+    torch_engine: Callable[[World], TorchEngine],
+) -> None:
+    world = tiny_world()
+    trie, prompts = world.catalogue.trie, world.prompts
+    cost = beam(torch_engine(world), prompts, width=100).cost
+    nodes = trie.leaf_node.new_tensor(range(1, trie.num_nodes))
+    forwarded = nodes[trie.num_children(nodes) > 1]  # chains above them go with them
+    chained = {int(n) for row in trie.path(forwarded).tolist() for n in row if n >= 0}
+    assert cost.forward_tokens == len(prompts) * len(chained)
+    assert cost.prefill_tokens == len(prompts.token)
+    assert cost.passes == trie.depth
+
+
+def test_a_prompt_too_long_for_the_policy_is_refused(world: World, engine: TorchEngine) -> None:
+    depth, limit = world.catalogue.trie.depth, world.model.config.max_position_embeddings
+    codes = int((world.catalogue.codes[0] >= 0).sum())
+    long: Prompts = tiny_prompts(world.catalogue, [limit // codes + limit])
+    with pytest.raises(EngineError, match=f"and {depth} codes exceed the policy's {limit}"):
+        beam(engine, long, width=2)
+
+
+def test_a_policy_that_has_diverged_is_named(
+    torch_engine: Callable[[World], TorchEngine],
+) -> None:
+    world = tiny_world()
+    world.model.get_input_embeddings().weight.data[0] = float("nan")
+    world.model.base_model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(EngineError, match="are not finite; its training has diverged"):
+        beam(torch_engine(world), world.prompts, width=2)
+
+
+def test_selected_candidates_are_those_of_the_prompts_asked_for(
+    world: World, engine: TorchEngine
+) -> None:
+    every = beam(engine, world.prompts, width=5)
+    rows = np.array([2, 0])
+    chosen = every.select(rows)
+    for place, row in enumerate(rows):
+        assert found(chosen, place) == found(every, int(row))
+    again = Candidates.concatenate([every.select(np.array([r])) for r in range(4)])
+    assert again.leaf.tolist() == every.leaf.tolist()
+    assert again.start.tolist() == every.start.tolist()
+    assert np.array_equal(again.node, every.node)
