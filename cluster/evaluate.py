@@ -24,7 +24,7 @@ async def evaluate(run: Run, *, split: SplitName, beams: int, name: str) -> Eval
     values = weights.snapshot(model.load(run.policy, run.vocabulary))
     version = PolicyVersion(step=policy["step"], digest=weights.digest(values))
     async with launch(run) as house:
-        house.hold(version, values)
+        await house.publish(version, values)
         found = await house.evaluate(getattr(run, split), rows, beams=beams)
     evaluation.write(found, evaluation_file(run, name))
     return found

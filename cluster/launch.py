@@ -84,15 +84,11 @@ class House:
         shared = self.rollout is not None and config.evaluate.engine == config.rollout.engine
         self._ranking = self.rollout if shared else None
 
-    async def publish(self, policy: PolicyVersion) -> None:
-        """Give the learner's newest weights to every holder; each verifies their digest."""
-        self.hold(policy, self.learner.weights)
+    async def publish(self, policy: PolicyVersion, weights: Weights) -> None:
+        """Give a version to every holder; each verifies the digest before it switches."""
+        self._policy, self._weights = policy, ray.put(dict(weights))
         if self.rollout is not None:
             await self._install(self.rollout)
-
-    def hold(self, policy: PolicyVersion, weights: Weights) -> None:
-        """Make these weights the newest, for whoever asks next."""
-        self._policy, self._weights = policy, ray.put(dict(weights))
 
     async def scored_trees(self, step: int) -> ScoredTrees:
         """Search and score the prompts of a 0-based step, spread over the actors."""

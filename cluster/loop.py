@@ -27,7 +27,7 @@ async def train(run: Run) -> PolicyVersion:
     async with launch(run) as house:
         policy = await house.learner.start()
         house.logbook.rewind("train", policy.step)
-        await house.publish(policy)
+        await house.publish(policy, house.learner.weights)
         champion = Champion.of(
             house,
             num_rows=run.config.evaluate.valid_rows if run.config.evaluate.every else 0,
@@ -54,7 +54,7 @@ async def train(run: Run) -> PolicyVersion:
                 update = await house.learner.update(batch, save=save)
                 policy = update.policy
                 clock.lap("learn_s")
-                await house.publish(policy)
+                await house.publish(policy, house.learner.weights)
                 clock.lap("publish_s")
                 scored.admit(policy)
                 metrics = describe(trees, update, lag) | house.restarts() | clock.seconds()

@@ -32,7 +32,7 @@ async def sft(run: Run) -> PolicyVersion:
                 begin = time.perf_counter()
                 update = await house.learner.epoch(save=True)
                 policy, before = update.policy, champion.best
-                await house.publish(policy)
+                await house.publish(policy, house.learner.weights)
                 metrics = {f"sft/{name}": value for name, value in update.metrics.items()}
                 metrics |= await champion.consider(policy)
                 since_best = 0 if champion.best > before else since_best + 1

@@ -54,7 +54,7 @@ def pad(
 
 
 def concatenate(
-    parts: Sequence[tuple[Shaped[np.ndarray, "M ..."], Int[np.ndarray, " R1"]]],
+    parts: Sequence[tuple[Shaped[np.ndarray, "..."], Int[np.ndarray, " _"]]],
 ) -> tuple[Shaped[np.ndarray, "M2 ..."], Int[np.ndarray, " R2"]]:
     """Several ragged arrays one after another as one."""
     values = np.concatenate([values for values, _ in parts])

@@ -104,6 +104,7 @@ def write_world(out: Path, params: WorldParams, *, overwrite: bool = False) -> W
         (partial / CARD).write_text(json.dumps(asdict(card), indent=2) + "\n")
         retired = out.with_name(f".{out.name}.retired")
         if out.exists():
+            shutil.rmtree(retired, ignore_errors=True)
             out.rename(retired)
         partial.rename(out)
     finally:

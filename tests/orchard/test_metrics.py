@@ -25,12 +25,12 @@ def steps_of(run_dir: Path, phase: str) -> list[int]:
 def test_what_is_logged_is_read_back_by_phase_and_metric(tmp_path: Path) -> None:
     with Logbook(tmp_path) as logbook:
         logbook.log("sft", 1, {"sft/loss": 3.5})
-        logbook.log("train", 1, {"learner/kl": 0.1, "rewards/mean": np.float32(0.25)})
-        logbook.log("train", 2, {"learner/kl": 0.2})
+        logbook.log("train", 1, {"rewards/mean": np.float32(0.25), "learner/kl": 0.1})
+        logbook.log("train", 2, {"learner/tokens": 7, "learner/kl": 0.2})
     found = read_metrics(tmp_path / FILE)
     assert {phase: sorted(metrics) for phase, metrics in found.items()} == {
         "sft": ["sft/loss"],
-        "train": ["learner/kl", "rewards/mean"],
+        "train": ["learner/kl", "learner/tokens", "rewards/mean"],
     }
     series = found["train"]["learner/kl"]
     assert series.step.tolist() == [1, 2]

@@ -5,7 +5,7 @@ import pytest
 
 from orchard.testing import World
 from rollout.engine.torch import TorchEngine
-from rollout.search import Candidates, sample
+from rollout.search import Candidates, beam, sample
 
 
 def draw(engine: TorchEngine, world: World, **options: object) -> Candidates:
@@ -18,33 +18,51 @@ def frequencies(candidates: Candidates, prompt: int, num_leaves: int) -> np.ndar
     return np.bincount(candidates.leaf[rows], minlength=num_leaves)
 
 
-def test_leaves_are_drawn_as_often_as_they_are_likely(world: World, engine: TorchEngine) -> None:
+def tempered(world: World, leaf_logprob: np.ndarray, temperature: float) -> np.ndarray:
+    """Probability of each leaf where every choice is made at a temperature."""
+    weight: dict[tuple[int, ...], float] = {}
+    for path, logprob in zip(world.leaf_path, leaf_logprob, strict=True):
+        for depth in range(len(path) + 1):
+            weight[path[:depth]] = weight.get(path[:depth], 0.0) + float(np.exp(logprob))
+    result = np.ones(len(leaf_logprob))
+    for leaf, path in enumerate(world.leaf_path):
+        for depth in range(len(path)):
+            above = [w for p, w in weight.items() if len(p) == depth + 1 and p[:-1] == path[:depth]]
+            powers = np.array([weight[path[: depth + 1]], *above]) ** (1 / temperature)
+            result[leaf] *= powers[0] / powers[1:].sum()
+    return result
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
+def test_leaves_are_drawn_as_often_as_they_are_likely(
+    world: World, engine: TorchEngine, temperature: float
+) -> None:
     count = 4000
-    drawn = draw(engine, world, count=count)
+    drawn = draw(engine, world, count=count, temperature=temperature)
     for prompt, leaf_logprob in enumerate(world.leaf_logprob):
-        expected = count * np.exp(leaf_logprob)
+        expected = count * tempered(world, leaf_logprob, temperature)
         seen = frequencies(drawn, prompt, len(expected))
-        square = ((seen - expected) ** 2 / expected).sum()
+        # Leaves too rare for the statistic are counted together.
+        rare = expected < 5
+        expected, seen = (np.append(x[~rare], x[rare].sum()) for x in (expected, seen))
+        square = ((seen - expected) ** 2 / expected.clip(1)).sum()
         # Chi-square has mean n and deviation sqrt(2 n); the seed is fixed, so this never flickers.
         freedom = len(expected) - 1
         assert square < freedom + 4 * np.sqrt(2 * freedom)
 
 
-def test_temperature_flattens_each_choice_and_leaves_the_scores_alone(
-    world: World, engine: TorchEngine
-) -> None:
-    hot, cold = (
-        draw(engine, world, temperature=50.0, count=400),
-        draw(engine, world, temperature=0.02),
-    )
-    for prompt, leaf_logprob in enumerate(world.leaf_logprob):
-        rows = slice(cold.start[prompt], cold.start[prompt + 1])
-        assert len(set(cold.leaf[rows].tolist())) == 1  # the greedy path
-        assert (frequencies(hot, prompt, len(leaf_logprob)) > 0).mean() > 0.9
-        for candidates in (hot, cold):
-            rows = slice(candidates.start[prompt], candidates.start[prompt + 1])
-            expected = leaf_logprob[candidates.leaf[rows]]
-            assert np.allclose(candidates.score[rows], expected, atol=1e-5)
+def test_scores_are_the_policys_own_at_any_temperature(world: World, engine: TorchEngine) -> None:
+    for temperature in (0.02, 1.0, 50.0):
+        drawn = draw(engine, world, temperature=temperature)
+        for prompt, leaf_logprob in enumerate(world.leaf_logprob):
+            rows = slice(drawn.start[prompt], drawn.start[prompt + 1])
+            assert np.allclose(drawn.score[rows], leaf_logprob[drawn.leaf[rows]], atol=1e-5)
+
+
+def test_a_low_temperature_is_greedy(world: World, engine: TorchEngine) -> None:
+    greedy = beam(engine, world.prompts, width=1)
+    drawn = draw(engine, world, temperature=1e-4)
+    assert drawn.leaf.tolist() == np.repeat(greedy.leaf, 12).tolist()
 
 
 def test_draws_depend_on_seed_and_prompt_alone(world: World, engine: TorchEngine) -> None:

@@ -1,0 +1,134 @@
+"""Whole runs on a tiny world, through real Ray actors and a real Ray Train worker group."""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+
+from cluster.launch import launch
+from cluster.loop import train
+from cluster.prepare import Run, export, open_folder, prepare
+from cluster.warmup import sft
+from orchard import config, model
+from orchard.config import Config
+from orchard.metrics import read_metrics
+from orchard.synth import WorldParams, write_world
+from orchard.types import PolicyVersion
+from orchard.weights import digest, snapshot
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+
+WORLD = WorldParams(num_items=80, num_users=120, level_size=(5, 6, 7))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world") / "data"
+    write_world(folder, WORLD)
+    return folder
+
+
+@pytest.fixture
+def settings(data: Path, tmp_path: Path) -> Callable[..., Config]:
+    """A run of a few steps on the torch engine, with dotted changes."""
+    path = tmp_path / "run.toml"
+    path.write_text(
+        f"""
+        name = "toy"
+        output = "{tmp_path / "runs"}"
+        data.path = "{data}"
+        model = {{hidden_size = 32, heads = 2, kv_heads = 1, intermediate_size = 32, layers = 1}}
+        sft = {{epochs = 2, valid_rows = 40, valid_beams = 10, lr = 5e-3}}
+        rollout = {{engine = "torch", candidates = 6, batch_size = 4, threads = 1}}
+        learner = {{steps = 4, prompts_per_step = 16, threads = 1, lr = 5e-3}}
+        evaluate = {{every = 2, valid_rows = 20, valid_beams = 10}}
+        checkpoint = {{every = 2}}
+        """
+    )
+    return lambda *changes: config.load(path, changes)
+
+
+def untrained(settings: Config) -> None:
+    """A run folder as a warm start leaves it, but with random weights."""
+    run = prepare(settings, "sft")
+    open_folder(run)
+    first = model.create(run.config.model, run.vocabulary, seed=0)
+    export(run, run.result, PolicyVersion(step=0, digest="x"), snapshot(first))
+
+
+def weights_of(folder: Path) -> str:
+    return digest(snapshot(model.load(folder)))
+
+
+def test_the_warm_start_learns_and_leaves_its_best_policy(
+    settings: Callable[..., Config],
+) -> None:
+    run = prepare(settings(), "sft")
+    last = asyncio.run(sft(run))
+    log = read_metrics(run.dir / "metrics.jsonl")["sft"]
+    assert last.step == 2
+    assert log["sft/loss"].value[-1] < log["sft/loss"].value[0]
+    assert log["evaluate/ndcg@10/sid"].step.tolist() == [1, 2]
+    assert weights_of(run.result) != weights_of(run.policy)
+    assert prepare(settings(), "train").policy == run.result
+
+
+def test_training_runs_resumes_and_equals_an_undisturbed_twin(
+    settings: Callable[..., Config], tmp_path: Path
+) -> None:
+    twin = settings("name=twin")
+    untrained(settings())
+    untrained(twin)
+    whole = asyncio.run(train(prepare(twin, "train")))
+
+    first = asyncio.run(train(prepare(settings("learner.steps=4", "evaluate.every=0"), "train")))
+    assert first.digest == whole.digest
+
+    log = read_metrics(twin.run_dir / "metrics.jsonl")["train"]
+    assert log["learner/surrogate"].step[-1] == 4
+    # The gate: what the search recorded is what the learner computes, at the same version.
+    assert float(np.max(log["learner/logprob_gap"].value)) < 1e-5
+    assert set(log["rollout/lag_versions"].value) == {0.0}
+
+    longer = asyncio.run(train(prepare(settings("learner.steps=6", "evaluate.every=0"), "train")))
+    resumed = read_metrics(settings().run_dir / "metrics.jsonl")["train"]
+    assert longer.step == 6
+    assert resumed["learner/surrogate"].step.tolist() == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_rollout_actor_killed_in_the_middle_of_a_step_costs_nothing(
+    settings: Callable[..., Config],
+) -> None:
+    untrained(settings())
+    run = prepare(settings("rollout.actors=2"), "train")
+
+    async def scenario(run: Run) -> None:
+        async with launch(run) as house:
+            first = PolicyVersion(step=0, digest=weights_of(run.policy))
+            await house.publish(first, snapshot(model.load(run.policy)))
+            assert house.rollout is not None
+            calm = await house.scored_trees(0)
+            disturbed = asyncio.ensure_future(house.scored_trees(0))
+            await asyncio.sleep(0)
+            ray.kill(house.rollout.actors[0])
+            after = await disturbed
+            assert house.rollout.restarts == 1
+            assert after.trees.prompts.id.tolist() == calm.trees.prompts.id.tolist()
+            assert after.trees.leaf.tolist() == calm.trees.leaf.tolist()
+            np.testing.assert_array_equal(after.reward, calm.reward)
+
+    asyncio.run(scenario(run))
+
+
+def test_two_workers_train_like_one(settings: Callable[..., Config]) -> None:
+    one, two = settings("name=one"), settings("name=two", "learner.workers=2")
+    for each in (one, two):
+        untrained(each)
+        asyncio.run(train(prepare(each, "train")))
+    logs = [read_metrics(each.run_dir / "metrics.jsonl")["train"] for each in (one, two)]
+    for name in ("learner/surrogate", "learner/grad_norm", "rewards/mean"):
+        np.testing.assert_allclose(logs[0][name].value, logs[1][name].value, rtol=1e-3, atol=1e-5)
+

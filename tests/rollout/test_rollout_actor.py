@@ -1,0 +1,131 @@
+"""The actor, with either engine in a process of its own, against the reference engine here."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+
+from orchard import weights
+from orchard.config import RolloutConfig
+from orchard.errors import DataError, EngineError
+from orchard.testing import World, tiny_world
+from orchard.types import PolicyVersion
+from rollout.actor import RolloutActor, Searcher
+from rollout.engine.torch import TorchEngine
+from rollout.search import Candidates, beam, sample
+
+# More codes at the root than vLLM takes in one list of allowed tokens, and prompts of 1 to 46
+# tokens, which end anywhere in its pages of 32.
+WIDE = {"level_size": (1100, 2, 3), "num_items": 4000, "lengths": (0, 12, 3, 15, 10, 7)}
+CONFIG = RolloutConfig(
+    search="sample", candidates=9, temperature=1.3, batch_size=4, threads=1, kv_cache_gib=0.125
+)
+
+
+@pytest.fixture(scope="module")
+def wide() -> World:
+    return tiny_world(**WIDE)
+
+
+@pytest.fixture
+def reference(wide: World) -> TorchEngine:
+    return TorchEngine(wide.model, wide.catalogue.trie, wide.vocabulary, wide.version)
+
+
+@pytest.fixture(
+    scope="module",
+    params=["torch", pytest.param("vllm", marks=[pytest.mark.vllm, pytest.mark.slow])],
+)
+def actor(
+    request: pytest.FixtureRequest,
+    ray_cluster: None,
+    wide: World,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Any]:
+    folder = wide.save(tmp_path_factory.mktemp("policy"))
+    config = CONFIG.model_copy(update={"engine": request.param})
+    handle = RolloutActor.options(num_cpus=1).remote(
+        config, folder, wide.catalogue, wide.vocabulary, 0
+    )
+    yield handle
+    ray.kill(handle)
+
+
+def assert_same(ours: Candidates, reference: Candidates) -> None:
+    assert ours.start.tolist() == reference.start.tolist()
+    assert ours.leaf.tolist() == reference.leaf.tolist()
+    assert np.array_equal(ours.node, reference.node)
+    assert np.allclose(ours.logprob, reference.logprob, atol=1e-4)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("beams", [1, 7, 40])
+def test_ranks_are_those_of_the_reference(
+    actor: Any, wide: World, reference: TorchEngine, beams: int
+) -> None:
+    ours: Candidates = ray.get(actor.rank.remote(wide.prompts, beams))
+    expected = beam(reference, wide.prompts, width=beams)
+    assert_same(ours, expected)
+    assert ours.cost.prefill_tokens == expected.cost.prefill_tokens
+    assert ours.cost.forward_tokens == expected.cost.forward_tokens
+    assert ours.cost.seconds > 0
+
+
+@pytest.mark.ray
+def test_trees_are_those_of_the_reference(actor: Any, wide: World, reference: TorchEngine) -> None:
+    trees = ray.get(actor.search.remote(wide.prompts, 3))
+    expected = sample(reference, wide.prompts, count=9, temperature=1.3, seed=3)
+    assert trees.leaf.tolist() == expected.leaf.tolist()
+    assert np.allclose(trees.score, expected.score, atol=1e-4)
+    assert trees.catalogue == wide.catalogue.digest
+    assert str(trees.policy) == str(wide.version)
+
+
+@pytest.mark.ray
+def test_new_weights_are_searched_with_once_they_are_verified(
+    actor: Any, wide: World, reference: TorchEngine
+) -> None:
+    first = weights.snapshot(wide.model)
+    new = weights.snapshot(tiny_world(**WIDE | {"seed": 0}).model)
+    new = {name: value[::-1].copy() for name, value in new.items()}
+    version = PolicyVersion(step=8, digest=weights.digest(new))
+    with pytest.raises(EngineError, match="arrived as policy 9-"):
+        ray.get(actor.install.remote(PolicyVersion(step=9, digest=wide.version.digest), new))
+    assert_same(ray.get(actor.rank.remote(wide.prompts, 5)), beam(reference, wide.prompts, width=5))
+    for step, content in ((8, new), (9, first)):
+        version = PolicyVersion(step=step, digest=weights.digest(content))
+        assert str(ray.get(actor.install.remote(version, content))) == str(version)
+        reference.install(version, content)
+        assert_same(
+            ray.get(actor.rank.remote(wide.prompts, 5)), beam(reference, wide.prompts, width=5)
+        )
+        assert str(ray.get(actor.search.remote(wide.prompts, 0)).policy) == str(version)
+    ray.get(actor.install.remote(wide.version, first))
+    assert str(ray.get(actor.version.remote())) == str(wide.version)
+
+
+def searcher(world: World, folder: Path, **options: object) -> Searcher:
+    config = CONFIG.model_copy(update={"engine": "torch", **options})
+    return Searcher(config, folder, world.catalogue, world.vocabulary, 0)
+
+
+def test_batches_change_nothing_but_the_work(wide: World, tmp_path: Path) -> None:
+    folder = wide.save(tmp_path)
+    whole = searcher(wide, folder, batch_size=100).rank(wide.prompts, 5)
+    for size in (1, 4):
+        assert_same(searcher(wide, folder, batch_size=size).rank(wide.prompts, 5), whole)
+
+
+def test_the_configured_beam_grows_trees_of_distinct_leaves(wide: World, tmp_path: Path) -> None:
+    trees = searcher(wide, wide.save(tmp_path), search="beam", candidates=6).search(wide.prompts, 0)
+    assert np.diff(trees.candidate_start).tolist() == [6] * len(wide.prompts)
+    for prompt in range(len(wide.prompts)):
+        assert len({*trees.leaf[trees.prompt_of_candidate == prompt].tolist()}) == 6
+
+
+def test_a_folder_without_a_policy_is_named(wide: World, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"holds no config\.json"):
+        searcher(wide, tmp_path)

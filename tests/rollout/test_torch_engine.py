@@ -1,0 +1,103 @@
+"""The reference engine: spans, states, and the weights it answers with."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from orchard import weights
+from orchard.errors import CheckpointError, EngineError
+from orchard.testing import World, tiny_world
+from orchard.types import PolicyVersion
+from rollout.engine import Engine, Expansion
+from rollout.engine.torch import TorchEngine
+from rollout.search import beam
+
+
+def extend(engine: Engine, state: torch.Tensor, paths: list[list[int]]) -> Expansion:
+    """Append the codes into the nodes of each path."""
+    start = torch.tensor([0, *np.cumsum([len(path) for path in paths])])
+    nodes = torch.tensor([node for path in paths for node in path])
+    token = engine.vocabulary.token_of(engine.trie, nodes)
+    return engine.extend(state, token, start, torch.tensor([path[-1] for path in paths]))
+
+
+def inner_paths(engine: Engine) -> list[list[int]]:
+    """Paths of two nodes, the second with a choice of children."""
+    trie = engine.trie
+    nodes = torch.arange(int(trie.level_start[2]), int(trie.level_start[3]))
+    return trie.path(nodes[trie.num_children(nodes) > 1])[:, :2].tolist()
+
+
+def test_a_span_is_worth_its_codes_one_by_one(world: World, engine: TorchEngine) -> None:
+    paths = inner_paths(engine)
+    root = engine.prefill(world.prompts).state[2].repeat(len(paths))
+    whole = extend(engine, root, paths)
+    first = extend(engine, root, [path[:1] for path in paths])
+    second = extend(engine, first.state, [path[1:] for path in paths])
+    assert torch.allclose(whole.logprob, second.logprob, atol=1e-5)
+
+
+def test_states_outlive_later_ones_and_prompts_may_come_in_any_order(
+    world: World, engine: TorchEngine
+) -> None:
+    paths = inner_paths(engine)[:2]
+    roots = engine.prefill(world.prompts).state
+    early = extend(engine, roots, [paths[0][:1]] * 4)
+    extend(engine, early.state[[1, 1, 3]], [paths[0][1:]] * 3)
+    order = torch.tensor([3, 0, 2, 1])
+    late = extend(engine, early.state[order], [paths[0][1:]] * 4)
+    straight = extend(engine, roots, [paths[0]] * 4)
+    width = len(straight.logprob) // 4
+    expected = straight.logprob.view(4, width)[order]
+    assert torch.allclose(late.logprob.view(4, width), expected, atol=1e-5)
+
+
+def test_installed_weights_answer_from_then_on(
+    torch_engine: Callable[[World], TorchEngine],
+) -> None:
+    world, other = tiny_world(), tiny_world(seed=9)
+    engine, new = torch_engine(world), weights.snapshot(other.model)
+    before = beam(engine, world.prompts, width=100)
+    version = PolicyVersion(step=3, digest=weights.digest(new))
+    engine.install(version, new)
+    assert engine.version is version
+    after = beam(engine, world.prompts, width=100).select(np.array([1]))
+    expected = world.leaf_logprob[1]  # by the model that was changed in place
+    assert np.allclose(after.score, expected[after.leaf], atol=1e-5)
+    assert not np.allclose(before.select(np.array([1])).score, after.score, atol=0.1)
+
+
+def test_weights_that_are_not_the_versions_are_refused(
+    torch_engine: Callable[[World], TorchEngine],
+) -> None:
+    world = tiny_world()
+    engine, new = torch_engine(world), weights.snapshot(tiny_world(seed=9).model)
+    held, before = engine.version, beam(engine, world.prompts, width=5)
+    with pytest.raises(EngineError, match="arrived as policy 4-0badcafe; publish them again"):
+        engine.install(PolicyVersion(step=4, digest="0badcafe" * 8), new)
+    assert engine.version is held
+    assert beam(engine, world.prompts, width=5).score.tolist() == before.score.tolist()
+
+
+def test_weights_of_another_model_are_refused(
+    torch_engine: Callable[[World], TorchEngine],
+) -> None:
+    world = tiny_world()
+    engine = torch_engine(world)
+    foreign = weights.snapshot(tiny_world(level_size=(5, 4, 7)).model)
+    with pytest.raises(CheckpointError, match="belong to another model"):
+        engine.install(PolicyVersion(step=1, digest=weights.digest(foreign)), foreign)
+
+
+def test_bfloat16_stays_near_float32(torch_engine: Callable[[World], TorchEngine]) -> None:
+    world = tiny_world()
+    exact = beam(torch_engine(world), world.prompts, width=100)
+    world.model.to(torch.bfloat16)
+    rough = beam(torch_engine(world), world.prompts, width=100)
+    for prompt in range(len(world.prompts)):
+        one, other = (c.select(np.array([prompt])) for c in (exact, rough))
+        assert np.allclose(
+            one.score[one.leaf.argsort()], other.score[other.leaf.argsort()], atol=0.3
+        )
