@@ -15,6 +15,7 @@ from cluster.launch import cpus_needed, ray_session
 from cluster.loop import train
 from cluster.prepare import Run, prepare
 from cluster.report import write_report
+from cluster.resources import MemoryWatch
 from cluster.warmup import sft
 from orchard import config, evaluation
 from orchard.config import Config
@@ -80,7 +81,7 @@ def quickstart(output: Path, overrides: list[str]) -> None:
     begin = time.perf_counter()
     if not folder.is_dir():
         write_world(folder, WorldParams())
-    with ray_session(settings.cluster, cpus=cpus_needed(settings)):
+    with MemoryWatch() as memory, ray_session(settings.cluster, cpus=cpus_needed(settings)):
         seconds = timed("warm start", lambda: asyncio.run(sft(prepare(settings, "sft"))))
         run = prepare(settings, "train")
         before = look(settings, run.policy, WARM_START)
@@ -88,6 +89,7 @@ def quickstart(output: Path, overrides: list[str]) -> None:
         after = look(settings, run.result, TRAINED)
     seconds["everything"] = time.perf_counter() - begin
     close(run, before, after, seconds)
+    typer.echo(f"peak resident memory, all processes: {memory.peak_bytes / 2**30:.1f} GiB")
 
 
 def look(settings: Config, policy: Path, name: str) -> Evaluation:

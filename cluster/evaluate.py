@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Int64
 
+from cluster.console import Progress
 from cluster.launch import launch
 from cluster.prepare import Run, write_whole
 from orchard import evaluation, model, weights
@@ -25,7 +26,11 @@ async def evaluate(run: Run, *, split: SplitName, beams: int, name: str) -> Eval
     version = PolicyVersion(step=policy["step"], digest=weights.digest(values))
     async with launch(run) as house:
         await house.publish(version, values)
-        found = await house.evaluate(getattr(run, split), rows, beams=beams)
+        batches = -(-len(rows) // run.config.evaluate.batch_size)
+        with Progress(f"evaluating {name}", total=batches) as progress:
+            found = await house.evaluate(
+                getattr(run, split), rows, beams=beams, advance=progress.advance
+            )
     evaluation.write(found, evaluation_file(run, name))
     return found
 

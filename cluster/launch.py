@@ -4,7 +4,7 @@ import asyncio
 import dataclasses
 import logging
 import os
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
@@ -21,7 +21,7 @@ from orchard.errors import ActorError, ConfigError
 from orchard.evaluation import Evaluation
 from orchard.metrics import Logbook
 from orchard.prompts import Split, rows_of_step, sequences
-from orchard.types import PolicyVersion, ScoredTrees, SearchTrees
+from orchard.types import PolicyVersion, Prompts, ScoredTrees, SearchTrees
 from orchard.weights import Weights
 from rewards.actor import RewardActor
 from rollout.actor import RolloutActor
@@ -109,9 +109,17 @@ class House:
         return ScoredTrees.concatenate(await asyncio.gather(*parts))
 
     async def evaluate(
-        self, split: Split, rows: Int64[np.ndarray, " R"], *, beams: int
+        self,
+        split: Split,
+        rows: Int64[np.ndarray, " R"],
+        *,
+        beams: int,
+        advance: Callable[[], None] | None = None,
     ) -> Evaluation:
-        """Constrained beam search on held-out rows under the newest policy."""
+        """Constrained beam search on held-out rows under the newest policy.
+
+        `advance` is called after each batch of `evaluate.batch_size` rows.
+        """
         config = self.run.config
         if self._ranking is None:
             self._ranking = self._rollout_pool(config.evaluate.engine, 1)
@@ -123,9 +131,14 @@ class House:
         batches = [
             self.run.form.prompts(split, rows[at : at + size]) for at in range(0, len(rows), size)
         ]
-        found: list[Candidates] = await asyncio.gather(
-            *(ranking.call("rank", prompts, beams) for prompts in batches)
-        )
+
+        async def rank(prompts: Prompts) -> Candidates:
+            found: Candidates = await ranking.call("rank", prompts, beams)
+            if advance is not None:
+                advance()
+            return found
+
+        found = await asyncio.gather(*(rank(prompts) for prompts in batches))
         return measure(self.run, split, rows, Candidates.concatenate(found), beams, self._policy)
 
     def close(self) -> None:

@@ -1,0 +1,51 @@
+"""What a run takes of the machine it was started on."""
+
+import threading
+from types import TracebackType
+
+import psutil
+
+
+class MemoryWatch:
+    """Samples the resident memory of this process and all that it started, Ray's included.
+
+    Pages that processes share count once for each, so the peak is an upper bound.
+    """
+
+    def __init__(self, *, every_s: float = 1.0) -> None:
+        """Prepare to sample at that interval."""
+        self.peak_bytes = 0
+        self._every_s = every_s
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="memory", daemon=True)
+
+    def __enter__(self) -> "MemoryWatch":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while True:
+            self.peak_bytes = max(self.peak_bytes, resident_bytes())
+            if self._done.wait(self._every_s):
+                return
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process and its descendants."""
+    me = psutil.Process()
+    total = 0
+    for process in (me, *me.children(recursive=True)):
+        try:
+            total += process.memory_info().rss
+        except psutil.Error:  # it ended between the listing and the look
+            continue
+    return total
