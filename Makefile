@@ -17,14 +17,14 @@ dev: .venv/.dev      ## and what checks and tests it
 
 .venv/.runtime: .venv/.python requirements/torch-cpu.txt requirements/cpu.txt pyproject.toml
 	@echo "installing torch, Ray, vLLM and friends into .venv; this takes some minutes"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/torch-cpu.txt
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/cpu.txt
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements/torch-cpu.txt
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps -r requirements/cpu.txt
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
 .venv/.dev: .venv/.runtime requirements/dev.txt
 	@echo "installing the test tools"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/dev.txt
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps -r requirements/dev.txt
 	@touch $@
 
 quickstart: env  ## the main job on synthetic data: warm start, RL with vLLM rollouts, table, report
@@ -33,25 +33,27 @@ quickstart: env  ## the main job on synthetic data: warm start, RL with vLLM rol
 check: dev  ## lint, types, tests without Ray or vLLM
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/pyright
+	@$(BIN)/pyright -p pyproject.toml
 	@$(BIN)/pytest -q -m "not ray and not vllm and not slow"
 
 test: dev  ## everything
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/pyright
+	@$(BIN)/pyright -p pyproject.toml
 	@$(BIN)/pytest -q --durations=10
 
 bench: env  ## the figures of one bench, e.g. make bench NAME=learner
 	@$(BIN)/orchard bench $(NAME)
 
+LOCK := uv pip compile --quiet --python-version 3.11 --no-emit-index-url --no-header --no-annotate
+
 lock:  ## resolve requirements/*.in anew (needs uv)
-	@for kind in cpu gpu dev; do \
-	  uv pip compile --quiet --python-version 3.11 --excludes requirements/excludes.txt \
-	    --no-emit-index-url --no-header --no-annotate \
-	    --no-emit-package torch --no-emit-package triton \
+	@for kind in cpu dev; do \
+	  $(LOCK) --excludes requirements/excludes.txt --no-emit-package torch --no-emit-package triton \
 	    requirements/$$kind.in -o requirements/$$kind.txt || exit 1; \
 	done
+	@# A CPU build of torch, where one is configured, would win and leave the CUDA libraries out.
+	@env -u UV_FIND_LINKS $(LOCK) requirements/gpu.in -o requirements/gpu.txt
 
 clean:  ## remove the environment, run folders and caches
 	@rm -rf .venv runs .pytest_cache .ruff_cache .hypothesis

@@ -111,8 +111,9 @@ class Desk:
 DeskActor: Any = ray.remote(Desk)
 
 
-def work(assignment: Assignment, desk: Any) -> None:
-    """What each Ray Train worker runs."""
+def work(task: dict[str, Any]) -> None:
+    """What each Ray Train worker runs, given its `assignment` and the `desk`."""
+    assignment, desk = cast(Assignment, task["assignment"]), task["desk"]
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     config = assignment.config
@@ -222,7 +223,8 @@ class RemoteLearner:
         self._desk = DeskActor.options(num_cpus=0, max_concurrency=1000).remote()
         learner, checkpoints = self._config.learner, self._config.checkpoint
         trainer = TorchTrainer(
-            _bind(self._assignment, self._desk),
+            work,
+            train_loop_config={"assignment": self._assignment, "desk": self._desk},
             torch_config=TorchConfig(backend="nccl" if learner.gpus else "gloo"),
             scaling_config=ScalingConfig(
                 num_workers=learner.workers,
@@ -291,12 +293,3 @@ class RemoteLearner:
                     f"the learner did not finish job {number} within {timeout_s:.0f} s; "
                     "raise learner.timeout_s or look into the run's logs"
                 )
-
-
-def _bind(assignment: Assignment, desk: Any) -> Any:
-    """The worker function without arguments that Ray Train wants."""
-
-    def run() -> None:
-        work(assignment, desk)
-
-    return run

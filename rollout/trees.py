@@ -1,10 +1,11 @@
 """Candidates to search trees: what several candidates of a prompt share becomes one node.
 
-Shapes:  B prompts   C candidates   D longest sequence   N nodes
+Shapes:  B prompts   C candidates   S longest sequence and the root   N tree nodes
 """
 
 import numpy as np
 import torch
+from jaxtyping import Int64
 
 from orchard import ragged
 from orchard.catalogue import Catalogue
@@ -21,22 +22,12 @@ def grow(
     vocabulary: Vocabulary,
     policy: PolicyVersion,
 ) -> SearchTrees:
-    """The tree of each prompt: its root and one node per distinct trie node on a candidate's path.
-
-    Trie nodes of one level are numbered in the order of their paths. With the candidates sorted by
-    path, the first candidate through a node opens it, and the order of opening is preorder.
-    """
+    """The tree of each prompt: its root and one node per trie node on its candidates' paths."""
     owner = ragged.owners(candidates.start)
     order = np.lexsort((*candidates.node.T[::-1], owner))
     # Column d is the node at depth d; the root's column tells the prompts apart.
     path = np.column_stack([owner[order], candidates.node[order]])
-    fresh = np.ones(path.shape, dtype=bool)
-    np.logical_or.accumulate(path[1:] != path[:-1], axis=1, out=fresh[1:])
-    row, step = np.nonzero(fresh & (path >= 0))
-    # Index of the tree node at each place of the table, repeated down its column.
-    at = np.full(path.shape, -1, dtype=np.int64)
-    at[row, step] = np.arange(len(row))
-    np.maximum.accumulate(at, axis=0, out=at)
+    row, step, at = _preorder(path)
     inner = step > 0
     parent = np.full(len(row), SearchTrees.NO_PARENT, dtype=np.int64)
     parent[inner] = at[row[inner], step[inner] - 1]
@@ -62,3 +53,24 @@ def grow(
         score=candidates.score,
         cost=candidates.cost,
     )
+
+
+def _preorder(
+    path: Int64[np.ndarray, "C S"],
+) -> tuple[Int64[np.ndarray, " N"], Int64[np.ndarray, " N"], Int64[np.ndarray, "C S"]]:
+    """Merge sorted paths into trees, numbered in preorder.
+
+    Trie nodes of one level are numbered in the order of their paths. In paths sorted by them, the
+    first path through a node opens it, and the order of opening is preorder.
+
+    Returns:
+        The row and the column that open each tree node, and the tree node at each place of the
+        table (any number where a path has ended).
+    """
+    fresh = np.ones(path.shape, dtype=bool)
+    np.logical_or.accumulate(path[1:] != path[:-1], axis=1, out=fresh[1:])
+    row, step = np.nonzero(fresh & (path >= 0))
+    at = np.full(path.shape, -1, dtype=np.int64)
+    at[row, step] = np.arange(len(row))
+    np.maximum.accumulate(at, axis=0, out=at)
+    return row, step, at

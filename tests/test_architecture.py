@@ -2,6 +2,8 @@
 
 import ast
 import importlib
+import subprocess
+import sys
 from collections.abc import Iterator
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -64,3 +66,11 @@ def test_no_file_is_too_long_to_read() -> None:
 
 def test_bare_folders_hide_no_installed_package() -> None:
     assert not any((ROOT / name / "__init__.py").exists() for name in ("tests", "docker"))
+
+
+def test_a_run_is_validated_without_loading_what_runs_it() -> None:
+    code = "import sys, orchard.config; print({'torch', 'ray', 'transformers'} & set(sys.modules))"
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert ended.stdout.strip() == "set()"

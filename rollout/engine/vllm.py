@@ -120,7 +120,6 @@ def _start(folder: Path, config: RolloutConfig, seed: int) -> "LLM":
     os.environ.update(_ENVIRONMENT)
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
     logging.getLogger("torch").setLevel(logging.ERROR)
-    torch.set_num_threads(config.threads)
     try:
         from vllm import LLM
     except ImportError as error:
@@ -128,7 +127,7 @@ def _start(folder: Path, config: RolloutConfig, seed: int) -> "LLM":
     memory: dict[str, Any]
     if config.gpus:
         memory = {"gpu_memory_utilization": config.gpu_memory}
-    else:  # pages of 32 tokens are the smallest that the CPU kernels are made for
+    else:  # pages of 32 tokens are the smallest that the CPU kernels take
         memory = {"kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30), "block_size": 32}
     try:
         return LLM(
@@ -157,10 +156,11 @@ def _repack_head(model: nn.Module) -> None:
 
     On a CPU each layer multiplies by a packed copy of its weights, made when they are loaded. A
     head tied to the embeddings is loaded with them, under their name, so that vLLM renews the
-    embeddings' copy and leaves the head's as it was.
+    embeddings' copy and leaves the head's as it was. Some models have no such second module.
     """
-    head: Any = model.lm_head
-    head.quant_method.process_weights_after_loading(head)
+    head: Any = getattr(model, "lm_head", None)
+    if head is not None:
+        head.quant_method.process_weights_after_loading(head)
 
 
 def _params(legal: list[int]) -> "SamplingParams":

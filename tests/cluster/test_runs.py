@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import ray
 
+from cluster.evaluate import evaluate, evaluation_file
 from cluster.launch import launch
 from cluster.loop import train
 from cluster.prepare import Run, export, open_folder, prepare
 from cluster.warmup import sft
 from orchard import config, model
 from orchard.config import Config
+from orchard.evaluation import difference, read
 from orchard.metrics import read_metrics
 from orchard.synth import WorldParams, write_world
 from orchard.types import PolicyVersion
@@ -123,12 +125,28 @@ def test_a_rollout_actor_killed_in_the_middle_of_a_step_costs_nothing(
     asyncio.run(scenario(run))
 
 
-def test_two_workers_train_like_one(settings: Callable[..., Config]) -> None:
-    one, two = settings("name=one"), settings("name=two", "learner.workers=2")
+def test_an_evaluation_covers_every_row_and_pairs_with_another(
+    settings: Callable[..., Config],
+) -> None:
+    untrained(settings())
+    run = prepare(settings(), "evaluate")
+    found = asyncio.run(evaluate(run, split="test", beams=10, name="first"))
+    again = asyncio.run(evaluate(run, split="test", beams=12, name="second"))
+    assert found.num_rows == len(run.test)
+    assert "hr@20/sid" not in found.metrics
+    # The same policy under a wider beam: what was found stays found, at the same rank.
+    change = difference(again, found)["hr@1/sid"]
+    assert (change.mean, change.low, change.high) == (0, 0, 0)
+    assert read(evaluation_file(run, "first")).metrics == found.metrics
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_workers_train_like_one(settings: Callable[..., Config], parallel: str) -> None:
+    one = settings("name=one")
+    two = settings("name=two", "learner.workers=2", f"learner.parallel={parallel}")
     for each in (one, two):
         untrained(each)
         asyncio.run(train(prepare(each, "train")))
     logs = [read_metrics(each.run_dir / "metrics.jsonl")["train"] for each in (one, two)]
     for name in ("learner/surrogate", "learner/grad_norm", "rewards/mean"):
         np.testing.assert_allclose(logs[0][name].value, logs[1][name].value, rtol=1e-3, atol=1e-5)
-

@@ -41,6 +41,7 @@ def test_a_beam_as_wide_as_the_catalogue_enumerates_it(world: World, engine: Tor
         scores = found(every, prompt)
         assert sorted(scores) == list(range(len(expected)))
         assert np.allclose([scores[leaf] for leaf in range(len(expected))], expected, atol=1e-5)
+        assert np.isclose(np.exp(list(scores.values())).sum(), 1, atol=1e-5)
 
 
 @pytest.mark.parametrize("width", [1, 2, 5, 11])
