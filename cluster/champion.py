@@ -54,6 +54,6 @@ class Champion:
                 policy,
                 self.weights,
                 valid_score=score,
-                valid_rows=len(self.rows),
+                valid_rows=float(len(self.rows)),
             )
         return figures

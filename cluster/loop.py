@@ -83,12 +83,12 @@ def describe(scored: ScoredTrees, update: Update, lag: int) -> dict[str, float]:
     }
     metrics |= {f"learner/{name}": value for name, value in update.metrics.items()}
     return metrics | {
-        "rollout/forward_tokens": cost.forward_tokens,
-        "rollout/prefill_tokens": cost.prefill_tokens,
-        "rollout/passes": cost.passes,
+        "rollout/forward_tokens": float(cost.forward_tokens),
+        "rollout/prefill_tokens": float(cost.prefill_tokens),
+        "rollout/passes": float(cost.passes),
         "rollout/search_s": cost.seconds,
         "rollout/prompts_per_s": num_prompts / cost.seconds if cost.seconds else 0.0,
-        "rollout/lag_versions": lag,
+        "rollout/lag_versions": float(lag),
     }
 
 

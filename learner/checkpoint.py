@@ -60,30 +60,28 @@ def _sharded(learner: Learner) -> bool:
 
 def _tensors(learner: Learner) -> dict[str, Any]:
     if not _sharded(learner):
-        reference = learner.reference
         return {
             "policy": learner.policy.state_dict(),
             "optimizer": learner.optimizer.state_dict(),
-            "reference": reference.policy.state_dict() if reference is not None else {},
+            "copies": {name: one.policy.state_dict() for name, one in learner.copies.items()},
         }
     from torch.distributed.checkpoint import state_dict as sharded
 
     whole = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
     policy, optimizer = sharded.get_state_dict(learner.scorer, learner.optimizer, options=whole)
-    reference = (
-        sharded.get_model_state_dict(learner.reference, options=whole)
-        if learner.reference is not None
-        else {}
-    )
-    return {"policy": policy, "optimizer": optimizer, "reference": reference}
+    copies = {
+        name: sharded.get_model_state_dict(one, options=whole)
+        for name, one in learner.copies.items()
+    }
+    return {"policy": policy, "optimizer": optimizer, "copies": copies}
 
 
 def _restore(learner: Learner, state: dict[str, Any]) -> None:
     if not _sharded(learner):
         learner.policy.load_state_dict(state["policy"])
         learner.optimizer.load_state_dict(state["optimizer"])
-        if learner.reference is not None:
-            learner.reference.policy.load_state_dict(state["reference"])
+        for name, one in learner.copies.items():
+            one.policy.load_state_dict(state["copies"][name])
         return
     from torch.distributed.checkpoint import state_dict as sharded
 
@@ -95,5 +93,5 @@ def _restore(learner: Learner, state: dict[str, Any]) -> None:
         optim_state_dict=state["optimizer"],
         options=whole,
     )
-    if learner.reference is not None:
-        sharded.set_model_state_dict(learner.reference, state["reference"], options=whole)
+    for name, one in learner.copies.items():
+        sharded.set_model_state_dict(one, state["copies"][name], options=whole)

@@ -26,7 +26,7 @@ from learner.loss import LossParts, policy_loss
 from learner.optim import optimiser, schedule
 from learner.sft import nll
 from learner.split import micro_batches, shard
-from orchard.config import KlConfig, LearnerConfig
+from orchard.config import LearnerConfig
 from orchard.trie import Trie
 from orchard.types import TrainBatch
 from orchard.vocabulary import Vocabulary
@@ -63,27 +63,43 @@ class Learner:
         config: LearnerConfig,
         *,
         total_steps: int,
+        average: float = 0.0,
         device: torch.device | str = "cpu",
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        """Take the policy over; `total_steps` is the length of the learning-rate schedule."""
+        """Take the policy over.
+
+        Args:
+            policy: to be trained, in place.
+            trie: the legal sequences.
+            vocabulary: the tokens of their codes.
+            config: rates, clips and the anchor.
+            total_steps: length of the learning-rate schedule.
+            average: decay of a moving average of the weights, kept beside them; 0 keeps none.
+            device: of everything here.
+            rank: of this worker.
+            world: number of workers.
+        """
         self.config, self.rank, self.world = config, rank, world
         self.device = torch.device(device)
         context = (trie.to(self.device), vocabulary.to(self.device), config.logprob)
         self.policy = policy
         cast(nn.Module, policy).to(self.device)
-        self.reference: Scorer | None = None
-        if config.kl.weight > 0:
-            frozen = copy.deepcopy(self.policy).eval().requires_grad_(False)
-            self.reference = Scorer(frozen, *context)
+        self.copies: dict[str, Scorer] = {}
+        """Frozen models beside the policy: `reference` of the KL, `average` of the warm start."""
+        self._decay = average
+        for name, wanted in (("reference", config.kl.weight > 0), ("average", average > 0)):
+            if wanted:
+                frozen = copy.deepcopy(self.policy).eval().requires_grad_(False)
+                self.copies[name] = Scorer(frozen, *context)
         self.scorer: nn.Module = Scorer(self.policy, *context)
         if world > 1 and config.parallel == "ddp":
             self.scorer = DistributedDataParallel(self.scorer)
         elif world > 1:
             _shard_parameters(self.scorer, self.policy)
-            if self.reference is not None:
-                _shard_parameters(self.reference, self.reference.policy)
+            for one in self.copies.values():
+                _shard_parameters(one, one.policy)
         self.optimizer: AdamW = optimiser(
             self.scorer, lr=config.lr, weight_decay=config.weight_decay
         )
@@ -95,6 +111,11 @@ class Learner:
         )
         self.updates = 0
 
+    @property
+    def result(self) -> PreTrainedModel:
+        """The weights worth keeping: the average where there is one, else the policy's own."""
+        return self.copies["average"].policy if "average" in self.copies else self.policy
+
     def supervise(self, batch: TrainBatch) -> dict[str, float]:
         """One update towards the choices of the batch (maximum likelihood)."""
         self.policy.train()
@@ -104,6 +125,10 @@ class Learner:
             return value, LossParts(surrogate=float(value.detach()))
 
         parts, metrics = self._update(batch, loss)
+        if "average" in self.copies:
+            # Shorter at first, or the random start would linger.
+            decay = min(self._decay, (1 + self.updates) / (10 + self.updates))
+            self._move("average", 1 - decay)
         return {"nll": parts.surrogate} | metrics
 
     def improve(self, batch: TrainBatch) -> dict[str, float]:
@@ -115,22 +140,23 @@ class Learner:
         gap = 0.0
         for update in range(self.config.updates_per_batch):
             parts, rates = self._update(batch, self._surrogate)
-            self._move_reference(self.config.kl)
+            if self.config.kl.reference == "ema" and self.updates % self.config.kl.ema_every == 0:
+                self._move("reference", self.config.kl.ema_share)
             metrics = parts.metrics() | rates
             gap = metrics["logprob_gap"] if update == 0 else gap
         return metrics | {
             # Only the first update compares the same weights, as the gate wants.
             "logprob_gap": gap,
             "update_s": time.perf_counter() - begin,
-            "forward_tokens": batch.forward_tokens,
+            "forward_tokens": float(batch.forward_tokens),
             "flat_over_packed": batch.flat_tokens / max(1, batch.forward_tokens),
         }
 
     def _surrogate(self, part: BatchTensors) -> tuple[Tensor, LossParts]:
         reference: Tensor | None = None
-        if self.reference is not None:
+        if "reference" in self.copies:
             with torch.no_grad():
-                reference, _ = self.reference(part)
+                reference, _ = self.copies["reference"](part)
         logprob, entropy = self.scorer(part)
         return policy_loss(
             logprob,
@@ -194,14 +220,16 @@ class Learner:
         dist.all_gather_object(everyone, parts)
         return sum(everyone, LossParts())
 
-    def _move_reference(self, kl: KlConfig) -> None:
-        due = kl.reference == "ema" and self.updates % kl.ema_every == 0
-        if self.reference is None or not due:
+    def _move(self, name: str, share: float) -> None:
+        """Move a copy towards the policy by a share of the way."""
+        if name not in self.copies:
             return
         with torch.no_grad():
-            pairs = zip(self.reference.policy.parameters(), self.policy.parameters(), strict=True)
-            for anchor, current in pairs:
-                anchor.lerp_(current, kl.ema_share)
+            pairs = zip(
+                self.copies[name].policy.parameters(), self.policy.parameters(), strict=True
+            )
+            for slow, current in pairs:
+                slow.lerp_(current, share)
 
 
 def _shard_parameters(scorer: nn.Module, policy: PreTrainedModel) -> None:

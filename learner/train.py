@@ -127,6 +127,7 @@ def work(task: dict[str, Any]) -> None:
         assignment.vocabulary,
         _learner_config(config, assignment.phase),
         total_steps=assignment.total_steps,
+        average=config.sft.average if assignment.phase == "sft" else 0.0,
         device=get_device(),
         rank=rank,
         world=world,
@@ -137,7 +138,7 @@ def work(task: dict[str, Any]) -> None:
             number = checkpoint.load(learner, Path(folder), catalogue=digest)
 
     def deliver(metrics: Mapping[str, float], *, saved: bool) -> None:
-        values = weights.snapshot(learner.policy)
+        values = weights.snapshot(learner.result)
         if rank == 0:
             version = PolicyVersion(step=number, digest=weights.digest(values))
             update = Update(policy=version, metrics=metrics)

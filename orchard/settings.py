@@ -68,6 +68,8 @@ class SftConfig(Section):
     """Last rate as a share of `lr`."""
     weight_decay: Rate = 0.05
     grad_clip: Rate = 1.0
+    average: Share = 0.998
+    """Decay per update of the moving average of the weights that is evaluated and kept; 0: none."""
     minutes: Rate = 0.0
     """Stop after the epoch in which so many minutes have passed; 0 sets no limit."""
     valid_rows: NonNegative = 1000

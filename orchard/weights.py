@@ -14,9 +14,12 @@ Weights = Mapping[str, np.ndarray]
 
 
 def snapshot(model: nn.Module) -> dict[str, np.ndarray]:
-    """A copy of the parameters on the CPU; tied parameters appear once, under their first name."""
+    """A copy of the parameters on the CPU; tied parameters appear once, under their first name.
+
+    Collective where the parameters are sharded over workers.
+    """
     return {
-        name: parameter.detach().to("cpu", torch.float32, copy=True).numpy()
+        name: _whole(parameter.detach()).to("cpu", torch.float32, copy=True).numpy()
         for name, parameter in model.named_parameters()
     }
 
@@ -53,3 +56,9 @@ def restore(model: nn.Module, weights: Weights) -> None:
                 )
             # Ray hands out read-only buffers; torch wants to own what it reads.
             parameter.copy_(torch.from_numpy(np.array(weights[name])))
+
+
+def _whole(parameter: torch.Tensor) -> torch.Tensor:
+    """The parameter itself, gathered from all workers where it is sharded."""
+    gather = getattr(parameter, "full_tensor", None)
+    return gather() if gather is not None else parameter

@@ -100,11 +100,23 @@ def test_an_ema_reference_moves_and_a_fixed_one_does_not() -> None:
     for reference, moves in (("ema", True), ("fixed", False)):
         kl = KlConfig(weight=1e-3, reference=reference, ema_every=2, ema_share=0.5)
         one = learner(BRISK.model_copy(update={"kl": kl}))
-        assert one.reference is not None
-        start = digest(snapshot(one.reference.policy))
+        anchor = one.copies["reference"].policy
+        start = digest(snapshot(anchor))
         for _ in range(2):
             one.improve(batch(one, tiny_prompts(ITEMS, [2, 1])))
-        assert (digest(snapshot(one.reference.policy)) != start) == moves
+        assert (digest(snapshot(anchor)) != start) == moves
+
+
+def test_the_average_lags_behind_the_policy_and_is_what_is_kept() -> None:
+    model, vocabulary = tiny_policy(ITEMS)
+    one = Learner(model, ITEMS.trie, vocabulary, BRISK, total_steps=100, average=0.9)
+    before, rows = snapshot(one.policy), windows()
+    for _ in range(20):
+        one.supervise(rows)
+    name = "model.embed_tokens.weight"
+    kept, now = snapshot(one.result)[name], snapshot(one.policy)[name]
+    travelled = np.abs(now - before[name]).sum()
+    assert 0 < np.abs(kept - now).sum() < np.abs(kept - before[name]).sum() < travelled
 
 
 def test_micro_batches_give_the_update_of_the_whole() -> None:

@@ -112,11 +112,12 @@ def searcher(world: World, folder: Path, **options: object) -> Searcher:
     return Searcher(config, folder, world.catalogue, world.vocabulary, 0)
 
 
-def test_batches_change_nothing_but_the_work(wide: World, tmp_path: Path) -> None:
-    folder = wide.save(tmp_path)
-    whole = searcher(wide, folder, batch_size=100).rank(wide.prompts, 5)
-    for size in (1, 4):
-        assert_same(searcher(wide, folder, batch_size=size).rank(wide.prompts, 5), whole)
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_batches_change_nothing_but_the_work(
+    wide: World, reference: TorchEngine, tmp_path: Path, batch_size: int
+) -> None:
+    ours = searcher(wide, wide.save(tmp_path), batch_size=batch_size).rank(wide.prompts, 5)
+    assert_same(ours, beam(reference, wide.prompts, width=5))
 
 
 def test_the_configured_beam_grows_trees_of_distinct_leaves(wide: World, tmp_path: Path) -> None:

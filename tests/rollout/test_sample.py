@@ -1,7 +1,10 @@
 """Constrained draws against the probabilities that brute force gives."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 
 from orchard.testing import World
 from rollout.engine.torch import TorchEngine
@@ -83,11 +86,9 @@ def test_more_draws_extend_fewer(world: World, engine: TorchEngine) -> None:
         assert (rest >= 0).all()
 
 
-def test_prompts_with_one_id_draw_alike_and_others_do_not(
-    world: World, engine: TorchEngine
-) -> None:
-    twice = world.prompts.select(np.array([0, 0, 1]))
-    drawn = sample(engine, twice, count=30, temperature=1.0, seed=0)
+def test_one_prompt_under_two_ids_draws_twice(world: World, engine: TorchEngine) -> None:
+    thrice = replace(world.prompts.select(np.array([2, 2, 2])), id=np.array([2, 2, 8]))
+    drawn = sample(engine, thrice, count=30, temperature=1.0, seed=0)
     assert drawn.leaf[:30].tolist() == drawn.leaf[30:60].tolist() != drawn.leaf[60:].tolist()
 
 
@@ -109,5 +110,9 @@ def test_draws_are_best_first_and_add_up(world: World, engine: TorchEngine, coun
     for prompt in range(len(world.prompts)):
         score = drawn.score[drawn.start[prompt] : drawn.start[prompt + 1]]
         assert (np.diff(score) <= 0).all()
-    for leaf, node in zip(drawn.leaf, drawn.node, strict=True):
+    trie = world.catalogue.trie
+    for leaf, node, logprob in zip(drawn.leaf, drawn.node, drawn.logprob, strict=True):
         assert tuple(node[node >= 0]) == world.leaf_path[leaf]
+        above = np.concatenate([[0], node[:-1]])
+        choice = (node >= 0) & (trie.num_children(torch.from_numpy(above)) > 1).numpy()
+        assert np.array_equal(logprob < 0, choice)
