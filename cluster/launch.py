@@ -53,6 +53,8 @@ def ray_session(settings: ClusterConfig, *, cpus: int) -> Generator[None]:
     else:
         # A local session listens on the loopback interface and lives as long as this process.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        # Here the workers are the run; at Ray's nice 15 any other process would starve them.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         ray.init(address="local", num_cpus=settings.cpus or cpus, include_dashboard=False, **quiet)
     try:
         yield

@@ -101,6 +101,19 @@ def test_training_runs_resumes_and_equals_an_undisturbed_twin(
     assert resumed["learner/surrogate"].step.tolist() == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.vllm
+def test_vllm_rollouts_record_what_the_learner_computes_after_every_push(
+    settings: Callable[..., Config],
+) -> None:
+    changes = ("rollout.engine=vllm", "rollout.kv_cache_gib=0.125", "learner.steps=3")
+    untrained(settings(*changes))
+    run = prepare(settings(*changes), "train")
+    asyncio.run(train(run))
+    log = read_metrics(run.dir / "metrics.jsonl")["train"]
+    assert len(log["learner/logprob_gap"].value) == 3
+    assert float(np.max(log["learner/logprob_gap"].value)) < 1e-4
+
+
 def test_a_rollout_actor_killed_in_the_middle_of_a_step_costs_nothing(
     settings: Callable[..., Config],
 ) -> None:

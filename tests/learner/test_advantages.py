@@ -120,7 +120,7 @@ def test_prompts_that_share_codes_get_the_advantages_that_they_get_alone(
 
 
 def test_statistics_count_groups_hits_and_distinct_candidates(score_leaves: Grow) -> None:
-    scored = score_leaves([[0, 1], [2, 2], [3], [4, 5, 5]], [[1, 0], [0, 0], [0], [0, 1, 1]])
+    scored = score_leaves([[0, 1], [2, 2], [0], [4, 0, 0]], [[1, 0], [0, 0], [0], [0, 1, 1]])
     statistics = group_statistics(scored)
     score = np.exp(scored.trees.score)
     distinct = score[[0, 1, 2, 4, 5, 6]]

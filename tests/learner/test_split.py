@@ -67,3 +67,9 @@ def test_a_shard_of_padding_alone_is_one_micro_batch(batch: TrainBatch) -> None:
     (part,) = micro_batches(shard(batch, 9, 10), 100)
     assert part.token.shape == (1, 1)
     assert part.forward_tokens == len(part.row) == 0
+
+
+def test_rows_of_padding_are_not_forwarded_beside_others(batch: TrainBatch) -> None:
+    part = shard(batch, 2, 3)
+    assert (row_lengths(part) == 0).any()
+    assert all((row_lengths(piece) > 0).all() for piece in micro_batches(part, 10_000))
