@@ -11,9 +11,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Literal, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from jaxtyping import Float
+from jaxtyping import Float, Float32
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -136,6 +137,8 @@ class Learner:
         # Without dropout the first ratio is exactly one: the learner scores what the search scored.
         self.policy.eval()
         begin = time.perf_counter()
+        if self.config.logprob == "full":
+            batch = replace(batch, behaviour_logprob=self._behaviour(batch))
         metrics: dict[str, float] = {}
         gap = 0.0
         for update in range(self.config.updates_per_batch):
@@ -151,6 +154,16 @@ class Learner:
             "forward_tokens": float(batch.forward_tokens),
             "flat_over_packed": batch.flat_tokens / max(1, batch.forward_tokens),
         }
+
+    @torch.no_grad()
+    def _behaviour(self, batch: TrainBatch) -> Float32[np.ndarray, " E"]:
+        """The choices as they were before the first update.
+
+        Under `full` the search's log-probabilities are of another distribution, so that a ratio to
+        them would be no importance ratio; published trainers compare with themselves, too.
+        """
+        logprob: Tensor = self.scorer(to_tensors(batch, self.device))[0]
+        return logprob.float().cpu().numpy()
 
     def _surrogate(self, part: BatchTensors) -> tuple[Tensor, LossParts]:
         reference: Tensor | None = None

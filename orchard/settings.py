@@ -52,7 +52,6 @@ class ModelConfig(Section):
     kv_heads: Positive = 2
     dropout: Share = 0.2
     """Of embeddings and of each block's output, in the supervised warm start only."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 class SftConfig(Section):

@@ -77,6 +77,16 @@ def test_the_first_ratio_of_a_fresh_batch_is_one() -> None:
     assert metrics["kl"] == pytest.approx(0, abs=1e-6)
 
 
+def test_the_full_vocabulary_is_compared_with_itself() -> None:
+    prompts = tiny_prompts(ITEMS, [1, 5, 2])
+    full = learner(BRISK.model_copy(update={"logprob": "full"}))
+    rows = batch(full, prompts)
+    metrics = full.improve(rows)
+    assert metrics["logprob_gap"] < 1e-5
+    under_the_trie = learner().improve(rows)
+    assert metrics["entropy"] > under_the_trie["entropy"] + 0.1
+
+
 def test_further_updates_on_one_batch_move_the_ratio_and_meet_the_clip() -> None:
     one = learner(BRISK.model_copy(update={"lr": 0.02, "updates_per_batch": 6}))
     metrics = one.improve(batch(one, tiny_prompts(ITEMS, [1, 5, 2])))
