@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float64
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from orchard.intervals import Estimate
 from orchard.metrics import Series
@@ -87,6 +88,8 @@ def curves(found: Sequence[Curve], *, title: str, steps: str = "step", log: bool
         if log and low > 0:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+            # Their default labels are mathematics in fonts that the page does not carry.
+            axes.yaxis.set_minor_formatter(NullFormatter())
         elif high - low <= 1e-6 * max(abs(low), abs(high)):
             # A constant is a line in the middle, not rounding errors at full height.
             axes.set_ylim(low - 0.1 * abs(low or 1.0), high + 0.1 * abs(high or 1.0))
