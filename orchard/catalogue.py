@@ -18,6 +18,7 @@ from jaxtyping import Int
 
 from orchard import ragged, trie
 from orchard.errors import CatalogueError, DataError
+from orchard.tables import read_table
 from orchard.trie import Trie
 
 
@@ -128,17 +129,9 @@ def read(
         DataError: the file or a column is missing, or unreadable.
         CatalogueError: as `from_codes`.
     """
-    if not path.is_file():
-        raise DataError(f"items file {path} does not exist; check data.path and data.items")
-    try:
-        table = pq.read_table(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"items file {path} is not readable as Parquet: {error}") from error
-    for column in ("item_id", "sid"):
-        if column not in table.column_names:
-            raise DataError(
-                f"items file {path} has columns {', '.join(table.column_names)} but no `{column}`"
-            )
+    table = read_table(
+        path, role="items", columns=("item_id", "sid"), remedy="data.path and data.items"
+    )
     sids: list[list[int] | None] = table["sid"].to_pylist()
     titles: list[str | None] = (
         table["title"].to_pylist() if "title" in table.column_names else [None] * len(sids)

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from jaxtyping import Int, Int32, Int64
 
 from orchard import ragged
 from orchard.catalogue import Catalogue
 from orchard.errors import DataError
+from orchard.tables import read_table
 from orchard.types import Prompts
 from orchard.vocabulary import Vocabulary
 
@@ -47,7 +47,15 @@ def read_split(paths: Sequence[Path], catalogue: Catalogue, *, max_history: int)
         DataError: a missing or unreadable file, a missing column, no rows, an empty history, or an
             item that the catalogue does not know.
     """
-    tables = [_read(path) for path in paths]
+    tables = [
+        read_table(
+            path,
+            role="split",
+            columns=("history", "target"),
+            remedy="data.path and the file names",
+        )
+        for path in paths
+    ]
     names = ", ".join(path.name for path in paths)
     if sum(len(table) for table in tables) == 0:
         raise DataError(f"split {names} has no rows; at least one is needed")
@@ -75,21 +83,6 @@ def read_split(paths: Sequence[Path], catalogue: Catalogue, *, max_history: int)
         history_start=ragged.starts(keep),
         target=catalogue.rows(target),
     )
-
-
-def _read(path: Path) -> Any:
-    if not path.is_file():
-        raise DataError(f"split file {path} does not exist; check data.path and the file names")
-    try:
-        table = pq.read_table(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"split file {path} is not readable as Parquet: {error}") from error
-    for column in ("history", "target"):
-        if column not in table.column_names:
-            raise DataError(
-                f"split file {path} has columns {', '.join(table.column_names)} but no `{column}`"
-            )
-    return table
 
 
 def _combined(column: Any) -> Any:
