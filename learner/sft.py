@@ -2,7 +2,8 @@
 
 A window of a user's items is a chain of single-code nodes, so it packs as a tree without branches
 and is scored by the same function. The loss is the mean negative log-probability of the codes of
-the fresh items under the trie-renormalised policy; forced codes drop out by themselves.
+the fresh items, under the trie-renormalised policy (forced codes drop out by themselves) or over
+the whole vocabulary.
 """
 
 import numpy as np
@@ -16,9 +17,18 @@ from orchard.types import PolicyVersion, TrainBatch
 
 
 def pack_sequences(
-    sequences: Sequences, rows: Int64[np.ndarray, " B"], form: PromptFormat, policy: PolicyVersion
+    sequences: Sequences,
+    rows: Int64[np.ndarray, " B"],
+    form: PromptFormat,
+    policy: PolicyVersion,
+    *,
+    forced: bool = False,
 ) -> TrainBatch:
-    """The chosen windows as a batch; `gain` holds each choice's share of the mean."""
+    """The chosen windows as a batch; `gain` holds each choice's share of the mean.
+
+    `forced` counts codes without an alternative among the choices: over the whole vocabulary they
+    are something to learn.
+    """
     item, start = ragged.take(sequences.item, sequences.start, rows)
     token, token_start = form.tokens(item, start)
     length = np.diff(token_start)
@@ -32,7 +42,7 @@ def pack_sequences(
     slot = first[:, None] + np.arange(exists.shape[1])
     children = form.catalogue.trie.num_children(torch.from_numpy(before[exists])).numpy()
     free = exists.copy()
-    free[exists] = children > 1
+    free[exists] = forced | (children > 1)
     chosen = free & (place >= sequences.fresh[rows][owner])[:, None]
     row = np.broadcast_to(owner[:, None], exists.shape)[chosen]
     count = len(row)

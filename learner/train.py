@@ -165,6 +165,7 @@ def _learner_config(config: Config, phase: str) -> LearnerConfig:
     own = config.sft
     return config.learner.model_copy(
         update={
+            "logprob": own.logprob,
             "lr": own.lr,
             "warmup": own.warmup,
             "final_lr": own.final_lr,
@@ -185,8 +186,10 @@ def _epoch(learner: Learner, assignment: Assignment, number: int) -> dict[str, f
     )
     version, size = PolicyVersion(step=number, digest=""), config.sft.batch_size
     batches = [order[at : at + size] for at in range(0, len(order), size)]
+    forced = config.sft.logprob == "full"
     measured = [
-        learner.supervise(sft.pack_sequences(sequences, rows, form, version)) for rows in batches
+        learner.supervise(sft.pack_sequences(sequences, rows, form, version, forced=forced))
+        for rows in batches
     ]
     return {
         "loss": float(np.mean([m["nll"] for m in measured])),

@@ -67,6 +67,9 @@ class SftConfig(Section):
     """Last rate as a share of `lr`."""
     weight_decay: Rate = 0.05
     grad_clip: Rate = 1.0
+    logprob: Literal["trie", "full"] = "trie"
+    """Distribution whose likelihood is raised: over the legal siblings, or over the whole
+    vocabulary, forced codes included, which generalised better on real data."""
     average: Share = 0.998
     """Decay per update of the moving average of the weights that is evaluated and kept; 0: none."""
     minutes: Rate = 0.0

@@ -44,7 +44,7 @@ def batch(one: Learner, prompts: Prompts) -> TrainBatch:
     return pack(judged, [ESTIMATORS["group"](judged, 1e-4)], ITEMS, tiny_policy(ITEMS)[1])
 
 
-def windows() -> TrainBatch:
+def windows(*, forced: bool = False) -> TrainBatch:
     draw = np.random.default_rng(0)
     sequences = Sequences(
         item=draw.integers(len(ITEMS), size=24),
@@ -52,11 +52,19 @@ def windows() -> TrainBatch:
         fresh=np.zeros(6, np.int64),
     )
     form = PromptFormat(catalogue=ITEMS, vocabulary=tiny_policy(ITEMS)[1])
-    return sft.pack_sequences(sequences, np.arange(6), form, FIRST)
+    return sft.pack_sequences(sequences, np.arange(6), form, FIRST, forced=forced)
 
 
 def test_supervision_raises_the_likelihood_of_its_sequences() -> None:
     one, rows = learner(), windows()
+    losses = [one.supervise(rows)["nll"] for _ in range(40)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_forced_codes_count_where_the_whole_vocabulary_competes() -> None:
+    assert len(windows().edge) < len(windows(forced=True).edge) == 24 * 3
+    full = BRISK.model_copy(update={"logprob": "full"})
+    one, rows = learner(full), windows(forced=True)
     losses = [one.supervise(rows)["nll"] for _ in range(40)]
     assert losses[-1] < 0.5 * losses[0]
 
