@@ -8,7 +8,6 @@ from jaxtyping import Int64
 from cluster.launch import House
 from cluster.prepare import export, exported_facts
 from orchard.types import PolicyVersion
-from orchard.weights import Weights
 
 SCORE = "ndcg@10/sid"
 
@@ -22,8 +21,6 @@ class Champion:
     """Validation rows that judge; none means that the newest version is always the best."""
     beams: int
     best: float = float("-inf")
-    policy: PolicyVersion | None = None
-    weights: Weights | None = None
 
     @classmethod
     def of(cls, house: House, *, num_rows: int, beams: int) -> "Champion":
@@ -47,12 +44,12 @@ class Champion:
             figures |= {f"evaluate/{name}": value for name, value in found.extra.items()}
             score = found.metrics[SCORE].mean
         if score > self.best:
-            self.best, self.policy, self.weights = score, policy, self.house.learner.weights
+            self.best = score
             export(
                 self.house.run,
                 self.house.run.result,
                 policy,
-                self.weights,
+                self.house.learner.weights,
                 valid_score=score,
                 valid_rows=float(len(self.rows)),
             )
