@@ -25,7 +25,7 @@ from orchard.types import PolicyVersion, Prompts, ScoredTrees, SearchTrees
 from orchard.weights import Weights
 from rewards.actor import RewardActor
 from rollout.actor import RolloutActor
-from rollout.search import Candidates
+from rollout.candidates import Candidates
 
 
 @contextmanager

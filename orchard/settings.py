@@ -86,6 +86,8 @@ class RolloutConfig(Section):
 
     actors: Positive = 1
     engine: Literal["vllm", "torch"] = "vllm"
+    decode: Literal["worker", "requests"] = "worker"
+    """Where vLLM's searches run: inside its worker, or as one public request per prefix."""
     search: Literal["beam", "sample"] = "beam"
     candidates: Positive = 16
     """Candidates per prompt; the width of the beam."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -17,10 +18,11 @@ from orchard.model import load
 from orchard.types import PolicyVersion, Prompts, SearchTrees
 from orchard.vocabulary import Vocabulary
 from orchard.weights import Weights, digest, snapshot
-from rollout.engine import Engine
+from rollout.candidates import Candidates
+from rollout.engine import Engine, Holder
 from rollout.engine.torch import TorchEngine
-from rollout.engine.vllm import VllmEngine
-from rollout.search import Candidates, beam, sample
+from rollout.engine.vllm import VllmHolder
+from rollout.search import beam, sample
 from rollout.trees import grow
 
 
@@ -45,55 +47,53 @@ class Searcher:
         torch.set_num_threads(config.threads)
         model = load(folder, vocabulary)
         version = PolicyVersion(step=0, digest=digest(snapshot(model)))
-        self._engine: Engine
+        self._holder: Holder
         if config.engine == "vllm":
-            self._engine = VllmEngine(
-                folder, catalogue.trie, vocabulary, version, config, seed=seed
+            self._holder = VllmHolder(
+                folder, model, catalogue.trie, vocabulary, version, config, seed=seed
             )
         else:
             device = "cuda" if config.gpus else "cpu"
             nn.Module.to(model, device=device, dtype=getattr(torch, config.dtype))
-            self._engine = TorchEngine(model, catalogue.trie, vocabulary, version)
+            self._holder = TorchEngine(model, catalogue.trie, vocabulary, version)
 
     def install(self, version: PolicyVersion, weights: Weights) -> PolicyVersion:
         """Search with these weights from now on; returns the version held then."""
-        self._engine.install(version, weights)
-        return self._engine.version
+        self._holder.install(version, weights)
+        return self._holder.version
 
     def version(self) -> PolicyVersion:
         """The policy that searches now."""
-        return self._engine.version
+        return self._holder.version
 
     def search(self, prompts: Prompts, seed: int) -> SearchTrees:
         """A tree per prompt, by the configured search."""
         config = self._config
-
-        def draw(part: Prompts) -> Candidates:
-            if config.search == "beam":
-                return beam(self._engine, part, width=config.candidates)
-            return sample(
-                self._engine,
-                part,
-                count=config.candidates,
-                temperature=config.temperature,
-                seed=seed,
+        if config.search == "beam":
+            find = partial(beam, width=config.candidates)
+        else:
+            find = partial(
+                sample, count=config.candidates, temperature=config.temperature, seed=seed
             )
-
-        found = self._in_batches(prompts, draw)
-        return grow(prompts, found, self._catalogue, self._vocabulary, self._engine.version)
+        found = self._in_batches(prompts, find)
+        return grow(prompts, found, self._catalogue, self._vocabulary, self._holder.version)
 
     def rank(self, prompts: Prompts, beams: int) -> Candidates:
         """The best `beams` leaves of each prompt, whatever the configured search."""
-        return self._in_batches(prompts, lambda part: beam(self._engine, part, width=beams))
+        return self._in_batches(prompts, partial(beam, width=beams))
 
-    def _in_batches(self, prompts: Prompts, find: Callable[[Prompts], Candidates]) -> Candidates:
+    def _in_batches(
+        self, prompts: Prompts, find: Callable[[Engine, Prompts], Candidates]
+    ) -> Candidates:
         """What `find` finds, in batches of the configured size."""
         began = perf_counter()
         # Prompts of like length go together, so that little of a batch is padding.
         order = np.argsort(np.diff(prompts.token_start), kind="stable")
         size = self._config.batch_size
         rows = [order[at : at + size] for at in range(0, len(order), size)]
-        found = Candidates.concatenate([find(prompts.select(one)) for one in rows])
+        found = Candidates.concatenate(
+            [self._holder.run(find, prompts.select(one)) for one in rows]
+        )
         cost = replace(found.cost, seconds=perf_counter() - began)
         return replace(found.select(np.argsort(order)), cost=cost)
 

@@ -5,11 +5,8 @@ log-probability 0 and need no forward pass of their own: inside a sequence they 
 code that is a choice, at its end they are not computed at all.
 
 Shapes:  B prompts   F beams or draws of all prompts   M legal children of them   C candidates
-         D longest sequence   S tokens of all spans   R prompts asked for   B1 = B + 1   F1 = F + 1
+         D longest sequence   S tokens of all spans   F1 = F + 1
 """
-
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,48 +17,8 @@ from orchard import ragged
 from orchard.errors import EngineError
 from orchard.trie import ROOT, Trie
 from orchard.types import Cost, Prompts
+from rollout.candidates import Candidates
 from rollout.engine import Engine, Expansion
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidates:
-    """Catalogue leaves found for each prompt, best first within it."""
-
-    start: Int64[np.ndarray, " B1"]
-    node: Int64[np.ndarray, "C D"]
-    """Trie node at each depth 1..D, -1 past the end."""
-    logprob: Float32[np.ndarray, "C D"]
-    """Log-probability of the code into each of them; 0 where it was forced, and past the end."""
-    score: Float32[np.ndarray, " C"]
-    """Log-probability of the leaf given the prompt."""
-    leaf: Int64[np.ndarray, " C"]
-    cost: Cost
-
-    def select(self, rows: Int64[np.ndarray, " R"]) -> "Candidates":
-        """The candidates of the given prompts, in the order asked for."""
-        count = np.diff(self.start)[rows]
-        which = ragged.ranges(self.start[rows], count)
-        return Candidates(
-            start=ragged.starts(count),
-            node=self.node[which],
-            logprob=self.logprob[which],
-            score=self.score[which],
-            leaf=self.leaf[which],
-            cost=self.cost,
-        )
-
-    @staticmethod
-    def concatenate(parts: "Sequence[Candidates]") -> "Candidates":
-        """Several batches one after another; costs add up."""
-        leaf, start = ragged.concatenate([(p.leaf, p.start) for p in parts])
-        return Candidates(
-            start=start,
-            node=np.concatenate([p.node for p in parts]),
-            logprob=np.concatenate([p.logprob for p in parts]),
-            score=np.concatenate([p.score for p in parts]),
-            leaf=leaf,
-            cost=sum((p.cost for p in parts), Cost()),
-        )
 
 
 def beam(engine: Engine, prompts: Prompts, *, width: int) -> Candidates:

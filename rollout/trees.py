@@ -12,7 +12,7 @@ from orchard.catalogue import Catalogue
 from orchard.trie import ROOT
 from orchard.types import PolicyVersion, Prompts, SearchTrees
 from orchard.vocabulary import Vocabulary
-from rollout.search import Candidates
+from rollout.candidates import Candidates
 
 
 def grow(

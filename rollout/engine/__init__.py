@@ -6,6 +6,7 @@ nothing of beams or draws; `rollout.search` knows nothing of models.
 Shapes:  B prompts   F nodes of a frontier   F1 = F + 1   S tokens of their spans   M legal children
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -18,6 +19,7 @@ from orchard.trie import Children, Trie
 from orchard.types import PolicyVersion, Prompts
 from orchard.vocabulary import Vocabulary
 from orchard.weights import Weights, digest
+from rollout.candidates import Candidates
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,12 +70,30 @@ class Engine(Protocol):
         """
         ...
 
+
+@runtime_checkable
+class Holder(Protocol):
+    """Holds a policy, and lets searches run where the policy is."""
+
+    @property
+    def version(self) -> PolicyVersion:
+        """The policy that answers now."""
+        ...
+
     def install(self, version: PolicyVersion, weights: Weights) -> None:
-        """Answer with these weights from now on; all states become invalid.
+        """Answer with these weights from now on; states of earlier searches become invalid.
 
         Raises:
             EngineError: the weights are not those that the version names.
             CheckpointError: they belong to another model.
+        """
+        ...
+
+    def run(self, find: Callable[[Engine, Prompts], Candidates], prompts: Prompts) -> Candidates:
+        """Search with `find`, a function that can be pickled, for one batch of prompts.
+
+        Raises:
+            EngineError: the batch does not fit, or as `find` raises it.
         """
         ...
 

@@ -8,6 +8,7 @@ Shapes:  B prompts (rows of the cache)   P slots of the longest prompt   C slots
          S new slots of each row   F frontier nodes   F1 = F + 1   N tokens of their spans   D width
 """
 
+from collections.abc import Callable
 from typing import cast
 
 import numpy as np
@@ -22,7 +23,8 @@ from orchard.trie import ROOT, Trie
 from orchard.types import PolicyVersion, Prompts
 from orchard.vocabulary import Vocabulary
 from orchard.weights import Weights, restore
-from rollout.engine import Expansion, check_length, check_weights
+from rollout.candidates import Candidates
+from rollout.engine import Engine, Expansion, check_length, check_weights
 
 _SLOT_BITS = 32
 """A state is a row and, in its lower bits, the slot of the last token there."""
@@ -45,10 +47,14 @@ class TorchEngine:
         self._position = self._above = torch.zeros(0, 0, dtype=torch.long, device=head.device)
 
     def install(self, version: PolicyVersion, weights: Weights) -> None:
-        """Answer with these weights from now on; see `Engine.install`."""
+        """Answer with these weights from now on; see `Holder.install`."""
         check_weights(version, weights)
         restore(self._model, weights)
         self.version, self._cache = version, DynamicCache()
+
+    def run(self, find: Callable[[Engine, Prompts], Candidates], prompts: Prompts) -> Candidates:
+        """Search with `find`; see `Holder.run`."""
+        return find(self, prompts)
 
     @torch.inference_mode()
     def prefill(self, prompts: Prompts) -> Expansion:

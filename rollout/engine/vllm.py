@@ -1,39 +1,40 @@
-"""vLLM through its public interface: one request per frontier node.
+"""vLLM inside this process: the engine's life, its weights, and where its searches run.
 
-Each request carries the whole prefix of its node and asks for one token, for the log-probabilities
-of the legal ones. What prefixes have in common, vLLM's prefix cache computes once, page by page.
+`decode = worker` searches next to the model (`rollout.engine.worker`); `decode = requests` asks
+through vLLM's public interface (`rollout.engine.requests`), slower and with equal results.
 
-Shapes:  B prompts   F frontier nodes   F1 = F + 1   N tokens of their spans   M legal children
+The key-value cache has one owner at a time. While a search runs it is the search's, and nothing
+else may be under way; when the search ends, vLLM's record of what the cache held is thrown away,
+so that generation starts from a clean one.
 """
 
 import logging
 import os
 import warnings
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from orchard.config import RolloutConfig
 from orchard.errors import EngineError
-from orchard.trie import ROOT, Children, Trie
+from orchard.model import head_weight
+from orchard.trie import Trie
 from orchard.types import PolicyVersion, Prompts
 from orchard.vocabulary import Vocabulary
-from orchard.weights import Weights, restore
-from rollout.engine import Expansion, check_length, check_weights
+from orchard.weights import Weights, restore, snapshot
+from rollout.candidates import Candidates
+from rollout.engine import Engine, check_weights
+from rollout.engine.requests import RequestEngine
 
 if TYPE_CHECKING:
-    from vllm import LLM, SamplingParams, TokensPrompt
-    from vllm.logprobs import FlatLogprobs
+    from vllm import LLM
 
-MAX_ALLOWED = 1024
-"""Longest list of allowed tokens that every vLLM model runner takes."""
+_log = logging.getLogger(__name__)
 
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in this process and dies with it
@@ -43,12 +44,13 @@ _ENVIRONMENT = {
 }
 
 
-class VllmEngine:
-    """Decodes with a vLLM engine inside this process; takes it over for good."""
+class VllmHolder:
+    """Holds a policy in a vLLM engine inside this process, which it takes over for good."""
 
     def __init__(
         self,
         folder: Path,
+        model: PreTrainedModel,
         trie: Trie,
         vocabulary: Vocabulary,
         version: PolicyVersion,
@@ -56,63 +58,69 @@ class VllmEngine:
         *,
         seed: int,
     ) -> None:
-        """Load the policy saved in `folder`, which is what `version` names.
+        """Load the policy saved in `folder`: `model`, whose weights `version` names.
 
         Raises:
             EngineError: vLLM is not installed, or cannot serve the policy within its memory.
         """
-        self.trie, self.vocabulary, self.version = trie, vocabulary, version
+        self.version = version
+        weights = snapshot(model)
+        head = head_weight(model)
+        self._head = next(name for name, weight in model.named_parameters() if weight is head)
         with torch.device("meta"):
-            self._shapes = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-        self._llm = _start(folder, config, seed)
-        self._prefix: list[list[int]] = []
+            self._shapes = AutoModelForCausalLM.from_config(model.config)
+        self.llm = _start(folder, config, seed)
+        self._requests = RequestEngine(self.llm, trie, vocabulary, version)
+        self._in_worker = config.decode == "worker" and self._can_search()
+        if self._in_worker:
+            self._call("orchard_attach", trie, vocabulary, version, weights[self._head])
 
     def install(self, version: PolicyVersion, weights: Weights) -> None:
-        """Answer with these weights from now on; see `Engine.install`."""
+        """Answer with these weights from now on; see `Holder.install`."""
         check_weights(version, weights)
         restore(self._shapes, weights)  # raises before vLLM has loaded half of them
         tensors = ((name, torch.from_numpy(np.array(value))) for name, value in weights.items())
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
-        self._llm.apply_model(_repack_head)
-        assert self._llm.reset_prefix_cache()
-        self.version, self._prefix = version, []
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
+        self.llm.apply_model(_repack_head)
+        if self._in_worker:
+            self._call("orchard_install", version, weights[self._head])
+        self._forget_prefixes()
+        self.version = self._requests.version = version
 
-    def prefill(self, prompts: Prompts) -> Expansion:
-        """Read each prompt once and score the children of the root."""
-        check_length(prompts, self.trie, self._llm.llm_engine.model_config.max_model_len)
-        token = prompts.token.tolist()
-        self._prefix = [token[a:b] for a, b in pairwise(prompts.token_start.tolist())]
-        return self._expand(0, torch.full((len(prompts),), ROOT))
+    def run(self, find: Callable[[Engine, Prompts], Candidates], prompts: Prompts) -> Candidates:
+        """Run a search next to the model; see `Holder.run`."""
+        if not self._in_worker:
+            return find(self._requests, prompts)
+        if self.llm.llm_engine.has_unfinished_requests():
+            raise EngineError(
+                "vLLM is generating, and a search needs its key-value cache; "
+                "search when the requests are finished"
+            )
+        try:
+            return self._call("orchard_run", find, prompts)
+        finally:
+            self._forget_prefixes()
 
-    def extend(
-        self,
-        state: Int64[Tensor, " F"],
-        token: Int64[Tensor, " N"],
-        start: Int64[Tensor, " F1"],
-        node: Int64[Tensor, " F"],
-    ) -> Expansion:
-        """Append a span to each state and score the children of `node`, the trie node after it."""
-        first, tokens = len(self._prefix), token.tolist()
-        spans = pairwise(start.tolist())
-        self._prefix += [
-            self._prefix[parent] + tokens[a:b]
-            for parent, (a, b) in zip(state.tolist(), spans, strict=True)
-        ]
-        return self._expand(first, node)
+    def _can_search(self) -> bool:
+        """Whether vLLM's worker has all that a search needs; says so once where it has not."""
+        missing: str = self._call("orchard_missing")
+        if missing:
+            _log.warning(
+                "searching by requests, which is slower (rollout.decode = requests): %s; on a GPU, "
+                "VLLM_USE_V2_MODEL_RUNNER=0 chooses the older model runner",
+                missing,
+            )
+        return not missing
 
-    def _expand(self, first: int, node: Int64[Tensor, " F"]) -> Expansion:
-        """Score the children of the nodes reached by the prefixes from number `first` on."""
-        children = self.trie.children(node)
-        token = self.vocabulary.token_of(self.trie, children.node)
-        legal = [token[a:b].tolist() for a, b in pairwise(children.start.tolist())]
-        requests: list[TokensPrompt] = [
-            {"prompt_token_ids": prefix} for prefix in self._prefix[first:]
-        ]
-        params = [_params(ids) for ids in legal]
-        outputs = self._llm.generate(requests, params, use_tqdm=False)
-        state = torch.arange(first, len(self._prefix))
-        answers = [cast("FlatLogprobs", output.outputs[0].logprobs) for output in outputs]
-        return Expansion(state=state, logprob=_read(answers, children, token), children=children)
+    def _call(self, method: str, *args: object) -> Any:
+        """The answer of the first rank; all of them do the same."""
+        return self.llm.collective_rpc(method, args=args)[0]
+
+    def _forget_prefixes(self) -> None:
+        if not self.llm.reset_prefix_cache():
+            raise EngineError(
+                "vLLM still holds pages of unfinished requests; wait for them before a search"
+            )
 
 
 def _start(folder: Path, config: RolloutConfig, seed: int) -> "LLM":
@@ -136,6 +144,7 @@ def _start(folder: Path, config: RolloutConfig, seed: int) -> "LLM":
             seed=seed,
             skip_tokenizer_init=True,
             enforce_eager=True,
+            worker_extension_cls="rollout.engine.worker.SearchExtension",
             use_tqdm_on_load=False,
             enable_prefix_caching=True,
             logprobs_mode="processed_logprobs",
@@ -161,39 +170,3 @@ def _repack_head(model: nn.Module) -> None:
     head: Any = getattr(model, "lm_head", None)
     if head is not None:
         head.quant_method.process_weights_after_loading(head)
-
-
-def _params(legal: list[int]) -> "SamplingParams":
-    """Ask for the log-probability of each legal token."""
-    from vllm import SamplingParams
-
-    few = len(legal) <= MAX_ALLOWED
-    return SamplingParams(
-        max_tokens=1,
-        temperature=0.0,
-        allowed_token_ids=legal if few else None,
-        logprobs=len(legal) if few else -1,
-        flat_logprobs=True,
-        detokenize=False,
-        skip_clone=True,
-    )
-
-
-def _read(
-    answers: "Sequence[FlatLogprobs]", children: Children, token: Int64[Tensor, " M"]
-) -> Float32[Tensor, " M"]:
-    """The answers of all requests in the order of the children, renormalised over them."""
-    count = np.array([len(answer.token_ids) for answer in answers])
-    found = np.concatenate([answer.token_ids for answer in answers])
-    value = np.concatenate([answer.logprobs for answer in answers])
-    width = int(max(found.max(), int(token.max()))) + 1
-    wanted = (children.owner * width + token).numpy()
-    order = wanted.argsort()
-    given = np.repeat(np.arange(len(answers)), count) * width + found
-    place = order[np.searchsorted(wanted[order], given).clip(max=len(order) - 1)]
-    asked = wanted[place] == given
-    logprob = np.full(len(wanted), np.nan)
-    logprob[place[asked]] = value[asked]
-    # Lists too long to be allowed one by one come normalised over the whole vocabulary.
-    total = np.bincount(children.owner.numpy(), np.exp(logprob), minlength=len(answers))
-    return torch.from_numpy(logprob - np.log(total)[children.owner.numpy()]).float()

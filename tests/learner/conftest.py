@@ -12,7 +12,7 @@ from orchard.catalogue import Catalogue
 from orchard.testing import tiny_catalogue, tiny_policy, tiny_prompts
 from orchard.types import Cost, PolicyVersion, ScoredTrees
 from orchard.vocabulary import Vocabulary
-from rollout.search import Candidates
+from rollout.candidates import Candidates
 from rollout.trees import grow
 
 

@@ -16,7 +16,7 @@ from orchard.testing import tiny_catalogue, tiny_prompts
 from orchard.types import Cost, PolicyVersion, SearchTrees
 from orchard.vocabulary import compact_tokenizer, of_codes
 from rewards.rule import prefix, ranking, rule
-from rollout.search import Candidates
+from rollout.candidates import Candidates
 from rollout.trees import grow
 
 

@@ -8,8 +8,9 @@ import pytest
 from orchard.errors import EngineError
 from orchard.testing import World, tiny_prompts, tiny_world
 from orchard.types import Prompts
+from rollout.candidates import Candidates
 from rollout.engine.torch import TorchEngine
-from rollout.search import Candidates, beam
+from rollout.search import beam
 
 
 def found(candidates: Candidates, prompt: int) -> dict[int, float]:

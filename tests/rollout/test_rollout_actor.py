@@ -15,8 +15,9 @@ from orchard.errors import DataError, EngineError
 from orchard.testing import World, tiny_world
 from orchard.types import PolicyVersion
 from rollout.actor import RolloutActor, Searcher
+from rollout.candidates import Candidates
 from rollout.engine.torch import TorchEngine
-from rollout.search import Candidates, beam, sample
+from rollout.search import beam, sample
 
 # More codes at the root than vLLM takes in one list of allowed tokens, and prompts of 1 to 46
 # tokens, which end anywhere in its pages of 32.
@@ -39,7 +40,11 @@ def reference(wide: World) -> TorchEngine:
 
 @pytest.fixture(
     scope="module",
-    params=["torch", pytest.param("vllm", marks=[pytest.mark.vllm, pytest.mark.slow])],
+    params=[
+        "torch",
+        pytest.param("worker", marks=[pytest.mark.vllm, pytest.mark.slow]),
+        pytest.param("requests", marks=[pytest.mark.vllm, pytest.mark.slow]),
+    ],
 )
 def actor(
     request: pytest.FixtureRequest,
@@ -48,7 +53,9 @@ def actor(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Any]:
     folder = wide.save(tmp_path_factory.mktemp("policy"))
-    config = CONFIG.model_copy(update={"engine": request.param})
+    engine = "torch" if request.param == "torch" else "vllm"
+    decode = "worker" if request.param == "torch" else request.param
+    config = CONFIG.model_copy(update={"engine": engine, "decode": decode})
     handle = RolloutActor.options(num_cpus=1).remote(
         config, folder, wide.catalogue, wide.vocabulary, 0
     )

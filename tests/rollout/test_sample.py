@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from orchard.testing import World
+from rollout.candidates import Candidates
 from rollout.engine.torch import TorchEngine
-from rollout.search import Candidates, beam, sample
+from rollout.search import beam, sample
 
 
 def draw(engine: TorchEngine, world: World, **options: object) -> Candidates:

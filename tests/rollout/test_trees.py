@@ -8,8 +8,9 @@ import torch
 
 from orchard.testing import World
 from orchard.types import Prompts, SearchTrees
+from rollout.candidates import Candidates
 from rollout.engine.torch import TorchEngine
-from rollout.search import Candidates, beam, sample
+from rollout.search import beam, sample
 from rollout.trees import grow
 
 

@@ -1,0 +1,179 @@
+"""The search inside vLLM's worker: its model, its paged cache, its attention kernels.
+
+vLLM mixes `SearchExtension` into its worker class. A batch is one remote call: in tensor-parallel
+groups every rank runs the same deterministic search on its own copy of trie and head.
+
+Shapes:  T tokens of a pass   F pages   D hidden width
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from orchard.errors import EngineError
+from orchard.trie import Trie
+from orchard.types import PolicyVersion, Prompts
+from orchard.vocabulary import Vocabulary
+from rollout.candidates import Candidates
+from rollout.engine import Engine
+from rollout.engine.paged import CacheFullError, PagedEngine, Pass
+
+_log = logging.getLogger(__name__)
+
+_PARTS = ("model", "vllm_config", "attn_groups", "kv_cache_config", "kv_caches")
+"""What a search uses of a model runner."""
+
+
+class VllmModel:
+    """The model of a vLLM worker, without vLLM's scheduler."""
+
+    def __init__(self, runner: Any) -> None:
+        """`runner` is the worker's model runner, which `missing` finds nothing amiss with."""
+        self._runner = runner
+        self._cache: list[Tensor] = list({c.data_ptr(): c for c in runner.kv_caches}.values())
+        self.page_size = int(runner.kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size)
+        self.num_pages = int(runner.kv_cache_config.num_blocks)
+        scheduler = runner.vllm_config.scheduler_config
+        self.max_tokens = int(scheduler.max_num_batched_tokens)
+        self.max_spans = int(scheduler.max_num_seqs)
+        self.max_length = int(runner.vllm_config.model_config.max_model_len)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the cache is."""
+        return self._cache[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the hidden states."""
+        return self._runner.vllm_config.model_config.dtype
+
+    def forward(self, work: Pass) -> Float[Tensor, "T D"]:
+        """Last hidden states of the tokens, whose keys and values join the cache."""
+        from vllm.forward_context import set_forward_context
+        from vllm.v1.attention.backend import CommonAttentionMetadata
+
+        runner, start, length = self._runner, work.start.int(), work.length.int()
+        common = CommonAttentionMetadata(
+            query_start_loc=start,
+            query_start_loc_cpu=start.cpu(),
+            seq_lens=length,
+            seq_lens_cpu_upper_bound=length.cpu(),
+            num_reqs=len(length),
+            num_actual_tokens=len(work.token),
+            max_query_len=int(work.start.diff().max()),
+            max_seq_len=int(length.max()),
+            block_table_tensor=work.pages,
+            slot_mapping=work.slot,
+            positions=work.position,
+            causal=True,
+        )
+        metadata: dict[str, Any] = {}
+        slots: dict[str, Tensor] = {}
+        for group in runner.attn_groups[0]:
+            built = group.build_metadata(common)
+            for layer in group.layer_names:
+                metadata[layer], slots[layer] = built, work.slot
+        with set_forward_context(
+            metadata, runner.vllm_config, num_tokens=len(work.token), slot_mapping=slots
+        ):
+            hidden: Tensor = runner.model(
+                input_ids=work.token,
+                positions=work.position,
+                intermediate_tensors=None,
+                inputs_embeds=None,
+            )
+        return hidden
+
+    def copy_pages(self, source: Int64[Tensor, " F"], target: Int64[Tensor, " F"]) -> None:
+        """Copy pages; the targets are distinct, and none of them is a source."""
+        for cache in self._cache:
+            # Kernels may want smaller blocks than the cache is managed in.
+            pages = cache.unflatten(0, (self.num_pages, -1))
+            pages[target] = pages[source]
+
+
+def missing(runner: Any) -> str:
+    """What a search would need of the model runner and does not find; empty where it has all."""
+    absent = [part for part in _PARTS if getattr(runner, part, None) is None]
+    if absent:
+        return f"its model runner has no {', '.join(absent)}"
+    groups = runner.kv_cache_config.kv_cache_groups
+    kinds = sorted({type(group.kv_cache_spec).__name__ for group in groups})
+    if len(groups) != 1 or kinds != ["FullAttentionSpec"]:
+        return f"the policy's cache is {len(groups)} groups of {', '.join(kinds)}"
+    if runner.vllm_config.parallel_config.pipeline_parallel_size > 1:
+        return "the policy is split over a pipeline"
+    return ""
+
+
+class SearchExtension:
+    """Methods that vLLM adds to its worker; all are called on every rank."""
+
+    model_runner: Any
+    orchard_engine: PagedEngine
+    orchard_batch: int
+
+    def orchard_missing(self) -> str:
+        """What keeps this worker from searching; empty where nothing does."""
+        return missing(self.model_runner)
+
+    def orchard_attach(
+        self, trie: Trie, vocabulary: Vocabulary, version: PolicyVersion, head: np.ndarray
+    ) -> None:
+        """Get ready to search with the policy that is loaded, whose output matrix is `head`."""
+        model = VllmModel(self.model_runner)
+        self.orchard_engine = PagedEngine(
+            model,
+            trie.to(model.device),
+            vocabulary.to(model.device),
+            version,
+            torch.from_numpy(np.array(head)).to(model.device, model.dtype),
+        )
+        self.orchard_batch = 1 << 31
+
+    def orchard_install(self, version: PolicyVersion, head: np.ndarray) -> None:
+        """Search with the policy that was loaded just now."""
+        model = VllmModel(self.model_runner)
+        new = torch.from_numpy(np.array(head)).to(model.device, model.dtype)
+        self.orchard_engine.install(version, new)
+
+    def orchard_run(
+        self, find: Callable[[Engine, Prompts], Candidates], prompts: Prompts
+    ) -> Candidates:
+        """Search, overwriting vLLM's cache; batches that do not fit in it are split.
+
+        Raises:
+            EngineError: a single prompt's search does not fit, or as `find` raises it.
+        """
+        parts: list[Candidates] = []
+        done = 0
+        while done < len(prompts):
+            rows = np.arange(done, min(done + self.orchard_batch, len(prompts)))
+            try:
+                parts.append(find(self.orchard_engine, prompts.select(rows)))
+                done += len(rows)
+            except CacheFullError as full:
+                self._halve(len(rows), full)
+        return Candidates.concatenate(parts)
+
+    def _halve(self, num_prompts: int, full: CacheFullError) -> None:
+        if num_prompts == 1:
+            raise EngineError(
+                f"the search of one prompt needs more than {full.num_pages} pages of key-value "
+                f"cache ({full.needed} so far); raise rollout.kv_cache_gib or rollout.gpu_memory, "
+                "or lower rollout.candidates"
+            ) from full
+        self.orchard_batch = num_prompts // 2
+        _log.warning(
+            "%d prompts at once need more than %d pages of key-value cache; searching %d at a time "
+            "from now on (raise rollout.kv_cache_gib or rollout.gpu_memory to search more)",
+            num_prompts,
+            full.num_pages,
+            self.orchard_batch,
+        )
