@@ -9,7 +9,7 @@ Shapes:  B prompts   F frontier nodes   F1 = F + 1   N tokens of their spans   W
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ class Pass:
     pages: Int32[Tensor, "Q W"]
 
 
+@runtime_checkable
 class PagedModel(Protocol):
     """A model with its cache. Page 0 is nobody's: rows of pages are filled up with it."""
 

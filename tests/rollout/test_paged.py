@@ -1,0 +1,160 @@
+"""The paged engine on a model whose pages hold tokens, against the reference engine."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from orchard.errors import EngineError
+from orchard.model import head_weight
+from orchard.testing import World, tiny_world
+from rollout.candidates import Candidates
+from rollout.engine.paged import CacheFullError, PagedEngine, Pass
+from rollout.engine.torch import TorchEngine
+from rollout.engine.worker import SearchExtension, missing
+from rollout.search import beam, sample
+
+
+class TokenPages:
+    """Keeps tokens where a real cache keeps keys and values, and reads each prefix from there."""
+
+    def __init__(
+        self, world: World, *, page_size: int, num_pages: int, max_tokens: int, max_spans: int
+    ) -> None:
+        self.page_size, self.num_pages, self.max_length = page_size, num_pages, 4096
+        self.max_tokens, self.max_spans = max_tokens, max_spans
+        self.cache = torch.full((num_pages * page_size,), -1)
+        self.model, self.passes = world.model, 0
+
+    def forward(self, work: Pass) -> Tensor:
+        assert len(work.token) <= self.max_tokens
+        assert len(work.length) <= self.max_spans
+        assert (work.start.diff() > 0).all()
+        assert (work.slot >= self.page_size).all()  # page 0 is nobody's
+        self.cache[work.slot] = work.token
+        self.passes += 1
+        hidden: list[Tensor] = []
+        for pages, length, new in zip(work.pages, work.length, work.start.diff(), strict=True):
+            place = torch.arange(int(length))
+            slot = pages[place // self.page_size].long() * self.page_size + place % self.page_size
+            prefix = self.cache[slot]
+            assert (prefix >= 0).all()
+            last = self.model.base_model(input_ids=prefix[None]).last_hidden_state[0]
+            hidden.append(last[-int(new) :])
+        assert work.position.tolist() == [
+            int(length) - int(new) + i
+            for length, new in zip(work.length, work.start.diff(), strict=True)
+            for i in range(int(new))
+        ]
+        return torch.cat(hidden)
+
+    def copy_pages(self, source: Tensor, target: Tensor) -> None:
+        assert not set(source.tolist()) & set(target.tolist())
+        pages = self.cache.view(self.num_pages, self.page_size)
+        pages[target] = pages[source]
+
+
+def paged(world: World, **options: int) -> PagedEngine:
+    bounds = {"page_size": 4, "num_pages": 2000, "max_tokens": 512, "max_spans": 512} | options
+    return PagedEngine(
+        TokenPages(world, **bounds),
+        world.catalogue.trie,
+        world.vocabulary,
+        world.version,
+        head_weight(world.model).detach(),
+    )
+
+
+def assert_same(ours: Candidates, reference: Candidates) -> None:
+    assert ours.start.tolist() == reference.start.tolist()
+    assert np.array_equal(ours.node, reference.node)
+    assert np.allclose(ours.logprob, reference.logprob, atol=1e-5)
+
+
+@pytest.mark.parametrize("page_size", [1, 4, 64])
+@pytest.mark.parametrize("bounds", [{}, {"max_tokens": 3}, {"max_spans": 2}])
+def test_searches_are_those_of_the_reference(
+    world: World, engine: TorchEngine, page_size: int, bounds: dict[str, int]
+) -> None:
+    ours = paged(world, page_size=page_size, **bounds)
+    for width in (1, 5):
+        assert_same(
+            beam(ours, world.prompts, width=width), beam(engine, world.prompts, width=width)
+        )
+    assert_same(
+        sample(ours, world.prompts, count=6, temperature=1.0, seed=2),
+        sample(engine, world.prompts, count=6, temperature=1.0, seed=2),
+    )
+
+
+def test_a_state_may_be_extended_again_after_its_children() -> None:
+    world = tiny_world()
+    ours, trie = paged(world, page_size=64), world.catalogue.trie
+    root = ours.prefill(world.prompts.select(np.array([0])))
+    node = root.children.node[:1]
+    token, one = world.vocabulary.token_of(trie, node), torch.tensor([0, 1])
+    first = ours.extend(root.state, token, one, node)
+    deeper = trie.children(node).node[:1]
+    ours.extend(first.state, world.vocabulary.token_of(trie, deeper), one, deeper)
+    again = ours.extend(root.state, token, one, node)
+    assert torch.equal(first.logprob, again.logprob)
+
+
+class Worker(SearchExtension):
+    """The worker's methods around an engine of the test's choice."""
+
+    def __init__(self, engine: PagedEngine) -> None:
+        self.orchard_engine, self.orchard_batch = engine, 1 << 31
+
+
+def used(engine: PagedEngine, find: Any, prompts: Any) -> int:
+    """Pages that a search takes."""
+    find(engine, prompts)
+    return engine._used
+
+
+def test_batches_that_do_not_fit_are_split(
+    world: World, engine: TorchEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    def find(part_engine: Any, prompts: Any) -> Candidates:
+        return beam(part_engine, prompts, width=5)
+
+    whole = find(engine, world.prompts)
+    # Room for the largest search of one prompt, and not for all of them.
+    roomy = paged(world)
+    alone = [np.array([row]) for row in range(len(world.prompts))]
+    pages = max(used(roomy, find, world.prompts.select(row)) for row in alone)
+    assert pages < used(roomy, find, world.prompts)
+    worker = Worker(paged(world, num_pages=pages))
+    for _ in range(2):
+        assert_same(worker.orchard_run(find, world.prompts), whole)
+    assert worker.orchard_batch < len(world.prompts)
+    assert "raise rollout.kv_cache_gib" in caplog.text
+
+
+def test_a_prompt_that_cannot_fit_is_an_error() -> None:
+    world = tiny_world()
+    worker = Worker(paged(world, num_pages=3))
+    with pytest.raises(EngineError, match=r"more than 3 pages .* raise rollout.kv_cache_gib"):
+        worker.orchard_run(lambda e, p: beam(e, p, width=5), world.prompts)
+    with pytest.raises(CacheFullError, match="3 there"):
+        paged(world, num_pages=3).prefill(world.prompts)
+
+
+class Config:
+    """A model runner's parts, as far as they are looked at."""
+
+    def __init__(self, **parts: Any) -> None:
+        self.__dict__.update(parts)
+
+
+def test_a_worker_without_the_parts_says_which() -> None:
+    assert missing(Config(model=1, vllm_config=1)) == (
+        "its model runner has no attn_groups, kv_cache_config, kv_caches"
+    )
+    parts = {"model": 1, "attn_groups": [], "kv_caches": []}
+    groups = Config(kv_cache_groups=[Config(kv_cache_spec=1), Config(kv_cache_spec="")])
+    runner = Config(vllm_config=1, kv_cache_config=groups, **parts)
+    assert missing(runner) == "the policy's cache is 2 groups of int, str"
