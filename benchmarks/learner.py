@@ -56,7 +56,7 @@ class Outcome:
 
 def run(quick: bool) -> Report:
     """Equality, forward tokens and time at P=128, G=16, L=3; other sizes unless `quick`."""
-    setting = _setting()
+    setting = default_setting()
     num_prompts, repeats = (4, 3) if quick else (8, 5)
     sizes = [(LENGTH, GROUP)]
     if not quick:
@@ -79,7 +79,8 @@ def run(quick: bool) -> Report:
     return report("learner", figures, [*rows, *_packing_rows(setting, quick)])
 
 
-def _setting() -> Setting:
+def default_setting() -> Setting:
+    """A fresh policy of the default sizes over 20,000 random items."""
     codes = np.random.default_rng(0).integers(64, size=(20_000, 3))
     catalogue = catalogues.from_codes(codes.tolist(), level_size=(256, 256, 256))
     vocabulary = of_codes(compact_tokenizer(catalogue), catalogue)
