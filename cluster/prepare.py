@@ -3,7 +3,7 @@
 import json
 import logging
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -61,6 +61,10 @@ class Run:
     def form(self) -> PromptFormat:
         """How histories become tokens."""
         return PromptFormat(catalogue=self.catalogue, vocabulary=self.vocabulary)
+
+    def then(self, phase: Phase, policy: Path) -> "Run":
+        """The same data and configuration in a later phase, which begins with that policy."""
+        return replace(self, phase=phase, policy=policy)
 
 
 def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Run:
