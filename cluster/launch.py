@@ -218,7 +218,10 @@ class House:
 async def launch(run: Run) -> AsyncGenerator[House]:
     """A house with the actors of its first phase up; torn down in reverse."""
     open_folder(run)
-    with Logbook(run.dir) as logbook, ray_session(run.config.cluster, cpus=cpus_needed(run.config)):
+    with (
+        Logbook(run.dir) as logbook,
+        ray_session(run.config.cluster, cpus=cpus_needed(run.config), logs=run.dir / "logs"),
+    ):
         house = House(run, logbook)
         try:
             await house.ready()

@@ -2,8 +2,10 @@
 
 import logging
 import os
+import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -11,12 +13,16 @@ import ray
 from orchard.config import ClusterConfig, Config
 from orchard.errors import ConfigError
 
+WORKER_OUTPUT = ("worker-*", "train/*.log")
+"""Of the files in a session's log folder, those that actors and Ray Train's workers print to."""
+
 
 @contextmanager
-def ray_session(settings: ClusterConfig, *, cpus: int) -> Generator[None]:
+def ray_session(settings: ClusterConfig, *, cpus: int, logs: Path) -> Generator[None]:
     """Join a cluster (`cluster.address` or RAY_ADDRESS), or run a local one and stop it after.
 
-    An outer session is joined as it is, so that several phases can share one.
+    What the actors print appears as `logs/<session>`: a link into Ray's own folder, and after a
+    local session the files themselves. An outer session is joined as it is.
 
     Raises:
         ConfigError: the named cluster cannot be reached.
@@ -28,7 +34,7 @@ def ray_session(settings: ClusterConfig, *, cpus: int) -> Generator[None]:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address:
         try:
-            ray.init(address=address, **quiet)
+            context = ray.init(address=address, **quiet)
         except (ConnectionError, ValueError) as error:
             raise ConfigError(
                 f"no Ray cluster answers at {address}: {error}; start one, or unset "
@@ -39,11 +45,36 @@ def ray_session(settings: ClusterConfig, *, cpus: int) -> Generator[None]:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         # Here the workers are the run; at Ray's nice 15 any other process would starve them.
         os.environ.setdefault("RAY_worker_niceness", "0")
-        ray.init(address="local", num_cpus=settings.cpus or cpus, include_dashboard=False, **quiet)
+        context = ray.init(
+            address="local", num_cpus=settings.cpus or cpus, include_dashboard=False, **quiet
+        )
+    session = Path(context.address_info["session_dir"])
+    link_logs(session, logs)
     try:
         yield
     finally:
         ray.shutdown()
+        if not address:
+            keep_logs(session, logs)
+
+
+def link_logs(session: Path, logs: Path) -> None:
+    """Make `logs/<session>` lead to what the workers of a Ray session print."""
+    logs.mkdir(parents=True, exist_ok=True)
+    link = logs / session.name
+    link.unlink(missing_ok=True)
+    link.symlink_to(session / "logs", target_is_directory=True)
+
+
+def keep_logs(session: Path, logs: Path) -> None:
+    """Put what the workers of an ended session printed in the place of the link to it."""
+    kept = logs / session.name
+    kept.unlink()
+    kept.mkdir()
+    for pattern in WORKER_OUTPUT:
+        for file in (session / "logs").glob(pattern):
+            if file.stat().st_size:
+                shutil.copy2(file, kept)
 
 
 def cpus_needed(config: Config) -> int:
