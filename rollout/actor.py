@@ -17,6 +17,7 @@ from orchard.model import load
 from orchard.types import PolicyVersion, Prompts, SearchTrees
 from orchard.vocabulary import Vocabulary
 from orchard.weights import Weights, digest, snapshot
+from rollout.draws import beam_sample, dynamic
 from rollout.engine import Engine
 from rollout.engine.torch import TorchEngine
 from rollout.engine.vllm import VllmEngine
@@ -71,13 +72,17 @@ class Searcher:
         def draw(part: Prompts) -> Candidates:
             if config.search == "beam":
                 return beam(self._engine, part, width=config.candidates)
-            return sample(
-                self._engine,
-                part,
-                count=config.candidates,
-                temperature=config.temperature,
-                seed=seed,
-            )
+            temperature, count = config.temperature, config.candidates
+            if config.search == "beam_sample":
+                return beam_sample(
+                    self._engine, part, width=count, temperature=temperature, seed=seed
+                )
+            if config.search == "dynamic":
+                return dynamic(
+                    self._engine, part, self._catalogue,
+                    count=count, temperature=temperature, seed=seed,
+                )  # fmt: skip
+            return sample(self._engine, part, count=count, temperature=temperature, seed=seed)
 
         found = self._in_batches(prompts, draw)
         return grow(prompts, found, self._catalogue, self._vocabulary, self._engine.version)
