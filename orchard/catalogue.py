@@ -89,20 +89,23 @@ def from_codes(
         varying_depth: allow sequences of different lengths. Where one is a prefix of another, an
             end marker is appended to it, so that the trie's leaves are exactly the sequences.
         code_token: token id of each code and, last, of the end marker, where all levels share
-            their codes; by default the codes are those of semantic IDs.
+            their codes; every sequence then gets that marker. By default the codes are those of
+            semantic IDs.
 
     Raises:
         CatalogueError: no items, an item without codes, wrong depth, a code out of range.
     """
+    last = len(code_token) - 1
+    if code_token:
+        codes = [[*sequence, last] for sequence in codes]
     table = _table(codes, level_size, varying_depth)
     sizes = list(level_size) if level_size else [int(c) + 1 for c in table.max(0)]
-    if code_token:
-        sizes = [len(code_token) - 1] * len(sizes)
     end_code = [-1] * len(sizes)
-    if varying_depth:
-        table = _mark_ends(table, sizes, end_code)
     if code_token:
         sizes = [len(code_token)] * len(sizes)
+        end_code = [last if ends else -1 for ends in (table == last).any(0)]
+    elif varying_depth:
+        table = _mark_ends(table, sizes, end_code)
     unique, inverse = np.unique(table, axis=0, return_inverse=True)
     built, leaf_of_row = trie.build(unique)
     leaf_of_item = leaf_of_row[inverse.reshape(-1)]

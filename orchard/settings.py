@@ -38,6 +38,9 @@ class DataConfig(Section):
     """Nominal codebook sizes; by default the largest code in use plus one."""
     varying_depth: bool = False
     """Allow semantic IDs of different lengths."""
+    titles: bool = False
+    """Items are their titles, in the text tokens of the policy in `model.path`, instead of semantic
+    IDs."""
 
 
 class ModelConfig(Section):

@@ -2,14 +2,16 @@
 
 The codes of a title catalogue stand for the distinct tokens of all titles, in the order of their
 ids, and for the end marker, which is the tokenizer's `eos_token`. Unlike those of semantic IDs they
-mean the same at every level, so that one slice of the policy's head serves all levels. A title that
-is the beginning of another one carries the end marker; items whose titles have the same tokens
+mean the same at every level, so that one slice of the policy's head serves all levels. Every title
+carries the end marker, so that one may be the beginning of another, and a history of titles can be
+read; where nothing but the end can follow it costs nothing. Items whose titles have the same tokens
 share a leaf.
 
 Shapes:  I items
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
@@ -19,6 +21,7 @@ from orchard import catalogue as catalogues
 from orchard import ragged
 from orchard.catalogue import Catalogue
 from orchard.errors import CatalogueError
+from orchard.tables import read_table
 
 
 def from_titles(
@@ -41,8 +44,7 @@ def from_titles(
     end: int | None = tokenizer.eos_token_id
     if end is None:
         raise CatalogueError(
-            "the tokenizer has no eos_token, which marks where a title ends that is the beginning "
-            "of another; give it one"
+            "the tokenizer has no eos_token, which marks where a title ends; give it one"
         )
     if len(title) == 0:
         raise CatalogueError("the catalogue has no items; at least one is needed")
@@ -59,6 +61,23 @@ def from_titles(
         title=title,
         varying_depth=True,
         code_token=[*(int(token) for token in distinct), end],
+    )
+
+
+def read(path: Path, tokenizer: PreTrainedTokenizerBase) -> Catalogue:
+    """The catalogue of an items file: Parquet columns `item_id` and `title`.
+
+    Raises:
+        DataError: the file or a column is missing, or unreadable.
+        CatalogueError: as `from_titles`.
+    """
+    table = read_table(
+        path, role="items", columns=("item_id", "title"), remedy="data.path and data.items"
+    )
+    return from_titles(
+        [title or "" for title in table["title"].to_pylist()],
+        tokenizer,
+        item_id=table["item_id"].to_numpy().astype(np.int64),
     )
 
 

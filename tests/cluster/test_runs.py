@@ -197,6 +197,21 @@ def test_one_house_serves_every_phase_of_a_command(settings: Callable[..., Confi
     assert in_a_house(again, alone).ranks.sid.tolist() == found.ranks.sid.tolist()
 
 
+def test_rollouts_run_ahead_as_far_as_the_bound_and_no_further(
+    settings: Callable[..., Config],
+) -> None:
+    changes = ("cluster.max_lag=2", "rollout.batch_size=16", "learner.steps=6", "evaluate.every=0")
+    untrained(settings(*changes))
+    run = prepare(settings(*changes), "train")
+    assert in_a_house(train, run).step == 6
+    log = read_metrics(run.dir / "metrics.jsonl")["train"]
+    lag = log["rollout/lag_versions"]
+    assert lag.step.tolist() == [1, 2, 3, 4, 5, 6]
+    # The searches of three steps are sent off before the first update can be published.
+    assert lag.value[:3].tolist() == [0, 1, 2]
+    assert lag.value.max() == 2
+
+
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_workers_train_like_one(settings: Callable[..., Config], parallel: str) -> None:
     one = settings("name=one")

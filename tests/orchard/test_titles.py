@@ -28,7 +28,7 @@ def test_every_leaf_reads_as_a_title(tokenizer: PreTrainedTokenizerBase) -> None
     for path in found.trie.path(found.trie.leaf_node):
         tokens = vocabulary.token_of(found.trie, path[path >= 0])
         read.append(str(tokenizer.decode(tokens)).replace(" ", ""))
-    assert sorted(read) == ["bluepen", "red<eos>", "redpen<eos>", "redpencil"]
+    assert sorted(read) == ["bluepen<eos>", "red<eos>", "redpen<eos>", "redpencil<eos>"]
 
 
 def test_equal_titles_share_a_leaf_and_a_title_within_another_has_its_own(

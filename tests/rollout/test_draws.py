@@ -124,7 +124,7 @@ def test_draws_depend_on_seed_and_prompt_alone(world: World, engine: TorchEngine
 def test_three_levels_cost_what_a_beam_costs(
     torch_engine: Callable[[World], TorchEngine], width: int
 ) -> None:
-    bushy = tiny_world(level_size=(40, 40, 40), num_items=20000, lengths=(1, 2))
+    bushy = tiny_world(level_size=(20, 10, 10), num_items=6000, lengths=(1, 2))
     cost = draw(torch_engine(bushy), bushy.prompts, width=width).cost
     # 17 and 33 with the pass over the prompt, which counts for one.
     assert cost.forward_tokens == 2 * 2 * width
