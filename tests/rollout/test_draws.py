@@ -3,12 +3,13 @@
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import combinations, permutations
+from itertools import combinations, permutations, product
 
 import numpy as np
 import pytest
 
-from orchard.testing import World, tiny_world
+from orchard.catalogue import from_codes
+from orchard.testing import World, tiny_policy, tiny_prompts, tiny_world
 from orchard.types import Prompts
 from rollout.draws import beam_sample, dynamic
 from rollout.engine.torch import TorchEngine
@@ -116,19 +117,22 @@ def test_draws_depend_on_seed_and_prompt_alone(world: World, engine: TorchEngine
     assert alone.leaf.tolist() == together.select(order).leaf.tolist()
     assert draw(engine, world.prompts).leaf.tolist() == together.leaf.tolist()
     assert draw(engine, world.prompts, seed=4).leaf.tolist() != together.leaf.tolist()
-    twins = many(world.prompts, 1, 20)
-    assert len({tuple(leaves(draw(engine, twins), prompt)) for prompt in range(20)}) > 1
+    twins = draw(engine, many(world.prompts, 1, 20))
+    assert len({tuple(leaves(twins, prompt)) for prompt in range(20)}) > 1
 
 
 @pytest.mark.parametrize("width", [8, 16])
 def test_three_levels_cost_what_a_beam_costs(
     torch_engine: Callable[[World], TorchEngine], width: int
 ) -> None:
-    bushy = tiny_world(level_size=(20, 10, 10), num_items=6000, lengths=(1, 2))
-    cost = draw(torch_engine(bushy), bushy.prompts, width=width).cost
+    every = from_codes(list(product(range(16), range(2), range(2))))
+    model, vocabulary = tiny_policy(every)
+    prompts = tiny_prompts(every, (1, 2))
+    bushy = World(catalogue=every, model=model, vocabulary=vocabulary, prompts=prompts)
+    cost = draw(torch_engine(bushy), prompts, width=width).cost
     # 17 and 33 with the pass over the prompt, which counts for one.
     assert cost.forward_tokens == 2 * 2 * width
-    assert cost.prefill_tokens == len(bushy.prompts.token)
+    assert cost.prefill_tokens == len(prompts.token)
 
 
 def expected_choice(drawn: list[int], target: int, count: int) -> Counter[int]:
