@@ -41,6 +41,7 @@ def warm_start(settings: Config, *, dry_run: bool) -> None:
             clock.lap("warm start")
             await house.turn_to(run.then("evaluate", run.result))
             found = await look(house, run.result, WARM_START)
+            clock.lap("evaluation")
         closing_table({WARM_START: found}, seconds=clock.laps)
 
     asyncio.run(work())

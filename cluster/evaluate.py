@@ -10,7 +10,7 @@ from jaxtyping import Int64
 
 from cluster.console import Progress
 from cluster.launch import House
-from cluster.prepare import Run, write_whole
+from cluster.prepare import Run, exported_step, write_whole
 from orchard import evaluation, model, weights
 from orchard.evaluation import Evaluation
 from orchard.types import PolicyVersion
@@ -24,9 +24,8 @@ async def evaluate(
     """Evaluate a policy folder and keep the result as `evaluation/<name>.json`."""
     run = house.run
     rows = chosen_rows(run, split)
-    policy = json.loads((folder / "policy.json").read_text())["version"]
     values = weights.snapshot(model.load(folder, run.vocabulary))
-    version = PolicyVersion(step=policy["step"], digest=weights.digest(values))
+    version = PolicyVersion(step=exported_step(folder), digest=weights.digest(values))
     await house.publish(version, values)
     batches = -(-len(rows) // run.config.evaluate.batch_size)
     with Progress(f"evaluating {name}", total=batches) as progress:
@@ -42,7 +41,7 @@ async def look(house: House, folder: Path, name: str) -> Evaluation:
     path, beams = evaluation_file(house.run, name), house.run.config.evaluate.beams
     if path.is_file():
         known = evaluation.read(path)
-        fresh = path.stat().st_mtime >= (folder / "policy.json").stat().st_mtime
+        fresh = path.stat().st_mtime >= (folder / "config.json").stat().st_mtime
         if fresh and known.width == beams:
             return known
     return await evaluate(house, folder, split="test", beams=beams, name=name)

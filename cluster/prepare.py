@@ -188,6 +188,12 @@ def export(run: Run, folder: Path, policy: PolicyVersion, weights: Weights, **fa
     _save(run, folder, trained, policy, facts)
 
 
+def exported_step(folder: Path) -> int:
+    """Step of the policy in a folder; 0 for one that Orchard did not export."""
+    path = folder / "policy.json"
+    return json.loads(path.read_text())["version"]["step"] if path.is_file() else 0
+
+
 def exported_facts(folder: Path) -> dict[str, float]:
     """What `export` wrote of its policy; empty where there is none."""
     path = folder / "policy.json"

@@ -48,13 +48,16 @@ def ray_session(settings: ClusterConfig, *, cpus: int, logs: Path) -> Generator[
         context = ray.init(
             address="local", num_cpus=settings.cpus or cpus, include_dashboard=False, **quiet
         )
-    session = Path(context.address_info["session_dir"])
-    link_logs(session, logs)
+    # A client of a cluster elsewhere (ray://) has no session folder on its machine.
+    info: dict[str, Any] = getattr(context, "address_info", {})
+    session = Path(info["session_dir"]) if "session_dir" in info else None
+    if session is not None:
+        link_logs(session, logs)
     try:
         yield
     finally:
         ray.shutdown()
-        if not address:
+        if session is not None and not address:
             keep_logs(session, logs)
 
 

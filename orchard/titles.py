@@ -12,6 +12,7 @@ Shapes:  I items
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from jaxtyping import Int
@@ -41,7 +42,7 @@ def from_titles(
         CatalogueError: no items, a title without tokens or with the end marker inside it, a
             tokenizer without `eos_token`.
     """
-    end: int | None = tokenizer.eos_token_id
+    end = cast(int | None, tokenizer.eos_token_id)
     if end is None:
         raise CatalogueError(
             "the tokenizer has no eos_token, which marks where a title ends; give it one"

@@ -1,11 +1,14 @@
 """Whole runs on a tiny world, through real Ray actors and a real Ray Train worker group."""
 
 import asyncio
+import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ray
 
@@ -15,10 +18,13 @@ from cluster.loop import train
 from cluster.prepare import Run, export, open_folder, prepare
 from cluster.warmup import sft
 from orchard import config, model
+from orchard.catalogue import load
 from orchard.config import Config
 from orchard.evaluation import Evaluation, difference, read
 from orchard.metrics import read_metrics
 from orchard.synth import WorldParams, write_world
+from orchard.testing import save_policy, tiny_policy, tiny_title_tokenizer
+from orchard.titles import from_titles
 from orchard.types import PolicyVersion
 from orchard.weights import digest, snapshot
 
@@ -159,6 +165,7 @@ def test_an_evaluation_covers_every_row_and_pairs_with_another(
 
     async def both(house: House) -> tuple[Evaluation, Evaluation]:
         first = await evaluate(house, run.policy, split="test", beams=10, name="first")
+        (run.policy / "policy.json").unlink()  # as in a folder that others have made
         return first, await evaluate(house, run.policy, split="test", beams=12, name="second")
 
     found, again = in_a_house(both, run)
@@ -195,6 +202,38 @@ def test_one_house_serves_every_phase_of_a_command(settings: Callable[..., Confi
 
     assert str(held) == found.policy  # the actor that searched for the training also judged
     assert in_a_house(again, alone).ranks.sid.tolist() == found.ranks.sid.tolist()
+
+
+def test_titles_are_learnt_and_searched_with_the_same_probabilities(
+    settings: Callable[..., Config], data: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(data, tmp_path / "titled")
+    items = pq.read_table(data / "items.parquet").drop_columns(["sid", "title"])
+    words = ["red pen", "red", "blue pen", "red pencil"]
+    titles = [f"{words[i % 4]}{' abcdefghij'[i // 4 % 11]}".strip() for i in range(len(items))]
+    pq.write_table(
+        items.append_column("title", pa.array(titles)), tmp_path / "titled/items.parquet"
+    )
+    tokenizer = tiny_title_tokenizer()
+    policy, _ = tiny_policy(from_titles(titles, tokenizer), tokenizer=tokenizer)
+    save_policy(policy, tokenizer, tmp_path / "text")
+    begin = prepare(
+        settings(
+            "data.titles=true", f"data.path={tmp_path / 'titled'}",
+            f"model.path={tmp_path / 'text'}", "sft.epochs=1", "learner.steps=2",
+        ),
+        "sft",
+    )  # fmt: skip
+
+    async def command(house: House) -> PolicyVersion:
+        await sft(house)
+        await house.turn_to(begin.then("train", begin.result))
+        return await train(house)
+
+    assert in_a_house(command, begin).step == 2
+    log = read_metrics(begin.dir / "metrics.jsonl")["train"]
+    assert float(np.max(log["learner/logprob_gap"].value)) < 1e-5
+    assert load(begin.dir / "policy" / "catalogue").digest == begin.catalogue.digest
 
 
 def test_rollouts_run_ahead_as_far_as_the_bound_and_no_further(
