@@ -2,17 +2,16 @@
 
 import asyncio
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 import typer
 from transformers.utils import logging as transformers_logging
 
-from cluster import evaluate as evaluation_runs
 from cluster.console import closing_table
-from cluster.launch import cpus_needed, ray_session
-from cluster.loop import train
+from cluster.evaluate import evaluate, evaluation_file, look, write_metrics
+from cluster.launch import House, launch
+from cluster.loop import Clock, train
 from cluster.prepare import Run, prepare
 from cluster.report import write_report
 from cluster.resources import MemoryWatch
@@ -34,10 +33,18 @@ def warm_start(settings: Config, *, dry_run: bool) -> None:
     run = prepare(settings, "sft")
     if dry_run:
         return tell(run)
-    with ray_session(settings.cluster, cpus=cpus_needed(settings)):
-        seconds = timed("warm start", lambda: asyncio.run(sft(run)))
-        found = look(settings, run.result, WARM_START)
-    closing_table({WARM_START: found}, seconds=seconds)
+
+    async def work() -> None:
+        clock = Clock()
+        async with launch(run) as house:
+            await sft(house)
+            clock.lap("warm start")
+            await house.turn_to(run.then("evaluate", run.result))
+            found = await look(house, run.result, WARM_START)
+            clock.lap("evaluation")
+        closing_table({WARM_START: found}, seconds=clock.laps)
+
+    asyncio.run(work())
     typer.echo(f"policy: {run.result}")
 
 
@@ -46,11 +53,26 @@ def improve(settings: Config, *, dry_run: bool) -> None:
     run = prepare(settings, "train")
     if dry_run:
         return tell(run)
-    with ray_session(settings.cluster, cpus=cpus_needed(settings)):
-        seconds = timed("training", lambda: asyncio.run(train(run)))
-        before = look(settings, run.policy, WARM_START)
-        after = look(settings, run.result, TRAINED)
-    close(run, before, after, seconds)
+
+    async def work() -> None:
+        clock = Clock()
+        async with launch(run) as house:
+            before, after = await train_and_compare(house, clock)
+        close(run, before, after, clock.laps)
+
+    asyncio.run(work())
+
+
+async def train_and_compare(house: House, clock: Clock) -> tuple[Evaluation, Evaluation]:
+    """RL in a house that is ready for it; the test evaluations before and after."""
+    run = house.run
+    await train(house)
+    clock.lap("training")
+    await house.turn_to(run.then("evaluate", run.result))
+    before = await look(house, run.policy, WARM_START)
+    after = await look(house, run.result, TRAINED)
+    clock.lap("evaluation")
+    return before, after
 
 
 def evaluate_policy(
@@ -66,43 +88,41 @@ def evaluate_policy(
     """One policy on one split, on the screen and as JSON."""
     trained = settings.run_dir / "policy"
     run = prepare(settings, "evaluate", policy=policy or (trained if trained.is_dir() else None))
-    earlier = evaluation.read(evaluation_runs.evaluation_file(run, against)) if against else None
-    found = asyncio.run(evaluation_runs.evaluate(run, split=split, beams=beams, name=name))
+    earlier = evaluation.read(evaluation_file(run, against)) if against else None
+
+    async def work() -> Evaluation:
+        async with launch(run) as house:
+            return await evaluate(house, run.policy, split=split, beams=beams, name=name)
+
+    found = asyncio.run(work())
     if json_file is not None:
-        evaluation_runs.write_metrics(found, json_file)
+        write_metrics(found, json_file)
     shown = {against: earlier, name: found} if against and earlier else {name: found}
     closing_table(shown, seconds={"evaluation": found.seconds})
 
 
 def quickstart(output: Path, overrides: list[str]) -> None:
-    """World, warm start, RL, evaluation, table and report, in one Ray session."""
+    """World, warm start, RL, evaluation, table and report, in one house."""
     folder = output / "quickstart-data"
     settings = config.load(QUICKSTART, [f"output='{output}'", f"data.path='{folder}'", *overrides])
-    begin = time.perf_counter()
+    everything = time.perf_counter()
     if not folder.is_dir():
         write_world(folder, WorldParams())
-    with MemoryWatch() as memory, ray_session(settings.cluster, cpus=cpus_needed(settings)):
-        seconds = timed("warm start", lambda: asyncio.run(sft(prepare(settings, "sft"))))
-        run = prepare(settings, "train")
-        before = look(settings, run.policy, WARM_START)
-        seconds |= timed("training", lambda: asyncio.run(train(run)))
-        after = look(settings, run.result, TRAINED)
-    seconds["everything"] = time.perf_counter() - begin
-    close(run, before, after, seconds)
+
+    async def work() -> None:
+        clock, begin = Clock(), prepare(settings, "sft")
+        async with launch(begin) as house:
+            await sft(house)
+            clock.lap("warm start")
+            run = begin.then("train", begin.result)
+            await house.turn_to(run)
+            before, after = await train_and_compare(house, clock)
+        total = {"everything": time.perf_counter() - everything}
+        close(run, before, after, clock.laps | total)
+
+    with MemoryWatch() as memory:
+        asyncio.run(work())
     typer.echo(f"peak resident memory, all processes: {memory.peak_bytes / 2**30:.1f} GiB")
-
-
-def look(settings: Config, policy: Path, name: str) -> Evaluation:
-    """The test evaluation of a policy folder, from the run folder where it is done already."""
-    run = prepare(settings, "evaluate", policy=policy)
-    path = evaluation_runs.evaluation_file(run, name)
-    if path.is_file():
-        known = evaluation.read(path)
-        fresh = path.stat().st_mtime >= (policy / "policy.json").stat().st_mtime
-        if fresh and known.width == settings.evaluate.beams:
-            return known
-    beams = settings.evaluate.beams
-    return asyncio.run(evaluation_runs.evaluate(run, split="test", beams=beams, name=name))
 
 
 def close(run: Run, before: Evaluation, after: Evaluation, seconds: dict[str, float]) -> None:
@@ -128,10 +148,3 @@ def tell(run: Run) -> None:
     for fact, value in facts.items():
         typer.echo(f"# {fact}: {value}")
     typer.echo("# everything checks out; nothing was started")
-
-
-def timed(name: str, work: Callable[[], object]) -> dict[str, float]:
-    """Seconds that the work took, by its name."""
-    begin = time.perf_counter()
-    work()
-    return {name: time.perf_counter() - begin}

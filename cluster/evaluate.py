@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Int64
 
 from cluster.console import Progress
-from cluster.launch import launch
-from cluster.prepare import Run, write_whole
+from cluster.launch import House
+from cluster.prepare import Run, exported_step, write_whole
 from orchard import evaluation, model, weights
 from orchard.evaluation import Evaluation
 from orchard.types import PolicyVersion
@@ -18,21 +18,33 @@ from orchard.types import PolicyVersion
 SplitName = Literal["valid", "test"]
 
 
-async def evaluate(run: Run, *, split: SplitName, beams: int, name: str) -> Evaluation:
-    """Evaluate the run's policy folder and keep the result as `evaluation/<name>.json`."""
+async def evaluate(
+    house: House, folder: Path, *, split: SplitName, beams: int, name: str
+) -> Evaluation:
+    """Evaluate a policy folder and keep the result as `evaluation/<name>.json`."""
+    run = house.run
     rows = chosen_rows(run, split)
-    policy = json.loads((run.policy / "policy.json").read_text())["version"]
-    values = weights.snapshot(model.load(run.policy, run.vocabulary))
-    version = PolicyVersion(step=policy["step"], digest=weights.digest(values))
-    async with launch(run) as house:
-        await house.publish(version, values)
-        batches = -(-len(rows) // run.config.evaluate.batch_size)
-        with Progress(f"evaluating {name}", total=batches) as progress:
-            found = await house.evaluate(
-                getattr(run, split), rows, beams=beams, advance=progress.advance
-            )
+    values = weights.snapshot(model.load(folder, run.vocabulary))
+    version = PolicyVersion(step=exported_step(folder), digest=weights.digest(values))
+    await house.publish(version, values)
+    batches = -(-len(rows) // run.config.evaluate.batch_size)
+    with Progress(f"evaluating {name}", total=batches) as progress:
+        found = await house.evaluate(
+            getattr(run, split), rows, beams=beams, advance=progress.advance
+        )
     evaluation.write(found, evaluation_file(run, name))
     return found
+
+
+async def look(house: House, folder: Path, name: str) -> Evaluation:
+    """The test evaluation of a policy folder, from the run folder where it is done already."""
+    path, beams = evaluation_file(house.run, name), house.run.config.evaluate.beams
+    if path.is_file():
+        known = evaluation.read(path)
+        fresh = path.stat().st_mtime >= (folder / "config.json").stat().st_mtime
+        if fresh and known.width == beams:
+            return known
+    return await evaluate(house, folder, split="test", beams=beams, name=name)
 
 
 def chosen_rows(run: Run, split: SplitName) -> Int64[np.ndarray, " R"]:

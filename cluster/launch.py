@@ -1,11 +1,9 @@
-"""The house: a Ray session, the actors of a run, and what they can be asked to do together."""
+"""The house: the actors of a run, and what they can be asked to do together."""
 
 import asyncio
 import dataclasses
-import logging
-import os
-from collections.abc import AsyncGenerator, Callable, Generator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import numpy as np
@@ -14,10 +12,10 @@ from jaxtyping import Int64
 
 from cluster.pool import Pool
 from cluster.prepare import Run, open_folder
+from cluster.session import cpus_needed, ray_session
 from learner.train import Assignment, RemoteLearner
 from orchard import evaluation
-from orchard.config import ClusterConfig, Config
-from orchard.errors import ActorError, ConfigError
+from orchard.errors import ActorError
 from orchard.evaluation import Evaluation
 from orchard.metrics import Logbook
 from orchard.prompts import Split, rows_of_step, sequences
@@ -28,63 +26,46 @@ from rollout.actor import RolloutActor
 from rollout.candidates import Candidates
 
 
-@contextmanager
-def ray_session(settings: ClusterConfig, *, cpus: int) -> Generator[None]:
-    """Join a cluster (`cluster.address` or RAY_ADDRESS), or run a local one and stop it after.
-
-    An outer session is joined as it is, so that several phases can share one.
-
-    Raises:
-        ConfigError: the named cluster cannot be reached.
-    """
-    if ray.is_initialized():
-        yield
-        return
-    address = settings.address or os.environ.get("RAY_ADDRESS")
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address:
-        try:
-            ray.init(address=address, **quiet)
-        except (ConnectionError, ValueError) as error:
-            raise ConfigError(
-                f"no Ray cluster answers at {address}: {error}; start one, or unset "
-                "cluster.address and RAY_ADDRESS to run locally"
-            ) from error
-    else:
-        # A local session listens on the loopback interface and lives as long as this process.
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        # Here the workers are the run; at Ray's nice 15 any other process would starve them.
-        os.environ.setdefault("RAY_worker_niceness", "0")
-        ray.init(address="local", num_cpus=settings.cpus or cpus, include_dashboard=False, **quiet)
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def cpus_needed(config: Config) -> int:
-    """Logical CPUs that the actors of a run ask for, and one for Ray Train's own."""
-    return config.rollout.actors + config.rewards.actors + config.learner.workers + 2
-
-
 class House:
-    """The running parts of one phase. Made by `launch`."""
+    """The running parts of a command, phase by phase. Made by `launch`."""
 
     def __init__(self, run: Run, logbook: Logbook) -> None:
-        """Start the actors; `ready` waits for them."""
+        """Start the actors of the first phase; `ready` waits for them."""
         self.run, self.logbook = run, logbook
-        config = run.config
         self._catalogue = ray.put(run.catalogue)
         self._policy = PolicyVersion(step=-1, digest="")
         self._weights: Any = None
+        self._ranking: Pool | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        run, config = self.run, self.run.config
         self.learner = RemoteLearner(self._assignment(), storage=run.dir / "checkpoints")
         self.rollout: Pool | None = None
         self.rewards: Pool | None = None
         if run.phase == "train":
             self.rollout = self._rollout_pool(config.rollout.engine, config.rollout.actors)
             self.rewards = self._reward_pool()
-        shared = self.rollout is not None and config.evaluate.engine == config.rollout.engine
-        self._ranking = self.rollout if shared else None
+            if config.evaluate.engine == config.rollout.engine:
+                if self._ranking is not None:
+                    self._ranking.close()
+                self._ranking = self.rollout
+
+    async def ready(self) -> None:
+        """Wait until the actors of the phase answer."""
+        pools = [pool for pool in (self.rollout, self.rewards) if pool is not None]
+        await asyncio.gather(*(pool.ready() for pool in pools))
+
+    async def turn_to(self, run: Run) -> None:
+        """Begin another phase of the same command. Only the actors that rank are kept."""
+        await self.learner.close()
+        for pool in (self.rollout, self.rewards):
+            if pool is not None and pool is not self._ranking:
+                pool.close()
+        self.run = run
+        open_folder(run)
+        self._begin()
+        await self.ready()
 
     async def publish(self, policy: PolicyVersion, weights: Weights) -> None:
         """Give a version to every holder; each verifies the digest before it switches."""
@@ -143,8 +124,9 @@ class House:
         found = await asyncio.gather(*(rank(prompts) for prompts in batches))
         return measure(self.run, split, rows, Candidates.concatenate(found), beams, self._policy)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Stop every actor of the house."""
+        await self.learner.close()
         for pool in {id(p): p for p in (self.rollout, self.rewards, self._ranking) if p}.values():
             pool.close()
 
@@ -234,17 +216,18 @@ class House:
 
 @asynccontextmanager
 async def launch(run: Run) -> AsyncGenerator[House]:
-    """A house with its actors up; torn down in reverse."""
+    """A house with the actors of its first phase up; torn down in reverse."""
     open_folder(run)
-    with Logbook(run.dir) as logbook, ray_session(run.config.cluster, cpus=cpus_needed(run.config)):
+    with (
+        Logbook(run.dir) as logbook,
+        ray_session(run.config.cluster, cpus=cpus_needed(run.config), logs=run.dir / "logs"),
+    ):
         house = House(run, logbook)
         try:
-            ready = [pool.ready() for pool in (house.rollout, house.rewards) if pool is not None]
-            await asyncio.gather(*ready)
+            await house.ready()
             yield house
         finally:
-            await house.learner.close()
-            house.close()
+            await house.close()
 
 
 def measure(

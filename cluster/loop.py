@@ -12,59 +12,58 @@ import time
 
 from cluster.champion import Champion
 from cluster.console import Progress
-from cluster.launch import launch
-from cluster.prepare import Run
+from cluster.launch import House
 from cluster.stream import Stream
 from learner.advantages import ESTIMATORS, group_statistics
 from learner.pack import pack
 from orchard.types import PolicyVersion, ScoredTrees, Update
 
 
-async def train(run: Run) -> PolicyVersion:
-    """Improve the run's policy for `learner.steps` updates; returns the last version."""
+async def train(house: House) -> PolicyVersion:
+    """Improve the house's policy for `learner.steps` updates; returns the last version."""
+    run = house.run
     settings, steps = run.config.learner, run.config.learner.steps
     estimate = ESTIMATORS[settings.estimator]
-    async with launch(run) as house:
-        policy = await house.learner.start()
-        house.logbook.rewind("train", policy.step)
-        await house.publish(policy, house.learner.weights)
-        champion = Champion.of(
-            house,
-            num_rows=run.config.evaluate.valid_rows if run.config.evaluate.every else 0,
-            beams=run.config.evaluate.valid_beams,
-        )
-        if policy.step == 0:
-            house.logbook.log("train", 0, await champion.consider(policy))
-        scored = Stream(
-            house.scored_trees,
-            first=policy.step,
-            last=steps,
-            max_lag=run.config.cluster.max_lag,
-        )
-        with Progress("training", total=steps, done=policy.step) as progress:
+    policy = await house.learner.start()
+    house.logbook.rewind("train", policy.step)
+    await house.publish(policy, house.learner.weights)
+    champion = Champion.of(
+        house,
+        num_rows=run.config.evaluate.valid_rows if run.config.evaluate.every else 0,
+        beams=run.config.evaluate.valid_beams,
+    )
+    if policy.step == 0:
+        house.logbook.log("train", 0, await champion.consider(policy))
+    scored = Stream(
+        house.scored_trees,
+        first=policy.step,
+        last=steps,
+        max_lag=run.config.cluster.max_lag,
+    )
+    with Progress("training", total=steps, done=policy.step) as progress:
+        scored.admit(policy)
+        clock = Clock()
+        async for trees in scored:
+            clock.lap("wait_s")
+            credit = estimate(trees, settings.std_epsilon)
+            batch = pack(trees, [credit], run.catalogue, run.vocabulary)
+            clock.lap("pack_s")
+            lag = policy.step - batch.policy.step
+            save = due(policy.step + 1, run.config.checkpoint.every, steps)
+            update = await house.learner.update(batch, save=save)
+            policy = update.policy
+            clock.lap("learn_s")
+            await house.publish(policy, house.learner.weights)
+            clock.lap("publish_s")
             scored.admit(policy)
+            metrics = describe(trees, update, lag) | house.restarts() | clock.seconds()
+            if due(policy.step, run.config.evaluate.every, steps):
+                metrics |= await champion.consider(policy)
+            house.logbook.log("train", policy.step, metrics)
+            progress.advance(metrics)
             clock = Clock()
-            async for trees in scored:
-                clock.lap("wait_s")
-                credit = estimate(trees, settings.std_epsilon)
-                batch = pack(trees, [credit], run.catalogue, run.vocabulary)
-                clock.lap("pack_s")
-                lag = policy.step - batch.policy.step
-                save = due(policy.step + 1, run.config.checkpoint.every, steps)
-                update = await house.learner.update(batch, save=save)
-                policy = update.policy
-                clock.lap("learn_s")
-                await house.publish(policy, house.learner.weights)
-                clock.lap("publish_s")
-                scored.admit(policy)
-                metrics = describe(trees, update, lag) | house.restarts() | clock.seconds()
-                if due(policy.step, run.config.evaluate.every, steps):
-                    metrics |= await champion.consider(policy)
-                house.logbook.log("train", policy.step, metrics)
-                progress.advance(metrics)
-                clock = Clock()
-        await scored.close()
-        return policy
+    await scored.close()
+    return policy
 
 
 def due(step: int, every: int, last: int) -> bool:
@@ -93,20 +92,21 @@ def describe(scored: ScoredTrees, update: Update, lag: int) -> dict[str, float]:
 
 
 class Clock:
-    """Splits a step into phases; every second is in exactly one of them."""
+    """Splits a time into phases; every second is in exactly one of them."""
 
     def __init__(self) -> None:
         """Start now."""
         self._begin = self._last = time.perf_counter()
-        self._laps: dict[str, float] = {}
+        self.laps: dict[str, float] = {}
+        """Seconds charged to each name so far."""
 
     def lap(self, name: str) -> None:
         """Charge the time since the last lap to `name`."""
         now = time.perf_counter()
-        self._laps[name] = now - self._last
+        self.laps[name] = now - self._last
         self._last = now
 
     def seconds(self) -> dict[str, float]:
-        """All laps, and the whole step."""
-        laps = {f"cluster/{name}": value for name, value in self._laps.items()}
+        """All laps and the whole, as metrics of a step."""
+        laps = {f"cluster/{name}": value for name, value in self.laps.items()}
         return laps | {"cluster/step_s": time.perf_counter() - self._begin}

@@ -14,6 +14,8 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from orchard.errors import ActorError, OrchardError
 
+SEE = "see what it printed below logs in the run folder"
+
 
 @dataclass
 class Seat:
@@ -85,7 +87,7 @@ class Pool:
                 await self._give_back(seat)
         raise ActorError(
             f"{self.name}.{method} failed {self._retries + 1} times, last with "
-            f"{_brief(lost)}; see the run's logs or raise {self.name}.timeout_s"
+            f"{_brief(lost)}; {SEE} or raise {self.name}.timeout_s"
         ) from lost
 
     async def broadcast(self, method: str, *args: object, timeout_s: float) -> list[Any]:
@@ -131,7 +133,9 @@ class Pool:
             cause = error.cause
             if isinstance(cause, OrchardError):
                 raise cause from error
-            raise ActorError(f"{self.name}.{method} raised {_brief(cause or error)}") from error
+            raise ActorError(
+                f"{self.name}.{method} raised {_brief(cause or error)}; {SEE}"
+            ) from error
 
     async def _answer(self, actor: Any, index: int) -> None:
         ready = asyncio.wrap_future(actor.__ray_ready__.remote().future())
@@ -140,7 +144,7 @@ class Pool:
         except TimeoutError as error:
             raise ActorError(
                 f"{self.name} actor {index} did not start within {self._start_timeout_s:.0f} s; "
-                "are there free CPUs or GPUs for it in the cluster?"
+                f"are there free CPUs or GPUs for it in the cluster? {SEE}"
             ) from error
         except RayTaskError as error:
             cause = error.cause
@@ -148,12 +152,12 @@ class Pool:
                 cause
                 if isinstance(cause, OrchardError)
                 else ActorError(
-                    f"{self.name} actor {index} did not start: {_brief(cause or error)}"
+                    f"{self.name} actor {index} did not start: {_brief(cause or error)}; {SEE}"
                 )
             ) from error
         except RayActorError as error:
             raise ActorError(
-                f"{self.name} actor {index} died while starting: {_brief(error)}"
+                f"{self.name} actor {index} died while starting: {_brief(error)}; {SEE}"
             ) from error
 
     async def _replace(self, seat: Seat, generation: int, error: Exception) -> None:
@@ -165,7 +169,7 @@ class Pool:
                 raise ActorError(
                     f"{self.name} actor {seat.index} was lost ({_brief(error)}) after "
                     f"{self._max_restarts} replacements; raise {self.name}.max_restarts if that is "
-                    "expected on this cluster"
+                    f"expected on this cluster; {SEE}"
                 ) from error
             self.restarts += 1
             ray.kill(seat.actor)

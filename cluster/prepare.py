@@ -3,16 +3,16 @@
 import json
 import logging
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from orchard import catalogue, config, model, vocabulary
+from orchard import catalogue, config, model, titles, vocabulary
 from orchard.catalogue import Catalogue
-from orchard.config import Config
+from orchard.config import Config, DataConfig
 from orchard.errors import CheckpointError, ConfigError
 from orchard.prompts import PromptFormat, Split, read_split
 from orchard.types import PolicyVersion
@@ -62,6 +62,10 @@ class Run:
         """How histories become tokens."""
         return PromptFormat(catalogue=self.catalogue, vocabulary=self.vocabulary)
 
+    def then(self, phase: Phase, policy: Path) -> "Run":
+        """The same data and configuration in a later phase, which begins with that policy."""
+        return replace(self, phase=phase, policy=policy)
+
 
 def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Run:
     """Read and check all that the run needs; starts nothing and writes nothing.
@@ -80,16 +84,16 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
     data = settings.data
     if not data.path.is_dir():
         raise ConfigError(f"data.path = {data.path} is not a folder; set it to where the data is")
-    items = catalogue.read(
-        data.path / data.items, level_size=data.level_size, varying_depth=data.varying_depth
-    )
     policy = policy or starting_policy(settings, phase)
-    if policy is None:
-        policy = settings.run_dir / "scratch"
-        tokenizer: PreTrainedTokenizerBase = vocabulary.compact_tokenizer(items)
-    else:
-        check_policy(policy, items)
+    tokenizer: PreTrainedTokenizerBase | None = None
+    if policy is not None:
+        model.check_folder(policy)
         tokenizer = vocabulary.read_tokenizer(policy)
+    items = read_items(data, tokenizer)
+    if policy is not None:
+        check_policy(policy, items)
+    policy = policy or settings.run_dir / "scratch"
+    tokenizer = tokenizer or vocabulary.compact_tokenizer(items)
     splits = {
         name: read_split([data.path / file for file in files], items, max_history=data.max_history)
         for name, files in (("train", data.train), ("valid", [data.valid]), ("test", [data.test]))
@@ -112,6 +116,19 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
     )
 
 
+def read_items(data: DataConfig, tokenizer: PreTrainedTokenizerBase | None) -> Catalogue:
+    """The items, as semantic IDs or as titles in the tokens of the policy to start from."""
+    path = data.path / data.items
+    if not data.titles:
+        return catalogue.read(path, level_size=data.level_size, varying_depth=data.varying_depth)
+    if tokenizer is None:
+        raise ConfigError(
+            "data.titles = true needs a policy whose tokens the titles are written in; "
+            "set model.path to its folder"
+        )
+    return titles.read(path, tokenizer)
+
+
 def starting_policy(settings: Config, phase: Phase) -> Path | None:
     """The folder to start from; None where a policy is to be made from scratch."""
     warm = settings.run_dir / "warm_start"
@@ -128,8 +145,7 @@ def starting_policy(settings: Config, phase: Phase) -> Path | None:
 
 
 def check_policy(folder: Path, items: Catalogue) -> None:
-    """Refuse a saved policy of another catalogue; raises CheckpointError or DataError."""
-    model.check_folder(folder)
+    """Refuse a saved policy of another catalogue; raises CheckpointError."""
     facts = folder / "policy.json"
     if facts.is_file() and (made_for := json.loads(facts.read_text())["catalogue"]) != items.digest:
         raise CheckpointError(
@@ -170,6 +186,12 @@ def export(run: Run, folder: Path, policy: PolicyVersion, weights: Weights, **fa
     trained = model.load(run.policy, run.vocabulary)
     restore(trained, weights)
     _save(run, folder, trained, policy, facts)
+
+
+def exported_step(folder: Path) -> int:
+    """Step of the policy in a folder; 0 for one that Orchard did not export."""
+    path = folder / "policy.json"
+    return json.loads(path.read_text())["version"]["step"] if path.is_file() else 0
 
 
 def exported_facts(folder: Path) -> dict[str, float]:

@@ -6,40 +6,39 @@ import numpy as np
 
 from cluster.champion import SCORE, Champion
 from cluster.console import Progress
-from cluster.launch import launch
+from cluster.launch import House
 from cluster.prepare import Run
 from orchard.metrics import FILE, read_metrics
 from orchard.types import PolicyVersion
 
 
-async def sft(run: Run) -> PolicyVersion:
+async def sft(house: House) -> PolicyVersion:
     """Train until the epochs, the minutes or the patience run out; returns the last version.
 
     The exported policy is the one of the epoch that ranks the validation rows best.
     """
-    settings = run.config.sft
-    async with launch(run) as house:
-        policy = await house.learner.start()
-        house.logbook.rewind("sft", policy.step)
-        since_best, elapsed_s = progress_so_far(run)
-        champion = Champion.of(house, num_rows=settings.valid_rows, beams=settings.valid_beams)
-        with Progress("warm start", total=settings.epochs, done=policy.step) as progress:
-            while (
-                policy.step < settings.epochs
-                and since_best < settings.patience
-                and not 0 < settings.minutes <= elapsed_s / 60
-            ):
-                begin = time.perf_counter()
-                update = await house.learner.epoch(save=True)
-                policy, before = update.policy, champion.best
-                await house.publish(policy, house.learner.weights)
-                metrics = {f"sft/{name}": value for name, value in update.metrics.items()}
-                metrics |= await champion.consider(policy)
-                since_best = 0 if champion.best > before else since_best + 1
-                elapsed_s += time.perf_counter() - begin
-                house.logbook.log("sft", policy.step, metrics | {"sft/elapsed_s": elapsed_s})
-                progress.advance(metrics)
-        return policy
+    run, settings = house.run, house.run.config.sft
+    policy = await house.learner.start()
+    house.logbook.rewind("sft", policy.step)
+    since_best, elapsed_s = progress_so_far(run)
+    champion = Champion.of(house, num_rows=settings.valid_rows, beams=settings.valid_beams)
+    with Progress("warm start", total=settings.epochs, done=policy.step) as progress:
+        while (
+            policy.step < settings.epochs
+            and since_best < settings.patience
+            and not 0 < settings.minutes <= elapsed_s / 60
+        ):
+            begin = time.perf_counter()
+            update = await house.learner.epoch(save=True)
+            policy, before = update.policy, champion.best
+            await house.publish(policy, house.learner.weights)
+            metrics = {f"sft/{name}": value for name, value in update.metrics.items()}
+            metrics |= await champion.consider(policy)
+            since_best = 0 if champion.best > before else since_best + 1
+            elapsed_s += time.perf_counter() - begin
+            house.logbook.log("sft", policy.step, metrics | {"sft/elapsed_s": elapsed_s})
+            progress.advance(metrics)
+    return policy
 
 
 def progress_so_far(run: Run) -> tuple[int, float]:

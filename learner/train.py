@@ -290,10 +290,10 @@ class RemoteLearner:
             if self._thread is not None and not self._thread.is_alive():
                 raise ActorError(
                     f"the learner stopped at job {number} after {self._config.learner.max_failures}"
-                    f" restarts: {self._failure}"
+                    f" restarts: {self._failure}; see what it printed below logs in the run folder"
                 ) from self._failure
             if time.monotonic() > deadline:
                 raise ActorError(
                     f"the learner did not finish job {number} within {timeout_s:.0f} s; "
-                    "raise learner.timeout_s or look into the run's logs"
+                    "raise learner.timeout_s, or see what it printed below logs in the run folder"
                 )

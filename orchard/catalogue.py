@@ -41,6 +41,9 @@ class Catalogue:
     leaf_start: Int[np.ndarray, " K1"]
     end_code: tuple[int, ...]
     """Per level the code that marks an end, or -1 where no sequence needs one."""
+    code_token: tuple[int, ...]
+    """Title mode (see `titles`): the token id of each code, the same at every level, and last that
+    of the end marker. Empty for semantic IDs, whose codes mean something else at each level."""
     digest: str
 
     def __len__(self) -> int:
@@ -74,6 +77,7 @@ def from_codes(
     title: Sequence[str] | None = None,
     level_size: Sequence[int] | None = None,
     varying_depth: bool = False,
+    code_token: Sequence[int] = (),
 ) -> Catalogue:
     """A catalogue of items given their code sequences.
 
@@ -84,14 +88,23 @@ def from_codes(
         level_size: codes per level; the largest code in use plus one by default.
         varying_depth: allow sequences of different lengths. Where one is a prefix of another, an
             end marker is appended to it, so that the trie's leaves are exactly the sequences.
+        code_token: token id of each code and, last, of the end marker, where all levels share
+            their codes; every sequence then gets that marker. By default the codes are those of
+            semantic IDs.
 
     Raises:
         CatalogueError: no items, an item without codes, wrong depth, a code out of range.
     """
+    last = len(code_token) - 1
+    if code_token:
+        codes = [[*sequence, last] for sequence in codes]
     table = _table(codes, level_size, varying_depth)
     sizes = list(level_size) if level_size else [int(c) + 1 for c in table.max(0)]
     end_code = [-1] * len(sizes)
-    if varying_depth:
+    if code_token:
+        sizes = [len(code_token)] * len(sizes)
+        end_code = [last if ends else -1 for ends in (table == last).any(0)]
+    elif varying_depth:
         table = _mark_ends(table, sizes, end_code)
     unique, inverse = np.unique(table, axis=0, return_inverse=True)
     built, leaf_of_row = trie.build(unique)
@@ -103,7 +116,7 @@ def from_codes(
             f"{len(table)} items carry {len(np.unique(item_id))} distinct identifiers; "
             "each item needs one of its own"
         )
-    seal = hashlib.sha256(repr((table.shape, sizes)).encode())
+    seal = hashlib.sha256(repr((table.shape, sizes, *code_token)).encode())
     for part in (table, item_id):
         seal.update(np.ascontiguousarray(part, dtype=np.int64).tobytes())
     return Catalogue(
@@ -116,12 +129,17 @@ def from_codes(
         item_of_leaf=np.argsort(leaf_of_item, kind="stable"),
         leaf_start=ragged.starts(np.bincount(leaf_of_item, minlength=built.num_leaves)),
         end_code=tuple(end_code),
+        code_token=tuple(code_token),
         digest=seal.hexdigest(),
     )
 
 
 def read(
-    path: Path, *, level_size: Sequence[int] | None = None, varying_depth: bool = False
+    path: Path,
+    *,
+    level_size: Sequence[int] | None = None,
+    varying_depth: bool = False,
+    code_token: Sequence[int] = (),
 ) -> Catalogue:
     """The catalogue of an items file: Parquet columns `item_id`, `sid`, and `title` if known.
 
@@ -149,6 +167,7 @@ def read(
         title=[title or "" for title in titles],
         level_size=level_size,
         varying_depth=varying_depth,
+        code_token=code_token,
     )
 
 
@@ -172,6 +191,7 @@ def write(catalogue: Catalogue, folder: Path) -> None:
                 for size, end in zip(catalogue.level_size, catalogue.end_code, strict=True)
             ),
             "varying_depth": str(int(bool((catalogue.codes < 0).any() or (ends >= 0).any()))),
+            "code_token": ",".join(str(token) for token in catalogue.code_token),
             "digest": catalogue.digest,
         },
     )
@@ -184,10 +204,13 @@ def load(folder: Path) -> Catalogue:
     if not path.is_file():
         raise DataError(f"{folder} holds no items.parquet; it is not a saved catalogue")
     facts = {k.decode(): v.decode() for k, v in (pq.read_schema(path).metadata or {}).items()}
+    tokens = [int(token) for token in facts.get("code_token", "").split(",") if token]
+    sizes = [int(size) for size in facts["level_size"].split(",")]
     catalogue = read(
         path,
-        level_size=[int(size) for size in facts["level_size"].split(",")],
+        level_size=None if tokens else sizes,
         varying_depth=facts["varying_depth"] == "1",
+        code_token=tokens,
     )
     if catalogue.digest != facts["digest"]:
         raise DataError(f"{path} was changed after it was sealed; export the policy again")

@@ -109,10 +109,11 @@ def child_logprobs(
 ) -> tuple[Float[Tensor, " M"], Children]:
     """Log-probability of every legal child of each node, in float32: the policy itself.
 
-    Only the head's rows of the node's level are evaluated. A single child has log-probability 0.
+    Only the head's rows of the node's level are evaluated, or in title mode those that all levels
+    share. A single child has log-probability 0.
     """
     children = trie.children(node)
-    level = trie.depth_of(node)
+    level = vocabulary.slice_of(trie.depth_of(node))
     pieces: list[Tensor] = []
     places: list[Tensor] = []
     for at in cast(list[int], level.unique().tolist()):

@@ -38,6 +38,9 @@ class DataConfig(Section):
     """Nominal codebook sizes; by default the largest code in use plus one."""
     varying_depth: bool = False
     """Allow semantic IDs of different lengths."""
+    titles: bool = False
+    """Items are their titles, in the text tokens of the policy in `model.path`, instead of semantic
+    IDs."""
 
 
 class ModelConfig(Section):
@@ -88,11 +91,14 @@ class RolloutConfig(Section):
     engine: Literal["vllm", "torch"] = "vllm"
     decode: Literal["worker", "requests"] = "worker"
     """Where vLLM's searches run: inside its worker, or as one public request per prefix."""
-    search: Literal["beam", "sample"] = "beam"
+    search: Literal["beam", "beam_sample", "sample", "dynamic"] = "beam"
+    """`beam`: the best candidates; `beam_sample`: distinct ones, drawn without replacement;
+    `sample`: independent draws; `dynamic`: the target and little twice, of half as many draws
+    again."""
     candidates: Positive = 16
     """Candidates per prompt; the width of the beam."""
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
-    """Of `sample`; the reported log-probabilities are always those of the policy itself."""
+    """Of the random searches; reported log-probabilities are those of the policy itself."""
     batch_size: Positive = 64
     """Prompts per request to an actor."""
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -3,6 +3,7 @@
 Shapes:  K leaves   B prompts
 """
 
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float64, Int32
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from orchard import catalogue as catalogues
 from orchard import model as models
@@ -19,6 +23,7 @@ from orchard import ragged, weights
 from orchard.catalogue import Catalogue
 from orchard.config import ModelConfig
 from orchard.prompts import PromptFormat
+from orchard.titles import from_titles
 from orchard.types import PolicyVersion, Prompts
 from orchard.vocabulary import Vocabulary, compact_tokenizer, of_codes
 
@@ -48,9 +53,11 @@ def tiny_catalogue(
     )
 
 
-def tiny_policy(catalogue: Catalogue, *, seed: int = 0) -> tuple[PreTrainedModel, Vocabulary]:
+def tiny_policy(
+    catalogue: Catalogue, *, seed: int = 0, tokenizer: PreTrainedTokenizerBase | None = None
+) -> tuple[PreTrainedModel, Vocabulary]:
     """A policy of two layers and width 32 whose distributions are far from uniform."""
-    vocabulary = of_codes(compact_tokenizer(catalogue), catalogue)
+    vocabulary = of_codes(tokenizer or compact_tokenizer(catalogue), catalogue)
     sizes = ModelConfig(hidden_size=32, intermediate_size=64, layers=2, heads=2, kv_heads=1)
     model = models.create(sizes, vocabulary, seed=seed)
     draw = torch.Generator().manual_seed(seed)
@@ -61,10 +68,16 @@ def tiny_policy(catalogue: Catalogue, *, seed: int = 0) -> tuple[PreTrainedModel
     return model, vocabulary
 
 
-def tiny_prompts(catalogue: Catalogue, lengths: Sequence[int], *, seed: int = 0) -> Prompts:
+def tiny_prompts(
+    catalogue: Catalogue,
+    lengths: Sequence[int],
+    *,
+    seed: int = 0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Prompts:
     """One prompt per history length, with random items as history and target."""
     draw = np.random.default_rng(seed)
-    vocabulary = of_codes(compact_tokenizer(catalogue), catalogue)
+    vocabulary = of_codes(tokenizer or compact_tokenizer(catalogue), catalogue)
     history_start = ragged.starts(np.asarray(lengths, dtype=np.int64))
     history = draw.integers(len(catalogue), size=int(history_start[-1]))
     form = PromptFormat(catalogue=catalogue, vocabulary=vocabulary)
@@ -154,4 +167,23 @@ def tiny_world(
     )
     model, vocabulary = tiny_policy(catalogue, seed=seed)
     prompts = tiny_prompts(catalogue, lengths, seed=seed)
+    return World(catalogue=catalogue, model=model, vocabulary=vocabulary, prompts=prompts)
+
+
+def tiny_title_tokenizer() -> PreTrainedTokenizerBase:
+    """A tokenizer of single characters, as a text policy might bring along."""
+    words = ["<unk>", "<eos>", *string.ascii_lowercase, " "]
+    inner = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="<eos>")
+
+
+def tiny_title_world(
+    title: Sequence[str], *, seed: int = 0, lengths: Sequence[int] = (0, 3, 1)
+) -> World:
+    """A world whose items are titles of lower-case letters and spaces."""
+    tokenizer = tiny_title_tokenizer()
+    catalogue = from_titles(title, tokenizer)
+    model, vocabulary = tiny_policy(catalogue, seed=seed, tokenizer=tokenizer)
+    prompts = tiny_prompts(catalogue, lengths, seed=seed, tokenizer=tokenizer)
     return World(catalogue=catalogue, model=model, vocabulary=vocabulary, prompts=prompts)

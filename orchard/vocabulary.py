@@ -1,7 +1,7 @@
 """Which token stands for which code.
 
 Compact policies own a word-level tokenizer with one token per code; text policies carry the code
-tokens among their words. Title catalogues use the text tokens themselves as codes.
+tokens among their words. The codes of title catalogues are text tokens, whatever their level.
 
 Shapes:  V codes of one level   F nodes
 """
@@ -32,7 +32,7 @@ def sid_token(level: int, code: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Vocabulary:
-    """Token ids of the codes of every level; levels past the last entry share it (title mode)."""
+    """Token ids of the codes of every level; in title mode one slice that all levels share."""
 
     level_tokens: tuple[Int[Tensor, " _"], ...]
     bos: int
@@ -40,13 +40,13 @@ class Vocabulary:
     size: int
     """Number of token ids, hence of rows of the model's head."""
 
-    def slice_of(self, level: int) -> int:
-        """Index into `level_tokens` for the codes chosen at 0-based level."""
-        return min(level, len(self.level_tokens) - 1)
+    def slice_of(self, level: Int[Tensor, " F"]) -> Int[Tensor, " F"]:
+        """Index into `level_tokens` for the codes chosen at each 0-based level."""
+        return level.clamp(max=len(self.level_tokens) - 1)
 
     def tokens_at(self, level: int) -> Int[Tensor, " V"]:
         """Token id of each code of a level."""
-        return self.level_tokens[self.slice_of(level)]
+        return self.level_tokens[min(level, len(self.level_tokens) - 1)]
 
     @cached_property
     def _table(self) -> tuple[Int[Tensor, " V"], Int[Tensor, " levels"]]:
@@ -56,7 +56,7 @@ class Vocabulary:
     def token_of(self, trie: Trie, node: Int[Tensor, " F"]) -> Int[Tensor, " F"]:
         """Token id of the code that leads into each node (none of them the root)."""
         table, first = self._table
-        level = (trie.depth_of(node) - 1).clamp(max=len(self.level_tokens) - 1)
+        level = self.slice_of(trie.depth_of(node) - 1)
         return table.to(node.device)[first.to(node.device)[level] + trie.code[node]]
 
     def to(self, device: torch.device | str) -> "Vocabulary":
@@ -70,7 +70,15 @@ class Vocabulary:
 
 
 def compact_tokenizer(catalogue: Catalogue) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer with the special tokens and one token per code."""
+    """A word-level tokenizer with the special tokens and one token per code.
+
+    Raises:
+        CatalogueError: more levels than there are names for, or codes that are tokens already.
+    """
+    if catalogue.code_token:
+        raise CatalogueError(
+            "a catalogue of titles has a tokenizer, the one that made it; use that instead"
+        )
     if len(catalogue.level_size) > 26:
         raise CatalogueError(
             f"semantic IDs have {len(catalogue.level_size)} levels; compact policies name up to 26"
@@ -100,6 +108,8 @@ def of_codes(tokenizer: PreTrainedTokenizerBase, catalogue: Catalogue) -> Vocabu
             catalogue.
     """
     known = tokenizer.get_vocab()
+    if catalogue.code_token:
+        return _of_titles(tokenizer, known, catalogue)
     levels: list[Tensor] = []
     for level, size in enumerate(catalogue.level_size):
         words = [sid_token(level, code) for code in range(size)]
@@ -110,6 +120,26 @@ def of_codes(tokenizer: PreTrainedTokenizerBase, catalogue: Catalogue) -> Vocabu
                 f"of level {level + 1} are missing); it was made for another catalogue"
             )
         levels.append(torch.tensor([known[word] for word in words]))
+    return _with_specials(tokenizer, known, tuple(levels))
+
+
+def _of_titles(
+    tokenizer: PreTrainedTokenizerBase, known: dict[str, int], catalogue: Catalogue
+) -> Vocabulary:
+    """The one slice of a title catalogue, if it is this tokenizer's."""
+    token = torch.tensor(catalogue.code_token)
+    if int(token.max()) >= len(tokenizer) or int(token[-1]) != tokenizer.eos_token_id:
+        raise CatalogueError(
+            f"the titles end with token {int(token[-1])} and use tokens up to {int(token.max())}, "
+            f"the policy's tokenizer ends with {tokenizer.eos_token_id} and has {len(tokenizer)}; "
+            "tokenise the titles with the policy's own tokenizer"
+        )
+    return _with_specials(tokenizer, known, (token,))
+
+
+def _with_specials(
+    tokenizer: PreTrainedTokenizerBase, known: dict[str, int], levels: tuple[Tensor, ...]
+) -> Vocabulary:
     pad = known.get(str(tokenizer.pad_token), 0)
     bos = known.get(str(tokenizer.bos_token), pad)
-    return Vocabulary(level_tokens=tuple(levels), bos=bos, pad=pad, size=len(tokenizer))
+    return Vocabulary(level_tokens=levels, bos=bos, pad=pad, size=len(tokenizer))

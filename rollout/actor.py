@@ -19,6 +19,7 @@ from orchard.types import PolicyVersion, Prompts, SearchTrees
 from orchard.vocabulary import Vocabulary
 from orchard.weights import Weights, digest, snapshot
 from rollout.candidates import Candidates
+from rollout.draws import beam_sample, dynamic
 from rollout.engine import Engine, Holder
 from rollout.engine.torch import TorchEngine
 from rollout.engine.vllm import VllmHolder
@@ -69,12 +70,18 @@ class Searcher:
     def search(self, prompts: Prompts, seed: int) -> SearchTrees:
         """A tree per prompt, by the configured search."""
         config = self._config
+        count, temperature = config.candidates, config.temperature
+        find: Callable[[Engine, Prompts], Candidates]
         if config.search == "beam":
-            find = partial(beam, width=config.candidates)
-        else:
+            find = partial(beam, width=count)
+        elif config.search == "beam_sample":
+            find = partial(beam_sample, width=count, temperature=temperature, seed=seed)
+        elif config.search == "dynamic":
             find = partial(
-                sample, count=config.candidates, temperature=config.temperature, seed=seed
+                dynamic, catalogue=self._catalogue, count=count, temperature=temperature, seed=seed
             )
+        else:
+            find = partial(sample, count=count, temperature=temperature, seed=seed)
         found = self._in_batches(prompts, find)
         return grow(prompts, found, self._catalogue, self._vocabulary, self._holder.version)
 

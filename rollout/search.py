@@ -10,7 +10,7 @@ Shapes:  B prompts   F beams or draws of all prompts   M legal children of them 
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float32, Float64, Int64
+from jaxtyping import Bool, Float, Float32, Float64, Int64
 from torch import Tensor
 
 from orchard import ragged
@@ -19,14 +19,18 @@ from orchard.trie import ROOT, Trie
 from orchard.types import Cost, Prompts
 from rollout.candidates import Candidates
 from rollout.engine import Engine, Expansion
+from rollout.noise import GumbelNoise
 
 
-def beam(engine: Engine, prompts: Prompts, *, width: int) -> Candidates:
+def beam(
+    engine: Engine, prompts: Prompts, *, width: int, noise: GumbelNoise | None = None
+) -> Candidates:
     """Exact beam search: at each depth, the `width` best prefixes of each prompt survive.
 
     Leaves already reached keep competing with their score. Equal scores are ordered by trie node.
     Only prefixes that survive and have a choice to make are forwarded. A prompt gets fewer
-    candidates where the catalogue has fewer leaves, and never the same one twice.
+    candidates where the catalogue has fewer leaves, and never the same one twice. With `noise` the
+    prefixes that survive, and the order of the candidates, are the noise's choice instead.
 
     Raises:
         EngineError: a prompt does not fit the engine, or the policy has diverged.
@@ -43,7 +47,12 @@ def beam(engine: Engine, prompts: Prompts, *, width: int) -> Candidates:
     scored = torch.ones_like(prompt, dtype=torch.bool)
     for _ in range(trie.depth):
         source, child, gain = _next(trie, node, scored, expansion)
-        best = _best(prompt[source], score[source] + gain, child, width, num_prompts)
+        key = score[source] + gain
+        if noise is not None:
+            key = noise.keys(prompt[source], source, child, gain)
+        best = _best(prompt[source], key, child, width, num_prompts)
+        if noise is not None:
+            noise.keep(best)
         source, node, gain = source[best], child[best], gain[best]
         prompt, score = prompt[source], score[source] + gain
         read, state, logprob = read[source], state[source], logprob[source]
@@ -139,7 +148,7 @@ def _next(
 
 def _best(
     prompt: Int64[Tensor, " M"],
-    score: Float32[Tensor, " M"],
+    score: Float[Tensor, " M"],
     node: Int64[Tensor, " M"],
     width: int,
     num_prompts: int,
@@ -166,7 +175,7 @@ def _places(prompt: Int64[Tensor, " M"], num_prompts: int) -> Int64[Tensor, " M"
 
 
 def _order(
-    prompt: Int64[Tensor, " M"], score: Float32[Tensor, " M"], node: Int64[Tensor, " M"]
+    prompt: Int64[Tensor, " M"], score: Float[Tensor, " M"], node: Int64[Tensor, " M"]
 ) -> Int64[Tensor, " M"]:
     """Indices by prompt, then falling score, then rising node."""
     order = node.argsort()

@@ -12,6 +12,8 @@ from cluster import cli
 from cluster.prepare import export, open_folder, prepare
 from orchard import config, model
 from orchard.synth import WorldParams, write_world
+from orchard.testing import save_policy, tiny_policy, tiny_title_tokenizer
+from orchard.titles import from_titles
 from orchard.types import PolicyVersion
 from orchard.weights import snapshot
 
@@ -165,3 +167,22 @@ def test_unknown_names_are_answered_with_the_known_ones(
     assert "learner" in refused("bench", "nonsense")
     assert "choose valid or test" in refused("evaluate", world, "--split", "train")
     assert "does not exist" in refused("report", world.parent / "none")
+
+
+def test_items_may_be_titles_in_the_tokens_of_a_policy(
+    world: Path, refused: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "set model.path to its folder" in refused("sft", world, "data.titles=true")
+    items = world.parent / "data" / "items.parquet"
+    titles = [f"pen {'abcdefgh'[i % 8]}{'xyz'[i // 8 % 3]}" for i in range(60)]
+    rewrite(items, title=titles)
+    tokenizer = tiny_title_tokenizer()
+    policy, _ = tiny_policy(from_titles(titles, tokenizer), tokenizer=tokenizer)
+    save_policy(policy, tokenizer, world.parent / "text")
+    cli.main(
+        ["sft", str(world), "data.titles=true", f"model.path={world.parent / 'text'}", "--dry-run"]
+    )
+    said = capsys.readouterr().out
+    assert "items: 60" in said
+    assert "distinct sequences: 24" in said
+    assert "levels: 7" in said

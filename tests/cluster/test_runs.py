@@ -1,27 +1,36 @@
 """Whole runs on a tiny world, through real Ray actors and a real Ray Train worker group."""
 
 import asyncio
-from collections.abc import Callable
+import shutil
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ray
 
 from cluster.evaluate import evaluate, evaluation_file
-from cluster.launch import launch
+from cluster.launch import House, launch
 from cluster.loop import train
 from cluster.prepare import Run, export, open_folder, prepare
 from cluster.warmup import sft
 from orchard import config, model
+from orchard.catalogue import load
 from orchard.config import Config
-from orchard.evaluation import difference, read
+from orchard.evaluation import Evaluation, difference, read
 from orchard.metrics import read_metrics
 from orchard.synth import WorldParams, write_world
+from orchard.testing import save_policy, tiny_policy, tiny_title_tokenizer
+from orchard.titles import from_titles
 from orchard.types import PolicyVersion
 from orchard.weights import digest, snapshot
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+
+T = TypeVar("T")
 
 WORLD = WorldParams(num_items=80, num_users=120, level_size=(5, 6, 7))
 
@@ -61,6 +70,16 @@ def untrained(settings: Config) -> None:
     export(run, run.result, PolicyVersion(step=0, digest="x"), snapshot(first))
 
 
+def in_a_house(phase: Callable[[House], Awaitable[T]], run: Run) -> T:
+    """What one phase returns, with a house of its own."""
+
+    async def work() -> T:
+        async with launch(run) as house:
+            return await phase(house)
+
+    return asyncio.run(work())
+
+
 def weights_of(folder: Path) -> str:
     return digest(snapshot(model.load(folder)))
 
@@ -69,7 +88,7 @@ def test_the_warm_start_learns_and_leaves_its_best_policy(
     settings: Callable[..., Config],
 ) -> None:
     run = prepare(settings(), "sft")
-    last = asyncio.run(sft(run))
+    last = in_a_house(sft, run)
     log = read_metrics(run.dir / "metrics.jsonl")["sft"]
     assert last.step == 2
     assert log["sft/loss"].value[-1] < log["sft/loss"].value[0]
@@ -84,9 +103,9 @@ def test_training_runs_resumes_and_equals_an_undisturbed_twin(
     twin = settings("name=twin")
     untrained(settings())
     untrained(twin)
-    whole = asyncio.run(train(prepare(twin, "train")))
+    whole = in_a_house(train, prepare(twin, "train"))
 
-    first = asyncio.run(train(prepare(settings("learner.steps=4", "evaluate.every=0"), "train")))
+    first = in_a_house(train, prepare(settings("learner.steps=4", "evaluate.every=0"), "train"))
     assert first.digest == whole.digest
 
     log = read_metrics(twin.run_dir / "metrics.jsonl")["train"]
@@ -95,7 +114,7 @@ def test_training_runs_resumes_and_equals_an_undisturbed_twin(
     assert float(np.max(log["learner/logprob_gap"].value)) < 1e-5
     assert set(log["rollout/lag_versions"].value) == {0.0}
 
-    longer = asyncio.run(train(prepare(settings("learner.steps=6", "evaluate.every=0"), "train")))
+    longer = in_a_house(train, prepare(settings("learner.steps=6", "evaluate.every=0"), "train"))
     resumed = read_metrics(settings().run_dir / "metrics.jsonl")["train"]
     assert longer.step == 6
     assert resumed["learner/surrogate"].step.tolist() == [1, 2, 3, 4, 5, 6]
@@ -108,7 +127,7 @@ def test_vllm_rollouts_record_what_the_learner_computes_after_every_push(
     changes = ("rollout.engine=vllm", "rollout.kv_cache_gib=0.125", "learner.steps=3")
     untrained(settings(*changes))
     run = prepare(settings(*changes), "train")
-    asyncio.run(train(run))
+    in_a_house(train, run)
     log = read_metrics(run.dir / "metrics.jsonl")["train"]
     assert len(log["learner/logprob_gap"].value) == 3
     assert float(np.max(log["learner/logprob_gap"].value)) < 1e-4
@@ -143,8 +162,13 @@ def test_an_evaluation_covers_every_row_and_pairs_with_another(
 ) -> None:
     untrained(settings())
     run = prepare(settings(), "evaluate")
-    found = asyncio.run(evaluate(run, split="test", beams=10, name="first"))
-    again = asyncio.run(evaluate(run, split="test", beams=12, name="second"))
+
+    async def both(house: House) -> tuple[Evaluation, Evaluation]:
+        first = await evaluate(house, run.policy, split="test", beams=10, name="first")
+        (run.policy / "policy.json").unlink()  # as in a folder that others have made
+        return first, await evaluate(house, run.policy, split="test", beams=12, name="second")
+
+    found, again = in_a_house(both, run)
     assert found.num_rows == len(run.test)
     assert "hr@20/sid" not in found.metrics
     # The same policy under a wider beam: what was found stays found, at the same rank.
@@ -153,13 +177,87 @@ def test_an_evaluation_covers_every_row_and_pairs_with_another(
     assert read(evaluation_file(run, "first")).metrics == found.metrics
 
 
+def test_one_house_serves_every_phase_of_a_command(settings: Callable[..., Config]) -> None:
+    begin = prepare(settings("sft.epochs=1", "learner.steps=2"), "sft")
+
+    async def command(house: House) -> tuple[Evaluation, PolicyVersion]:
+        await sft(house)
+        await house.turn_to(begin.then("train", begin.result))
+        await train(house)
+        assert house.rollout is not None
+        searched = house.rollout.actors[0]
+        trained = begin.dir / "policy"
+        await house.turn_to(begin.then("evaluate", trained))
+        assert house.rollout is None
+        found = await evaluate(house, trained, split="test", beams=10, name="trained")
+        return found, await asyncio.wrap_future(searched.version.remote().future())
+
+    found, held = in_a_house(command, begin)
+    alone = prepare(
+        settings("sft.epochs=1", "learner.steps=2"), "evaluate", policy=begin.dir / "policy"
+    )
+
+    async def again(house: House) -> Evaluation:
+        return await evaluate(house, alone.policy, split="test", beams=10, name="alone")
+
+    assert str(held) == found.policy  # the actor that searched for the training also judged
+    assert in_a_house(again, alone).ranks.sid.tolist() == found.ranks.sid.tolist()
+
+
+def test_titles_are_learnt_and_searched_with_the_same_probabilities(
+    settings: Callable[..., Config], data: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(data, tmp_path / "titled")
+    items = pq.read_table(data / "items.parquet").drop_columns(["sid", "title"])
+    words = ["red pen", "red", "blue pen", "red pencil"]
+    titles = [f"{words[i % 4]}{' abcdefghij'[i // 4 % 11]}".strip() for i in range(len(items))]
+    pq.write_table(
+        items.append_column("title", pa.array(titles)), tmp_path / "titled/items.parquet"
+    )
+    tokenizer = tiny_title_tokenizer()
+    policy, _ = tiny_policy(from_titles(titles, tokenizer), tokenizer=tokenizer)
+    save_policy(policy, tokenizer, tmp_path / "text")
+    begin = prepare(
+        settings(
+            "data.titles=true", f"data.path={tmp_path / 'titled'}",
+            f"model.path={tmp_path / 'text'}", "sft.epochs=1", "learner.steps=2",
+        ),
+        "sft",
+    )  # fmt: skip
+
+    async def command(house: House) -> PolicyVersion:
+        await sft(house)
+        await house.turn_to(begin.then("train", begin.result))
+        return await train(house)
+
+    assert in_a_house(command, begin).step == 2
+    log = read_metrics(begin.dir / "metrics.jsonl")["train"]
+    assert float(np.max(log["learner/logprob_gap"].value)) < 1e-5
+    assert load(begin.dir / "policy" / "catalogue").digest == begin.catalogue.digest
+
+
+def test_rollouts_run_ahead_as_far_as_the_bound_and_no_further(
+    settings: Callable[..., Config],
+) -> None:
+    changes = ("cluster.max_lag=2", "rollout.batch_size=16", "learner.steps=6", "evaluate.every=0")
+    untrained(settings(*changes))
+    run = prepare(settings(*changes), "train")
+    assert in_a_house(train, run).step == 6
+    log = read_metrics(run.dir / "metrics.jsonl")["train"]
+    lag = log["rollout/lag_versions"]
+    assert lag.step.tolist() == [1, 2, 3, 4, 5, 6]
+    # The searches of three steps are sent off before the first update can be published.
+    assert lag.value[:3].tolist() == [0, 1, 2]
+    assert lag.value.max() == 2
+
+
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_workers_train_like_one(settings: Callable[..., Config], parallel: str) -> None:
     one = settings("name=one")
     two = settings("name=two", "learner.workers=2", f"learner.parallel={parallel}")
     for each in (one, two):
         untrained(each)
-        asyncio.run(train(prepare(each, "train")))
+        in_a_house(train, prepare(each, "train"))
     logs = [read_metrics(each.run_dir / "metrics.jsonl")["train"] for each in (one, two)]
     for name in ("learner/surrogate", "learner/grad_norm", "rewards/mean"):
         np.testing.assert_allclose(logs[0][name].value, logs[1][name].value, rtol=1e-3, atol=1e-5)

@@ -16,6 +16,7 @@ from orchard.testing import World, tiny_world
 from orchard.types import PolicyVersion
 from rollout.actor import RolloutActor, Searcher
 from rollout.candidates import Candidates
+from rollout.draws import beam_sample, dynamic
 from rollout.engine.torch import TorchEngine
 from rollout.search import beam, sample
 
@@ -137,3 +138,20 @@ def test_the_configured_beam_grows_trees_of_distinct_leaves(wide: World, tmp_pat
 def test_a_folder_without_a_policy_is_named(wide: World, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"holds no config\.json"):
         searcher(wide, tmp_path)
+
+
+@pytest.mark.parametrize("search", ["beam", "beam_sample", "sample", "dynamic"])
+def test_the_configured_search_grows_the_trees(
+    wide: World, reference: TorchEngine, tmp_path: Path, search: str
+) -> None:
+    trees = searcher(wide, wide.save(tmp_path), search=search).search(wide.prompts, 3)
+    draws = {"temperature": 1.3, "seed": 3}
+    expected = {
+        "beam": lambda: beam(reference, wide.prompts, width=9),
+        "beam_sample": lambda: beam_sample(reference, wide.prompts, width=9, **draws),
+        "sample": lambda: sample(reference, wide.prompts, count=9, **draws),
+        "dynamic": lambda: dynamic(reference, wide.prompts, wide.catalogue, count=9, **draws),
+    }[search]()
+    assert trees.candidate_start.tolist() == expected.start.tolist()
+    assert trees.leaf.tolist() == expected.leaf.tolist()
+    assert np.allclose(trees.score, expected.score, atol=1e-5)

@@ -1,0 +1,111 @@
+"""Titles as items: one slice of tokens, ends where needed, leaves shared by equal titles."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from orchard.catalogue import load, write
+from orchard.errors import CatalogueError
+from orchard.testing import tiny_catalogue, tiny_title_tokenizer
+from orchard.titles import from_titles
+from orchard.vocabulary import compact_tokenizer, of_codes, read_tokenizer
+
+TITLES = ["red pen", "red", "blue pen", "red pen", "red pencil"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return tiny_title_tokenizer()
+
+
+def test_every_leaf_reads_as_a_title(tokenizer: PreTrainedTokenizerBase) -> None:
+    found = from_titles(TITLES, tokenizer)
+    vocabulary = of_codes(tokenizer, found)
+    read: list[str] = []
+    for path in found.trie.path(found.trie.leaf_node):
+        tokens = vocabulary.token_of(found.trie, path[path >= 0])
+        read.append(str(tokenizer.decode(tokens)).replace(" ", ""))
+    assert sorted(read) == ["bluepen<eos>", "red<eos>", "redpen<eos>", "redpencil<eos>"]
+
+
+def test_equal_titles_share_a_leaf_and_a_title_within_another_has_its_own(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    leaf = from_titles(TITLES, tokenizer).leaf_of_item.tolist()
+    assert leaf[0] == leaf[3]
+    assert len(set(leaf)) == 4
+
+
+def test_all_levels_share_one_slice_of_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
+    found = from_titles(TITLES, tokenizer)
+    vocabulary = of_codes(tokenizer, found)
+    letters = sorted(set("".join(TITLES)))
+    assert len(vocabulary.level_tokens) == 1
+    assert vocabulary.tokens_at(0).tolist() == vocabulary.tokens_at(9).tolist()
+    assert set(vocabulary.tokens_at(0).tolist()) == {
+        *tokenizer.convert_tokens_to_ids(letters), tokenizer.eos_token_id,
+    }  # fmt: skip
+    assert set(found.level_size) == {len(letters) + 1}
+    nodes = torch.arange(1, found.trie.num_nodes)
+    depth_two = nodes[found.trie.depth_of(nodes) == 2]
+    both = [vocabulary.token_of(found.trie, n) for n in (depth_two, nodes)]
+    assert tokenizer.convert_ids_to_tokens(both[0].tolist()) == ["l", "e"]
+
+
+def test_a_saved_title_catalogue_comes_back_whole(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    for titles in (TITLES, ["abc"], ["ab", "cd"]):
+        saved = from_titles(titles, tokenizer, item_id=np.arange(len(titles)) + 7)
+        write(saved, tmp_path)
+        found = load(tmp_path)
+        assert found.digest == saved.digest
+        assert found.title == tuple(titles)
+        assert found.code_token == saved.code_token
+        assert found.level_size == saved.level_size
+        assert found.end_code == saved.end_code
+        assert np.array_equal(found.codes, saved.codes)
+
+
+def test_a_digest_names_the_tokens_of_titles(tokenizer: PreTrainedTokenizerBase) -> None:
+    same = from_titles(["ab"], tokenizer).digest
+    assert same == from_titles(["ab"], tokenizer).digest
+    assert same != from_titles(["ac"], tokenizer).digest
+
+
+def test_a_title_without_tokens_is_named(tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(CatalogueError, match=r"title '' of item 9 has no tokens.*1 of 2 items"):
+        from_titles(["a", ""], tokenizer, item_id=np.array([5, 9]))
+
+
+def test_a_title_may_not_contain_its_own_end(tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(CatalogueError, match=r"item 1 contains the end marker <eos>"):
+        from_titles(["a", "a<eos>b"], tokenizer)
+
+
+def test_no_titles_are_no_catalogue(tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(CatalogueError, match="no items"):
+        from_titles([], tokenizer)
+
+
+def test_titles_need_a_token_that_ends_them(tokenizer: PreTrainedTokenizerBase) -> None:
+    endless = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    with pytest.raises(CatalogueError, match="no eos_token"):
+        from_titles(TITLES, endless)
+
+
+def test_titles_of_another_tokenizer_are_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    other = compact_tokenizer(tiny_catalogue())
+    with pytest.raises(CatalogueError, match="with the policy's own tokenizer"):
+        of_codes(other, from_titles(TITLES, tokenizer))
+
+
+def test_a_title_catalogue_is_read_with_the_tokenizer_of_a_saved_policy(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    again = read_tokenizer(tmp_path)
+    assert from_titles(TITLES, again).digest == from_titles(TITLES, tokenizer).digest

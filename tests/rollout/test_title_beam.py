@@ -1,0 +1,51 @@
+"""Beam search and training over titles: token tries of varying depth with shared prefixes."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from orchard.testing import World, tiny_title_world
+from rollout.engine.torch import TorchEngine
+from rollout.search import beam, sample
+from rollout.trees import grow
+
+TITLES = ["ab", "abc", "abd", "b", "ba ba", "ba bc", "ab", "cab", "c", "cc"]
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return tiny_title_world(TITLES)
+
+
+def test_a_beam_enumerates_the_titles_with_their_exact_probabilities(
+    world: World, torch_engine: Callable[[World], TorchEngine]
+) -> None:
+    found = beam(torch_engine(world), world.prompts, width=100)
+    for prompt, expected in enumerate(world.leaf_logprob):
+        rows = slice(found.start[prompt], found.start[prompt + 1])
+        assert sorted(found.leaf[rows].tolist()) == list(range(len(set(TITLES))))
+        assert np.allclose(found.score[rows], expected[found.leaf[rows]], atol=1e-5)
+        assert np.isclose(np.exp(expected).sum(), 1)
+
+
+def test_a_narrow_beam_over_titles_finds_titles_only(
+    world: World, torch_engine: Callable[[World], TorchEngine]
+) -> None:
+    found = beam(torch_engine(world), world.prompts, width=3)
+    for prompt, expected in enumerate(world.leaf_logprob):
+        rows = slice(found.start[prompt], found.start[prompt + 1])
+        assert np.allclose(found.score[rows], expected[found.leaf[rows]], atol=1e-5)
+
+
+def test_trees_of_titles_hold_the_tokens_of_the_titles(
+    world: World, torch_engine: Callable[[World], TorchEngine]
+) -> None:
+    engine = torch_engine(world)
+    found = sample(engine, world.prompts, count=8, temperature=1.0, seed=3)
+    trees = grow(world.prompts, found, world.catalogue, world.vocabulary, world.version)
+    inner = torch.from_numpy(trees.state[trees.step > 0])
+    expected = world.vocabulary.token_of(world.catalogue.trie, inner)
+    assert trees.token.tolist() == expected.tolist()
+    assert set(trees.token.tolist()) <= set(world.catalogue.code_token)
