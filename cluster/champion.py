@@ -8,6 +8,7 @@ from jaxtyping import Int64
 from cluster.launch import House
 from cluster.prepare import export, exported_facts
 from orchard.types import PolicyVersion
+from orchard.weights import digest
 
 SCORE = "ndcg@10/sid"
 
@@ -33,13 +34,17 @@ class Champion:
         champion.best = facts.get("valid_score", float("-inf"))
         return champion
 
-    async def consider(self, policy: PolicyVersion) -> dict[str, float]:
-        """Judge the newest version and export it if it is the best; the figures for the log."""
+    async def consider(self, step: int) -> dict[str, float]:
+        """Judge what the learner keeps and export it if it is the best; the figures for the log."""
+        weights = self.house.learner.kept
+        policy = PolicyVersion(step=step, digest=digest(weights))
         figures: dict[str, float] = {}
-        score = float(policy.step)
+        score = float(step)
         if len(self.rows):
             run = self.house.run
-            found = await self.house.evaluate(run.valid, self.rows, beams=self.beams)
+            found = await self.house.evaluate(
+                run.valid, self.rows, policy=policy, weights=weights, beams=self.beams
+            )
             figures = {f"evaluate/{name}": e.mean for name, e in found.metrics.items()}
             figures |= {f"evaluate/{name}": value for name, value in found.extra.items()}
             score = found.metrics[SCORE].mean
@@ -49,7 +54,7 @@ class Champion:
                 self.house.run,
                 self.house.run.result,
                 policy,
-                self.house.learner.weights,
+                weights,
                 valid_score=score,
                 valid_rows=float(len(self.rows)),
             )

@@ -26,11 +26,15 @@ async def evaluate(
     rows = chosen_rows(run, split)
     values = weights.snapshot(model.load(folder, run.vocabulary))
     version = PolicyVersion(step=exported_step(folder), digest=weights.digest(values))
-    await house.publish(version, values)
     batches = -(-len(rows) // run.config.evaluate.batch_size)
     with Progress(f"evaluating {name}", total=batches) as progress:
         found = await house.evaluate(
-            getattr(run, split), rows, beams=beams, advance=progress.advance
+            getattr(run, split),
+            rows,
+            policy=version,
+            weights=values,
+            beams=beams,
+            advance=progress.advance,
         )
     evaluation.write(found, evaluation_file(run, name))
     return found

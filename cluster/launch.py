@@ -46,7 +46,8 @@ class House:
         if run.phase == "train":
             self.rollout = self._rollout_pool(config.rollout.engine, config.rollout.actors)
             self.rewards = self._reward_pool()
-            if config.evaluate.engine == config.rollout.engine:
+            # Rollout actors cannot rank with an average while they search with the newest weights.
+            if config.evaluate.engine == config.rollout.engine and not config.learner.average:
                 if self._ranking is not None:
                     self._ranking.close()
                 self._ranking = self.rollout
@@ -71,7 +72,7 @@ class House:
         """Give a version to every holder; each verifies the digest before it switches."""
         self._policy, self._weights = policy, ray.put(dict(weights))
         if self.rollout is not None:
-            await self._install(self.rollout)
+            await self._install(self.rollout, self._policy, self._weights)
 
     async def scored_trees(self, step: int) -> ScoredTrees:
         """Search and score the prompts of a 0-based step, spread over the actors."""
@@ -96,10 +97,12 @@ class House:
         split: Split,
         rows: Int64[np.ndarray, " R"],
         *,
+        policy: PolicyVersion,
+        weights: Weights,
         beams: int,
         advance: Callable[[], None] | None = None,
     ) -> Evaluation:
-        """Constrained beam search on held-out rows under the newest policy.
+        """Constrained beam search on held-out rows under a policy.
 
         `advance` is called after each batch of `evaluate.batch_size` rows.
         """
@@ -108,8 +111,10 @@ class House:
             self._ranking = self._rollout_pool(config.evaluate.engine, 1)
             await self._ranking.ready()
         ranking = self._ranking
-        if ranking is not self.rollout:
-            await self._install(ranking)
+        if (policy.step, policy.digest) != (self._policy.step, self._policy.digest) or (
+            ranking is not self.rollout
+        ):
+            await self._install(ranking, policy, ray.put(dict(weights)))
         size = config.evaluate.batch_size
         batches = [
             self.run.form.prompts(split, rows[at : at + size]) for at in range(0, len(rows), size)
@@ -122,7 +127,7 @@ class House:
             return found
 
         found = await asyncio.gather(*(rank(prompts) for prompts in batches))
-        return measure(self.run, split, rows, Candidates.concatenate(found), beams, self._policy)
+        return measure(self.run, split, rows, Candidates.concatenate(found), beams, policy)
 
     async def close(self) -> None:
         """Stop every actor of the house."""
@@ -142,15 +147,15 @@ class House:
         trees: SearchTrees = await self.rollout.call("search", prompts, seed)
         return await self.rewards.call("score", trees)
 
-    async def _install(self, pool: Pool) -> None:
+    async def _install(self, pool: Pool, policy: PolicyVersion, weights: Any) -> None:
         timeout_s = self.run.config.cluster.publish_timeout_s
         held: list[PolicyVersion] = await pool.broadcast(
-            "install", self._policy, self._weights, timeout_s=timeout_s
+            "install", policy, weights, timeout_s=timeout_s
         )
         for version in held:
-            if (version.step, version.digest) != (self._policy.step, self._policy.digest):
+            if (version.step, version.digest) != (policy.step, policy.digest):
                 raise ActorError(
-                    f"a rollout actor holds policy {version} after {self._policy} was published"
+                    f"a rollout actor holds policy {version} after {policy} was published"
                 )
 
     def _assignment(self) -> Assignment:

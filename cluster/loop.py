@@ -33,7 +33,7 @@ async def train(house: House) -> PolicyVersion:
         beams=run.config.evaluate.valid_beams,
     )
     if policy.step == 0:
-        house.logbook.log("train", 0, await champion.consider(policy))
+        house.logbook.log("train", 0, await champion.consider(0))
     scored = Stream(
         house.scored_trees,
         first=policy.step,
@@ -50,15 +50,16 @@ async def train(house: House) -> PolicyVersion:
             clock.lap("pack_s")
             lag = policy.step - batch.policy.step
             save = due(policy.step + 1, run.config.checkpoint.every, steps)
-            update = await house.learner.update(batch, save=save)
+            judged = due(policy.step + 1, run.config.evaluate.every, steps)
+            update = await house.learner.update(batch, save=save, judged=judged)
             policy = update.policy
             clock.lap("learn_s")
             await house.publish(policy, house.learner.weights)
             clock.lap("publish_s")
             scored.admit(policy)
             metrics = describe(trees, update, lag) | house.restarts() | clock.seconds()
-            if due(policy.step, run.config.evaluate.every, steps):
-                metrics |= await champion.consider(policy)
+            if judged:
+                metrics |= await champion.consider(policy.step)
             house.logbook.log("train", policy.step, metrics)
             progress.advance(metrics)
             clock = Clock()

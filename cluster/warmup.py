@@ -33,7 +33,7 @@ async def sft(house: House) -> PolicyVersion:
             policy, before = update.policy, champion.best
             await house.publish(policy, house.learner.weights)
             metrics = {f"sft/{name}": value for name, value in update.metrics.items()}
-            metrics |= await champion.consider(policy)
+            metrics |= await champion.consider(policy.step)
             since_best = 0 if champion.best > before else since_best + 1
             elapsed_s += time.perf_counter() - begin
             house.logbook.log("sft", policy.step, metrics | {"sft/elapsed_s": elapsed_s})

@@ -126,34 +126,45 @@ class Learner:
             return value, LossParts(surrogate=float(value.detach()))
 
         parts, metrics = self._update(batch, loss)
-        if "average" in self.copies:
-            # Shorter at first, or the random start would linger.
-            decay = min(self._decay, (1 + self.updates) / (10 + self.updates))
-            self._move("average", 1 - decay)
+        self._follow()
         return {"nll": parts.surrogate} | metrics
 
     def improve(self, batch: TrainBatch) -> dict[str, float]:
         """The configured number of updates on one batch of scored trees."""
-        # Without dropout the first ratio is exactly one: the learner scores what the search scored.
         self.policy.eval()
         begin = time.perf_counter()
-        if self.config.logprob == "full":
+        gap = self._gap(batch)
+        if self.config.dropout:
+            self.policy.train()
+        elif self.config.logprob == "full":
             batch = replace(batch, behaviour_logprob=self._behaviour(batch))
         metrics: dict[str, float] = {}
-        gap = 0.0
-        for update in range(self.config.updates_per_batch):
+        for _ in range(self.config.updates_per_batch):
             parts, rates = self._update(batch, self._surrogate)
             if self.config.kl.reference == "ema" and self.updates % self.config.kl.ema_every == 0:
                 self._move("reference", self.config.kl.ema_share)
             metrics = parts.metrics() | rates
-            gap = metrics["logprob_gap"] if update == 0 else gap
-        return metrics | {
             # Only the first update compares the same weights, as the gate wants.
-            "logprob_gap": gap,
+            gap = metrics["logprob_gap"] if gap is None else gap
+        self._follow()
+        return metrics | {
+            "logprob_gap": gap or 0.0,
             "update_s": time.perf_counter() - begin,
             "forward_tokens": float(batch.forward_tokens),
             "flat_over_packed": batch.flat_tokens / max(1, batch.forward_tokens),
         }
+
+    def _gap(self, batch: TrainBatch) -> float | None:
+        """Under dropout, the largest gap between search and learner on the first micro-batch.
+
+        None where the updates themselves compare the two.
+        """
+        if not self.config.dropout or self.config.logprob == "full":
+            return None
+        part = to_tensors(next(micro_batches(batch, self.config.max_tokens)), self.device)
+        with torch.no_grad(), self._precision():
+            logprob: Tensor = self.scorer(part)[0]
+        return float((logprob - part.behaviour_logprob).abs().max()) if len(logprob) else 0.0
 
     @torch.no_grad()
     def _behaviour(self, batch: TrainBatch) -> Float32[np.ndarray, " E"]:
@@ -171,6 +182,8 @@ class Learner:
             with torch.no_grad():
                 reference, _ = self.copies["reference"](part)
         logprob, entropy = self.scorer(part)
+        if self.config.dropout:
+            part = replace(part, behaviour_logprob=logprob.detach())
         return policy_loss(
             logprob,
             entropy,
@@ -232,6 +245,11 @@ class Learner:
         everyone: list[LossParts] = [parts] * self.world
         dist.all_gather_object(everyone, parts)
         return sum(everyone, LossParts())
+
+    def _follow(self) -> None:
+        """Move the average, if there is one, after an update."""
+        # Shorter at first, or the random start would linger.
+        self._move("average", 1 - min(self._decay, (1 + self.updates) / (10 + self.updates)))
 
     def _move(self, name: str, share: float) -> None:
         """Move a copy towards the policy by a share of the way."""

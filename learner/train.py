@@ -32,6 +32,7 @@ from orchard.errors import ActorError
 from orchard.prompts import PromptFormat, Sequences
 from orchard.types import PolicyVersion, TrainBatch, Update
 from orchard.vocabulary import Vocabulary
+from orchard.weights import Weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,8 @@ class Job:
     """The object reference of an update's batch, in a tuple: a bare one would be fetched here."""
     save: bool = False
     """Write a checkpoint once the job is done."""
+    judged: bool = True
+    """Also hand back the weights that are evaluated and kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +54,10 @@ class Result:
 
     number: int
     update: Update
-    weights: weights.Weights
+    weights: Weights
+    """To search with from now on."""
+    kept: Weights | None
+    """To evaluate and keep, where those are others and were asked for."""
     saved: bool
 
 
@@ -119,15 +125,15 @@ def work(task: dict[str, Any]) -> None:
     config = assignment.config
     torch.set_num_threads(config.learner.threads)
     policy = model.load(assignment.policy, assignment.vocabulary)
-    if assignment.phase == "sft":
-        model.add_dropout(policy, config.model.dropout)
+    supervised = assignment.phase == "sft"
+    model.add_dropout(policy, config.model.dropout if supervised else config.learner.dropout)
     learner = Learner(
         policy,
         assignment.catalogue.trie,
         assignment.vocabulary,
         _learner_config(config, assignment.phase),
         total_steps=assignment.total_steps,
-        average=config.sft.average if assignment.phase == "sft" else 0.0,
+        average=config.sft.average if supervised else config.learner.average,
         device=get_device(),
         rank=rank,
         world=world,
@@ -137,15 +143,18 @@ def work(task: dict[str, Any]) -> None:
         with saved.as_directory() as folder:
             number = checkpoint.load(learner, Path(folder), catalogue=digest)
 
-    def deliver(metrics: Mapping[str, float], *, saved: bool) -> None:
-        values = weights.snapshot(learner.result)
+    def deliver(metrics: Mapping[str, float], *, saved: bool = False, judged: bool = True) -> None:
+        searching = learner.result if supervised else learner.policy
+        values = weights.snapshot(searching)
+        others = judged and searching is not learner.result
+        kept = weights.snapshot(learner.result) if others else None
         if rank == 0:
             version = PolicyVersion(step=number, digest=weights.digest(values))
             update = Update(policy=version, metrics=metrics)
-            result = Result(number=number, update=update, weights=values, saved=saved)
+            result = Result(number=number, update=update, weights=values, kept=kept, saved=saved)
             ray.get(desk.deliver.remote(result))
 
-    deliver({}, saved=False)
+    deliver({})
     while (job := cast(Job, ray.get(desk.fetch.remote(number + 1)))).kind != "stop":
         number += 1
         torch.manual_seed(hash((config.seed, number, rank)) % 2**63)
@@ -155,7 +164,7 @@ def work(task: dict[str, Any]) -> None:
             metrics = learner.improve(cast(TrainBatch, ray.get(job.batch[0])))
         if job.save:
             _save(learner, number, digest, rank)
-        deliver(metrics, saved=job.save)
+        deliver(metrics, saved=job.save, judged=job.judged)
 
 
 def _learner_config(config: Config, phase: str) -> LearnerConfig:
@@ -219,8 +228,10 @@ class RemoteLearner:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._number = 0
-        self.weights: weights.Weights = {}
-        """Of the newest version."""
+        self.weights: Weights = {}
+        """Of the newest version, to search with."""
+        self.kept: Weights = {}
+        """To evaluate and keep, of the newest job that was to hand them back."""
 
     async def start(self) -> PolicyVersion:
         """Start the workers; the version they begin with, from a checkpoint if there is one."""
@@ -255,9 +266,10 @@ class RemoteLearner:
         self._number = result.number
         return result.update.policy
 
-    async def update(self, batch: TrainBatch, *, save: bool = False) -> Update:
-        """One RL step on a batch."""
-        return await self._do(Job(kind="update", batch=(ray.put(batch),), save=save))
+    async def update(self, batch: TrainBatch, *, save: bool = False, judged: bool = True) -> Update:
+        """One RL step on a batch; `kept` is up to date afterwards if it is to be `judged`."""
+        job = Job(kind="update", batch=(ray.put(batch),), save=save, judged=judged)
+        return await self._do(job)
 
     async def epoch(self, *, save: bool = False) -> Update:
         """One supervised pass over the training sequences."""
@@ -286,6 +298,7 @@ class RemoteLearner:
             if done:
                 result = cast(Result, pending.result())
                 self.weights = result.weights
+                self.kept = result.weights if result.kept is None else result.kept
                 return result
             if self._thread is not None and not self._thread.is_alive():
                 raise ActorError(

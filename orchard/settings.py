@@ -165,6 +165,12 @@ class LearnerConfig(Section):
     """Bound above 1 on the ratio of choices with negative advantage; 0 switches it off."""
     logprob: Literal["trie", "full"] = "trie"
     """Distribution of a code: over its legal siblings, or over the whole vocabulary."""
+    dropout: Share = 0.0
+    """Of embeddings and of each block's output while a batch is learned from, with one update per
+    batch and no lag: the ratio is then one, to the same pass."""
+    average: Share = 0.0
+    """Decay per update of the moving average of the weights that is evaluated and kept; 0: none.
+    Rollouts always follow the newest weights."""
     kl: KlConfig = KlConfig()
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the forward and backward pass; weights and optimiser stay in float32."""
@@ -256,6 +262,13 @@ class Config(Section):
             raise ValueError(
                 f"learner.dual_clip = {self.learner.dual_clip} would bind at ratio 1; "
                 "take a value above 1, or 0 to switch it off"
+            )
+        updates, lag = self.learner.updates_per_batch, self.cluster.max_lag
+        if self.learner.dropout and (updates > 1 or lag):
+            raise ValueError(
+                f"learner.dropout = {self.learner.dropout} needs learner.updates_per_batch = 1 and "
+                f"cluster.max_lag = 0, not {updates} and {lag}: the ratio of two passes under "
+                "different dropout is noise"
             )
         if not any(self.rewards.weights.values()):
             raise ValueError("rewards.weights has no part with a weight; give one, e.g. rule = 1.0")

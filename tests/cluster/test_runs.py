@@ -120,6 +120,18 @@ def test_training_runs_resumes_and_equals_an_undisturbed_twin(
     assert resumed["learner/surrogate"].step.tolist() == [1, 2, 3, 4, 5, 6]
 
 
+def test_an_average_is_what_is_judged_and_kept_while_rollouts_follow_the_newest(
+    settings: Callable[..., Config],
+) -> None:
+    changed = settings("learner.average=0.9", "learner.dropout=0.1")
+    untrained(changed)
+    run = prepare(changed, "train")
+    newest = in_a_house(train, run)
+    log = read_metrics(run.dir / "metrics.jsonl")["train"]
+    assert log["learner/logprob_gap"].value.max() < 1e-5
+    assert weights_of(run.result) != newest.digest
+
+
 @pytest.mark.vllm
 def test_vllm_rollouts_record_what_the_learner_computes_after_every_push(
     settings: Callable[..., Config],

@@ -12,6 +12,7 @@ from learner.step import Learner
 from orchard.catalogue import Catalogue
 from orchard.config import KlConfig, LearnerConfig
 from orchard.errors import CheckpointError
+from orchard.model import add_dropout
 from orchard.prompts import PromptFormat, Sequences
 from orchard.testing import tiny_catalogue, tiny_policy, tiny_prompts
 from orchard.types import PolicyVersion, Prompts, ScoredTrees, TrainBatch
@@ -93,6 +94,29 @@ def test_the_full_vocabulary_is_compared_with_itself() -> None:
     assert metrics["logprob_gap"] < 1e-5
     under_the_trie = learner().improve(rows)
     assert metrics["entropy"] > under_the_trie["entropy"] + 0.1
+
+
+def test_under_dropout_the_ratio_is_to_the_same_pass() -> None:
+    config = BRISK.model_copy(update={"dropout": 0.3})
+    one, prompts = learner(config), tiny_prompts(ITEMS, [1, 5, 2])
+    rows = batch(one, prompts)
+    add_dropout(one.policy, config.dropout)
+    metrics = one.improve(rows)
+    assert metrics["ratio_max"] == 1
+    assert metrics["logprob_gap"] < 1e-5  # of the policy that searched: without dropout
+    unlike = replace(rows, behaviour_logprob=rows.behaviour_logprob - 0.5)
+    assert one.improve(unlike)["logprob_gap"] > 0.3
+
+
+def test_improvement_may_keep_an_average() -> None:
+    model, vocabulary = tiny_policy(ITEMS)
+    one = Learner(model, ITEMS.trie, vocabulary, BRISK, total_steps=9, average=0.9)
+    rows = batch(one, tiny_prompts(ITEMS, [1, 3, 2, 2, 4, 1]))
+    first = snapshot(one.policy)
+    one.improve(rows)
+    last, kept = snapshot(one.policy), snapshot(one.result)
+    for name, value in kept.items():
+        assert np.allclose(value, first[name] + 9 / 11 * (last[name] - first[name]), atol=1e-6)
 
 
 def test_further_updates_on_one_batch_move_the_ratio_and_meet_the_clip() -> None:

@@ -42,6 +42,7 @@ def test_overrides_reach_their_key_with_their_type(run_file: Path) -> None:
         ("rollout.engine=sglang", "rollout.engine"),
         ("model.heads=3", "not a multiple"),
         ("learner.dual_clip=0.5", "above 1"),
+        ("learner={dropout=0.1,updates_per_batch=2}", "under different dropout is noise"),
         ("name=a/b", "name"),
         ("rewards.weights={}", "rewards.weights"),
         ("learner", "section.key=value"),
