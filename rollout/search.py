@@ -136,7 +136,7 @@ def _next(
     where they are, and the rest follow their only child.
     """
     fanout = trie.num_children(node)
-    first = torch.where(fanout > 0, trie.child_start[node], node)
+    first = torch.where(fanout > 0, trie.first_child(node), node)
     count = fanout.clamp(min=1)
     source = torch.arange(len(node), device=node.device).repeat_interleave(count)
     place = torch.arange(len(source), device=node.device) - (count.cumsum(0) - count)[source]
