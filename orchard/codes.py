@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from jaxtyping import Int
 
 from orchard import ragged, trie
@@ -26,15 +25,15 @@ def of_lists(column: Any, item_id: Int[np.ndarray, " I"]) -> Int[np.ndarray, "I 
         kind.value_type
     ):
         raise CatalogueError(f"column `sid` holds {kind}; it must hold lists of integers")
-    length = pc.fill_null(pc.list_value_length(column), 0).to_numpy().astype(np.int64)
+    lists = column.combine_chunks()
+    length = lists.value_lengths().fill_null(0).to_numpy().astype(np.int64)
     missing = np.flatnonzero(length == 0)
     if len(missing):
         raise CatalogueError(
             f"item {item_id[missing[0]]} has no semantic ID ({len(missing)} of {len(length)} "
             "items); give every item a non-empty `sid` or leave it out of the items file"
         )
-    value = pc.list_flatten(column)
-    flat, start = value.to_numpy(), ragged.starts(length)
+    flat, start = lists.flatten().to_numpy(zero_copy_only=False), ragged.starts(length)
     bad = np.flatnonzero(~(flat >= 0))  # null is not a number here
     if len(bad):
         item = item_id[np.searchsorted(start, bad[0], side="right") - 1]

@@ -86,8 +86,7 @@ def save(index: Index, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with partial.open("wb") as file:
         head = _FIXED.pack(_MAGIC, _VERSION, len(header), size) + header
-        for part in (head, *sections.values()):
-            data = memoryview(part).cast("B")
+        for data in (head, *(part.tobytes() for part in sections.values())):
             for piece in (data, bytes(_padded(len(data)) - len(data))):
                 file.write(piece)
                 seal.update(piece)
@@ -123,7 +122,7 @@ def load(path: Path) -> Index:
         )
     # Copy-on-write, because torch has no tensors that must not be written; nothing writes.
     content = np.memmap(path, dtype=np.uint8, mode="c")
-    digest = hashlib.sha256(content[:-_DIGEST_BYTES]).digest()
+    digest = hashlib.sha256(content[:-_DIGEST_BYTES].data).digest()
     if digest != content[-_DIGEST_BYTES:].tobytes():
         raise DataError(
             f"trie file {path} is corrupted: its SHA-256 starts with {digest.hex()[:12]} instead "
