@@ -9,12 +9,13 @@ Shapes:  I items   D longest sequence   K leaves   K1 = K + 1
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from orchard import codes as tables
 from orchard import ragged, trie
@@ -60,12 +61,38 @@ class Catalogue:
         place[self.item_of_leaf] = ragged.places(self.leaf_start)
         return place
 
+    @property
+    def plain_codes(self) -> Int[np.ndarray, "I D"]:
+        """Codes of each item, -1 past its end, without end markers."""
+        return np.where(self.codes == np.asarray(self.end_code), -1, self.codes)
+
+    @property
+    def plain_level_size(self) -> list[int]:
+        """Number of codes at each level, end markers not counted."""
+        sizes = zip(self.level_size, self.end_code, strict=True)
+        return [size - (end >= 0) for size, end in sizes]
+
+    @property
+    def varying_depth(self) -> bool:
+        """If sequences differ in length."""
+        return max(self.end_code) >= 0 or bool((self.codes[:, -1] < 0).any())
+
+    @cached_property
+    def _by_id(self) -> Int[np.ndarray, " I"]:
+        return np.argsort(self.item_id, kind="stable")
+
+    def find(
+        self, item_id: Int[np.ndarray, " R"]
+    ) -> tuple[Int[np.ndarray, " R"], Bool[np.ndarray, " R"]]:
+        """Row of each identifier, and if it is in the catalogue; if not, the row is any."""
+        place = np.searchsorted(self.item_id, item_id, sorter=self._by_id)
+        row = self._by_id[place.clip(max=len(self) - 1)]
+        return row, self.item_id[row] == item_id
+
     def rows(self, item_id: Int[np.ndarray, " R"]) -> Int[np.ndarray, " R"]:
         """Rows of the given identifiers; raises DataError on one that is not in the catalogue."""
-        order = np.argsort(self.item_id, kind="stable")
-        place = np.searchsorted(self.item_id, item_id, sorter=order).clip(max=len(self) - 1)
-        row = order[place]
-        unknown = np.flatnonzero(self.item_id[row] != item_id)
+        row, known = self.find(item_id)
+        unknown = np.flatnonzero(~known)
         if len(unknown):
             raise DataError(
                 f"item {item_id[unknown[0]]} is not in the catalogue of {len(self)} items "
@@ -171,10 +198,9 @@ def read(
 def write(catalogue: Catalogue, folder: Path) -> None:
     """Save beside a policy, so that the policy can be served on its own (see `load`)."""
     folder.mkdir(parents=True, exist_ok=True)
-    ends = np.asarray(catalogue.end_code)
-    inside = (catalogue.codes >= 0) & (catalogue.codes != ends)
-    start = pa.array(ragged.starts(inside.sum(1)).astype(np.int32))
-    sids = pa.ListArray.from_arrays(start, pa.array(catalogue.codes[inside].astype(np.int32)))
+    codes = catalogue.plain_codes
+    start = pa.array(ragged.starts((codes >= 0).sum(1)).astype(np.int32))
+    sids = pa.ListArray.from_arrays(start, pa.array(codes[codes >= 0].astype(np.int32)))
     table = pa.table(
         {
             "item_id": pa.array(catalogue.item_id),
@@ -182,11 +208,8 @@ def write(catalogue: Catalogue, folder: Path) -> None:
             "sid": sids,
         },
         metadata={
-            "level_size": ",".join(
-                str(size - (end >= 0))
-                for size, end in zip(catalogue.level_size, catalogue.end_code, strict=True)
-            ),
-            "varying_depth": str(int(bool((catalogue.codes < 0).any() or (ends >= 0).any()))),
+            "level_size": ",".join(str(size) for size in catalogue.plain_level_size),
+            "varying_depth": str(int(catalogue.varying_depth)),
             "code_token": ",".join(str(token) for token in catalogue.code_token),
             "digest": catalogue.digest,
         },

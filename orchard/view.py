@@ -27,8 +27,8 @@ class View:
     live: Bool[Tensor, " N"]
     """If a live leaf is at or below the node."""
     count: tuple[Int[Tensor, " _"], ...]
-    """For each level above the last the number of live leaves at or below each of its nodes, as
-    narrow as it allows."""
+    """For each level that may have children the number of live leaves at or below each of its
+    nodes, as narrow as it allows."""
 
     @property
     def num_leaves(self) -> int:
@@ -71,7 +71,8 @@ def of_leaves(trie: Trie, live: Bool[Tensor, " K"]) -> View:
         number += node_live[first:end]  # leaves of this level
         node_live[first:end] = number > 0
         below = number
-        count.append(number.to(_narrow(int(number.max()))))
+        if len(number):  # deeper levels than any sequence has are empty
+            count.append(number.to(_narrow(int(number.max()))))
     return View(catalogue=trie.catalogue, live=node_live, count=tuple(reversed(count)))
 
 

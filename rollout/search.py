@@ -58,13 +58,13 @@ def beam(
     scored = torch.ones_like(prompt, dtype=torch.bool)
     for _ in range(trie.depth):
         source, child, gain = _next(trie, node, scored, expansion)
+        if entry is not None:
+            may = entry.admits(prompt[source], child).nonzero().squeeze(1)
+            source, child, gain = source[may], child[may], gain[may]
         key = score[source] + gain
         if noise is not None:
             key = noise.keys(prompt[source], source, child, gain)
-        may = torch.arange(len(child), device=child.device)
-        if entry is not None:
-            may = may[entry.admits(prompt[source], child)]
-        best = may[_best(prompt[source[may]], key[may], child[may], width, num_prompts)]
+        best = _best(prompt[source], key, child, width, num_prompts)
         if noise is not None:
             noise.keep(best)
         source, node, gain = source[best], child[best], gain[best]
