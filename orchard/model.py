@@ -130,10 +130,10 @@ def child_logprobs(
         # gradient exchange.
         return (hidden @ head[:0].T.to(hidden.dtype)).float().reshape(-1), children
     logit = pieces[0] if len(pieces) == 1 else torch.cat(pieces)[torch.cat(places).argsort()]
-    return _segment_log_softmax(logit, children.owner, len(node)), children
+    return segment_log_softmax(logit, children.owner, len(node)), children
 
 
-def _segment_log_softmax(
+def segment_log_softmax(
     logit: Float[Tensor, " M"], owner: Int[Tensor, " M"], num_rows: int
 ) -> Float[Tensor, " M"]:
     """Log-softmax within each segment of a ragged array."""
