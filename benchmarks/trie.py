@@ -171,7 +171,8 @@ class FreeEngine:
 
     def _expand(self, node: Int64[Tensor, " F"]) -> Expansion:
         children = self.trie.children(node)
-        logit: Float32[Tensor, " M"] = self._logit[self.trie.code[children.node].long()]
+        code = self.trie.code.index_select(0, children.node).long()
+        logit: Float32[Tensor, " M"] = self._logit.index_select(0, code)
         logprob = segment_log_softmax(logit, children.owner, len(node))
         return Expansion(state=node, logprob=logprob, children=children)
 

@@ -98,8 +98,9 @@ class Trie:
         first, count = self.first_child(node), self.num_children(node)
         start = torch.zeros(len(node) + 1, dtype=torch.long, device=node.device)
         torch.cumsum(count, 0, out=start[1:])
-        owner = torch.repeat_interleave(torch.arange(len(node), device=node.device), count)
-        child = torch.arange(len(owner), device=node.device) + (first - start[:-1])[owner]
+        owner = torch.repeat_interleave(count)
+        child = torch.arange(len(owner), device=node.device)
+        child += (first - start[:-1]).index_select(0, owner)
         return Children(node=child, owner=owner, start=start)
 
     def depth_of(self, node: Int[Tensor, " F"]) -> Int[Tensor, " F"]:

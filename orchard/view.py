@@ -59,7 +59,8 @@ class View:
 def of_leaves(trie: Trie, live: Bool[Tensor, " K"]) -> View:
     """The view in which these leaves are live: per level one cumulative sum over its children."""
     node_live = torch.zeros(trie.num_nodes, dtype=torch.bool, device=live.device)
-    node_live[trie.leaf_node] = live
+    early = len(trie.early_leaf)
+    node_live[trie.early_leaf], node_live[trie.num_inner :] = live[:early], live[early:]
     level = trie.level_start.tolist()
     below = node_live[level[-2] :]
     count: list[Int[Tensor, " _"]] = []

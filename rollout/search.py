@@ -61,10 +61,11 @@ def beam(
         if entry is not None:
             may = entry.admits(prompt[source], child).nonzero().squeeze(1)
             source, child, gain = source[may], child[may], gain[may]
-        key = score[source] + gain
+        owner = prompt.index_select(0, source)
+        key = score.index_select(0, source) + gain
         if noise is not None:
-            key = noise.keys(prompt[source], source, child, gain)
-        best = _best(prompt[source], key, child, width, num_prompts)
+            key = noise.keys(owner, source, child, gain)
+        best = _best(owner, key, child, width, num_prompts)
         if noise is not None:
             noise.keep(best)
         source, node, gain = source[best], child[best], gain[best]
@@ -145,7 +146,7 @@ def sample(
 
 def _sound(engine: Engine, expansion: Expansion) -> Expansion:
     """The expansion itself; raises EngineError where it holds no numbers to choose by."""
-    if not bool(expansion.logprob.isfinite().all()):
+    if not bool(expansion.logprob.sum().isfinite()):
         raise EngineError(
             f"policy {engine.version} gives log-probabilities that are not finite; its training "
             "has diverged: go back to an earlier checkpoint and lower learner.lr"
@@ -164,6 +165,8 @@ def _next(
     The beams that are `scored` have the expansion's children. Of the others, those at a leaf stay
     where they are, and the rest follow their only child.
     """
+    if expansion is not None and bool(scored.all()):
+        return expansion.children.owner, expansion.children.node, expansion.logprob
     fanout = trie.num_children(node)
     first = torch.where(fanout > 0, trie.first_child(node), node)
     count = fanout.clamp(min=1)
@@ -184,14 +187,18 @@ def _best(
 ) -> Int64[Tensor, " F"]:
     """The `width` best entries of each prompt, by prompt, then falling score, then rising node."""
     chosen = torch.arange(len(prompt), device=prompt.device)
-    place = _places(prompt, num_prompts)
-    widest = int(place.max()) + 1 if len(place) else 0
+    alone = num_prompts == 1
+    widest = len(prompt) if alone else int(torch.bincount(prompt, minlength=num_prompts).max())
     if widest > width:
         # Only what reaches the last place, ties included, is ever sorted.
-        rows = score.new_full((num_prompts, widest), float("-inf"))
-        rows[prompt, place] = score
-        bound = rows.topk(width, sorted=False).values.amin(1)
-        chosen = (score >= bound[prompt]).nonzero().squeeze(1)
+        if alone:
+            bound = score.topk(width, sorted=False).values.amin()
+        else:
+            rows = score.new_full((num_prompts * widest,), float("-inf"))
+            rows.scatter_(0, prompt * widest + _places(prompt, num_prompts), score)
+            best = rows.view(num_prompts, widest).topk(width, sorted=False).values
+            bound = best.amin(1).index_select(0, prompt)
+        chosen = (score >= bound).nonzero().squeeze(1)
     chosen = chosen[_order(prompt[chosen], score[chosen], node[chosen])]
     return chosen[_places(prompt[chosen], num_prompts) < width]
 
@@ -200,7 +207,7 @@ def _places(prompt: Int64[Tensor, " M"], num_prompts: int) -> Int64[Tensor, " M"
     """Place of each entry within its prompt, the entries being grouped by prompt."""
     count = torch.bincount(prompt, minlength=num_prompts)
     first = count.cumsum(0) - count
-    return torch.arange(len(prompt), device=prompt.device) - first[prompt]
+    return torch.arange(len(prompt), device=prompt.device) - first.index_select(0, prompt)
 
 
 def _order(
@@ -220,6 +227,8 @@ def _spans(
     top = trie.depth_of(above)
     start = torch.zeros(len(node) + 1, dtype=torch.long, device=node.device)
     torch.cumsum(count := trie.depth_of(node) - top, 0, out=start[1:])
+    if int(start[-1]) == len(node):  # one code each
+        return engine.vocabulary.token_of(trie, node), start
     owner = torch.arange(len(node), device=node.device).repeat_interleave(count)
     level = torch.arange(len(owner), device=node.device) + (top - start[:-1])[owner]
     return engine.vocabulary.token_of(trie, trie.path(node)[owner, level]), start
