@@ -9,17 +9,22 @@ Shapes:  I items   D longest sequence   K leaves   K1 = K + 1
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
+from orchard import codes as tables
 from orchard import ragged, trie
 from orchard.errors import CatalogueError, DataError
 from orchard.tables import read_table
 from orchard.trie import Trie
+
+_DIGEST_ROWS = 1 << 20
+"""Rows that are widened to 64 bits at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +61,38 @@ class Catalogue:
         place[self.item_of_leaf] = ragged.places(self.leaf_start)
         return place
 
+    @property
+    def plain_codes(self) -> Int[np.ndarray, "I D"]:
+        """Codes of each item, -1 past its end, without end markers."""
+        return np.where(self.codes == np.asarray(self.end_code), -1, self.codes)
+
+    @property
+    def plain_level_size(self) -> list[int]:
+        """Number of codes at each level, end markers not counted."""
+        sizes = zip(self.level_size, self.end_code, strict=True)
+        return [size - (end >= 0) for size, end in sizes]
+
+    @property
+    def varying_depth(self) -> bool:
+        """If sequences differ in length."""
+        return max(self.end_code) >= 0 or bool((self.codes[:, -1] < 0).any())
+
+    @cached_property
+    def _by_id(self) -> Int[np.ndarray, " I"]:
+        return np.argsort(self.item_id, kind="stable")
+
+    def find(
+        self, item_id: Int[np.ndarray, " R"]
+    ) -> tuple[Int[np.ndarray, " R"], Bool[np.ndarray, " R"]]:
+        """Row of each identifier, and if it is in the catalogue; if not, the row is any."""
+        place = np.searchsorted(self.item_id, item_id, sorter=self._by_id)
+        row = self._by_id[place.clip(max=len(self) - 1)]
+        return row, self.item_id[row] == item_id
+
     def rows(self, item_id: Int[np.ndarray, " R"]) -> Int[np.ndarray, " R"]:
         """Rows of the given identifiers; raises DataError on one that is not in the catalogue."""
-        order = np.argsort(self.item_id, kind="stable")
-        place = np.searchsorted(self.item_id, item_id, sorter=order).clip(max=len(self) - 1)
-        row = order[place]
-        unknown = np.flatnonzero(self.item_id[row] != item_id)
+        row, known = self.find(item_id)
+        unknown = np.flatnonzero(~known)
         if len(unknown):
             raise DataError(
                 f"item {item_id[unknown[0]]} is not in the catalogue of {len(self)} items "
@@ -71,7 +102,7 @@ class Catalogue:
 
 
 def from_codes(
-    codes: Sequence[Sequence[int]],
+    codes: Sequence[Sequence[int]] | Int[np.ndarray, "I D"],
     *,
     item_id: Int[np.ndarray, " I"] | None = None,
     title: Sequence[str] | None = None,
@@ -82,7 +113,8 @@ def from_codes(
     """A catalogue of items given their code sequences.
 
     Args:
-        codes: one sequence of non-negative codes per item.
+        codes: one sequence of non-negative codes per item; as an array, of any width and with
+            -1 past the end of shorter ones, it is taken without a loop over items.
         item_id: distinct identifiers; 0, 1, 2, ... by default.
         title: one per item.
         level_size: codes per level; the largest code in use plus one by default.
@@ -95,20 +127,18 @@ def from_codes(
     Raises:
         CatalogueError: no items, an item without codes, wrong depth, a code out of range.
     """
+    table, length = tables.pad(codes)
     last = len(code_token) - 1
     if code_token:
-        codes = [[*sequence, last] for sequence in codes]
-    table = _table(codes, level_size, varying_depth)
+        table, length = tables.close(table, length, last)
+    table = tables.check(table, length, level_size, varying_depth)
     sizes = list(level_size) if level_size else [int(c) + 1 for c in table.max(0)]
     end_code = [-1] * len(sizes)
     if code_token:
         sizes = [len(code_token)] * len(sizes)
         end_code = [last if ends else -1 for ends in (table == last).any(0)]
     elif varying_depth:
-        table = _mark_ends(table, sizes, end_code)
-    unique, inverse = np.unique(table, axis=0, return_inverse=True)
-    built, leaf_of_row = trie.build(unique)
-    leaf_of_item = leaf_of_row[inverse.reshape(-1)]
+        table = tables.mark_ends(table, sizes, end_code)
     if item_id is None:
         item_id = np.arange(len(table))
     if len(np.unique(item_id)) != len(table):
@@ -116,9 +146,8 @@ def from_codes(
             f"{len(table)} items carry {len(np.unique(item_id))} distinct identifiers; "
             "each item needs one of its own"
         )
-    seal = hashlib.sha256(repr((table.shape, sizes, *code_token)).encode())
-    for part in (table, item_id):
-        seal.update(np.ascontiguousarray(part, dtype=np.int64).tobytes())
+    digest = _digest(table, (table.shape, sizes, *code_token), item_id)
+    built, leaf_of_item = trie.build(table, catalogue=digest)
     return Catalogue(
         item_id=np.asarray(item_id, dtype=np.int64),
         codes=table,
@@ -130,7 +159,7 @@ def from_codes(
         leaf_start=ragged.starts(np.bincount(leaf_of_item, minlength=built.num_leaves)),
         end_code=tuple(end_code),
         code_token=tuple(code_token),
-        digest=seal.hexdigest(),
+        digest=digest,
     )
 
 
@@ -150,21 +179,16 @@ def read(
     table = read_table(
         path, role="items", columns=("item_id", "sid"), remedy="data.path and data.items"
     )
-    sids: list[list[int] | None] = table["sid"].to_pylist()
-    titles: list[str | None] = (
-        table["title"].to_pylist() if "title" in table.column_names else [None] * len(sids)
+    titles = (
+        [title or "" for title in table["title"].to_pylist()]
+        if "title" in table.column_names
+        else None
     )
     ids = table["item_id"].to_numpy().astype(np.int64)
-    missing = [i for i, sid in enumerate(sids) if not sid]
-    if missing:
-        raise CatalogueError(
-            f"item {ids[missing[0]]} has no semantic ID ({len(missing)} of {len(sids)} items); "
-            "give every item a non-empty `sid` or leave it out of the items file"
-        )
     return from_codes(
-        [sid or [] for sid in sids],
+        tables.of_lists(table["sid"], ids),
         item_id=ids,
-        title=[title or "" for title in titles],
+        title=titles,
         level_size=level_size,
         varying_depth=varying_depth,
         code_token=code_token,
@@ -174,23 +198,18 @@ def read(
 def write(catalogue: Catalogue, folder: Path) -> None:
     """Save beside a policy, so that the policy can be served on its own (see `load`)."""
     folder.mkdir(parents=True, exist_ok=True)
-    ends = np.asarray(catalogue.end_code)
-    codes = [
-        [int(c) for level, c in enumerate(row) if c >= 0 and c != ends[level]]
-        for row in catalogue.codes
-    ]
+    codes = catalogue.plain_codes
+    start = pa.array(ragged.starts((codes >= 0).sum(1)).astype(np.int32))
+    sids = pa.ListArray.from_arrays(start, pa.array(codes[codes >= 0].astype(np.int32)))
     table = pa.table(
         {
             "item_id": pa.array(catalogue.item_id),
             "title": pa.array(list(catalogue.title), pa.string()),
-            "sid": pa.array(codes, pa.list_(pa.int32())),
+            "sid": sids,
         },
         metadata={
-            "level_size": ",".join(
-                str(size - (end >= 0))
-                for size, end in zip(catalogue.level_size, catalogue.end_code, strict=True)
-            ),
-            "varying_depth": str(int(bool((catalogue.codes < 0).any() or (ends >= 0).any()))),
+            "level_size": ",".join(str(size) for size in catalogue.plain_level_size),
+            "varying_depth": str(int(catalogue.varying_depth)),
             "code_token": ",".join(str(token) for token in catalogue.code_token),
             "digest": catalogue.digest,
         },
@@ -217,48 +236,13 @@ def load(folder: Path) -> Catalogue:
     return catalogue
 
 
-def _table(
-    codes: Sequence[Sequence[int]], level_size: Sequence[int] | None, varying_depth: bool
-) -> Int[np.ndarray, "I D"]:
-    """The sequences as a padded table, checked."""
-    if len(codes) == 0:
-        raise CatalogueError("the catalogue has no items; at least one is needed")
-    length = np.fromiter((len(c) for c in codes), dtype=np.int64, count=len(codes))
-    depth = len(level_size) if level_size else int(length.max())
-    wrong = (length > depth) | (length == 0) if varying_depth else length != depth
-    if wrong.any():
-        row = int(np.argmax(wrong))
-        raise CatalogueError(
-            f"row {row} of the items has a semantic ID of depth {length[row]} where {depth} was "
-            f"expected ({int(wrong.sum())} such items); repair it, or set data.varying_depth = true"
-        )
-    flat = np.concatenate([np.asarray(c, dtype=np.int64) for c in codes])
-    table = ragged.pad(flat, ragged.starts(length), fill=-1, width=depth)
-    limit = np.asarray(level_size) if level_size else table.max(0) + 1
-    inside = np.arange(depth) < length[:, None]
-    bad = inside & ((table < 0) | (table >= limit))
-    if bad.any():
-        row, level = (int(i) for i in np.argwhere(bad)[0])
-        raise CatalogueError(
-            f"row {row} of the items has code {table[row, level]} at level {level + 1}; "
-            f"codes there run from 0 to {limit[level] - 1} ({int(bad.any(1).sum())} such items)"
-        )
-    return table
-
-
-def _mark_ends(
-    table: Int[np.ndarray, "I D"], sizes: list[int], end_code: list[int]
-) -> Int[np.ndarray, "I D"]:
-    """Append the end marker to each sequence that is a proper prefix of another."""
-    unique, inverse = np.unique(table, axis=0, return_inverse=True)
-    # Sorted with the padding smallest, a prefix of anything is a prefix of its successor.
-    same = (unique[:-1] == unique[1:]) | (unique[:-1] < 0)
-    rows = np.flatnonzero(same.all(1))
-    if len(rows) == 0:
-        return table
-    level = (unique[rows] >= 0).sum(1)
-    for at in np.unique(level):
-        end_code[at] = sizes[at]
-        sizes[at] += 1
-    unique[rows, level] = np.asarray(end_code)[level]
-    return unique[inverse.reshape(-1)]
+def _digest(
+    table: Int[np.ndarray, "I D"], facts: tuple[object, ...], item_id: Int[np.ndarray, " I"]
+) -> str:
+    """SHA-256 of shape, sizes and the like, the codes and the identifiers."""
+    seal = hashlib.sha256(repr(facts).encode())
+    for part in (table, item_id):
+        for low in range(0, len(part), _DIGEST_ROWS):
+            piece = part[low : low + _DIGEST_ROWS]
+            seal.update(np.ascontiguousarray(piece, dtype=np.int64).tobytes())
+    return seal.hexdigest()

@@ -114,34 +114,50 @@ def child_logprobs(
     """
     children = trie.children(node)
     level = vocabulary.slice_of(trie.depth_of(node))
+    code = trie.code.index_select(0, children.node)
     pieces: list[Tensor] = []
     places: list[Tensor] = []
-    for at in cast(list[int], level.unique().tolist()):
+    slices = cast(list[int], level.unique().tolist())
+    if len(slices) == 1:
+        tokens = vocabulary.tokens_at(slices[0])
+        pieces.append(_code_logits(hidden, head[tokens], children.owner, code))
+        slices = []
+    for at in slices:
         rows = (level == at).nonzero().squeeze(1)
-        logit = hidden[rows] @ head[vocabulary.tokens_at(at)].T.to(hidden.dtype)
         place = (level[children.owner] == at).nonzero().squeeze(1)
         local = torch.full_like(node, -1)
         local[rows] = torch.arange(len(rows), device=node.device)
-        chosen = children.node[place]
-        pieces.append(logit[local[children.owner[place]], trie.code[chosen].long()].float())
+        tokens, owner = vocabulary.tokens_at(at), local[children.owner[place]]
+        pieces.append(_code_logits(hidden[rows], head[tokens], owner, code[place]))
         places.append(place)
     if not pieces:
         # Empty, but attached to the graph: a worker without choices must still take part in the
         # gradient exchange.
         return (hidden @ head[:0].T.to(hidden.dtype)).float().reshape(-1), children
     logit = pieces[0] if len(pieces) == 1 else torch.cat(pieces)[torch.cat(places).argsort()]
-    return _segment_log_softmax(logit, children.owner, len(node)), children
+    return segment_log_softmax(logit, children.owner, len(node)), children
 
 
-def _segment_log_softmax(
+def _code_logits(
+    hidden: Float[Tensor, "R D"],
+    head: Float[Tensor, "V D"],
+    owner: Int[Tensor, " M"],
+    code: Int[Tensor, " M"],
+) -> Float[Tensor, " M"]:
+    """The logit of each code at its owner, an index into `hidden`, in float32."""
+    logit = hidden @ head.T.to(hidden.dtype)
+    return logit.reshape(-1).index_select(0, owner * len(head) + code).float()
+
+
+def segment_log_softmax(
     logit: Float[Tensor, " M"], owner: Int[Tensor, " M"], num_rows: int
 ) -> Float[Tensor, " M"]:
     """Log-softmax within each segment of a ragged array."""
     peak = logit.new_full((num_rows,), float("-inf"))
     peak = peak.scatter_reduce(0, owner, logit.detach(), "amax")
-    shifted = logit - peak[owner]
-    total = logit.new_zeros(num_rows).index_add(0, owner, shifted.exp())
-    return shifted - total.log()[owner]
+    shifted = logit - peak.index_select(0, owner)
+    total = logit.new_zeros(num_rows).scatter_add(0, owner, shifted.exp())
+    return shifted - total.log().index_select(0, owner)
 
 
 def add_dropout(model: PreTrainedModel, share: float) -> list[RemovableHandle]:

@@ -218,9 +218,8 @@ def code_states(
     catalogue: Catalogue, item: Int[np.ndarray, " H"]
 ) -> tuple[Int64[np.ndarray, "H D"], Int64[np.ndarray, "H D"]]:
     """Trie node before and after each code of each item, -1 past its end."""
-    after = catalogue.trie.path(
-        catalogue.trie.leaf_node[torch.from_numpy(catalogue.leaf_of_item[item])]
-    )
+    leaf = torch.from_numpy(catalogue.leaf_of_item[item])
+    after = catalogue.trie.path(catalogue.trie.node_of(leaf))
     before = torch.cat([torch.zeros_like(after[:, :1]), after[:, :-1]], dim=1)
     before = torch.where(after >= 0, before, -1)
     return before.numpy(), after.numpy()

@@ -2,13 +2,16 @@
 
 Nodes are numbered level by level and, within a level, in lexicographic order of their path, so the
 children of consecutive nodes are consecutive: `child_start` alone is the whole structure, a child's
-id *is* its edge index, and all nodes of one level below a parent form one range.
+id *is* its edge index, and all nodes of one level below a parent form one range. Nothing is stored
+twice: nodes of the last level have no children and are leaves, so neither is written down. Ten
+million sequences of three codes out of 8192 take some 76 MB.
 
-Shapes:  N nodes   F queried nodes   M children of the queried nodes   K leaves   U sequences
-         D longest sequence   F1 = F + 1   D2 = D + 2
+Shapes:  N nodes   P nodes above the last level   E leaves among them   K leaves   I rows
+         D longest sequence   F queried nodes   M children of them   P1 = P + 1   F1 = F + 1
+         D2 = D + 2
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -17,6 +20,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 ROOT = 0
+_KEY_BITS = 63
+"""Bits of a non-negative int64, into which a row and its number are packed for sorting."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,13 +39,16 @@ class Trie:
     """Every legal sequence of codes is a path from the root to a childless node."""
 
     code: Int[Tensor, " N"]
-    """Code of the edge into each node; -1 at the root."""
-    child_start: Int[Tensor, " N+1"]
-    """Children of node n are the nodes `child_start[n] : child_start[n + 1]`."""
+    """Code of the edge into each node; -1 at the root. 16 bits wide where the codes fit."""
+    child_start: Int[Tensor, " P1"]
+    """Children of node n are the nodes `child_start[n] : child_start[n + 1]`; 32 bits wide where
+    the nodes can be counted so. Only for nodes above the last level: see `first_child`."""
     level_start: Int[Tensor, " D2"]
     """First node of each depth 0..D, then N."""
-    leaf_node: Int[Tensor, " K"]
-    """Nodes without children, ascending: leaf k of the catalogue is node `leaf_node[k]`."""
+    early_leaf: Int[Tensor, " E"]
+    """Nodes without children above the last level, ascending."""
+    catalogue: str
+    """Digest of the catalogue whose sequences these are."""
 
     @property
     def num_nodes(self) -> int:
@@ -48,9 +56,19 @@ class Trie:
         return len(self.code)
 
     @property
+    def num_inner(self) -> int:
+        """Number of nodes above the last level."""
+        return len(self.child_start) - 1
+
+    @property
     def num_leaves(self) -> int:
         """Number of distinct sequences."""
-        return len(self.leaf_node)
+        return len(self.early_leaf) + self.num_nodes - self.num_inner
+
+    @property
+    def leaf_node(self) -> Int[Tensor, " K"]:
+        """The node of every leaf, ascending."""
+        return self.node_of(torch.arange(self.num_leaves, device=self.code.device))
 
     @cached_property
     def depth(self) -> int:
@@ -59,24 +77,30 @@ class Trie:
 
     def to(self, device: torch.device | str) -> "Trie":
         """The same trie on another device."""
-        return Trie(
+        return replace(
+            self,
             code=self.code.to(device),
             child_start=self.child_start.to(device),
             level_start=self.level_start.to(device),
-            leaf_node=self.leaf_node.to(device),
+            early_leaf=self.early_leaf.to(device),
         )
+
+    def first_child(self, node: Int[Tensor, " F"]) -> Int[Tensor, " F"]:
+        """The first child of each node; where it has none, the node at which one would be put."""
+        return self.child_start[node.clamp(max=self.num_inner)].long()
 
     def num_children(self, node: Int[Tensor, " F"]) -> Int[Tensor, " F"]:
         """Number of legal codes after each node; 0 at a leaf."""
-        return self.child_start[node + 1] - self.child_start[node]
+        return self.first_child(node + 1) - self.first_child(node)
 
     def children(self, node: Int[Tensor, " F"]) -> Children:
         """All legal children of each node, in ascending code order."""
-        first, count = self.child_start[node], self.num_children(node)
+        first, count = self.first_child(node), self.num_children(node)
         start = torch.zeros(len(node) + 1, dtype=torch.long, device=node.device)
         torch.cumsum(count, 0, out=start[1:])
-        owner = torch.repeat_interleave(torch.arange(len(node), device=node.device), count)
-        child = torch.arange(len(owner), device=node.device) + (first - start[:-1])[owner]
+        owner = torch.repeat_interleave(count)
+        child = torch.arange(len(owner), device=node.device)
+        child += (first - start[:-1]).index_select(0, owner)
         return Children(node=child, owner=owner, start=start)
 
     def depth_of(self, node: Int[Tensor, " F"]) -> Int[Tensor, " F"]:
@@ -85,11 +109,23 @@ class Trie:
 
     def parent(self, node: Int[Tensor, " F"]) -> Int[Tensor, " F"]:
         """The parent of each node; the root is its own parent."""
-        return (torch.searchsorted(self.child_start, node, right=True) - 1).clamp(min=ROOT)
+        place = torch.searchsorted(self.child_start, node.to(self.child_start.dtype), right=True)
+        return (place - 1).clamp(min=ROOT)
 
     def leaf(self, node: Int[Tensor, " F"]) -> Int[Tensor, " F"]:
         """The leaf number of nodes that are leaves."""
-        return torch.searchsorted(self.leaf_node, node)
+        early = torch.searchsorted(self.early_leaf, node)
+        return torch.where(
+            node < self.num_inner, early, node - self.num_inner + len(self.early_leaf)
+        )
+
+    def node_of(self, leaf: Int[Tensor, " F"]) -> Int[Tensor, " F"]:
+        """The node of each leaf number."""
+        late = leaf - len(self.early_leaf) + self.num_inner
+        if len(self.early_leaf) == 0:
+            return late
+        early = self.early_leaf[leaf.clamp(max=len(self.early_leaf) - 1)]
+        return torch.where(leaf < len(self.early_leaf), early, late)
 
     def descend(self, node: Int[Tensor, " F"]) -> Int[Tensor, " F"]:
         """Follow forced codes: the first node at or below each that has a choice or is a leaf."""
@@ -97,7 +133,7 @@ class Trie:
             single = self.num_children(node) == 1
             if not bool(single.any()):
                 return node
-            node = torch.where(single, self.child_start[node], node)
+            node = torch.where(single, self.first_child(node), node)
 
     def path(self, node: Int[Tensor, " F"]) -> Int[Tensor, "F D"]:
         """The nodes from depth 1 down to each node, -1 past its depth."""
@@ -114,7 +150,7 @@ class Trie:
         node = torch.zeros(len(codes), dtype=torch.long, device=codes.device)
         legal = torch.ones(len(codes), dtype=torch.bool, device=codes.device)
         for depth in range(codes.shape[1]):
-            low, high, want = self.child_start[node], self.child_start[node + 1], codes[:, depth]
+            low, high, want = self.first_child(node), self.first_child(node + 1), codes[:, depth]
             end, walking = high.clone(), want >= 0
             while bool((low < high).any()):  # lower bound of the code among the sorted children
                 middle = (low + high) // 2
@@ -127,32 +163,88 @@ class Trie:
         return node, legal
 
 
-def build(codes: Int[np.ndarray, "U D"]) -> tuple[Trie, Int[np.ndarray, " U"]]:
-    """The trie of distinct, lexicographically sorted, prefix-free rows, and the leaf of each row.
+def build(codes: Int[np.ndarray, "I D"], *, catalogue: str) -> tuple[Trie, Int[np.ndarray, " I"]]:
+    """The trie of the rows, in any order and repeated at will, and the leaf of each row.
 
-    `codes` is padded with -1 on the right. Only sorting-type array operations, no loop over rows.
+    Rows are padded with -1 on the right, and none is a proper prefix of another. There is no loop
+    over rows: one sort, then per level a comparison of neighbours and a cumulative sum.
     """
+    order, column = sort_rows(codes)
     num_rows, depth = codes.shape
-    changed = np.ones((num_rows, depth), dtype=bool)
-    if num_rows > 1:
-        np.logical_or.accumulate(codes[1:] != codes[:-1], axis=1, out=changed[1:])
-    opens = changed & (codes >= 0)  # the row is the first below a new node of that level
-    level_start = np.concatenate([[0, 1], 1 + np.cumsum(opens.sum(0))])
-    code = np.empty(level_start[-1], dtype=np.int32)
-    count = np.zeros(level_start[-1], dtype=np.int64)
-    code[0], at = -1, np.zeros(num_rows, dtype=np.int64)
-    for level in range(depth):
-        new = opens[:, level]
-        first = level_start[level + 1]
-        code[first : level_start[level + 2]] = codes[new, level]
-        count += np.bincount(at[new], minlength=len(count))
-        at = np.where(codes[:, level] >= 0, first + np.cumsum(new) - 1, at)
-    child_start = np.concatenate([[1], 1 + np.cumsum(count)])
-    leaf_node = np.flatnonzero(count == 0)
+    offset = offset_type(codes.size + 1)
+    changed = np.zeros(num_rows, dtype=bool)  # the row differs from the one before, so far
+    changed[0] = True
+    opens = np.zeros(1, dtype=np.int64)  # the first row below each node of the level above
+    level_start, code = [0, 1], [np.full(1, -1, codes.dtype)]
+    child_start: list[Int[np.ndarray, " _"]] = []
+    early: list[Int[np.ndarray, " _"]] = []
+    for level, here in enumerate(column):
+        changed[1:] |= here[1:] != here[:-1]
+        new, first = changed & (here >= 0), level_start[-1]
+        # A node's children are opened from its own first row on, up to that of the next node.
+        before = np.cumsum(new, dtype=offset) - new
+        child_start.append(first + before[opens])
+        opens = np.flatnonzero(new)
+        code.append(here[opens])
+        level_start.append(first + len(opens))
+        if level + 1 < depth:
+            early.append(first + np.flatnonzero(column[level + 1][opens] < 0))
+    child_start.append(np.array([level_start[-1]]))
+    narrow = offset_type(level_start[-1])
     trie = Trie(
-        code=torch.from_numpy(code),
-        child_start=torch.from_numpy(child_start),
-        level_start=torch.from_numpy(level_start),
-        leaf_node=torch.from_numpy(leaf_node),
+        code=torch.from_numpy(np.concatenate(code).astype(code_type(codes), copy=False)),
+        child_start=torch.from_numpy(np.concatenate([s.astype(narrow) for s in child_start])),
+        level_start=torch.tensor(level_start),
+        early_leaf=torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *early])),
+        catalogue=catalogue,
     )
-    return trie, np.searchsorted(leaf_node, at)
+    leaf = np.empty(num_rows, dtype=np.int64)
+    leaf[order] = _leaf_numbers(column, changed)[np.cumsum(changed) - 1]
+    return trie, leaf
+
+
+def sort_rows(
+    codes: Int[np.ndarray, "I D"],
+) -> tuple[Int[np.ndarray, " I"], Int[np.ndarray, "D I"]]:
+    """The stable lexicographic order of the rows, and the columns in that order."""
+    num_rows, depth = codes.shape
+    bits = [(int(top) + 1).bit_length() for top in codes.max(0)]  # codes from -1 up, shifted to 0
+    row_bits = num_rows.bit_length()
+    if sum(bits) + row_bits > _KEY_BITS:
+        order = np.lexsort(codes.T[::-1])
+        return order, np.ascontiguousarray(codes[order].T)
+    # Sorting plain integers that carry their row is some twenty times faster than sorting indices,
+    # and the columns are read off in order instead of being gathered.
+    key = np.zeros(num_rows, dtype=np.int64)
+    for level, width in enumerate(bits):
+        key = (key << width) + codes[:, level] + 1
+    key = (key << row_bits) | np.arange(num_rows)
+    key.sort()
+    order = key & ((1 << row_bits) - 1)
+    key >>= row_bits
+    column = np.empty((depth, num_rows), dtype=codes.dtype)
+    for level, width in reversed(list(enumerate(bits))):
+        column[level] = (key & ((1 << width) - 1)) - 1
+        key >>= width
+    return order, column
+
+
+def code_type(codes: Int[np.ndarray, "..."]) -> type[np.int16] | type[np.int32]:
+    """The narrowest type for codes: 16 bits up to 32767."""
+    return np.int16 if codes.max(initial=0) <= np.iinfo(np.int16).max else np.int32
+
+
+def offset_type(num_nodes: int) -> type[np.int32] | type[np.int64]:
+    """The narrowest type that counts so many nodes."""
+    return np.int32 if num_nodes <= np.iinfo(np.int32).max else np.int64
+
+
+def _leaf_numbers(
+    column: Int[np.ndarray, "D I"], distinct: Bool[np.ndarray, " I"]
+) -> Int[np.ndarray, " K"]:
+    """The number of the leaf of each distinct row of a sorted table: by depth, then by path."""
+    number = np.arange(int(distinct.sum()))
+    if column[-1].min() < 0:
+        length = (column >= 0).sum(0)[distinct]
+        number[np.argsort(length, kind="stable")] = np.arange(len(number))
+    return number

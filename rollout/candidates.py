@@ -27,6 +27,11 @@ class Candidates:
     leaf: Int64[np.ndarray, " C"]
     cost: Cost
 
+    @property
+    def count(self) -> Int64[np.ndarray, " B"]:
+        """Candidates of each prompt: fewer than asked for where fewer leaves may be found."""
+        return np.diff(self.start)
+
     def select(self, rows: Int64[np.ndarray, " R"]) -> "Candidates":
         """The candidates of the given prompts, in the order asked for."""
         count = np.diff(self.start)[rows]

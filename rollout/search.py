@@ -17,13 +17,19 @@ from orchard import ragged
 from orchard.errors import EngineError
 from orchard.trie import ROOT, Trie
 from orchard.types import Cost, Prompts
+from rollout.allowed import Allowed, Gate, gate
 from rollout.candidates import Candidates
 from rollout.engine import Engine, Expansion
 from rollout.noise import GumbelNoise
 
 
 def beam(
-    engine: Engine, prompts: Prompts, *, width: int, noise: GumbelNoise | None = None
+    engine: Engine,
+    prompts: Prompts,
+    *,
+    width: int,
+    noise: GumbelNoise | None = None,
+    allowed: Allowed | None = None,
 ) -> Candidates:
     """Exact beam search: at each depth, the `width` best prefixes of each prompt survive.
 
@@ -32,10 +38,15 @@ def beam(
     candidates where the catalogue has fewer leaves, and never the same one twice. With `noise` the
     prefixes that survive, and the order of the candidates, are the noise's choice instead.
 
+    With `allowed`, prefixes compete only if they lead to a leaf that the prompt may find: it gets
+    as many candidates as there are such leaves, up to `width`, and none where there are none.
+
     Raises:
+        CatalogueError: `allowed` belongs to another catalogue or another batch.
         EngineError: a prompt does not fit the engine, or the policy has diverged.
     """
     trie, num_prompts = engine.trie, len(prompts)
+    entry = gate(trie, allowed, num_prompts) if allowed else None
     expansion = _sound(engine, engine.prefill(prompts))
     cost = Cost(prefill_tokens=len(prompts.token), passes=1)
     prompt = torch.arange(num_prompts, device=trie.code.device)
@@ -47,10 +58,14 @@ def beam(
     scored = torch.ones_like(prompt, dtype=torch.bool)
     for _ in range(trie.depth):
         source, child, gain = _next(trie, node, scored, expansion)
-        key = score[source] + gain
+        if entry is not None:
+            may = entry.admits(prompt[source], child).nonzero().squeeze(1)
+            source, child, gain = source[may], child[may], gain[may]
+        owner = prompt.index_select(0, source)
+        key = score.index_select(0, source) + gain
         if noise is not None:
-            key = noise.keys(prompt[source], source, child, gain)
-        best = _best(prompt[source], key, child, width, num_prompts)
+            key = noise.keys(owner, source, child, gain)
+        best = _best(owner, key, child, width, num_prompts)
         if noise is not None:
             noise.keep(best)
         source, node, gain = source[best], child[best], gain[best]
@@ -70,7 +85,13 @@ def beam(
 
 
 def sample(
-    engine: Engine, prompts: Prompts, *, count: int, temperature: float, seed: int
+    engine: Engine,
+    prompts: Prompts,
+    *,
+    count: int,
+    temperature: float,
+    seed: int,
+    allowed: Allowed | None = None,
 ) -> Candidates:
     """`count` independent draws per prompt; draws that share a prefix share its forward pass.
 
@@ -78,19 +99,28 @@ def sample(
     log-probabilities and scores are those of the policy itself. The draws of a prompt depend on
     `seed` and on its id alone: not on its batch, nor on `count` (more draws extend fewer).
 
+    With `allowed`, a code is drawn among those that lead to a leaf that the prompt may find; a
+    prompt that may find none gets no draws.
+
     Raises:
+        CatalogueError: `allowed` belongs to another catalogue or another batch.
         EngineError: a prompt does not fit the engine, or the policy has diverged.
     """
     trie, num_prompts = engine.trie, len(prompts)
+    entry = gate(trie, allowed, num_prompts) if allowed else None
     expansion = _sound(engine, engine.prefill(prompts))
     cost = Cost(prefill_tokens=len(prompts.token), passes=1)
-    uniform = _uniforms(prompts.id, count, trie.depth, seed).to(trie.code.device)
-    prompt = torch.arange(num_prompts, device=trie.code.device).repeat_interleave(count)
+    root = torch.arange(num_prompts, device=trie.code.device)
+    if entry is not None:
+        root = root[entry.admits(root, torch.full_like(root, ROOT))]
+    uniform = _uniforms(prompts.id[root.cpu().numpy()], count, trie.depth, seed).to(root.device)
+    prompt, frontier = root.repeat_interleave(count), torch.arange(num_prompts).to(root)
     node = torch.full_like(prompt, ROOT)
     logprob = torch.zeros(len(prompt), trie.depth, device=prompt.device)
     live, at = torch.arange(len(prompt), device=prompt.device), prompt
     for step in range(trie.depth):
-        pick = _draw(expansion, at, uniform[live, step], temperature)
+        may = _admitted(entry, frontier, expansion)
+        pick = _draw(expansion, may, at, uniform[live, step], temperature)
         child = expansion.children.node[pick]
         logprob[live, trie.depth_of(child) - 1] = expansion.logprob[pick]
         above, below = node[live], trie.descend(child)
@@ -105,7 +135,7 @@ def sample(
         token, start = _spans(engine, above[voice], below[voice])
         before = expansion.state[at[voice]]
         expansion = _sound(engine, engine.extend(before, token, start, below[voice]))
-        at = owner
+        at, frontier = owner, distinct // trie.num_nodes
         cost += Cost(forward_tokens=len(token), passes=1)
     score = logprob.sum(1)
     order = _order(prompt, score, node)
@@ -116,7 +146,7 @@ def sample(
 
 def _sound(engine: Engine, expansion: Expansion) -> Expansion:
     """The expansion itself; raises EngineError where it holds no numbers to choose by."""
-    if not bool(expansion.logprob.isfinite().all()):
+    if not bool(expansion.logprob.sum().isfinite()):
         raise EngineError(
             f"policy {engine.version} gives log-probabilities that are not finite; its training "
             "has diverged: go back to an earlier checkpoint and lower learner.lr"
@@ -135,8 +165,10 @@ def _next(
     The beams that are `scored` have the expansion's children. Of the others, those at a leaf stay
     where they are, and the rest follow their only child.
     """
+    if expansion is not None and bool(scored.all()):
+        return expansion.children.owner, expansion.children.node, expansion.logprob
     fanout = trie.num_children(node)
-    first = torch.where(fanout > 0, trie.child_start[node], node)
+    first = torch.where(fanout > 0, trie.first_child(node), node)
     count = fanout.clamp(min=1)
     source = torch.arange(len(node), device=node.device).repeat_interleave(count)
     place = torch.arange(len(source), device=node.device) - (count.cumsum(0) - count)[source]
@@ -155,14 +187,18 @@ def _best(
 ) -> Int64[Tensor, " F"]:
     """The `width` best entries of each prompt, by prompt, then falling score, then rising node."""
     chosen = torch.arange(len(prompt), device=prompt.device)
-    place = _places(prompt, num_prompts)
-    widest = int(place.max()) + 1
+    alone = num_prompts == 1
+    widest = len(prompt) if alone else int(torch.bincount(prompt, minlength=num_prompts).max())
     if widest > width:
         # Only what reaches the last place, ties included, is ever sorted.
-        rows = score.new_full((num_prompts, widest), float("-inf"))
-        rows[prompt, place] = score
-        bound = rows.topk(width, sorted=False).values.amin(1)
-        chosen = (score >= bound[prompt]).nonzero().squeeze(1)
+        if alone:
+            bound = score.topk(width, sorted=False).values.amin()
+        else:
+            rows = score.new_full((num_prompts * widest,), float("-inf"))
+            rows.scatter_(0, prompt * widest + _places(prompt, num_prompts), score)
+            best = rows.view(num_prompts, widest).topk(width, sorted=False).values
+            bound = best.amin(1).index_select(0, prompt)
+        chosen = (score >= bound).nonzero().squeeze(1)
     chosen = chosen[_order(prompt[chosen], score[chosen], node[chosen])]
     return chosen[_places(prompt[chosen], num_prompts) < width]
 
@@ -171,7 +207,7 @@ def _places(prompt: Int64[Tensor, " M"], num_prompts: int) -> Int64[Tensor, " M"
     """Place of each entry within its prompt, the entries being grouped by prompt."""
     count = torch.bincount(prompt, minlength=num_prompts)
     first = count.cumsum(0) - count
-    return torch.arange(len(prompt), device=prompt.device) - first[prompt]
+    return torch.arange(len(prompt), device=prompt.device) - first.index_select(0, prompt)
 
 
 def _order(
@@ -191,6 +227,8 @@ def _spans(
     top = trie.depth_of(above)
     start = torch.zeros(len(node) + 1, dtype=torch.long, device=node.device)
     torch.cumsum(count := trie.depth_of(node) - top, 0, out=start[1:])
+    if int(start[-1]) == len(node):  # one code each
+        return engine.vocabulary.token_of(trie, node), start
     owner = torch.arange(len(node), device=node.device).repeat_interleave(count)
     level = torch.arange(len(owner), device=node.device) + (top - start[:-1])[owner]
     return engine.vocabulary.token_of(trie, trie.path(node)[owner, level]), start
@@ -204,26 +242,42 @@ def _uniforms(
         np.random.Generator(np.random.Philox(key=[seed, int(one)])).random((count, depth))
         for one in prompt_id
     ]
-    return torch.from_numpy(np.concatenate(draws))
+    return torch.from_numpy(np.concatenate([np.zeros((0, depth)), *draws]))
+
+
+def _admitted(
+    entry: Gate | None, prompt: Int64[Tensor, " F"], expansion: Expansion
+) -> Bool[Tensor, " M"]:
+    """Which legal children may be entered by the prompts of the frontier's nodes."""
+    children = expansion.children
+    if entry is None:
+        return torch.ones_like(children.node, dtype=torch.bool)
+    return entry.admits(prompt[children.owner], children.node)
 
 
 def _draw(
     expansion: Expansion,
+    may: Bool[Tensor, " M"],
     at: Int64[Tensor, " F"],
     uniform: Float64[Tensor, " F"],
     temperature: float,
 ) -> Int64[Tensor, " F"]:
-    """For each draw the child chosen at node `at[f]` of the frontier, by inverting its CDF."""
+    """For each draw the child chosen at node `at[f]` of the frontier, by inverting its CDF.
+
+    Only children that `may` be entered are drawn, in proportion to their probability.
+    """
     owner, start = expansion.children.owner, expansion.children.start
-    scaled = expansion.logprob.double() / temperature
+    scaled = (expansion.logprob.double() / temperature).masked_fill(~may, float("-inf"))
     peak = scaled.new_full((len(start) - 1,), float("-inf"))
     peak = peak.scatter_reduce(0, owner, scaled, "amax")
-    weight = (scaled - peak[owner]).exp()
+    weight = (scaled - peak[owner]).exp().masked_fill(~may, 0.0)
     edge = torch.cat([weight.new_zeros(1), weight.cumsum(0)])
     low, high = edge[start[:-1]][at], edge[start[1:]][at]
     pick = torch.searchsorted(edge, low + uniform * (high - low), right=True) - 1
-    # Rounding may carry a number just below 1 onto the edge of the next node.
-    return pick.minimum(start[1:][at] - 1)
+    # Rounding may carry a number just below 1 past the last child that may be drawn.
+    place = torch.arange(len(owner), device=owner.device).masked_fill(~may, -1)
+    last = torch.full_like(start[1:], -1).scatter_reduce(0, owner, place, "amax")
+    return pick.minimum(last[at])
 
 
 def _collect(

@@ -6,11 +6,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from orchard import catalogue as catalogues
 from orchard.catalogue import from_codes, load, read, write
 from orchard.errors import CatalogueError, DataError
 from orchard.testing import tiny_catalogue
+
+# A busy machine is no counterexample.
+examples = settings(max_examples=40, deadline=None)
 
 
 @pytest.fixture
@@ -132,3 +138,51 @@ def test_a_digest_names_items_codes_and_sizes() -> None:
     assert same[0].digest == same[1].digest
     assert len({c.digest for c in (same[0], *others)}) == 4
     assert catalogues.from_codes([[0, 1], [1, 0]], title=["x", "y"]).digest == same[0].digest
+
+
+@examples
+@given(
+    st.lists(st.lists(st.integers(0, 40_000), min_size=1, max_size=5), min_size=1, max_size=20),
+    st.sampled_from([pa.list_(pa.int16()), pa.list_(pa.int64()), pa.large_list(pa.int32())]),
+)
+def test_lists_an_array_and_a_parquet_column_make_the_same_catalogue(
+    tmp_path_factory: pytest.TempPathFactory, sids: list[list[int]], kind: pa.DataType
+) -> None:
+    sids = [[code % 30_000 for code in sid] for sid in sids] if "16" in str(kind) else sids
+    path = tmp_path_factory.mktemp("items") / "items.parquet"
+    columns = {"item_id": np.arange(len(sids)), "sid": pa.array(sids, kind)}
+    pq.write_table(pa.table(columns), path, row_group_size=7)
+    table = np.full((len(sids), 6), -1)
+    for row, sid in enumerate(sids):
+        table[row, : len(sid)] = sid
+    listed = from_codes(sids, varying_depth=True)
+    for other in (read(path, varying_depth=True), from_codes(table, varying_depth=True)):
+        assert other.digest == listed.digest
+        assert np.array_equal(other.codes, listed.codes)
+        assert np.array_equal(other.leaf_of_item, listed.leaf_of_item)
+        assert torch.equal(other.trie.child_start, listed.trie.child_start)
+    wide = max(map(max, sids)) + 1 >= 1 << 15
+    assert listed.codes.dtype == (np.int32 if wide else np.int16)
+
+
+@pytest.mark.parametrize(
+    ("sid", "complaint"),
+    [
+        ([[0, 1], [2, -5], [0, 1]], "item 3 has code -5"),
+        ([[0, 1], [2, None], [0, 1]], r"item 3 has code nan in its semantic ID \(1 such"),
+        ([[0, 1], [2], [0, 1]], r"row 1 .* depth 1 where 2 was expected"),
+        (["0-1", "2-0", "0-1"], "`sid` holds string"),
+    ],
+)
+def test_semantic_ids_of_a_file_are_lists_of_codes(
+    items: Path, sid: list[object], complaint: str
+) -> None:
+    rewrite(items, sid=sid)
+    with pytest.raises(CatalogueError, match=complaint):
+        read(items)
+
+
+def test_a_file_without_items_is_no_catalogue(items: Path) -> None:
+    pq.write_table(pq.read_table(items).slice(0, 0), items)
+    with pytest.raises(CatalogueError, match="no items"):
+        read(items)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchard.catalogue import Catalogue, from_codes
-from orchard.trie import Trie
+from orchard.trie import Trie, offset_type, sort_rows
 
 Path = tuple[int, ...]
 
@@ -147,3 +147,24 @@ def test_a_lone_item_is_one_chain(depth: int) -> None:
     trie = from_codes([[0] * depth]).trie
     assert trie.descend(torch.tensor([0])).tolist() == [depth]
     assert trie.num_leaves == 1
+
+
+@examples
+@given(st.integers(0, 2**16), st.integers(1, 3), st.sampled_from([3, 70_000, 2**31 - 2]))
+def test_rows_too_wide_for_one_number_sort_as_narrow_ones_do(
+    seed: int, depth: int, top: int
+) -> None:
+    table = np.random.default_rng(seed).integers(-1, 3, (20, depth)).astype(np.int32)
+    table[table == 2] = top
+    order, column = sort_rows(table)
+    expected = sorted(range(20), key=lambda row: (table[row].tolist(), row))
+    assert order.tolist() == expected
+    assert np.array_equal(column.T, table[expected])
+
+
+def test_codes_and_offsets_are_as_wide_as_they_need_to_be() -> None:
+    assert from_codes([[0], [32_768]]).trie.code.dtype == torch.int32
+    assert from_codes([[0], [32_767]]).trie.code.dtype == torch.int16
+    assert from_codes([[0], [1]]).trie.child_start.dtype == torch.int32
+    assert offset_type(2**31 - 1) is np.int32
+    assert offset_type(2**31) is np.int64

@@ -1,0 +1,278 @@
+"""Building, keeping and searching tries of a hundred thousand to ten million items.
+
+Items have three codes drawn evenly from 8192, which shares least. Each size is built in a process
+of its own, whose largest resident size counts, interpreter, torch and Parquet reader included.
+
+The cost of masking and selection is that of a beam search whose policy costs nothing: its logits
+are a fixed row of numbers. A step lasts from one question to the engine to the next one.
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from jaxtyping import Float32, Int64
+from torch import Tensor
+
+from benchmarks.learner import VERSION
+from benchmarks.measure import Report, Row, figure, report
+from orchard import catalogue as catalogues
+from orchard import index as indices
+from orchard import model as models
+from orchard import trie as tries
+from orchard.config import ModelConfig
+from orchard.model import segment_log_softmax
+from orchard.trie import Trie
+from orchard.types import Prompts
+from orchard.view import everything
+from orchard.vocabulary import Vocabulary
+from rollout.allowed import Allowed
+from rollout.engine import Engine, Expansion
+from rollout.engine.torch import TorchEngine
+from rollout.search import beam
+
+CODES, LEVELS, WIDTH, LENGTH = 8192, 3, 64, 128
+"""Codes of a level, levels, beams and prompt tokens of the figures that were asked for."""
+REPEATS = 10
+MEGABYTE = 1e6
+
+
+def run(quick: bool) -> Report:
+    """1e5 to 1e7 items, the steps at 1e6 beside those of a real policy; `quick` stops at 1e6."""
+    torch.set_num_threads(1)
+    sizes = [10**5, 10**6] if quick else [10**5, 10**6, 10**7]
+    with tempfile.TemporaryDirectory() as folder:
+        files = {size: Path(folder) / f"{size}.trie" for size in sizes}
+        built = [_build(size, path) for size, path in files.items()]
+        loaded = {size: indices.load(path).trie for size, path in files.items()}
+        steps = _steps(loaded)
+        model = _beside_a_policy(loaded[10**6])
+        viewed = _viewed(loaded[10**6])
+    largest, worst = built[-1], max(model, key=lambda row: float(row["search_s"]))
+    at = f"V={CODES}, L={LEVELS}"
+    growth = float(steps[-1]["search_s"]) / float(steps[0]["search_s"])
+    figures = [
+        figure("build_s", float(largest["parquet_to_file_s"]), "s", asked="<= 60",
+               note=f"{largest['items']} items, {at}: Parquet to trie file, once; the sort alone "
+               f"{largest['build_s']:.2f} s, median of {REPEATS}"),
+        figure("file_mb", float(largest["file_mb"]), "MB", asked="<= 150",
+               note="trie, and the items of every leaf"),
+        figure("resident_mb", float(largest["resident_mb"]), "MB", asked="<= 150",
+               note="growth of the process when the file is mapped, verified and live leaves are "
+               "counted"),
+        figure("peak_build_gb", float(largest["peak_mb"]) / 1e3, "GB", asked="<= 2",
+               note="largest resident size of the whole process"),
+        figure("mask_and_selection_ms", float(worst["search_s"]) * 1e3, "ms", asked="<= 1",
+               note=f"dearest level step of one prompt, 1e6 items, W={WIDTH}"),
+        figure("mask_and_selection_share", float(worst["share"]), "of a step", asked="<= 0.2",
+               note="the same step; the policy is a fresh Qwen3 of the default sizes, FP32"),
+        figure("step_growth", growth, "x", asked="<= 2",
+               note=f"all level steps of one prompt, {sizes[-1]:.0e} items over {sizes[0]:.0e}"),
+    ]  # fmt: skip
+    return report("trie", figures, [*built, *steps, *model, *viewed])
+
+
+def _build(num_items: int, path: Path) -> Row:
+    """Build and load one size, each in a fresh process."""
+    items, row = path.with_suffix(".parquet"), {"items": num_items}
+    for step in (_write_items, _measure_build, _measure_load):
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+            row |= fresh.submit(step, num_items, items, path).result()
+    items.unlink()
+    return row
+
+
+def _write_items(num_items: int, items: Path, _: Path) -> dict[str, float]:
+    codes = np.random.default_rng(0).integers(CODES, size=num_items * LEVELS, dtype=np.int32)
+    start = np.arange(num_items + 1, dtype=np.int32) * LEVELS
+    sids = pa.ListArray.from_arrays(pa.array(start), pa.array(codes))
+    pq.write_table(pa.table({"item_id": np.arange(num_items), "sid": sids}), items)
+    return {}
+
+
+def _measure_build(_: int, items: Path, path: Path) -> dict[str, float]:
+    torch.set_num_threads(1)
+    begin = time.perf_counter()
+    catalogue = catalogues.read(items, level_size=(CODES,) * LEVELS)
+    read = time.perf_counter() - begin
+    indices.save(indices.of_catalogue(catalogue), path)
+    done, peak = time.perf_counter() - begin, _memory("VmHWM")
+    seconds = _median(lambda: tries.build(catalogue.codes, catalogue=catalogue.digest))
+    return {
+        "build_s": seconds,
+        "parquet_to_catalogue_s": read,
+        "parquet_to_file_s": done,
+        "peak_mb": peak,
+        "file_mb": path.stat().st_size / MEGABYTE,
+    }
+
+
+def _measure_load(_: int, items: Path, path: Path) -> dict[str, float]:
+    torch.set_num_threads(1)
+    everything(catalogues.from_codes([[0], [1]]).trie)  # what torch loads at first use
+    before, begin = _memory("VmRSS"), time.perf_counter()
+    loaded = indices.load(path)
+    seconds, mapped = time.perf_counter() - begin, _memory("VmRSS") - before
+    begin = time.perf_counter()
+    view = everything(loaded.trie)
+    return {
+        "load_s": seconds,
+        "view_s": time.perf_counter() - begin,
+        "mapped_mb": mapped,
+        "view_mb": view.num_bytes / MEGABYTE,
+        "resident_mb": _memory("VmRSS") - before,
+    }
+
+
+def _memory(entry: str) -> float:
+    """An entry of this process's status, in megabytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(entry)) * 1024 / MEGABYTE
+
+
+def _median(call: Callable[[], object]) -> float:
+    seconds: list[float] = []
+    for _ in range(REPEATS):
+        begin = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds)
+
+
+class FreeEngine:
+    """A policy that costs nothing: whatever the prefix, code c has the logit `logit[c]`."""
+
+    def __init__(self, trie: Trie) -> None:
+        """Draw the logits."""
+        self.trie, self.vocabulary, self.version = trie, _vocabulary(), VERSION
+        self._logit = torch.randn(CODES, generator=torch.Generator().manual_seed(0))
+
+    def prefill(self, prompts: Prompts) -> Expansion:
+        """Score the children of the root."""
+        return self._expand(torch.zeros(len(prompts), dtype=torch.long))
+
+    def extend(
+        self,
+        state: Int64[Tensor, " F"],
+        token: Int64[Tensor, " S"],
+        start: Int64[Tensor, " F1"],
+        node: Int64[Tensor, " F"],
+    ) -> Expansion:
+        """Score the children of the nodes."""
+        return self._expand(node)
+
+    def _expand(self, node: Int64[Tensor, " F"]) -> Expansion:
+        children = self.trie.children(node)
+        code = self.trie.code.index_select(0, children.node).long()
+        logit: Float32[Tensor, " M"] = self._logit.index_select(0, code)
+        logprob = segment_log_softmax(logit, children.owner, len(node))
+        return Expansion(state=node, logprob=logprob, children=children)
+
+
+class Stopwatch:
+    """An engine that notes when it was asked."""
+
+    def __init__(self, engine: Engine) -> None:
+        """Stand in for `engine`."""
+        self.trie, self.vocabulary, self.version = engine.trie, engine.vocabulary, engine.version
+        self._engine = engine
+        self.asked: list[float] = []
+
+    def prefill(self, prompts: Prompts) -> Expansion:
+        """Note the time and pass on."""
+        self.asked.append(time.perf_counter())
+        return self._engine.prefill(prompts)
+
+    def extend(
+        self,
+        state: Int64[Tensor, " F"],
+        token: Int64[Tensor, " S"],
+        start: Int64[Tensor, " F1"],
+        node: Int64[Tensor, " F"],
+    ) -> Expansion:
+        """Note the time and pass on."""
+        self.asked.append(time.perf_counter())
+        return self._engine.extend(state, token, start, node)
+
+
+def _vocabulary() -> Vocabulary:
+    """Three special tokens and one token per code."""
+    levels = tuple(torch.arange(CODES) + 3 + level * CODES for level in range(LEVELS))
+    return Vocabulary(level_tokens=levels, bos=1, pad=0, size=3 + LEVELS * CODES)
+
+
+def _prompts(count: int) -> Prompts:
+    draw = np.random.default_rng(count)
+    return Prompts(
+        id=np.arange(count),
+        target=np.zeros(count, np.int64),
+        history=np.zeros(0, np.int64),
+        history_start=np.zeros(count + 1, np.int64),
+        token=draw.integers(3, 3 + LEVELS * CODES, count * LENGTH).astype(np.int32),
+        token_start=np.arange(count + 1) * LENGTH,
+    )
+
+
+def _timed(
+    cases: Mapping[str, Engine], prompts: Prompts, repeats: int = 2 * REPEATS
+) -> dict[str, list[float]]:
+    """Median seconds of each level step of each case; the cases take turns."""
+    seconds: dict[str, list[list[float]]] = {name: [] for name in cases}
+    for turn in range(repeats + 1):
+        for name, engine in cases.items():
+            watch = Stopwatch(engine)
+            beam(watch, prompts, width=WIDTH)
+            if turn:
+                seconds[name].append(np.diff([*watch.asked, time.perf_counter()]).tolist())
+    return {name: np.median(times, axis=0).tolist() for name, times in seconds.items()}
+
+
+def _steps(loaded: Mapping[int, Trie]) -> list[Row]:
+    """All level steps of a search, for every size side by side."""
+    found = _timed({str(size): FreeEngine(trie) for size, trie in loaded.items()}, _prompts(1))
+    return [
+        {"step_items": int(size), "prompts": 1, "search_s": sum(steps)}
+        | {f"level_{level}_s": second for level, second in enumerate(steps, 1)}
+        for size, steps in found.items()
+    ]
+
+
+def _beside_a_policy(trie: Trie) -> list[Row]:
+    """Each level step with and without a policy, for one prompt and for eight."""
+    model = models.create(ModelConfig(), _vocabulary(), seed=0)
+    cases = {"free": FreeEngine(trie), "policy": TorchEngine(model, trie, _vocabulary(), VERSION)}
+    rows: list[Row] = []
+    for count in (1, 8):
+        found = _timed(cases, _prompts(count), REPEATS)
+        rows += [
+            {
+                "level": level,
+                "prompts": count,
+                "search_s": free,
+                "with_policy_s": whole,
+                "share": free / whole,
+            }
+            for level, (free, whole) in enumerate(zip(*found.values(), strict=False), 1)
+        ]
+    return rows
+
+
+def _viewed(trie: Trie) -> list[Row]:
+    """What a view and a hundred excluded leaves add to a search of one prompt."""
+    engine, prompts = FreeEngine(trie), _prompts(1)
+    allowed = Allowed(
+        view=everything(trie),
+        excluded=np.random.default_rng(0).integers(trie.num_leaves, size=100),
+        excluded_start=np.array([0, 100]),
+    )
+    free = _median(lambda: beam(engine, prompts, width=WIDTH))
+    viewed = _median(lambda: beam(engine, prompts, width=WIDTH, allowed=allowed))
+    return [{"excluded": 100, "search_s": free, "search_with_view_s": viewed}]
