@@ -147,9 +147,7 @@ def _compare(rivals: Rivals, batch: int, width: int, repeats: int) -> tuple[Row,
     }
     ours = rivals.holder.run(find, prompts)
     expected = _found(setting, ours)
-    others: list[Sequence[Codes]] = [
-        _found(setting, ways[name]()) for name in ("requests", "torch")
-    ]
+    others = [_found(setting, ways[name]()) for name in ("requests", "torch")]
     others += [ways[name]() for name in ("hf_generate", "hf_processor", "hf_strong")]
     equal = [all(o[i] == expected[i] for o in others) for i in range(batch)]
     seconds = interleaved(ways, repeats=repeats)

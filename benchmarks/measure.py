@@ -13,7 +13,7 @@ from typing import TypedDict
 import torch
 
 Row = Mapping[str, str | int | float | bool]
-_COMPARE = {">=": operator.ge, "<=": operator.le, "==": operator.eq}
+_COMPARE = {">": operator.gt, ">=": operator.ge, "<=": operator.le, "==": operator.eq}
 
 
 class Figure(TypedDict):

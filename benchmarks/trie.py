@@ -83,7 +83,9 @@ def run(quick: bool) -> Report:
 def _build(num_items: int, path: Path) -> Row:
     """Build and load one size, each in a fresh process."""
     items, row = path.with_suffix(".parquet"), {"items": num_items}
-    for step in (_write_items, _measure_build, _measure_load):
+    steps: tuple[Callable[[int, Path, Path], dict[str, float]], ...]
+    steps = (_write_items, _measure_build, _measure_load)
+    for step in steps:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
             row |= fresh.submit(step, num_items, items, path).result()
     items.unlink()

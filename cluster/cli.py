@@ -115,9 +115,8 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Smaller run of the same code.")] = False,
 ) -> None:
     """The published figures, measured side by side."""
-    known = sorted(
-        p.stem for p in Path("benchmarks").glob("*.py") if p.stem not in ("__init__", "measure")
-    )
+    shared = {"__init__", "measure", "recipe"}
+    known = sorted({p.stem for p in Path("benchmarks").glob("*.py")} - shared)
     if name not in known:
         raise ConfigError(
             f"there is no bench {name!r}; choose from {', '.join(known) or 'none'} "

@@ -1,0 +1,121 @@
+"""A run file over several seeds: warm start, RL, and a control that goes on with the warm start.
+
+The control trains on the same rows for as long as RL took, to the nearest epoch, from the same
+warm start, at a quarter of its learning rate. All are judged on the whole test split; differences
+are paired by row and averaged over the seeds before rows are resampled.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.measure import Figure, Report, Row, figure, report
+from cluster.commands import TRAINED, WARM_START, improve, warm_start
+from orchard import config, evaluation
+from orchard.config import Config
+from orchard.evaluation import Evaluation
+from orchard.intervals import Estimate
+from orchard.metrics import FILE, read_metrics
+
+METRICS = ("ndcg@10/sid", "hr@1/sid", "hr@3/sid", "hr@10/sid", "hr@50/sid", "ndcg@10/item")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seed:
+    """The three evaluations of one seed."""
+
+    warm_start: Evaluation
+    trained: Evaluation
+    control: Evaluation
+    seconds: dict[str, float]
+
+
+def measure(
+    name: str, *, seeds: int, bars: dict[str, float], beside: str, changes: tuple[str, ...] = ()
+) -> Report:
+    """Run (or read, where it is done) every seed of `cluster/runs/<name>.toml`, and compare.
+
+    `bars` are asked of the warm start's metrics; `beside` names what others reach.
+    """
+    found = [_one(name, seed, changes) for seed in range(seeds)]
+    figures = [
+        figure(f"warm_start_{metric}", _mean(metric, [s.warm_start for s in found]), "",
+               asked=f">= {bar}", note=f"mean of {seeds} seeds; {beside}")
+        for metric, bar in bars.items()
+    ]  # fmt: skip
+    rows: list[Row] = []
+    for side in ("warm_start", "trained", "control"):
+        evaluations = [getattr(seed, side) for seed in found]
+        rows.append({"policy": side} | {metric: _mean(metric, evaluations) for metric in METRICS})
+    for other in ("warm_start", "control"):
+        gain = _gain(found, other)
+        rows.append({"difference": f"trained - {other}"} | _spelt(gain))
+        figures.append(_above_zero(other, gain["ndcg@10/sid"], seeds))
+    for index, seed in enumerate(found):
+        scores = {side: getattr(seed, side).metrics["ndcg@10/sid"].mean
+                  for side in ("warm_start", "trained", "control")}  # fmt: skip
+        rows.append({"seed": index} | scores | seed.seconds)
+    return report(name, figures, rows)
+
+
+def _one(name: str, seed: int, changes: tuple[str, ...]) -> Seed:
+    """What one seed came to; a command that has run already only reads its results."""
+    settings = _settings(name, f"{name}-{seed}", seed, changes)
+    warm_start(settings, dry_run=False)
+    improve(settings, dry_run=False)
+    log = read_metrics(settings.run_dir / FILE)
+    train_s = float(np.sum(log["train"]["cluster/step_s"].value))
+    epoch_s = float(np.median(log["sft"]["sft/epoch_s"].value))
+    control = _settings(name, f"{name}-{seed}-control", seed, (
+        *changes,
+        f"model.path={settings.run_dir / WARM_START}",
+        f"sft.epochs={max(1, round(train_s / epoch_s))}",
+        f"sft.lr={settings.sft.lr / 4}",
+    ))  # fmt: skip
+    warm_start(control, dry_run=False)
+    return Seed(
+        warm_start=_read(settings, WARM_START),
+        trained=_read(settings, TRAINED),
+        control=_read(control, WARM_START),
+        seconds={
+            "warm_start_s": float(log["sft"]["sft/elapsed_s"].value[-1]),
+            "train_s": train_s,
+            "control_s": _seconds(control),
+        },
+    )
+
+
+def _settings(name: str, run: str, seed: int, changes: tuple[str, ...]) -> Config:
+    path = Path("cluster/runs") / f"{name}.toml"
+    return config.load(path, [f"name={run}", f"seed={seed}", *changes])
+
+
+def _read(settings: Config, name: str) -> Evaluation:
+    return evaluation.read(settings.run_dir / "evaluation" / f"{name}.json")
+
+
+def _seconds(settings: Config) -> float:
+    return float(read_metrics(settings.run_dir / FILE)["sft"]["sft/elapsed_s"].value[-1])
+
+
+def _mean(metric: str, found: list[Evaluation]) -> float:
+    return float(np.mean([one.metrics[metric].mean for one in found]))
+
+
+def _gain(found: list[Seed], other: str) -> dict[str, Estimate]:
+    """RL minus the other, paired by row and averaged over seeds."""
+    return evaluation.paired_over_seeds(
+        [seed.trained.ranks for seed in found],
+        [getattr(seed, other).ranks for seed in found],
+        width=found[0].trained.width,
+    )
+
+
+def _spelt(gain: dict[str, Estimate]) -> dict[str, str]:
+    return {m: f"{gain[m].mean:+.4f} [{gain[m].low:+.4f}, {gain[m].high:+.4f}]" for m in METRICS}
+
+
+def _above_zero(other: str, gain: Estimate, seeds: int) -> Figure:
+    note = f"NDCG@10, lower end of the paired 95 % interval; mean {gain.mean:+.4f}, {seeds} seeds"
+    return figure(f"gain_over_{other}", gain.low, "", asked="> 0", note=note)
