@@ -178,3 +178,19 @@ def test_of_two_compactions_of_one_catalogue_the_second_is_refused() -> None:
     live.swap(one)
     with pytest.raises(CatalogueError, match="has replaced; prepare another one"):
         live.swap(other)
+
+
+def test_titles_change_as_semantic_ids_do() -> None:
+    tokens = (11, 12, 13, 2)  # of the codes 0, 1, 2 and of the end
+    first = from_codes([[0, 1], [2]], varying_depth=True, code_token=tokens)
+    live = LiveCatalogue(first)
+    with pytest.raises(CatalogueError, match="depth 4 where 3 was"):
+        live.add([[0, 1, 2]], [7])
+    live.add([[0]], [7])
+    live.remove([1])
+    live.swap(live.prepare())
+    expected = from_codes(
+        [[0, 1], [0]], item_id=np.array([0, 7]), varying_depth=True, code_token=tokens
+    )
+    assert live.snapshot.catalogue.digest == expected.digest
+    assert offered(live.snapshot) == {0: [0, 1], 7: [0]}

@@ -14,6 +14,7 @@ from orchard.testing import World, tiny_catalogue
 from orchard.view import everything, of_items, of_leaves
 from rollout.allowed import Allowed
 from rollout.engine.torch import TorchEngine
+from rollout.noise import GumbelNoise
 from rollout.search import beam, sample
 
 examples = settings(
@@ -86,6 +87,20 @@ def test_draws_are_allowed_leaves_with_the_policys_own_log_probability(
         assert np.allclose(
             found.score[rows], world.leaf_logprob[prompt][found.leaf[rows]], atol=1e-5
         )
+
+
+def test_draws_without_replacement_are_distinct_allowed_leaves(
+    world: World, engine: TorchEngine
+) -> None:
+    for seed in range(8):
+        allowed, leaves = drawn(world, seed)
+        noise = GumbelNoise(world.prompts.id, temperature=1.0, seed=seed)
+        found = beam(engine, world.prompts, width=5, noise=noise, allowed=allowed)
+        assert found.count.tolist() == [min(5, len(one)) for one in leaves]
+        for prompt, mine in enumerate(leaves):
+            rows = found.leaf[found.start[prompt] : found.start[prompt + 1]].tolist()
+            assert len(set(rows)) == len(rows)
+            assert set(rows) <= mine
 
 
 def test_draws_follow_the_policy_among_the_codes_that_are_allowed(
