@@ -10,7 +10,7 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from orchard import catalogue, config, model, vocabulary
+from orchard import catalogue, config, model, value, vocabulary
 from orchard.catalogue import Catalogue
 from orchard.config import Config
 from orchard.errors import CheckpointError, ConfigError
@@ -168,6 +168,7 @@ def open_folder(run: Run) -> None:
 def export(run: Run, folder: Path, policy: PolicyVersion, weights: Weights, **facts: float) -> None:
     """Write a policy as a Hugging Face folder with its tokenizer, catalogue and facts."""
     trained = model.load(run.policy, run.vocabulary)
+    value.fit(trained, weights)
     restore(trained, weights)
     _save(run, folder, trained, policy, facts)
 
@@ -188,7 +189,7 @@ def _save(
     """Write beside the target and swap, so that a reader never meets half a policy."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    trained.save_pretrained(partial)
+    value.save(trained, partial)
     run.tokenizer.save_pretrained(partial)
     catalogue.write(run.catalogue, partial / "catalogue")
     about = {

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from orchard import catalogue as catalogues
 from orchard import model as models
-from orchard import ragged, weights
+from orchard import ragged, value, weights
 from orchard.catalogue import Catalogue
 from orchard.config import ModelConfig
 from orchard.prompts import PromptFormat
@@ -104,7 +104,7 @@ def brute_force(
 
 def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write a Hugging Face folder that `orchard.model.load` and vLLM can read."""
-    model.save_pretrained(folder)
+    value.save(model, folder)
     tokenizer.save_pretrained(folder)
 
 
