@@ -264,6 +264,30 @@ class Credit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ValueTargets:
+    """Non-empty prefixes of a batch's candidates, and what the value head is to make of them.
+
+    Weights are shares of all states of all candidates of the whole batch.
+
+    Shapes:  V states   P states of the longest path, the prompt's end included
+    """
+
+    row: Int64[np.ndarray, " V"]
+    path: Int32[np.ndarray, "V P"]
+    """Slots of the prompt's end and of the last token of each node down to the state, then -1."""
+    reward: Float32[np.ndarray, " V"]
+    """Of the step into the state."""
+    outcome: Float32[np.ndarray, " V"]
+    """Mean discounted reward from the state on, over the candidates through it."""
+    through: Float32[np.ndarray, " V"]
+    """Weight of the candidates through the state."""
+    entered: Float32[np.ndarray, " V"]
+    """Of those that came from another state: as `through`, but 0 after the prompt's end."""
+    ending: Float32[np.ndarray, " V"]
+    """Of those that end there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainBatch:
     """Trees packed one to a row: the prompt, then the tree's nodes in preorder, each token once.
 
@@ -296,6 +320,8 @@ class TrainBatch:
     policy: PolicyVersion
     """Which policy grew the trees."""
     catalogue: str
+    values: ValueTargets | None = None
+    """What the value head learns, where there is one to teach."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -132,3 +132,20 @@ def test_a_digest_names_items_codes_and_sizes() -> None:
     assert same[0].digest == same[1].digest
     assert len({c.digest for c in (same[0], *others)}) == 4
     assert catalogues.from_codes([[0, 1], [1, 0]], title=["x", "y"]).digest == same[0].digest
+
+
+def test_embeddings_are_found_by_item_and_must_be_complete(tmp_path: Path) -> None:
+    catalogue = from_codes([[0, 0], [1, 0], [1, 1]], item_id=np.array([7, 3, 5]), level_size=(2, 2))
+    path = tmp_path / "embeddings.parquet"
+
+    def write(ids: list[int], rows: list[list[float]]) -> None:
+        pq.write_table(pa.table({"item_id": ids, "embedding": rows}), path)
+
+    write([3, 9, 5, 7], [[3.0, 1], [9, 1], [5, 1], [7, 1]])
+    assert read_embeddings(path, catalogue).tolist() == [[7, 1], [3, 1], [5, 1]]
+    write([3, 7], [[3.0, 1], [7, 1]])
+    with pytest.raises(DataError, match="item 5 has no embedding"):
+        read_embeddings(path, catalogue)
+    write([3, 5, 7], [[3.0, 1], [5], [7, 1]])
+    with pytest.raises(DataError, match="lengths from 1 to 2"):
+        read_embeddings(path, catalogue)
