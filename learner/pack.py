@@ -248,6 +248,7 @@ def _unshare(trees: SearchTrees) -> SearchTrees:
         state=trees.state[nodes],
         token=token,
         token_start=token_start,
+        value=None if trees.value is None else trees.value[nodes],
         logprob=ragged.take(trees.logprob, trees.token_start, nodes)[0],
         forced=ragged.take(trees.forced, trees.token_start, nodes)[0],
         candidate=start[1:] - 1,

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from orchard import ragged
 from orchard.errors import EngineError
-from orchard.trie import ROOT, Trie
-from orchard.types import Cost, Prompts
+from orchard.trie import ROOT, Children, Trie
+from orchard.types import Cost, Prompts, concatenate_known
 from rollout.engine import Engine, Expansion
 
 
@@ -36,6 +36,9 @@ class Candidates:
     """Log-probability of the leaf given the prompt."""
     leaf: Int64[np.ndarray, " C"]
     cost: Cost
+    value: Float32[np.ndarray, "C D"] | None = None
+    """Value of the prefix that ends with each code, NaN where it was not asked for; None where the
+    search is not guided by values."""
 
     def select(self, rows: Int64[np.ndarray, " R"]) -> "Candidates":
         """The candidates of the given prompts, in the order asked for."""
@@ -48,6 +51,7 @@ class Candidates:
             score=self.score[which],
             leaf=self.leaf[which],
             cost=self.cost,
+            value=None if self.value is None else self.value[which],
         )
 
     @staticmethod
@@ -61,6 +65,7 @@ class Candidates:
             score=np.concatenate([p.score for p in parts]),
             leaf=leaf,
             cost=sum((p.cost for p in parts), Cost()),
+            value=concatenate_known([p.value for p in parts]),
         )
 
 
@@ -75,7 +80,7 @@ def beam(engine: Engine, prompts: Prompts, *, width: int) -> Candidates:
         EngineError: a prompt does not fit the engine, or the policy has diverged.
     """
     trie, num_prompts = engine.trie, len(prompts)
-    expansion = _sound(engine, engine.prefill(prompts))
+    expansion = sound(engine, engine.prefill(prompts))
     cost = Cost(prefill_tokens=len(prompts.token), passes=1)
     prompt = torch.arange(num_prompts, device=trie.code.device)
     node = torch.full_like(prompt, ROOT)
@@ -86,8 +91,8 @@ def beam(engine: Engine, prompts: Prompts, *, width: int) -> Candidates:
     scored = torch.ones_like(prompt, dtype=torch.bool)
     for _ in range(trie.depth):
         source, child, gain = _next(trie, node, scored, expansion)
-        best = _best(prompt[source], score[source] + gain, child, width, num_prompts)
-        source, node, gain = source[best], child[best], gain[best]
+        kept = best(prompt[source], score[source] + gain, child, width, num_prompts)
+        source, node, gain = source[kept], child[kept], gain[kept]
         prompt, score = prompt[source], score[source] + gain
         read, state, logprob = read[source], state[source], logprob[source]
         logprob[torch.arange(len(node), device=node.device), trie.depth_of(node) - 1] += gain
@@ -95,12 +100,12 @@ def beam(engine: Engine, prompts: Prompts, *, width: int) -> Candidates:
         ask = scored.nonzero().squeeze(1)
         expansion = None
         if len(ask):
-            token, start = _spans(engine, read[ask], node[ask])
-            expansion = _sound(engine, engine.extend(state[ask], token, start, node[ask]))
+            token, start = spans(engine, read[ask], node[ask])
+            expansion = sound(engine, engine.extend(state[ask], token, start, node[ask]))
             read = torch.where(scored, node, read)
             state = state.index_copy(0, ask, expansion.state)
             cost += Cost(forward_tokens=len(token), passes=1)
-    return _collect(trie, prompt, node, logprob, score, num_prompts, cost)
+    return collect(trie, prompt, node, logprob, score, num_prompts, cost)
 
 
 def sample(
@@ -116,15 +121,15 @@ def sample(
         EngineError: a prompt does not fit the engine, or the policy has diverged.
     """
     trie, num_prompts = engine.trie, len(prompts)
-    expansion = _sound(engine, engine.prefill(prompts))
+    expansion = sound(engine, engine.prefill(prompts))
     cost = Cost(prefill_tokens=len(prompts.token), passes=1)
-    uniform = _uniforms(prompts.id, count, trie.depth, seed).to(trie.code.device)
+    uniform = uniforms(prompts.id, count, trie.depth, seed).to(trie.code.device)
     prompt = torch.arange(num_prompts, device=trie.code.device).repeat_interleave(count)
     node = torch.full_like(prompt, ROOT)
     logprob = torch.zeros(len(prompt), trie.depth, device=prompt.device)
     live, at = torch.arange(len(prompt), device=prompt.device), prompt
     for step in range(trie.depth):
-        pick = _draw(expansion, at, uniform[live, step], temperature)
+        pick = draw(expansion.logprob, expansion.children, at, uniform[live, step], temperature)
         child = expansion.children.node[pick]
         logprob[live, trie.depth_of(child) - 1] = expansion.logprob[pick]
         above, below = node[live], trie.descend(child)
@@ -136,19 +141,17 @@ def sample(
         distinct, owner = torch.unique(prompt[live] * trie.num_nodes + below, return_inverse=True)
         # Draws of one prefix agree in everything that follows, so any of them speaks for all.
         voice = torch.empty_like(distinct).index_copy(0, owner, torch.arange(len(owner)).to(owner))
-        token, start = _spans(engine, above[voice], below[voice])
+        token, start = spans(engine, above[voice], below[voice])
         before = expansion.state[at[voice]]
-        expansion = _sound(engine, engine.extend(before, token, start, below[voice]))
+        expansion = sound(engine, engine.extend(before, token, start, below[voice]))
         at = owner
         cost += Cost(forward_tokens=len(token), passes=1)
     score = logprob.sum(1)
-    order = _order(prompt, score, node)
-    return _collect(
-        trie, prompt[order], node[order], logprob[order], score[order], num_prompts, cost
-    )
+    by = in_order(prompt, score, node)
+    return collect(trie, prompt[by], node[by], logprob[by], score[by], num_prompts, cost)
 
 
-def _sound(engine: Engine, expansion: Expansion) -> Expansion:
+def sound(engine: Engine, expansion: Expansion) -> Expansion:
     """The expansion itself; raises EngineError where it holds no numbers to choose by."""
     if not bool(expansion.logprob.isfinite().all()):
         raise EngineError(
@@ -180,7 +183,7 @@ def _next(
     return source, first[source] + place, gain
 
 
-def _best(
+def best(
     prompt: Int64[Tensor, " M"],
     score: Float32[Tensor, " M"],
     node: Int64[Tensor, " M"],
@@ -197,7 +200,7 @@ def _best(
         rows[prompt, place] = score
         bound = rows.topk(width, sorted=False).values.amin(1)
         chosen = (score >= bound[prompt]).nonzero().squeeze(1)
-    chosen = chosen[_order(prompt[chosen], score[chosen], node[chosen])]
+    chosen = chosen[in_order(prompt[chosen], score[chosen], node[chosen])]
     return chosen[_places(prompt[chosen], num_prompts) < width]
 
 
@@ -208,7 +211,7 @@ def _places(prompt: Int64[Tensor, " M"], num_prompts: int) -> Int64[Tensor, " M"
     return torch.arange(len(prompt), device=prompt.device) - first[prompt]
 
 
-def _order(
+def in_order(
     prompt: Int64[Tensor, " M"], score: Float32[Tensor, " M"], node: Int64[Tensor, " M"]
 ) -> Int64[Tensor, " M"]:
     """Indices by prompt, then falling score, then rising node."""
@@ -217,7 +220,7 @@ def _order(
     return order[prompt[order].argsort(stable=True)]
 
 
-def _spans(
+def spans(
     engine: Engine, above: Int64[Tensor, " F"], node: Int64[Tensor, " F"]
 ) -> tuple[Int64[Tensor, " S"], Int64[Tensor, " F1"]]:
     """Tokens of the codes that lead from `above` down to `node`."""
@@ -230,7 +233,7 @@ def _spans(
     return engine.vocabulary.token_of(trie, trie.path(node)[owner, level]), start
 
 
-def _uniforms(
+def uniforms(
     prompt_id: Int64[np.ndarray, " B"], count: int, depth: int, seed: int
 ) -> Float64[Tensor, "F D"]:
     """Numbers in [0, 1) for each draw and decision, from (seed, prompt id) and nothing else."""
@@ -241,15 +244,16 @@ def _uniforms(
     return torch.from_numpy(np.concatenate(draws))
 
 
-def _draw(
-    expansion: Expansion,
+def draw(
+    logprob: Float32[Tensor, " M"],
+    children: Children,
     at: Int64[Tensor, " F"],
     uniform: Float64[Tensor, " F"],
     temperature: float,
 ) -> Int64[Tensor, " F"]:
     """For each draw the child chosen at node `at[f]` of the frontier, by inverting its CDF."""
-    owner, start = expansion.children.owner, expansion.children.start
-    scaled = expansion.logprob.double() / temperature
+    owner, start = children.owner, children.start
+    scaled = logprob.double() / temperature
     peak = scaled.new_full((len(start) - 1,), float("-inf"))
     peak = peak.scatter_reduce(0, owner, scaled, "amax")
     weight = (scaled - peak[owner]).exp()
@@ -260,7 +264,7 @@ def _draw(
     return pick.minimum(start[1:][at] - 1)
 
 
-def _collect(
+def collect(
     trie: Trie,
     prompt: Int64[Tensor, " C"],
     node: Int64[Tensor, " C"],

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from orchard import catalogue as catalogues
-from orchard.catalogue import from_codes, load, read, write
+from orchard.catalogue import from_codes, load, read, read_embeddings, write
 from orchard.errors import CatalogueError, DataError
 from orchard.testing import tiny_catalogue
 
