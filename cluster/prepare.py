@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+from jaxtyping import Float32
 from transformers import PreTrainedTokenizerBase
 
 from orchard import catalogue, config, model, value, vocabulary
@@ -19,6 +21,7 @@ from orchard.types import PolicyVersion
 from orchard.vocabulary import Vocabulary
 from orchard.weights import Weights, restore
 from rewards.reward import check as check_rewards
+from rollout.ved import check_budget
 
 Phase = Literal["sft", "train", "evaluate"]
 
@@ -58,6 +61,14 @@ class Run:
         return self.dir / ("warm_start" if self.phase == "sft" else "policy")
 
     @cached_property
+    def embedding(self) -> Float32[np.ndarray, "I E"] | None:
+        """Of each item, where the data set has embeddings."""
+        data = self.config.data
+        if data.embeddings is None:
+            return None
+        return catalogue.read_embeddings(data.path / data.embeddings, self.catalogue)
+
+    @cached_property
     def form(self) -> PromptFormat:
         """How histories become tokens."""
         return PromptFormat(catalogue=self.catalogue, vocabulary=self.vocabulary)
@@ -94,6 +105,8 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
         name: read_split([data.path / file for file in files], items, max_history=data.max_history)
         for name, files in (("train", data.train), ("valid", [data.valid]), ("test", [data.test]))
     }
+    if settings.rollout.search == "ved":
+        check_budget(settings.rollout.ved, items.trie)
     width = max(settings.rollout.candidates, settings.evaluate.beams, settings.evaluate.valid_beams)
     if width > items.trie.num_leaves:
         logging.getLogger("orchard").warning(

@@ -25,7 +25,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from learner import checkpoint, sft
 from learner.step import Learner
-from orchard import model, weights
+from orchard import model, value, weights
 from orchard.catalogue import Catalogue
 from orchard.config import Config, LearnerConfig
 from orchard.errors import ActorError
@@ -119,6 +119,10 @@ def work(task: dict[str, Any]) -> None:
     config = assignment.config
     torch.set_num_threads(config.learner.threads)
     policy = model.load(assignment.policy, assignment.vocabulary)
+    if assignment.phase == "train" and config.model.value_head:
+        value.attach(policy, seed=config.seed)
+    else:
+        value.detach(policy)
     if assignment.phase == "sft":
         model.add_dropout(policy, config.model.dropout)
     learner = Learner(

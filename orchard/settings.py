@@ -195,7 +195,11 @@ class LearnerConfig(Section):
     prompts_per_step: Positive = 64
     updates_per_batch: Positive = 1
     """Gradient steps on one batch; above 1 the clip comes into force."""
-    estimator: Literal["group", "dapo", "drgrpo", "leave_one_out"] = "group"
+    estimator: Literal[
+        "group", "dapo", "drgrpo", "leave_one_out", "sibling", "blend", "group_sibling"
+    ] = "group"
+    sibling_weight: Rate = 1.0
+    """Of the sibling loss beside the group's, in `group_sibling`."""
     std_epsilon: Annotated[float, Field(gt=0.0)] = 1e-4
     lr: Rate = 2e-4
     warmup: Share = 0.03
@@ -295,6 +299,11 @@ class Config(Section):
             raise ValueError(
                 "learner.estimator = leave_one_out needs rollout.candidates >= 2, "
                 f"not {self.rollout.candidates}"
+            )
+        if self.rollout.search == "ved" and not self.model.value_head:
+            raise ValueError(
+                'rollout.search = "ved" is guided by values; set model.value_head = true, '
+                "or choose another search"
             )
         if 0 < self.learner.dual_clip <= 1:
             raise ValueError(

@@ -22,6 +22,7 @@ from rollout.engine.torch import TorchEngine
 from rollout.engine.vllm import VllmEngine
 from rollout.search import Candidates, beam, sample
 from rollout.trees import grow
+from rollout.ved import ved
 
 
 class Searcher:
@@ -64,13 +65,15 @@ class Searcher:
         """The policy that searches now."""
         return self._engine.version
 
-    def search(self, prompts: Prompts, seed: int) -> SearchTrees:
-        """A tree per prompt, by the configured search."""
-        config = self._config
+    def search(self, prompts: Prompts, seed: int, kind: str | None = None) -> SearchTrees:
+        """A tree per prompt, by the configured search or by that of another kind."""
+        config, wanted = self._config, kind or self._config.search
 
         def draw(part: Prompts) -> Candidates:
-            if config.search == "beam":
+            if wanted == "beam":
                 return beam(self._engine, part, width=config.candidates)
+            if wanted == "ved":
+                return ved(self._engine, part, config.ved, count=config.candidates, seed=seed)
             return sample(
                 self._engine,
                 part,

@@ -29,11 +29,11 @@ from orchard import ragged
 from orchard.config import VedConfig
 from orchard.errors import ConfigError
 from orchard.trie import Children, Trie
-from orchard.types import Cost, Prompts
+from orchard.types import Prompts
 from rollout.engine import Engine
 from rollout.harvest import harvest
 from rollout.search import Candidates, best, draw, uniforms
-from rollout.visited import Visited, visit, visit_roots
+from rollout.visited import visit, visit_roots
 
 TRAVERSALS_PER_TOKEN = 4
 """Bound on the traversals of a prompt: one that grows nothing costs nothing."""
@@ -111,26 +111,31 @@ class _Search:
         return (self._spent < self._settings.budget) & (free > 0)
 
     def begin(self) -> None:
-        """Likelihood beam search; all prefixes that it visits are in the tree."""
+        """Likelihood beam search; all prefixes that it visits are in the tree.
+
+        A child with forced codes is visited once it has survived down to the last of them: no level
+        costs more tokens than the beam is wide.
+        """
         beams = np.arange(len(self._spent))
-        for step in range(self._engine.trie.depth):
+        entry = owner = np.zeros(0, np.int64)
+        for step in range(1, self._engine.trie.depth + 1):
             tree = self.visited
-            # Forced codes may have carried a beam further; there it waits for the others.
-            grows = (tree.depth[beams] == step) & ~tree.is_leaf[beams]
-            entry, owner = tree.free_children(beams[grows])
-            owner = beams[grows][owner]
-            waits = beams[~grows]
+            grows = ~tree.is_leaf[beams]
+            parents, waits = beams[grows], beams[~grows]
+            new, above = tree.free_children(parents)
+            entry, owner = np.concatenate([entry, new]), np.concatenate([owner, parents[above]])
             kept = self._best(
                 np.concatenate([tree.prompt[waits], tree.prompt[owner]]),
                 np.concatenate([tree.score[waits], tree.score[owner] + tree.child_logprob[entry]]),
                 np.concatenate([tree.node[waits], tree.child[entry]]),
             )
-            chosen = np.sort(kept[kept >= len(waits)]) - len(waits)
-            beams = waits[kept[kept < len(waits)]]
-            if len(chosen):
-                beams = np.concatenate([beams, np.arange(len(chosen)) + len(tree)])
-                self._spent += self._charge(entry[chosen], owner[chosen], self._spent)[0]
-                self._visit(entry[chosen], owner[chosen])
+            beams, alive = waits[kept[kept < len(waits)]], kept[kept >= len(waits)] - len(waits)
+            entry, owner = entry[alive], owner[alive]
+            here = self._ends(entry)[0] == step
+            beams = np.concatenate([beams, np.arange(here.sum()) + len(tree)])
+            self._spent += self._charge(entry[here], owner[here])[0]
+            self._visit(entry[here], owner[here])
+            entry, owner = entry[~here], owner[~here]
         if self._settings.warm_visits:
             self._passed = np.bincount(self.visited.prompt[beams], minlength=len(self._spent))
             while len(beams):
@@ -178,8 +183,6 @@ class _Search:
             owner = np.concatenate([w.owner for w in self._waiting])
             stream = np.concatenate([w.stream for w in self._waiting])
             first, self._waiting = len(self.visited), []
-            if len(entry) == 0:
-                return
             self._visit(entry, owner)
             if self._settings.to_leaf:
                 new = np.arange(first, len(self.visited))
@@ -187,6 +190,8 @@ class _Search:
                 self._grow(new[inner], stream[inner] + 1)
 
     def _visit(self, entry: Int64[np.ndarray, " F"], owner: Int64[np.ndarray, " F"]) -> None:
+        if len(entry) == 0:
+            return
         self.visited, cost = visit(self._engine, self.visited, entry, owner)
         self._visits = np.concatenate([self._visits, np.zeros(len(entry), np.int64)])
         self.cost += cost
@@ -260,7 +265,7 @@ class _Search:
             torch.from_numpy(number),
             1.0,
         ).numpy()
-        spent, affordable = self._charge(entry[pick], node, self._spent)
+        spent, affordable = self._charge(entry[pick], node)
         self._spent += spent
         pick, node, stream = pick[affordable], node[affordable], stream[affordable]
         tree.taken[entry[pick]] = True
@@ -268,25 +273,27 @@ class _Search:
             self.counts[f"expanded_{depth + 1}"] += 1
         self._waiting.append(_Growth(entry[pick], node, stream))
 
+    def _ends(
+        self, entry: Int64[np.ndarray, " F"]
+    ) -> tuple[Int64[np.ndarray, " F"], Bool[np.ndarray, " F"]]:
+        """Depth to which the forced codes after each child lead, and whether it is a leaf there."""
+        trie = self._engine.trie
+        below = trie.descend(torch.from_numpy(self.visited.child[entry]).to(trie.code.device))
+        return trie.depth_of(below).cpu().numpy(), (trie.num_children(below) == 0).cpu().numpy()
+
     def _charge(
-        self,
-        entry: Int64[np.ndarray, " F"],
-        owner: Int64[np.ndarray, " F"],
-        spent: Int64[np.ndarray, " B"],
+        self, entry: Int64[np.ndarray, " F"], owner: Int64[np.ndarray, " F"]
     ) -> tuple[Int64[np.ndarray, " B"], Bool[np.ndarray, " F"]]:
         """What each prompt pays for chosen children, in their order, and which it can afford."""
-        trie, tree = self._engine.trie, self.visited
-        below = trie.descend(torch.from_numpy(tree.child[entry]).to(trie.code.device))
-        tokens = trie.depth_of(below).cpu().numpy() - tree.depth[owner]
-        if not self._settings.count_leaves:
-            tokens -= (trie.num_children(below) == 0).cpu().numpy()
+        tree, size = self.visited, len(self._spent)
+        depth, is_leaf = self._ends(entry)
+        tokens = depth - tree.depth[owner] - (is_leaf & (not self._settings.count_leaves))
         prompt = tree.prompt[owner]
         by = prompt.argsort(kind="stable")
         running = np.cumsum(tokens[by])
-        size = np.bincount(prompt, minlength=len(spent))
-        before = np.concatenate([[0], running])[ragged.starts(size)[:-1]]
+        first = ragged.starts(np.bincount(prompt, minlength=size))[:-1]
         total = np.empty_like(running)
-        total[by] = running - before[prompt[by]]
-        affordable = spent[prompt] + total <= self._settings.budget
-        paid = np.bincount(prompt, np.where(affordable, tokens, 0), minlength=len(spent))
+        total[by] = running - np.concatenate([[0], running])[first][prompt[by]]
+        affordable = self._spent[prompt] + total <= self._settings.budget
+        paid = np.bincount(prompt, np.where(affordable, tokens, 0), minlength=size)
         return paid.astype(np.int64), affordable
