@@ -212,7 +212,7 @@ def read_embeddings(path: Path, catalogue: Catalogue) -> Float32[np.ndarray, "I 
     lengths = column.value_lengths().fill_null(0).to_numpy()
     if len(np.unique(lengths)) != 1 or lengths[0] == 0:
         raise DataError(
-            f"embeddings of {path} have lengths from {lengths.min(initial=0)} to "
+            f"embeddings of {path} have lengths from {lengths.min(initial=lengths.max(initial=0))} to "
             f"{lengths.max(initial=0)}; all items must have one of the same length"
         )
     order = np.argsort(ids, kind="stable")

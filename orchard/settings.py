@@ -121,6 +121,7 @@ class RolloutConfig(Section):
     actors: Positive = 1
     engine: Literal["vllm", "torch"] = "vllm"
     search: Literal["beam", "sample", "ved"] = "beam"
+    """The likeliest candidates, independent draws, or what a value head guides to."""
     candidates: Positive = 16
     """Candidates per prompt; the width of the beam."""
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
@@ -198,6 +199,8 @@ class LearnerConfig(Section):
     estimator: Literal[
         "group", "dapo", "drgrpo", "leave_one_out", "sibling", "blend", "group_sibling"
     ] = "group"
+    """Who a candidate is compared with: its group, or at each code the alternatives that were also
+    found; `group_sibling` adds both losses, `blend` averages both advantages."""
     sibling_weight: Rate = 1.0
     """Of the sibling loss beside the group's, in `group_sibling`."""
     std_epsilon: Annotated[float, Field(gt=0.0)] = 1e-4
@@ -299,6 +302,11 @@ class Config(Section):
             raise ValueError(
                 "learner.estimator = leave_one_out needs rollout.candidates >= 2, "
                 f"not {self.rollout.candidates}"
+            )
+        if self.model.value_head and "vllm" in (self.rollout.engine, self.evaluate.engine):
+            raise ValueError(
+                "model.value_head = true needs an engine that runs the head; set rollout.engine "
+                'and evaluate.engine to "torch"'
             )
         if self.rollout.search == "ved" and not self.model.value_head:
             raise ValueError(
