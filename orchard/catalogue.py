@@ -211,9 +211,10 @@ def read_embeddings(path: Path, catalogue: Catalogue) -> Float32[np.ndarray, "I 
     ids, column = table["item_id"].to_numpy(), table["embedding"].combine_chunks()
     lengths = column.value_lengths().fill_null(0).to_numpy()
     if len(np.unique(lengths)) != 1 or lengths[0] == 0:
+        shortest, longest = (f(lengths, initial=lengths.max(initial=0)) for f in (np.min, np.max))
         raise DataError(
-            f"embeddings of {path} have lengths from {lengths.min(initial=lengths.max(initial=0))} to "
-            f"{lengths.max(initial=0)}; all items must have one of the same length"
+            f"embeddings of {path} have lengths from {shortest} to {longest}; all items must have "
+            "one of the same length"
         )
     order = np.argsort(ids, kind="stable")
     place = order[np.searchsorted(ids, catalogue.item_id, sorter=order).clip(max=len(ids) - 1)]

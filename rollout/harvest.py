@@ -34,15 +34,18 @@ def harvest(trie: Trie, tree: Visited, count: int, num_prompts: int, cost: Cost)
     new = np.arange(len(leaf), len(prompt))
     logprob[new, tree.depth[owner]] = tree.child_logprob[entry]
     score = np.concatenate([tree.score[leaf], tree.score[owner] + tree.child_logprob[entry]])
-    by = in_order(torch.from_numpy(prompt), torch.from_numpy(score), torch.from_numpy(node))
+    by = in_order(torch.from_numpy(prompt), torch.from_numpy(score), torch.from_numpy(node)).numpy()
+    device = trie.code.device
     candidates = collect(
         trie,
-        *(torch.from_numpy(x).to(trie.code.device)[by.to(trie.code.device)]
-          for x in (prompt, node, logprob, score)),
+        torch.from_numpy(prompt[by]).to(device),
+        torch.from_numpy(node[by]).to(device),
+        torch.from_numpy(logprob[by]).to(device),
+        torch.from_numpy(score[by]).to(device),
         num_prompts,
         cost + Cost(counts={"completed": len(entry)}),
-    )  # fmt: skip
-    return replace(candidates, value=value[by.numpy()])
+    )
+    return replace(candidates, value=value[by])
 
 
 def _completions(

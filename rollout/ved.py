@@ -151,8 +151,14 @@ class _Search:
     ) -> Int64[np.ndarray, " F"]:
         """The likeliest entries of each prompt, as many as the beam is wide."""
         by = prompt.argsort(kind="stable")
-        table = [torch.from_numpy(column[by]) for column in (prompt, score, node)]
-        return by[best(*table, self._settings.width, len(self._spent)).numpy()]
+        kept = best(
+            torch.from_numpy(prompt[by]),
+            torch.from_numpy(score[by]),
+            torch.from_numpy(node[by]),
+            self._settings.width,
+            len(self._spent),
+        )
+        return by[kept.numpy()]
 
     def traverse(self, active: Bool[np.ndarray, " B"], traversal: int) -> None:
         """Descend once for each active prompt; what grows on the way waits to be evaluated."""
