@@ -17,8 +17,9 @@ def diagnose(scored: ScoredTrees) -> dict[str, float]:
     `orchard.evaluation.diversity`. `rollout/prefixes_L`: distinct prefixes of L steps per prompt.
     `rollout/NAME`: what the search counted (see `rollout.ved`), per prompt.
     `rollout/logprob_spearman_L`, `rollout/value_spearman_L`: rank correlation of the prefixes'
-    log-probability and value with the candidates' reward, averaged over the prompts where both
-    vary; left out where there is none.
+    log-probability and value with the hit of the part "rule" (where it is not scored, the reward),
+    averaged over the prompts where both vary; left out where there is none. A ranking penalty
+    would set likelihood against itself.
     """
     trees = scored.trees
     num_prompts, path = len(trees), trees.paths()
@@ -74,7 +75,8 @@ def _ranks(
 
 
 def _correlations(scored: ScoredTrees, path: Int64[np.ndarray, "C K"]) -> dict[str, float]:
-    trees, figures = scored.trees, {}
+    trees, figures = scored.trees, dict[str, float]()
+    reward = scored.parts.get("rule", scored.reward)
     prefix = np.zeros(len(trees.step))
     span = np.add.reduceat(np.append(trees.logprob, 0), trees.token_start[:-1])
     span = np.where(np.diff(trees.token_start) > 0, span, 0)
@@ -90,7 +92,7 @@ def _correlations(scored: ScoredTrees, path: Int64[np.ndarray, "C K"]) -> dict[s
             known = known[~np.isnan(of_node[path[known, step]])]
             found = grouped_spearman(
                 of_node[path[known, step]],
-                scored.reward[known],
+                reward[known],
                 trees.prompt_of_candidate[known],
                 len(trees),
             )

@@ -1,7 +1,7 @@
 """What the value head is taught, against worked examples and against candidates one by one."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -224,3 +224,17 @@ def test_a_resumed_learner_with_a_head_continues_bit_for_bit(
     for batch in batches[2:]:
         second.improve(batch)
     assert digest(snapshot(second.policy)) == digest(snapshot(straight.policy))
+
+
+def test_a_part_without_states_still_takes_part_in_the_backward_pass(
+    score_random: Grow, catalogue: Catalogue
+) -> None:
+    model, _ = policy_with_head(catalogue)
+    head = model.get_submodule(value.NAME)
+    assert isinstance(head, ValueHead)
+    states = tensors(packed(score_random([2]), catalogue))
+    none = ValueTensors(**{f.name: getattr(states, f.name)[:0] for f in fields(ValueTensors)})
+    guess = state_values(head, torch.randn(1, 5, head.width), none)
+    value_loss(guess, none, discount=GAMMA, target="td").backward()
+    gradients = [parameter.grad for parameter in head.parameters()]
+    assert all(gradient is not None and not gradient.any() for gradient in gradients)
