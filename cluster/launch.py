@@ -86,8 +86,11 @@ class House:
         # Smaller requests than batch_size where that keeps every actor busy.
         share = -(-len(rows) // config.rollout.actors)
         size = min(config.rollout.batch_size, share)
+        # Until the value head has something to say, the beam finds what it learns from.
+        warming = config.rollout.search == "ved" and step < config.rollout.ved.warmup
+        kind = "beam" if warming else config.rollout.search
         parts = [
-            self._score(rows[at : at + size], seed=config.seed * 1_000_003 + step)
+            self._score(rows[at : at + size], seed=config.seed * 1_000_003 + step, kind=kind)
             for at in range(0, len(rows), size)
         ]
         return ScoredTrees.concatenate(await asyncio.gather(*parts))
@@ -140,11 +143,11 @@ class House:
         pools = {"rollout": self.rollout, "rewards": self.rewards}
         return {f"{name}/restarts": float(p.restarts) for name, p in pools.items() if p}
 
-    async def _score(self, rows: Int64[np.ndarray, " R"], *, seed: int) -> ScoredTrees:
+    async def _score(self, rows: Int64[np.ndarray, " R"], *, seed: int, kind: str) -> ScoredTrees:
         assert self.rollout is not None, "only a training house has rollout actors"
         assert self.rewards is not None
         prompts = self.run.form.prompts(self.run.train, rows)
-        trees: SearchTrees = await self.rollout.call("search", prompts, seed)
+        trees: SearchTrees = await self.rollout.call("search", prompts, seed, kind)
         return await self.rewards.call("score", trees)
 
     async def _install(self, pool: Pool, policy: PolicyVersion, weights: Any) -> None:
@@ -259,7 +262,11 @@ def measure(
         ),
         "diversity": evaluation.diversity(path=found.node, start=found.start),
         "short_lists": float((np.diff(found.start) < beams).mean()),
-        **{name: float(value) for name, value in dataclasses.asdict(found.cost).items()},
+        **{
+            f.name: float(getattr(found.cost, f.name))
+            for f in dataclasses.fields(found.cost)
+            if f.name != "counts"
+        },
     }
     return Evaluation(
         metrics=evaluation.metrics(

@@ -8,22 +8,30 @@ Concurrency lives in `stream` alone; the learner's workers restart behind `updat
 replaces its own dead, so that the loop reads as if nothing ever failed.
 """
 
+import logging
 import time
 
 from cluster.champion import Champion
 from cluster.console import Progress
 from cluster.launch import House
+from cluster.prepare import Run
 from cluster.stream import Stream
-from learner.advantages import ESTIMATORS, group_statistics
+from learner.advantages import assign, group_statistics
 from learner.pack import pack
-from orchard.types import PolicyVersion, ScoredTrees, Update
+from learner.value import step_rewards
+from orchard.diagnostics import diagnose
+from orchard.types import PolicyVersion, ScoredTrees, TrainBatch, Update
 
 
 async def train(house: House) -> PolicyVersion:
     """Improve the house's policy for `learner.steps` updates; returns the last version."""
     run = house.run
-    settings, steps = run.config.learner, run.config.learner.steps
-    estimate = ESTIMATORS[settings.estimator]
+    steps = run.config.learner.steps
+    if run.config.model.value_head:
+        logging.getLogger("orchard").info(
+            "the value head's step rewards compare %s",
+            "codes" if run.embedding is None else "item embeddings",
+        )
     policy = await house.learner.start()
     house.logbook.rewind("train", policy.step)
     await house.publish(policy, house.learner.weights)
@@ -45,8 +53,7 @@ async def train(house: House) -> PolicyVersion:
         clock = Clock()
         async for trees in scored:
             clock.lap("wait_s")
-            credit = estimate(trees, settings.std_epsilon)
-            batch = pack(trees, [credit], run.catalogue, run.vocabulary)
+            batch = assemble(trees, run)
             clock.lap("pack_s")
             lag = policy.step - batch.policy.step
             save = due(policy.step + 1, run.config.checkpoint.every, steps)
@@ -67,6 +74,26 @@ async def train(house: House) -> PolicyVersion:
     return policy
 
 
+def assemble(scored: ScoredTrees, run: Run) -> TrainBatch:
+    """What the learner is to make of scored trees: credit for choices, targets for values."""
+    settings, reward = run.config.learner, None
+    if run.config.model.value_head:
+        reward = step_rewards(
+            scored.trees,
+            run.catalogue,
+            level_weight=settings.value.level_weight,
+            embedding=run.embedding,
+        )
+    return pack(
+        scored,
+        assign(scored, settings),
+        run.catalogue,
+        run.vocabulary,
+        step_reward=reward,
+        discount=settings.value.discount,
+    )
+
+
 def due(step: int, every: int, last: int) -> bool:
     """Every so many steps, and at the end; `every = 0` is at the end alone."""
     return step == last or (every > 0 and step % every == 0)
@@ -81,9 +108,11 @@ def describe(scored: ScoredTrees, update: Update, lag: int) -> dict[str, float]:
         names.get(name, f"rewards/{name.removeprefix('mean_')}"): value
         for name, value in statistics.items()
     }
+    metrics |= diagnose(scored)
     metrics |= {f"learner/{name}": value for name, value in update.metrics.items()}
     return metrics | {
         "rollout/forward_tokens": float(cost.forward_tokens),
+        "rollout/leaf_tokens": float(cost.leaf_tokens),
         "rollout/prefill_tokens": float(cost.prefill_tokens),
         "rollout/passes": float(cost.passes),
         "rollout/search_s": cost.seconds,

@@ -8,9 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+from jaxtyping import Float32
 from transformers import PreTrainedTokenizerBase
 
-from orchard import catalogue, config, model, titles, vocabulary
+from orchard import catalogue, config, model, titles, value, vocabulary
 from orchard.catalogue import Catalogue
 from orchard.config import Config, DataConfig
 from orchard.errors import CheckpointError, ConfigError
@@ -19,6 +21,7 @@ from orchard.types import PolicyVersion
 from orchard.vocabulary import Vocabulary
 from orchard.weights import Weights, restore
 from rewards.reward import check as check_rewards
+from rollout.ved import check_budget
 
 Phase = Literal["sft", "train", "evaluate"]
 
@@ -56,6 +59,14 @@ class Run:
     def result(self) -> Path:
         """Where the phase leaves its policy."""
         return self.dir / ("warm_start" if self.phase == "sft" else "policy")
+
+    @cached_property
+    def embedding(self) -> Float32[np.ndarray, "I E"] | None:
+        """Of each item, where the data set has embeddings."""
+        data = self.config.data
+        if data.embeddings is None:
+            return None
+        return catalogue.read_embeddings(data.path / data.embeddings, self.catalogue)
 
     @cached_property
     def form(self) -> PromptFormat:
@@ -98,6 +109,8 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
         name: read_split([data.path / file for file in files], items, max_history=data.max_history)
         for name, files in (("train", data.train), ("valid", [data.valid]), ("test", [data.test]))
     }
+    if settings.rollout.search == "ved":
+        check_budget(settings.rollout.ved, items.trie)
     width = max(settings.rollout.candidates, settings.evaluate.beams, settings.evaluate.valid_beams)
     if width > items.trie.num_leaves:
         logging.getLogger("orchard").warning(
@@ -184,6 +197,7 @@ def open_folder(run: Run) -> None:
 def export(run: Run, folder: Path, policy: PolicyVersion, weights: Weights, **facts: float) -> None:
     """Write a policy as a Hugging Face folder with its tokenizer, catalogue and facts."""
     trained = model.load(run.policy, run.vocabulary)
+    value.fit(trained, weights)
     restore(trained, weights)
     _save(run, folder, trained, policy, facts)
 
@@ -210,7 +224,7 @@ def _save(
     """Write beside the target and swap, so that a reader never meets half a policy."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    trained.save_pretrained(partial)
+    value.save(trained, partial)
     run.tokenizer.save_pretrained(partial)
     catalogue.write(run.catalogue, partial / "catalogue")
     about = {

@@ -1,6 +1,6 @@
 """Advantage estimators: how much each candidate is better than the rest of its group.
 
-A group is the candidates of one prompt, whatever their number. All estimators compare within the
+A group is the candidates of one prompt, whatever their number. These estimators compare within the
 group; they differ in whether the spread is divided out and in how tokens are weighted. With N
 candidates in the batch, |y| tokens in a candidate and mu, sigma of its group:
 
@@ -13,14 +13,20 @@ candidates in the batch, |y| tokens in a candidate and mu, sigma of its group:
 length must not depend on how bushy the catalogue is around it. N is that of the whole batch before
 it is cut for workers or micro-batches, so the parts' losses add up.
 
+`sibling` compares below the group, node by node (`learner.siblings`), and two estimators combine it
+with `group`: `group_sibling` adds the two losses, `blend` averages the two advantages.
+
 Shapes:  B prompts   N nodes   C candidates   K steps of the longest candidate
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 from jaxtyping import Float64, Int64
 
+from learner.siblings import sibling
+from orchard.config import LearnerConfig
 from orchard.types import Credit, ScoredTrees, SearchTrees
 
 Estimator = Callable[[ScoredTrees, float], Credit]
@@ -60,14 +66,39 @@ def leave_one_out(scored: ScoredTrees, std_epsilon: float) -> Credit:
     return _credit(scored, advantage, _per_candidate(scored))
 
 
+def blend(scored: ScoredTrees, std_epsilon: float) -> Credit:
+    """Half of `group`, half of the mean of `sibling` over steps; candidates weigh the same."""
+    whole, nodes = group(scored, std_epsilon), sibling(scored, std_epsilon)
+    steps = np.maximum(1, (scored.trees.paths() >= 0).sum(1))
+    mean = nodes.advantage.astype(np.float64).sum(1) / steps
+    advantage = 0.5 * whole.advantage[:, 0] + 0.5 * mean
+    return _credit(scored, advantage, _per_candidate(scored))
+
+
 ESTIMATORS: dict[str, Estimator] = {
     "group": group,
     "dapo": dapo,
     "drgrpo": drgrpo,
     "leave_one_out": leave_one_out,
+    "sibling": sibling,
+    "blend": blend,
 }
 """By the name in `learner.estimator`. To add one, write a function of the type `Estimator`, list it
 here and add its name to the choices of that setting."""
+
+SUMS: dict[str, tuple[str, ...]] = {"group_sibling": ("group", "sibling")}
+"""Estimators whose losses add up, under further names of that setting; the first of them weighs the
+divergence from the reference."""
+
+
+def assign(scored: ScoredTrees, config: LearnerConfig) -> list[Credit]:
+    """The credits of a batch by the configured estimator; their losses add up."""
+    names = SUMS.get(config.estimator, (config.estimator,))
+    credits = [ESTIMATORS[name](scored, config.std_epsilon) for name in names]
+    return credits[:1] + [
+        replace(credit, weight=credit.weight * np.float32(config.sibling_weight))
+        for credit in credits[1:]
+    ]
 
 
 def group_statistics(scored: ScoredTrees) -> dict[str, float]:

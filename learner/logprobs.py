@@ -1,10 +1,11 @@
 """The policy's log-probabilities of a packed batch's choices.
 
 Shapes:  B rows   S slots   E choices   F distinct predictors of them   D hidden width
+         V states   P states of the longest path
 """
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Float32, Int64
@@ -13,8 +14,21 @@ from transformers import PreTrainedModel
 
 from orchard.model import child_logprobs, head_weight, hidden_states
 from orchard.trie import Trie
-from orchard.types import SearchTrees, TrainBatch
+from orchard.types import SearchTrees, TrainBatch, ValueTargets
 from orchard.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValueTensors:
+    """The arrays of `ValueTargets`; the fields mean the same."""
+
+    row: Int64[Tensor, " V"]
+    path: Int64[Tensor, "V P"]
+    reward: Float32[Tensor, " V"]
+    outcome: Float32[Tensor, " V"]
+    through: Float32[Tensor, " V"]
+    entered: Float32[Tensor, " V"]
+    ending: Float32[Tensor, " V"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,17 +46,30 @@ class BatchTensors:
     gain: Float32[Tensor, " E"]
     loss: Float32[Tensor, " E"]
     kl_weight: Float32[Tensor, " E"]
+    values: ValueTensors | None = None
 
 
 def to_tensors(batch: TrainBatch, device: torch.device | str = "cpu") -> BatchTensors:
     """Copies of the batch's arrays, integers widened to what indexing wants."""
-    tensors = {f.name: torch.tensor(getattr(batch, f.name)) for f in fields(BatchTensors)}
+    values = batch.values
     return BatchTensors(
-        **{
-            name: (value if value.is_floating_point() else value.long()).to(device)
-            for name, value in tensors.items()
-        }
+        **_tensors(batch, BatchTensors, device),
+        values=None if values is None else ValueTensors(**_tensors(values, ValueTensors, device)),
     )
+
+
+def _tensors(
+    source: TrainBatch | ValueTargets,
+    wanted: type[BatchTensors | ValueTensors],
+    device: torch.device | str,
+) -> dict[str, Any]:
+    """The source's arrays that `wanted` names, by name."""
+    arrays = {f.name: getattr(source, f.name) for f in fields(wanted) if f.name != "values"}
+    tensors = {name: torch.tensor(array) for name, array in arrays.items()}
+    return {
+        name: (tensor if tensor.is_floating_point() else tensor.long()).to(device)
+        for name, tensor in tensors.items()
+    }
 
 
 def tree_mask(subtree_end: Int64[Tensor, "B S"]) -> Bool[Tensor, "B S S"]:

@@ -29,6 +29,8 @@ class LossParts:
     surrogate: float = 0.0
     kl: float = 0.0
     """Weighted k3 divergence from the reference, before its coefficient."""
+    value: float = 0.0
+    """Squared error of the value head, before its coefficient."""
     choices: float = 0.0
     """Number of choices that the following are summed over."""
     entropy: float = 0.0

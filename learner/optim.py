@@ -1,19 +1,31 @@
 """Optimiser and schedule."""
 
 import math
+from collections.abc import Sequence
 
 from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 
-def optimiser(model: nn.Module, *, lr: float, weight_decay: float) -> AdamW:
-    """AdamW that decays matrices only: norms and biases are scales, not weights to shrink."""
-    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+def optimiser(
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float,
+    own: Sequence[nn.Parameter] = (),
+    own_lr: float = 0.0,
+) -> AdamW:
+    """AdamW that decays matrices only: norms and biases are scales, not weights to shrink.
+
+    The parameters of `own` learn at a rate of their own and do not decay.
+    """
+    apart = {id(p) for p in own}
+    shared = [p for p in model.parameters() if p.requires_grad and id(p) not in apart]
     groups = [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": [p for p in shared if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in shared if p.ndim < 2], "weight_decay": 0.0},
+        {"params": list(own), "weight_decay": 0.0, "lr": own_lr},
     ]
     return AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95))
 

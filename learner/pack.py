@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float32, Int64
 
 from learner.advantages import candidate_lengths
+from learner.value import value_targets
 from orchard import ragged
 from orchard.catalogue import Catalogue
 from orchard.errors import CatalogueError
@@ -26,12 +27,20 @@ from orchard.vocabulary import Vocabulary
 
 
 def pack(
-    scored: ScoredTrees, credits: Sequence[Credit], catalogue: Catalogue, vocabulary: Vocabulary
+    scored: ScoredTrees,
+    credits: Sequence[Credit],
+    catalogue: Catalogue,
+    vocabulary: Vocabulary,
+    *,
+    step_reward: Float32[np.ndarray, " N"] | None = None,
+    discount: float = 1.0,
 ) -> TrainBatch:
     """One tree per row; a tree without any choice becomes a row of padding.
 
     Every token of a step carries that step's credit. Several credits add up; the KL weight of a
-    choice is the weight of the first credit, summed over the candidates through it.
+    choice is the weight of the first credit, summed over the candidates through it. With the
+    rewards of the steps into the nodes, the batch also holds, discounted, what the value head is to
+    learn; every token then takes a slot, for its state has a value.
 
     Raises:
         CatalogueError: the trees were grown on another catalogue.
@@ -46,7 +55,7 @@ def pack(
     through = np.bincount(path[path >= 0], minlength=len(trees.step))
     node = ragged.owners(trees.token_start)
     choice = np.flatnonzero((through[node] > 0) & ~trees.forced)
-    layout = _lay_out(trees, node, choice)
+    layout = _lay_out(trees, node, choice, states=step_reward is not None)
     at = node[choice]
     state, edge = _edges(trees, at, choice, catalogue.trie)
     earned = [credit.advantage * credit.weight for credit in credits]
@@ -66,6 +75,9 @@ def pack(
         flat_tokens=int((length + prompt_length).sum()),
         policy=trees.policy,
         catalogue=trees.catalogue,
+        values=None
+        if step_reward is None
+        else value_targets(trees, step_reward, _ends(trees, layout), discount=discount),
     )
 
 
@@ -82,7 +94,7 @@ class _Layout:
     """Where everything goes."""
 
     prompt_length: Int64[np.ndarray, " B"]
-    """Slots of the prompt; 0 for a tree without a choice."""
+    """Slots of the prompt; 0 for a tree of which nothing is kept."""
     length: Int64[np.ndarray, " B"]
     """Slots of the row."""
     kept: Bool[np.ndarray, " M"]
@@ -94,17 +106,26 @@ class _Layout:
 
 
 def _lay_out(
-    trees: SearchTrees, node: Int64[np.ndarray, " M"], choice: Int64[np.ndarray, " E"]
+    trees: SearchTrees,
+    node: Int64[np.ndarray, " M"],
+    choice: Int64[np.ndarray, " E"],
+    *,
+    states: bool,
 ) -> _Layout:
-    """Slots in preorder, which makes every subtree of tokens a range."""
+    """Slots in preorder, which makes every subtree of tokens a range.
+
+    All tokens are kept where `states` are wanted, and else those that a choice is conditioned on.
+    """
     end = trees.token_start[_subtree_ends(trees)][node]
     is_choice = np.zeros(len(node), np.int64)
     is_choice[choice] = 1
     seen = ragged.starts(is_choice)
     kept = seen[end] > seen[1:]
     first = trees.token_start[trees.node_start]
-    has_choice = seen[first[1:]] > seen[first[:-1]]
-    prompt_length = np.diff(trees.prompts.token_start) * has_choice
+    is_read = seen[first[1:]] > seen[first[:-1]]
+    if states:
+        kept, is_read = np.ones_like(kept), first[1:] > first[:-1]
+    prompt_length = np.diff(trees.prompts.token_start) * is_read
     seats = ragged.starts(kept.astype(np.int64))
     prompt = trees.prompt_of_node[node]
     shift = prompt_length[prompt] - seats[first[prompt]]
@@ -135,6 +156,14 @@ def _tokens_above(trees: SearchTrees) -> Int64[np.ndarray, " N"]:
         at = np.flatnonzero(trees.step == step)
         above[at] = above[trees.parent[at]] + span[trees.parent[at]]
     return above
+
+
+def _ends(trees: SearchTrees, layout: _Layout) -> Int64[np.ndarray, " N"]:
+    """Slot of the last token of each node; of the prompt's end at a root."""
+    inner = trees.step > 0
+    end = layout.prompt_length[trees.prompt_of_node] - 1
+    end[inner] = layout.slot[trees.token_start[1:][inner] - 1]
+    return end
 
 
 def _predictors(
@@ -219,6 +248,7 @@ def _unshare(trees: SearchTrees) -> SearchTrees:
         state=trees.state[nodes],
         token=token,
         token_start=token_start,
+        value=None if trees.value is None else trees.value[nodes],
         logprob=ragged.take(trees.logprob, trees.token_start, nodes)[0],
         forced=ragged.take(trees.forced, trees.token_start, nodes)[0],
         candidate=start[1:] - 1,

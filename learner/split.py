@@ -6,12 +6,12 @@ Shapes:  B rows   S slots of the widest row   E choices   R rows of a part
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from orchard.types import TrainBatch
+from orchard.types import TrainBatch, ValueTargets
 
 
 def shard(batch: TrainBatch, rank: int, world: int) -> TrainBatch:
@@ -59,6 +59,7 @@ def _select(batch: TrainBatch, rows: Int64[np.ndarray, " R"], *, num_rows: int) 
 
     return replace(
         batch,
+        values=None if batch.values is None else _select_states(batch.values, place),
         token=table(batch.token),
         position=table(batch.position),
         subtree_end=table(batch.subtree_end),
@@ -72,3 +73,10 @@ def _select(batch: TrainBatch, rows: Int64[np.ndarray, " R"], *, num_rows: int) 
         kl_weight=batch.kl_weight[kept],
         forward_tokens=int(length.sum()),
     )
+
+
+def _select_states(values: ValueTargets, place: Int64[np.ndarray, " B"]) -> ValueTargets:
+    """The states of the rows that have a place, renumbered to it."""
+    kept = place[values.row] >= 0
+    states = {f.name: getattr(values, f.name)[kept] for f in fields(ValueTargets)}
+    return ValueTargets(**states | {"row": place[states["row"]]})

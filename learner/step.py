@@ -8,13 +8,13 @@ import copy
 import time
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
-from typing import Literal, cast
+from dataclasses import fields, replace
+from typing import cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, Float32
+from jaxtyping import Float32
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -22,35 +22,18 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
-from learner.logprobs import BatchTensors, choice_logprobs, to_tensors
+from learner.logprobs import BatchTensors, to_tensors
 from learner.loss import LossParts, policy_loss
 from learner.optim import optimiser, schedule
+from learner.scorer import Scorer
 from learner.sft import nll
 from learner.split import micro_batches, shard
+from learner.value import value_loss
 from orchard.config import LearnerConfig
 from orchard.trie import Trie
-from orchard.types import TrainBatch
+from orchard.types import TrainBatch, ValueTargets
+from orchard.value import detach, head_of
 from orchard.vocabulary import Vocabulary
-
-
-class Scorer(nn.Module):
-    """A policy whose forward gives choices' log-probabilities, so that DDP and FSDP can wrap it."""
-
-    def __init__(
-        self,
-        policy: PreTrainedModel,
-        trie: Trie,
-        vocabulary: Vocabulary,
-        distribution: Literal["trie", "full"],
-    ) -> None:
-        """Hold the policy and what names its distribution (`trie` or `full`)."""
-        super().__init__()
-        self.policy = policy
-        self._context = (trie, vocabulary, distribution)
-
-    def forward(self, batch: BatchTensors) -> tuple[Float[Tensor, " E"], Float[Tensor, " E"]]:
-        """Log-probability and entropy of every choice of the batch."""
-        return choice_logprobs(self.policy, batch, *self._context)
 
 
 class Learner:
@@ -93,16 +76,23 @@ class Learner:
         for name, wanted in (("reference", config.kl.weight > 0), ("average", average > 0)):
             if wanted:
                 frozen = copy.deepcopy(self.policy).eval().requires_grad_(False)
+                detach(frozen)
                 self.copies[name] = Scorer(frozen, *context)
-        self.scorer: nn.Module = Scorer(self.policy, *context)
+        self.scorer: nn.Module = Scorer(self.policy, *context, detach=config.value.detach)
         if world > 1 and config.parallel == "ddp":
             self.scorer = DistributedDataParallel(self.scorer)
         elif world > 1:
             _shard_parameters(self.scorer, self.policy)
             for one in self.copies.values():
                 _shard_parameters(one, one.policy)
+        head = head_of(self.policy)
+        self._head = list(head.parameters()) if head is not None else []
         self.optimizer: AdamW = optimiser(
-            self.scorer, lr=config.lr, weight_decay=config.weight_decay
+            self.scorer,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            own=self._head,
+            own_lr=config.value.lr,
         )
         self.schedule: LambdaLR = schedule(
             self.optimizer,
@@ -144,6 +134,7 @@ class Learner:
             if self.config.kl.reference == "ema" and self.updates % self.config.kl.ema_every == 0:
                 self._move("reference", self.config.kl.ema_share)
             metrics = parts.metrics() | rates
+            metrics |= {"value_loss": parts.value} if self._head else {}
             # Only the first update compares the same weights, as the gate wants.
             gap = metrics["logprob_gap"] if gap is None else gap
         self._follow()
@@ -180,11 +171,11 @@ class Learner:
         reference: Tensor | None = None
         if "reference" in self.copies:
             with torch.no_grad():
-                reference, _ = self.copies["reference"](part)
-        logprob, entropy = self.scorer(part)
+                reference, _, _ = self.copies["reference"](replace(part, values=None))
+        logprob, entropy, value = self.scorer(part)
         if self.config.dropout:
             part = replace(part, behaviour_logprob=logprob.detach())
-        return policy_loss(
+        loss, parts = policy_loss(
             logprob,
             entropy,
             reference,
@@ -194,6 +185,11 @@ class Learner:
             dual_clip=self.config.dual_clip,
             kl_weight=self.config.kl.weight,
         )
+        if value is None or part.values is None:
+            return loss, parts
+        own = self.config.value
+        error = value_loss(value, part.values, discount=own.discount, target=own.target)
+        return loss + own.weight * error, replace(parts, value=float(error.detach()))
 
     def _update(
         self, batch: TrainBatch, loss: Callable[[BatchTensors], tuple[Tensor, LossParts]]
@@ -210,7 +206,12 @@ class Learner:
                 (value * self.world).backward()
             total += parts
         limit = self.config.grad_clip or float("inf")
-        norm = nn.utils.clip_grad_norm_(self.scorer.parameters(), limit)
+        own = {id(p) for p in self._head}
+        shared = [p for p in self.scorer.parameters() if id(p) not in own]
+        norm = nn.utils.clip_grad_norm_(shared, limit)
+        if self._head:
+            # Under one norm, a value far off its target would hold the policy back.
+            nn.utils.clip_grad_norm_(self._head, limit)
         self.optimizer.step()
         rate = float(self.schedule.get_last_lr()[0])
         self.schedule.step()
@@ -256,11 +257,9 @@ class Learner:
         if name not in self.copies:
             return
         with torch.no_grad():
-            pairs = zip(
-                self.copies[name].policy.parameters(), self.policy.parameters(), strict=True
-            )
-            for slow, current in pairs:
-                slow.lerp_(current, share)
+            current = dict(self.policy.named_parameters())
+            for parameter, slow in self.copies[name].policy.named_parameters():
+                slow.lerp_(current[parameter], share)
 
 
 def _shard_parameters(scorer: nn.Module, policy: PreTrainedModel) -> None:
@@ -279,7 +278,10 @@ def _without_choices(batch: TrainBatch) -> TrainBatch:
         subtree_end=batch.subtree_end[:1],
     )
     per_choice = ("row", "slot", "state", "edge", "behaviour_logprob", "gain", "loss", "kl_weight")
-    return replace(row, **{name: getattr(batch, name)[:0] for name in per_choice})
+    values = batch.values
+    if values is not None:
+        values = ValueTargets(**{f.name: getattr(values, f.name)[:0] for f in fields(values)})
+    return replace(row, **{name: getattr(batch, name)[:0] for name in per_choice}, values=values)
 
 
 def _number(value: Tensor) -> float:

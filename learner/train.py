@@ -25,7 +25,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from learner import checkpoint, sft
 from learner.step import Learner
-from orchard import model, weights
+from orchard import model, value, weights
 from orchard.catalogue import Catalogue
 from orchard.config import Config, LearnerConfig
 from orchard.errors import ActorError
@@ -126,6 +126,10 @@ def work(task: dict[str, Any]) -> None:
     torch.set_num_threads(config.learner.threads)
     policy = model.load(assignment.policy, assignment.vocabulary)
     supervised = assignment.phase == "sft"
+    if config.model.value_head and not supervised:
+        value.attach(policy, seed=config.seed)
+    else:
+        value.detach(policy)
     model.add_dropout(policy, config.model.dropout if supervised else config.learner.dropout)
     learner = Learner(
         policy,

@@ -26,6 +26,8 @@ from orchard.settings import (
     RewardsConfig,
     RolloutConfig,
     SftConfig,
+    ValueConfig,
+    VedConfig,
 )
 
 __all__ = [
@@ -40,6 +42,8 @@ __all__ = [
     "RewardsConfig",
     "RolloutConfig",
     "SftConfig",
+    "ValueConfig",
+    "VedConfig",
     "differences",
     "dump",
     "load",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
+from orchard import value
 from orchard.config import ModelConfig
 from orchard.errors import CheckpointError, DataError
 from orchard.trie import Children, Trie
@@ -45,11 +46,12 @@ def create(config: ModelConfig, vocabulary: Vocabulary, *, seed: int) -> PreTrai
 
 
 def load(folder: Path, vocabulary: Vocabulary | None = None) -> PreTrainedModel:
-    """The policy of a Hugging Face folder, in float32.
+    """The policy of a Hugging Face folder, in float32, with its value head if one was saved.
 
     Raises:
         DataError: the folder holds no model.
-        CheckpointError: the model's vocabulary is smaller than the catalogue needs.
+        CheckpointError: the model's vocabulary is smaller than the catalogue needs, or the value
+            head is another policy's.
     """
     check_folder(folder)
     try:
@@ -65,6 +67,7 @@ def load(folder: Path, vocabulary: Vocabulary | None = None) -> PreTrainedModel:
             f"the policy in {folder} knows {rows} tokens, its tokenizer {vocabulary.size}; "
             "export the policy again with its own tokenizer"
         )
+    value.load(model, folder)
     return model.eval()
 
 

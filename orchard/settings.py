@@ -32,6 +32,9 @@ class DataConfig(Section):
     """Columns user_id, history, target; several files are one split."""
     valid: str = "valid.parquet"
     test: str = "test.parquet"
+    embeddings: str | None = None
+    """Columns item_id and embedding (a list of numbers): what the value head's step rewards compare
+    items by; by default they compare codes."""
     max_history: Positive = 10
     """Most recent items that the policy sees."""
     level_size: tuple[Positive, ...] | None = None
@@ -55,6 +58,9 @@ class ModelConfig(Section):
     kv_heads: Positive = 2
     dropout: Share = 0.2
     """Of embeddings and of each block's output, in the supervised warm start only."""
+    value_head: bool = False
+    """Teach the policy, in reinforcement learning, what a prefix is worth (see `learner.value`);
+    `rollout.search = "ved"` is guided by it."""
 
 
 class SftConfig(Section):
@@ -84,6 +90,34 @@ class SftConfig(Section):
     """Stop after so many epochs without a better NDCG@10 on the validation rows."""
 
 
+class VedConfig(Section):
+    """Value-guided efficient decoding (V-STAR, arXiv 2602.10699), for `rollout.search = "ved"`."""
+
+    budget: Positive = 33
+    """Most tokens forwarded per prompt, the root's own distribution counted as one and leaves left
+    out, as the paper counts; a beam of width W over three codes costs 1 + 2 W."""
+    width: Positive = 8
+    """Of the likelihood beam that the tree begins with."""
+    exploration: Rate = 1.0
+    """Of rarely visited nodes in the selection; the paper's beta."""
+    entropy_weight: Rate = 0.1
+    """Of a node's entropy in its priority; the paper's lambda."""
+    value_weight: Rate = 1.0
+    """Of a node's value in its priority; 0 leaves the guidance to the entropy."""
+    expand_root: bool = True
+    """Let the root, alone at its depth and so never below its mean, grow in every traversal."""
+    warm_visits: bool = False
+    """Count the paths of the beam as visits."""
+    to_leaf: bool = False
+    """Follow each new child down to a leaf, one sampled code after another."""
+    count_leaves: bool = False
+    """Count the evaluation of leaves against the budget."""
+    traversals: Positive = 1
+    """Per prompt between two forward passes; visits count at once, values with the pass."""
+    warmup: NonNegative = 0
+    """First updates that search by beam, while the value head learns to guide."""
+
+
 class RolloutConfig(Section):
     """Prompts to search trees."""
 
@@ -91,14 +125,15 @@ class RolloutConfig(Section):
     engine: Literal["vllm", "torch"] = "vllm"
     decode: Literal["worker", "requests"] = "worker"
     """Where vLLM's searches run: inside its worker, or as one public request per prefix."""
-    search: Literal["beam", "beam_sample", "sample", "dynamic"] = "beam"
+    search: Literal["beam", "beam_sample", "sample", "dynamic", "ved"] = "beam"
     """`beam`: the best candidates; `beam_sample`: distinct ones, drawn without replacement;
     `sample`: independent draws; `dynamic`: the target and little twice, of half as many draws
-    again."""
+    again; `ved`: what a value head guides to."""
     candidates: Positive = 16
     """Candidates per prompt; the width of the beam."""
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
     """Of the random searches; reported log-probabilities are those of the policy itself."""
+    ved: VedConfig = VedConfig()
     batch_size: Positive = 64
     """Prompts per request to an actor."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -140,6 +175,22 @@ class KlConfig(Section):
     """Share of the current policy in each move."""
 
 
+class ValueConfig(Section):
+    """How the value head of `model.value_head` learns (V-STAR, arXiv 2602.10699)."""
+
+    weight: Rate = 1.0
+    """Of its squared error beside the policy's loss."""
+    lr: Rate = 1e-3
+    """Its own rate, on the schedule of `learner.lr`."""
+    target: Literal["td", "monte_carlo"] = "td"
+    """Step reward plus the next state's discounted value, or the discounted rewards to the end."""
+    discount: Share = 0.99
+    level_weight: Annotated[tuple[Rate, ...], Field(min_length=1)] = (0.3, 0.5, 1.0)
+    """Step reward of codes 1, 2, ... that agree with the target; the last one of all later ones."""
+    detach: bool = True
+    """Keep its gradient out of the rest of the policy."""
+
+
 class LearnerConfig(Section):
     """Scored trees to the next policy."""
 
@@ -152,7 +203,13 @@ class LearnerConfig(Section):
     prompts_per_step: Positive = 64
     updates_per_batch: Positive = 1
     """Gradient steps on one batch; above 1 the clip comes into force."""
-    estimator: Literal["group", "dapo", "drgrpo", "leave_one_out"] = "group"
+    estimator: Literal[
+        "group", "dapo", "drgrpo", "leave_one_out", "sibling", "blend", "group_sibling"
+    ] = "group"
+    """Who a candidate is compared with: its group, or at each code the alternatives that were also
+    found; `group_sibling` adds both losses, `blend` averages both advantages."""
+    sibling_weight: Rate = 1.0
+    """Of the sibling loss beside the group's, in `group_sibling`."""
     std_epsilon: Annotated[float, Field(gt=0.0)] = 1e-4
     lr: Rate = 2e-4
     warmup: Share = 0.03
@@ -172,6 +229,7 @@ class LearnerConfig(Section):
     """Decay per update of the moving average of the weights that is evaluated and kept; 0: none.
     Rollouts always follow the newest weights."""
     kl: KlConfig = KlConfig()
+    value: ValueConfig = ValueConfig()
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the forward and backward pass; weights and optimiser stay in float32."""
     max_tokens: Positive = 65536
@@ -257,6 +315,16 @@ class Config(Section):
             raise ValueError(
                 "learner.estimator = leave_one_out needs rollout.candidates >= 2, "
                 f"not {self.rollout.candidates}"
+            )
+        if self.model.value_head and "vllm" in (self.rollout.engine, self.evaluate.engine):
+            raise ValueError(
+                "model.value_head = true needs an engine that runs the head; set rollout.engine "
+                'and evaluate.engine to "torch"'
+            )
+        if self.rollout.search == "ved" and not self.model.value_head:
+            raise ValueError(
+                'rollout.search = "ved" is guided by values; set model.value_head = true, '
+                "or choose another search"
             )
         if 0 < self.learner.dual_clip <= 1:
             raise ValueError(

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 
 from orchard import catalogue as catalogues
 from orchard import model as models
-from orchard import ragged, weights
+from orchard import ragged, value, weights
 from orchard.catalogue import Catalogue
 from orchard.config import ModelConfig
 from orchard.prompts import PromptFormat
@@ -117,7 +117,7 @@ def brute_force(
 
 def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write a Hugging Face folder that `orchard.model.load` and vLLM can read."""
-    model.save_pretrained(folder)
+    value.save(model, folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -11,6 +11,7 @@ Shapes:  B prompts (one tree each)   B1 = B + 1   N nodes of all trees   S token
 Ragged axes are a flat array and a `*_start` array with one more entry (see `orchard.ragged`).
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
@@ -85,14 +86,26 @@ class Cost:
     """What a search spent; forward tokens exclude the prompt, as the V-STAR paper counts."""
 
     forward_tokens: int = 0
+    leaf_tokens: int = 0
+    """Tokens forwarded for nothing but the value of a leaf, which the paper does not count."""
     prefill_tokens: int = 0
     passes: int = 0
     seconds: float = 0.0
+    counts: Mapping[str, int] = field(default_factory=dict[str, int])
+    """What else a search counted, by name."""
 
     def __add__(self, other: "Cost") -> "Cost":
-        return Cost(
-            **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
-        )
+        names = [f.name for f in fields(self) if f.name != "counts"]
+        sums = {name: getattr(self, name) + getattr(other, name) for name in names}
+        return Cost(**sums, counts=Counter(self.counts) + Counter(other.counts))
+
+
+def concatenate_known(
+    parts: Sequence[Float32[np.ndarray, "..."] | None],
+) -> Float32[np.ndarray, "..."] | None:
+    """Arrays one after another; None where any of them is."""
+    known = [part for part in parts if part is not None]
+    return np.concatenate(known) if len(known) == len(parts) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +143,9 @@ class SearchTrees:
     score: Float32[np.ndarray, " C"]
     """Log-probability of the whole candidate given its prompt, free of sampling noise."""
     cost: Cost
+    value: Float32[np.ndarray, " N"] | None = None
+    """What the value head made of each node, NaN where it was not asked; None where the search is
+    not guided by values."""
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -190,6 +206,7 @@ class SearchTrees:
             leaf=self.leaf[candidates],
             score=self.score[candidates],
             cost=self.cost,
+            value=None if self.value is None else self.value[nodes],
         )
 
     @staticmethod
@@ -229,6 +246,7 @@ class SearchTrees:
             leaf=np.concatenate([p.leaf for p in parts]),
             score=np.concatenate([p.score for p in parts]),
             cost=sum((p.cost for p in parts), Cost()),
+            value=concatenate_known([p.value for p in parts]),
         )
 
 
@@ -264,6 +282,30 @@ class Credit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ValueTargets:
+    """Non-empty prefixes of a batch's candidates, and what the value head is to make of them.
+
+    Weights are shares of all states of all candidates of the whole batch.
+
+    Shapes:  V states   P states of the longest path, the prompt's end included
+    """
+
+    row: Int64[np.ndarray, " V"]
+    path: Int32[np.ndarray, "V P"]
+    """Slots of the prompt's end and of the last token of each node down to the state, then -1."""
+    reward: Float32[np.ndarray, " V"]
+    """Of the step into the state."""
+    outcome: Float32[np.ndarray, " V"]
+    """Mean discounted reward from the state on, over the candidates through it."""
+    through: Float32[np.ndarray, " V"]
+    """Weight of the candidates through the state."""
+    entered: Float32[np.ndarray, " V"]
+    """Of those that came from another state: as `through`, but 0 after the prompt's end."""
+    ending: Float32[np.ndarray, " V"]
+    """Of those that end there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainBatch:
     """Trees packed one to a row: the prompt, then the tree's nodes in preorder, each token once.
 
@@ -296,6 +338,8 @@ class TrainBatch:
     policy: PolicyVersion
     """Which policy grew the trees."""
     catalogue: str
+    values: ValueTargets | None = None
+    """What the value head learns, where there is one to teach."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

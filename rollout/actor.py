@@ -25,6 +25,7 @@ from rollout.engine.torch import TorchEngine
 from rollout.engine.vllm import VllmHolder
 from rollout.search import beam, sample
 from rollout.trees import grow
+from rollout.ved import ved
 
 
 class Searcher:
@@ -67,16 +68,18 @@ class Searcher:
         """The policy that searches now."""
         return self._holder.version
 
-    def search(self, prompts: Prompts, seed: int) -> SearchTrees:
-        """A tree per prompt, by the configured search."""
-        config = self._config
+    def search(self, prompts: Prompts, seed: int, kind: str | None = None) -> SearchTrees:
+        """A tree per prompt, by the configured search or by that of another kind."""
+        config, wanted = self._config, kind or self._config.search
         count, temperature = config.candidates, config.temperature
         find: Callable[[Engine, Prompts], Candidates]
-        if config.search == "beam":
+        if wanted == "beam":
             find = partial(beam, width=count)
-        elif config.search == "beam_sample":
+        elif wanted == "ved":
+            find = partial(ved, settings=config.ved, count=count, seed=seed)
+        elif wanted == "beam_sample":
             find = partial(beam_sample, width=count, temperature=temperature, seed=seed)
-        elif config.search == "dynamic":
+        elif wanted == "dynamic":
             find = partial(
                 dynamic, catalogue=self._catalogue, count=count, temperature=temperature, seed=seed
             )

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from orchard import ragged
-from orchard.types import Cost
+from orchard.types import Cost, concatenate_known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +26,9 @@ class Candidates:
     """Log-probability of the leaf given the prompt."""
     leaf: Int64[np.ndarray, " C"]
     cost: Cost
+    value: Float32[np.ndarray, "C D"] | None = None
+    """Value of the prefix that ends with each code, NaN where it was not asked for; None where the
+    search is not guided by values."""
 
     @property
     def count(self) -> Int64[np.ndarray, " B"]:
@@ -43,6 +46,7 @@ class Candidates:
             score=self.score[which],
             leaf=self.leaf[which],
             cost=self.cost,
+            value=None if self.value is None else self.value[which],
         )
 
     @staticmethod
@@ -56,4 +60,5 @@ class Candidates:
             score=np.concatenate([p.score for p in parts]),
             leaf=leaf,
             cost=sum((p.cost for p in parts), Cost()),
+            value=concatenate_known([p.value for p in parts]),
         )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from orchard import ragged
 from orchard.errors import EngineError
-from orchard.trie import ROOT, Trie
+from orchard.trie import ROOT, Children, Trie
 from orchard.types import Cost, Prompts
 from rollout.allowed import Allowed, Gate, gate
 from rollout.candidates import Candidates
@@ -47,7 +47,7 @@ def beam(
     """
     trie, num_prompts = engine.trie, len(prompts)
     entry = gate(trie, allowed, num_prompts) if allowed else None
-    expansion = _sound(engine, engine.prefill(prompts))
+    expansion = sound(engine, engine.prefill(prompts))
     cost = Cost(prefill_tokens=len(prompts.token), passes=1)
     prompt = torch.arange(num_prompts, device=trie.code.device)
     node = torch.full_like(prompt, ROOT)
@@ -65,10 +65,10 @@ def beam(
         key = score.index_select(0, source) + gain
         if noise is not None:
             key = noise.keys(owner, source, child, gain)
-        best = _best(owner, key, child, width, num_prompts)
+        kept = best(owner, key, child, width, num_prompts)
         if noise is not None:
-            noise.keep(best)
-        source, node, gain = source[best], child[best], gain[best]
+            noise.keep(kept)
+        source, node, gain = source[kept], child[kept], gain[kept]
         prompt, score = prompt[source], score[source] + gain
         read, state, logprob = read[source], state[source], logprob[source]
         logprob[torch.arange(len(node), device=node.device), trie.depth_of(node) - 1] += gain
@@ -76,12 +76,12 @@ def beam(
         ask = scored.nonzero().squeeze(1)
         expansion = None
         if len(ask):
-            token, start = _spans(engine, read[ask], node[ask])
-            expansion = _sound(engine, engine.extend(state[ask], token, start, node[ask]))
+            token, start = spans(engine, read[ask], node[ask])
+            expansion = sound(engine, engine.extend(state[ask], token, start, node[ask]))
             read = torch.where(scored, node, read)
             state = state.index_copy(0, ask, expansion.state)
             cost += Cost(forward_tokens=len(token), passes=1)
-    return _collect(trie, prompt, node, logprob, score, num_prompts, cost)
+    return collect(trie, prompt, node, logprob, score, num_prompts, cost)
 
 
 def sample(
@@ -108,19 +108,21 @@ def sample(
     """
     trie, num_prompts = engine.trie, len(prompts)
     entry = gate(trie, allowed, num_prompts) if allowed else None
-    expansion = _sound(engine, engine.prefill(prompts))
+    expansion = sound(engine, engine.prefill(prompts))
     cost = Cost(prefill_tokens=len(prompts.token), passes=1)
     root = torch.arange(num_prompts, device=trie.code.device)
     if entry is not None:
         root = root[entry.admits(root, torch.full_like(root, ROOT))]
-    uniform = _uniforms(prompts.id[root.cpu().numpy()], count, trie.depth, seed).to(root.device)
+    uniform = uniforms(prompts.id[root.cpu().numpy()], count, trie.depth, seed).to(root.device)
     prompt, frontier = root.repeat_interleave(count), torch.arange(num_prompts).to(root)
     node = torch.full_like(prompt, ROOT)
     logprob = torch.zeros(len(prompt), trie.depth, device=prompt.device)
     live, at = torch.arange(len(prompt), device=prompt.device), prompt
     for step in range(trie.depth):
         may = _admitted(entry, frontier, expansion)
-        pick = _draw(expansion, may, at, uniform[live, step], temperature)
+        pick = draw(
+            expansion.logprob, expansion.children, may, at, uniform[live, step], temperature
+        )
         child = expansion.children.node[pick]
         logprob[live, trie.depth_of(child) - 1] = expansion.logprob[pick]
         above, below = node[live], trie.descend(child)
@@ -132,19 +134,17 @@ def sample(
         distinct, owner = torch.unique(prompt[live] * trie.num_nodes + below, return_inverse=True)
         # Draws of one prefix agree in everything that follows, so any of them speaks for all.
         voice = torch.empty_like(distinct).index_copy(0, owner, torch.arange(len(owner)).to(owner))
-        token, start = _spans(engine, above[voice], below[voice])
+        token, start = spans(engine, above[voice], below[voice])
         before = expansion.state[at[voice]]
-        expansion = _sound(engine, engine.extend(before, token, start, below[voice]))
+        expansion = sound(engine, engine.extend(before, token, start, below[voice]))
         at, frontier = owner, distinct // trie.num_nodes
         cost += Cost(forward_tokens=len(token), passes=1)
     score = logprob.sum(1)
-    order = _order(prompt, score, node)
-    return _collect(
-        trie, prompt[order], node[order], logprob[order], score[order], num_prompts, cost
-    )
+    by = in_order(prompt, score, node)
+    return collect(trie, prompt[by], node[by], logprob[by], score[by], num_prompts, cost)
 
 
-def _sound(engine: Engine, expansion: Expansion) -> Expansion:
+def sound(engine: Engine, expansion: Expansion) -> Expansion:
     """The expansion itself; raises EngineError where it holds no numbers to choose by."""
     if not bool(expansion.logprob.sum().isfinite()):
         raise EngineError(
@@ -178,7 +178,7 @@ def _next(
     return source, first[source] + place, gain
 
 
-def _best(
+def best(
     prompt: Int64[Tensor, " M"],
     score: Float[Tensor, " M"],
     node: Int64[Tensor, " M"],
@@ -196,10 +196,10 @@ def _best(
         else:
             rows = score.new_full((num_prompts * widest,), float("-inf"))
             rows.scatter_(0, prompt * widest + _places(prompt, num_prompts), score)
-            best = rows.view(num_prompts, widest).topk(width, sorted=False).values
-            bound = best.amin(1).index_select(0, prompt)
+            top = rows.view(num_prompts, widest).topk(width, sorted=False).values
+            bound = top.amin(1).index_select(0, prompt)
         chosen = (score >= bound).nonzero().squeeze(1)
-    chosen = chosen[_order(prompt[chosen], score[chosen], node[chosen])]
+    chosen = chosen[in_order(prompt[chosen], score[chosen], node[chosen])]
     return chosen[_places(prompt[chosen], num_prompts) < width]
 
 
@@ -210,7 +210,7 @@ def _places(prompt: Int64[Tensor, " M"], num_prompts: int) -> Int64[Tensor, " M"
     return torch.arange(len(prompt), device=prompt.device) - first.index_select(0, prompt)
 
 
-def _order(
+def in_order(
     prompt: Int64[Tensor, " M"], score: Float[Tensor, " M"], node: Int64[Tensor, " M"]
 ) -> Int64[Tensor, " M"]:
     """Indices by prompt, then falling score, then rising node."""
@@ -219,7 +219,7 @@ def _order(
     return order[prompt[order].argsort(stable=True)]
 
 
-def _spans(
+def spans(
     engine: Engine, above: Int64[Tensor, " F"], node: Int64[Tensor, " F"]
 ) -> tuple[Int64[Tensor, " S"], Int64[Tensor, " F1"]]:
     """Tokens of the codes that lead from `above` down to `node`."""
@@ -234,7 +234,7 @@ def _spans(
     return engine.vocabulary.token_of(trie, trie.path(node)[owner, level]), start
 
 
-def _uniforms(
+def uniforms(
     prompt_id: Int64[np.ndarray, " B"], count: int, depth: int, seed: int
 ) -> Float64[Tensor, "F D"]:
     """Numbers in [0, 1) for each draw and decision, from (seed, prompt id) and nothing else."""
@@ -255,8 +255,9 @@ def _admitted(
     return entry.admits(prompt[children.owner], children.node)
 
 
-def _draw(
-    expansion: Expansion,
+def draw(
+    logprob: Float32[Tensor, " M"],
+    children: Children,
     may: Bool[Tensor, " M"],
     at: Int64[Tensor, " F"],
     uniform: Float64[Tensor, " F"],
@@ -266,8 +267,8 @@ def _draw(
 
     Only children that `may` be entered are drawn, in proportion to their probability.
     """
-    owner, start = expansion.children.owner, expansion.children.start
-    scaled = (expansion.logprob.double() / temperature).masked_fill(~may, float("-inf"))
+    owner, start = children.owner, children.start
+    scaled = (logprob.double() / temperature).masked_fill(~may, float("-inf"))
     peak = scaled.new_full((len(start) - 1,), float("-inf"))
     peak = peak.scatter_reduce(0, owner, scaled, "amax")
     weight = (scaled - peak[owner]).exp().masked_fill(~may, 0.0)
@@ -280,7 +281,7 @@ def _draw(
     return pick.minimum(last[at])
 
 
-def _collect(
+def collect(
     trie: Trie,
     prompt: Int64[Tensor, " C"],
     node: Int64[Tensor, " C"],

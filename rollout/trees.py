@@ -5,7 +5,7 @@ Shapes:  B prompts   C candidates   S longest sequence and the root   N tree nod
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float32, Int64
 
 from orchard import ragged
 from orchard.catalogue import Catalogue
@@ -52,7 +52,16 @@ def grow(
         leaf=candidates.leaf,
         score=candidates.score,
         cost=candidates.cost,
+        value=None if candidates.value is None else _at_nodes(candidates.value[order], row, step),
     )
+
+
+def _at_nodes(
+    value: Float32[np.ndarray, "C D"], row: Int64[np.ndarray, " N"], step: Int64[np.ndarray, " N"]
+) -> Float32[np.ndarray, " N"]:
+    """The value of each node, which is that of its step on any path through it; NaN at a root."""
+    at = value[row, np.maximum(step - 1, 0)]
+    return np.where(step > 0, at, np.nan).astype(np.float32)
 
 
 def _preorder(

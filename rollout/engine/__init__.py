@@ -32,6 +32,9 @@ class Expansion:
     logprob: Float32[Tensor, " M"]
     """Log-probability of each legal child, as `orchard.model.child_logprobs` defines it."""
     children: Children
+    value: Float32[Tensor, " F"] | None = None
+    """Value of the frontier's states, where the policy has a value head that the engine runs; at
+    the root, which no training reaches, it means nothing."""
 
 
 @runtime_checkable

@@ -13,11 +13,11 @@ from typing import cast
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from orchard import ragged
+from orchard import ragged, value
 from orchard.model import child_logprobs, head_weight
 from orchard.trie import ROOT, Trie
 from orchard.types import PolicyVersion, Prompts
@@ -45,10 +45,13 @@ class TorchEngine:
         self._cache = DynamicCache()
         self._padding = head.new_zeros(0, 0)
         self._position = self._above = torch.zeros(0, 0, dtype=torch.long, device=head.device)
+        # What the value head reads: the last slot of the prompt and all slots after it.
+        self._hidden = head.new_zeros(0, 0, head.shape[1])
 
     def install(self, version: PolicyVersion, weights: Weights) -> None:
         """Answer with these weights from now on; see `Holder.install`."""
         check_weights(version, weights)
+        value.fit(self._model, weights)
         restore(self._model, weights)
         self.version, self._cache = version, DynamicCache()
 
@@ -78,6 +81,7 @@ class TorchEngine:
         self._position = position.clamp(min=0)
         self._above = torch.full_like(token, widest - 1)
         last = self._forward(token, self._position, mask)[:, -1]
+        self._hidden = last[:, None]
         state = (torch.arange(len(prompts), device=token.device) << _SLOT_BITS) + (widest - 1)
         return self._expand(state, last, torch.full_like(state, ROOT))
 
@@ -104,6 +108,8 @@ class TorchEngine:
         self._above = torch.cat([self._above, above], 1)
         self._position = torch.cat([self._position, position], 1)
         hidden = self._forward(tokens, position, self._tree_mask(new))
+        if value.head_of(self._model) is not None:
+            self._hidden = torch.cat([self._hidden, hidden], 1)
         end = place[start[1:] - 1]
         return self._expand((row << _SLOT_BITS) + used + end, hidden[row, end], node)
 
@@ -157,4 +163,23 @@ class TorchEngine:
     ) -> Expansion:
         head = head_weight(self._model)
         logprob, children = child_logprobs(hidden, node, head, self.trie, self.vocabulary)
-        return Expansion(state=state, logprob=logprob, children=children)
+        return Expansion(state=state, logprob=logprob, children=children, value=self._value(state))
+
+    def _value(self, state: Int64[Tensor, " F"]) -> Float32[Tensor, " F"] | None:
+        """Value of each state, if the policy has a head for it."""
+        head = value.head_of(self._model)
+        if head is None:
+            return None
+        prompt_end, slots = self._padding.shape[1] - 1, self._hidden.shape[1]
+        row, slot = state >> _SLOT_BITS, state & ((1 << _SLOT_BITS) - 1)
+        steps = [slot]
+        while bool((slot > prompt_end).any()):
+            slot = self._above[row, slot]
+            steps.append(slot)
+        # From the prompt's end down; a path shorter than the longest repeated it at the top.
+        table = torch.stack(steps[::-1], 1) - prompt_end
+        surplus = (table == 0).sum(1, keepdim=True) - 1
+        place = torch.arange(table.shape[1], device=row.device) + surplus
+        path = table.gather(1, place.clamp(max=table.shape[1] - 1)) + row[:, None] * slots
+        path = path.masked_fill(place >= table.shape[1], -1)
+        return head(self._hidden.flatten(0, 1), path)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchard import catalogue as catalogues
-from orchard.catalogue import from_codes, load, read, write
+from orchard.catalogue import from_codes, load, read, read_embeddings, write
 from orchard.errors import CatalogueError, DataError
 from orchard.testing import tiny_catalogue
 
@@ -186,3 +186,20 @@ def test_a_file_without_items_is_no_catalogue(items: Path) -> None:
     pq.write_table(pq.read_table(items).slice(0, 0), items)
     with pytest.raises(CatalogueError, match="no items"):
         read(items)
+
+
+def test_embeddings_are_found_by_item_and_must_be_complete(tmp_path: Path) -> None:
+    catalogue = from_codes([[0, 0], [1, 0], [1, 1]], item_id=np.array([7, 3, 5]), level_size=(2, 2))
+    path = tmp_path / "embeddings.parquet"
+
+    def write(ids: list[int], rows: list[list[float]]) -> None:
+        pq.write_table(pa.table({"item_id": ids, "embedding": rows}), path)
+
+    write([3, 9, 5, 7], [[3.0, 1], [9, 1], [5, 1], [7, 1]])
+    assert read_embeddings(path, catalogue).tolist() == [[7, 1], [3, 1], [5, 1]]
+    write([3, 7], [[3.0, 1], [7, 1]])
+    with pytest.raises(DataError, match="item 5 has no embedding"):
+        read_embeddings(path, catalogue)
+    write([3, 5, 7], [[3.0, 1], [5], [7, 1]])
+    with pytest.raises(DataError, match="lengths from 1 to 2"):
+        read_embeddings(path, catalogue)

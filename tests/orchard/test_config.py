@@ -86,3 +86,21 @@ def test_the_configuration_needs_neither_torch_nor_ray() -> None:
     code = "import sys, orchard.config; print({'torch', 'ray'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["rollout.search=ved", "rollout.engine=torch"], "set model.value_head = true"),
+        (["model.value_head=true"], "needs an engine that runs the head"),
+        (
+            ["model.value_head=true", "rollout.engine=torch", "evaluate.engine=vllm"],
+            'evaluate.engine to "torch"',
+        ),
+    ],
+)
+def test_guidance_needs_a_value_head_and_an_engine_that_runs_it(
+    run_file: Path, changes: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config.load(run_file, changes)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from orchard import weights
+from orchard import value, weights
 from orchard.errors import CheckpointError, EngineError
+from orchard.model import hidden_states
 from orchard.testing import World, tiny_world
 from orchard.types import PolicyVersion
 from rollout.engine import Engine, Expansion
@@ -101,3 +102,33 @@ def test_bfloat16_stays_near_float32(torch_engine: Callable[[World], TorchEngine
         assert np.allclose(
             one.score[one.leaf.argsort()], other.score[other.leaf.argsort()], atol=0.3
         )
+
+
+def test_values_are_those_of_the_whole_prefix_read_at_once(
+    torch_engine: Callable[[World], TorchEngine],
+) -> None:
+    world = tiny_world()
+    plain = torch_engine(world)
+    assert plain.prefill(world.prompts).value is None
+    value.attach(world.model, seed=0)
+    head = value.head_of(world.model)
+    assert head is not None
+    for parameter in head.parameters():
+        parameter.data.normal_(0.0, 0.5)
+    engine, trie = torch_engine(world), world.catalogue.trie
+    roots = engine.prefill(world.prompts).state
+    leaves = [[n for n in row if n >= 0] for row in trie.path(trie.leaf_node[:4]).tolist()]
+    first = extend(engine, roots, [leaf[:1] for leaf in leaves])
+    found = extend(engine, first.state[[2, 0, 3, 1]], [leaves[i][1:] for i in (2, 0, 3, 1)])
+    rows = np.split(world.prompts.token, world.prompts.token_start[1:-1])
+    for state, prompt, depth in [(first, p, 1) for p in range(4)] + [
+        (found, p, 3) for p in range(4)
+    ]:
+        codes = world.vocabulary.token_of(trie, torch.tensor(leaves[prompt][:depth]))
+        token = torch.tensor([*rows[prompt].tolist(), *codes.tolist()])[None]
+        visible = torch.ones(token.shape[1], token.shape[1], dtype=torch.bool).tril()[None]
+        hidden = hidden_states(world.model, token, torch.arange(token.shape[1])[None], visible)[0]
+        path = torch.arange(token.shape[1] - depth - 1, token.shape[1])[None]
+        place = prompt if depth == 1 else [2, 0, 3, 1].index(prompt)
+        assert state.value is not None
+        assert torch.isclose(head(hidden, path)[0], state.value[place], atol=1e-5)

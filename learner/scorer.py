@@ -1,0 +1,55 @@
+"""The policy as the module that the learner wraps.
+
+Shapes:  E choices   V states
+"""
+
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from learner.logprobs import BatchTensors, choice_logprobs, score_choices, tree_mask
+from learner.value import state_values
+from orchard.model import head_weight, hidden_states
+from orchard.trie import Trie
+from orchard.value import head_of
+from orchard.vocabulary import Vocabulary
+
+
+class Scorer(nn.Module):
+    """A policy whose forward gives choices' log-probabilities, so that DDP and FSDP can wrap it."""
+
+    def __init__(
+        self,
+        policy: PreTrainedModel,
+        trie: Trie,
+        vocabulary: Vocabulary,
+        distribution: Literal["trie", "full"],
+        *,
+        detach: bool = True,
+    ) -> None:
+        """Hold the policy and what names its distribution (`trie` or `full`).
+
+        `detach` keeps the value head's gradient out of the rest of the policy.
+        """
+        super().__init__()
+        self.policy = policy
+        self._context = (trie, vocabulary, distribution)
+        self._detach = detach
+
+    def forward(
+        self, batch: BatchTensors
+    ) -> tuple[Float[Tensor, " E"], Float[Tensor, " E"], Float[Tensor, " V"] | None]:
+        """Log-probability and entropy of every choice of the batch, and the value of its states.
+
+        There is none without a value head, or where the batch has nothing for it to learn.
+        """
+        head = head_of(self.policy)
+        if head is None or batch.values is None:
+            return *choice_logprobs(self.policy, batch, *self._context), None
+        visible = tree_mask(batch.subtree_end)
+        hidden = hidden_states(self.policy, batch.token, batch.position, visible)
+        scores = score_choices(hidden, head_weight(self.policy), batch, *self._context)
+        read = hidden.detach() if self._detach else hidden
+        return *scores, state_values(head, read, batch.values)

@@ -1,0 +1,180 @@
+"""What a guided search has visited: the nodes of many prompts' trees, each evaluated once.
+
+A node is a prefix that ends before a choice or at a leaf: forced codes belong to the node that they
+lead to, so every node has several children or none. The books are kept on the CPU, whatever device
+the engine computes on.
+
+Shapes:  B prompts   N nodes   M legal children of all nodes   F new nodes   C candidates
+         D longest sequence
+"""
+
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float32, Float64, Int64
+
+from orchard import ragged
+from orchard.errors import EngineError
+from orchard.trie import ROOT
+from orchard.types import Cost, Prompts
+from rollout.engine import Engine, Expansion
+from rollout.search import sound, spans
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Visited:
+    """Nodes in the order in which they were visited, the roots first: node b is prompt b itself."""
+
+    prompt: Int64[np.ndarray, " N"]
+    parent: Int64[np.ndarray, " N"]
+    """-1 at a root."""
+    node: Int64[np.ndarray, " N"]
+    """In the trie."""
+    depth: Int64[np.ndarray, " N"]
+    """Codes so far, forced ones included."""
+    logprob: Float32[np.ndarray, " N"]
+    """Of the choice at the parent."""
+    score: Float32[np.ndarray, " N"]
+    """Log-probability of the whole prefix given its prompt."""
+    value: Float32[np.ndarray, " N"]
+    entropy: Float32[np.ndarray, " N"]
+    """Of the choice at the node; 0 at a leaf."""
+    state: Int64[np.ndarray, " N"]
+    """Of the engine."""
+    child_start: Int64[np.ndarray, " N1"]
+    """Children of node n are the entries `child_start[n] : child_start[n + 1]` of the next two."""
+    child: Int64[np.ndarray, " M"]
+    """Trie node of each legal child."""
+    child_logprob: Float32[np.ndarray, " M"]
+    taken: Bool[np.ndarray, " M"]
+    """The child has a node, or is to get one. Changes in place."""
+
+    def __len__(self) -> int:
+        return len(self.node)
+
+    @property
+    def is_leaf(self) -> Bool[np.ndarray, " N"]:
+        """The nodes without children."""
+        return np.diff(self.child_start) == 0
+
+    def free_children(
+        self, nodes: Int64[np.ndarray, " F"]
+    ) -> tuple[Int64[np.ndarray, " K"], Int64[np.ndarray, " K"]]:
+        """Entries of the children not taken of the given nodes, and the index of their owner."""
+        count = np.diff(self.child_start)[nodes]
+        entry = ragged.ranges(self.child_start[nodes], count)
+        free = ~self.taken[entry]
+        return entry[free], np.repeat(np.arange(len(nodes)), count)[free]
+
+    def num_free(self) -> Int64[np.ndarray, " N"]:
+        """Number of children of each node that are not taken."""
+        taken = ragged.starts(self.taken.astype(np.int64))[self.child_start]
+        return np.diff(self.child_start) - np.diff(taken)
+
+    def branches(
+        self, end: Int64[np.ndarray, " C"], depth: int
+    ) -> tuple[Float32[np.ndarray, "C D"], Float32[np.ndarray, "C D"]]:
+        """Log-probability of each code down to the given nodes, and value after it (NaN: unknown).
+
+        Forced codes and what lies past the end have log-probability 0.
+        """
+        logprob = np.zeros((len(end), depth), np.float32)
+        value = np.full((len(end), depth), np.nan, np.float32)
+        node, rows = end.copy(), np.arange(len(end))
+        while True:
+            inside = self.parent[node] >= 0
+            if not inside.any():
+                return logprob, value
+            at, above = node[inside], self.parent[node[inside]]
+            logprob[rows[inside], self.depth[above]] = self.logprob[at]
+            value[rows[inside], self.depth[at] - 1] = self.value[at]
+            node = np.where(inside, self.parent[node], node)
+
+
+def visit_roots(engine: Engine, prompts: Prompts) -> tuple[Visited, Cost]:
+    """The trees of nothing but their prompts.
+
+    Raises:
+        EngineError: a prompt does not fit the engine, the policy has diverged, or there is no
+            value head to guide by.
+    """
+    expansion = sound(engine, engine.prefill(prompts))
+    number, root = np.arange(len(prompts)), np.full(len(prompts), ROOT)
+    nothing, zero = np.zeros(len(prompts), np.int64), np.zeros(len(prompts), np.float32)
+    visited = Visited(
+        prompt=number, parent=nothing - 1, node=root, depth=nothing, logprob=zero, score=zero,
+        **_evaluated(expansion),
+    )  # fmt: skip
+    return visited, Cost(prefill_tokens=len(prompts.token), passes=1)
+
+
+def visit(
+    engine: Engine, visited: Visited, entry: Int64[np.ndarray, " F"], owner: Int64[np.ndarray, " F"]
+) -> tuple[Visited, Cost]:
+    """Evaluate chosen children in one forward pass; their forced codes go with them.
+
+    Args:
+        engine: that holds the states.
+        visited: the trees so far.
+        entry: place of each chosen child among all children.
+        owner: node that it is a child of.
+
+    Raises:
+        EngineError: the policy has diverged.
+    """
+    trie = engine.trie
+    above = torch.from_numpy(visited.node[owner]).to(trie.code.device)
+    below = trie.descend(torch.from_numpy(visited.child[entry]).to(above.device))
+    token, start = spans(engine, above, below)
+    state = torch.from_numpy(visited.state[owner]).to(above.device)
+    expansion = sound(engine, engine.extend(state, token, start, below))
+    logprob = visited.child_logprob[entry]
+    is_leaf = (trie.num_children(below) == 0).cpu().numpy()
+    visited.taken[entry] = True
+    new = Visited(
+        prompt=visited.prompt[owner],
+        parent=owner,
+        node=below.cpu().numpy(),
+        depth=trie.depth_of(below).cpu().numpy(),
+        logprob=logprob,
+        score=visited.score[owner] + logprob,
+        **_evaluated(expansion),
+    )
+    leaves = int(is_leaf.sum())
+    return _join(visited, new), Cost(
+        forward_tokens=len(token) - leaves, leaf_tokens=leaves, passes=1
+    )
+
+
+def _evaluated(expansion: Expansion) -> dict[str, np.ndarray]:
+    """The fields that an expansion knows."""
+    if expansion.value is None:
+        raise EngineError(
+            "the search is to be guided by values, but the engine gives none; set "
+            'model.value_head = true and rollout.engine = "torch"'
+        )
+    logprob = expansion.logprob.cpu().numpy()
+    start = expansion.children.start.cpu().numpy()
+    surprise: Float64[np.ndarray, " M"] = -np.exp(logprob.astype(np.float64)) * logprob
+    owner = expansion.children.owner.cpu().numpy()
+    return {
+        "value": expansion.value.float().cpu().numpy(),
+        "entropy": np.bincount(owner, surprise, minlength=len(start) - 1).astype(np.float32),
+        "state": expansion.state.cpu().numpy(),
+        "child_start": start,
+        "child": expansion.children.node.cpu().numpy(),
+        "child_logprob": logprob,
+        "taken": np.zeros(len(logprob), bool),
+    }
+
+
+def _join(one: Visited, other: Visited) -> Visited:
+    """The nodes of both, the children of the second behind those of the first."""
+    start = np.concatenate([one.child_start, one.child_start[-1] + other.child_start[1:]])
+    both = {
+        f.name: np.concatenate([getattr(one, f.name), getattr(other, f.name)])
+        for f in fields(Visited)
+        if f.name != "child_start"
+    }
+    return replace(one, **both, child_start=start)

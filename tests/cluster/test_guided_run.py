@@ -1,0 +1,135 @@
+"""A guided run from its settings to what the learner receives, without starting an actor."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cluster.loop import assemble, describe
+from cluster.prepare import Run, export, open_folder, prepare
+from orchard import config, model, value
+from orchard.config import Config
+from orchard.errors import ConfigError
+from orchard.synth import WorldParams, write_world
+from orchard.types import PolicyVersion, ScoredTrees, Update
+from orchard.weights import digest, snapshot
+from rewards.reward import score
+from rollout.actor import Searcher
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world") / "data"
+    write_world(folder, WorldParams(num_items=80, num_users=120, level_size=(5, 6, 7)))
+    draw, ids = np.random.default_rng(0), pq.read_table(folder / "items.parquet")["item_id"]
+    rows = draw.normal(size=(len(ids), 4)).tolist()
+    pq.write_table(pa.table({"item_id": ids, "embedding": rows}), folder / "embeddings.parquet")
+    return folder
+
+
+@pytest.fixture
+def settings(data: Path, tmp_path: Path) -> Callable[..., Config]:
+    path = tmp_path / "run.toml"
+    path.write_text(
+        f"""
+        name = "guided"
+        output = "{tmp_path / "runs"}"
+        data.path = "{data}"
+        [model]
+        hidden_size = 32
+        heads = 2
+        kv_heads = 1
+        intermediate_size = 32
+        layers = 1
+        value_head = true
+        [rollout]
+        engine = "torch"
+        search = "ved"
+        candidates = 6
+        threads = 1
+        ved = {{budget = 17, width = 4}}
+        [learner]
+        estimator = "group_sibling"
+        """
+    )
+    return lambda *changes: config.load(path, changes)
+
+
+def guided(settings: Config) -> Run:
+    """A run from a policy with a value head, saved as a run leaves it."""
+    first = prepare(settings, "sft")
+    open_folder(first)
+    policy = model.create(first.config.model, first.vocabulary, seed=0)
+    value.attach(policy, seed=1)
+    weights = snapshot(policy)
+    export(first, first.result, PolicyVersion(step=0, digest=digest(weights)), weights)
+    return prepare(settings, "train")
+
+
+def search(run: Run, *, kind: str | None = None) -> ScoredTrees:
+    searcher = Searcher(run.config.rollout, run.policy, run.catalogue, run.vocabulary, seed=0)
+    trees = searcher.search(run.form.prompts(run.train, np.arange(8)), seed=0, kind=kind)
+    return score(trees, run.catalogue, run.config.rewards.weights)
+
+
+def test_an_exported_head_is_loaded_with_its_policy(settings: Callable[..., Config]) -> None:
+    run = guided(settings())
+    loaded = model.load(run.policy, run.vocabulary)
+    assert value.head_of(loaded) is not None
+    assert sorted(path.name for path in run.policy.glob("*.safetensors")) == [
+        "model.safetensors",
+        "value_head.safetensors",
+    ]
+    names = set(snapshot(loaded))
+    assert names > set(snapshot(model.create(run.config.model, run.vocabulary, seed=0)))
+
+
+def test_guided_trees_carry_values_and_become_a_batch_that_teaches_them(
+    settings: Callable[..., Config],
+) -> None:
+    run = guided(settings())
+    scored = search(run)
+    assert scored.trees.value is not None
+    batch = assemble(scored, run)
+    assert batch.values is not None
+    assert len(batch.values.row) == (scored.trees.step > 0).sum()
+    metrics = describe(scored, Update(policy=scored.trees.policy, metrics={}), lag=0)
+    assert metrics["rollout/traversals"] > 0
+    assert metrics["rollout/leaf_tokens"] > 0
+    assert metrics["rollout/forward_tokens"] <= 8 * 16
+    assert search(run, kind="beam").trees.value is None
+
+
+def test_embeddings_of_the_data_set_change_what_the_head_is_taught(
+    settings: Callable[..., Config],
+) -> None:
+    codes, items = settings(), settings("data.embeddings=embeddings.parquet", "name=other")
+    scored = search(run := guided(codes))
+    by_code, by_item = assemble(scored, run).values, assemble(scored, guided(items)).values
+    assert by_code is not None
+    assert by_item is not None
+    assert not np.allclose(by_code.reward, by_item.reward)
+    np.testing.assert_array_equal(by_code.path, by_item.path)
+
+
+def test_a_run_without_a_head_packs_no_targets(settings: Callable[..., Config]) -> None:
+    run = guided(settings("model.value_head=false", "rollout.search=beam"))
+    assert assemble(search(run), run).values is None
+
+
+def test_a_budget_that_does_not_cover_the_catalogue_is_refused_before_anything_starts(
+    settings: Callable[..., Config],
+) -> None:
+    with pytest.raises(ConfigError, match=r"rollout\.ved\.budget = 8 cannot cover depth 3"):
+        prepare(settings("rollout.ved.budget=8"), "sft")
+
+
+def test_the_published_run_is_valid() -> None:
+    published = config.load(ROOT / "cluster" / "runs" / "vstar_industrial.toml")
+    assert published.rollout.search == "ved"
+    assert published.learner.estimator == "group_sibling"

@@ -1,0 +1,240 @@
+"""What the value head is taught, against worked examples and against candidates one by one."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from learner import checkpoint
+from learner.advantages import ESTIMATORS
+from learner.logprobs import ValueTensors, to_tensors, tree_mask
+from learner.pack import pack
+from learner.split import micro_batches, shard
+from learner.step import Learner
+from learner.value import state_values, step_rewards, value_loss
+from orchard import value
+from orchard.catalogue import Catalogue, from_codes
+from orchard.config import LearnerConfig, ValueConfig
+from orchard.model import hidden_states
+from orchard.testing import tiny_policy, tiny_prompts
+from orchard.types import PolicyVersion, ScoredTrees, TrainBatch
+from orchard.value import ValueHead
+from orchard.vocabulary import Vocabulary
+from orchard.weights import digest, snapshot
+from rollout.engine.torch import TorchEngine
+from rollout.search import beam
+from rollout.trees import grow
+
+Grow = Callable[..., ScoredTrees]
+WEIGHT, GAMMA = (0.3, 0.5, 1.0), 0.99
+BRISK = LearnerConfig(lr=3e-3, warmup=0.0, final_lr=1.0, grad_clip=1.0, value=ValueConfig(lr=3e-3))
+
+
+def packed(
+    scored: ScoredTrees, catalogue: Catalogue, reward: np.ndarray | None = None
+) -> TrainBatch:
+    if reward is None:
+        reward = step_rewards(scored.trees, catalogue, level_weight=WEIGHT)
+    credits = [ESTIMATORS["group"](scored, 1e-4)]
+    vocabulary = tiny_policy(catalogue)[1]
+    return pack(scored, credits, catalogue, vocabulary, step_reward=reward, discount=GAMMA)
+
+
+def tensors(batch: TrainBatch) -> ValueTensors:
+    states = to_tensors(batch).values
+    assert states is not None
+    return states
+
+
+def paths(scored: ScoredTrees) -> list[list[int]]:
+    """Nodes of each candidate from step 1 on."""
+    return [[int(n) for n in row if n >= 0] for row in scored.trees.paths()]
+
+
+def by_node(scored: ScoredTrees, states: Sequence[float]) -> dict[int, float]:
+    """One number per state as a mapping from tree nodes: states are the inner nodes, in order."""
+    return dict(zip(np.flatnonzero(scored.trees.step > 0).tolist(), states, strict=True))
+
+
+def policy_with_head(catalogue: Catalogue, *, seed: int = 0) -> tuple[PreTrainedModel, Vocabulary]:
+    """A policy whose value head is far from constant."""
+    model, vocabulary = tiny_policy(catalogue, seed=seed)
+    value.attach(model, seed=seed)
+    draw = torch.Generator().manual_seed(seed)
+    for parameter in model.get_submodule(value.NAME).parameters():
+        parameter.data.normal_(0.0, 0.3, generator=draw)
+    return model, vocabulary
+
+
+def test_step_rewards_compare_the_mean_embedding_of_a_bucket_with_the_target() -> None:
+    catalogue = from_codes([[0, 0, 0], [0, 1, 0], [0, 1, 1]], level_size=(2, 2, 2))
+    model, vocabulary = tiny_policy(catalogue)
+    version = PolicyVersion(step=0, digest="")
+    prompts = replace(tiny_prompts(catalogue, [2]), target=np.array([0]))
+    found = beam(TorchEngine(model, catalogue.trie, vocabulary, version), prompts, width=3)
+    trees = grow(prompts, found, catalogue, vocabulary, version)
+    # The bucket of (0, 1) points along (.8, .6), its first member along (.6, .8).
+    embedding = np.array([[1, 0], [0.6, 0.8], [1, 0.4]], np.float32)
+    reward = step_rewards(trees, catalogue, level_weight=WEIGHT, embedding=embedding)
+    trie = catalogue.trie
+    of = {tuple(trie.path(torch.tensor([n]))[0].tolist()): r
+          for n, r in zip(trees.state.tolist(), reward, strict=True)}  # fmt: skip
+    target, other = trie.path(trie.leaf_node[:2]).tolist()
+    assert of[(target[0], -1, -1)] == pytest.approx(0.3)
+    assert of[(target[0], target[1], -1)] == pytest.approx(0.5)
+    assert of[tuple(target)] == pytest.approx(1.0)
+    assert of[(other[0], other[1], -1)] == pytest.approx(-0.1)
+    assert of[tuple(other)] == pytest.approx(-0.4)
+    codes = step_rewards(trees, catalogue, level_weight=WEIGHT)
+    assert codes[trees.state == other[1]] == pytest.approx(-0.25)  # one code of two agrees
+    assert codes[trees.state == other[2]] == pytest.approx(-2 / 3)
+
+
+def test_outcomes_equal_the_worked_example(score_leaves: Grow, catalogue: Catalogue) -> None:
+    leaf = int(np.flatnonzero((catalogue.trie.path(catalogue.trie.leaf_node) >= 0).all(1))[0])
+    scored = score_leaves([[leaf]])
+    batch = packed(scored, catalogue, np.array([0, 0.3, -0.1, -0.4], np.float32))
+    assert batch.values is not None
+    np.testing.assert_allclose(batch.values.outcome, [-0.1910, -0.496, -0.4], atol=1e-4)
+
+
+@pytest.mark.parametrize("target", ["td", "monte_carlo"])
+def test_the_loss_is_the_mean_over_the_states_of_all_candidates(
+    score_random: Grow, catalogue: Catalogue, target: str
+) -> None:
+    scored = score_random([5, 3, 1])
+    batch = packed(scored, catalogue)
+    states = tensors(batch)
+    guess = torch.randn(len(states.row), requires_grad=True)
+    loss = value_loss(guess, states, discount=GAMMA, target=target)
+    reward = step_rewards(scored.trees, catalogue, level_weight=WEIGHT)
+    mine = torch.tensor(guess.tolist(), requires_grad=True)
+    at = by_node(scored, list(mine))
+    errors = []
+    for path in paths(scored):
+        for step, node in enumerate(path):
+            if target == "td":
+                follows = at[path[step + 1]].detach() if step + 1 < len(path) else 0
+                wanted = reward[node] + GAMMA * follows
+            else:
+                wanted = sum(GAMMA**later * reward[n] for later, n in enumerate(path[step:]))
+            errors.append((at[node] - wanted) ** 2)
+    expected = torch.stack(errors).mean()
+    loss.backward()
+    expected.backward()
+    assert torch.allclose(guess.grad, mine.grad, atol=1e-5)
+    if target == "td":  # averaged first, outcomes lose a constant: their spread within a state
+        assert torch.isclose(loss, expected, atol=1e-5)
+
+
+def test_losses_of_shards_and_micro_batches_add_up(
+    score_random: Grow, catalogue: Catalogue
+) -> None:
+    model, _ = policy_with_head(catalogue)
+
+    def loss(batch: TrainBatch) -> float:
+        part = to_tensors(batch)
+        assert part.values is not None
+        visible = tree_mask(part.subtree_end)
+        hidden = hidden_states(model, part.token, part.position, visible)
+        guess = state_values(model.get_submodule(value.NAME), hidden, part.values)
+        return value_loss(guess, part.values, discount=GAMMA, target="td").item()
+
+    whole = packed(score_random([5, 3, 1, 4]), catalogue)
+    halves = [shard(whole, rank, 2) for rank in range(2)]
+    parts = [part for half in halves for part in micro_batches(half, 30)]
+    assert len(parts) > 2
+    assert sum(loss(part) for part in parts) == pytest.approx(loss(whole), abs=1e-5)
+
+
+def test_a_state_is_worth_the_same_in_a_tree_as_in_a_sequence_that_ends_there(
+    score_random: Grow, catalogue: Catalogue
+) -> None:
+    model, _ = policy_with_head(catalogue)
+    head, scored = model.get_submodule(value.NAME), score_random([6, 4])
+    assert isinstance(head, ValueHead)
+    batch, trees = to_tensors(packed(scored, catalogue)), scored.trees
+    assert batch.values is not None
+    visible = tree_mask(batch.subtree_end)
+    hidden = hidden_states(model, batch.token, batch.position, visible)
+    found = by_node(scored, state_values(head, hidden, batch.values).tolist())
+    rows = np.split(trees.prompts.token, trees.prompts.token_start[1:-1])
+    for candidate, path in enumerate(paths(scored)):
+        prompt = rows[trees.prompt_of_candidate[candidate]].tolist()
+        for depth in range(1, len(path) + 1):
+            codes = trees.token[trees.token_start[path[:depth]]].tolist()
+            token = torch.tensor([prompt + codes])
+            slots = torch.arange(token.shape[1])
+            seen = hidden_states(model, token, slots[None], (slots <= slots[:, None])[None])[0]
+            alone = head(seen, slots[None, -depth - 1 :]).item()
+            assert found[path[depth - 1]] == pytest.approx(alone, abs=1e-5)
+
+
+@pytest.mark.parametrize("target", ["td", "monte_carlo"])
+def test_the_head_learns_what_its_states_are_worth(
+    score_random: Grow, catalogue: Catalogue, target: str
+) -> None:
+    model, vocabulary = tiny_policy(catalogue)
+    value.attach(model, seed=0)
+    config = BRISK.model_copy(update={"value": ValueConfig(lr=3e-3, target=target)})
+    one = Learner(model, catalogue.trie, vocabulary, config, total_steps=100)
+    # One candidate to a group: what follows a state is certain, and its error can vanish.
+    batch = packed(score_random([1] * 6), catalogue)
+    losses = [one.improve(batch)["value_loss"] for _ in range(40)]
+    assert losses[-1] < 0.3 * losses[0]
+
+
+@pytest.mark.parametrize("detach", [True, False])
+def test_the_head_moves_the_rest_of_the_policy_only_if_told_to(
+    score_random: Grow, catalogue: Catalogue, detach: bool
+) -> None:
+    scored = score_random([5, 3])
+    config = BRISK.model_copy(update={"value": ValueConfig(weight=3.0, detach=detach)})
+    learners = []
+    for make in (policy_with_head, tiny_policy):
+        model, vocabulary = make(catalogue)
+        one = Learner(model, catalogue.trie, vocabulary, config, total_steps=100)
+        one.improve(packed(scored, catalogue))
+        learners.append(snapshot(one.policy))
+    with_head, without = learners
+    apart = max(np.abs(with_head[name] - without[name]).max() for name in without)
+    assert (apart < 1e-5) == detach
+
+
+def test_a_resumed_learner_with_a_head_continues_bit_for_bit(
+    score_random: Grow, catalogue: Catalogue, tmp_path: Path
+) -> None:
+    batches = [packed(score_random([4, 3], seed=seed), catalogue) for seed in range(4)]
+
+    def learner() -> Learner:
+        model, vocabulary = policy_with_head(catalogue)
+        return Learner(model, catalogue.trie, vocabulary, BRISK, total_steps=100)
+
+    straight, first, second = learner(), learner(), learner()
+    for batch in batches:
+        straight.improve(batch)
+    for batch in batches[:2]:
+        first.improve(batch)
+    checkpoint.save(first, tmp_path, number=2, catalogue=catalogue.digest, write=True)
+    checkpoint.load(second, tmp_path, catalogue=catalogue.digest)
+    for batch in batches[2:]:
+        second.improve(batch)
+    assert digest(snapshot(second.policy)) == digest(snapshot(straight.policy))
+
+
+def test_a_part_without_states_still_takes_part_in_the_backward_pass(
+    score_random: Grow, catalogue: Catalogue
+) -> None:
+    model, _ = policy_with_head(catalogue)
+    head = model.get_submodule(value.NAME)
+    assert isinstance(head, ValueHead)
+    states = tensors(packed(score_random([2]), catalogue))
+    none = ValueTensors(**{f.name: getattr(states, f.name)[:0] for f in fields(ValueTensors)})
+    guess = state_values(head, torch.randn(1, 5, head.width), none)
+    value_loss(guess, none, discount=GAMMA, target="td").backward()
+    gradients = [parameter.grad for parameter in head.parameters()]
+    assert all(gradient is not None and not gradient.any() for gradient in gradients)

@@ -1,0 +1,86 @@
+"""The value head as a function of hidden states, and as a part of a policy."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from orchard import value
+from orchard.errors import CheckpointError
+from orchard.model import load
+from orchard.testing import World, tiny_world
+from orchard.value import ValueHead
+from orchard.weights import digest, restore, snapshot
+
+
+def trained_head(width: int = 8) -> ValueHead:
+    head = ValueHead(width)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.normal_(0.0, 0.5)
+    return head
+
+
+def valued_world() -> World:
+    world = tiny_world()
+    value.attach(world.model, seed=3)
+    return world
+
+
+def test_a_value_depends_on_its_own_path_alone_and_on_all_of_it() -> None:
+    head, hidden = trained_head(), torch.randn(6, 8)
+    path = torch.tensor([[0, 1, -1], [0, 1, 3], [0, 2, 4]])
+    before = head(hidden, path)
+    for place in range(6):
+        moved = hidden.clone()
+        moved[place, 0] += 1.0
+        differs = (head(moved, path) - before).abs() > 1e-6
+        assert differs.tolist() == [(place in row) for row in path.tolist()], place
+
+
+def test_a_value_is_the_same_alone_as_among_longer_paths() -> None:
+    head, hidden = trained_head(), torch.randn(5, 8)
+    together = head(hidden, torch.tensor([[0, 1, -1, -1], [0, 1, 2, 4]]))
+    assert torch.allclose(together[:1], head(hidden, torch.tensor([[0, 1]])), atol=1e-6)
+    assert head(hidden, torch.zeros(0, 3, dtype=torch.long)).shape == (0,)
+
+
+def test_a_fresh_head_has_nothing_to_say_and_equal_seeds_make_equal_heads() -> None:
+    first, second = valued_world().model, valued_world().model
+    assert digest(snapshot(first)) == digest(snapshot(second))
+    head = value.head_of(first)
+    assert head is not None
+    assert not head(torch.randn(3, 32), torch.tensor([[0, 1, 2]])).any()
+
+
+def test_a_head_travels_with_the_weights_of_its_policy() -> None:
+    ours, theirs = valued_world().model, tiny_world(seed=1).model
+    sent = snapshot(ours)
+    assert any(name.startswith("value_head.") for name in sent)
+    value.fit(theirs, sent)
+    restore(theirs, sent)
+    assert digest(snapshot(theirs)) == digest(sent)
+    plain = snapshot(tiny_world().model)
+    value.fit(theirs, plain)
+    restore(theirs, plain)
+    assert digest(snapshot(theirs)) == digest(plain)
+
+
+def test_a_saved_policy_keeps_its_head_in_a_file_of_its_own(tmp_path: Path) -> None:
+    world = valued_world()
+    with torch.no_grad():
+        for parameter in world.model.get_submodule(value.NAME).parameters():
+            parameter.normal_()
+    folder = world.save(tmp_path / "policy")
+    assert digest(snapshot(load(folder))) == world.version.digest
+    assert value.head_of(world.model) is not None
+    (folder / value.FILE).unlink()
+    plain = tiny_world()
+    assert digest(snapshot(load(folder))) == plain.version.digest
+
+
+def test_a_damaged_or_foreign_head_is_refused(tmp_path: Path) -> None:
+    folder = valued_world().save(tmp_path / "policy")
+    (folder / value.FILE).write_bytes(b"not tensors")
+    with pytest.raises(CheckpointError, match="is no value head of this policy"):
+        load(folder)
