@@ -2,9 +2,9 @@
 
 V(s) estimates the discounted step rewards from s on, where s is the prompt and the codes so far
 (V-STAR, arXiv 2602.10699). The states that s passed through, from the end of the prompt to its last
-code, are read by one causal attention block, then by a small MLP. No state after s takes part, so
-that a prefix is worth the same in a search, which has not gone on from it, as in an update, which
-has.
+code, are read by one causal attention block, gated by the last of them, then by a small MLP. No
+state after s takes part, so that a prefix is worth the same in a search, which has not gone on from
+it, as in an update, which has.
 
 The head is a submodule of the policy named `value_head`: its weights travel and are checked with
 the policy's, under that prefix. In a saved policy they are a file of their own, so that the rest
@@ -34,7 +34,7 @@ _MOST_HEADS = 4
 
 
 class ValueHead(nn.Module):
-    """One attention block over the states of a path, then an MLP to a scalar; 0 when fresh."""
+    """A gated attention block over the states of a path, then an MLP to a scalar; 0 when fresh."""
 
     def __init__(self, width: int) -> None:
         """A head for hidden states of the given width."""
@@ -43,7 +43,7 @@ class ValueHead(nn.Module):
         self.before_attention, self.before_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
         self.query = nn.Linear(width, width)
         self.key, self.content = nn.Linear(width, width), nn.Linear(width, width)
-        self.attended = nn.Linear(width, width)
+        self.attended, self.gate = nn.Linear(width, width), nn.Linear(width, width)
         self.inner, self.scalar = nn.Linear(width, 2 * width), nn.Linear(2 * width, 1)
         # Before it has learnt anything the head has nothing to say about any prefix.
         nn.init.zeros_(self.scalar.weight)
@@ -68,7 +68,9 @@ class ValueHead(nn.Module):
         heard = functional.scaled_dot_product_attention(
             query, key, content, attn_mask=inside[:, None, None]
         )
-        state = hidden[last] + self.attended(heard.flatten(1))
+        # What a prefix promises is how well its last code suits what came before: a product.
+        suits = self.attended(heard.flatten(1)) * (1 + self.gate(seen[last]))
+        state = hidden[last] + suits
         inner = functional.silu(self.inner(self.before_mlp(state)))
         return self.scalar(inner).squeeze(1).float()
 
