@@ -5,6 +5,8 @@ warm start, at a quarter of its learning rate. All are judged on the whole test 
 are paired by row and averaged over the seeds before rows are resampled.
 """
 
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +52,7 @@ def measure(
         rows.append({"policy": side} | {metric: _mean(metric, evaluations) for metric in METRICS})
     for other in ("warm_start", "control"):
         gain = _gain(found, other)
-        rows.append({"difference": f"trained - {other}"} | _spelt(gain))
+        rows.append({"difference": f"trained - {other}"} | spelt(gain))
         figures.append(_above_zero(other, gain["ndcg@10/sid"], seeds))
     for index, seed in enumerate(found):
         scores = {side: getattr(seed, side).metrics["ndcg@10/sid"].mean
@@ -75,9 +77,9 @@ def _one(name: str, seed: int, changes: tuple[str, ...]) -> Seed:
     ))  # fmt: skip
     warm_start(control, dry_run=False)
     return Seed(
-        warm_start=_read(settings, WARM_START),
-        trained=_read(settings, TRAINED),
-        control=_read(control, WARM_START),
+        warm_start=read(settings, WARM_START),
+        trained=read(settings, TRAINED),
+        control=read(control, WARM_START),
         seconds={
             "warm_start_s": float(log["sft"]["sft/elapsed_s"].value[-1]),
             "train_s": train_s,
@@ -91,7 +93,22 @@ def _settings(name: str, run: str, seed: int, changes: tuple[str, ...]) -> Confi
     return config.load(path, [f"name={run}", f"seed={seed}", *changes])
 
 
-def _read(settings: Config, name: str) -> Evaluation:
+def branch(begin: Config, own: Config) -> None:
+    """RL of one run from the warm start of another, which is made where there is none."""
+    warm_start(begin, dry_run=False)
+    if not (folder := own.run_dir / WARM_START).is_dir():
+        own.run_dir.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(begin.run_dir / WARM_START, folder)
+    improve(own, dry_run=False)
+
+
+def means(found: Evaluation, metrics: Sequence[str] = METRICS) -> dict[str, float]:
+    """The means of some metrics."""
+    return {metric: found.metrics[metric].mean for metric in metrics}
+
+
+def read(settings: Config, name: str = TRAINED) -> Evaluation:
+    """An evaluation that a run has kept."""
     return evaluation.read(settings.run_dir / "evaluation" / f"{name}.json")
 
 
@@ -112,8 +129,9 @@ def _gain(found: list[Seed], other: str) -> dict[str, Estimate]:
     )
 
 
-def _spelt(gain: dict[str, Estimate]) -> dict[str, str]:
-    return {m: f"{gain[m].mean:+.4f} [{gain[m].low:+.4f}, {gain[m].high:+.4f}]" for m in METRICS}
+def spelt(gain: dict[str, Estimate], metrics: Sequence[str] = METRICS) -> dict[str, str]:
+    """Differences with their intervals, by metric."""
+    return {m: f"{gain[m].mean:+.4f} [{gain[m].low:+.4f}, {gain[m].high:+.4f}]" for m in metrics}
 
 
 def _above_zero(other: str, gain: Estimate, seeds: int) -> Figure:

@@ -7,8 +7,6 @@ from jaxtyping import Int64
 
 from cluster.launch import House
 from cluster.prepare import export, exported_facts
-from orchard.types import PolicyVersion
-from orchard.weights import digest
 
 SCORE = "ndcg@10/sid"
 
@@ -34,12 +32,11 @@ class Champion:
         champion.best = facts.get("valid_score", float("-inf"))
         return champion
 
-    async def consider(self, step: int) -> dict[str, float]:
+    async def consider(self) -> dict[str, float]:
         """Judge what the learner keeps and export it if it is the best; the figures for the log."""
-        weights = self.house.learner.kept
-        policy = PolicyVersion(step=step, digest=digest(weights))
+        policy, weights = self.house.learner.kept
         figures: dict[str, float] = {}
-        score = float(step)
+        score = float(policy.step)
         if len(self.rows):
             run = self.house.run
             found = await self.house.evaluate(

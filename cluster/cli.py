@@ -6,14 +6,16 @@ Heavy imports stay inside the commands, so that a bad configuration is refused w
 import importlib
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from cluster.cli_data import data
+from cluster.cli_jobs import job, submit
+from cluster.options import DryRun, Overrides, RunFile
 from orchard import config
-from orchard.errors import ConfigError, DataError, OrchardError
+from orchard.errors import ConfigError, DataError, OrchardError, Stopped
 
 app = typer.Typer(
     help="Reinforcement learning for generative recommendation, on Ray.",
@@ -21,16 +23,18 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-data = typer.Typer(help="Make or bring data.", no_args_is_help=True)
 app.add_typer(data, name="data")
+app.add_typer(job, name="job")
+app.command()(submit)
 
-RunFile = Annotated[Path, typer.Argument(help="Run file (TOML); see cluster/runs.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Changes to it, such as learner.lr=1e-4.")
-]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Resolve and check everything, start nothing.")
-]
+
+@app.command()
+def plan(run: RunFile, overrides: Overrides = None) -> None:
+    """Memory, layout, time and disk of a run, and what of it cannot work; starts nothing."""
+    settings = config.load(run, overrides or [])
+    from cluster import commands
+
+    commands.show_plan(settings)
 
 
 @app.command()
@@ -67,11 +71,24 @@ def evaluate(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write metric -> {mean, low, high, n} here.")
     ] = None,
+    logged: Annotated[
+        Path | None, typer.Option(help="Judge by an exposure log of `orchard serve` instead.")
+    ] = None,
+    rewards: Annotated[
+        Path | None, typer.Option(help="Its rewards: Parquet, request_id, item_id, reward.")
+    ] = None,
 ) -> None:
     """HR@K, NDCG@K (semantic IDs and items), coverage, diversity and cost of a saved policy."""
     settings = config.load(run, overrides or [])
     if split not in ("valid", "test"):
         raise ConfigError(f"--split = {split!r}; choose valid or test")
+    if logged is not None:
+        if rewards is None:
+            raise ConfigError("--logged needs --rewards, a Parquet file of what was earned")
+        from cluster.logged import judge_log
+
+        judge_log(policy or settings.run_dir / "policy", logged, rewards, json_file)
+        return
     from cluster import commands
 
     commands.evaluate_policy(
@@ -83,6 +100,70 @@ def evaluate(
         against=against,
         json_file=json_file,
     )
+
+
+@app.command()
+def fit(
+    kind: Annotated[str, typer.Argument(help="The reward whose model is fitted: collaborative.")],
+    run: RunFile,
+    overrides: Overrides = None,
+) -> None:
+    """Fit a model that a reward asks, from the rows of a run."""
+    settings = config.load(run, overrides or [])
+    from cluster.fit import fit as fit_model
+
+    fit_model(kind, settings)
+
+
+@app.command()
+def serve(
+    target: Annotated[Path, typer.Argument(help="Run file, or the folder of a policy.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings, such as serve.port=8080.")
+    ] = None,
+    write_config: Annotated[
+        Path | None, typer.Option(help="Write what `serve deploy` takes, and start nothing.")
+    ] = None,
+    check_config: Annotated[
+        Path | None, typer.Option(help="Check such a file, and start nothing.")
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Recommendations over HTTP, from a trained policy, on this machine."""
+    from cluster import serving
+
+    if check_config is not None:
+        serving.read_config(check_config)
+        typer.echo(f"{check_config} checks out")
+        return
+    arguments, settings = serving.resolve(target, overrides or [])
+    if write_config is not None or dry_run:
+        text = serving.as_yaml(serving.cluster_config(arguments))
+        if write_config is not None:
+            write_config.write_text(text)
+        typer.echo(text)
+        return
+    serving.serve_here(arguments, settings)
+
+
+@app.command()
+def export(
+    run: RunFile,
+    out: Annotated[Path, typer.Argument(help="Folder to write; must be new or empty.")],
+    overrides: Overrides = None,
+    policy: Annotated[
+        Path | None, typer.Option(help="Policy folder; by default the run's last one.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a policy.")] = False,
+) -> None:
+    """A policy as a Hugging Face folder with catalogue, value head and model card."""
+    settings = config.load(run, overrides or [])
+    from cluster import handover
+    from cluster.prepare import prepare
+
+    source = policy or handover.policy_of(settings)
+    handover.hand_over(prepare(settings, "evaluate", policy=source), out, overwrite=overwrite)
+    typer.echo(f"policy: {out}")
 
 
 @app.command()
@@ -115,7 +196,7 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Smaller run of the same code.")] = False,
 ) -> None:
     """The published figures, measured side by side."""
-    shared = {"__init__", "measure", "recipe"}
+    shared = {"__init__", "measure", "recipe", "rival"}
     known = sorted({p.stem for p in Path("benchmarks").glob("*.py")} - shared)
     if name not in known:
         raise ConfigError(
@@ -130,31 +211,13 @@ def bench(
     typer.echo(text)
 
 
-@data.command()
-def synth(
-    out: Annotated[Path, typer.Argument(help="Folder to write; must be new or empty.")],
-    items: Annotated[int | None, typer.Option(min=1, help="Number of items.")] = None,
-    users: Annotated[int | None, typer.Option(min=1, help="Number of users.")] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder.")] = False,
-) -> None:
-    """A synthetic world with structure worth learning."""
-    from orchard.synth import WorldParams, write_world
-
-    params = WorldParams(seed=seed)
-    if items is not None:
-        params = replace(params, num_items=items)
-    if users is not None:
-        params = replace(params, num_users=users)
-    card = write_world(out, params, overwrite=overwrite)
-    for fact, value in card.facts.items():
-        typer.echo(f"{fact:>28}  {value:g}")
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run a command and exit: 0 when it worked, 2 for an error that the user can act on."""
     try:
         app(args=arguments, standalone_mode=False)
+    except Stopped as stopped:
+        typer.echo(str(stopped), err=True)
+        sys.exit(143)  # as a shell reports SIGTERM
     except OrchardError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)

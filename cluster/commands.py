@@ -8,6 +8,7 @@ from typing import Literal
 import typer
 from transformers.utils import logging as transformers_logging
 
+from cluster import plan as plans
 from cluster.console import closing_table
 from cluster.evaluate import evaluate, evaluation_file, look, write_metrics
 from cluster.launch import House, launch
@@ -18,6 +19,7 @@ from cluster.resources import MemoryWatch
 from cluster.warmup import sft
 from orchard import config, evaluation
 from orchard.config import Config
+from orchard.errors import ConfigError
 from orchard.evaluation import Evaluation
 from orchard.synth import WorldParams, write_world
 
@@ -129,6 +131,53 @@ def close(run: Run, before: Evaluation, after: Evaluation, seconds: dict[str, fl
     """The closing table and the report."""
     closing_table({WARM_START: before, TRAINED: after}, seconds=seconds)
     typer.echo(f"policy: {run.result}\nreport: {write_report(run.dir)}")
+
+
+def show_plan(settings: Config) -> None:
+    """What a run would take; nothing is started or written.
+
+    Raises:
+        ConfigError: it cannot work as written, with a sentence for each reason.
+    """
+    warm = settings.run_dir / "warm_start"
+    known = warm.is_dir() or settings.model.path is not None
+    run = prepare(settings, "train" if known else "sft")
+    sizes = plans.sizes_of(run)
+    typer.echo(config.dump(settings))
+    found = plans.plan(
+        settings, sizes, plans.machine_of(settings.output), plans.calibrate(run, sizes)
+    )
+    for line in plan_lines(run, sizes, found):
+        typer.echo(f"# {line}")
+    if found.refusals:
+        raise ConfigError("; ".join(found.refusals))
+    typer.echo("# nothing stands against it; nothing was started")
+
+
+def plan_lines(run: Run, sizes: plans.Sizes, found: plans.Plan) -> list[str]:
+    """A plan in words."""
+    steps = run.config.learner.steps
+    lines = [
+        f"{len(run.catalogue)} items, {sizes.nodes_per_level} nodes per level; "
+        f"{len(run.train)} train, {len(run.valid)} valid, {len(run.test)} test rows",
+        f"{sizes.parameters:,} parameters; prompts of {sizes.prompt_tokens:.1f} tokens, at most "
+        f"{sizes.prompt_tokens_max}",
+    ]
+    lines += [
+        f"{room.count} x {room.name}: {room.cpus} CPU, {room.gpus:g} GPU, "
+        f"{room.memory / plans.GIB:.2f} GiB each"
+        for room in found.rooms
+    ]
+    return [
+        *lines,
+        f"memory in all: {found.memory / plans.GIB:.1f} GiB; "
+        f"disk: {found.disk / plans.GIB:.2f} GiB",
+        f"a step: {found.prefill_tokens:.0f} prompt tokens and at most "
+        f"{found.search_tokens:.0f} search tokens forward, {found.update_tokens:.0f} in an update",
+        f"estimated on this CPU, engines' own speed aside: {found.search_s:.2f} s of search and "
+        f"{found.update_s:.2f} s of update a step, {steps} steps in "
+        f"{steps * (found.search_s + found.update_s) / 60:.1f} minutes",
+    ]
 
 
 def tell(run: Run) -> None:

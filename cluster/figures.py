@@ -4,6 +4,7 @@ Shapes:  N entries of one metric
 """
 
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ _STYLE: Any = {
     "figure.subplot.top": 0.91,
     "figure.subplot.bottom": 0.2,
 }
+_SHADES = mpl.colormaps["viridis"]
 _SMOOTH_FROM = 40
 """Entries from which a curve also gets a running mean, over one part in twenty of them."""
 
@@ -123,6 +125,68 @@ def forest(changes: Mapping[str, Mapping[str, Estimate]], metrics: Sequence[str]
         axes.grid(visible=False, axis="y")
         _legend(axes, len(changes))
         return _svg(figure, title)
+
+
+def tree(example: Mapping[str, Any]) -> str:
+    """A search tree from left to right, candidates at the end (see `cluster.examples`).
+
+    Thick edges are likely choices; nodes are coloured by value, where there is one, else by
+    log-probability; what a beam of as many candidates would not hold is drawn hollow and dashed.
+    """
+    node, title = example["node"], f"Search tree of row {example['row']}"
+    place = _places(example)
+    marks = [n["score"] if n["value"] is None else n["value"] for n in node]
+    low, high = min(marks[1:], default=0.0), max(marks[1:], default=1.0)
+    with mpl.rc_context(_STYLE | {"svg.hashsalt": title}):
+        height = 0.5 + 0.21 * len(example["candidate"])
+        figure = Figure(figsize=(11.6, height))
+        figure.subplots_adjust(left=0.01, right=0.55, top=1 - 0.05 / height, bottom=0.05 / height)
+        axes = figure.subplots()
+        axes.set_axis_off()
+        for index, one in enumerate(node):
+            x, y = place[index]
+            style = "-" if one["beam"] else ":"
+            if one["parent"] >= 0:
+                above = node[one["parent"]]
+                chance = math.exp(min(0.0, one["score"] - above["score"]))
+                axes.plot(
+                    *zip(place[one["parent"]], (x, y), strict=True), style, color=FAINT,
+                    lw=0.5 + 3 * chance, zorder=1,
+                )  # fmt: skip
+            shade = 0.0 if high == low else (marks[index] - low) / (high - low)
+            colour = _SHADES(float(np.clip(shade, 0, 1)))
+            axes.scatter(
+                [x], [y], s=42, zorder=2, color=colour if one["beam"] else "white",
+                edgecolors=colour, linewidths=1.4,
+            )  # fmt: skip
+            if index and one["step"] < max(n["step"] for n in node):
+                axes.annotate(one["name"], (x, y), (0, 5), textcoords="offset points", fontsize=7)
+        for rank, one in enumerate(example["candidate"], 1):
+            x, y = place[one["node"]]
+            hit = one["name"] == example["target"]
+            text = f"{rank:>2}   {one['reward']:+.2f}   {one['score']:.2f}   {one['name']}"
+            axes.annotate(
+                text, (x, y), (9, 0), textcoords="offset points", va="center", fontsize=8,
+                color=COLOURS[0] if hit else INK, annotation_clip=False,
+                fontweight="bold" if hit else "normal",
+            )  # fmt: skip
+        return _svg(figure, title)
+
+
+def _places(example: Mapping[str, Any]) -> list[tuple[float, float]]:
+    """Step and height of each node: ends one below the other, a parent amid its children."""
+    node = example["node"]
+    children: list[list[int]] = [[] for _ in node]
+    for index, one in enumerate(node[1:], 1):
+        children[one["parent"]].append(index)
+    height, ends = [0.0] * len(node), 0
+    for index in range(len(node)):
+        if not children[index]:
+            height[index], ends = -float(ends), ends + 1
+    for index in reversed(range(len(node))):  # preorder: children come after their parent
+        if children[index]:
+            height[index] = float(np.mean([height[child] for child in children[index]]))
+    return [(float(one["step"]), h) for one, h in zip(node, height, strict=True)]
 
 
 def running_mean(value: Float64[np.ndarray, " N"], *, width: int) -> Float64[np.ndarray, " N"]:

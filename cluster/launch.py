@@ -2,19 +2,22 @@
 
 import asyncio
 import dataclasses
+import signal
 from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import numpy as np
 import ray
 from jaxtyping import Int64
 
+from cluster.exporter import Exporter
+from cluster.measure import measure
 from cluster.pool import Pool
 from cluster.prepare import Run, open_folder
+from cluster.records import records
 from cluster.session import cpus_needed, ray_session
 from learner.train import Assignment, RemoteLearner
-from orchard import evaluation
 from orchard.errors import ActorError
 from orchard.evaluation import Evaluation
 from orchard.metrics import Logbook
@@ -25,17 +28,32 @@ from rewards.actor import RewardActor
 from rollout.actor import RolloutActor
 from rollout.candidates import Candidates
 
+AGAIN = "the same command resumes"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """A version and the object reference of its weights."""
+
+    policy: PolicyVersion
+    weights: Any
+
 
 class House:
     """The running parts of a command, phase by phase. Made by `launch`."""
 
-    def __init__(self, run: Run, logbook: Logbook) -> None:
+    def __init__(self, run: Run, logbook: Logbook, exporter: Exporter) -> None:
         """Start the actors of the first phase; `ready` waits for them."""
-        self.run, self.logbook = run, logbook
+        self.run, self.logbook, self.exporter = run, logbook, exporter
+        self.stopping = asyncio.Event()
+        """Set once the run is told to stop; it then ends after the step in hand."""
+        exporter.set("orchard_policy_lag_bound_versions", run.config.cluster.max_lag)
         self._catalogue = ray.put(run.catalogue)
-        self._policy = PolicyVersion(step=-1, digest="")
-        self._weights: Any = None
-        self._ranking: Pool | None = None
+        self._newest = Held(policy=PolicyVersion(step=-1, digest=""), weights=None)
+        self._held: dict[Pool, Held] = {}
+        """What each pool was last given, for actors that start later."""
+        self.ranking: Pool | None = None
+        """Who evaluates, from the first evaluation on."""
         self._begin()
 
     def _begin(self) -> None:
@@ -46,11 +64,13 @@ class House:
         if run.phase == "train":
             self.rollout = self._rollout_pool(config.rollout.engine, config.rollout.actors)
             self.rewards = self._reward_pool()
+            self.exporter.attach("rollout", self.rollout)
+            self.exporter.attach("rewards", self.rewards)
             # Rollout actors cannot rank with an average while they search with the newest weights.
             if config.evaluate.engine == config.rollout.engine and not config.learner.average:
-                if self._ranking is not None:
-                    self._ranking.close()
-                self._ranking = self.rollout
+                if self.ranking is not None:
+                    self.ranking.close()
+                self.ranking = self.rollout
 
     async def ready(self) -> None:
         """Wait until the actors of the phase answer."""
@@ -61,8 +81,9 @@ class House:
         """Begin another phase of the same command. Only the actors that rank are kept."""
         await self.learner.close()
         for pool in (self.rollout, self.rewards):
-            if pool is not None and pool is not self._ranking:
+            if pool is not None and pool is not self.ranking:
                 pool.close()
+        self._held = {pool: held for pool, held in self._held.items() if pool is self.ranking}
         self.run = run
         open_folder(run)
         self._begin()
@@ -70,9 +91,10 @@ class House:
 
     async def publish(self, policy: PolicyVersion, weights: Weights) -> None:
         """Give a version to every holder; each verifies the digest before it switches."""
-        self._policy, self._weights = policy, ray.put(dict(weights))
+        self._newest = Held(policy=policy, weights=ray.put(dict(weights)))
+        self.exporter.set("orchard_policy_version", policy.step, "learner")
         if self.rollout is not None:
-            await self._install(self.rollout, self._policy, self._weights)
+            await self._install(self.rollout, self._newest)
 
     async def scored_trees(self, step: int) -> ScoredTrees:
         """Search and score the prompts of a 0-based step, spread over the actors."""
@@ -90,10 +112,25 @@ class House:
         warming = config.rollout.search == "ved" and step < config.rollout.ved.warmup
         kind = "beam" if warming else config.rollout.search
         parts = [
-            self._score(rows[at : at + size], seed=config.seed * 1_000_003 + step, kind=kind)
+            self.search(
+                self.run.train,
+                rows[at : at + size],
+                seed=config.seed * 1_000_003 + step,
+                kind=kind,
+            )
             for at in range(0, len(rows), size)
         ]
         return ScoredTrees.concatenate(await asyncio.gather(*parts))
+
+    async def search(
+        self, split: Split, rows: Int64[np.ndarray, " R"], *, seed: int, kind: str
+    ) -> ScoredTrees:
+        """One request to a rollout actor and one to a reward actor, in a training house."""
+        assert self.rollout is not None, "only a training house has rollout actors"
+        assert self.rewards is not None
+        prompts = self.run.form.prompts(split, rows)
+        trees: SearchTrees = await self.rollout.call("search", prompts, seed, kind)
+        return await self.rewards.call("score", trees)
 
     async def evaluate(
         self,
@@ -110,21 +147,25 @@ class House:
         `advance` is called after each batch of `evaluate.batch_size` rows.
         """
         config = self.run.config
-        if self._ranking is None:
-            self._ranking = self._rollout_pool(config.evaluate.engine, 1)
-            await self._ranking.ready()
-        ranking = self._ranking
-        if (policy.step, policy.digest) != (self._policy.step, self._policy.digest) or (
-            ranking is not self.rollout
-        ):
-            await self._install(ranking, policy, ray.put(dict(weights)))
+        if self.ranking is None:
+            self.ranking = self._rollout_pool(config.evaluate.engine, 1)
+            self.exporter.attach("ranking", self.ranking)
+            await self.ranking.ready()
+        ranking = self.ranking
+        asked = (policy.step, policy.digest)
+        held = self._held.get(ranking)
+        if held is None or asked != (held.policy.step, held.policy.digest):
+            newest = self._newest
+            if asked != (newest.policy.step, newest.policy.digest):
+                newest = Held(policy=policy, weights=ray.put(dict(weights)))
+            await self._install(ranking, newest)
         size = config.evaluate.batch_size
         batches = [
             self.run.form.prompts(split, rows[at : at + size]) for at in range(0, len(rows), size)
         ]
 
         async def rank(prompts: Prompts) -> Candidates:
-            found: Candidates = await ranking.call("rank", prompts, beams)
+            found: Candidates = await ranking.call("rank", prompts, beams, config.evaluate.think)
             if advance is not None:
                 advance()
             return found
@@ -135,37 +176,41 @@ class House:
     async def close(self) -> None:
         """Stop every actor of the house."""
         await self.learner.close()
-        for pool in {id(p): p for p in (self.rollout, self.rewards, self._ranking) if p}.values():
+        for pool in {id(p): p for p in (self.rollout, self.rewards, self.ranking) if p}.values():
             pool.close()
 
     def restarts(self) -> dict[str, float]:
         """Actors replaced so far, by pool."""
         pools = {"rollout": self.rollout, "rewards": self.rewards}
-        return {f"{name}/restarts": float(p.restarts) for name, p in pools.items() if p}
+        counts = {f"{name}/restarts": float(p.restarts) for name, p in pools.items() if p}
+        return counts | {"learner/restarts": float(self.learner.restarts)}
 
-    async def _score(self, rows: Int64[np.ndarray, " R"], *, seed: int, kind: str) -> ScoredTrees:
-        assert self.rollout is not None, "only a training house has rollout actors"
-        assert self.rewards is not None
-        prompts = self.run.form.prompts(self.run.train, rows)
-        trees: SearchTrees = await self.rollout.call("search", prompts, seed, kind)
-        return await self.rewards.call("score", trees)
-
-    async def _install(self, pool: Pool, policy: PolicyVersion, weights: Any) -> None:
+    async def _install(self, pool: Pool, held: Held) -> None:
+        self._held[pool], policy = held, held.policy
         timeout_s = self.run.config.cluster.publish_timeout_s
-        held: list[PolicyVersion] = await pool.broadcast(
-            "install", policy, weights, timeout_s=timeout_s
+        answers: list[PolicyVersion] = await pool.broadcast(
+            "install", policy, held.weights, timeout_s=timeout_s
         )
-        for version in held:
+        for version in answers:
             if (version.step, version.digest) != (policy.step, policy.digest):
                 raise ActorError(
                     f"a rollout actor holds policy {version} after {policy} was published"
                 )
+        name = "rollout" if pool is self.rollout else "ranking"
+        for index in range(len(answers)):
+            holder = f"{name}-{index}"
+            self.exporter.set("orchard_policy_version", policy.step, holder)
 
     def _assignment(self) -> Assignment:
         run, config = self.run, self.run.config
         supervised = run.phase == "sft"
-        windows = sequences(run.train, max_history=config.data.max_history) if supervised else None
-        per_epoch = -(-len(windows) // config.sft.batch_size) if windows is not None else 0
+        traces = (run.train, run.traces) if supervised and run.traces is not None else None
+        windows, per_epoch = None, 0
+        if supervised and traces is None:
+            windows = sequences(run.train, max_history=config.data.max_history)
+        if supervised:
+            examples = windows if windows is not None else run.train
+            per_epoch = -(-len(examples) // config.sft.batch_size)
         return Assignment(
             config=config,
             phase="sft" if supervised else "train",
@@ -173,6 +218,7 @@ class House:
             catalogue=run.catalogue,
             vocabulary=run.vocabulary,
             sequences=windows,
+            traces=traces,
             total_steps=config.sft.epochs * per_epoch
             if supervised
             else config.learner.steps * config.learner.updates_per_batch,
@@ -200,19 +246,17 @@ class House:
         )
 
         async def catch_up(actor: Any) -> None:
-            if self._weights is not None:
-                await asyncio.wrap_future(
-                    actor.install.remote(self._policy, self._weights).future()
-                )
+            if (held := self._held.get(pool)) is not None:
+                await asyncio.wrap_future(actor.install.remote(held.policy, held.weights).future())
 
         pool.on_start = catch_up
         return pool
 
     def _reward_pool(self) -> Pool:
-        rewards = self.run.config.rewards
+        rewards, known = self.run.config.rewards, ray.put(self.run.knowledge)
         return Pool(
             "rewards",
-            lambda _: RewardActor.options(num_cpus=1).remote(rewards.weights, self._catalogue),
+            lambda _: RewardActor.options(num_cpus=1).remote(known),
             size=rewards.actors,
             queue=rewards.queue,
             timeout_s=rewards.timeout_s,
@@ -227,56 +271,16 @@ async def launch(run: Run) -> AsyncGenerator[House]:
     """A house with the actors of its first phase up; torn down in reverse."""
     open_folder(run)
     with (
-        Logbook(run.dir) as logbook,
+        records(run) as (logbook, exporter),
         ray_session(run.config.cluster, cpus=cpus_needed(run.config), logs=run.dir / "logs"),
     ):
-        house = House(run, logbook)
+        exporter.listen(run.config.cluster, run.dir)
+        house = House(run, logbook, exporter)
+        # After ray.init, which puts a handler of its own in the place of any earlier one.
+        with suppress(ValueError):  # signals reach the main thread alone
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, house.stopping.set)
         try:
             await house.ready()
             yield house
         finally:
             await house.close()
-
-
-def measure(
-    run: Run,
-    split: Split,
-    rows: Int64[np.ndarray, " R"],
-    found: Candidates,
-    beams: int,
-    policy: PolicyVersion,
-) -> Evaluation:
-    """What the candidates of held-out rows are worth."""
-    items = run.catalogue
-    leaf_items = np.diff(items.leaf_start)
-    ranks = evaluation.target_ranks(
-        leaf=found.leaf,
-        start=found.start,
-        leaf_items=leaf_items[found.leaf],
-        target_leaf=items.leaf_of_item[split.target[rows]],
-        target_position=items.place_in_leaf[split.target[rows]],
-    )
-    extra = {
-        "coverage@10": evaluation.coverage(
-            leaf=found.leaf, num_leaves=items.trie.num_leaves, start=found.start, k=10
-        ),
-        "diversity": evaluation.diversity(path=found.node, start=found.start),
-        "short_lists": float((np.diff(found.start) < beams).mean()),
-        **{
-            f.name: float(getattr(found.cost, f.name))
-            for f in dataclasses.fields(found.cost)
-            if f.name != "counts"
-        },
-    }
-    return Evaluation(
-        metrics=evaluation.metrics(
-            ranks, width=beams, resamples=run.config.evaluate.resamples, seed=run.config.seed
-        ),
-        ranks=ranks,
-        row=rows,
-        width=beams,
-        seconds=found.cost.seconds,
-        policy=str(policy),
-        catalogue=items.digest,
-        extra=extra,
-    )

@@ -13,13 +13,16 @@ import time
 
 from cluster.champion import Champion
 from cluster.console import Progress
-from cluster.launch import House
+from cluster.examples import illustrate
+from cluster.launch import AGAIN, House
 from cluster.prepare import Run
 from cluster.stream import Stream
 from learner.advantages import assign, group_statistics
 from learner.pack import pack
+from learner.step_credit import judged_by_steps, step_statistics
 from learner.value import step_rewards
 from orchard.diagnostics import diagnose
+from orchard.errors import Stopped
 from orchard.types import PolicyVersion, ScoredTrees, TrainBatch, Update
 
 
@@ -41,18 +44,21 @@ async def train(house: House) -> PolicyVersion:
         beams=run.config.evaluate.valid_beams,
     )
     if policy.step == 0:
-        house.logbook.log("train", 0, await champion.consider(0))
+        house.logbook.log("train", 0, await champion.consider())
     scored = Stream(
         house.scored_trees,
         first=policy.step,
         last=steps,
         max_lag=run.config.cluster.max_lag,
+        stop=house.stopping,
     )
     with Progress("training", total=steps, done=policy.step) as progress:
         scored.admit(policy)
         clock = Clock()
-        async for trees in scored:
+        async for found in scored:
             clock.lap("wait_s")
+            by_prefix = run.config.learner.step.match == "prefix_match"
+            trees = judged_by_steps(found, run.catalogue, prefix=by_prefix)
             batch = assemble(trees, run)
             clock.lap("pack_s")
             lag = policy.step - batch.policy.step
@@ -65,12 +71,18 @@ async def train(house: House) -> PolicyVersion:
             clock.lap("publish_s")
             scored.admit(policy)
             metrics = describe(trees, update, lag) | house.restarts() | clock.seconds()
+            if save:
+                metrics["checkpoint/step"] = float(policy.step)
             if judged:
-                metrics |= await champion.consider(policy.step)
+                metrics |= await champion.consider()
             house.logbook.log("train", policy.step, metrics)
             progress.advance(metrics)
             clock = Clock()
     await scored.close()
+    if policy.step < steps:
+        await house.learner.close(save=True)
+        raise Stopped(f"stopped after update {policy.step} of {steps}, and saved; {AGAIN}")
+    await illustrate(house)
     return policy
 
 
@@ -91,6 +103,7 @@ def assemble(scored: ScoredTrees, run: Run) -> TrainBatch:
         run.vocabulary,
         step_reward=reward,
         discount=settings.value.discount,
+        sequence_ratio=settings.ratio == "sequence",
     )
 
 
@@ -101,7 +114,7 @@ def due(step: int, every: int, last: int) -> bool:
 
 def describe(scored: ScoredTrees, update: Update, lag: int) -> dict[str, float]:
     """What a step showed, by room."""
-    statistics = group_statistics(scored)
+    statistics = group_statistics(scored) | step_statistics(scored)
     cost, num_prompts = scored.trees.cost, len(scored.trees)
     names = {"reward_mean": "rewards/mean", "hit_share": "rewards/hit_rate"}
     metrics = {
@@ -111,6 +124,8 @@ def describe(scored: ScoredTrees, update: Update, lag: int) -> dict[str, float]:
     metrics |= diagnose(scored)
     metrics |= {f"learner/{name}": value for name, value in update.metrics.items()}
     return metrics | {
+        "rollout/prompts": float(num_prompts),
+        "rollout/candidates": float(len(scored.reward)),
         "rollout/forward_tokens": float(cost.forward_tokens),
         "rollout/leaf_tokens": float(cost.leaf_tokens),
         "rollout/prefill_tokens": float(cost.prefill_tokens),

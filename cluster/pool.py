@@ -5,6 +5,8 @@ dead or silent actor is sent again, to whichever actor has room, while the lost 
 """
 
 import asyncio
+import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +27,10 @@ class Seat:
     index: int
     generation: int = 0
     busy: int = 0
+    since: float = 0.0
+    """When the first of the calls in hand came."""
+    busy_s: float = 0.0
+    """Time with calls in hand, before `since`."""
     replacing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -57,6 +63,12 @@ class Pool:
         """
         self.name = name
         self.restarts = 0
+        self.waiting = 0
+        """Calls that wait for an actor with room."""
+        self.calls: Counter[tuple[int, str]] = Counter()
+        """Calls answered, by actor and method."""
+        self.failures: Counter[tuple[str, str]] = Counter()
+        """Calls that failed, by method and reason: died, deadline, raised."""
         self.on_start: Callable[[Any], Awaitable[object]] | None = None
         """Brings a replacement up to date before it takes calls."""
         self._make = make
@@ -79,7 +91,7 @@ class Pool:
             seat = await self._take()
             generation = seat.generation
             try:
-                return await self._ask(seat.actor, self._timeout_s, method, *args)
+                return await self._ask(seat, self._timeout_s, method, *args)
             except (RayActorError, TimeoutError) as error:
                 lost = error
                 await self._replace(seat, generation, error)
@@ -96,10 +108,10 @@ class Pool:
         async def one(seat: Seat) -> Any:
             generation = seat.generation
             try:
-                return await self._ask(seat.actor, timeout_s, method, *args)
+                return await self._ask(seat, timeout_s, method, *args)
             except (RayActorError, TimeoutError) as error:
                 await self._replace(seat, generation, error)
-                return await self._ask(seat.actor, timeout_s, method, *args)
+                return await self._ask(seat, timeout_s, method, *args)
 
         return await asyncio.gather(*(one(seat) for seat in self._seats))
 
@@ -113,29 +125,48 @@ class Pool:
         """The handles as they are now."""
         return [seat.actor for seat in self._seats]
 
+    def load(self) -> list[tuple[int, float]]:
+        """Of each actor: calls in its hands, and seconds in which there were any."""
+        now = time.monotonic()
+        return [(s.busy, s.busy_s + (now - s.since if s.busy else 0.0)) for s in self._seats]
+
     async def _take(self) -> Seat:
         async with self._room:
-            await self._room.wait_for(lambda: any(s.busy < self._queue for s in self._seats))
+            self.waiting += 1
+            try:
+                await self._room.wait_for(lambda: any(s.busy < self._queue for s in self._seats))
+            finally:
+                self.waiting -= 1
             seat = min(self._seats, key=lambda s: s.busy)
+            if not seat.busy:
+                seat.since = time.monotonic()
             seat.busy += 1
             return seat
 
     async def _give_back(self, seat: Seat) -> None:
         async with self._room:
             seat.busy -= 1
+            if not seat.busy:
+                seat.busy_s += time.monotonic() - seat.since
             self._room.notify()
 
-    async def _ask(self, actor: Any, timeout_s: float, method: str, *args: object) -> Any:
-        reference = getattr(actor, method).remote(*args)
+    async def _ask(self, seat: Seat, timeout_s: float, method: str, *args: object) -> Any:
+        reference = getattr(seat.actor, method).remote(*args)
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(reference.future()), timeout_s)
+            answer = await asyncio.wait_for(asyncio.wrap_future(reference.future()), timeout_s)
+        except (RayActorError, TimeoutError) as error:
+            self.failures[method, "deadline" if isinstance(error, TimeoutError) else "died"] += 1
+            raise
         except RayTaskError as error:
+            self.failures[method, "raised"] += 1
             cause = error.cause
             if isinstance(cause, OrchardError):
                 raise cause from error
             raise ActorError(
                 f"{self.name}.{method} raised {_brief(cause or error)}; {SEE}"
             ) from error
+        self.calls[seat.index, method] += 1
+        return answer
 
     async def _answer(self, actor: Any, index: int) -> None:
         ready = asyncio.wrap_future(actor.__ray_ready__.remote().future())

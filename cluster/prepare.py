@@ -12,15 +12,18 @@ import numpy as np
 from jaxtyping import Float32
 from transformers import PreTrainedTokenizerBase
 
-from orchard import catalogue, config, model, titles, value, vocabulary
+from orchard import catalogue, config, model, rationales, titles, value, vocabulary
 from orchard.catalogue import Catalogue
 from orchard.config import Config, DataConfig
 from orchard.errors import CheckpointError, ConfigError
 from orchard.prompts import PromptFormat, Split, read_split
+from orchard.rationales import Blocks, Traces
 from orchard.types import PolicyVersion
 from orchard.vocabulary import Vocabulary
 from orchard.weights import Weights, restore
+from rewards.knowledge import Knowledge
 from rewards.reward import check as check_rewards
+from rewards.reward import look_up
 from rollout.ved import check_budget
 
 Phase = Literal["sft", "train", "evaluate"]
@@ -31,7 +34,7 @@ MAY_CHANGE = (
     "rollout.actors", "rollout.max_restarts", "rollout.timeout_s", "rollout.start_timeout_s",
     "rollout.threads", "rewards.actors", "rewards.queue", "rewards.timeout_s", "rewards.retries",
     "rewards.max_restarts", "learner.threads", "learner.max_failures", "learner.timeout_s",
-    "learner.start_timeout_s", "evaluate.", "checkpoint.", "cluster.",
+    "learner.start_timeout_s", "evaluate.", "checkpoint.", "cluster.", "serve.",
 )  # fmt: skip
 
 
@@ -49,6 +52,8 @@ class Run:
     train: Split
     valid: Split
     test: Split
+    traces: Traces | None = None
+    """Rationales of the train rows, where the warm start teaches to think."""
 
     @property
     def dir(self) -> Path:
@@ -67,6 +72,17 @@ class Run:
         if data.embeddings is None:
             return None
         return catalogue.read_embeddings(data.path / data.embeddings, self.catalogue)
+
+    @cached_property
+    def knowledge(self) -> Knowledge:
+        """What rewards may look up."""
+        return Knowledge(
+            catalogue=self.catalogue,
+            settings=self.config.rewards,
+            embedding=self.embedding,
+            popularity=np.bincount(self.train.target, minlength=len(self.catalogue)),
+            folder=self.dir.resolve(),
+        )
 
     @cached_property
     def form(self) -> PromptFormat:
@@ -100,11 +116,14 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
     if policy is not None:
         model.check_folder(policy)
         tokenizer = vocabulary.read_tokenizer(policy)
+    if tokenizer is None and data.titles and data.title_tokens is not None:
+        tokenizer = titles.tokenizer_of(
+            titles.read_titles(data.path / data.items), data.title_tokens
+        )
     items = read_items(data, tokenizer)
     if policy is not None:
         check_policy(policy, items)
     policy = policy or settings.run_dir / "scratch"
-    tokenizer = tokenizer or vocabulary.compact_tokenizer(items)
     splits = {
         name: read_split([data.path / file for file in files], items, max_history=data.max_history)
         for name, files in (("train", data.train), ("valid", [data.valid]), ("test", [data.test]))
@@ -118,15 +137,50 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
             "each prompt gets %d candidates",
             width, items.trie.num_leaves, items.trie.num_leaves,
         )  # fmt: skip
-    return Run(
+    reasons = read_rationales(data, items, splits["train"]) if phase == "sft" else None
+    if tokenizer is None:
+        tokenizer = new_tokenizer(settings, items, reasons)
+    tokens, traces = vocabulary.of_codes(tokenizer, items), None
+    if settings.thinks:
+        tokens = replace(tokens, tags=vocabulary.think_tags(tokenizer))
+    if reasons is not None:
+        traces = rationales.encode(reasons, tokenizer, cap=settings.rollout.think.block_tokens)
+    run = Run(
         config=settings,
         phase=phase,
         catalogue=items,
         tokenizer=tokenizer,
-        vocabulary=vocabulary.of_codes(tokenizer, items),
+        vocabulary=tokens,
         policy=policy,
+        traces=traces,
         **splits,
     )
+    if phase == "train":
+        look_up(settings.rewards.weights, run.knowledge)
+    return run
+
+
+def read_rationales(data: DataConfig, items: Catalogue, train: Split) -> list[Blocks] | None:
+    """Of the train rows, from their column or made from titles; None where none are asked for."""
+    if data.rationales is not None:
+        files = [data.path / file for file in data.train]
+        return rationales.read(files, data.rationales, items.trie.depth)
+    if data.rationale_template is not None:
+        return rationales.from_titles(items, train, template=data.rationale_template)
+    return None
+
+
+def new_tokenizer(
+    settings: Config, items: Catalogue, reasons: list[Blocks] | None
+) -> PreTrainedTokenizerBase:
+    """Of a new policy; one that thinks keeps what it was made with when its run goes on."""
+    if reasons is None:
+        return vocabulary.compact_tokenizer(items)
+    scratch = settings.run_dir / "scratch"
+    if scratch.is_dir():
+        return vocabulary.read_tokenizer(scratch)
+    texts = [block for blocks in reasons for block in blocks]
+    return rationales.text_tokenizer(items, texts, size=settings.model.text_tokens)
 
 
 def read_items(data: DataConfig, tokenizer: PreTrainedTokenizerBase | None) -> Catalogue:
@@ -137,7 +191,7 @@ def read_items(data: DataConfig, tokenizer: PreTrainedTokenizerBase | None) -> C
     if tokenizer is None:
         raise ConfigError(
             "data.titles = true needs a policy whose tokens the titles are written in; "
-            "set model.path to its folder"
+            "set model.path to its folder, or data.title_tokens for a policy from scratch"
         )
     return titles.read(path, tokenizer)
 
@@ -186,9 +240,15 @@ def check_unchanged(settings: Config) -> None:
 
 def open_folder(run: Run) -> None:
     """Make the run folder: the resolved configuration and, for a new policy, its first weights."""
-    run.dir.mkdir(parents=True, exist_ok=True)
-    if run.phase != "evaluate":
-        write_whole(run.dir / "config.toml", config.dump(run.config))
+    try:
+        run.dir.mkdir(parents=True, exist_ok=True)
+        if run.phase != "evaluate":
+            write_whole(run.dir / "config.toml", config.dump(run.config))
+    except OSError as error:
+        raise ConfigError(
+            f"run folder {run.dir} cannot be written: {error.strerror}; "
+            "set output to storage that takes writes and has room"
+        ) from error
     if run.policy == run.dir / "scratch" and not run.policy.is_dir():
         fresh = model.create(run.config.model, run.vocabulary, seed=run.config.seed)
         _save(run, run.policy, fresh, PolicyVersion(step=0, digest=""), {})

@@ -3,7 +3,7 @@
 The page is a single file that asks the network for nothing. It is made from whatever the run folder
 holds, so that a run that died has a report too; what is missing is said at the top.
 
-    config.toml   metrics.jsonl   evaluation/<name>.json with its Parquet file
+    config.toml   metrics.jsonl   examples.json   evaluation/<name>.json with its Parquet file
 """
 
 import time
@@ -16,6 +16,7 @@ from typing import Any
 
 from cluster import sections
 from cluster.console import comparisons, duration, in_order
+from cluster.examples import read_examples
 from orchard.errors import DataError
 from orchard.evaluation import Evaluation, difference, read
 from orchard.intervals import Estimate
@@ -36,6 +37,7 @@ class Findings:
     evaluations: Mapping[str, Evaluation]
     changes: Mapping[str, Mapping[str, Estimate]]
     """Paired differences by comparison, then by metric."""
+    examples: Sequence[Mapping[str, Any]]
     missing: Sequence[str]
     """Sentences about what is not there."""
 
@@ -74,6 +76,11 @@ def gather(run_dir: Path) -> Findings:
             evaluations[path.stem] = read(path)
         except DataError as error:
             missing.append(f"The evaluation {path.stem}: {error}.")
+    examples: list[dict[str, Any]] = []
+    try:
+        examples = read_examples(run_dir)
+    except ValueError as error:
+        missing.append(f"The search trees: {error}.")
     changes: dict[str, Mapping[str, Estimate]] = {}
     for a, b in comparisons(evaluations):
         try:
@@ -87,6 +94,7 @@ def gather(run_dir: Path) -> Findings:
         log=log,
         evaluations={name: evaluations[name] for name in in_order(evaluations)},
         changes=changes,
+        examples=examples,
         missing=[*missing, *_unfinished(config, log, evaluations)],
     )
 
@@ -105,6 +113,7 @@ def page(found: Findings) -> str:
         sections.evaluation(found.evaluations, found.changes),
         *(sections.training(phase, found.log[phase]) for phase in phases),
         *(sections.seconds(phase, found.log[phase]) for phase in phases),
+        sections.examples(found.examples),
         sections.configuration(found.config_text),
         sections.appendix(found.log),
     ]

@@ -3,11 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
 import numpy as np
 
 from cluster.console import duration, interval, metrics_of
-from cluster.figures import Curve, curves, forest
+from cluster.figures import Curve, curves, forest, tree
 from orchard.evaluation import Evaluation
 from orchard.intervals import Estimate
 from orchard.metrics import Series
@@ -168,6 +169,27 @@ def seconds(phase: str, metrics: Metrics) -> str:
         f"<h2>Seconds by phase, {TITLES[phase].lower()}</h2><table><thead><tr>{head}</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table>"
     )
+
+
+def examples(found: Sequence[Mapping[str, Any]]) -> str:
+    """A few prompts with the trees that were searched for them."""
+    drawn = ""
+    for one in found:
+        history = " \N{RIGHTWARDS ARROW} ".join(escape(name) for name in one["history"])
+        drawn += (
+            f"<figure><h3>Row {one['row']}: {escape(one['target'])}</h3>"
+            f"<p class='faint'>after {history}</p>{tree(one)}</figure>"
+        )
+    if not drawn:
+        return ""
+    note = (
+        "Validation rows under the last policy, as the training searches them. The heading names "
+        "what was chosen next; bold where it was found. Thick edges are likely choices, light "
+        "nodes of high value (of high log-probability where the search knows no values). Hollow "
+        "nodes on dotted edges are prefixes that a beam of as many candidates does not hold. At "
+        "the end of each path: place by likelihood, reward, log-probability, item."
+    )
+    return f"<h2>Search trees</h2><p class='faint'>{note}</p><div class='stack'>{drawn}</div>"
 
 
 def configuration(text: str) -> str:

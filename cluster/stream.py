@@ -27,6 +27,7 @@ class Stream:
         first: int,
         last: int,
         max_lag: int,
+        stop: asyncio.Event | None = None,
     ) -> None:
         """Prepare the steps `first` up to but not including `last`; nothing runs before `admit`.
 
@@ -35,8 +36,10 @@ class Stream:
             first: step to begin with, the number of updates already done.
             last: where to end.
             max_lag: versions that a tree may be behind the update that uses it.
+            stop: ends the stream, whatever is still running.
         """
         self._rollout, self._next, self._last, self._max_lag = rollout, first, last, max_lag
+        self._stop = stop or asyncio.Event()
         self._running: deque[asyncio.Task[ScoredTrees]] = deque()
 
     def admit(self, policy: PolicyVersion) -> None:
@@ -46,10 +49,18 @@ class Stream:
             self._next += 1
 
     async def __aiter__(self) -> AsyncIterator[ScoredTrees]:
-        """Each batch as soon as it and all before it are ready."""
-        while self._running:
-            yield await self._running[0]
-            self._running.popleft()
+        """Each batch as soon as it and all before it are ready; ends early once `stop` is set."""
+        stopped = asyncio.ensure_future(self._stop.wait())
+        try:
+            while self._running and not self._stop.is_set():
+                first = self._running[0]
+                await asyncio.wait({first, stopped}, return_when=asyncio.FIRST_COMPLETED)
+                if self._stop.is_set():
+                    return
+                yield first.result()
+                self._running.popleft()
+        finally:
+            stopped.cancel()
 
     async def close(self) -> None:
         """Cancel what is still running and wait until it is gone."""

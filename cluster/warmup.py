@@ -6,8 +6,9 @@ import numpy as np
 
 from cluster.champion import SCORE, Champion
 from cluster.console import Progress
-from cluster.launch import House
+from cluster.launch import AGAIN, House
 from cluster.prepare import Run
+from orchard.errors import Stopped
 from orchard.metrics import FILE, read_metrics
 from orchard.types import PolicyVersion
 
@@ -33,11 +34,13 @@ async def sft(house: House) -> PolicyVersion:
             policy, before = update.policy, champion.best
             await house.publish(policy, house.learner.weights)
             metrics = {f"sft/{name}": value for name, value in update.metrics.items()}
-            metrics |= await champion.consider(policy.step)
+            metrics |= await champion.consider()
             since_best = 0 if champion.best > before else since_best + 1
             elapsed_s += time.perf_counter() - begin
             house.logbook.log("sft", policy.step, metrics | {"sft/elapsed_s": elapsed_s})
             progress.advance(metrics)
+            if house.stopping.is_set() and policy.step < settings.epochs:
+                raise Stopped(f"stopped after epoch {policy.step}, and saved; {AGAIN}")
     return policy
 
 

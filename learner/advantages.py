@@ -14,7 +14,8 @@ length must not depend on how bushy the catalogue is around it. N is that of the
 it is cut for workers or micro-batches, so the parts' losses add up.
 
 `sibling` compares below the group, node by node (`learner.siblings`), and two estimators combine it
-with `group`: `group_sibling` adds the two losses, `blend` averages the two advantages.
+with `group`: `group_sibling` adds the two losses, `blend` averages the two advantages. `step`
+compares step by step (`learner.step_credit`).
 
 Shapes:  B prompts   N nodes   C candidates   K steps of the longest candidate
 """
@@ -26,6 +27,7 @@ import numpy as np
 from jaxtyping import Float64, Int64
 
 from learner.siblings import sibling
+from learner.step_credit import step, switched, well_formed
 from orchard.config import LearnerConfig
 from orchard.types import Credit, ScoredTrees, SearchTrees
 
@@ -82,6 +84,7 @@ ESTIMATORS: dict[str, Estimator] = {
     "leave_one_out": leave_one_out,
     "sibling": sibling,
     "blend": blend,
+    "step": step,
 }
 """By the name in `learner.estimator`. To add one, write a function of the type `Estimator`, list it
 here and add its name to the choices of that setting."""
@@ -93,12 +96,24 @@ divergence from the reference."""
 
 def assign(scored: ScoredTrees, config: LearnerConfig) -> list[Credit]:
     """The credits of a batch by the configured estimator; their losses add up."""
+    if config.estimator == "step":
+        return _by_steps(scored, config)
     names = SUMS.get(config.estimator, (config.estimator,))
     credits = [ESTIMATORS[name](scored, config.std_epsilon) for name in names]
     return credits[:1] + [
         replace(credit, weight=credit.weight * np.float32(config.sibling_weight))
         for credit in credits[1:]
     ]
+
+
+def _by_steps(scored: ScoredTrees, config: LearnerConfig) -> list[Credit]:
+    """The credit of `step` as switched, and that of the format if it counts."""
+    credits = [switched(scored, step(scored, config.std_epsilon), config.step)]
+    if config.step.format_weight and scored.step_reward is not None:
+        formed = well_formed(scored.trees, scored.step_reward.shape[1]).astype(np.float32)
+        form = group(replace(scored, reward=formed), config.std_epsilon)
+        credits.append(replace(form, weight=form.weight * np.float32(config.step.format_weight)))
+    return credits
 
 
 def group_statistics(scored: ScoredTrees) -> dict[str, float]:

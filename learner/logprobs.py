@@ -1,7 +1,7 @@
 """The policy's log-probabilities of a packed batch's choices.
 
 Shapes:  B rows   S slots   E choices   F distinct predictors of them   D hidden width
-         V states   P states of the longest path
+         V states   P states of the longest path   Q candidates
 """
 
 from dataclasses import dataclass, fields
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from orchard.model import child_logprobs, head_weight, hidden_states
 from orchard.trie import Trie
-from orchard.types import SearchTrees, TrainBatch, ValueTargets
+from orchard.types import SearchTrees, SequenceTargets, TrainBatch, ValueTargets
 from orchard.vocabulary import Vocabulary
 
 
@@ -29,6 +29,17 @@ class ValueTensors:
     through: Float32[Tensor, " V"]
     entered: Float32[Tensor, " V"]
     ending: Float32[Tensor, " V"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceTensors:
+    """The arrays of `SequenceTargets`; the fields mean the same."""
+
+    row: Int64[Tensor, " Q"]
+    advantage: Float32[Tensor, " Q"]
+    length: Float32[Tensor, " Q"]
+    choice: Int64[Tensor, " pairs"]
+    candidate: Int64[Tensor, " pairs"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,24 +58,29 @@ class BatchTensors:
     loss: Float32[Tensor, " E"]
     kl_weight: Float32[Tensor, " E"]
     values: ValueTensors | None = None
+    sequences: SequenceTensors | None = None
 
 
 def to_tensors(batch: TrainBatch, device: torch.device | str = "cpu") -> BatchTensors:
     """Copies of the batch's arrays, integers widened to what indexing wants."""
-    values = batch.values
+    values, whole = batch.values, batch.sequences
     return BatchTensors(
         **_tensors(batch, BatchTensors, device),
         values=None if values is None else ValueTensors(**_tensors(values, ValueTensors, device)),
+        sequences=None
+        if whole is None
+        else SequenceTensors(**_tensors(whole, SequenceTensors, device)),
     )
 
 
 def _tensors(
-    source: TrainBatch | ValueTargets,
-    wanted: type[BatchTensors | ValueTensors],
+    source: TrainBatch | ValueTargets | SequenceTargets,
+    wanted: type[BatchTensors | ValueTensors | SequenceTensors],
     device: torch.device | str,
 ) -> dict[str, Any]:
     """The source's arrays that `wanted` names, by name."""
-    arrays = {f.name: getattr(source, f.name) for f in fields(wanted) if f.name != "values"}
+    nested = ("values", "sequences")
+    arrays = {f.name: getattr(source, f.name) for f in fields(wanted) if f.name not in nested}
     tensors = {name: torch.tensor(array) for name, array in arrays.items()}
     return {
         name: (tensor if tensor.is_floating_point() else tensor.long()).to(device)
@@ -84,14 +100,19 @@ def choice_logprobs(
     trie: Trie,
     vocabulary: Vocabulary,
     distribution: Literal["trie", "full"] = "trie",
+    *,
+    temperature: float = 1.0,
 ) -> tuple[Float32[Tensor, " E"], Float32[Tensor, " E"]]:
     """Log-probability of each choice, and (without gradient) the entropy that it was drawn from.
 
     A code competes with its legal siblings under "trie", with the whole vocabulary under "full";
-    free text always with the whole vocabulary.
+    free text always with the whole vocabulary, at the temperature that it was drawn with.
     """
     hidden = hidden_states(model, batch.token, batch.position, tree_mask(batch.subtree_end))
-    return score_choices(hidden, head_weight(model), batch, trie, vocabulary, distribution)
+    head = head_weight(model)
+    return score_choices(
+        hidden, head, batch, trie, vocabulary, distribution, temperature=temperature
+    )
 
 
 def score_choices(
@@ -101,6 +122,8 @@ def score_choices(
     trie: Trie,
     vocabulary: Vocabulary,
     distribution: Literal["trie", "full"] = "trie",
+    *,
+    temperature: float = 1.0,
 ) -> tuple[Float32[Tensor, " E"], Float32[Tensor, " E"]]:
     """As `choice_logprobs`, from the last hidden state of every slot."""
     text = batch.state == SearchTrees.FREE_TEXT
@@ -114,10 +137,14 @@ def score_choices(
     entropy = surprise.new_zeros(len(state)).index_add(0, children.owner, surprise)[query]
     logprob = logprob[chosen]
 
-    at, _, query = _predictors(hidden, batch, in_vocabulary)
+    at, before, query = _predictors(hidden, batch, in_vocabulary)
     token = batch.edge.clone()
     token[~text] = vocabulary.token_of(trie, batch.edge[~text])
-    every = (at @ head.T.to(at.dtype)).float().log_softmax(-1)
+    logit = (at @ head.T.to(at.dtype)).float()
+    if temperature != 1:
+        heat = torch.where(before == SearchTrees.FREE_TEXT, temperature, 1.0)
+        logit = logit / heat[:, None]
+    every = logit.log_softmax(-1)
     spread = -(every.exp() * every).detach().sum(-1)
     # Joined even where one is empty: a batch without choices still has a gradient, zero.
     logprob = torch.cat([logprob, every[query, token[in_vocabulary]]])

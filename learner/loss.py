@@ -10,7 +10,13 @@ dual clip c > 1 (arXiv 1912.09729, eq. 5) max(c a_i, .) = a_i min(max(r, 1 - low
 with A+ and A- the sums of the positive and of the negative a_i: exact, not an approximation, and
 all that a choice needs to carry.
 
-Shapes:  E choices
+GSPO (arXiv 2507.18071, eq. 5-7) has one ratio per candidate, the geometric mean of those of its
+tokens, s_i = exp(1 / |y_i| sum_t log r_t), clipped as above. No two candidates share it, so that
+nothing collapses; a batch for it lists the choices on each candidate's path, and the sums over them
+are an `index_add` whose gradient comes back to each choice from every candidate through it: again
+exact. |y_i| counts forced codes, as the estimators do; their log-ratio is 0.
+
+Shapes:  E choices   R ratios, of choices or of candidates
 """
 
 from dataclasses import dataclass, fields
@@ -35,7 +41,9 @@ class LossParts:
     """Number of choices that the following are summed over."""
     entropy: float = 0.0
     clipped: float = 0.0
-    """Choices whose clip is active against their advantage."""
+    """Ratios whose clip is active against their advantage."""
+    ratios: float = 0.0
+    """Number of ratios: one per choice, or one per candidate."""
     ratio: float = 0.0
     ratio_max: float = 0.0
     logprob_gap: float = 0.0
@@ -54,13 +62,13 @@ class LossParts:
 
     def metrics(self) -> dict[str, float]:
         """For the log: sums that are weighted already as they are, the others per choice."""
-        num_choices = max(1.0, self.choices)
+        num_choices, num_ratios = max(1.0, self.choices), max(1.0, self.ratios)
         return {
             "surrogate": self.surrogate,
             "kl": self.kl,
             "entropy": self.entropy / num_choices,
-            "clipped_fraction": self.clipped / num_choices,
-            "ratio_mean": self.ratio / num_choices,
+            "clipped_fraction": self.clipped / num_ratios,
+            "ratio_mean": self.ratio / num_ratios,
             "ratio_max": self.ratio_max,
             "logprob_gap": self.logprob_gap,
         }
@@ -83,26 +91,41 @@ def policy_loss(
         logprob: of the choices under the current policy, with gradient.
         entropy: of the distributions that they were drawn from; logged only.
         reference_logprob: under the frozen reference; None leaves the divergence out.
-        batch: choices with their behaviour log-probabilities, advantages and weights.
+        batch: choices with their behaviour log-probabilities, advantages and weights; where it
+            lists candidates (`sequences`), the ratio is theirs.
         clip_low: the ratio is cut below at 1 - clip_low where the advantage is negative.
         clip_high: and above at 1 + clip_high where it is positive.
         dual_clip: bound on the ratio where the advantage is negative; 0 for none.
         kl_weight: coefficient of sum kl_weight_e k3_e, k3 = e^d - d - 1 with d = reference -
             current (Schulman 2020, "Approximating KL divergence").
     """
-    ratio = (logprob - batch.behaviour_logprob).exp()
+    log_ratio, gain, loss = _terms(logprob, batch)
+    ratio = log_ratio.exp()
     ceiling = dual_clip if dual_clip > 0 else float("inf")
-    gained = batch.gain * ratio.clamp(max=1 + clip_high)
-    lost = batch.loss * ratio.clamp(min=1 - clip_low, max=ceiling)
+    gained = gain * ratio.clamp(max=1 + clip_high)
+    lost = loss * ratio.clamp(min=1 - clip_low, max=ceiling)
     surrogate = -(gained + lost).sum()
     divergence = surrogate.new_zeros(())
     if reference_logprob is not None:
         apart = reference_logprob - logprob
         divergence = (batch.kl_weight * (apart.exp() - apart - 1)).sum()
-    clipped = (batch.gain > 0) & (ratio > 1 + clip_high)
-    clipped |= (batch.loss < 0) & ((ratio < 1 - clip_low) | (ratio > ceiling))
-    parts = _parts(surrogate, divergence, logprob - batch.behaviour_logprob, entropy, clipped)
+    clipped = (gain > 0) & (ratio > 1 + clip_high)
+    clipped |= (loss < 0) & ((ratio < 1 - clip_low) | (ratio > ceiling))
+    apart = logprob - batch.behaviour_logprob
+    parts = _parts(surrogate, divergence, apart, entropy, ratio, clipped)
     return surrogate + kl_weight * divergence, parts
+
+
+def _terms(
+    logprob: Float32[Tensor, " E"], batch: BatchTensors
+) -> tuple[Float32[Tensor, " R"], Float32[Tensor, " R"], Float32[Tensor, " R"]]:
+    """Log-ratio, A+ and A- of each choice, or of each candidate where the batch lists them."""
+    log_ratio, whole = logprob - batch.behaviour_logprob, batch.sequences
+    if whole is None:
+        return log_ratio, batch.gain, batch.loss
+    total = log_ratio.new_zeros(len(whole.row))
+    total = total.index_add(0, whole.candidate, log_ratio.index_select(0, whole.choice))
+    return total / whole.length, whole.advantage.clamp(min=0), whole.advantage.clamp(max=0)
 
 
 @torch.no_grad()
@@ -111,9 +134,10 @@ def _parts(
     divergence: Float32[Tensor, ""],
     log_ratio: Float32[Tensor, " E"],
     entropy: Float32[Tensor, " E"],
-    clipped: Bool[Tensor, " E"],
+    ratio: Float32[Tensor, " R"],
+    clipped: Bool[Tensor, " R"],
 ) -> LossParts:
-    ratio, nothing = log_ratio.exp(), log_ratio.new_zeros(1)
+    nothing = log_ratio.new_zeros(1)
     values: list[Float[Tensor, ""]] = [
         surrogate,
         divergence,
@@ -128,7 +152,8 @@ def _parts(
     return LossParts(
         surrogate=a,
         kl=b,
-        choices=float(len(ratio)),
+        choices=float(len(log_ratio)),
+        ratios=float(len(ratio)),
         entropy=c,
         clipped=d,
         ratio=e,

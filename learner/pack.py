@@ -22,7 +22,7 @@ from orchard import ragged
 from orchard.catalogue import Catalogue
 from orchard.errors import CatalogueError
 from orchard.trie import Trie
-from orchard.types import Credit, ScoredTrees, SearchTrees, TrainBatch
+from orchard.types import Credit, ScoredTrees, SearchTrees, SequenceTargets, TrainBatch
 from orchard.vocabulary import Vocabulary
 
 
@@ -34,13 +34,15 @@ def pack(
     *,
     step_reward: Float32[np.ndarray, " N"] | None = None,
     discount: float = 1.0,
+    sequence_ratio: bool = False,
 ) -> TrainBatch:
     """One tree per row; a tree without any choice becomes a row of padding.
 
     Every token of a step carries that step's credit. Several credits add up; the KL weight of a
     choice is the weight of the first credit, summed over the candidates through it. With the
     rewards of the steps into the nodes, the batch also holds, discounted, what the value head is to
-    learn; every token then takes a slot, for its state has a value.
+    learn; every token then takes a slot, for its state has a value. With `sequence_ratio` it also
+    holds which choices make up each candidate, and the advantages of whole candidates.
 
     Raises:
         CatalogueError: the trees were grown on another catalogue.
@@ -78,15 +80,21 @@ def pack(
         values=None
         if step_reward is None
         else value_targets(trees, step_reward, _ends(trees, layout), discount=discount),
+        sequences=_sequences(trees, choice, earned, length) if sequence_ratio else None,
     )
 
 
 def flatten(
-    scored: ScoredTrees, credits: Sequence[Credit], catalogue: Catalogue, vocabulary: Vocabulary
+    scored: ScoredTrees,
+    credits: Sequence[Credit],
+    catalogue: Catalogue,
+    vocabulary: Vocabulary,
+    *,
+    sequence_ratio: bool = False,
 ) -> TrainBatch:
     """The batch that `pack` makes with nothing shared: one candidate per row, prompt and all."""
     chains = replace(scored, trees=_unshare(scored.trees))
-    return pack(chains, credits, catalogue, vocabulary)
+    return pack(chains, credits, catalogue, vocabulary, sequence_ratio=sequence_ratio)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,6 +225,32 @@ def _rows(trees: SearchTrees, layout: _Layout, pad: int) -> dict[str, np.ndarray
         tables[name] = np.full((len(layout.length), width), fill, np.int32)
         tables[name][row, slot] = np.concatenate([of_prompts, of_trees])
     return tables
+
+
+def _sequences(
+    trees: SearchTrees,
+    choice: Int64[np.ndarray, " E"],
+    earned: Sequence[Float32[np.ndarray, "C K"]],
+    length: Int64[np.ndarray, " C"],
+) -> SequenceTargets:
+    """The choices on each candidate's path, and what the candidate earned over all its tokens."""
+    path, span = trees.paths(), np.diff(trees.token_start)
+    inside = path >= 0
+    candidate, node = np.nonzero(inside)[0], path[inside]
+    token = ragged.ranges(trees.token_start[node], span[node])
+    owner = np.repeat(candidate, span[node])
+    number = np.full(len(trees.token), -1)
+    number[choice] = np.arange(len(choice))
+    chosen = number[token] >= 0
+    total = sum((one.astype(np.float64) for one in earned), np.zeros(path.shape))
+    advantage = np.where(inside, total * span[path], 0).sum(1)
+    return SequenceTargets(
+        row=trees.prompt_of_candidate,
+        advantage=advantage.astype(np.float32),
+        length=np.maximum(1, length).astype(np.float32),
+        choice=number[token[chosen]],
+        candidate=owner[chosen],
+    )
 
 
 def _node_sums(

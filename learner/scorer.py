@@ -28,15 +28,17 @@ class Scorer(nn.Module):
         distribution: Literal["trie", "full"],
         *,
         detach: bool = True,
+        temperature: float = 1.0,
     ) -> None:
         """Hold the policy and what names its distribution (`trie` or `full`).
 
-        `detach` keeps the value head's gradient out of the rest of the policy.
+        `temperature` is that of free text; `detach` keeps the value head's gradient out of the rest
+        of the policy.
         """
         super().__init__()
         self.policy = policy
         self._context = (trie, vocabulary, distribution)
-        self._detach = detach
+        self._detach, self._temperature = detach, temperature
 
     def forward(
         self, batch: BatchTensors
@@ -45,11 +47,13 @@ class Scorer(nn.Module):
 
         There is none without a value head, or where the batch has nothing for it to learn.
         """
-        head = head_of(self.policy)
+        head, heat = head_of(self.policy), self._temperature
         if head is None or batch.values is None:
-            return *choice_logprobs(self.policy, batch, *self._context), None
+            scores = choice_logprobs(self.policy, batch, *self._context, temperature=heat)
+            return *scores, None
         visible = tree_mask(batch.subtree_end)
         hidden = hidden_states(self.policy, batch.token, batch.position, visible)
-        scores = score_choices(hidden, head_weight(self.policy), batch, *self._context)
+        weight = head_weight(self.policy)
+        scores = score_choices(hidden, weight, batch, *self._context, temperature=heat)
         read = hidden.detach() if self._detach else hidden
         return *scores, state_values(head, read, batch.values)

@@ -4,16 +4,22 @@ A window of a user's items is a chain of single-code nodes, so it packs as a tre
 and is scored by the same function. The loss is the mean negative log-probability of the codes of
 the fresh items, under the trie-renormalised policy (forced codes drop out by themselves) or over
 the whole vocabulary.
+
+A policy that is to think is shown a row of the split with its rationale instead, and learns what it
+would choose in a rollout: the text of each block, its closing tag, and the codes of the target.
+
+Shapes:  B rows   Q1 entries of starts   T tokens   E choices
 """
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32, Int32, Int64
 from torch import Tensor
 
 from orchard import ragged
-from orchard.prompts import PromptFormat, Sequences, code_states
-from orchard.types import PolicyVersion, TrainBatch
+from orchard.prompts import PromptFormat, Sequences, Split, code_states
+from orchard.rationales import Traces
+from orchard.types import PolicyVersion, SearchTrees, TrainBatch
 
 
 def pack_sequences(
@@ -31,7 +37,6 @@ def pack_sequences(
     """
     item, start = ragged.take(sequences.item, sequences.start, rows)
     token, token_start = form.tokens(item, start)
-    length = np.diff(token_start)
     owner, place = ragged.owners(start), ragged.places(start)
     before, after = code_states(form.catalogue, item)
     exists = after >= 0
@@ -45,15 +50,73 @@ def pack_sequences(
     free[exists] = forced | (children > 1)
     chosen = free & (place >= sequences.fresh[rows][owner])[:, None]
     row = np.broadcast_to(owner[:, None], exists.shape)[chosen]
-    count = len(row)
+    return _batch(
+        form, policy, token, token_start, row, slot[chosen], before[chosen], after[chosen]
+    )
+
+
+def pack_traces(
+    split: Split,
+    traces: Traces,
+    rows: Int64[np.ndarray, " B"],
+    form: PromptFormat,
+    policy: PolicyVersion,
+    *,
+    forced: bool = False,
+) -> TrainBatch:
+    """The chosen rows with their rationales as a batch; `forced` as in `pack_sequences`.
+
+    Opening tags are forced in rollouts, and so are read but not learned here.
+    """
+    prompts, target = form.prompts(split, rows), split.target[rows]
+    text, text_start = traces.of(rows)
+    before, after = code_states(form.catalogue, target)
+    depth = before.shape[1]
+    codes = form.tokens(target, np.arange(len(rows) + 1))[0].reshape(-1, depth + 1)[:, 1:]
+    asked, thought = np.diff(prompts.token_start), np.diff(text_start)
+    start = ragged.starts(asked + thought + depth)
+    place, owner = ragged.places(start), ragged.owners(start)
+    kind = (place >= asked[owner]).astype(int) + (place >= (asked + thought)[owner])
+    token = np.empty(len(place), np.int32)
+    token[kind == 0], token[kind == 1], token[kind == 2] = prompts.token, text, codes.reshape(-1)
+    assert form.vocabulary.tags is not None, "rationales need a vocabulary with tags"
+    written = np.flatnonzero((kind == 1) & (token != form.vocabulary.tags.open))
+    children = form.catalogue.trie.num_children(torch.from_numpy(before.reshape(-1))).numpy()
+    free = forced | (children > 1)
+    chosen = np.concatenate([written, np.flatnonzero(kind == 2)[free]])
+    nowhere = np.full(len(written), SearchTrees.FREE_TEXT)
+    return _batch(
+        form,
+        policy,
+        token,
+        start,
+        owner[chosen],
+        place[chosen] - 1,
+        np.concatenate([nowhere, before.reshape(-1)[free]]),
+        np.concatenate([token[written].astype(np.int64), after.reshape(-1)[free]]),
+    )
+
+
+def _batch(
+    form: PromptFormat,
+    policy: PolicyVersion,
+    token: Int32[np.ndarray, " T"],
+    start: Int64[np.ndarray, " Q1"],
+    row: Int64[np.ndarray, " E"],
+    slot: Int64[np.ndarray, " E"],
+    state: Int64[np.ndarray, " E"],
+    edge: Int64[np.ndarray, " E"],
+) -> TrainBatch:
+    """Rows without branches and their choices, each with its share of the mean."""
+    length, count = np.diff(start), len(row)
     return TrainBatch(
-        token=ragged.pad(token, token_start, fill=form.vocabulary.pad),
-        position=ragged.pad(ragged.places(token_start).astype(np.int32), token_start, fill=0),
-        subtree_end=ragged.pad(np.repeat(length, length).astype(np.int32), token_start, fill=0),
+        token=ragged.pad(token, start, fill=form.vocabulary.pad),
+        position=ragged.pad(ragged.places(start).astype(np.int32), start, fill=0),
+        subtree_end=ragged.pad(np.repeat(length, length).astype(np.int32), start, fill=0),
         row=row.astype(np.int64),
-        slot=slot[chosen].astype(np.int32),
-        state=before[chosen],
-        edge=after[chosen],
+        slot=slot.astype(np.int32),
+        state=state,
+        edge=edge,
         behaviour_logprob=np.zeros(count, np.float32),
         gain=np.full(count, 1.0 / max(1, count), np.float32),
         loss=np.zeros(count, np.float32),

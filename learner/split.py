@@ -2,7 +2,7 @@
 
 Weights are those of the whole batch, so the losses and gradients of the parts add up to its own.
 
-Shapes:  B rows   S slots of the widest row   E choices   R rows of a part
+Shapes:  B rows   S slots of the widest row   E choices of a part   R rows of it
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from orchard.types import TrainBatch, ValueTargets
+from orchard.types import SequenceTargets, TrainBatch, ValueTargets
 
 
 def shard(batch: TrainBatch, rank: int, world: int) -> TrainBatch:
@@ -60,6 +60,9 @@ def _select(batch: TrainBatch, rows: Int64[np.ndarray, " R"], *, num_rows: int) 
     return replace(
         batch,
         values=None if batch.values is None else _select_states(batch.values, place),
+        sequences=None
+        if batch.sequences is None
+        else _select_sequences(batch.sequences, place, kept, len(batch.row)),
         token=table(batch.token),
         position=table(batch.position),
         subtree_end=table(batch.subtree_end),
@@ -80,3 +83,23 @@ def _select_states(values: ValueTargets, place: Int64[np.ndarray, " B"]) -> Valu
     kept = place[values.row] >= 0
     states = {f.name: getattr(values, f.name)[kept] for f in fields(ValueTargets)}
     return ValueTargets(**states | {"row": place[states["row"]]})
+
+
+def _select_sequences(
+    whole: SequenceTargets,
+    place: Int64[np.ndarray, " B"],
+    choice: Int64[np.ndarray, " E"],
+    num_choices: int,
+) -> SequenceTargets:
+    """The candidates of the rows that have a place; they and the kept choices are renumbered."""
+    candidate = np.flatnonzero(place[whole.row] >= 0)
+    new_candidate, new_choice = np.full(len(whole.row), -1), np.full(num_choices, -1)
+    new_candidate[candidate], new_choice[choice] = np.arange(len(candidate)), np.arange(len(choice))
+    pair = np.flatnonzero(new_candidate[whole.candidate] >= 0)
+    return SequenceTargets(
+        row=place[whole.row[candidate]],
+        advantage=whole.advantage[candidate],
+        length=whole.length[candidate],
+        choice=new_choice[whole.choice[pair]],
+        candidate=new_candidate[whole.candidate[pair]],
+    )

@@ -31,9 +31,28 @@ from learner.split import micro_batches, shard
 from learner.value import value_loss
 from orchard.config import LearnerConfig
 from orchard.trie import Trie
-from orchard.types import TrainBatch, ValueTargets
+from orchard.types import SequenceTargets, TrainBatch, ValueTargets
 from orchard.value import detach, head_of
 from orchard.vocabulary import Vocabulary
+
+
+def truncated(
+    batch: TrainBatch, own: Float32[np.ndarray, " E"], bound: float
+) -> tuple[TrainBatch, float]:
+    """Truncated importance sampling (TIS): a batch as if this learner had searched it.
+
+    Each choice's advantage is weighted by min(pi_own / pi_behaviour, bound), and the clipped ratio
+    starts from `own`, the learner's log-probabilities before its first update: what the search's
+    older version or other arithmetic changed is corrected once and not clipped away (Yao et al.
+    2025, "Your efficient RL framework secretly brings you off-policy RL training"; the bound:
+    Espeholt et al. 2018, arXiv 1802.01561). Also returns the largest |own - behaviour|.
+    """
+    apart = own - batch.behaviour_logprob
+    weight = np.minimum(np.exp(apart), np.float32(bound))
+    corrected = replace(
+        batch, behaviour_logprob=own, gain=batch.gain * weight, loss=batch.loss * weight
+    )
+    return corrected, float(np.abs(apart).max(initial=0.0))
 
 
 class Learner:
@@ -48,6 +67,7 @@ class Learner:
         *,
         total_steps: int,
         average: float = 0.0,
+        temperature: float = 1.0,
         device: torch.device | str = "cpu",
         rank: int = 0,
         world: int = 1,
@@ -61,6 +81,7 @@ class Learner:
             config: rates, clips and the anchor.
             total_steps: length of the learning-rate schedule.
             average: decay of a moving average of the weights, kept beside them; 0 keeps none.
+            temperature: that free text was drawn with.
             device: of everything here.
             rank: of this worker.
             world: number of workers.
@@ -77,8 +98,10 @@ class Learner:
             if wanted:
                 frozen = copy.deepcopy(self.policy).eval().requires_grad_(False)
                 detach(frozen)
-                self.copies[name] = Scorer(frozen, *context)
-        self.scorer: nn.Module = Scorer(self.policy, *context, detach=config.value.detach)
+                self.copies[name] = Scorer(frozen, *context, temperature=temperature)
+        self.scorer: nn.Module = Scorer(
+            self.policy, *context, detach=config.value.detach, temperature=temperature
+        )
         if world > 1 and config.parallel == "ddp":
             self.scorer = DistributedDataParallel(self.scorer)
         elif world > 1:
@@ -128,6 +151,8 @@ class Learner:
             self.policy.train()
         elif self.config.logprob == "full":
             batch = replace(batch, behaviour_logprob=self._behaviour(batch))
+        elif self.config.truncate:
+            batch, gap = truncated(batch, self._behaviour(batch), self.config.truncate)
         metrics: dict[str, float] = {}
         for _ in range(self.config.updates_per_batch):
             parts, rates = self._update(batch, self._surrogate)
@@ -281,7 +306,15 @@ def _without_choices(batch: TrainBatch) -> TrainBatch:
     values = batch.values
     if values is not None:
         values = ValueTargets(**{f.name: getattr(values, f.name)[:0] for f in fields(values)})
-    return replace(row, **{name: getattr(batch, name)[:0] for name in per_choice}, values=values)
+    whole = batch.sequences
+    if whole is not None:
+        whole = SequenceTargets(**{f.name: getattr(whole, f.name)[:0] for f in fields(whole)})
+    return replace(
+        row,
+        **{name: getattr(batch, name)[:0] for name in per_choice},
+        values=values,
+        sequences=whole,
+    )
 
 
 def _number(value: Tensor) -> float:

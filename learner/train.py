@@ -3,7 +3,7 @@
 The driver posts jobs 1, 2, 3, ... at a `Desk`; every worker asks for the job after its last one,
 does it, and the first worker hands in the result. After a failure Ray Train restarts the group from
 the newest checkpoint, and the group asks again for the jobs that it lost: the desk keeps them until
-a later checkpoint covers them.
+the second checkpoint after them.
 """
 
 import asyncio
@@ -24,41 +24,17 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from learner import checkpoint, sft
+from learner.desk import Desk, Job, Result
 from learner.step import Learner
 from orchard import model, value, weights
 from orchard.catalogue import Catalogue
 from orchard.config import Config, LearnerConfig
 from orchard.errors import ActorError
-from orchard.prompts import PromptFormat, Sequences
+from orchard.prompts import PromptFormat, Sequences, Split
+from orchard.rationales import Traces
 from orchard.types import PolicyVersion, TrainBatch, Update
 from orchard.vocabulary import Vocabulary
 from orchard.weights import Weights
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """Something for the whole worker group to do."""
-
-    kind: Literal["epoch", "update", "stop"]
-    batch: tuple[Any, ...] = ()
-    """The object reference of an update's batch, in a tuple: a bare one would be fetched here."""
-    save: bool = False
-    """Write a checkpoint once the job is done."""
-    judged: bool = True
-    """Also hand back the weights that are evaluated and kept."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """What a job left behind; job 0 is the start itself."""
-
-    number: int
-    update: Update
-    weights: Weights
-    """To search with from now on."""
-    kept: Weights | None
-    """To evaluate and keep, where those are others and were asked for."""
-    saved: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,45 +49,9 @@ class Assignment:
     vocabulary: Vocabulary
     sequences: Sequences | None
     """Of the warm start."""
+    traces: tuple[Split, Traces] | None
+    """What it has instead where it teaches to think: rows and their rationales."""
     total_steps: int
-
-
-class Desk:
-    """Where jobs wait for the workers and results for the driver."""
-
-    def __init__(self) -> None:
-        """An empty desk."""
-        self._jobs: dict[int, Job] = {}
-        self._results: dict[int, Result] = {}
-        self._changed = asyncio.Condition()
-
-    async def post(self, number: int, job: Job) -> None:
-        """Offer a job."""
-        async with self._changed:
-            self._jobs[number] = job
-            self._changed.notify_all()
-
-    async def fetch(self, number: int) -> Job:
-        """The job of that number, as soon as there is one; lives no longer than the driver."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: number in self._jobs)
-            return self._jobs[number]
-
-    async def deliver(self, result: Result) -> None:
-        """Hand in a result; repeats after a restart change nothing."""
-        async with self._changed:
-            self._results.setdefault(result.number, result)
-            if result.saved:
-                self._jobs = {n: job for n, job in self._jobs.items() if n > result.number}
-            self._changed.notify_all()
-
-    async def collect(self, number: int) -> Result:
-        """The result of that number, once; `-1` asks for the oldest there is (the start)."""
-        async with self._changed:
-            await self._changed.wait_for(
-                lambda: number in self._results or (number < 0 and bool(self._results))
-            )
-            return self._results.pop(number if number >= 0 else min(self._results))
 
 
 DeskActor: Any = ray.remote(Desk)
@@ -138,6 +78,7 @@ def work(task: dict[str, Any]) -> None:
         _learner_config(config, assignment.phase),
         total_steps=assignment.total_steps,
         average=config.sft.average if supervised else config.learner.average,
+        temperature=1.0 if supervised else config.rollout.temperature,
         device=get_device(),
         rank=rank,
         world=world,
@@ -151,10 +92,13 @@ def work(task: dict[str, Any]) -> None:
         searching = learner.result if supervised else learner.policy
         values = weights.snapshot(searching)
         others = judged and searching is not learner.result
-        kept = weights.snapshot(learner.result) if others else None
+        average = weights.snapshot(learner.result) if others else None
         if rank == 0:
             version = PolicyVersion(step=number, digest=weights.digest(values))
             update = Update(policy=version, metrics=metrics)
+            kept = None
+            if average is not None:
+                kept = PolicyVersion(step=number, digest=weights.digest(average)), average
             result = Result(number=number, update=update, weights=values, kept=kept, saved=saved)
             ray.get(desk.deliver.remote(result))
 
@@ -169,6 +113,8 @@ def work(task: dict[str, Any]) -> None:
         if job.save:
             _save(learner, number, digest, rank)
         deliver(metrics, saved=job.save, judged=job.judged)
+    if job.save:
+        _save(learner, number, digest, rank)
 
 
 def _learner_config(config: Config, phase: str) -> LearnerConfig:
@@ -192,18 +138,21 @@ def _learner_config(config: Config, phase: str) -> LearnerConfig:
 def _epoch(learner: Learner, assignment: Assignment, number: int) -> dict[str, float]:
     """One pass over the sequences in an order drawn from (seed, epoch)."""
     begin, config = time.perf_counter(), assignment.config
-    sequences = cast(Sequences, assignment.sequences)
+    traces, windows = assignment.traces, cast(Sequences, assignment.sequences)
     form = PromptFormat(catalogue=assignment.catalogue, vocabulary=assignment.vocabulary)
+    version, forced = PolicyVersion(step=number, digest=""), config.sft.logprob == "full"
+
+    def batch(rows: np.ndarray) -> TrainBatch:
+        if traces is not None:
+            return sft.pack_traces(*traces, rows, form, version, forced=forced)
+        return sft.pack_sequences(windows, rows, form, version, forced=forced)
+
     order = np.random.Generator(np.random.Philox(key=[config.seed, number])).permutation(
-        len(sequences)
+        len(windows if traces is None else traces[1])
     )
-    version, size = PolicyVersion(step=number, digest=""), config.sft.batch_size
+    size = config.sft.batch_size
     batches = [order[at : at + size] for at in range(0, len(order), size)]
-    forced = config.sft.logprob == "full"
-    measured = [
-        learner.supervise(sft.pack_sequences(sequences, rows, form, version, forced=forced))
-        for rows in batches
-    ]
+    measured = [learner.supervise(batch(rows)) for rows in batches]
     return {
         "loss": float(np.mean([m["nll"] for m in measured])),
         "grad_norm": float(np.mean([m["grad_norm"] for m in measured])),
@@ -231,10 +180,12 @@ class RemoteLearner:
         self._desk: Any = None
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
-        self._number = 0
+        self._number = self._saved = 0
+        self.restarts = 0
+        """Times that the worker group was started again."""
         self.weights: Weights = {}
         """Of the newest version, to search with."""
-        self.kept: Weights = {}
+        self.kept: tuple[PolicyVersion, Weights] = (PolicyVersion(step=-1, digest=""), {})
         """To evaluate and keep, of the newest job that was to hand them back."""
 
     async def start(self) -> PolicyVersion:
@@ -267,7 +218,7 @@ class RemoteLearner:
         self._thread = threading.Thread(target=fit, name="learner", daemon=True)
         self._thread.start()
         result = await self._collect(-1, learner.start_timeout_s)
-        self._number = result.number
+        self._number = self._saved = result.number
         return result.update.policy
 
     async def update(self, batch: TrainBatch, *, save: bool = False, judged: bool = True) -> Update:
@@ -279,17 +230,29 @@ class RemoteLearner:
         """One supervised pass over the training sequences."""
         return await self._do(Job(kind="epoch", save=save))
 
-    async def close(self) -> None:
-        """Let the workers finish; gives up waiting after ten seconds."""
+    async def close(self, *, save: bool = False) -> None:
+        """Let the workers finish; gives up waiting after ten seconds.
+
+        With `save` they first write what no checkpoint holds yet, for which they have
+        `learner.timeout_s`; raises ActorError where they did not.
+        """
         if self._thread is None or not self._thread.is_alive():
             return
-        await self._desk.post.remote(self._number + 1, Job(kind="stop"))
-        await asyncio.to_thread(self._thread.join, 10.0)
+        save = save and self._saved < self._number
+        await self._desk.post.remote(self._number + 1, Job(kind="stop", save=save))
+        await asyncio.to_thread(self._thread.join, self._config.learner.timeout_s if save else 10.0)
+        if save and (self._failure or self._thread.is_alive()):
+            raise ActorError(
+                f"the learner did not save job {self._number} before it stopped: "
+                f"{self._failure or 'out of time'}; the run resumes from job {self._saved}"
+            )
 
     async def _do(self, job: Job) -> Update:
         self._number += 1
         await self._desk.post.remote(self._number, job)
-        return (await self._collect(self._number, self._config.learner.timeout_s)).update
+        result = await self._collect(self._number, self._config.learner.timeout_s)
+        self._saved = self._number if result.saved else self._saved
+        return result.update
 
     async def _collect(self, number: int, timeout_s: float) -> Result:
         """Wait for a result, for the end of the worker group, or for the deadline."""
@@ -301,8 +264,8 @@ class RemoteLearner:
             done, _ = await asyncio.wait({pending}, timeout=1.0)
             if done:
                 result = cast(Result, pending.result())
-                self.weights = result.weights
-                self.kept = result.weights if result.kept is None else result.kept
+                self.weights, self.restarts = result.weights, result.restarts
+                self.kept = result.kept or (result.update.policy, result.weights)
                 return result
             if self._thread is not None and not self._thread.is_alive():
                 raise ActorError(

@@ -4,6 +4,7 @@ A run is a TOML file plus dotted overrides (`learner.lr=1e-4`); each room receiv
 of `orchard.settings`. Unknown keys are refused, with the nearest known one named.
 """
 
+import copy
 import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -17,32 +18,44 @@ from orchard.errors import ConfigError
 from orchard.settings import (
     CheckpointConfig,
     ClusterConfig,
+    CollaborativeConfig,
     Config,
     DataConfig,
     EvaluateConfig,
+    FilterConfig,
     KlConfig,
     LearnerConfig,
     ModelConfig,
     RewardsConfig,
     RolloutConfig,
+    ServeConfig,
     SftConfig,
+    StepConfig,
+    ThinkConfig,
     ValueConfig,
+    VariantConfig,
     VedConfig,
 )
 
 __all__ = [
     "CheckpointConfig",
     "ClusterConfig",
+    "CollaborativeConfig",
     "Config",
     "DataConfig",
     "EvaluateConfig",
+    "FilterConfig",
     "KlConfig",
     "LearnerConfig",
     "ModelConfig",
     "RewardsConfig",
     "RolloutConfig",
+    "ServeConfig",
     "SftConfig",
+    "StepConfig",
+    "ThinkConfig",
     "ValueConfig",
+    "VariantConfig",
     "VedConfig",
     "differences",
     "dump",
@@ -65,15 +78,16 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
         tree = tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"run file {path} is not valid TOML: {error}") from error
-    for override in overrides:
-        _set(tree, override)
-    return parse(tree)
+    return parse(tree, overrides)
 
 
-def parse(tree: Mapping[str, Any]) -> Config:
+def parse(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
     """The run of a nested mapping; raises ConfigError with one sentence per fault."""
+    changed = copy.deepcopy(dict(tree))
+    for override in overrides:
+        _set(changed, override)
     try:
-        return Config.model_validate(tree)
+        return Config.model_validate(changed)
     except ValidationError as error:
         raise ConfigError("; ".join(_sentence(dict(e)) for e in error.errors())) from error
 

@@ -29,13 +29,18 @@ def diagnose(scored: ScoredTrees) -> dict[str, float]:
     best = np.maximum.reduceat(scored.reward, trees.candidate_start[:-1][occupied])
     figures = {
         "rewards/best": float(best.mean()),
-        "rollout/diversity": diversity(path=path, start=trees.candidate_start),
+        "rollout/diversity": diversity(path=_codes(trees, path), start=trees.candidate_start),
     }
     for step, count in enumerate(np.bincount(trees.step)[1:], 1):
         figures[f"rollout/prefixes_{step}"] = count / num_prompts
     for name, count in trees.cost.counts.items():
         figures[f"rollout/{name}"] = count / num_prompts
     return figures | _correlations(scored, path)
+
+
+def _codes(trees: SearchTrees, path: Int64[np.ndarray, "C K"]) -> Int64[np.ndarray, "C K2"]:
+    """What tells candidates apart: their nodes or, as all thoughts differ, the codes after them."""
+    return trees.state[path[:, path.shape[1] // 2 :]] if trees.thinks else path
 
 
 def grouped_spearman(

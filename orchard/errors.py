@@ -6,7 +6,8 @@
     │   └── CatalogueError     items or semantic IDs that do not fit together
     ├── CheckpointError    a checkpoint or policy that belongs to something else
     ├── EngineError        a decoder that cannot serve the request
-    └── ActorError         a remote part that died, hung or answered wrongly
+    ├── ActorError         a remote part that died, hung or answered wrongly
+    └── Stopped            a run that was asked to stop, and did in order
 
 Each message names the value, the bound and the remedy; the command line prints it and exits with 2.
 """
@@ -38,3 +39,7 @@ class EngineError(OrchardError):
 
 class ActorError(OrchardError):
     """A rollout, reward or learner actor died, missed its deadline or answered wrongly."""
+
+
+class Stopped(OrchardError):
+    """The run was told to stop (SIGTERM); what it has done is saved."""

@@ -75,6 +75,15 @@ class LiveCatalogue:
         self._delta: dict[int, Addition] = {}
         self._snapshot = _snapshot(0, catalogue, np.ones(len(catalogue), dtype=np.bool_))
 
+    def fork(self) -> "LiveCatalogue":
+        """Another one that begins as this one is now; neither sees later changes of the other."""
+        twin = LiveCatalogue.__new__(LiveCatalogue)
+        twin._lock = threading.Lock()
+        with self._lock:
+            twin._first, twin._delta = self._first, dict(self._delta)
+            twin._snapshot = self._snapshot
+        return twin
+
     @property
     def snapshot(self) -> Snapshot:
         """What is there now. A search takes it once."""

@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -26,6 +26,9 @@ from orchard.errors import DataError
 
 FILE = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
+
+Listener = Callable[[str, int, Mapping[str, float]], object]
+"""Phase, step and values, NaN and infinity as they are."""
 
 _FLUSH_S = 10
 """Longest that TensorBoard's files lag behind."""
@@ -45,14 +48,18 @@ class Series:
 class Logbook:
     """Appends to the metrics of a run folder; reopened on resume. Not for several processes."""
 
-    def __init__(self, run_dir: Path) -> None:
-        """Open or begin the logbook of `run_dir`; a line torn by a crash is cut off."""
+    def __init__(self, run_dir: Path, also: Sequence[Listener] = ()) -> None:
+        """Open or begin the logbook of `run_dir`; a line torn by a crash is cut off.
+
+        `also` are told every step that is logged, once it is on disk.
+        """
         run_dir.mkdir(parents=True, exist_ok=True)
         self._run_dir = run_dir
         self._path = run_dir / FILE
         _mend(self._path)
         self._file = self._path.open("a", encoding="utf-8")
         self._events: dict[str, _Events] = {}
+        self._also = tuple(also)
 
     def log(self, phase: str, step: int, values: Mapping[str, SupportsFloat]) -> None:
         """Write one line, at once on disk; NaN and infinity become null.
@@ -73,6 +80,8 @@ class Logbook:
         self._file.write(json.dumps(entry, allow_nan=False) + "\n")
         self._file.flush()
         self._events_of(phase).scalars(step, now, numbers)
+        for listener in self._also:
+            listener(phase, step, numbers)
 
     def rewind(self, phase: str, step: int) -> int:
         """Forget what `phase` wrote past `step`, and return how many lines that were.

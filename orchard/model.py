@@ -3,7 +3,7 @@
 `child_logprobs` is the one definition of the policy's distribution: the softmax over the legal
 children of a trie node. Search, learner and serving all call it.
 
-Shapes:  F nodes   M legal children of them   D hidden width   R rows   S slots
+Shapes:  F nodes   M legal children of them   D hidden width   R rows   S slots   F1 = F + 1
 """
 
 from pathlib import Path
@@ -138,7 +138,7 @@ def child_logprobs(
         # gradient exchange.
         return (hidden @ head[:0].T.to(hidden.dtype)).float().reshape(-1), children
     logit = pieces[0] if len(pieces) == 1 else torch.cat(pieces)[torch.cat(places).argsort()]
-    return segment_log_softmax(logit, children.owner, len(node)), children
+    return segment_log_softmax(logit, children.owner, children.start), children
 
 
 def _code_logits(
@@ -153,13 +153,16 @@ def _code_logits(
 
 
 def segment_log_softmax(
-    logit: Float[Tensor, " M"], owner: Int[Tensor, " M"], num_rows: int
+    logit: Float[Tensor, " M"], owner: Int[Tensor, " M"], start: Int[Tensor, " F1"]
 ) -> Float[Tensor, " M"]:
-    """Log-softmax within each segment of a ragged array."""
-    peak = logit.new_full((num_rows,), float("-inf"))
+    """Log-softmax within each segment of a ragged array.
+
+    Segment f is `start[f] : start[f + 1]`, and `owner` is the segment of each entry.
+    """
+    peak = logit.new_full((len(start) - 1,), float("-inf"))
     peak = peak.scatter_reduce(0, owner, logit.detach(), "amax")
     shifted = logit - peak.index_select(0, owner)
-    total = logit.new_zeros(num_rows).scatter_add(0, owner, shifted.exp())
+    total = torch.segment_reduce(shifted.exp(), "sum", offsets=start, initial=0.0)
     return shifted - total.log().index_select(0, owner)
 
 

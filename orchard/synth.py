@@ -6,7 +6,6 @@ Shapes:  I items   L levels   E events   R rows   H history items   K tastes of 
 """
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,8 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Bool, Float64, Int, Int64
 
-from orchard import ragged
-from orchard.errors import DataError
+from orchard import folders, ragged
 from orchard.evaluation import Estimate, TargetRanks, metrics
 from orchard.taste import Events, World, WorldParams, live, make_world
 
@@ -84,7 +82,7 @@ def write_world(out: Path, params: WorldParams, *, overwrite: bool = False) -> W
     Raises:
         DataError: `out` holds something already, and is not a world that may be overwritten.
     """
-    _check_vacant(out, overwrite)
+    folders.check_vacant(out, mark=CARD, kind="synthetic world", overwrite=overwrite)
     maker, nature = np.random.default_rng(params.seed).spawn(2)
     world = make_world(params, maker)
     events = live(world, nature)
@@ -94,33 +92,12 @@ def write_world(out: Path, params: WorldParams, *, overwrite: bool = False) -> W
         facts=_facts(world, events, rows),
         yardsticks=_yardsticks(world, events, rows),
     )
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with folders.whole(out) as partial:
         _write(_item_columns(world), partial / "items.parquet")
         for name, low, high in SPLITS:
             _write(_row_columns(events, rows.cut(low, high)), partial / f"{name}.parquet")
         (partial / CARD).write_text(json.dumps(asdict(card), indent=2) + "\n")
-        retired = out.with_name(f".{out.name}.retired")
-        if out.exists():
-            shutil.rmtree(retired, ignore_errors=True)
-            out.rename(retired)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(retired, ignore_errors=True)
     return card
-
-
-def _check_vacant(out: Path, overwrite: bool) -> None:
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not out.is_dir() or not (out / CARD).is_file():
-        # Never delete what this module did not write, whatever the flag says.
-        raise DataError(f"{out} exists and is no synthetic world; choose another folder")
-    if not overwrite:
-        raise DataError(f"{out} holds a world already; choose another folder or pass overwrite")
 
 
 def _rows(events: Events, max_history: int) -> _Rows:

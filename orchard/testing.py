@@ -5,7 +5,7 @@ Shapes:  K leaves   B prompts
 
 import string
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float64, Int32
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Split
+from tokenizers.pre_tokenizers import Split, WhitespaceSplit
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from orchard import catalogue as catalogues
@@ -25,7 +25,18 @@ from orchard.config import ModelConfig
 from orchard.prompts import PromptFormat
 from orchard.titles import from_titles
 from orchard.types import PolicyVersion, Prompts
-from orchard.vocabulary import Vocabulary, compact_tokenizer, of_codes
+from orchard.vocabulary import (
+    BOS,
+    EOS,
+    PAD,
+    THINK,
+    THOUGHT,
+    Vocabulary,
+    compact_tokenizer,
+    of_codes,
+    sid_token,
+    think_tags,
+)
 
 
 def tiny_catalogue(
@@ -149,7 +160,8 @@ class World:
 
     def save(self, folder: Path) -> Path:
         """Write the policy to a folder."""
-        save_policy(self.model, compact_tokenizer(self.catalogue), folder)
+        make = tiny_text_tokenizer if self.vocabulary.tags else compact_tokenizer
+        save_policy(self.model, make(self.catalogue), folder)
         return folder
 
 
@@ -187,3 +199,24 @@ def tiny_title_world(
     model, vocabulary = tiny_policy(catalogue, seed=seed, tokenizer=tokenizer)
     prompts = tiny_prompts(catalogue, lengths, seed=seed, tokenizer=tokenizer)
     return World(catalogue=catalogue, model=model, vocabulary=vocabulary, prompts=prompts)
+
+
+def tiny_thinking_world(*, seed: int = 0, lengths: Sequence[int] = (1, 3, 2)) -> World:
+    """A world whose policy can think: a few words, the tags, and codes of three levels."""
+    catalogue = tiny_catalogue(seed=seed)
+    tokenizer = tiny_text_tokenizer(catalogue)
+    model, vocabulary = tiny_policy(catalogue, seed=seed, tokenizer=tokenizer)
+    prompts = tiny_prompts(catalogue, lengths, seed=seed, tokenizer=tokenizer)
+    vocabulary = replace(vocabulary, tags=think_tags(tokenizer))
+    return World(catalogue=catalogue, model=model, vocabulary=vocabulary, prompts=prompts)
+
+
+def tiny_text_tokenizer(catalogue: Catalogue) -> PreTrainedTokenizerBase:
+    """Whole words, the tags of thinking, and the codes of a catalogue."""
+    codes = [sid_token(at, c) for at, size in enumerate(catalogue.level_size) for c in range(size)]
+    words = [PAD, BOS, EOS, THINK, THOUGHT, *codes, "seen", "next", "oak", "steel", "lamp", "tent"]
+    inner = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token=PAD))
+    inner.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token=PAD, bos_token=BOS, eos_token=EOS
+    )

@@ -12,17 +12,58 @@ Shapes:  I items
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from jaxtyping import Int
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from orchard import catalogue as catalogues
 from orchard import ragged
 from orchard.catalogue import Catalogue
 from orchard.errors import CatalogueError
 from orchard.tables import read_table
+from orchard.vocabulary import BOS, EOS, PAD
+
+
+def tokenizer_of(title: Sequence[str], size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of the given titles with the special tokens of compact policies.
+
+    Every text has tokens in it, whatever its letters. Equal titles give equal tokenizers. There
+    are fewer than `size` tokens where the titles hold no further pair that occurs twice.
+
+    Raises:
+        CatalogueError: `size` has no room for the 256 bytes and the special tokens.
+    """
+    specials = [PAD, BOS, EOS]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if size < len(alphabet) + len(specials):
+        raise CatalogueError(
+            f"a vocabulary of {size} tokens has no room for {len(alphabet)} bytes and "
+            f"{len(specials)} special tokens; raise data.title_tokens"
+        )
+    inner = Tokenizer(BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = BpeTrainer(
+        vocab_size=size,
+        min_frequency=2,
+        special_tokens=specials,
+        initial_alphabet=sorted(alphabet),
+        show_progress=False,
+    )
+    inner.train_from_iterator(title, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token=PAD, bos_token=BOS, eos_token=EOS
+    )
+
+
+def read_titles(path: Path) -> list[str]:
+    """The titles of an items file, empty where there is none; raises DataError as `read` does."""
+    return [title or "" for title in _table(path)["title"].to_pylist()]
 
 
 def from_titles(
@@ -72,13 +113,17 @@ def read(path: Path, tokenizer: PreTrainedTokenizerBase) -> Catalogue:
         DataError: the file or a column is missing, or unreadable.
         CatalogueError: as `from_titles`.
     """
-    table = read_table(
-        path, role="items", columns=("item_id", "title"), remedy="data.path and data.items"
-    )
+    table = _table(path)
     return from_titles(
         [title or "" for title in table["title"].to_pylist()],
         tokenizer,
         item_id=table["item_id"].to_numpy().astype(np.int64),
+    )
+
+
+def _table(path: Path) -> Any:
+    return read_table(
+        path, role="items", columns=("item_id", "title"), remedy="data.path and data.items"
     )
 
 

@@ -50,12 +50,12 @@ class Trie:
     catalogue: str
     """Digest of the catalogue whose sequences these are."""
 
-    @property
+    @cached_property
     def num_nodes(self) -> int:
         """Number of nodes, the root included."""
         return len(self.code)
 
-    @property
+    @cached_property
     def num_inner(self) -> int:
         """Number of nodes above the last level."""
         return len(self.child_start) - 1
@@ -85,17 +85,23 @@ class Trie:
             early_leaf=self.early_leaf.to(device),
         )
 
-    def first_child(self, node: Int[Tensor, " F"]) -> Int[Tensor, " F"]:
+    def first_child(self, node: Int[Tensor, "... F"]) -> Int[Tensor, "... F"]:
         """The first child of each node; where it has none, the node at which one would be put."""
         return self.child_start[node.clamp(max=self.num_inner)].long()
 
     def num_children(self, node: Int[Tensor, " F"]) -> Int[Tensor, " F"]:
         """Number of legal codes after each node; 0 at a leaf."""
-        return self.first_child(node + 1) - self.first_child(node)
+        first, end = self._child_range(node)
+        return end - first
+
+    def _child_range(self, node: Int[Tensor, " F"]) -> Int[Tensor, "2 F"]:
+        """The first child of each node, and of the node after it."""
+        return self.first_child(torch.stack((node, node + 1)))
 
     def children(self, node: Int[Tensor, " F"]) -> Children:
         """All legal children of each node, in ascending code order."""
-        first, count = self.first_child(node), self.num_children(node)
+        first, end = self._child_range(node)
+        count = end - first
         start = torch.zeros(len(node) + 1, dtype=torch.long, device=node.device)
         torch.cumsum(count, 0, out=start[1:])
         owner = torch.repeat_interleave(count)

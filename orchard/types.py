@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64
 
 from orchard import ragged
+from orchard.targets import SequenceTargets, ValueTargets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -113,7 +114,9 @@ class SearchTrees:
     """One search tree per prompt, nodes in preorder: a root, then each child with its subtree.
 
     A node is a span of tokens with a step number: one semantic-ID code, one title token, or a
-    block of thought. The root is the prompt itself: step 0 and an empty span.
+    block of thought. The root is the prompt itself: step 0 and an empty span. Steps grow along a
+    path, by one unless a block is missing: over K codes a thinking policy has blocks at steps 1 to
+    K and codes at steps K + 1 to 2 K.
     """
 
     NO_PARENT: ClassVar[int] = -1
@@ -165,8 +168,13 @@ class SearchTrees:
         """Place of each candidate by policy log-probability within its prompt, 1 for the best."""
         return ragged.places(self.candidate_start) + 1
 
+    @property
+    def thinks(self) -> bool:
+        """If there is a block of thought before codes."""
+        return bool((self.state == self.FREE_TEXT).any())
+
     def paths(self) -> Int64[np.ndarray, "C K"]:
-        """Node of each candidate at each step 1..K; NO_PARENT past its end."""
+        """Node of each candidate at each step 1..K; NO_PARENT where it has none."""
         depth = self.step[self.candidate]
         path = np.full((len(self.candidate), int(depth.max(initial=0))), self.NO_PARENT, np.int64)
         node, rows = self.candidate.copy(), np.arange(len(self.candidate))
@@ -259,6 +267,8 @@ class ScoredTrees:
     """Weighted sum of the parts."""
     parts: Mapping[str, Float32[np.ndarray, " C"]]
     """The unweighted terms of the reward, by name."""
+    step_reward: Float32[np.ndarray, "C L"] | None = None
+    """What each of the candidate's L codes earned, for credit by steps; None where not judged."""
 
     @staticmethod
     def concatenate(parts: "Sequence[ScoredTrees]") -> "ScoredTrees":
@@ -267,6 +277,7 @@ class ScoredTrees:
             trees=SearchTrees.concatenate([p.trees for p in parts]),
             reward=np.concatenate([p.reward for p in parts]),
             parts={name: np.concatenate([p.parts[name] for p in parts]) for name in parts[0].parts},
+            step_reward=concatenate_known([p.step_reward for p in parts]),
         )
 
 
@@ -279,30 +290,6 @@ class Credit:
 
     advantage: Float32[np.ndarray, "C K"]
     weight: Float32[np.ndarray, "C K"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ValueTargets:
-    """Non-empty prefixes of a batch's candidates, and what the value head is to make of them.
-
-    Weights are shares of all states of all candidates of the whole batch.
-
-    Shapes:  V states   P states of the longest path, the prompt's end included
-    """
-
-    row: Int64[np.ndarray, " V"]
-    path: Int32[np.ndarray, "V P"]
-    """Slots of the prompt's end and of the last token of each node down to the state, then -1."""
-    reward: Float32[np.ndarray, " V"]
-    """Of the step into the state."""
-    outcome: Float32[np.ndarray, " V"]
-    """Mean discounted reward from the state on, over the candidates through it."""
-    through: Float32[np.ndarray, " V"]
-    """Weight of the candidates through the state."""
-    entered: Float32[np.ndarray, " V"]
-    """Of those that came from another state: as `through`, but 0 after the prompt's end."""
-    ending: Float32[np.ndarray, " V"]
-    """Of those that end there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -340,6 +327,8 @@ class TrainBatch:
     catalogue: str
     values: ValueTargets | None = None
     """What the value head learns, where there is one to teach."""
+    sequences: SequenceTargets | None = None
+    """The candidates, where they and not the choices have ratios; `gain` and `loss` then rest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,23 +13,26 @@ stays an ordinary Hugging Face folder.
 Shapes:  N hidden states   D hidden width   F prefixes   K states of the longest path
 """
 
+import json
 import math
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
 from orchard.errors import CheckpointError
-from orchard.weights import Weights
+from orchard.weights import Weights, restore
 
 NAME = "value_head"
 FILE = f"{NAME}.safetensors"
+_POLICY_FILE, _INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 _MOST_HEADS = 4
 
 
@@ -110,8 +113,29 @@ def fit(model: PreTrainedModel, weights: Weights) -> None:
         detach(model)
 
 
+def split(weights: Weights, width: int) -> tuple[dict[str, np.ndarray], ValueHead | None]:
+    """The weights of the policy proper, and the value head that travels with them, if one does.
+
+    `width` is that of the policy's hidden states.
+
+    Raises:
+        CheckpointError: the head is another policy's.
+    """
+    prefix = f"{NAME}."
+    policy = {name: part for name, part in weights.items() if not name.startswith(prefix)}
+    if len(policy) == len(weights):
+        return policy, None
+    with torch.random.fork_rng(devices=[]):
+        head = ValueHead(width)
+    restore(head, {n.removeprefix(prefix): p for n, p in weights.items() if n not in policy})
+    return policy, head.eval()
+
+
 def save(model: PreTrainedModel, folder: Path) -> None:
-    """Write the policy as a Hugging Face folder, and its value head, if any, beside it."""
+    """Write the policy as a Hugging Face folder, and its value head, if any, beside it.
+
+    An index then says which file holds the policy: vLLM would load all that it finds.
+    """
     head = detach(model)
     try:
         model.save_pretrained(folder)
@@ -121,6 +145,15 @@ def save(model: PreTrainedModel, folder: Path) -> None:
     if head is not None:
         tensors = {name: value.contiguous() for name, value in head.state_dict().items()}
         save_file(tensors, folder / FILE)
+        if (folder / _POLICY_FILE).is_file():  # otherwise in several files, with their index
+            _write_index(folder)
+
+
+def _write_index(folder: Path) -> None:
+    with safe_open(folder / _POLICY_FILE, "pt") as file:
+        place = dict.fromkeys(cast(list[str], file.keys()), _POLICY_FILE)
+    index = {"metadata": {}, "weight_map": place}
+    (folder / _INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def load(model: PreTrainedModel, folder: Path) -> None:

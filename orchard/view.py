@@ -6,7 +6,9 @@ only meets no dead end, and finds as many leaves as are live.
 Shapes:  N trie nodes   K leaves   I items   F queried nodes
 """
 
+import hashlib
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -39,6 +41,13 @@ class View:
     def num_bytes(self) -> int:
         """Bytes of all arrays."""
         return sum(part.nbytes for part in (self.live, *self.count))
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the catalogue's digest and of what is live, from which the rest follows."""
+        seal = hashlib.sha256(self.catalogue.encode())
+        seal.update(self.live.cpu().numpy().data)
+        return seal.hexdigest()
 
     def to(self, device: torch.device | str) -> "View":
         """The same view on another device."""

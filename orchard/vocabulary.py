@@ -6,9 +6,10 @@ tokens among their words. The codes of title catalogues are text tokens, whateve
 Shapes:  V codes of one level   F nodes
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 import torch
 from jaxtyping import Int
@@ -23,11 +24,22 @@ from orchard.errors import CatalogueError, DataError
 from orchard.trie import Trie
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
+THINK, THOUGHT = "<think>", "</think>"
 
 
 def sid_token(level: int, code: int) -> str:
     """The token of a code, as published data sets spell it: `<a_5>` is code 5 of level 0."""
     return f"<{chr(ord('a') + level)}_{code}>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tags:
+    """Token ids that cut a policy's text into blocks of thought."""
+
+    open: int
+    close: int
+    end: int
+    """Ends a text altogether; a policy that writes it within a block has stopped too early."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +51,8 @@ class Vocabulary:
     pad: int
     size: int
     """Number of token ids, hence of rows of the model's head."""
+    tags: Tags | None = None
+    """Of a policy that thinks before it names an item."""
 
     def slice_of(self, level: Int[Tensor, " F"]) -> Int[Tensor, " F"]:
         """Index into `level_tokens` for the codes chosen at each 0-based level."""
@@ -61,12 +75,7 @@ class Vocabulary:
 
     def to(self, device: torch.device | str) -> "Vocabulary":
         """The same vocabulary on another device."""
-        return Vocabulary(
-            level_tokens=tuple(tokens.to(device) for tokens in self.level_tokens),
-            bos=self.bos,
-            pad=self.pad,
-            size=self.size,
-        )
+        return replace(self, level_tokens=tuple(tokens.to(device) for tokens in self.level_tokens))
 
 
 def compact_tokenizer(catalogue: Catalogue) -> PreTrainedTokenizerFast:
@@ -98,6 +107,28 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if not (folder / "tokenizer.json").is_file():
         raise DataError(f"{folder} holds no tokenizer.json; it is not a saved policy")
     return AutoTokenizer.from_pretrained(folder)
+
+
+def think_tags(tokenizer: PreTrainedTokenizerBase) -> Tags:
+    """Look up the tags of thinking blocks; each must be a single token.
+
+    Raises:
+        DataError: a tag is missing or is cut into several tokens, or there is no `eos_token`.
+    """
+    known, found = tokenizer.get_vocab(), list[int]()
+    for tag in (THINK, THOUGHT):
+        pieces: list[int] = tokenizer.encode(tag, add_special_tokens=False)
+        if pieces != [known.get(tag)]:
+            raise DataError(
+                f"the policy's tokenizer reads {tag} as {len(pieces)} tokens"
+                f"{'' if tag in known else ' and has none for it'}; thinking needs a token for it: "
+                "add one to the tokenizer as a special token and warm-start the policy with it"
+            )
+        found += pieces
+    end = cast(int | None, tokenizer.eos_token_id)
+    if end is None:
+        raise DataError("the policy's tokenizer has no eos_token, which ends a text; give it one")
+    return Tags(open=found[0], close=found[1], end=end)
 
 
 def of_codes(tokenizer: PreTrainedTokenizerBase, catalogue: Catalogue) -> Vocabulary:

@@ -1,27 +1,30 @@
-"""The Ray shell of the room: holds the catalogue and the weights, judges what it is sent."""
+"""The Ray shell of the room: holds what rewards look up, and judges what it is sent."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import ray
 
-from orchard.catalogue import Catalogue
 from orchard.types import ScoredTrees, SearchTrees
-from rewards.reward import check, score
+from rewards.knowledge import Knowledge
+from rewards.reward import look_up, score
 
 
 class Judge:
     """Scores trees with fixed weights; without state, so that any call may be repeated anywhere."""
 
-    def __init__(self, weights: Mapping[str, float], catalogue: Catalogue) -> None:
-        """Refuse unknown rewards at once; raises ConfigError."""
-        check(weights)
-        self._weights = dict(weights)
-        self._catalogue = catalogue
+    def __init__(self, known: Knowledge) -> None:
+        """Load what the weighted rewards need.
+
+        Raises:
+            ConfigError, DataError, CatalogueError: a reward is unknown, or what it needs is missing
+                or another catalogue's.
+        """
+        self._known, self._weights = known, dict(known.settings.weights)
+        look_up(self._weights, known)
 
     def score(self, trees: SearchTrees) -> ScoredTrees:
         """As `rewards.reward.score`."""
-        return score(trees, self._catalogue, self._weights)
+        return score(trees, self._known, self._weights)
 
 
 RewardActor: Any = ray.remote(Judge)

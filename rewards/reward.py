@@ -12,7 +12,7 @@ from jaxtyping import Float32
 from orchard.catalogue import Catalogue
 from orchard.errors import CatalogueError, ConfigError, DataError
 from orchard.types import ScoredTrees, SearchTrees
-from rewards import REWARDS
+from rewards import NEEDS, REWARDS, Knowledge
 
 
 def check(weights: Mapping[str, float]) -> None:
@@ -24,8 +24,24 @@ def check(weights: Mapping[str, float]) -> None:
             raise ConfigError(f"rewards.weights names an unknown reward {name}; {hint}")
 
 
-def score(trees: SearchTrees, catalogue: Catalogue, weights: Mapping[str, float]) -> ScoredTrees:
+def look_up(weights: Mapping[str, float], known: Knowledge) -> None:
+    """Load what the rewards need, so that what is missing is found before anything is scored.
+
+    Raises:
+        ConfigError, DataError, CatalogueError: one sentence on what is missing or does not fit.
+    """
+    check(weights)
+    for name in weights:
+        if name in NEEDS:
+            NEEDS[name](known)
+
+
+def score(
+    trees: SearchTrees, known: Knowledge | Catalogue, weights: Mapping[str, float]
+) -> ScoredTrees:
     """Judge every candidate; a part of weight 0 is computed for the log alone.
+
+    A bare catalogue will do for rewards that look up nothing else.
 
     Raises:
         ConfigError: a weight of an unknown reward.
@@ -33,12 +49,14 @@ def score(trees: SearchTrees, catalogue: Catalogue, weights: Mapping[str, float]
         DataError: a reward is not finite.
     """
     check(weights)
-    if trees.catalogue != catalogue.digest:
+    if isinstance(known, Catalogue):
+        known = Knowledge(catalogue=known)
+    if trees.catalogue != known.catalogue.digest:
         raise CatalogueError(
             f"the trees were grown on catalogue {trees.catalogue[:12]}, the rewards hold "
-            f"{catalogue.digest[:12]}; start both from the same items file"
+            f"{known.catalogue.digest[:12]}; start both from the same items file"
         )
-    parts = {name: REWARDS[name](trees, catalogue) for name in weights}
+    parts = {name: REWARDS[name](trees, known) for name in weights}
     for name, part in parts.items():
         _refuse_non_finite(name, part, trees)
     total = np.zeros(len(trees.leaf), np.float32)

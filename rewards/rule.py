@@ -9,37 +9,44 @@ Shapes:  B prompts   C candidates   D longest sequence
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int64
 
-from orchard.catalogue import Catalogue
 from orchard.types import SearchTrees
+from rewards.knowledge import Knowledge
 
 
-def rule(trees: SearchTrees, catalogue: Catalogue) -> Float32[np.ndarray, " C"]:
+def rule(trees: SearchTrees, known: Knowledge) -> Float32[np.ndarray, " C"]:
     """1 for a candidate that is the target, else 0."""
-    return _hit(trees, catalogue).astype(np.float32)
+    return _hit(trees, known).astype(np.float32)
 
 
-def ranking(trees: SearchTrees, catalogue: Catalogue) -> Float32[np.ndarray, " C"]:
-    """A penalty for each miss that is ranked beside the target, largest for the best ranked.
+def ranking(trees: SearchTrees, known: Knowledge) -> Float32[np.ndarray, " C"]:
+    """A penalty for each miss, largest for the best ranked (ReRe, arXiv 2510.12211).
 
-    With G candidates, the miss at rank k gets -(1 / log2(k + 1)) / sum_j 1 / log2(j + 1), where j
-    runs over all G ranks. The target gets 0, and so does every candidate of a group without the
-    target: pushing such a group towards its own tail would have no evidence behind it. This is the
-    form that ReRe (arXiv 2510.12211) and MiniOneRec (arXiv 2510.24431) run; the papers print
-    another normaliser.
+    With G candidates, the miss at rank k gets -(1 / log2(k + 1)) / Z, and the target 0. There are
+    two forms, by `rewards.ranking`:
+
+    coded       Z = sum_j 1 / log2(j + 1) over all G ranks; 0 in a group without the target. This is
+                what ReRe and MiniOneRec (arXiv 2510.24431) run.
+    published   Z sums over the misses alone, so that they share -1; groups without the target
+                included. Standardised, such a group pushes the policy towards its own tail, with no
+                evidence behind it.
     """
-    hit = _hit(trees, catalogue)
+    hit = _hit(trees, known)
     share: Float64[np.ndarray, " C"] = 1 / np.log2(trees.rank + 1)
     prompt, num_prompts = trees.prompt_of_candidate, len(trees)
+    if known.settings.ranking == "published":
+        missed = np.bincount(prompt, weights=np.where(hit, 0, share), minlength=num_prompts)
+        return np.where(hit, 0, -share / np.where(hit, 1, missed[prompt])).astype(np.float32)
     total = np.bincount(prompt, weights=share, minlength=num_prompts)
     has_hit = np.bincount(prompt, weights=hit, minlength=num_prompts) > 0
     return np.where(has_hit[prompt] & ~hit, -share / total[prompt], 0).astype(np.float32)
 
 
-def prefix(trees: SearchTrees, catalogue: Catalogue) -> Float32[np.ndarray, " C"]:
+def prefix(trees: SearchTrees, known: Knowledge) -> Float32[np.ndarray, " C"]:
     """Share of the target's codes that the candidate has in common from the first code on.
 
     An end marker counts as a code, so 1 means a hit and nothing else.
     """
+    catalogue = known.catalogue
     target = catalogue.codes[trees.prompts.target[trees.prompt_of_candidate]]
     candidate = catalogue.codes[catalogue.item_of_leaf[catalogue.leaf_start[trees.leaf]]]
     same = (candidate == target) & (target >= 0)
@@ -47,7 +54,7 @@ def prefix(trees: SearchTrees, catalogue: Catalogue) -> Float32[np.ndarray, " C"
     return (common / (target >= 0).sum(1)).astype(np.float32)
 
 
-def _hit(trees: SearchTrees, catalogue: Catalogue) -> Bool[np.ndarray, " C"]:
+def _hit(trees: SearchTrees, known: Knowledge) -> Bool[np.ndarray, " C"]:
     """Candidates that are the target; copies drawn more than once all count."""
-    target: Int64[np.ndarray, " B"] = catalogue.leaf_of_item[trees.prompts.target]
+    target: Int64[np.ndarray, " B"] = known.catalogue.leaf_of_item[trees.prompts.target]
     return trees.leaf == target[trees.prompt_of_candidate]

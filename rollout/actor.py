@@ -14,6 +14,7 @@ from torch import nn
 
 from orchard.catalogue import Catalogue
 from orchard.config import RolloutConfig
+from orchard.errors import EngineError
 from orchard.model import load
 from orchard.types import PolicyVersion, Prompts, SearchTrees
 from orchard.vocabulary import Vocabulary
@@ -24,6 +25,9 @@ from rollout.engine import Engine, Holder
 from rollout.engine.torch import TorchEngine
 from rollout.engine.vllm import VllmHolder
 from rollout.search import beam, sample
+from rollout.targets import with_target
+from rollout.think import think
+from rollout.thoughts import Thoughts, graft
 from rollout.trees import grow
 from rollout.ved import ved
 
@@ -72,6 +76,8 @@ class Searcher:
         """A tree per prompt, by the configured search or by that of another kind."""
         config, wanted = self._config, kind or self._config.search
         count, temperature = config.candidates, config.temperature
+        if wanted == "think":
+            return self._think_and_search(prompts, seed)
         find: Callable[[Engine, Prompts], Candidates]
         if wanted == "beam":
             find = partial(beam, width=count)
@@ -85,12 +91,56 @@ class Searcher:
             )
         else:
             find = partial(sample, count=count, temperature=temperature, seed=seed)
+        if config.add_target:
+            find = partial(with_target, find=find, catalogue=self._catalogue)
         found = self._in_batches(prompts, find)
         return grow(prompts, found, self._catalogue, self._vocabulary, self._holder.version)
 
-    def rank(self, prompts: Prompts, beams: int) -> Candidates:
-        """The best `beams` leaves of each prompt, whatever the configured search."""
-        return self._in_batches(prompts, partial(beam, width=beams))
+    def rank(self, prompts: Prompts, beams: int, thinking: bool = False) -> Candidates:
+        """The best `beams` leaves of each prompt, whatever the configured search.
+
+        With `thinking`, those after the policy's likeliest thought.
+        """
+        if not thinking:
+            return self._in_batches(prompts, partial(beam, width=beams))
+        began = perf_counter()
+        thoughts = self._thoughts(prompts, count=1, temperature=0.0, seed=0)
+        found = self._in_batches(thoughts.contexts(prompts), partial(beam, width=beams))
+        cost = thoughts.cost + found.cost
+        return replace(found, cost=replace(cost, seconds=perf_counter() - began))
+
+    def _think_and_search(self, prompts: Prompts, seed: int) -> SearchTrees:
+        """Thoughts, then codes after each of them."""
+        began, config = perf_counter(), self._config
+        heat = config.temperature
+        thoughts = self._thoughts(prompts, count=config.candidates, temperature=heat, seed=seed)
+        find: Callable[[Engine, Prompts], Candidates] = partial(
+            sample, count=config.think.width, temperature=heat, seed=seed
+        )
+        if config.think.codes == "beam":
+            find = partial(beam, width=config.think.width)
+        contexts, version = thoughts.contexts(prompts), self._holder.version
+        found = self._in_batches(contexts, find)
+        codes = grow(contexts, found, self._catalogue, self._vocabulary, version)
+        trees = graft(prompts, thoughts, codes, self._catalogue.trie.depth)
+        return replace(trees, cost=replace(trees.cost, seconds=perf_counter() - began))
+
+    def _thoughts(self, prompts: Prompts, *, count: int, temperature: float, seed: int) -> Thoughts:
+        if (tags := self._vocabulary.tags) is None:
+            raise EngineError(
+                "the policy has no tags to think between; warm-start it on rationales "
+                "(data.rationales), or choose a search without thoughts"
+            )
+        return think(
+            self._holder.write,
+            prompts,
+            tags,
+            count=count,
+            blocks=self._catalogue.trie.depth,
+            cap=self._config.think.block_tokens,
+            temperature=temperature,
+            seed=seed,
+        )
 
     def _in_batches(
         self, prompts: Prompts, find: Callable[[Engine, Prompts], Candidates]

@@ -4,7 +4,7 @@ The policy is untouched: it stays the softmax over all legal codes of the catalo
 reported are its own log-probabilities. Forbidding only decides which prefixes may be entered.
 
 Shapes:  B prompts   X excluded leaves of all prompts   M nodes asked about   K dead nodes
-         B1 = B + 1
+         R prompts of a part   B1 = B + 1
 """
 
 from dataclasses import dataclass
@@ -29,6 +29,11 @@ class Allowed:
     """Leaves, in any order and repeated at will. A leaf goes with all items that share it."""
     excluded_start: Int64[np.ndarray, " B1"]
     """Those of prompt b are `excluded_start[b] : excluded_start[b + 1]`."""
+
+    def select(self, rows: Int64[np.ndarray, " R"]) -> "Allowed":
+        """What the given prompts may find, in the order asked for."""
+        excluded, start = ragged.take(self.excluded, self.excluded_start, rows)
+        return Allowed(view=self.view, excluded=excluded, excluded_start=start)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from jaxtyping import Int64
 from orchard import ragged
 from orchard.catalogue import Catalogue
 from orchard.types import Prompts
+from rollout.allowed import Allowed
 from rollout.candidates import Candidates
 from rollout.engine import Engine
 from rollout.noise import GumbelNoise
@@ -21,7 +22,13 @@ from rollout.search import beam, sample
 
 
 def beam_sample(
-    engine: Engine, prompts: Prompts, *, width: int, temperature: float, seed: int
+    engine: Engine,
+    prompts: Prompts,
+    *,
+    width: int,
+    temperature: float,
+    seed: int,
+    allowed: Allowed | None = None,
 ) -> Candidates:
     """`width` distinct leaves per prompt, drawn without replacement from the tempered policy.
 
@@ -33,7 +40,7 @@ def beam_sample(
         EngineError: a prompt does not fit the engine, or the policy has diverged.
     """
     noise = GumbelNoise(prompts.id, temperature=temperature, seed=seed)
-    found = beam(engine, prompts, width=width, noise=noise)
+    found = beam(engine, prompts, width=width, noise=noise, allowed=allowed)
     order = np.lexsort((found.leaf, -found.score, ragged.owners(found.start)))
     return _pick(found, order, np.diff(found.start))
 

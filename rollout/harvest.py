@@ -13,7 +13,8 @@ from orchard import ragged
 from orchard.trie import Trie
 from orchard.types import Cost
 from rollout.candidates import Candidates
-from rollout.search import collect, in_order
+from rollout.search import collect
+from rollout.survivors import in_order
 from rollout.visited import Visited
 
 

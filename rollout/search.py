@@ -10,7 +10,7 @@ Shapes:  B prompts   F beams or draws of all prompts   M legal children of them 
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Float64, Int64
+from jaxtyping import Bool, Float32, Float64, Int64
 from torch import Tensor
 
 from orchard import ragged
@@ -21,6 +21,7 @@ from rollout.allowed import Allowed, Gate, gate
 from rollout.candidates import Candidates
 from rollout.engine import Engine, Expansion
 from rollout.noise import GumbelNoise
+from rollout.survivors import best, in_order, starts
 
 
 def beam(
@@ -48,39 +49,48 @@ def beam(
     trie, num_prompts = engine.trie, len(prompts)
     entry = gate(trie, allowed, num_prompts) if allowed else None
     expansion = sound(engine, engine.prefill(prompts))
-    cost = Cost(prefill_tokens=len(prompts.token), passes=1)
-    prompt = torch.arange(num_prompts, device=trie.code.device)
+    tokens, passes = 0, 1
+    # The beams of prompt b are `start[b] : start[b + 1]`.
+    start = torch.arange(num_prompts + 1, device=trie.code.device)
+    prompt = start[:-1]
     node = torch.full_like(prompt, ROOT)
     # The trie node that the engine has read up to: forced codes after it have yet to be sent.
     read, state = node, expansion.state
     score = torch.zeros(num_prompts, device=prompt.device)
     logprob = torch.zeros(num_prompts, trie.depth, device=prompt.device)
-    scored = torch.ones_like(prompt, dtype=torch.bool)
-    for _ in range(trie.depth):
-        source, child, gain = _next(trie, node, scored, expansion)
+    fanout, scored = trie.num_children(node), torch.ones_like(prompt, dtype=torch.bool)
+    for level in range(trie.depth):
+        source, child, gain, first = _next(trie, node, fanout, scored, expansion)
+        start = first[start]  # of the children, from here on
         if entry is not None:
-            may = entry.admits(prompt[source], child).nonzero().squeeze(1)
+            may = entry.admits(prompt[source], child)
             source, child, gain = source[may], child[may], gain[may]
-        owner = prompt.index_select(0, source)
-        key = score.index_select(0, source) + gain
-        if noise is not None:
-            key = noise.keys(owner, source, child, gain)
-        kept = best(owner, key, child, width, num_prompts)
-        if noise is not None:
+            start = starts(may)[start]
+        if noise is None:
+            key = score.index_select(0, source) + gain
+            kept = best(start, key, child, width)
+        else:
+            key = noise.keys(prompt[source], source, child, gain)
+            kept = best(start, key, child, width)
             noise.keep(kept)
+        start = starts(start.diff().clamp(max=width))
         source, node, gain = source[kept], child[kept], gain[kept]
         prompt, score = prompt[source], score[source] + gain
         read, state, logprob = read[source], state[source], logprob[source]
-        logprob[torch.arange(len(node), device=node.device), trie.depth_of(node) - 1] += gain
-        scored = trie.num_children(node) > 1
+        logprob[:, level] = gain  # 0 where a beam has come to its leaf
+        if level + 1 == trie.depth:
+            break
+        fanout = trie.num_children(node)
+        scored = fanout > 1
         ask = scored.nonzero().squeeze(1)
         expansion = None
         if len(ask):
-            token, start = spans(engine, read[ask], node[ask])
-            expansion = sound(engine, engine.extend(state[ask], token, start, node[ask]))
+            token, edge = spans(engine, read[ask], node[ask])
+            expansion = sound(engine, engine.extend(state[ask], token, edge, node[ask]))
             read = torch.where(scored, node, read)
             state = state.index_copy(0, ask, expansion.state)
-            cost += Cost(forward_tokens=len(token), passes=1)
+            tokens, passes = tokens + len(token), passes + 1
+    cost = Cost(prefill_tokens=len(prompts.token), forward_tokens=tokens, passes=passes)
     return collect(trie, prompt, node, logprob, score, num_prompts, cost)
 
 
@@ -157,66 +167,27 @@ def sound(engine: Engine, expansion: Expansion) -> Expansion:
 def _next(
     trie: Trie,
     node: Int64[Tensor, " F"],
+    fanout: Int64[Tensor, " F"],
     scored: Bool[Tensor, " F"],
     expansion: Expansion | None,
-) -> tuple[Int64[Tensor, " M"], Int64[Tensor, " M"], Float32[Tensor, " M"]]:
+) -> tuple[Int64[Tensor, " M"], Int64[Tensor, " M"], Float32[Tensor, " M"], Int64[Tensor, " F1"]]:
     """What may follow each beam: the beam's index, the trie node, what that adds to the score.
 
-    The beams that are `scored` have the expansion's children. Of the others, those at a leaf stay
-    where they are, and the rest follow their only child.
+    Last comes where each beam's own begin. The beams that are `scored` have the expansion's
+    children. Of the others, those at a leaf stay where they are, and the rest follow their only
+    child.
     """
     if expansion is not None and bool(scored.all()):
-        return expansion.children.owner, expansion.children.node, expansion.logprob
-    fanout = trie.num_children(node)
-    first = torch.where(fanout > 0, trie.first_child(node), node)
-    count = fanout.clamp(min=1)
-    source = torch.arange(len(node), device=node.device).repeat_interleave(count)
-    place = torch.arange(len(source), device=node.device) - (count.cumsum(0) - count)[source]
+        children = expansion.children
+        return children.owner, children.node, expansion.logprob, children.start
+    below = torch.where(fanout > 0, trie.first_child(node), node)
+    first = starts(fanout.clamp(min=1))
+    source = torch.repeat_interleave(first.diff())
+    child = torch.arange(len(source), device=node.device) + (below - first[:-1])[source]
     gain = torch.zeros_like(source, dtype=torch.float32)
     if expansion is not None:
         gain[scored[source]] = expansion.logprob
-    return source, first[source] + place, gain
-
-
-def best(
-    prompt: Int64[Tensor, " M"],
-    score: Float[Tensor, " M"],
-    node: Int64[Tensor, " M"],
-    width: int,
-    num_prompts: int,
-) -> Int64[Tensor, " F"]:
-    """The `width` best entries of each prompt, by prompt, then falling score, then rising node."""
-    chosen = torch.arange(len(prompt), device=prompt.device)
-    alone = num_prompts == 1
-    widest = len(prompt) if alone else int(torch.bincount(prompt, minlength=num_prompts).max())
-    if widest > width:
-        # Only what reaches the last place, ties included, is ever sorted.
-        if alone:
-            bound = score.topk(width, sorted=False).values.amin()
-        else:
-            rows = score.new_full((num_prompts * widest,), float("-inf"))
-            rows.scatter_(0, prompt * widest + _places(prompt, num_prompts), score)
-            top = rows.view(num_prompts, widest).topk(width, sorted=False).values
-            bound = top.amin(1).index_select(0, prompt)
-        chosen = (score >= bound).nonzero().squeeze(1)
-    chosen = chosen[in_order(prompt[chosen], score[chosen], node[chosen])]
-    return chosen[_places(prompt[chosen], num_prompts) < width]
-
-
-def _places(prompt: Int64[Tensor, " M"], num_prompts: int) -> Int64[Tensor, " M"]:
-    """Place of each entry within its prompt, the entries being grouped by prompt."""
-    count = torch.bincount(prompt, minlength=num_prompts)
-    first = count.cumsum(0) - count
-    return torch.arange(len(prompt), device=prompt.device) - first.index_select(0, prompt)
-
-
-def in_order(
-    prompt: Int64[Tensor, " M"], score: Float[Tensor, " M"], node: Int64[Tensor, " M"]
-) -> Int64[Tensor, " M"]:
-    """Indices by prompt, then falling score, then rising node."""
-    order = node.argsort()
-    order = order[score[order].argsort(descending=True, stable=True)]
-    return order[prompt[order].argsort(stable=True)]
+    return source, child, gain, first
 
 
 def spans(
@@ -225,8 +196,7 @@ def spans(
     """Tokens of the codes that lead from `above` down to `node`."""
     trie = engine.trie
     top = trie.depth_of(above)
-    start = torch.zeros(len(node) + 1, dtype=torch.long, device=node.device)
-    torch.cumsum(count := trie.depth_of(node) - top, 0, out=start[1:])
+    start = starts(count := trie.depth_of(node) - top)
     if int(start[-1]) == len(node):  # one code each
         return engine.vocabulary.token_of(trie, node), start
     owner = torch.arange(len(node), device=node.device).repeat_interleave(count)

@@ -30,10 +30,12 @@ from orchard.config import VedConfig
 from orchard.errors import ConfigError
 from orchard.trie import Children, Trie
 from orchard.types import Prompts
+from rollout.allowed import Allowed, Gate, gate
 from rollout.candidates import Candidates
 from rollout.engine import Engine
 from rollout.harvest import harvest
-from rollout.search import best, draw, uniforms
+from rollout.search import draw, uniforms
+from rollout.survivors import best
 from rollout.visited import visit, visit_roots
 
 TRAVERSALS_PER_TOKEN = 4
@@ -41,7 +43,13 @@ TRAVERSALS_PER_TOKEN = 4
 
 
 def ved(
-    engine: Engine, prompts: Prompts, settings: VedConfig, *, count: int, seed: int
+    engine: Engine,
+    prompts: Prompts,
+    settings: VedConfig,
+    *,
+    count: int,
+    seed: int,
+    allowed: Allowed | None = None,
 ) -> Candidates:
     """Up to `count` candidates per prompt, within `settings.budget` forward tokens each.
 
@@ -50,13 +58,18 @@ def ved(
     cost tells, by name, how often the selection went against the priority (`overruled`), how often
     the gate refused (`refused`), and how many children grew at each depth (`expanded_1`, ...).
 
+    With `allowed`, only prefixes that lead to a leaf that the prompt may find are visited; draws
+    are then among the free children that do.
+
     Raises:
+        CatalogueError: `allowed` belongs to another catalogue or another batch.
         ConfigError: the budget does not cover the beam.
         EngineError: a prompt does not fit the engine, the policy has diverged, or it has no value
             head.
     """
     check_budget(settings, engine.trie)
-    search = _Search(engine, prompts, settings, seed)
+    entry = gate(engine.trie, allowed, len(prompts)) if allowed else None
+    search = _Search(engine, prompts, settings, seed, entry)
     search.begin()
     limit = TRAVERSALS_PER_TOKEN * settings.budget
     traversal = 0
@@ -93,9 +106,16 @@ class _Growth:
 class _Search:
     """The state of a search over all prompts."""
 
-    def __init__(self, engine: Engine, prompts: Prompts, settings: VedConfig, seed: int) -> None:
-        self._engine, self._settings = engine, settings
-        self.visited, self.cost = visit_roots(engine, prompts)
+    def __init__(
+        self,
+        engine: Engine,
+        prompts: Prompts,
+        settings: VedConfig,
+        seed: int,
+        entry: Gate | None,
+    ) -> None:
+        self._engine, self._settings, self._gate = engine, settings, entry
+        self.visited, self.cost = visit_roots(engine, prompts, entry)
         depth, self.counts = engine.trie.depth, Counter[str]()
         # The root's own distribution counts one, as in the paper.
         self._spent = np.ones(len(prompts), np.int64)
@@ -152,12 +172,12 @@ class _Search:
     ) -> Int64[np.ndarray, " F"]:
         """The likeliest entries of each prompt, as many as the beam is wide."""
         by = prompt.argsort(kind="stable")
+        start = ragged.starts(np.bincount(prompt, minlength=len(self._spent)))
         kept = best(
-            torch.from_numpy(prompt[by]),
+            torch.from_numpy(start),
             torch.from_numpy(score[by]),
             torch.from_numpy(node[by]),
             self._settings.width,
-            len(self._spent),
         )
         return by[kept.numpy()]
 
@@ -199,7 +219,7 @@ class _Search:
     def _visit(self, entry: Int64[np.ndarray, " F"], owner: Int64[np.ndarray, " F"]) -> None:
         if len(entry) == 0:
             return
-        self.visited, cost = visit(self._engine, self.visited, entry, owner)
+        self.visited, cost = visit(self._engine, self.visited, entry, owner, self._gate)
         self._visits = np.concatenate([self._visits, np.zeros(len(entry), np.int64)])
         self.cost += cost
 

@@ -18,6 +18,7 @@ from orchard import ragged
 from orchard.errors import EngineError
 from orchard.trie import ROOT
 from orchard.types import Cost, Prompts
+from rollout.allowed import Gate
 from rollout.engine import Engine, Expansion
 from rollout.search import sound, spans
 
@@ -48,7 +49,7 @@ class Visited:
     """Trie node of each legal child."""
     child_logprob: Float32[np.ndarray, " M"]
     taken: Bool[np.ndarray, " M"]
-    """The child has a node, or is to get one. Changes in place."""
+    """The child has a node, is to get one, or must not have one. Changes in place."""
 
     def __len__(self) -> int:
         return len(self.node)
@@ -92,8 +93,10 @@ class Visited:
             node = np.where(inside, self.parent[node], node)
 
 
-def visit_roots(engine: Engine, prompts: Prompts) -> tuple[Visited, Cost]:
-    """The trees of nothing but their prompts.
+def visit_roots(
+    engine: Engine, prompts: Prompts, entry: Gate | None = None
+) -> tuple[Visited, Cost]:
+    """The trees of nothing but their prompts; children that `entry` does not admit are taken.
 
     Raises:
         EngineError: a prompt does not fit the engine, the policy has diverged, or there is no
@@ -104,13 +107,17 @@ def visit_roots(engine: Engine, prompts: Prompts) -> tuple[Visited, Cost]:
     nothing, zero = np.zeros(len(prompts), np.int64), np.zeros(len(prompts), np.float32)
     visited = Visited(
         prompt=number, parent=nothing - 1, node=root, depth=nothing, logprob=zero, score=zero,
-        **_evaluated(expansion),
+        **_evaluated(expansion, number, entry),
     )  # fmt: skip
     return visited, Cost(prefill_tokens=len(prompts.token), passes=1)
 
 
 def visit(
-    engine: Engine, visited: Visited, entry: Int64[np.ndarray, " F"], owner: Int64[np.ndarray, " F"]
+    engine: Engine,
+    visited: Visited,
+    entry: Int64[np.ndarray, " F"],
+    owner: Int64[np.ndarray, " F"],
+    gate: Gate | None = None,
 ) -> tuple[Visited, Cost]:
     """Evaluate chosen children in one forward pass; their forced codes go with them.
 
@@ -119,6 +126,7 @@ def visit(
         visited: the trees so far.
         entry: place of each chosen child among all children.
         owner: node that it is a child of.
+        gate: which of the new nodes' children may be visited; by default all.
 
     Raises:
         EngineError: the policy has diverged.
@@ -139,7 +147,7 @@ def visit(
         depth=trie.depth_of(below).cpu().numpy(),
         logprob=logprob,
         score=visited.score[owner] + logprob,
-        **_evaluated(expansion),
+        **_evaluated(expansion, visited.prompt[owner], gate),
     )
     leaves = int(is_leaf.sum())
     return _join(visited, new), Cost(
@@ -147,17 +155,23 @@ def visit(
     )
 
 
-def _evaluated(expansion: Expansion) -> dict[str, np.ndarray]:
-    """The fields that an expansion knows."""
+def _evaluated(
+    expansion: Expansion, prompt: Int64[np.ndarray, " F"], gate: Gate | None
+) -> dict[str, np.ndarray]:
+    """The fields that an expansion of nodes of the given prompts knows."""
     if expansion.value is None:
         raise EngineError(
-            "the search is to be guided by values, but the engine gives none; set "
-            'model.value_head = true and rollout.engine = "torch"'
+            "the search is to be guided by values, but the policy has no head for them; set "
+            "model.value_head = true, or choose another rollout.search"
         )
     logprob = expansion.logprob.cpu().numpy()
     start = expansion.children.start.cpu().numpy()
     surprise: Float64[np.ndarray, " M"] = -np.exp(logprob.astype(np.float64)) * logprob
     owner = expansion.children.owner.cpu().numpy()
+    taken = np.zeros(len(logprob), bool)
+    if gate is not None:
+        child = expansion.children.node
+        taken = ~gate.admits(torch.from_numpy(prompt[owner]).to(child.device), child).cpu().numpy()
     return {
         "value": expansion.value.float().cpu().numpy(),
         "entropy": np.bincount(owner, surprise, minlength=len(start) - 1).astype(np.float32),
@@ -165,7 +179,7 @@ def _evaluated(expansion: Expansion) -> dict[str, np.ndarray]:
         "child_start": start,
         "child": expansion.children.node.cpu().numpy(),
         "child_logprob": logprob,
-        "taken": np.zeros(len(logprob), bool),
+        "taken": taken,
     }
 
 

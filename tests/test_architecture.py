@@ -19,7 +19,12 @@ MAY_IMPORT = {
     "serve": {"orchard", "rollout"},
     "cluster": {"orchard", "rollout", "rewards", "learner", "serve"},
 }
-RAY_SHELLS = {"rollout": {"actor.py"}, "rewards": {"actor.py"}, "learner": {"train.py"}}
+RAY_SHELLS = {
+    "rollout": {"actor.py"},
+    "rewards": {"actor.py"},
+    "learner": {"train.py"},
+    "serve": {"app.py"},
+}
 LONGEST_FILE = 350
 
 

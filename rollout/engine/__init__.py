@@ -4,14 +4,15 @@ An engine owns a policy, its keys and values, and the trie that says which codes
 nothing of beams or draws; `rollout.search` knows nothing of models.
 
 Shapes:  B prompts   F nodes of a frontier   F1 = F + 1   S tokens of their spans   M legal children
+         R texts   R1 = R + 1   T tokens of all texts
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32, Int32, Int64
 from torch import Tensor
 
 from orchard.errors import EngineError
@@ -35,6 +36,28 @@ class Expansion:
     value: Float32[Tensor, " F"] | None = None
     """Value of the frontier's states, where the policy has a value head that the engine runs; at
     the root, which no training reaches, it means nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Texts:
+    """What was written behind each of several contexts."""
+
+    token: Int32[np.ndarray, " T"]
+    """Ends with a stop token where one was written."""
+    logprob: Float32[np.ndarray, " T"]
+    """Under the distribution, at its temperature, that each token was drawn from."""
+    start: Int64[np.ndarray, " R1"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Writing:
+    """How to write: by drawing from the whole vocabulary, or greedily at temperature 0."""
+
+    stop: Sequence[int]
+    """Tokens that end a text."""
+    limit: int
+    """Most tokens of a text."""
+    temperature: float
 
 
 @runtime_checkable
@@ -75,7 +98,23 @@ class Engine(Protocol):
 
 
 @runtime_checkable
-class Holder(Protocol):
+class Runner(Protocol):
+    """Lets searches run where a policy is."""
+
+    def run(self, find: Callable[[Engine, Prompts], Candidates], prompts: Prompts) -> Candidates:
+        """Search with `find`, a function that can be pickled, for one batch of prompts.
+
+        What the prompts may find is bound to it by the keyword `allowed` (`functools.partial`), so
+        that it can be cut where the batch is.
+
+        Raises:
+            EngineError: the batch does not fit, or as `find` raises it.
+        """
+        ...
+
+
+@runtime_checkable
+class Holder(Runner, Protocol):
     """Holds a policy, and lets searches run where the policy is."""
 
     @property
@@ -92,11 +131,17 @@ class Holder(Protocol):
         """
         ...
 
-    def run(self, find: Callable[[Engine, Prompts], Candidates], prompts: Prompts) -> Candidates:
-        """Search with `find`, a function that can be pickled, for one batch of prompts.
+    def turn_to(self, trie: Trie) -> None:
+        """Search these sequences from now on, with the same vocabulary; as `install` otherwise."""
+        ...
+
+    def write(
+        self, contexts: Sequence[Sequence[int]], key: Int64[np.ndarray, " R"], how: Writing
+    ) -> Texts:
+        """Continue each context; what is drawn depends on its key and not on its neighbours.
 
         Raises:
-            EngineError: the batch does not fit, or as `find` raises it.
+            EngineError: a context and its text exceed the policy's positions.
         """
         ...
 
@@ -118,3 +163,13 @@ def check_length(prompts: Prompts, trie: Trie, limit: int) -> int:
             "positions; shorten the history (data.max_history)"
         )
     return longest
+
+
+def check_room(contexts: Sequence[Sequence[int]], how: Writing, limit: int) -> None:
+    """Raise EngineError where a text would not fit behind its context."""
+    longest = max(map(len, contexts), default=0)
+    if longest + how.limit > limit:
+        raise EngineError(
+            f"a context of {longest} tokens and a text of up to {how.limit} exceed the policy's "
+            f"{limit} positions; lower rollout.think.block_tokens or data.max_history"
+        )

@@ -4,8 +4,12 @@ A state is a row of page numbers and a length. To extend it, the pages that the 
 are taken fresh, and where its last page is only partly filled, that page is copied first: what
 other states have read stays as it is. Pages are given back all at once, by the next `prefill`.
 
+For a value head the engine keeps the hidden states that a path leads through, from the end of the
+prompt on: few beside the pages, and one row for all states that share it.
+
 Shapes:  B prompts   F frontier nodes   F1 = F + 1   N tokens of their spans   W pages of a prefix
-         S states so far   T tokens of a pass   Q spans of a pass   Q1 = Q + 1   D hidden width
+         K codes of a path and the end of its prompt   E tokens whose hidden states are wanted
+         T tokens of a pass   Q spans of a pass   Q1 = Q + 1   D hidden width
 """
 
 from dataclasses import dataclass
@@ -13,12 +17,13 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int32, Int64
+from jaxtyping import Float, Float32, Int32, Int64
 from torch import Tensor
 
 from orchard.model import child_logprobs
 from orchard.trie import ROOT, Trie
 from orchard.types import PolicyVersion, Prompts
+from orchard.value import ValueHead
 from orchard.vocabulary import Vocabulary
 from rollout.engine import Expansion, check_length
 
@@ -75,6 +80,26 @@ class PagedModel(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Prefixes:
+    """What has been read."""
+
+    pages: Int32[Tensor, "F W"]
+    length: Int64[Tensor, " F"]
+    path: Int64[Tensor, "F K"]
+    """Rows of the hidden states from the end of the prompt down, then -1."""
+
+    def select(self, which: Int64[Tensor, " E"]) -> "_Prefixes":
+        return _Prefixes(pages=self.pages[which], length=self.length[which], path=self.path[which])
+
+    def join(self, other: "_Prefixes") -> "_Prefixes":
+        return _Prefixes(
+            pages=torch.cat([self.pages, other.pages]),
+            length=torch.cat([self.length, other.length]),
+            path=torch.cat([self.path, other.path]),
+        )
+
+
 class CacheFullError(Exception):
     """The states of a batch need more pages than there are."""
 
@@ -94,18 +119,35 @@ class PagedEngine:
         vocabulary: Vocabulary,
         version: PolicyVersion,
         head: Float[Tensor, "tokens D"],
+        value_head: ValueHead | None = None,
     ) -> None:
         """Take over the whole cache of `model`. `head` is its output matrix."""
-        self.trie, self.vocabulary, self.version = trie, vocabulary, version
-        self._model, self._head = model, head
-        self._used = 1
-        self._pages = torch.zeros(0, 0, dtype=torch.int32, device=head.device)
-        self._length = torch.zeros(0, dtype=torch.long, device=head.device)
+        self.trie, self.vocabulary, self._model = trie, vocabulary, model
+        self.install(version, head, value_head)
 
-    def install(self, version: PolicyVersion, head: Float[Tensor, "tokens D"]) -> None:
+    def install(
+        self,
+        version: PolicyVersion,
+        head: Float[Tensor, "tokens D"],
+        value_head: ValueHead | None = None,
+    ) -> None:
         """Answer for another version, whose weights the model has loaded already."""
-        self.version, self._head = version, head
-        self._pages, self._length = self._pages[:0], self._length[:0]
+        self.version, self._head, self._value_head = version, head, value_head
+        self._forget(self._nothing(0, 0))
+
+    def _nothing(self, count: int, width: int) -> _Prefixes:
+        """So many empty prefixes, with room for so many pages."""
+        device, most = self._head.device, self.trie.depth + 1
+        return _Prefixes(
+            pages=torch.zeros(count, width, dtype=torch.int32, device=device),
+            length=torch.zeros(count, dtype=torch.long, device=device),
+            path=torch.full((count, most), -1, dtype=torch.long, device=device),
+        )
+
+    def _forget(self, prefixes: _Prefixes) -> None:
+        """Give all pages back; states of the width of these may follow."""
+        self._used, self._states = 1, prefixes.select(prefixes.length[:0])
+        self._hidden = self._head.new_zeros(0, self._head.shape[1])
 
     @torch.inference_mode()
     def prefill(self, prompts: Prompts) -> Expansion:
@@ -113,13 +155,12 @@ class PagedEngine:
         longest = check_length(prompts, self.trie, self._model.max_length)
         device = self._head.device
         width = -(-(longest + self.trie.depth) // self._model.page_size)
-        empty = torch.zeros(len(prompts), width, dtype=torch.int32, device=device)
-        self._used, self._pages = 1, empty[:0]
-        self._length = torch.zeros(0, dtype=torch.long, device=device)
+        empty = self._nothing(len(prompts), width)
+        self._forget(empty)
         token = torch.from_numpy(prompts.token.astype(np.int64)).to(device)
         start = torch.from_numpy(prompts.token_start).to(device)
-        nothing = torch.zeros(len(prompts), dtype=torch.long, device=device)
-        return self._read(empty, nothing, token, start, torch.full_like(nothing, ROOT))
+        node = torch.full_like(empty.length, ROOT)
+        return self._read(empty, token, start, node, start[1:] - 1)
 
     @torch.inference_mode()
     def extend(
@@ -130,26 +171,58 @@ class PagedEngine:
         node: Int64[Tensor, " F"],
     ) -> Expansion:
         """Append a span to each state and score the children of `node`, the trie node after it."""
-        return self._read(self._pages[state], self._length[state], token, start, node)
+        wanted = start[1:] - 1
+        if self._value_head is not None:
+            wanted = torch.arange(len(token), device=token.device)
+        return self._read(self._states.select(state), token, start, node, wanted)
 
     def _read(
         self,
-        pages: Int32[Tensor, "F W"],
-        length: Int64[Tensor, " F"],
+        before: _Prefixes,
         token: Int64[Tensor, " N"],
         start: Int64[Tensor, " F1"],
         node: Int64[Tensor, " F"],
+        wanted: Int64[Tensor, " E"],
     ) -> Expansion:
-        """Append spans to prefixes, which become states of their own."""
-        total = length + start.diff()
-        pages = self._own_pages(pages, length, total)
-        hidden = self._forward(pages, length, token, start)
-        first = len(self._length)
-        self._pages = torch.cat([self._pages, pages])
-        self._length = torch.cat([self._length, total])
-        logprob, children = child_logprobs(hidden, node, self._head, self.trie, self.vocabulary)
-        state = torch.arange(first, len(self._length), device=node.device)
-        return Expansion(state=state, logprob=logprob, children=children)
+        """Append spans to prefixes, which become states of their own.
+
+        `wanted` are the tokens, in ascending order, whose hidden states are on a path, the last one
+        of each span among them.
+        """
+        total = before.length + start.diff()
+        pages = self._own_pages(before.pages, before.length, total)
+        hidden = self._forward(pages, before.length, token, start, wanted)
+        value, path = None, before.path
+        if self._value_head is not None:
+            path = self._lengthen(path, hidden, torch.searchsorted(start, wanted, right=True) - 1)
+            value = self._value(self._value_head, path)
+        end = hidden[torch.searchsorted(wanted, start[1:] - 1)]
+        logprob, children = child_logprobs(end, node, self._head, self.trie, self.vocabulary)
+        first = len(self._states.length)
+        self._states = self._states.join(_Prefixes(pages=pages, length=total, path=path))
+        state = torch.arange(first, len(self._states.length), device=node.device)
+        return Expansion(state=state, logprob=logprob, children=children, value=value)
+
+    def _lengthen(
+        self,
+        path: Int64[Tensor, "F K"],
+        hidden: Float[Tensor, "E D"],
+        owner: Int64[Tensor, " E"],
+    ) -> Int64[Tensor, "F K"]:
+        """Keep hidden states, which belong to the paths `owner`, and put them at their ends."""
+        new = torch.arange(len(owner), device=path.device)
+        count = torch.bincount(owner, minlength=len(path))
+        place = (path >= 0).sum(1)[owner] + new - (count.cumsum(0) - count)[owner]
+        path = path.clone()
+        path[owner, place] = len(self._hidden) + new
+        self._hidden = torch.cat([self._hidden, hidden])
+        return path
+
+    def _value(self, head: ValueHead, path: Int64[Tensor, "F K"]) -> Float32[Tensor, " F"]:
+        """Value of the states at the ends of paths."""
+        path = path[:, : int((path >= 0).sum(1).max())]
+        row, place = path.unique(return_inverse=True)
+        return head(self._hidden[row.clamp(min=0)], place.masked_fill(path < 0, -1))
 
     def _own_pages(
         self,
@@ -184,8 +257,9 @@ class PagedEngine:
         length: Int64[Tensor, " F"],
         token: Int64[Tensor, " N"],
         start: Int64[Tensor, " F1"],
-    ) -> Float[Tensor, "F D"]:
-        """The last hidden state of each span, in as many passes as the model's bounds ask for.
+        wanted: Int64[Tensor, " E"],
+    ) -> Float[Tensor, "E D"]:
+        """Hidden states of the wanted tokens, in as many passes as the model's bounds ask for.
 
         Attention kernels want short spans before long ones. A span cut between two passes finds its
         beginning in the cache.
@@ -197,11 +271,14 @@ class PagedEngine:
         owner = torch.arange(len(span), device=span.device).repeat_interleave(span[order])
         place = torch.arange(len(token), device=span.device) - begin[owner]
         source = order[owner]
-        token = token[start[source] + place]
+        origin = start[source] + place
+        number = torch.full_like(token, -1)  # of each token among the wanted ones
+        number[wanted] = torch.arange(len(wanted), device=token.device)
+        token, number = token[origin], number[origin]
         position = length[source] + place
         size = self._model.page_size
         slot = pages[source, position // size].long() * size + position % size
-        ends: list[Tensor] = []
+        found: list[Tensor] = []
         edges = begin.tolist()
         low, first = 0, 0
         while low < len(token):
@@ -210,18 +287,15 @@ class PagedEngine:
             last = int(np.searchsorted(edges, high))  # spans `first` to `last - 1` take part
             rows = order[first:last]
             bound = begin[first : last + 1].clamp(low, high)
-            done = bound[1:] - begin[first:last]
             work = Pass(
                 token=token[low:high],
                 position=position[low:high],
                 slot=slot[low:high],
                 start=bound - low,
-                length=length[rows] + done,
+                length=length[rows] + bound[1:] - begin[first:last],
                 pages=pages[rows],
             )
-            hidden = self._model.forward(work)
-            whole = done == span[rows]
-            ends.append(hidden[(bound[1:] - low - 1)[whole]])
+            found.append(self._model.forward(work)[number[low:high] >= 0])
             low, first = high, last if edges[last] == high else last - 1
-        found = torch.cat(ends)
-        return torch.empty_like(found).index_copy_(0, order, found)
+        hidden = torch.cat(found)
+        return torch.empty_like(hidden).index_copy_(0, number[number >= 0], hidden)

@@ -6,9 +6,10 @@ explicit mask; nothing in the cache is ever reordered.
 
 Shapes:  B prompts (rows of the cache)   P slots of the longest prompt   C slots of the cache
          S new slots of each row   F frontier nodes   F1 = F + 1   N tokens of their spans   D width
+         R texts
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import numpy as np
@@ -24,7 +25,8 @@ from orchard.types import PolicyVersion, Prompts
 from orchard.vocabulary import Vocabulary
 from orchard.weights import Weights, restore
 from rollout.candidates import Candidates
-from rollout.engine import Engine, Expansion, check_length, check_weights
+from rollout.engine import Engine, Expansion, Texts, Writing, check_length, check_weights
+from rollout.engine.write import write
 
 _SLOT_BITS = 32
 """A state is a row and, in its lower bits, the slot of the last token there."""
@@ -55,9 +57,19 @@ class TorchEngine:
         restore(self._model, weights)
         self.version, self._cache = version, DynamicCache()
 
+    def turn_to(self, trie: Trie) -> None:
+        """Search these sequences from now on; see `Holder.turn_to`."""
+        self.trie, self._cache = trie.to(self._padding.device), DynamicCache()
+
     def run(self, find: Callable[[Engine, Prompts], Candidates], prompts: Prompts) -> Candidates:
         """Search with `find`; see `Holder.run`."""
         return find(self, prompts)
+
+    def write(
+        self, contexts: Sequence[Sequence[int]], key: Int64[np.ndarray, " R"], how: Writing
+    ) -> Texts:
+        """Continue each context with text; see `Holder.write`."""
+        return write(self._model, contexts, key, how)
 
     @torch.inference_mode()
     def prefill(self, prompts: Prompts) -> Expansion:

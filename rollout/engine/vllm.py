@@ -11,28 +11,33 @@ so that generation starts from a clean one.
 import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
+from jaxtyping import Int64
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from orchard import ragged, value
 from orchard.config import RolloutConfig
 from orchard.errors import EngineError
 from orchard.model import head_weight
 from orchard.trie import Trie
 from orchard.types import PolicyVersion, Prompts
+from orchard.value import ValueHead
 from orchard.vocabulary import Vocabulary
 from orchard.weights import Weights, restore, snapshot
 from rollout.candidates import Candidates
-from rollout.engine import Engine, check_weights
+from rollout.engine import Engine, Texts, Writing, check_room, check_weights
+from rollout.engine.parcel import Sender
 from rollout.engine.requests import RequestEngine
 
 if TYPE_CHECKING:
-    from vllm import LLM
+    from vllm import LLM, TokensPrompt
+    from vllm.logprobs import FlatLogprobs
 
 _log = logging.getLogger(__name__)
 
@@ -61,31 +66,51 @@ class VllmHolder:
         """Load the policy saved in `folder`: `model`, whose weights `version` names.
 
         Raises:
-            EngineError: vLLM is not installed, or cannot serve the policy within its memory.
+            EngineError: vLLM is not installed, cannot serve the policy within its memory, or is to
+                search by requests with a policy that has a value head.
         """
         self.version = version
-        weights = snapshot(model)
         head = head_weight(model)
+        self._width = head.shape[1]
+        weights, value_head = value.split(snapshot(model), self._width)
         self._head = next(name for name, weight in model.named_parameters() if weight is head)
         with torch.device("meta"):
             self._shapes = AutoModelForCausalLM.from_config(model.config)
-        self.llm = _start(folder, config, seed)
+        self._in_worker = config.decode == "worker"
+        self._check_values(value_head)  # before vLLM takes its time to start
+        self._ranks = max(1, int(config.gpus))
+        # On a CPU the worker lives in this process, and nothing has to travel to it.
+        self._sender = Sender() if config.gpus else None
+        self.llm = _start(folder, config, self._ranks, seed)
         self._requests = RequestEngine(self.llm, trie, vocabulary, version)
-        self._in_worker = config.decode == "worker" and self._can_search()
+        if self._in_worker and not self._can_search():
+            self._in_worker = False
+            self._check_values(value_head)
         if self._in_worker:
-            self._call("orchard_attach", trie, vocabulary, version, weights[self._head])
+            head = weights[self._head]
+            self._call("orchard_attach", trie, vocabulary, version, head, value_head)
 
     def install(self, version: PolicyVersion, weights: Weights) -> None:
         """Answer with these weights from now on; see `Holder.install`."""
         check_weights(version, weights)
+        weights, value_head = value.split(weights, self._width)
+        self._check_values(value_head)
         restore(self._shapes, weights)  # raises before vLLM has loaded half of them
-        tensors = ((name, torch.from_numpy(np.array(value))) for name, value in weights.items())
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
+        tensors = ((name, torch.from_numpy(np.array(part))) for name, part in weights.items())
+        # Other processes are sent all copies at once; in this one they are made one by one.
+        sent = tensors if self._ranks == 1 else list(tensors)
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": sent})
         self.llm.apply_model(_repack_head)
         if self._in_worker:
-            self._call("orchard_install", version, weights[self._head])
+            self._call("orchard_install", version, weights[self._head], value_head)
         self._forget_prefixes()
         self.version = self._requests.version = version
+
+    def turn_to(self, trie: Trie) -> None:
+        """Search these sequences from now on; see `Holder.turn_to`."""
+        if self._in_worker:
+            self._call("orchard_turn_to", trie)
+        self._requests.trie = trie
 
     def run(self, find: Callable[[Engine, Prompts], Candidates], prompts: Prompts) -> Candidates:
         """Run a search next to the model; see `Holder.run`."""
@@ -96,10 +121,46 @@ class VllmHolder:
                 "vLLM is generating, and a search needs its key-value cache; "
                 "search when the requests are finished"
             )
+        search = find if self._sender is None else self._sender.pack(find)
         try:
-            return self._call("orchard_run", find, prompts)
+            return self._call("orchard_run", search, prompts)
         finally:
             self._forget_prefixes()
+
+    def write(
+        self, contexts: Sequence[Sequence[int]], key: Int64[np.ndarray, " R"], how: Writing
+    ) -> Texts:
+        """Continue each context with text, all at once; see `Holder.write`.
+
+        What contexts have in common, vLLM's prefix cache computes once, page by page.
+        """
+        from vllm import SamplingParams
+
+        check_room(contexts, how, self.llm.llm_engine.model_config.max_model_len)
+        requests: list[TokensPrompt] = [{"prompt_token_ids": list(one)} for one in contexts]
+        params = [
+            SamplingParams(
+                max_tokens=how.limit,
+                temperature=how.temperature,
+                stop_token_ids=list(how.stop),
+                ignore_eos=True,
+                seed=int(one),
+                logprobs=0,
+                flat_logprobs=True,
+                detokenize=False,
+                skip_clone=True,
+            )
+            for one in key
+        ]
+        outputs = [o.outputs[0] for o in self.llm.generate(requests, params, use_tqdm=False)]
+        logprobs = [cast("FlatLogprobs", output.logprobs) for output in outputs]
+        # Each position may list others, too; its own token is the first.
+        first = [np.asarray(one.logprobs)[np.asarray(one.start_indices, int)] for one in logprobs]
+        return Texts(
+            token=np.concatenate([np.asarray(o.token_ids, np.int32) for o in outputs]),
+            logprob=np.concatenate(first).astype(np.float32),
+            start=ragged.starts(np.array([len(output.token_ids) for output in outputs])),
+        )
 
     def _can_search(self) -> bool:
         """Whether vLLM's worker has all that a search needs; says so once where it has not."""
@@ -112,6 +173,15 @@ class VllmHolder:
             )
         return not missing
 
+    def _check_values(self, value_head: ValueHead | None) -> None:
+        if value_head is not None and not self._in_worker:
+            raise EngineError(
+                "the policy has a value head, and searches by requests cannot run it: vLLM's "
+                "public interface gives no hidden states; search in the worker "
+                '(rollout.decode = "worker"), set the engine to "torch", or set '
+                "model.value_head = false"
+            )
+
     def _call(self, method: str, *args: object) -> Any:
         """The answer of the first rank; all of them do the same."""
         return self.llm.collective_rpc(method, args=args)[0]
@@ -123,7 +193,7 @@ class VllmHolder:
             )
 
 
-def _start(folder: Path, config: RolloutConfig, seed: int) -> "LLM":
+def _start(folder: Path, config: RolloutConfig, ranks: int, seed: int) -> "LLM":
     """A vLLM engine for the policy in `folder`; raises EngineError where it cannot be had."""
     os.environ.update(_ENVIRONMENT)
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
@@ -142,6 +212,7 @@ def _start(folder: Path, config: RolloutConfig, seed: int) -> "LLM":
             str(folder),
             dtype=config.dtype,
             seed=seed,
+            tensor_parallel_size=ranks,
             skip_tokenizer_init=True,
             enforce_eager=True,
             worker_extension_cls="rollout.engine.worker.SearchExtension",

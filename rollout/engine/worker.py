@@ -7,7 +7,6 @@ Shapes:  T tokens of a pass   F pages   D hidden width
 """
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,15 +17,25 @@ from torch import Tensor
 from orchard.errors import EngineError
 from orchard.trie import Trie
 from orchard.types import PolicyVersion, Prompts
+from orchard.value import ValueHead
 from orchard.vocabulary import Vocabulary
 from rollout.candidates import Candidates
-from rollout.engine import Engine
 from rollout.engine.paged import CacheFullError, PagedEngine, Pass
+from rollout.engine.parcel import Parcel, Receiver, Search, part_of
 
 _log = logging.getLogger(__name__)
 
 _PARTS = ("model", "vllm_config", "attn_groups", "kv_cache_config", "kv_caches")
 """What a search uses of a model runner."""
+
+
+_SPLITS = (
+    "pipeline_parallel_size",
+    "data_parallel_size",
+    "decode_context_parallel_size",
+    "prefill_context_parallel_size",
+)
+"""Ways to split a model or its cache that leave no rank with all that a search looks at."""
 
 
 class VllmModel:
@@ -107,9 +116,17 @@ def missing(runner: Any) -> str:
     kinds = sorted({type(group.kv_cache_spec).__name__ for group in groups})
     if len(groups) != 1 or kinds != ["FullAttentionSpec"]:
         return f"the policy's cache is {len(groups)} groups of {', '.join(kinds)}"
-    if runner.vllm_config.parallel_config.pipeline_parallel_size > 1:
-        return "the policy is split over a pipeline"
-    return ""
+    split = [part for part in _SPLITS if getattr(runner.vllm_config.parallel_config, part, 1) > 1]
+    return f"vLLM runs with {', '.join(split)} above 1" if split else ""
+
+
+def _heads(
+    model: VllmModel, head: np.ndarray, value_head: ValueHead | None
+) -> tuple[Float[Tensor, "tokens D"], ValueHead | None]:
+    """Both heads where the model is, in its precision."""
+    if value_head is not None:
+        value_head = value_head.to(model.device, model.dtype)
+    return torch.from_numpy(np.array(head)).to(model.device, model.dtype), value_head
 
 
 class SearchExtension:
@@ -117,6 +134,7 @@ class SearchExtension:
 
     model_runner: Any
     orchard_engine: PagedEngine
+    orchard_parcels: Receiver
     orchard_batch: int
 
     def orchard_missing(self) -> str:
@@ -124,7 +142,12 @@ class SearchExtension:
         return missing(self.model_runner)
 
     def orchard_attach(
-        self, trie: Trie, vocabulary: Vocabulary, version: PolicyVersion, head: np.ndarray
+        self,
+        trie: Trie,
+        vocabulary: Vocabulary,
+        version: PolicyVersion,
+        head: np.ndarray,
+        value_head: ValueHead | None,
     ) -> None:
         """Get ready to search with the policy that is loaded, whose output matrix is `head`."""
         model = VllmModel(self.model_runner)
@@ -133,30 +156,35 @@ class SearchExtension:
             trie.to(model.device),
             vocabulary.to(model.device),
             version,
-            torch.from_numpy(np.array(head)).to(model.device, model.dtype),
+            *_heads(model, head, value_head),
         )
+        self.orchard_parcels = Receiver(model.device)
         self.orchard_batch = 1 << 31
 
-    def orchard_install(self, version: PolicyVersion, head: np.ndarray) -> None:
+    def orchard_install(
+        self, version: PolicyVersion, head: np.ndarray, value_head: ValueHead | None
+    ) -> None:
         """Search with the policy that was loaded just now."""
-        model = VllmModel(self.model_runner)
-        new = torch.from_numpy(np.array(head)).to(model.device, model.dtype)
-        self.orchard_engine.install(version, new)
+        heads = _heads(VllmModel(self.model_runner), head, value_head)
+        self.orchard_engine.install(version, *heads)
 
-    def orchard_run(
-        self, find: Callable[[Engine, Prompts], Candidates], prompts: Prompts
-    ) -> Candidates:
+    def orchard_turn_to(self, trie: Trie) -> None:
+        """Search these sequences from now on."""
+        self.orchard_engine.trie = trie.to(self.orchard_engine.trie.code.device)
+
+    def orchard_run(self, search: Search | Parcel, prompts: Prompts) -> Candidates:
         """Search, overwriting vLLM's cache; batches that do not fit in it are split.
 
         Raises:
-            EngineError: a single prompt's search does not fit, or as `find` raises it.
+            EngineError: a single prompt's search does not fit, or as the search raises it.
         """
+        find = self.orchard_parcels.unpack(search) if isinstance(search, Parcel) else search
         parts: list[Candidates] = []
         done = 0
         while done < len(prompts):
             rows = np.arange(done, min(done + self.orchard_batch, len(prompts)))
             try:
-                parts.append(find(self.orchard_engine, prompts.select(rows)))
+                parts.append(part_of(find, rows)(self.orchard_engine, prompts.select(rows)))
                 done += len(rows)
             except CacheFullError as full:
                 self._halve(len(rows), full)

@@ -176,6 +176,9 @@ def test_items_may_be_titles_in_the_tokens_of_a_policy(
     items = world.parent / "data" / "items.parquet"
     titles = [f"pen {'abcdefgh'[i % 8]}{'xyz'[i // 8 % 3]}" for i in range(60)]
     rewrite(items, title=titles)
+    cli.main(["sft", str(world), "data.titles=true", "data.title_tokens=300", "--dry-run"])
+    assert "distinct sequences: 24" in capsys.readouterr().out
+    assert "greater than or equal to 259" in refused("sft", world, "data.title_tokens=9")
     tokenizer = tiny_title_tokenizer()
     policy, _ = tiny_policy(from_titles(titles, tokenizer), tokenizer=tokenizer)
     save_policy(policy, tokenizer, world.parent / "text")

@@ -13,6 +13,7 @@ import pytest
 import ray
 
 from cluster.evaluate import evaluate, evaluation_file
+from cluster.examples import read_examples
 from cluster.launch import House, launch
 from cluster.loop import train
 from cluster.prepare import Run, export, open_folder, prepare
@@ -130,6 +131,7 @@ def test_an_average_is_what_is_judged_and_kept_while_rollouts_follow_the_newest(
     log = read_metrics(run.dir / "metrics.jsonl")["train"]
     assert log["learner/logprob_gap"].value.max() < 1e-5
     assert weights_of(run.result) != newest.digest
+    assert [len(one["candidate"]) for one in read_examples(run.dir)]
 
 
 @pytest.mark.vllm
@@ -187,6 +189,37 @@ def test_an_evaluation_covers_every_row_and_pairs_with_another(
     change = difference(again, found)["hr@1/sid"]
     assert (change.mean, change.low, change.high) == (0, 0, 0)
     assert read(evaluation_file(run, "first")).metrics == found.metrics
+
+
+def test_an_actor_lost_during_an_evaluation_is_replaced_by_one_of_the_same_policy(
+    settings: Callable[..., Config],
+) -> None:
+    untrained(settings())
+    run = prepare(settings("evaluate.batch_size=8", "rollout.max_restarts=1"), "evaluate")
+    first, other = (model.create(run.config.model, run.vocabulary, seed=s) for s in (0, 1))
+
+    async def scenario(house: House) -> None:
+        async def ranks(advance: Callable[[], None] | None = None) -> list[int]:
+            weights = snapshot(other)
+            policy = PolicyVersion(step=0, digest=digest(weights))
+            found = await house.evaluate(
+                run.test, np.arange(64), policy=policy, weights=weights, beams=10, advance=advance
+            )
+            return found.ranks.sid.tolist()
+
+        def lose() -> None:
+            ranking = house.ranking
+            if ranking is not None and ranking.restarts == 0:
+                ray.kill(ranking.actors[0])
+
+        weights = snapshot(first)
+        await house.publish(PolicyVersion(step=0, digest=digest(weights)), weights)
+        calm = await ranks()
+        assert await ranks(advance=lose) == calm
+        assert house.ranking is not None
+        assert house.ranking.restarts == 1
+
+    in_a_house(scenario, run)
 
 
 def test_one_house_serves_every_phase_of_a_command(settings: Callable[..., Config]) -> None:
@@ -273,3 +306,30 @@ def test_two_workers_train_like_one(settings: Callable[..., Config], parallel: s
     logs = [read_metrics(each.run_dir / "metrics.jsonl")["train"] for each in (one, two)]
     for name in ("learner/surrogate", "learner/grad_norm", "rewards/mean"):
         np.testing.assert_allclose(logs[0][name].value, logs[1][name].value, rtol=1e-3, atol=1e-5)
+
+
+def test_a_policy_is_taught_to_think_and_improved_by_its_own_thoughts(
+    settings: Callable[..., Config],
+) -> None:
+    changes = (
+        'data.rationale_template="seen {seen}, next {next}"',
+        "rollout.search=think",
+        "rollout.think.block_tokens=24",
+        "evaluate.think=true",
+        "learner.estimator=step",
+        "learner.steps=2",
+        "sft.epochs=1",
+    )
+    begin = prepare(settings(*changes), "sft")
+
+    async def command(house: House) -> None:
+        await sft(house)
+        await house.turn_to(begin.then("train", begin.result))
+        await train(house)
+
+    in_a_house(command, begin)
+    log = read_metrics(begin.dir / "metrics.jsonl")
+    assert log["sft"]["evaluate/thoughts"].value[-1] == 40
+    assert float(np.max(log["train"]["learner/logprob_gap"].value)) < 1e-5
+    assert log["train"]["rollout/thoughts"].value.tolist() == [6, 6]
+    assert log["train"]["rewards/match_1"].step.tolist() == [1, 2]

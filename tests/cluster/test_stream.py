@@ -74,3 +74,18 @@ def test_a_failed_rollout_is_raised_and_the_rest_is_cancelled() -> None:
         await asyncio.wait_for(stream.close(), timeout=5)
 
     asyncio.run(scenario())
+
+
+def test_a_stopped_stream_ends_at_once_whatever_is_running() -> None:
+    async def scenario() -> list[int]:
+        world, stop, seen = World([1, 10**9]), asyncio.Event(), list[int]()
+        stream = Stream(world.rollout, first=0, last=5, max_lag=0, stop=stop)
+        stream.admit(version(0))
+        async for trees in stream:
+            seen.append(trees.step)
+            stream.admit(version(1))
+            asyncio.get_running_loop().call_later(0.01, stop.set)
+        await stream.close()
+        return seen
+
+    assert asyncio.run(asyncio.wait_for(scenario(), 60)) == [0]

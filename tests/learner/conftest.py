@@ -65,6 +65,7 @@ def score_leaves(
             trees=grow(prompts, candidates, catalogue, policy[1], version),
             reward=reward,
             parts={"rule": (reward == 1).astype(np.float32)},
+            step_reward=np.repeat(reward[:, None], trie.depth, axis=1),
         )
 
     return score
@@ -82,3 +83,16 @@ def score_random(
         return score_leaves(groups, seed=seed)
 
     return score
+
+
+@pytest.fixture(scope="module")
+def precise(catalogue: Catalogue) -> tuple[PreTrainedModel, Vocabulary]:
+    """A float64 policy."""
+    model, vocabulary = tiny_policy(catalogue)
+    return model.double(), vocabulary
+
+
+@pytest.fixture(scope="module")
+def scored(score_random: Callable[..., ScoredTrees]) -> ScoredTrees:
+    """Ragged groups with repeats whose behaviour is far from the policy."""
+    return score_random([4, 1, 7, 12, 2, 16])

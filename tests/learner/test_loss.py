@@ -110,19 +110,6 @@ def assert_same(a: list[Tensor], b: list[Tensor]) -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6 * float(other.abs().max()))
 
 
-@pytest.fixture(scope="module")
-def precise(catalogue: Catalogue) -> Policy:
-    """A float64 policy."""
-    model, vocabulary = tiny_policy(catalogue)
-    return model.double(), vocabulary
-
-
-@pytest.fixture(scope="module")
-def scored(score_random: Grow) -> ScoredTrees:
-    """Ragged groups with repeats whose behaviour is far from every policy of these tests."""
-    return score_random([4, 1, 7, 12, 2, 16])
-
-
 def both(
     scored: ScoredTrees, catalogue: Catalogue, policy: Policy
 ) -> tuple[TrainBatch, TrainBatch]:

@@ -8,7 +8,7 @@ import torch
 from learner import checkpoint, sft
 from learner.advantages import ESTIMATORS
 from learner.pack import pack
-from learner.step import Learner
+from learner.step import Learner, truncated
 from orchard.catalogue import Catalogue
 from orchard.config import KlConfig, LearnerConfig
 from orchard.errors import CheckpointError
@@ -200,3 +200,31 @@ def test_a_checkpoint_of_another_catalogue_or_model_is_refused(tmp_path: Path) -
         checkpoint.load(stranger, tmp_path, catalogue=ITEMS.digest)
     with pytest.raises(CheckpointError, match=r"holds no learner\.pt"):
         checkpoint.load(one, tmp_path / "empty", catalogue=ITEMS.digest)
+
+
+def test_truncated_weights_replace_an_older_behaviour() -> None:
+    one = learner()
+    searched = batch(one, tiny_prompts(ITEMS, (1, 2, 3)))
+    apart = np.linspace(-3, 3, len(searched.behaviour_logprob)).astype(np.float32)
+    older = replace(searched, behaviour_logprob=searched.behaviour_logprob - apart)
+    corrected, gap = truncated(older, searched.behaviour_logprob, 2.0)
+    np.testing.assert_allclose(gap, 3.0, rtol=1e-5)
+    weight = np.minimum(np.exp(apart), 2.0)
+    np.testing.assert_allclose(corrected.gain, searched.gain * weight, rtol=1e-4)
+    np.testing.assert_allclose(corrected.loss, searched.loss * weight, rtol=1e-4)
+    np.testing.assert_array_equal(corrected.behaviour_logprob, searched.behaviour_logprob)
+    np.testing.assert_array_equal(corrected.kl_weight, searched.kl_weight)
+
+
+def test_truncation_corrects_a_stale_batch_and_leaves_a_fresh_one_alone() -> None:
+    plain, corrected = learner(), learner(BRISK.model_copy(update={"truncate": 2.0}))
+    fresh = batch(plain, tiny_prompts(ITEMS, (1, 2, 3)))
+    left, right = plain.improve(fresh), corrected.improve(fresh)
+    np.testing.assert_allclose(left["surrogate"], right["surrogate"], atol=1e-5)
+    assert right["logprob_gap"] < 1e-5
+    stale = replace(fresh, behaviour_logprob=fresh.behaviour_logprob - 3.0)
+    found = learner(BRISK.model_copy(update={"truncate": 2.0})).improve(stale)
+    # Every weight is at its bound, and none of the first update's ratios is at the clip.
+    np.testing.assert_allclose(found["surrogate"], 2 * left["surrogate"], rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(found["logprob_gap"], 3.0, atol=1e-3)
+    assert found["clipped_fraction"] == 0

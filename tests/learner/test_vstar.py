@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+import pytest
 
 from learner.advantages import assign
 from learner.pack import pack
@@ -45,6 +46,7 @@ def correlation(scored: ScoredTrees) -> float:
     return float(np.mean([figures.get(f"rollout/value_spearman_{n}", 0.0) for n in (1, 2, 3)]))
 
 
+@pytest.mark.slow
 def test_guided_search_and_sibling_credit_raise_the_reward_and_the_head_learns_to_rank() -> None:
     model, vocabulary = tiny_policy(ITEMS)
     value.attach(model, seed=0)

@@ -43,6 +43,7 @@ def test_overrides_reach_their_key_with_their_type(run_file: Path) -> None:
         ("model.heads=3", "not a multiple"),
         ("learner.dual_clip=0.5", "above 1"),
         ("learner={dropout=0.1,updates_per_batch=2}", "under different dropout is noise"),
+        ("learner={truncate=2.0,dropout=0.1}", "learner.truncate > 0 needs"),
         ("name=a/b", "name"),
         ("rewards.weights={}", "rewards.weights"),
         ("learner", "section.key=value"),
@@ -92,9 +93,17 @@ def test_the_configuration_needs_neither_torch_nor_ray() -> None:
     ("changes", "message"),
     [
         (["rollout.search=ved", "rollout.engine=torch"], "set model.value_head = true"),
-        (["model.value_head=true"], "needs an engine that runs the head"),
         (
-            ["model.value_head=true", "rollout.engine=torch", "evaluate.engine=vllm"],
+            ["model.value_head=true", "rollout.decode=requests"],
+            'cannot run the head .* set rollout.decode = "worker"',
+        ),
+        (
+            [
+                "model.value_head=true",
+                "rollout.decode=requests",
+                "rollout.engine=torch",
+                "evaluate.engine=vllm",
+            ],
             'evaluate.engine to "torch"',
         ),
     ],
@@ -104,3 +113,9 @@ def test_guidance_needs_a_value_head_and_an_engine_that_runs_it(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         config.load(run_file, changes)
+
+
+def test_every_engine_runs_a_value_head_next_to_the_model(run_file: Path) -> None:
+    for engine in ("vllm", "torch"):
+        changes = ["model.value_head=true", "rollout.search=ved", f"rollout.engine={engine}"]
+        assert config.load(run_file, changes).rollout.engine == engine

@@ -194,3 +194,15 @@ def test_titles_change_as_semantic_ids_do() -> None:
     )
     assert live.snapshot.catalogue.digest == expected.digest
     assert offered(live.snapshot) == {0: [0, 1], 7: [0]}
+
+
+def test_a_fork_and_its_origin_do_not_see_each_others_changes() -> None:
+    origin = LiveCatalogue(from_codes(BASE, level_size=(3, 3, 3), varying_depth=True))
+    origin.add([[2, 2]], [50])
+    twin = origin.fork()
+    twin.remove([0])
+    origin.add([[2, 2, 2]], [51])
+    twin.swap(twin.prepare())
+    assert sorted(offered(origin.snapshot)) == [0, 1, 2, 3, 4, 5]
+    assert sorted(offered(twin.snapshot)) == [1, 2, 3, 4, 5, 50]
+    assert (origin.num_waiting, twin.num_waiting) == (2, 0)

@@ -168,7 +168,7 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
     (tmp_path / "empty").mkdir()
     write_world(tmp_path / "empty", tiny)
-    with pytest.raises(DataError, match="holds a world already"):
+    with pytest.raises(DataError, match="holds a synthetic world already"):
         write_world(tmp_path / "empty", tiny)
     card = write_world(tmp_path / "empty", replace(tiny, num_users=11), overwrite=True)
     assert json.loads((tmp_path / "empty" / CARD).read_text())["facts"] == dict(card.facts)

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -10,7 +12,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from orchard.catalogue import load, write
 from orchard.errors import CatalogueError
 from orchard.testing import tiny_catalogue, tiny_title_tokenizer
-from orchard.titles import from_titles
+from orchard.titles import from_titles, read, read_titles, tokenizer_of
 from orchard.vocabulary import compact_tokenizer, of_codes, read_tokenizer
 
 TITLES = ["red pen", "red", "blue pen", "red pen", "red pencil"]
@@ -74,6 +76,47 @@ def test_a_digest_names_the_tokens_of_titles(tokenizer: PreTrainedTokenizerBase)
     same = from_titles(["ab"], tokenizer).digest
     assert same == from_titles(["ab"], tokenizer).digest
     assert same != from_titles(["ac"], tokenizer).digest
+
+
+def test_a_tokenizer_is_made_from_titles_and_writes_every_one_of_them() -> None:
+    made = tokenizer_of([*TITLES, "Größe 7\N{MULTIPLICATION SIGN}9 \N{SNOWMAN}"], 300)
+    again = tokenizer_of([*TITLES, "Größe 7\N{MULTIPLICATION SIGN}9 \N{SNOWMAN}"], 300)
+    assert made.get_vocab() == again.get_vocab()
+    assert 259 < len(made) <= 300
+    titles = [*TITLES, "never seen: \N{EURO SIGN}", "Größe 7\N{MULTIPLICATION SIGN}9 \N{SNOWMAN}"]
+    found = from_titles(titles, made)
+    vocabulary = of_codes(made, found)
+    path = found.trie.path(found.trie.leaf_node)
+    read = [made.decode(vocabulary.token_of(found.trie, row[row >= 0])[:-1]) for row in path]
+    assert sorted(read) == sorted(set(titles))
+    assert vocabulary.size == len(made)
+    # "red" begins "red pen", and both begin "red pencil": each ends in a leaf of its own.
+    assert len(read) == 6
+
+
+def test_a_vocabulary_without_room_for_all_bytes_is_refused() -> None:
+    with pytest.raises(CatalogueError, match=r"258 tokens has no room .* data.title_tokens"):
+        tokenizer_of(TITLES, 258)
+
+
+def test_an_empty_title_is_refused_under_a_tokenizer_of_titles(tmp_path: Path) -> None:
+    table = pa.table({"item_id": [4, 7], "title": ["red pen", None]})
+    pq.write_table(table, tmp_path / "items.parquet")
+    made = tokenizer_of(read_titles(tmp_path / "items.parquet"), 260)
+    with pytest.raises(CatalogueError, match=r"title '' of item 7 has no tokens.*1 of 2 items"):
+        read(tmp_path / "items.parquet", made)
+
+
+def test_real_titles_with_equal_ones_and_beginnings_of_others_become_leaves(
+    shared_data: Path,
+) -> None:
+    items = shared_data / "amazon_industrial" / "items.parquet"
+    titles = read_titles(items)
+    found = read(items, tokenizer_of(titles, 4000))
+    assert found.trie.num_leaves == len(set(titles)) == 3646
+    by_title = {title: int(leaf) for title, leaf in zip(titles, found.leaf_of_item, strict=True)}
+    assert [by_title[title] for title in titles] == found.leaf_of_item.tolist()
+    assert len(set(by_title.values())) == 3646
 
 
 def test_a_title_without_tokens_is_named(tokenizer: PreTrainedTokenizerBase) -> None:

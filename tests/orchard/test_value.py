@@ -1,5 +1,7 @@
 """The value head as a function of hidden states, and as a part of a policy."""
 
+import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -64,6 +66,42 @@ def test_a_head_travels_with_the_weights_of_its_policy() -> None:
     value.fit(theirs, plain)
     restore(theirs, plain)
     assert digest(snapshot(theirs)) == digest(plain)
+
+
+def test_the_head_is_split_from_the_weights_of_its_policy() -> None:
+    world = valued_world()
+    weights, plain = snapshot(world.model), snapshot(tiny_world().model)
+    attached = value.head_of(world.model)
+    assert attached is not None
+    attached.scalar.bias.data.fill_(0.25)
+    random = torch.get_rng_state()
+    policy, head = value.split(snapshot(world.model), 32)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert policy.keys() == plain.keys()
+    assert head is not None
+    assert digest(snapshot(head)) == digest(snapshot(attached)) != digest(weights)
+    assert value.split(plain, 32)[1] is None
+    with pytest.raises(CheckpointError, match="belong to another model"):
+        value.split(weights, 16)
+    del weights["value_head.gate.bias"]
+    with pytest.raises(CheckpointError, match=r"gate\.bias among them"):
+        value.split(weights, 32)
+
+
+@pytest.mark.parametrize("shard", ["1GB", "20KB"])
+def test_an_index_keeps_the_head_from_those_who_would_load_every_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard: str
+) -> None:
+    world = valued_world()
+    write = world.model.save_pretrained
+    monkeypatch.setattr(world.model, "save_pretrained", partial(write, max_shard_size=shard))
+    value.save(world.model, tmp_path)
+    place = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    files = {path.name for path in tmp_path.glob("*.safetensors")}
+    assert files == {*place.values(), value.FILE}
+    assert (len(files) > 2) == (shard == "20KB")
+    assert not any(name.startswith(value.NAME) for name in place)
+    assert digest(snapshot(load(tmp_path))) == world.version.digest
 
 
 def test_a_saved_policy_keeps_its_head_in_a_file_of_its_own(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The weighted sum, and what it refuses."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +10,8 @@ from orchard.catalogue import Catalogue
 from orchard.errors import CatalogueError, ConfigError, DataError
 from orchard.testing import tiny_catalogue, tiny_policy, tiny_prompts
 from orchard.types import PolicyVersion, SearchTrees
-from rewards import REWARDS
-from rewards.reward import score
+from rewards import REWARDS, Knowledge, sasrec, stored
+from rewards.reward import look_up, score
 from rollout.engine.torch import TorchEngine
 from rollout.search import beam
 from rollout.trees import grow
@@ -30,6 +31,28 @@ def world() -> tuple[SearchTrees, Catalogue]:
     return replace(trees, prompts=replace(prompts, target=hit)), catalogue
 
 
+def everything(catalogue: Catalogue, folder: Path) -> Knowledge:
+    """All that any reward looks up."""
+    draw = np.random.default_rng(0)
+    sizes = {
+        "num_items": len(catalogue),
+        "max_history": 4,
+        "hidden_size": 8,
+        "layers": 1,
+        "heads": 2,
+    }
+    model = sasrec.SasRec(**sizes)
+    model.trained[:] = True
+    where = folder / sasrec.KIND
+    stored.save(model, where, kind=sasrec.KIND, catalogue=catalogue, sizes=sizes, facts={})
+    return Knowledge(
+        catalogue=catalogue,
+        embedding=draw.normal(size=(len(catalogue), 4)).astype(np.float32),
+        popularity=draw.integers(9, size=len(catalogue)),
+        folder=folder,
+    )
+
+
 def test_the_reward_is_the_weighted_sum_of_its_parts(world: tuple[SearchTrees, Catalogue]) -> None:
     trees, catalogue = world
     scored = score(trees, catalogue, {"rule": 2.0, "ranking": 0.5, "prefix": 0.0})
@@ -41,9 +64,10 @@ def test_the_reward_is_the_weighted_sum_of_its_parts(world: tuple[SearchTrees, C
 
 
 def test_every_listed_reward_gives_one_finite_number_per_candidate(
-    world: tuple[SearchTrees, Catalogue],
+    world: tuple[SearchTrees, Catalogue], tmp_path: Path
 ) -> None:
-    scored = score(*world, dict.fromkeys(REWARDS, 1.0))
+    trees, catalogue = world
+    scored = score(trees, everything(catalogue, tmp_path), dict.fromkeys(REWARDS, 1.0))
     assert all(part.shape == scored.reward.shape for part in scored.parts.values())
     assert np.isfinite(scored.reward).all()
 
@@ -62,7 +86,7 @@ def test_an_unknown_reward_is_refused_with_a_hint(
 def test_a_reward_that_is_not_finite_is_refused_by_name(
     world: tuple[SearchTrees, Catalogue], monkeypatch: pytest.MonkeyPatch, value: float
 ) -> None:
-    def broken(trees: SearchTrees, catalogue: Catalogue) -> np.ndarray:
+    def broken(trees: SearchTrees, known: Knowledge) -> np.ndarray:
         part = np.zeros(len(trees.leaf), np.float32)
         part[7] = value
         return part
@@ -75,3 +99,26 @@ def test_a_reward_that_is_not_finite_is_refused_by_name(
 def test_trees_of_another_catalogue_are_refused(world: tuple[SearchTrees, Catalogue]) -> None:
     with pytest.raises(CatalogueError, match="same items file"):
         score(world[0], tiny_catalogue(seed=1), {"rule": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("semantic", "set data.embeddings"), ("popularity_debias", "how often each item is a target")],
+)
+def test_a_reward_without_what_it_looks_up_is_refused_before_there_is_anything_to_score(
+    world: tuple[SearchTrees, Catalogue], tmp_path: Path, name: str, said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        look_up({"rule": 1.0, name: 0.5}, Knowledge(catalogue=world[1]))
+    look_up({"rule": 1.0, name: 0.5}, everything(world[1], tmp_path))
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan])
+def test_an_embedding_without_a_direction_is_refused_by_item(
+    world: tuple[SearchTrees, Catalogue], tmp_path: Path, value: float
+) -> None:
+    known = everything(world[1], tmp_path)
+    assert known.embedding is not None
+    known.embedding[7] = value
+    with pytest.raises(DataError, match=r"the embedding of item 7 has length .* \(1 of 30 items"):
+        look_up({"semantic": 1.0}, known)

@@ -5,9 +5,11 @@ import pytest
 import ray
 from ray.exceptions import ActorDiedError
 
+from orchard.config import RewardsConfig
 from orchard.errors import ConfigError
 from orchard.testing import tiny_catalogue, tiny_policy, tiny_prompts
 from orchard.types import PolicyVersion, ScoredTrees
+from rewards import Knowledge
 from rewards.actor import RewardActor
 from rewards.reward import score
 from rollout.engine.torch import TorchEngine
@@ -25,7 +27,8 @@ def test_the_actor_scores_as_the_function_does() -> None:
     found = beam(TorchEngine(model, catalogue.trie, vocabulary, version), prompts, width=30)
     trees = grow(prompts, found, catalogue, vocabulary, version)
     weights = {"rule": 1.0, "ranking": 1.0}
-    actor = RewardActor.remote(weights, catalogue)
+    known = Knowledge(catalogue=catalogue, settings=RewardsConfig(weights=weights))
+    actor = RewardActor.remote(known)
     scored: ScoredTrees = ray.get([actor.score.remote(trees)])[0]
     expected = score(trees, catalogue, weights)
     np.testing.assert_array_equal(scored.reward, expected.reward)
@@ -34,7 +37,8 @@ def test_the_actor_scores_as_the_function_does() -> None:
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_an_actor_with_an_unknown_reward_does_not_start() -> None:
-    actor = RewardActor.remote({"rul": 1.0}, tiny_catalogue())
+    unknown = RewardsConfig(weights={"rul": 1.0})
+    actor = RewardActor.remote(Knowledge(catalogue=tiny_catalogue(), settings=unknown))
     with pytest.raises(ActorDiedError, match="did you mean rule") as info:
         ray.get(actor.__ray_ready__.remote())
     assert ConfigError.__name__ in str(info.value)

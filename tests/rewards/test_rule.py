@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from orchard import catalogue as catalogues
 from orchard import ragged
 from orchard.catalogue import Catalogue
+from orchard.config import RewardsConfig
 from orchard.testing import tiny_catalogue, tiny_prompts
 from orchard.types import Cost, PolicyVersion, SearchTrees
 from orchard.vocabulary import compact_tokenizer, of_codes
+from rewards import Knowledge
 from rewards.rule import prefix, ranking, rule
 from rollout.candidates import Candidates
 from rollout.trees import grow
@@ -40,6 +42,8 @@ def trees_of(
 
 
 WIDE = catalogues.from_codes([[code] for code in range(17)])
+KNOWN = Knowledge(catalogue=WIDE)
+PUBLISHED = Knowledge(catalogue=WIDE, settings=RewardsConfig(ranking="published"))
 
 
 @pytest.mark.parametrize(
@@ -55,7 +59,7 @@ WIDE = catalogues.from_codes([[code] for code in range(17)])
 def test_ranking_equals_the_worked_example_of_sixteen_candidates(hit: int, expected: str) -> None:
     trees = trees_of(WIDE, [range(16)], targets=[hit - 1])
     np.testing.assert_allclose(
-        ranking(trees, WIDE), [float(number) for number in expected.split()], atol=5e-5
+        ranking(trees, KNOWN), [float(number) for number in expected.split()], atol=5e-5
     )
 
 
@@ -70,26 +74,48 @@ def test_ranking_equals_its_definition_for_groups_of_any_size_and_repeats(
         for group in groups
         for rank, leaf in enumerate(group, start=1)
     ]  # fmt: skip
-    np.testing.assert_allclose(ranking(trees, WIDE), expected, rtol=1e-6)
+    np.testing.assert_allclose(ranking(trees, KNOWN), expected, rtol=1e-6)
+
+
+def test_the_published_form_equals_the_worked_example() -> None:
+    trees = trees_of(WIDE, [range(16)], targets=[3])
+    expected = (
+        "-.1762 -.1112 -.0881 0 -.0682 -.0628 -.0587 -.0556 -.0530 -.0509 -.0492 -.0476 -.0463 "
+        "-.0451 -.0441 -.0431"
+    )
+    found = ranking(trees, PUBLISHED)
+    np.testing.assert_allclose(found, [float(n) for n in expected.split()], atol=5e-5)
+    # With the rule the group's mean is 0: one, less one shared by the misses.
+    assert (found + rule(trees, PUBLISHED)).sum() == pytest.approx(0, abs=1e-6)
+
+
+def test_the_published_form_shares_out_one_even_without_a_hit_and_the_coded_form_does_not() -> None:
+    trees = trees_of(WIDE, [[5, 4], [3, 3], [3, 9, 3]], targets=[3, 3, 3])
+    found = ranking(trees, PUBLISHED)
+    assert np.add.reduceat(found, [0, 2, 4]).tolist() == pytest.approx([-1, 0, -1])
+    assert found[0] < found[1] < 0
+    assert found[[2, 3, 4, 6]].tolist() == [0, 0, 0, 0]
+    assert ranking(trees, KNOWN)[:4].tolist() == [0, 0, 0, 0]
 
 
 def test_rule_is_one_for_the_target_and_for_every_copy_of_it() -> None:
     trees = trees_of(WIDE, [[5, 3, 3], [4]], targets=[3, 3])
-    assert rule(trees, WIDE).tolist() == [0, 1, 1, 0]
+    assert rule(trees, KNOWN).tolist() == [0, 1, 1, 0]
 
 
 def test_equal_histories_are_judged_by_their_own_targets() -> None:
     trees = trees_of(WIDE, [[5, 3], [5, 3]], targets=[3, 5])
     same = trees.prompts.select(np.array([0, 0]))
     trees = replace(trees, prompts=replace(same, target=trees.prompts.target))
-    assert rule(trees, WIDE).tolist() == [0, 1, 1, 0]
-    assert (ranking(trees, WIDE) < 0).tolist() == [True, False, False, True]
+    assert rule(trees, KNOWN).tolist() == [0, 1, 1, 0]
+    assert (ranking(trees, KNOWN) < 0).tolist() == [True, False, False, True]
 
 
 def test_items_of_one_semantic_id_are_one_target() -> None:
     catalogue = catalogues.from_codes([[0, 1], [0, 2], [0, 1]])
     leaf = int(catalogue.leaf_of_item[0])
-    assert rule(trees_of(catalogue, [[leaf]], targets=[2]), catalogue).tolist() == [1]
+    trees, known = trees_of(catalogue, [[leaf]], targets=[2]), Knowledge(catalogue=catalogue)
+    assert rule(trees, known).tolist() == [1]
 
 
 @pytest.mark.parametrize("varying_depth", [False, True])
@@ -105,5 +131,6 @@ def test_prefix_is_the_share_of_leading_codes_in_common(varying_depth: bool) -> 
         for target in codes
         for leaf in leaves
     ]  # fmt: skip
-    np.testing.assert_allclose(prefix(trees, catalogue), expected, rtol=1e-6)
-    assert ((prefix(trees, catalogue) == 1) == (rule(trees, catalogue) == 1)).all()
+    known = Knowledge(catalogue=catalogue)
+    np.testing.assert_allclose(prefix(trees, known), expected, rtol=1e-6)
+    assert ((prefix(trees, known) == 1) == (rule(trees, known) == 1)).all()

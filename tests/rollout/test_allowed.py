@@ -8,14 +8,17 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from orchard import ragged
+from orchard import ragged, value
+from orchard.config import VedConfig
 from orchard.errors import CatalogueError
-from orchard.testing import World, tiny_catalogue
+from orchard.testing import World, tiny_catalogue, tiny_world
 from orchard.view import everything, of_items, of_leaves
 from rollout.allowed import Allowed
+from rollout.draws import beam_sample
 from rollout.engine.torch import TorchEngine
 from rollout.noise import GumbelNoise
 from rollout.search import beam, sample
+from rollout.ved import ved
 
 examples = settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -168,3 +171,34 @@ def test_what_belongs_to_another_catalogue_or_batch_is_refused(
     )
     with pytest.raises(CatalogueError, match=f"leaf {trie.num_leaves} is to be excluded"):
         sample(engine, world.prompts, count=2, temperature=1.0, seed=0, allowed=beyond)
+
+
+@examples
+@given(seed=st.integers(0, 2**16), width=st.sampled_from([1, 3, 100]))
+def test_distinct_draws_are_of_the_allowed_leaves(
+    world: World, engine: TorchEngine, seed: int, width: int
+) -> None:
+    allowed, leaves = drawn(world, seed)
+    found = beam_sample(
+        engine, world.prompts, width=width, temperature=1.0, seed=seed, allowed=allowed
+    )
+    assert found.count.tolist() == [min(width, len(one)) for one in leaves]
+    for prompt, mine in enumerate(leaves):
+        rows = slice(found.start[prompt], found.start[prompt + 1])
+        assert len(set(found.leaf[rows].tolist())) == found.count[prompt]
+        assert set(found.leaf[rows].tolist()) <= mine
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**16), budget=st.sampled_from([20, 80]))
+def test_a_guided_search_visits_allowed_leaves_only(seed: int, budget: int) -> None:
+    guided = tiny_world(level_size=(4, 4, 5), num_items=40)
+    value.attach(guided.model, seed=seed)
+    engine = TorchEngine(guided.model, guided.catalogue.trie, guided.vocabulary, guided.version)
+    allowed, leaves = drawn(guided, seed)
+    ways = VedConfig(budget=budget, width=4)
+    found = ved(engine, guided.prompts, ways, count=30, seed=seed, allowed=allowed)
+    for prompt, mine in enumerate(leaves):
+        rows = slice(found.start[prompt], found.start[prompt + 1])
+        assert set(found.leaf[rows].tolist()) <= mine
+        assert found.count[prompt] >= min(4, len(mine))  # what its beam finds

@@ -1,5 +1,6 @@
 """The paged engine on a model whose pages hold tokens, against the reference engine."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -7,14 +8,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from orchard import value
+from orchard.config import VedConfig
 from orchard.errors import EngineError
 from orchard.model import head_weight
-from orchard.testing import World, tiny_world
+from orchard.testing import World, tiny_title_world, tiny_world
+from orchard.value import ValueHead
+from orchard.view import everything, of_leaves
+from rollout.allowed import Allowed
 from rollout.candidates import Candidates
 from rollout.engine.paged import CacheFullError, PagedEngine, Pass
+from rollout.engine.parcel import Receiver, Sender
 from rollout.engine.torch import TorchEngine
 from rollout.engine.worker import SearchExtension, missing
 from rollout.search import beam, sample
+from rollout.ved import ved
 
 
 class TokenPages:
@@ -64,6 +72,7 @@ def paged(world: World, **options: int) -> PagedEngine:
         world.vocabulary,
         world.version,
         head_weight(world.model).detach(),
+        value.head_of(world.model),
     )
 
 
@@ -102,11 +111,73 @@ def test_a_state_may_be_extended_again_after_its_children() -> None:
     assert torch.equal(first.logprob, again.logprob)
 
 
+def guided(world: World, *, scale: float = 0.3) -> ValueHead:
+    """Give the world's policy a value head with something to say."""
+    value.attach(world.model, seed=0)
+    head = value.head_of(world.model)
+    assert head is not None
+    for parameter in head.parameters():
+        parameter.data.normal_(0.0, scale)
+    return head
+
+
+@pytest.mark.parametrize(
+    ("world", "settings"),
+    [
+        (tiny_world(lengths=(0, 3, 1, 7)), VedConfig(budget=20, width=3)),
+        (
+            tiny_world(level_size=(3, 2, 2, 3), varying_depth=True, seed=4),
+            VedConfig(budget=25, width=2, to_leaf=True, traversals=2),
+        ),
+        (tiny_title_world(["tea", "tea pot", "toy", "a cup"]), VedConfig(budget=30, width=2)),
+    ],
+    ids=["level", "varying", "titles"],
+)
+@pytest.mark.parametrize("page_size", [2, 64])
+def test_guided_searches_are_those_of_the_reference(
+    world: World, settings: VedConfig, page_size: int
+) -> None:
+    guided(world)
+    reference = TorchEngine(world.model, world.catalogue.trie, world.vocabulary, world.version)
+    find = partial(ved, settings=settings, count=4, seed=2)
+    ours = find(paged(world, page_size=page_size, max_tokens=9), world.prompts)
+    expected = find(reference, world.prompts)
+    assert_same(ours, expected)
+    assert ours.value is not None
+    assert expected.value is not None
+    assert np.nanstd(expected.value) > 0.01
+    np.testing.assert_allclose(ours.value, expected.value, atol=1e-5)
+    assert ours.cost.counts == expected.cost.counts
+    assert ours.cost.passes == expected.cost.passes
+
+
+def test_another_value_head_gives_other_values_and_none_gives_none() -> None:
+    world = tiny_world()
+    first, second = guided(world), guided(tiny_world(), scale=0.5)
+    ours, head = paged(world), head_weight(world.model).detach()
+    prefill = ours.prefill(world.prompts)
+    assert prefill.value is not None
+    ours.install(world.version, head, second)
+    new = ours.prefill(world.prompts)
+    assert new.value is not None
+    assert (new.value - prefill.value).abs().max() > 0.01
+    ours.install(world.version, head)
+    assert ours.prefill(world.prompts).value is None
+    ours.install(world.version, head, first)
+    again = ours.prefill(world.prompts).value
+    assert again is not None
+    assert torch.equal(again, prefill.value)
+
+
 class Worker(SearchExtension):
     """The worker's methods around an engine of the test's choice."""
 
     def __init__(self, engine: PagedEngine) -> None:
         self.orchard_engine, self.orchard_batch = engine, 1 << 31
+        self.orchard_parcels, self.sender = Receiver(torch.device("cpu")), Sender()
+
+    def run(self, find: Any, prompts: Any) -> Candidates:
+        return self.orchard_run(self.sender.pack(find), prompts)
 
 
 def used(engine: PagedEngine, find: Any, prompts: Any) -> int:
@@ -118,9 +189,7 @@ def used(engine: PagedEngine, find: Any, prompts: Any) -> int:
 def test_batches_that_do_not_fit_are_split(
     world: World, engine: TorchEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def find(part_engine: Any, prompts: Any) -> Candidates:
-        return beam(part_engine, prompts, width=5)
-
+    find = partial(beam, width=5)
     whole = find(engine, world.prompts)
     # Room for the largest search of one prompt, and not for all of them.
     roomy = paged(world)
@@ -129,18 +198,52 @@ def test_batches_that_do_not_fit_are_split(
     assert pages < used(roomy, find, world.prompts)
     worker = Worker(paged(world, num_pages=pages))
     for _ in range(2):
-        assert_same(worker.orchard_run(find, world.prompts), whole)
+        assert_same(worker.run(find, world.prompts), whole)
     assert worker.orchard_batch < len(world.prompts)
     assert "raise rollout.kv_cache_gib" in caplog.text
+
+
+def test_what_prompts_may_find_is_split_with_their_batch() -> None:
+    world = tiny_world(num_items=60)
+    trie, count = world.catalogue.trie, len(world.prompts)
+    allowed = Allowed(
+        view=of_leaves(trie, torch.arange(trie.num_leaves) % 4 > 0),
+        excluded=np.arange(count * 5),
+        excluded_start=np.array([0, 3, 3, 10, count * 5]),
+    )
+    find = partial(beam, width=5, allowed=allowed)
+    whole, roomy = find(paged(world), world.prompts), paged(world)
+    pages = max(used(roomy, partial(beam, width=9), world.prompts.select(np.array([row])))
+                for row in range(count))  # fmt: skip
+    worker = Worker(paged(world, num_pages=pages))
+    for _ in range(2):
+        assert_same(worker.run(find, world.prompts), whole)
+    assert worker.orchard_batch < count
 
 
 def test_a_prompt_that_cannot_fit_is_an_error() -> None:
     world = tiny_world()
     worker = Worker(paged(world, num_pages=3))
     with pytest.raises(EngineError, match=r"more than 3 pages .* raise rollout.kv_cache_gib"):
-        worker.orchard_run(lambda e, p: beam(e, p, width=5), world.prompts)
+        worker.run(partial(beam, width=5), world.prompts)
     with pytest.raises(CacheFullError, match="3 there"):
         paged(world, num_pages=3).prefill(world.prompts)
+
+
+def test_a_prompt_too_long_and_exclusions_of_everything_are_answered_at_once() -> None:
+    world = tiny_world()
+    ours, trie, count = paged(world), world.catalogue.trie, len(world.prompts)
+    limit = ours._model.max_length = int(np.diff(world.prompts.token_start).max()) + trie.depth - 1
+    with pytest.raises(EngineError, match=f"exceed the policy's {limit} positions"):
+        ours.prefill(world.prompts)
+    ours = paged(world)
+    allowed = Allowed(
+        view=everything(trie),
+        excluded=np.tile(np.arange(trie.num_leaves), count),
+        excluded_start=np.arange(count + 1) * trie.num_leaves,
+    )
+    found = Worker(ours).run(partial(beam, width=5, allowed=allowed), world.prompts)
+    assert found.count.tolist() == [0] * count
 
 
 class Config:
@@ -158,3 +261,16 @@ def test_a_worker_without_the_parts_says_which() -> None:
     groups = Config(kv_cache_groups=[Config(kv_cache_spec=1), Config(kv_cache_spec="")])
     runner = Config(vllm_config=1, kv_cache_config=groups, **parts)
     assert missing(runner) == "the policy's cache is 2 groups of int, str"
+    spec = type("FullAttentionSpec", (), {})()
+    whole = Config(kv_cache_groups=[Config(kv_cache_spec=spec)])
+    for split, answer in (
+        ({"tensor_parallel_size": 4}, ""),
+        ({"pipeline_parallel_size": 2}, "vLLM runs with pipeline_parallel_size above 1"),
+        (
+            {"decode_context_parallel_size": 2},
+            "vLLM runs with decode_context_parallel_size above 1",
+        ),
+    ):
+        cut = Config(parallel_config=Config(**split))
+        runner = Config(vllm_config=cut, kv_cache_config=whole, **parts)
+        assert missing(runner) == answer

@@ -52,6 +52,7 @@ def leaf_values(found: Candidates, row: int) -> dict[int, float]:
     return dict(zip(part.leaf.tolist(), part.value[range(len(length)), length - 1], strict=True))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=50)
 @given(
     extra=st.integers(0, 25),

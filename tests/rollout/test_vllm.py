@@ -1,5 +1,6 @@
 """The search and ordinary generation in one vLLM engine, in a process of its own."""
 
+import copy
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -8,14 +9,20 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+import torch
 
-from orchard.config import RolloutConfig
+from orchard import value, weights
+from orchard.config import RolloutConfig, VedConfig
 from orchard.errors import EngineError
 from orchard.testing import World, tiny_world
+from orchard.types import PolicyVersion
+from orchard.view import of_leaves
+from rollout.allowed import Allowed
 from rollout.candidates import Candidates
 from rollout.engine.torch import TorchEngine
 from rollout.engine.vllm import VllmHolder
 from rollout.search import beam
+from rollout.ved import ved
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow]
 
@@ -35,6 +42,14 @@ class Owner:
         """What is found, and how many prompts are searched at a time."""
         found = self._holder.run(partial(beam, width=width), self._world.prompts)
         return found, self._holder.llm.collective_rpc(lambda worker: worker.orchard_batch)[0]
+
+    def find(self, find: Any) -> Candidates:
+        """What any search finds."""
+        return self._holder.run(find, self._world.prompts)
+
+    def install(self, version: PolicyVersion, new: weights.Weights) -> None:
+        """Search with other weights."""
+        self._holder.install(version, new)
 
     def generate(self) -> list[list[int]]:
         """Greedy text after each prompt."""
@@ -63,7 +78,11 @@ class Owner:
 
 @pytest.fixture(scope="module")
 def world() -> World:
-    return tiny_world(lengths=(0, 12, 3, 15, 10, 7), num_items=200, level_size=(9, 8, 7))
+    world = tiny_world(lengths=(0, 12, 3, 15, 10, 7), num_items=200, level_size=(9, 8, 7))
+    value.attach(world.model, seed=0)
+    for parameter in world.model.get_submodule(value.NAME).parameters():
+        parameter.data.normal_(0.0, 0.3)
+    return world
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
@@ -96,6 +115,73 @@ def test_searches_and_generation_take_turns(owner: tuple[Any, str], world: World
         else:
             assert np.allclose(found.score, expected.score, atol=0.1)
         assert ray.get(handle.generate.remote()) == text
+
+
+def guided(reference: TorchEngine, handle: Any, world: World, *, tolerance: float) -> np.ndarray:
+    """The values of a guided search, the same in the worker as in the reference engine."""
+    find = partial(ved, settings=VedConfig(budget=33, width=4), count=12, seed=5)
+    found: Candidates = ray.get(handle.find.remote(find))
+    expected = find(reference, world.prompts)
+    assert found.value is not None
+    assert expected.value is not None
+    if tolerance < 1e-4:
+        assert found.start.tolist() == expected.start.tolist()
+        assert np.array_equal(found.node, expected.node)
+        np.testing.assert_allclose(found.logprob, expected.logprob, atol=tolerance)
+        np.testing.assert_allclose(found.value, expected.value, atol=tolerance)
+        assert found.cost.counts == expected.cost.counts
+    assert np.diff(found.start).tolist() == [12] * len(world.prompts)
+    return expected.value
+
+
+def test_guided_searches_follow_the_weights_that_were_pushed(
+    owner: tuple[Any, str], world: World
+) -> None:
+    handle, dtype = owner
+    tolerance = 1e-5 if dtype == "float32" else 1.0
+    model = copy.deepcopy(world.model)
+    reference = TorchEngine(model, world.catalogue.trie, world.vocabulary, world.version)
+    first = weights.snapshot(world.model)
+    before = guided(reference, handle, world, tolerance=tolerance)
+    new = {name: part[::-1].copy() for name, part in first.items()}
+    plain = {name: part for name, part in first.items() if not name.startswith(value.NAME)}
+    for step, content in enumerate((new, plain, first), 1):
+        version = PolicyVersion(step=step, digest=weights.digest(content))
+        ray.get(handle.install.remote(version, content))
+        reference.install(version, content)
+        if content is plain:
+            with pytest.raises(EngineError, match="has no head for them"):
+                guided(reference, handle, world, tolerance=tolerance)
+            continue
+        after = guided(reference, handle, world, tolerance=tolerance)
+        assert (np.nanmean(after) == np.nanmean(before)) == (content is first)
+
+
+def test_a_view_and_exclusions_hold_in_the_worker(owner: tuple[Any, str], world: World) -> None:
+    handle, dtype = owner
+    trie, count = world.catalogue.trie, len(world.prompts)
+    reference = TorchEngine(world.model, trie, world.vocabulary, world.version)
+    for every in (2, 3, 2):
+        live = torch.arange(trie.num_leaves) % every > 0
+        allowed = Allowed(
+            view=of_leaves(trie, live),
+            excluded=np.tile(np.arange(10), count),
+            excluded_start=np.arange(count + 1) * 10,
+        )
+        find = partial(beam, width=20, allowed=allowed)
+        found: Candidates = ray.get(handle.find.remote(find))
+        assert np.diff(found.start).tolist() == [20] * count
+        assert live.numpy()[found.leaf].all()
+        assert found.leaf.min() >= 10
+        if dtype == "float32":
+            assert found.leaf.tolist() == find(reference, world.prompts).leaf.tolist()
+
+
+def test_values_by_requests_are_refused_before_vllm_starts(world: World, tmp_path: Path) -> None:
+    config = RolloutConfig(decode="requests")
+    trie, vocabulary = world.catalogue.trie, world.vocabulary
+    with pytest.raises(EngineError, match=r'search in the worker \(rollout.decode = "worker"\)'):
+        VllmHolder(tmp_path, world.model, trie, vocabulary, world.version, config, seed=0)
 
 
 def test_a_search_amid_requests_is_refused(owner: tuple[Any, str]) -> None:

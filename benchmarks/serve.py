@@ -1,0 +1,311 @@
+"""The endpoint: what HTTP adds to a search, an open loop, rivals, changes and a death under load.
+
+All is measured over real HTTP against replicas on Ray Serve, except the overhead over the bare
+search: that is one request at a time through the whole application, without a socket and without
+Ray, minus the search as the endpoint itself reports it. The rival is a FastAPI server around
+Hugging Face's beam search with the same model, width and items.
+
+Client, proxy, replicas and whatever else the machine does share its cores: figures are of the
+smallest deployment, and only ratios within one run mean much.
+"""
+
+import asyncio
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import httpx
+import numpy as np
+import ray
+from ray import serve as ray_serve
+
+from benchmarks.learner import Setting, default_setting
+from benchmarks.measure import Report, Row, figure, report
+from cluster import serving
+from cluster.session import ray_session
+from orchard import catalogue as catalogues
+from orchard import weights
+from orchard.config import ClusterConfig, ServeConfig
+from orchard.testing import World, tiny_prompts
+from serve.app import Arguments
+from serve.desk import Desk
+from serve.meters import Tally
+from serve.opening import open_desk
+from serve.schema import RecommendRequest
+from serve.testing import export_policy
+
+WIDTH, HISTORY, TOKEN = 50, 10, "bench"
+PORT, RIVAL_PORT = 8765, 8766
+
+
+@dataclass
+class Load:
+    """What a client saw."""
+
+    seconds: list[float] = field(default_factory=list[float])
+    failed: int = 0
+    retried: int = 0
+    answers: list[tuple[float, dict[str, Any]]] = field(
+        default_factory=list[tuple[float, dict[str, Any]]]
+    )
+    """When a request was sent, and what came back."""
+
+    def at(self, share: float) -> float:
+        """A quantile of the latencies."""
+        return float(np.quantile(self.seconds, share)) if self.seconds else float("nan")
+
+
+def run(quick: bool) -> Report:
+    """All figures; `quick` sends fewer requests for a shorter time."""
+    seconds = 5.0 if quick else 30.0
+    setting = default_setting()
+    folder = Path(tempfile.mkdtemp(prefix="orchard-serve-"))
+    os.environ["ORCHARD_SERVE_TOKEN"] = TOKEN
+    world = World(
+        catalogue=setting.catalogue, model=setting.model, vocabulary=setting.vocabulary,
+        prompts=tiny_prompts(setting.catalogue, [1]),
+    )  # fmt: skip
+    export_policy(world, folder / "policy", step=1)
+    try:
+        overhead = asyncio.run(_overhead(folder / "policy", 20 if quick else 200))
+        rival = _rival(folder / "policy", setting, 3 if quick else 20)
+        config = ServeConfig(width=WIDTH, replicas=2, follow_s=0.2, state=folder / "state")
+        with ray_session(ClusterConfig(), cpus=4, logs=folder / "logs"):
+            two = Arguments(
+                policy=folder / "policy", serve=config.model_copy(update={"port": PORT})
+            )
+            one = Arguments(
+                policy=folder / "policy", serve=config.model_copy(
+                    update={"replicas": 1, "port": PORT}
+                ),
+            )  # fmt: skip
+            serving.start(one)
+            steady = asyncio.run(_steady(setting, seconds))
+            equal = asyncio.run(_equal(rival["answers"], rival["histories"]))
+            changed = asyncio.run(_changes(setting, world, folder / "policy", seconds, steady))
+            ray_serve.shutdown()
+            serving.start(two)
+            killed = asyncio.run(_death(setting, seconds, steady["rate"] * 0.3))
+            ray_serve.shutdown()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    at = f"W={WIDTH}, {HISTORY} items of history, {len(setting.catalogue)} items, torch engine"
+    figures = [
+        figure("overhead_p50", overhead["overhead_ms"], "ms", asked="<= 5",
+               note=f"one at a time, no socket, {at}"),
+        figure("p99_over_p50", steady["p99"] / steady["p50"], "x", asked="<= 3",
+               note=f"open loop at 70 % of a capacity of {steady['capacity']:.1f} requests/s"),
+        figure("requests_over_hugging_face", steady["capacity"] / rival["rate"], "x", asked=">= 5",
+               note=f"closed loop against {rival['rate']:.2f} requests/s, {at}"),
+        figure("equal_results", equal, "share", asked="== 1", note="item sets of both servers"),
+        figure("failed_during_changes", changed["failed"], "requests", asked="== 0",
+               note=f"{changed['requests']:.0f} requests, deltas and policy switches"),
+        figure("stale_removed_items", changed["stale"], "answers", asked="== 0",
+               note="with an item removed more than one second before"),
+        figure("p99_added_by_changes", changed["p99_added_ms"], "ms", asked="<= 10",
+               note="against the steady load of the same rate"),
+        figure("failed_after_retry", killed["failed"], "requests", asked="== 0",
+               note=f"two replicas, one killed; {killed['retried']:.0f} requests were retried"),
+    ]  # fmt: skip
+    rows: list[Row] = [
+        {"case": name} | {k: v for k, v in values.items() if isinstance(v, float)}
+        for name, values in (
+            ("overhead", overhead), ("steady", steady), ("rival", rival), ("changes", changed),
+            ("death", killed),
+        )
+    ]  # fmt: skip
+    return report("serve", figures, rows)
+
+
+def _histories(setting: Setting, number: int) -> list[list[int]]:
+    draw = np.random.default_rng(number)
+    return draw.integers(len(setting.catalogue), size=(number, HISTORY)).tolist()
+
+
+async def _overhead(folder: Path, number: int) -> dict[str, float]:
+    """What application and desk add to a search, in milliseconds."""
+    from serve.api import create_app
+
+    meters = Tally()
+    desk: Desk = open_desk(folder, ServeConfig(width=WIDTH, follow_s=3600.0), meters)
+    app, draw = create_app(desk), np.random.default_rng(0)
+    items = len(catalogues.load(folder / "catalogue"))
+    totals: list[float] = []
+    searches: list[float] = []
+    transport = httpx.ASGITransport(app)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://here") as client,
+    ):
+        for _ in range(number):
+            history = draw.integers(items, size=HISTORY).tolist()
+            began = time.perf_counter()
+            answer = await client.post("/v1/recommend", json={"history": history, "k": WIDTH})
+            totals.append(time.perf_counter() - began)
+            searches.append(answer.json()["cost"]["seconds"])
+        await desk.recommend(RecommendRequest(history=[]), "last")
+    added = [total - search for total, search in zip(totals, searches, strict=True)]
+    return {
+        "overhead_ms": 1000 * statistics.median(added),
+        "total_ms": 1000 * statistics.median(totals),
+        "search_ms": 1000 * statistics.median(searches),
+    }
+
+
+async def _send(client: httpx.AsyncClient, history: Sequence[int], load: Load, retry: bool) -> None:
+    began, when = time.perf_counter(), time.time()
+    body = {"history": history, "k": 10, "width": WIDTH}
+    for attempt in range(2 if retry else 1):
+        try:
+            answer = await client.post("/v1/recommend", json=body)
+            if answer.status_code == 200:
+                load.seconds.append(time.perf_counter() - began)
+                load.answers.append((when, answer.json()))
+                return
+        except httpx.HTTPError:
+            pass
+        if retry and attempt == 0:
+            load.retried += 1
+    load.failed += 1
+
+
+async def _open_loop(
+    setting: Setting, rate: float, seconds: float, *, retry: bool = False,
+    beside: Callable[[httpx.AsyncClient], Awaitable[None]] | None = None,
+) -> Load:  # fmt: skip
+    """Requests at random times, whatever becomes of the earlier ones."""
+    load, draw = Load(), np.random.default_rng(7)
+    number = max(5, int(rate * seconds))
+    gaps, histories = draw.exponential(1 / rate, number), _histories(setting, number)
+    async with httpx.AsyncClient(
+        base_url=f"http://127.0.0.1:{PORT}", timeout=30.0, limits=httpx.Limits(max_connections=500)
+    ) as client:
+        work: list[asyncio.Task[None]] = []
+        other = asyncio.ensure_future(beside(client)) if beside is not None else None
+        for gap, history in zip(gaps, histories, strict=True):
+            await asyncio.sleep(float(gap))
+            work.append(asyncio.create_task(_send(client, history, load, retry)))
+        await asyncio.gather(*work)
+        if other is not None:
+            await other
+    return load
+
+
+async def _steady(setting: Setting, seconds: float) -> dict[str, float]:
+    """Capacity in a closed loop, then latencies at 70 % of it in an open one."""
+    load, histories = Load(), iter(_histories(setting, 100_000))
+    stop = time.perf_counter() + seconds
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{PORT}", timeout=30.0) as client:
+        await _send(client, next(histories), Load(), False)
+
+        async def ask() -> None:
+            while time.perf_counter() < stop:
+                await _send(client, next(histories), load, False)
+
+        began = time.perf_counter()
+        await asyncio.gather(*(ask() for _ in range(16)))
+        capacity = len(load.seconds) / (time.perf_counter() - began)
+    steady = await _open_loop(setting, 0.7 * capacity, seconds)
+    return {
+        "capacity": capacity, "rate": 0.7 * capacity, "p50": steady.at(0.5), "p99": steady.at(0.99),
+        "failed": float(steady.failed + load.failed),
+    }  # fmt: skip
+
+
+async def _changes(
+    setting: Setting, world: World, folder: Path, seconds: float, steady: dict[str, float]
+) -> dict[str, float]:
+    """Deltas and a policy switch under the steady load."""
+    removed: dict[int, float] = {}
+
+    async def disturb(client: httpx.AsyncClient) -> None:
+        header, draw = {"authorization": f"Bearer {TOKEN}"}, np.random.default_rng(3)
+        some = draw.permutation(len(setting.catalogue))[:60].tolist()
+        for step in range(3):
+            gone = [int(setting.catalogue.item_id[i]) for i in some[20 * step : 20 * step + 20]]
+            fresh = {"item_id": 10**9 + step, "sid": setting.catalogue.codes[some[0]].tolist()}
+            body = {"remove": gone, "add": [fresh] if step == 1 else []}
+            answer = await client.post("/v1/catalog/delta", json=body, headers=header)
+            assert answer.status_code == 200, answer.text
+            removed.update(dict.fromkeys(gone, time.time()))
+            if step == 1:
+                values = weights.snapshot(world.model)
+                name = next(iter(values))
+                weights.restore(world.model, values | {name: values[name] * 1.01})
+                await asyncio.to_thread(export_policy, world, folder, step=2)
+                weights.restore(world.model, values)
+            await asyncio.sleep(seconds / 4)
+
+    load = await _open_loop(setting, steady["rate"], seconds, beside=disturb)
+    stale = sum(
+        any(i["item_id"] in removed and sent > removed[i["item_id"]] + 1 for i in answer["items"])
+        for sent, answer in load.answers
+    )
+    policies = {answer["policy"] for _, answer in load.answers}
+    return {
+        "requests": float(len(load.answers) + load.failed), "failed": float(load.failed),
+        "stale": float(stale), "p99_added_ms": 1000 * (load.at(0.99) - steady["p99"]),
+        "policies": float(len(policies)),
+    }  # fmt: skip
+
+
+async def _death(setting: Setting, seconds: float, rate: float) -> dict[str, float]:
+    """A replica of two is killed; clients retry once."""
+
+    async def kill(client: httpx.AsyncClient) -> None:
+        await asyncio.sleep(seconds / 3)
+        named: list[Any] = list(ray.util.list_named_actors(all_namespaces=True))
+        victim = next(one["name"] for one in named if "Endpoint" in one["name"])
+        await asyncio.to_thread(ray.kill, ray.get_actor(victim, namespace="serve"))
+
+    load = await _open_loop(setting, rate, seconds, retry=True, beside=kill)
+    return {
+        "requests": float(len(load.answers) + load.failed), "failed": float(load.failed),
+        "retried": float(load.retried), "p99": load.at(0.99),
+    }  # fmt: skip
+
+
+def _rival(folder: Path, setting: Setting, number: int) -> dict[str, Any]:
+    """Requests per second of the Hugging Face server, and its answers."""
+    server = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.rival", str(folder), str(RIVAL_PORT), str(WIDTH)],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    histories = _histories(setting, number)
+    try:
+        url, answers = f"http://127.0.0.1:{RIVAL_PORT}", list[list[int]]()
+        for _ in range(600):
+            try:
+                httpx.get(f"{url}/docs")
+                break
+            except httpx.HTTPError:
+                time.sleep(0.2)
+        httpx.post(f"{url}/recommend", json=histories[0], timeout=120)
+        began = time.perf_counter()
+        for history in histories:
+            answer = httpx.post(f"{url}/recommend", json=history, timeout=120)
+            answers.append(cast(list[int], answer.json()))
+        seconds = time.perf_counter() - began
+    finally:
+        server.terminate()
+        server.wait()
+    return {"rate": number / seconds, "answers": answers, "histories": histories}
+
+
+async def _equal(answers: list[list[int]], histories: list[list[int]]) -> float:
+    """Share of histories for which both servers show the same items."""
+    same = 0
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{PORT}", timeout=30.0) as client:
+        for theirs, history in zip(answers, histories, strict=True):
+            body = {"history": history, "k": 200, "width": WIDTH}
+            ours = (await client.post("/v1/recommend", json=body)).json()
+            same += {item["item_id"] for item in ours["items"]} == set(theirs)
+    return same / len(answers)

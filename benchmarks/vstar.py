@@ -1,0 +1,198 @@
+"""V-STAR (arXiv 2602.10699) on Amazon Industrial: what a guided search costs, and what it brings.
+
+The ablation branches off one warm start per seed and gives every way equal prompts and updates.
+`beam` of width 16 forwards what the paper counts as budget 1x (33 tokens), width 32 as 2x (65).
+After training, sets of 64 candidates are compared at equal forward tokens on held-out prompts.
+"""
+
+import shutil
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.decode import LENGTH
+from benchmarks.measure import Figure, Report, Row, figure, interleaved, report
+from benchmarks.recipe import branch, means, read, spelt
+from cluster.prepare import Run, prepare
+from orchard import config, evaluation, intervals, model, value
+from orchard.config import Config, VedConfig
+from orchard.intervals import Estimate
+from orchard.metrics import FILE, read_metrics
+from orchard.types import PolicyVersion, Prompts
+from rollout.candidates import Candidates
+from rollout.engine import Engine, Runner
+from rollout.engine.torch import TorchEngine
+from rollout.engine.vllm import VllmHolder
+from rollout.search import beam
+from rollout.ved import ved
+
+RUN = Path("cluster/runs/vstar_industrial.toml")
+BEAM = ("rollout.search=beam", "model.value_head=false")
+WAYS: Mapping[str, tuple[str, ...]] = {
+    "beam+grpo": (*BEAM, "learner.estimator=group"),
+    "beam+sibling": (*BEAM, "learner.estimator=sibling"),
+    "ved_v+grpo": ("rollout.ved.entropy_weight=0.0", "learner.estimator=group"),
+    "ved_h+grpo": ("rollout.ved.value_weight=0.0", "learner.estimator=group"),
+    "ved+grpo": ("learner.estimator=group",),
+    "ved+sibling": ("learner.estimator=sibling",),
+    "ved+both": ("learner.estimator=group_sibling",),
+    "beam_2x+grpo": (*BEAM, "learner.estimator=group", "rollout.candidates=32"),
+    "ved_2x+both": ("learner.estimator=group_sibling", "rollout.ved.budget=65"),
+}
+METRICS = ("ndcg@10/sid", "hr@1/sid", "hr@3/sid", "hr@10/sid", "hr@50/sid")
+BATCH, WIDTH, BUDGET = 32, 16, 33
+SET, SET_BUDGET = 64, 129
+"""Candidates of a held-out set, and what a beam of as many forwards over three codes."""
+SEED = 7
+
+
+def run(quick: bool) -> Report:
+    """Costs and ablation; `quick` has one seed and a few updates, and shows only that it works."""
+    cut = ("sft.epochs=1", "learner.steps=2", "learner.prompts_per_step=16", "evaluate.every=1",
+           "evaluate.test_rows=100", "evaluate.valid_rows=50", "evaluate.resamples=200",
+           "rollout.ved.warmup=1", "output=runs/bench-quick")  # fmt: skip
+    changes, seeds = (cut, 1) if quick else ((), 3)
+    costs, figures = _costs(repeats=3 if quick else 10)
+    found = {way: [_branch(way, seed, changes) for seed in range(seeds)] for way in WAYS}
+    rows: list[Row] = [
+        {"way": way, "seed": seed} | means(read(one), METRICS) | _spent(one)
+        for way, several in found.items()
+        for seed, one in enumerate(several)
+    ]
+    for way in WAYS:
+        if way != "beam+grpo":
+            gain = _gain(found[way], found["beam+grpo"])
+            rows.append({"difference": f"{way} - beam+grpo"} | spelt(gain, METRICS))
+    gain = _gain(found["ved+both"], found["beam+grpo"])["ndcg@10/sid"]
+    figures.append(figure("ved_both_over_beam_grpo", gain.low, "", asked="> 0",
+                          note=f"NDCG@10, lower end of the paired 95 % interval, {seeds} seeds; "
+                          f"mean {gain.mean:+.4f}"))  # fmt: skip
+    sets, best = _sets(found["ved+both"], num_rows=100 if quick else 2000)
+    return report("vstar", [*figures, best], [*costs, *rows, *sets])
+
+
+def _costs(*, repeats: int) -> tuple[list[Row], list[Figure]]:
+    """Guided search beside a beam of sixteen, on both engines; random weights, one thread."""
+    torch.set_num_threads(1)
+    settings = config.load(RUN, ["name=vstar-costs"])
+    at = prepare(settings, "sft")
+    policy = model.create(settings.model, at.vocabulary, seed=0)
+    value.attach(policy, seed=0)
+    version = PolicyVersion(step=0, digest="")
+    folder = settings.run_dir / "policy"
+    shutil.rmtree(folder, ignore_errors=True)
+    value.save(policy, folder)
+    rollout = settings.rollout.model_copy(update={"threads": 1})
+    engines: dict[str, Runner] = {
+        "vllm": VllmHolder(folder, policy, at.catalogue.trie, at.vocabulary, version, rollout,
+                           seed=0),
+        "torch": TorchEngine(policy, at.catalogue.trie, at.vocabulary, version),
+    }  # fmt: skip
+    prompts, rows, figures = _prompts(at), list[Row](), list[Figure]()
+    for name, engine in engines.items():
+        searches = _searches()
+        seconds = interleaved(
+            {way: partial(engine.run, find, prompts) for way, find in searches.items()},
+            repeats=repeats,
+        )
+        for way, find in searches.items():
+            cost = engine.run(find, prompts).cost
+            rows.append({
+                "engine": name, "search": way, "seconds": seconds[way],
+                "over_beam": seconds[way] / seconds["beam"], "passes": cost.passes,
+                "forward_tokens": cost.forward_tokens, "leaf_tokens": cost.leaf_tokens,
+                "prefill_tokens": cost.prefill_tokens,
+            })  # fmt: skip
+        best = min(seconds[way] for way in searches if way != "beam")
+        figures.append(figure(f"ved_over_beam_{name}", best / seconds["beam"], "x", asked="<= 1.6",
+                              note=f"{BATCH} prompts of {LENGTH} tokens, budget {BUDGET}, beam "
+                              f"{WIDTH}; best number of traversals to a pass"))  # fmt: skip
+    return rows, figures
+
+
+def _searches() -> dict[str, Callable[[Engine, Prompts], Candidates]]:
+    guided = {
+        f"ved, {count} to a pass": partial(
+            ved, settings=VedConfig(budget=BUDGET, traversals=count), count=WIDTH, seed=0
+        )
+        for count in (1, 2, 4, 8)
+    }
+    return {"beam": partial(beam, width=WIDTH), **guided}
+
+
+def _prompts(at: Run) -> Prompts:
+    token = np.random.default_rng(SEED).integers(3, at.vocabulary.size, BATCH * LENGTH)
+    return Prompts(
+        id=np.arange(BATCH),
+        target=np.zeros(BATCH, np.int64),
+        history=np.zeros(0, np.int64),
+        history_start=np.zeros(BATCH + 1, np.int64),
+        token=token.astype(np.int32),
+        token_start=np.arange(BATCH + 1) * LENGTH,
+    )
+
+
+def _branch(way: str, seed: int, changes: tuple[str, ...]) -> Config:
+    """The run of one way from the warm start of its seed, done or only read."""
+    begin = config.load(RUN, [*changes, f"name=vstar-start-{seed}", f"seed={seed}"])
+    name = way.replace("+", "-")
+    own = config.load(RUN, [*changes, f"name=vstar-{name}-{seed}", f"seed={seed}", *WAYS[way]])
+    branch(begin, own)
+    return own
+
+
+def _sets(runs: list[Config], *, num_rows: int) -> tuple[list[Row], Figure]:
+    """Hits among 64 candidates of held-out prompts, guided against beam, at equal tokens."""
+    torch.set_num_threads(1)
+    budget = VedConfig(budget=SET_BUDGET, width=SET // 2, traversals=4)
+    searches: dict[str, Callable[[Engine, Prompts], Candidates]] = {
+        "beam": partial(beam, width=SET),
+        "ved": partial(ved, settings=budget, count=SET, seed=SEED),
+    }
+    hits: dict[str, list[np.ndarray]] = {name: [] for name in searches}
+    diversity: dict[str, list[float]] = {name: [] for name in searches}
+    for settings in runs:
+        at = prepare(settings, "train", policy=settings.run_dir / "policy")
+        policy = model.load(at.policy, at.vocabulary)
+        version = PolicyVersion(step=0, digest="")
+        engine = TorchEngine(policy, at.catalogue.trie, at.vocabulary, version)
+        rows = np.arange(min(num_rows, len(at.test)))
+        prompts = at.form.prompts(at.test, rows)
+        target = at.catalogue.leaf_of_item[prompts.target]
+        for name, find in searches.items():
+            parts = [find(engine, prompts.select(rows[i : i + 64])) for i in rows[::64]]
+            found = Candidates.concatenate(parts)
+            owner = np.repeat(rows, np.diff(found.start))
+            hit = np.bincount(owner[found.leaf == target[owner]], minlength=len(rows)) > 0
+            hits[name].append(hit.astype(np.float64))
+            diversity[name].append(evaluation.diversity(path=found.node, start=found.start))
+    mean = {name: np.mean(several, axis=0) for name, several in hits.items()}
+    gap = (mean["ved"] - mean["beam"])[:, None]
+    change = intervals.estimates(["hit"], gap, resamples=2000, seed=SEED)["hit"]
+    table: list[Row] = [
+        {"set": name, "best_in_set": float(mean[name].mean()),
+         "diversity": float(np.mean(diversity[name]))}
+        for name in searches
+    ]  # fmt: skip
+    note = f"hits among {SET}, {SET_BUDGET} tokens, lower end of 95 %; mean {change.mean:+.4f}"
+    return table, figure("ved_best_in_set", change.low, "", asked="> 0", note=note)
+
+
+def _spent(settings: Config) -> dict[str, float]:
+    log = read_metrics(settings.run_dir / FILE)["train"]
+    tokens = log["rollout/forward_tokens"].value + log["rollout/leaf_tokens"].value
+    return {
+        "train_s": float(np.sum(log["cluster/step_s"].value)),
+        "forward_tokens": float(np.sum(tokens)),
+    }
+
+
+def _gain(ours: list[Config], theirs: list[Config]) -> dict[str, Estimate]:
+    """The first runs minus the second, paired by row and averaged over seeds."""
+    a, b = [read(one) for one in ours], [read(one) for one in theirs]
+    return evaluation.paired_over_seeds(
+        [one.ranks for one in a], [one.ranks for one in b], width=a[0].width
+    )

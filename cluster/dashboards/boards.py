@@ -1,0 +1,330 @@
+"""What is on each dashboard. Panels of one row share its width; expressions are PromQL."""
+
+from dataclasses import dataclass
+
+WIDTH, HEIGHT = 24, 8
+"""Columns of Grafana's grid, and rows that a panel takes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Graph:
+    """One panel of curves over time."""
+
+    title: str
+    about: str
+    unit: str
+    """Grafana's identifier of the unit."""
+    curves: tuple[tuple[str, str], ...]
+    """Expression and legend of each."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Board:
+    """One dashboard."""
+
+    uid: str
+    title: str
+    rows: tuple[tuple[Graph, ...], ...]
+    by_run: bool = True
+    """Has the variable `$run`."""
+
+
+def _rate(metric: str, *by: str, only: str = "") -> str:
+    labels = ", ".join(("run", *by))
+    return f'sum by ({labels}) (rate({metric}{{run=~"$run"{only}}}[$__rate_interval]))'
+
+
+def _value(metric: str, only: str = "") -> str:
+    return f'{metric}{{run=~"$run"{only}}}'
+
+
+def _graph(title: str, unit: str, about: str, *curves: tuple[str, str]) -> Graph:
+    return Graph(title=title, about=about, unit=unit, curves=curves)
+
+
+def _one(title: str, unit: str, about: str, metric: str, legend: str = "{{run}}") -> Graph:
+    return _graph(title, unit, about, (_value(metric), legend))
+
+
+def _quantiles(metric: str) -> tuple[tuple[str, str], ...]:
+    buckets = f'sum by (run, le) (rate({metric}_bucket{{run=~"$run"}}[$__rate_interval]))'
+    return tuple(
+        (f"histogram_quantile({q}, {buckets})", f"{{{{run}}}} p{q[2:]}") for q in QUANTILES
+    )
+
+
+QUANTILES = ("0.50", "0.99")
+SEARCHES = ', pool=~"rollout|rewards"'
+
+ROLLOUT = Board(
+    uid="orchard-rollout",
+    title="Orchard / Rollout throughput",
+    rows=(
+        (
+            _graph(
+                "Prompts", "reqps", "One tree each.",
+                (_rate("orchard_prompts_total"), "{{run}}"),
+            ),
+            _graph(
+                "Candidates", "cps", "Leaves of trees.",
+                (_rate("orchard_candidates_total"), "{{run}}"),
+            ),
+            _graph(
+                "Forward tokens", "cps", "Through the policy while searching.",
+                (_rate("orchard_rollout_forward_tokens_total"), "{{run}} all"),
+                (_rate("orchard_rollout_prefill_tokens_total"), "{{run}} prompts"),
+            ),
+        ),
+        (
+            _graph(
+                "Forward passes", "cps", "Few large passes are better than many small ones.",
+                (_rate("orchard_rollout_passes_total"), "{{run}}"),
+            ),
+            _graph(
+                "Tokens per second of search", "cps", "Speed of the engine alone, queues left out.",
+                (
+                    f"{_rate('orchard_rollout_forward_tokens_total')} / "
+                    f"{_rate('orchard_rollout_search_seconds_total')}",
+                    "{{run}}",
+                ),
+            ),
+            _one("Diversity", "none", "Mean distance of candidates.", "orchard_rollout_diversity"),
+        ),
+        (
+            _graph(
+                "Calls by actor", "cps", "Batches searched and scored.",
+                (_rate("orchard_pool_calls_total", "pool", "actor", only=SEARCHES),
+                 "{{pool}} {{actor}}"),
+            ),
+            _graph(
+                "Idle actors", "percentunit", "Share of time without a call in hand.",
+                (f"1 - {_rate('orchard_pool_busy_seconds_total', 'pool', 'actor')}",
+                 "{{pool}} {{actor}}"),
+            ),
+            _graph(
+                "Queue", "none", "Calls in hand, and calls that wait for an actor with room.",
+                (f"sum by (run, pool) ({_value('orchard_pool_in_hand')})", "{{pool}} in hand"),
+                (_value("orchard_pool_waiting"), "{{pool}} waiting"),
+            ),
+        ),
+        (
+            _graph(
+                "Lag", "none", "Versions behind, beside the bound of cluster.max_lag.",
+                (_value("orchard_policy_lag_last_versions"), "{{run}} last batch"),
+                (_value("orchard_policy_lag_bound_versions"), "{{run}} bound"),
+                (
+                    "sum by (run) (rate(orchard_policy_lag_versions_sum"
+                    '{run=~"$run"}[$__rate_interval])) / sum by (run) '
+                    '(rate(orchard_policy_lag_versions_count{run=~"$run"}[$__rate_interval]))',
+                    "{{run}} mean",
+                ),
+            ),
+            _graph(
+                "Where a step's time goes", "percentunit", "Seconds of each phase per second.",
+                (_rate("orchard_step_phase_seconds_total", "phase"), "{{phase}}"),
+            ),
+            _graph("Step", "s", "Evaluation left out.", *_quantiles("orchard_step_seconds")),
+        ),
+    ),
+)  # fmt: skip
+
+LEARNING = Board(
+    uid="orchard-learning",
+    title="Orchard / Learning",
+    rows=(
+        (
+            _graph(
+                "Reward", "none", "Mean of candidates, by part, and the best of a group.",
+                (_value("orchard_reward_mean"), "{{run}} mean"),
+                (_value("orchard_reward_best"), "{{run}} best of group"),
+                (_value("orchard_reward_part_mean"), "{{run}} {{part}}"),
+            ),
+            _one("Groups that hold the target", "percentunit", "Hit rate.", "orchard_hit_ratio"),
+            _one("Groups without spread", "percentunit", "They give no gradient.",
+                 "orchard_zero_spread_ratio"),
+        ),
+        (
+            _one("KL to the reference", "none", "k3 estimator, nats.", "orchard_kl_nats"),
+            _one("Choices at the clip", "percentunit", "Clip active.", "orchard_clipped_ratio"),
+            _one("Entropy of a choice", "none", "Nats.", "orchard_entropy_nats"),
+        ),
+        (
+            _graph(
+                "Rollout against learner", "none",
+                "Largest difference on one choice. Synchronous runs stay below 1e-4.",
+                (_value("orchard_logprob_gap_nats"), "{{run}}"),
+            ),
+            _one("Probability mass found", "percentunit",
+                 "Of a group's distinct leaves; near 1 the search leaves nothing to find.",
+                 "orchard_probability_mass_ratio"),
+            _one("Distinct leaves", "percentunit", "Per candidate.", "orchard_distinct_ratio"),
+        ),
+        (
+            _graph(
+                "NDCG on held-out rows", "none", "Validation rows.",
+                (_value("orchard_evaluation_ratio", ', metric="ndcg"'), "@{{k}} {{level}}"),
+            ),
+            _graph(
+                "Hit rate on held-out rows", "none", "Validation rows.",
+                (_value("orchard_evaluation_ratio", ', metric="hr"'), "@{{k}} {{level}}"),
+            ),
+            _graph(
+                "Loss", "none", "Of updates, and of the warm start's epochs.",
+                (_value("orchard_value_loss"), "{{run}} value head"),
+                (_value("orchard_surrogate"), "{{run}} surrogate"),
+                (_value("orchard_warm_start_loss"), "{{run}} warm start"),
+            ),
+        ),
+        (
+            _one("Norm of the gradient", "none", "Before clipping.", "orchard_gradient_norm"),
+            _one("Largest importance weight", "none", "1 at first in a synchronous step.",
+                 "orchard_importance_weight_max"),
+            _one("Learning rate", "none", "Of the last update.", "orchard_learning_rate"),
+        ),
+        (
+            _graph(
+                "Updates", "cps", "Steps done.",
+                (_rate("orchard_steps_total", "phase"), "{{phase}}"),
+            ),
+            _graph(
+                "Learner's tokens", "cps", "Slots that updates ran through the policy.",
+                (_rate("orchard_learner_forward_tokens_total"), "{{run}}"),
+            ),
+            _one("Step of the run", "none", "Goes on over resumes.", "orchard_step",
+                 "{{run}} {{phase}}"),
+        ),
+    ),
+)  # fmt: skip
+
+WEIGHTS = Board(
+    uid="orchard-weights",
+    title="Orchard / Weights and recovery",
+    rows=(
+        (
+            _one("Version by holder", "none", "Last one that the holder confirmed.",
+                 "orchard_policy_version", "{{holder}}"),
+            _graph("Push", "s", "Of a version to all holders.",
+                   *_quantiles("orchard_publish_seconds")),
+            _graph(
+                "Share of a step", "percentunit", "Seconds of pushing per second.",
+                (_rate("orchard_step_phase_seconds_total", only=', phase="publish"'), "{{run}}"),
+            ),
+        ),
+        (
+            _graph(
+                "Failed calls", "none", "In the last ten minutes, by reason.",
+                ('sum by (run, pool, method, reason) '
+                 '(increase(orchard_pool_failures_total{run=~"$run"}[10m])) > 0',
+                 "{{pool}} {{method}} {{reason}}"),
+            ),
+            _one("Restarts", "none", "Actors and worker groups replaced by this process.",
+                 "orchard_restarts_total", "{{pool}}"),
+            _one("Actors", "none", "By pool.", "orchard_pool_actors", "{{pool}}"),
+        ),
+        (
+            _graph(
+                "Age of the newest checkpoint", "s", "What a crash now would cost.",
+                ('time() - orchard_checkpoint_timestamp_seconds{run=~"$run"}', "{{run}}"),
+            ),
+            _one("Step of the newest checkpoint", "none", "A resume begins here.",
+                 "orchard_checkpoint_step"),
+            _graph(
+                "Since the last step", "s", "A stall is seen here as age.",
+                ('time() - orchard_last_step_timestamp_seconds{run=~"$run"}', "{{run}} {{phase}}"),
+            ),
+        ),
+        (
+            _graph(
+                "Numbers that are none", "none", "NaN or infinity in the logbook.",
+                (_value("orchard_non_finite_total"), "{{logged}}"),
+            ),
+            _graph(
+                "Free disk by node", "bytes", "From Ray's node agents.",
+                ("min by (instance) (ray_node_disk_free)", "{{instance}}"),
+            ),
+            _graph(
+                "Object store", "bytes", "From Ray's node agents.",
+                ("sum by (Location) (ray_object_store_memory)", "{{Location}}"),
+            ),
+        ),
+        (
+            _graph(
+                "CPU by node", "percent", "From Ray's node agents.",
+                ("max by (instance) (ray_node_cpu_utilization)", "{{instance}}"),
+            ),
+            _graph(
+                "Memory by node", "bytes", "From Ray's node agents.",
+                ("max by (instance) (ray_node_mem_used)", "{{instance}}"),
+            ),
+            _graph(
+                "GPUs by node", "percent", "From Ray's node agents.",
+                ("avg by (instance) (ray_node_gpus_utilization)", "{{instance}}"),
+            ),
+        ),
+    ),
+)  # fmt: skip
+
+
+def _serve(metric: str, *by: str) -> str:
+    return f"sum by ({', '.join(by)}) (rate({metric}[$__rate_interval]))"
+
+
+def _latency(metric: str, *by: str) -> tuple[tuple[str, str], ...]:
+    legend = " ".join(f"{{{{{label}}}}}" for label in by)
+    return tuple(
+        (f"histogram_quantile({q}, {_serve(f'{metric}_bucket', 'le', *by)})", f"{legend} p{q[2:]}")
+        for q in QUANTILES
+    )
+
+
+SERVING = Board(
+    uid="orchard-serving",
+    title="Orchard / Serving",
+    by_run=False,
+    rows=(
+        (
+            _graph(
+                "Requests", "reqps", "At Serve's proxies.",
+                (_serve("ray_serve_num_http_requests_total", "route"), "{{route}}"),
+            ),
+            _graph(
+                "Errors", "reqps", "Answered with an error, by code.",
+                (_serve("ray_serve_num_http_error_requests_total", "error_code"), "{{error_code}}"),
+            ),
+            _graph("Latency", "ms", "At the proxy.",
+                   *_latency("ray_serve_http_request_latency_ms", "route")),
+        ),
+        (
+            _graph("Time in a replica", "ms", "By deployment.",
+                   *_latency("ray_serve_deployment_processing_latency_ms", "deployment")),
+            _graph(
+                "Requests by deployment", "reqps", "And exceptions.",
+                (_serve("ray_serve_deployment_request_counter_total", "deployment"),
+                 "{{deployment}}"),
+                (_serve("ray_serve_deployment_error_counter_total", "deployment"),
+                 "{{deployment}} failed"),
+            ),
+            _graph("Batch size", "none", "Requests decoded together.",
+                   *_latency("ray_serve_actual_batch_size", "deployment")),
+        ),
+        (
+            _graph(
+                "Queue", "none", "Waiting for a replica, and in one.",
+                ("sum by (deployment) (ray_serve_deployment_queued_queries)",
+                 "{{deployment}} waiting"),
+                ("sum by (deployment) (ray_serve_replica_processing_queries)",
+                 "{{deployment}} in a replica"),
+            ),
+            _graph(
+                "Healthy replicas", "none", "By deployment.",
+                ("sum by (deployment) (ray_serve_deployment_replica_healthy)", "{{deployment}}"),
+            ),
+            _graph(
+                "Failed health checks", "cps", "By deployment.",
+                (_serve("ray_serve_health_check_failures_total", "deployment"), "{{deployment}}"),
+            ),
+        ),
+    ),
+)  # fmt: skip
+
+BOARDS = (ROLLOUT, LEARNING, WEIGHTS, SERVING)

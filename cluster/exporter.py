@@ -1,0 +1,193 @@
+"""Shows a run to Prometheus: what its logbook is told, and its pools as they are at each scrape.
+
+Runs in the driver, where all the numbers meet. A sample once shown stays until the process ends.
+"""
+
+import json
+import math
+import threading
+import time
+from collections import Counter as Counts
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol, SupportsFloat, runtime_checkable
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    start_http_server,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from cluster.telemetry import BY_NAME, METRICS, Metric, find
+from orchard.config import ClusterConfig
+from orchard.errors import ConfigError
+
+TARGETS = Path("prometheus") / "targets.json"
+"""In the run folder: where Prometheus finds the exporter (file-based service discovery)."""
+
+REASONS = ("died", "deadline", "raised")
+"""Why a pool's call failed."""
+
+READ_AT_SCRAPE = (
+    "orchard_restarts_total",
+    "orchard_pool_failures_total",
+    "orchard_pool_actors",
+    "orchard_pool_calls_total",
+    "orchard_pool_busy_seconds_total",
+    "orchard_pool_in_hand",
+    "orchard_pool_waiting",
+)
+
+
+@runtime_checkable
+class Watched(Protocol):
+    """A pool, as far as it is shown; `cluster.pool.Pool` says what each means."""
+
+    restarts: int
+    waiting: int
+    calls: Counts[tuple[int, str]]
+    failures: Counts[tuple[str, str]]
+
+    def load(self) -> list[tuple[int, float]]:
+        """Calls in hand and busy seconds of each actor."""
+        ...
+
+
+class Exporter(Collector):
+    """The metrics of `cluster.telemetry` for one run. `listen` opens the port, if there is one."""
+
+    def __init__(self, run: str) -> None:
+        """Begin at zero; nothing listens yet."""
+        disable_created_metrics()  # a timestamp for each counter, which nobody reads
+        self._run, self._registry = run, CollectorRegistry()
+        self._made = {m.name: self._make(m) for m in METRICS if m.name not in READ_AT_SCRAPE}
+        self._pools: dict[str, list[Watched]] = {}
+        self._learner_restarts = 0
+        self._server: Any = None
+        self._targets: Path | None = None
+        self._registry.register(self)
+        for name in ("orchard_start_timestamp_seconds", "orchard_checkpoint_timestamp_seconds"):
+            self.set(name, time.time())
+
+    def attach(self, name: str, pool: Watched) -> None:
+        """Show a pool; counters go on from those of earlier pools of that name."""
+        self._pools.setdefault(name, []).append(pool)
+
+    def set(self, name: str, value: SupportsFloat, *labels: str) -> None:
+        """Set a gauge of the catalogue."""
+        self._made[name].labels(self._run, *labels).set(float(value))
+
+    def log(self, phase: str, step: int, values: Mapping[str, float]) -> None:
+        """Take what the logbook was given for one step; names outside the catalogue are left."""
+        now = time.time()
+        if step:
+            self._made["orchard_steps_total"].labels(self._run, phase).inc()
+            self.set("orchard_last_step_timestamp_seconds", now, phase)
+        self.set("orchard_step", step, phase)
+        for name, value in values.items():
+            if not math.isfinite(value):
+                self._made["orchard_non_finite_total"].labels(self._run, name).inc()
+            for metric, labels in find(name):
+                self._take(metric, labels, value)
+        if "checkpoint/step" in values:
+            self.set("orchard_checkpoint_timestamp_seconds", now)
+        self._learner_restarts = int(values.get("learner/restarts", self._learner_restarts))
+
+    def listen(self, settings: ClusterConfig, run_dir: Path) -> int | None:
+        """Serve `/metrics` and say where in the run folder; the port, or None where none is wanted.
+
+        Raises:
+            ConfigError: the port is taken or the host is not of this machine.
+        """
+        port, host = settings.metrics_port, settings.metrics_host
+        if port is None:
+            return None
+        try:
+            server, _ = start_http_server(port, host, self._registry)
+        except OSError as error:
+            raise ConfigError(
+                f"cluster.metrics_port = {port} on {host} cannot be opened: {error}; "
+                "take another, or 0 for any that is free"
+            ) from error
+        self._server, port = server, int(server.server_port)
+        self._targets = run_dir / TARGETS
+        self._targets.parent.mkdir(parents=True, exist_ok=True)
+        target = {"targets": [f"{host}:{port}"], "labels": {"job": "orchard"}}
+        self._targets.write_text(json.dumps([target]) + "\n")
+        return port
+
+    def close(self) -> None:
+        """Stop listening and take the address back."""
+        if self._server is not None:
+            # In a thread of its own: shutting down waits for the request in progress.
+            threading.Thread(target=self._server.shutdown, daemon=True).start()
+            self._server.server_close()
+            self._server = None
+        if self._targets is not None:
+            self._targets.unlink(missing_ok=True)
+
+    def collect(self) -> Iterable[Any]:
+        """The pools as they are now; Prometheus's client calls this at each scrape."""
+        families = {name: self._family(BY_NAME[name]) for name in READ_AT_SCRAPE}
+
+        def add(name: str, value: SupportsFloat, *labels: str) -> None:
+            families[name].add_metric([self._run, *labels], float(value))
+
+        add("orchard_restarts_total", self._learner_restarts, "learner")
+        for name, pools in self._pools.items():
+            newest = pools[-1]
+            add("orchard_restarts_total", sum(pool.restarts for pool in pools), name)
+            add("orchard_pool_actors", len(newest.load()), name)
+            add("orchard_pool_waiting", newest.waiting, name)
+            for index, (in_hand, _) in enumerate(newest.load()):
+                add("orchard_pool_in_hand", in_hand, name, str(index))
+            for actor in range(max(len(pool.load()) for pool in pools)):
+                busy = (load[actor][1] for p in pools if len(load := p.load()) > actor)
+                add("orchard_pool_busy_seconds_total", sum(busy), name, str(actor))
+            for (actor, method), calls in _total([p.calls for p in pools]).items():
+                add("orchard_pool_calls_total", calls, name, str(actor), method)
+            failures = _total([p.failures for p in pools])
+            methods = {method for pool in pools for _, method in list(pool.calls)}
+            # Zero first: a counter that appears with its first failure shows no increase.
+            ways = {(method, reason): 0 for method in methods for reason in REASONS}
+            for (method, reason), count in (ways | failures).items():
+                add("orchard_pool_failures_total", count, name, method, reason)
+        return families.values()
+
+    def describe(self) -> Iterable[Any]:
+        """Nothing in advance: a scrape tells."""
+        return ()
+
+    def _take(self, metric: Metric, labels: tuple[str, ...], value: float) -> None:
+        made = self._made[metric.name].labels(self._run, *labels)
+        if metric.kind == "gauge":
+            made.set(value)
+        elif math.isfinite(value) and value >= 0:
+            made.inc(value) if metric.kind == "counter" else made.observe(value)
+
+    def _make(self, metric: Metric) -> Any:
+        labels = ("run", *metric.labels)
+        if metric.kind == "histogram":
+            return Histogram(
+                metric.name, metric.help, labels, registry=self._registry, buckets=metric.buckets
+            )
+        kind = Counter if metric.kind == "counter" else Gauge
+        return kind(metric.name, metric.help, labels, registry=self._registry)
+
+    def _family(self, metric: Metric) -> Any:
+        kind = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
+        return kind(metric.name, metric.help, labels=("run", *metric.labels))
+
+
+def _total(counts: Iterable[Mapping[tuple[Any, str], int]]) -> dict[tuple[Any, str], int]:
+    """Counts of several pools, added; copies first, for the event loop goes on counting."""
+    total: dict[tuple[Any, str], int] = {}
+    for one in counts:
+        for key, count in dict(one).items():
+            total[key] = total.get(key, 0) + count
+    return total

@@ -1,0 +1,150 @@
+"""A policy handed over: a Hugging Face folder that stands on its own, with a model card.
+
+Beside weights, configuration and tokenizer: the value head, the catalogue, the run's configuration
+and evaluations, and `README.md`, which says what the policy is, what it reached, and its limits.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from cluster.prepare import Run
+from orchard import catalogue, config, evaluation, folders, model, value
+from orchard.errors import CheckpointError, DataError
+from orchard.evaluation import Evaluation
+from orchard.importing.card import CARD
+
+_SHOWN = ("hr@1", "hr@3", "hr@10", "hr@50", "ndcg@3", "ndcg@10")
+_MARK = "policy.json"
+MODEL_CARD = "README.md"
+
+
+def hand_over(run: Run, out: Path, *, overwrite: bool = False) -> None:
+    """Write the run's policy to `out`, whole or not at all.
+
+    Raises:
+        DataError: `out` holds something else, or the policy has no weights.
+        CheckpointError: the weights do not fit the tokenizer, or are of no trained policy.
+    """
+    folders.check_vacant(out, mark=_MARK, kind="policy", overwrite=overwrite)
+    if not (run.policy / _MARK).is_file():
+        raise CheckpointError(
+            f"{run.policy} is no policy of a run; warm-start or train one first, or name its "
+            "folder with --policy"
+        )
+    policy = model.load(run.policy, run.vocabulary)
+    with folders.whole(out) as partial:
+        value.save(policy, partial)
+        # Every policy has one: a text generator that reads the folder would else invent its own.
+        assert policy.generation_config is not None
+        policy.generation_config.save_pretrained(partial)
+        run.tokenizer.save_pretrained(partial)
+        catalogue.write(run.catalogue, partial / "catalogue")
+        shutil.copy2(run.policy / _MARK, partial / _MARK)
+        (partial / "run.toml").write_text(config.dump(run.config))
+        found = evaluations_of(run)
+        for name, one in found.items():
+            evaluation.write(one, partial / "evaluation" / f"{name}.json")
+        (partial / MODEL_CARD).write_text(
+            model_card(run, found, parameters=policy.num_parameters())
+        )
+
+
+def evaluations_of(run: Run) -> dict[str, Evaluation]:
+    """Every evaluation of this catalogue that the run has kept, by name."""
+    paths = sorted((run.dir / "evaluation").glob("*.json"))
+    found = {path.stem: evaluation.read(path) for path in paths}
+    return {name: one for name, one in found.items() if one.catalogue == run.catalogue.digest}
+
+
+def model_card(run: Run, found: Mapping[str, Evaluation], *, parameters: int) -> str:
+    """The model card in Markdown, made of what is known and nothing else."""
+    about = json.loads((run.policy / _MARK).read_text())
+    parts = [
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n"
+        "tags: [generative-recommendation, semantic-ids, orchard]\n---",
+        f"# {run.config.name}",
+        f"A generative recommender of {parameters:,} parameters, made by the run "
+        f"`{run.config.name}` of Orchard: version {about['version']['step']}, digest "
+        f"`{about['version']['digest'][:12] or 'none'}`. It reads a user's last "
+        f"{about['max_history']} items and writes the next one as its "
+        f"{'title' if run.config.data.titles else 'semantic ID'}. "
+        "`run.toml` is its whole configuration.",
+        "## Data",
+        _data(run),
+        "## Metrics",
+        _metrics(found),
+        "## Limits",
+        _limits(run),
+        "## Use",
+        "Load it by `AutoModelForCausalLM.from_pretrained`; it is a policy over the items of "
+        "`catalogue/` only where decoding is constrained to their codes."
+        + (f" `{value.FILE}` is Orchard's own." if (run.policy / value.FILE).is_file() else ""),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _data(run: Run) -> str:
+    items, trie = run.catalogue, run.catalogue.trie
+    facts: dict[str, str] = {
+        "items": str(len(items)),
+        "distinct sequences": str(trie.num_leaves),
+        "levels": str(trie.depth),
+        "train, valid, test rows": f"{len(run.train)}, {len(run.valid)}, {len(run.test)}",
+        "catalogue": f"`{items.digest[:12]}`",
+    }
+    card = run.config.data.path / CARD
+    if card.is_file():
+        known = json.loads(card.read_text()).get("facts", {})
+        facts |= {name.replace("_", " "): f"{number:g}" for name, number in known.items()}
+    return _table(("fact", "value"), [[name, value] for name, value in facts.items()])
+
+
+def _metrics(found: Mapping[str, Evaluation]) -> str:
+    if not found:
+        return "None were measured before the policy was handed over."
+    names = [f"{metric}/{level}" for level in ("sid", "item") for metric in _SHOWN]
+    names = [name for name in names if any(name in one.metrics for one in found.values())]
+    rows: list[list[str]] = []
+    for name in names:
+        cells = [one.metrics.get(name) for one in found.values()]
+        texts = [f"{c.mean:.4f} [{c.low:.4f}, {c.high:.4f}]" if c else "" for c in cells]
+        rows.append([name, *texts])
+    facts = "; ".join(
+        f"`{name}`: {one.policy}, {one.num_rows} rows, {one.width} beams"
+        for name, one in found.items()
+    )
+    return f"Means and 95 % bootstrap intervals. {facts}.\n\n" + _table(("metric", *found), rows)
+
+
+def _limits(run: Run) -> str:
+    trie, items = run.catalogue.trie, run.catalogue
+    sharing = len(items) - int((run.catalogue.place_in_leaf == 0).sum())
+    lines = [
+        f"It knows the {len(items)} items of its catalogue and no others; new items need new "
+        "semantic IDs and more training.",
+        f"{sharing} items share the sequence of an earlier one; within {trie.num_leaves} sequences "
+        "it cannot tell such items apart, and lists them in catalogue order.",
+        "Metrics are of offline prediction of logged interactions, which favours what was shown "
+        "and popular; effects on users were not measured.",
+        "Biases of the interaction log, such as towards popular items, were neither measured nor "
+        "corrected.",
+    ]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _table(head: tuple[str, ...], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def policy_of(settings: config.Config) -> Path:
+    """The run's trained policy, or its warm start; raises DataError where it has neither."""
+    for name in ("policy", "warm_start"):
+        if (settings.run_dir / name).is_dir():
+            return settings.run_dir / name
+    raise DataError(
+        f"{settings.run_dir} holds no policy; run `orchard sft` or `orchard train` first, or name "
+        "a folder with --policy"
+    )

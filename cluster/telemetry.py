@@ -1,0 +1,217 @@
+"""The catalogue of metrics: everything that a run shows to Prometheus, with unit and meaning.
+
+A metric with `logged` takes its values from the run's logbook, under that name; `{label}` in it
+stands for one part of the name and becomes the label's value. The others are read from the pools
+and the house at each scrape. Every sample carries the label `run` beside its own.
+
+To add a metric, log the number and add a line here; dashboards, rules and tests know it by that.
+"""
+
+import re
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+Kind = Literal["counter", "gauge", "histogram"]
+
+STEP_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+PUSH_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+LAG = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """One metric. Counters end in `_total`; seconds and bytes are in the name."""
+
+    name: str
+    kind: Kind
+    help: str
+    labels: tuple[str, ...] = ()
+    logged: str | None = None
+    """Name in the logbook: a counter adds what a step logged, a gauge takes it."""
+    buckets: tuple[float, ...] = ()
+
+
+def _counter(name: str, help: str, logged: str | None = None, *labels: str) -> Metric:
+    return Metric(name=name, kind="counter", help=help, labels=labels, logged=logged)
+
+
+def _gauge(name: str, help: str, logged: str | None = None, *labels: str) -> Metric:
+    return Metric(name=name, kind="gauge", help=help, labels=labels, logged=logged)
+
+
+def _histogram(name: str, help: str, logged: str, buckets: tuple[float, ...]) -> Metric:
+    return Metric(name=name, kind="histogram", help=help, logged=logged, buckets=buckets)
+
+
+METRICS = (
+    # The life of the run.
+    _gauge("orchard_start_timestamp_seconds", "When this process began to work on the run."),
+    _counter("orchard_steps_total", "Updates or epochs done by this process.", None, "phase"),
+    _gauge("orchard_step", "Updates or epochs done by the run.", None, "phase"),
+    _gauge("orchard_last_step_timestamp_seconds", "When the last step ended.", None, "phase"),
+    _counter(
+        "orchard_non_finite_total", "Logged values that were no finite number.", None, "logged"
+    ),
+    _gauge("orchard_checkpoint_step", "Step of the newest checkpoint.", "checkpoint/step"),
+    _gauge(
+        "orchard_checkpoint_timestamp_seconds",
+        "When the newest checkpoint was written; at first when this process began.",
+    ),
+    _histogram(
+        "orchard_step_seconds", "Whole step, evaluation left out.", "cluster/step_s", STEP_S
+    ),
+    _counter(
+        "orchard_step_phase_seconds_total",
+        "Time of steps by phase: wait, pack, learn, publish.",
+        "cluster/{phase}_s",
+        "phase",
+    ),
+    # Rollout.
+    _counter("orchard_prompts_total", "Prompts searched and learned from.", "rollout/prompts"),
+    _counter("orchard_candidates_total", "Candidates learned from.", "rollout/candidates"),
+    _counter(
+        "orchard_rollout_forward_tokens_total",
+        "Tokens that searches ran through the policy.",
+        "rollout/forward_tokens",
+    ),
+    _counter(
+        "orchard_rollout_prefill_tokens_total",
+        "Of the forward tokens, those of prompts.",
+        "rollout/prefill_tokens",
+    ),
+    _counter("orchard_rollout_passes_total", "Forward passes of searches.", "rollout/passes"),
+    _counter("orchard_rollout_search_seconds_total", "Time inside searches.", "rollout/search_s"),
+    _gauge("orchard_rollout_diversity", "Mean distance of candidates.", "rollout/diversity"),
+    _histogram(
+        "orchard_policy_lag_versions",
+        "Versions that a batch's policy was behind the one it updated.",
+        "rollout/lag_versions",
+        LAG,
+    ),
+    _gauge("orchard_policy_lag_last_versions", "Lag of the newest batch.", "rollout/lag_versions"),
+    _gauge("orchard_policy_lag_bound_versions", "The configured cluster.max_lag."),
+    # Rewards and groups.
+    _gauge("orchard_reward_mean", "Mean reward of candidates.", "rewards/mean"),
+    _gauge("orchard_reward_best", "Best reward of a group, mean.", "rewards/best"),
+    _gauge("orchard_hit_ratio", "Groups that hold their target.", "rewards/hit_rate"),
+    _gauge(
+        "orchard_zero_spread_ratio",
+        "Groups without spread in reward, hence without gradient.",
+        "rewards/zero_spread_share",
+    ),
+    _gauge("orchard_distinct_ratio", "Distinct leaves per candidate.", "rewards/distinct_share"),
+    _gauge(
+        "orchard_probability_mass_ratio",
+        "Probability of a group's distinct leaves under the policy that found them.",
+        "rewards/probability_mass",
+    ),
+    _gauge("orchard_reward_part_mean", "Mean of one part of the reward.", "rewards/{part}", "part"),
+    # Learner.
+    _gauge("orchard_value_loss", "Squared error of the value head.", "learner/value_loss"),
+    _gauge("orchard_surrogate", "Negative clipped surrogate.", "learner/surrogate"),
+    _gauge("orchard_kl_nats", "Divergence from the reference (k3).", "learner/kl"),
+    _gauge("orchard_entropy_nats", "Mean entropy of a choice.", "learner/entropy"),
+    _gauge("orchard_clipped_ratio", "Choices at the clip.", "learner/clipped_fraction"),
+    _gauge("orchard_importance_weight_max", "Largest importance weight.", "learner/ratio_max"),
+    _gauge("orchard_gradient_norm", "Norm before clipping.", "learner/grad_norm"),
+    _gauge("orchard_learning_rate", "Rate of the last update.", "learner/lr"),
+    _gauge(
+        "orchard_logprob_gap_nats",
+        "Largest difference between the search's and the learner's log-probability of a choice.",
+        "learner/logprob_gap",
+    ),
+    _counter(
+        "orchard_learner_forward_tokens_total",
+        "Slots that updates ran through the policy.",
+        "learner/forward_tokens",
+    ),
+    _gauge("orchard_warm_start_loss", "Mean loss of the last epoch.", "sft/loss"),
+    # Evaluation.
+    _gauge(
+        "orchard_evaluation_ratio",
+        "Held-out hr or ndcg at k, on semantic IDs or items.",
+        "evaluate/{metric}@{k}/{level}",
+        "metric",
+        "k",
+        "level",
+    ),
+    # Weights and recovery.
+    _histogram("orchard_publish_seconds", "Push of a version.", "cluster/publish_s", PUSH_S),
+    _gauge("orchard_policy_version", "Step of the policy that a holder has.", None, "holder"),
+    _counter("orchard_restarts_total", "Actors or worker groups replaced.", None, "pool"),
+    _counter(
+        "orchard_pool_failures_total",
+        "Calls that failed, by reason: died, deadline, raised.",
+        None,
+        "pool",
+        "method",
+        "reason",
+    ),
+    # Pools, by actor.
+    _gauge("orchard_pool_actors", "Actors of the pool.", None, "pool"),
+    _counter("orchard_pool_calls_total", "Calls answered.", None, "pool", "actor", "method"),
+    _counter(
+        "orchard_pool_busy_seconds_total",
+        "Time with at least one call in an actor's hands.",
+        None,
+        "pool",
+        "actor",
+    ),
+    _gauge("orchard_pool_in_hand", "Calls in an actor's hands now.", None, "pool", "actor"),
+    _gauge("orchard_pool_waiting", "Calls that wait for an actor with room.", None, "pool"),
+)
+
+PHASES = {f"cluster/{phase}_s" for phase in ("wait", "pack", "learn", "publish")}
+NOT_SHOWN = {"rewards/restarts", "rollout/restarts", "learner/restarts"}
+"""Logged names that the pools themselves show, or that only look like a family's."""
+
+BY_NAME = {metric.name: metric for metric in METRICS}
+
+OTHERS = {
+    "ray_serve_num_http_requests_total": "Requests to Serve's proxies, from ray.serve.",
+    "ray_serve_num_http_error_requests_total": "Of those, answered with an error.",
+    "ray_serve_http_request_latency_ms": "Latency at the proxy, a histogram.",
+    "ray_serve_deployment_request_counter_total": "Requests by deployment.",
+    "ray_serve_deployment_error_counter_total": "Exceptions by deployment.",
+    "ray_serve_deployment_processing_latency_ms": "Time in a replica, a histogram.",
+    "ray_serve_replica_processing_queries": "Requests in replicas.",
+    "ray_serve_deployment_queued_queries": "Requests that wait for a replica.",
+    "ray_serve_deployment_replica_healthy": "1 for each healthy replica.",
+    "ray_serve_health_check_failures_total": "Failed health checks.",
+    "ray_serve_actual_batch_size": "Requests in a batch, a histogram.",
+    "ray_node_cpu_utilization": "Per cent of a node's CPUs.",
+    "ray_node_mem_used": "Bytes used on a node.",
+    "ray_node_disk_free": "Bytes free on a node's disk.",
+    "ray_object_store_memory": "Bytes in the object store, by place.",
+    "ray_node_gpus_utilization": "Per cent of a node's GPUs.",
+    "ray_node_gram_used": "Megabytes of GPU memory used.",
+}
+"""Metrics of Ray and Ray Serve that the dashboards and rules use; Ray's node agents export them."""
+
+
+@cache
+def _patterns() -> tuple[tuple[re.Pattern[str], Metric], ...]:
+    """Names without a label first: `rewards/mean` is no part of the reward."""
+    ordered = sorted((m for m in METRICS if m.logged), key=lambda m: len(m.labels))
+    return tuple(
+        (re.compile(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>[^/@]+)", re.escape(m.logged or ""))), m)
+        for m in ordered
+    )
+
+
+@cache
+def find(logged: str) -> tuple[tuple[Metric, tuple[str, ...]], ...]:
+    """The metrics that a logbook name feeds, with their labels' values; most names feed none.
+
+    `cluster/publish_s` is both a histogram and one of the phases of a step.
+    """
+    if logged in NOT_SHOWN:
+        return ()
+    found = [
+        (metric, tuple(match[label] for label in metric.labels))
+        for pattern, metric in _patterns()
+        if (match := pattern.fullmatch(logged)) is not None
+    ]
+    plain = tuple(pair for pair in found if not pair[1])
+    return plain if plain and logged not in PHASES else tuple(found)

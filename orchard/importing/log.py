@@ -1,0 +1,131 @@
+"""An interaction log: who met which item when, and what thins it out.
+
+Shapes:  E events   U users   I items
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from jaxtyping import Bool, Int64
+
+from orchard.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Items:
+    """What is known of the items; row numbers are what `Log.item` and `Examples` hold."""
+
+    item_id: Int64[np.ndarray, " I"]
+    """The source's identifiers where they are integers, running numbers elsewhere."""
+    key: tuple[str, ...] | None = None
+    """The source's identifiers where they are not integers."""
+    title: tuple[str, ...] = ()
+    """Empty strings where unknown."""
+    sid: tuple[tuple[int, ...], ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.item_id)
+
+    def name(self, row: int) -> str:
+        """The identifier that the user knows the item by."""
+        return self.key[row] if self.key is not None else str(self.item_id[row])
+
+    def take(self, rows: Int64[np.ndarray, " K"]) -> "Items":
+        """Some of the items; running numbers run anew."""
+        chosen = rows.tolist()
+        return Items(
+            item_id=self.item_id[rows] if self.key is None else np.arange(len(rows)),
+            key=None if self.key is None else tuple(self.key[row] for row in chosen),
+            title=tuple(self.title[row] for row in chosen) if self.title else (),
+            sid=None if self.sid is None else tuple(self.sid[row] for row in chosen),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Log:
+    """Events in the order of the source."""
+
+    user: Int64[np.ndarray, " E"]
+    """Row in `user_id`."""
+    item: Int64[np.ndarray, " E"]
+    """Row in `items`."""
+    timestamp: Int64[np.ndarray, " E"]
+    """In any unit, as long as later is larger."""
+    user_id: Int64[np.ndarray, " U"]
+    items: Items
+    dropped: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Events, users or items left out so far, by reason."""
+
+    def __len__(self) -> int:
+        return len(self.item)
+
+    def keep(self, events: Bool[np.ndarray, " E"], reason: str) -> "Log":
+        """The chosen events, and the users and items that have any."""
+        user, user_of = np.unique(self.user[events], return_inverse=True)
+        item, item_of = np.unique(self.item[events], return_inverse=True)
+        left_out = {reason: int((~events).sum())} if not events.all() else {}
+        return replace(
+            self,
+            user=user_of.reshape(-1),
+            item=item_of.reshape(-1),
+            timestamp=self.timestamp[events],
+            user_id=self.user_id[user],
+            items=self.items.take(item),
+            dropped={**self.dropped, **left_out},
+        )
+
+
+def core(log: Log, k: int) -> Log:
+    """The largest part in which every user and every item has at least `k` events.
+
+    Raises:
+        DataError: nothing is left.
+    """
+    kept = np.ones(len(log), dtype=bool)
+    while True:
+        of_user = np.bincount(log.user[kept], minlength=len(log.user_id))
+        of_item = np.bincount(log.item[kept], minlength=len(log.items))
+        enough = kept & (of_user[log.user] >= k) & (of_item[log.item] >= k)
+        if enough.sum() == kept.sum():
+            break
+        kept = enough
+    if not kept.any():
+        raise DataError(
+            f"no user and item of the {len(log)} interactions are left with {k} interactions each; "
+            "lower --core"
+        )
+    return log.keep(kept, f"events_outside_the_{k}_core")
+
+
+def titled(log: Log, *, most_words: int) -> Log:
+    """The events of items with a title of at most so many words, as MiniOneRec chooses items.
+
+    Raises:
+        DataError: no item has one.
+    """
+    words = np.array([len(title.split()) for title in log.items.title or ("",) * len(log.items)])
+    usable = (words > 0) & (words <= most_words)
+    if not usable.any():
+        raise DataError(
+            f"none of the {len(log.items)} items has a title of 1 to {most_words} words; give the "
+            "metadata file with --items, or raise --title-words"
+        )
+    return log.keep(usable[log.item], "events_of_items_without_a_usable_title")
+
+
+def with_titles(items: Items, key: Sequence[str], title: Sequence[str]) -> Items:
+    """The items with titles looked up by identifier; others get an empty one.
+
+    Raises:
+        DataError: an item is listed twice with two titles.
+    """
+    known: dict[str, str] = {}
+    for one, text in zip(key, title, strict=True):
+        if known.setdefault(one, text) != text:
+            raise DataError(
+                f"item {one} is listed twice, as {known[one]!r} and as {text!r}; keep one row per "
+                "item"
+            )
+    own = items.key if items.key is not None else tuple(str(i) for i in items.item_id.tolist())
+    return replace(items, title=tuple(known.get(one, "") for one in own))

@@ -1,0 +1,146 @@
+"""The settings of a run: one frozen section per room, bounds in the types, meaning below each.
+
+Importable without torch and without Ray.
+"""
+
+from pathlib import Path
+
+from pydantic import Field, model_validator
+
+from orchard.settings.data import DataConfig
+from orchard.settings.learner import KlConfig, LearnerConfig, StepConfig, ValueConfig
+from orchard.settings.model import ModelConfig, SftConfig
+from orchard.settings.rewards import CollaborativeConfig, RewardsConfig
+from orchard.settings.rollout import RolloutConfig, ThinkConfig, VedConfig
+from orchard.settings.run import CheckpointConfig, ClusterConfig, EvaluateConfig
+from orchard.settings.section import NonNegative, Section
+from orchard.settings.serve import FilterConfig, ServeConfig, VariantConfig
+
+__all__ = [
+    "CheckpointConfig",
+    "ClusterConfig",
+    "CollaborativeConfig",
+    "Config",
+    "DataConfig",
+    "EvaluateConfig",
+    "FilterConfig",
+    "KlConfig",
+    "LearnerConfig",
+    "ModelConfig",
+    "RewardsConfig",
+    "RolloutConfig",
+    "ServeConfig",
+    "SftConfig",
+    "StepConfig",
+    "ThinkConfig",
+    "ValueConfig",
+    "VariantConfig",
+    "VedConfig",
+]
+
+
+class Config(Section):
+    """A whole run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Of the folder below `output`."""
+    seed: NonNegative = 0
+    output: Path = Path("runs")
+    data: DataConfig
+    model: ModelConfig = ModelConfig()
+    sft: SftConfig = SftConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    rewards: RewardsConfig = RewardsConfig()
+    learner: LearnerConfig = LearnerConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    serve: ServeConfig = ServeConfig()
+
+    @property
+    def thinks(self) -> bool:
+        """If the policy writes, or is taught to write, blocks of thought."""
+        data = self.data
+        taught = data.rationales is not None or data.rationale_template is not None
+        return taught or self.rollout.search == "think" or self.evaluate.think
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of everything that the run writes."""
+        return self.output / self.name
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Config":
+        sizes = self.model.model_dump()
+        for whole, part in (("hidden_size", "heads"), ("heads", "kv_heads")):
+            if sizes[whole] % sizes[part]:
+                raise ValueError(
+                    f"model.{whole} = {sizes[whole]} is not a multiple of "
+                    f"model.{part} = {sizes[part]}; choose one that is"
+                )
+        if self.learner.estimator == "leave_one_out" and self.rollout.candidates < 2:
+            raise ValueError(
+                "learner.estimator = leave_one_out needs rollout.candidates >= 2, "
+                f"not {self.rollout.candidates}"
+            )
+        by_requests = self.rollout.decode == "requests"
+        if (
+            self.model.value_head
+            and by_requests
+            and "vllm" in (self.rollout.engine, self.evaluate.engine)
+        ):
+            raise ValueError(
+                'rollout.decode = "requests" cannot run the head of model.value_head = true, for '
+                'which vLLM gives no hidden states; set rollout.decode = "worker", or '
+                'rollout.engine and evaluate.engine to "torch"'
+            )
+        if self.rollout.search == "ved" and not self.model.value_head:
+            raise ValueError(
+                'rollout.search = "ved" is guided by values; set model.value_head = true, '
+                "or choose another search"
+            )
+        by_candidate = ("group", "dapo", "drgrpo", "leave_one_out", "blend")
+        if self.learner.ratio == "sequence" and self.learner.estimator not in by_candidate:
+            raise ValueError(
+                f'learner.ratio = "sequence" needs one advantage per candidate, and '
+                f"learner.estimator = {self.learner.estimator} gives one per step; choose from "
+                f"{', '.join(by_candidate)}"
+            )
+        if self.data.rationales is not None and self.data.rationale_template is not None:
+            raise ValueError(
+                "data.rationales and data.rationale_template both say where rationales come from; "
+                "set one of them"
+            )
+        thinks = self.rollout.search == "think"
+        if self.thinks and (self.data.titles or self.data.varying_depth):
+            raise ValueError(
+                "a policy that thinks has a block for each code, and so needs semantic IDs of one "
+                "length; set data.titles = data.varying_depth = false"
+            )
+        if thinks and self.model.value_head:
+            raise ValueError(
+                'model.value_head = true learns from codes alone, rollout.search = "think" gives '
+                "it blocks of thought; switch one of them off"
+            )
+        if self.learner.step.think_only and not thinks:
+            raise ValueError(
+                "learner.step.think_only = true leaves nothing to learn without thoughts; set "
+                'rollout.search = "think"'
+            )
+        if 0 < self.learner.dual_clip <= 1:
+            raise ValueError(
+                f"learner.dual_clip = {self.learner.dual_clip} would bind at ratio 1; "
+                "take a value above 1, or 0 to switch it off"
+            )
+        updates, lag = self.learner.updates_per_batch, self.cluster.max_lag
+        if self.learner.dropout and (updates > 1 or lag):
+            raise ValueError(
+                f"learner.dropout = {self.learner.dropout} needs learner.updates_per_batch = 1 and "
+                f"cluster.max_lag = 0, not {updates} and {lag}: the ratio of two passes under "
+                "different dropout is noise"
+            )
+        if self.learner.truncate and (self.learner.dropout or self.learner.logprob == "full"):
+            raise ValueError('learner.truncate > 0 needs learner.dropout = 0 and logprob = "trie"')
+        if not any(self.rewards.weights.values()):
+            raise ValueError("rewards.weights has no part with a weight; give one, e.g. rule = 1.0")
+        return self

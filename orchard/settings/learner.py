@@ -1,0 +1,106 @@
+"""Scored trees to the next policy."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from orchard.settings.section import Duration, NonNegative, Positive, Rate, Section, Share
+
+
+class KlConfig(Section):
+    """How far the policy may move from its reference."""
+
+    weight: Rate = 1e-3
+    """Of the k3 estimator; 0 leaves the reference model out altogether."""
+    reference: Literal["fixed", "ema"] = "fixed"
+    ema_every: Positive = 512
+    """Updates between two moves of an `ema` reference."""
+    ema_share: Share = 0.6
+    """Share of the current policy in each move."""
+
+
+class ValueConfig(Section):
+    """How the value head of `model.value_head` learns (V-STAR, arXiv 2602.10699)."""
+
+    weight: Rate = 1.0
+    """Of its squared error beside the policy's loss."""
+    lr: Rate = 1e-3
+    """Its own rate, on the schedule of `learner.lr`."""
+    target: Literal["td", "monte_carlo"] = "td"
+    """Step reward plus the next state's discounted value, or the discounted rewards to the end."""
+    discount: Share = 0.99
+    level_weight: Annotated[tuple[Rate, ...], Field(min_length=1)] = (0.3, 0.5, 1.0)
+    """Step reward of codes 1, 2, ... that agree with the target; the last one of all later ones."""
+    detach: bool = True
+    """Keep its gradient out of the rest of the policy."""
+
+
+class StepConfig(Section):
+    """Credit by steps (SAPO, arXiv 2605.17648), for `learner.estimator = "step"`."""
+
+    match: Literal["step_match", "prefix_match"] = "step_match"
+    """Code k earns its reward by being the target's, or only where all codes before it are, too."""
+    think_only: bool = False
+    """Give a step's advantage to its thinking block alone, not to its code."""
+    sid_token_weight: Rate = 1.0
+    """Factor on the weight of codes, each of which is one token beside a whole block."""
+    format_weight: Rate = 0.0
+    """Of a further loss, standardised on its own, that rewards the right number of blocks."""
+
+
+class LearnerConfig(Section):
+    """Scored trees to the next policy."""
+
+    workers: Positive = 1
+    """Ray Train workers."""
+    gpus: Rate = 0.0
+    """GPUs per worker."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    steps: Positive = 300
+    prompts_per_step: Positive = 64
+    updates_per_batch: Positive = 1
+    """Gradient steps on one batch; above 1 the clip comes into force."""
+    estimator: Literal[
+        "group", "dapo", "drgrpo", "leave_one_out", "sibling", "blend", "group_sibling", "step"
+    ] = "group"
+    """Who a candidate is compared with: its group, or at each code the alternatives that were also
+    found; `group_sibling` adds both losses, `blend` averages both advantages; `step` compares each
+    step of a candidate with the same step of its group."""
+    sibling_weight: Rate = 1.0
+    """Of the sibling loss beside the group's, in `group_sibling`."""
+    step: StepConfig = StepConfig()
+    std_epsilon: Annotated[float, Field(gt=0.0)] = 1e-4
+    lr: Rate = 2e-4
+    warmup: Share = 0.03
+    final_lr: Share = 0.1
+    weight_decay: Rate = 0.0
+    grad_clip: Rate = 0.3
+    ratio: Literal["token", "sequence"] = "token"
+    """What is compared with the behaviour policy and clipped: each choice, or the geometric mean
+    over a candidate's tokens (GSPO, arXiv 2507.18071), which wants far narrower clips: 3e-4 and
+    4e-4 for texts of thousands of tokens."""
+    clip_low: Share = 0.2
+    clip_high: Rate = 0.2
+    dual_clip: Rate = 3.0
+    """Bound above 1 on the ratio of choices with negative advantage; 0 switches it off."""
+    truncate: Rate = 0.0
+    """Bound of truncated importance weights to the version that searched (TIS); 0: none."""
+    logprob: Literal["trie", "full"] = "trie"
+    """Distribution of a code: over its legal siblings, or over the whole vocabulary."""
+    dropout: Share = 0.0
+    """Of embeddings and of each block's output while a batch is learned from, with one update per
+    batch and no lag: the ratio is then one, to the same pass."""
+    average: Share = 0.0
+    """Decay per update of the moving average of the weights that is evaluated and kept; 0: none.
+    Rollouts always follow the newest weights."""
+    kl: KlConfig = KlConfig()
+    value: ValueConfig = ValueConfig()
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the forward and backward pass; weights and optimiser stay in float32."""
+    max_tokens: Positive = 65536
+    """Padded slots per forward pass; larger batches are cut into micro-batches."""
+    threads: Positive = 2
+    max_failures: NonNegative = 3
+    timeout_s: Duration = 600.0
+    """Longest wait for one update or one epoch."""
+    start_timeout_s: Duration = 300.0

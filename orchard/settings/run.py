@@ -1,0 +1,52 @@
+"""What is evaluated, what survives, and where things run."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from orchard.settings.section import Duration, NonNegative, Positive, Section
+
+
+class EvaluateConfig(Section):
+    """Held-out evaluation by constrained beam search."""
+
+    beams: Positive = 50
+    engine: Literal["vllm", "torch"] = "torch"
+    think: bool = False
+    """Let the policy think, greedily and with `rollout.think.block_tokens`, before the beam."""
+    every: NonNegative = 50
+    """Updates between two looks at the validation rows; 0 never looks."""
+    valid_rows: Positive = 1000
+    valid_beams: Positive = 20
+    test_rows: NonNegative = 0
+    """Rows of the test split before and after; 0 takes all."""
+    batch_size: Positive = 256
+    resamples: Positive = 2000
+    """Bootstrap resamples behind each 95 % interval."""
+
+
+class CheckpointConfig(Section):
+    """What survives."""
+
+    every: Positive = 50
+    """Updates between two checkpoints."""
+    keep: Positive = 2
+
+
+class ClusterConfig(Section):
+    """Where things run and how far ahead rollouts may run."""
+
+    address: str | None = None
+    """Ray cluster to join; by default RAY_ADDRESS, or a local cluster of this run's own."""
+    cpus: Positive | None = None
+    """CPUs of the local cluster; by default what the plan needs."""
+    max_lag: NonNegative = 0
+    """Updates that a rollout's policy may be behind the learner's; 0 is synchronous."""
+    publish_timeout_s: Duration = 60.0
+    tracker: Literal["wandb", "mlflow"] | None = None
+    """Log to Weights & Biases (offline unless WANDB_MODE says otherwise) or MLflow as well; needs
+    the extra `tracking`."""
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
+    """Of the driver's `/metrics` for Prometheus; 0 is any free one, by default there is none."""
+    metrics_host: str = "127.0.0.1"
+    """Where that listens; 0.0.0.0 shows the metrics to all who can reach the machine."""

@@ -1,0 +1,101 @@
+"""The settings of the recommendation endpoint. Importable without torch and without Ray."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from orchard.settings.section import Duration, Positive, Rate, Section, Share
+
+
+class FilterConfig(Section):
+    """A named view of the catalogue: the items whose attribute passes a comparison."""
+
+    column: str
+    """Of the attributes file."""
+    op: Literal["==", "!=", "<", "<=", ">", ">=", "in"] = "=="
+    value: bool | int | float | str | tuple[int | float | str, ...] = True
+    """An item whose attribute is unknown passes no comparison."""
+
+
+class VariantConfig(Section):
+    """Another policy behind the same endpoint."""
+
+    policy: Path
+    """Folder of a policy that was trained on the same catalogue."""
+    share: Share = 0.0
+    """Of the users who are answered by it."""
+    shadow: bool = False
+    """Let it answer every request too, for the exposure log alone."""
+
+
+class ServeConfig(Section):
+    """The recommendation endpoint."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    replicas: Positive = 1
+    engine: Literal["vllm", "torch"] = "torch"
+    """`vllm` falls back to `torch`, with a warning, where it cannot be had."""
+    threads: Positive = 1
+    """Of the engine in each replica."""
+    width: Positive = 50
+    """Beam width where a request does not say."""
+    max_width: Positive = 512
+    max_k: Positive = 512
+    budget: Positive = 1024
+    """Beam rows that one batch may hold."""
+    queue: Positive = 8192
+    """Beam rows that may wait; beyond it requests are refused with 429."""
+    linger_ms: Rate = 0.0
+    """Time that a batch waits for company."""
+    deadline_ms: Rate = 0.0
+    """Where a request does not say; 0 sets none."""
+    cache_s: Rate = 0.0
+    """Life of a cached answer; 0 caches nothing."""
+    cache_size: Positive = 10_000
+    popularity: Path | None = None
+    """Parquet columns item_id and count: what is shown where the policy cannot answer in time. A
+    run without the file counts its training targets."""
+    attributes: Path | None = None
+    """Parquet column item_id, and any others for `filters`."""
+    histories: Path | None = None
+    """Parquet columns user_id and history: what requests that name only a user are answered by."""
+    filters: dict[str, FilterConfig] = Field(default_factory=dict[str, FilterConfig])
+    """Views by name; requests may ask for several at once."""
+    variants: dict[str, VariantConfig] = Field(default_factory=dict[str, VariantConfig])
+    """Other policies by name, beside the main one, which is named `main`."""
+    salt: str = "orchard"
+    """Of the hash that spreads users over variants; another one spreads them anew."""
+    state: Path | None = None
+    """Folder that the replicas share: catalogue deltas and the pinned policy. By default `serve`
+    beside the policy."""
+    exposure: Path | None = None
+    """Folder of the exposure log; by default none is kept."""
+    follow_s: Duration = 0.5
+    """Time between two looks at the policy folder and at the shared state."""
+    versions: Positive = 3
+    """Policies and catalogues kept for rollback."""
+    probe_tolerance: Annotated[float, Field(gt=0.0)] = 1e-3
+    """Largest difference between what a new policy's engine and its reference make of a probe."""
+    token_env: str = "ORCHARD_SERVE_TOKEN"
+    """Environment variable with the bearer token of the operator's endpoints; unset, they are
+    closed."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ServeConfig":
+        if not self.width <= self.max_width <= self.budget <= self.queue:
+            raise ValueError(
+                f"serve.width = {self.width}, max_width = {self.max_width}, budget = {self.budget} "
+                f"and queue = {self.queue} must not fall in this order; raise the later ones"
+            )
+        if self.max_k > self.max_width:
+            raise ValueError(
+                f"serve.max_k = {self.max_k} needs a beam as wide; raise serve.max_width"
+            )
+        if "main" in self.variants:
+            raise ValueError("serve.variants.main names the main policy; choose another name")
+        shared = sum(variant.share for variant in self.variants.values())
+        if shared > 1:
+            raise ValueError(f"the shares of serve.variants add up to {shared:g}, more than 1")
+        return self

@@ -1,0 +1,29 @@
+"""The opinion of a collaborative recommender: SASRec's logit of a candidate after the history.
+
+Shapes:  C candidates
+"""
+
+import numpy as np
+from jaxtyping import Float32
+
+from orchard.types import SearchTrees
+from rewards.knowledge import Knowledge
+from rewards.sasrec import leaf_logits
+
+
+def collaborative(trees: SearchTrees, known: Knowledge) -> Float32[np.ndarray, " C"]:
+    """Raw logit of each candidate given its prompt's history (ReRe, arXiv 2510.12211).
+
+    A candidate that the scorer does not know gets the mean of those of its group that it knows, so
+    that ignorance neither rewards nor punishes; a group of none, or a history without any item that
+    it knows, gets 0 throughout.
+    """
+    prompts, prompt = trees.prompts, trees.prompt_of_candidate
+    logit = leaf_logits(
+        known.sasrec, known.catalogue, prompts.history, prompts.history_start, prompt, trees.leaf
+    )
+    sure = np.isfinite(logit)
+    count = np.bincount(prompt[sure], minlength=len(trees))
+    total = np.bincount(prompt[sure], weights=logit[sure], minlength=len(trees))
+    mean = total / np.maximum(1, count)
+    return np.where(sure, logit, mean[prompt]).astype(np.float32)

@@ -1,0 +1,125 @@
+"""SASRec (Kang and McAuley, arXiv 1808.09781): what tends to follow a sequence of items.
+
+A causal transformer over item embeddings; the logit of an item after a history is the product of
+its embedding with the last state. Items that its training never saw are unknown to it: it reads
+histories without them, and has no opinion of them.
+
+Shapes:  B prompts   H history items   I items   C candidates   R rows   S positions   D width
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float64, Int, Int64
+from torch import Tensor, nn
+
+from orchard import ragged
+from orchard.catalogue import Catalogue
+from rewards import stored
+
+KIND = "collaborative"
+
+
+class SasRec(nn.Module):
+    """Pre-norm blocks over item and position embeddings; row `num_items` is padding."""
+
+    trained: Bool[Tensor, " I"]
+    """Items that occur in the training rows."""
+
+    def __init__(
+        self,
+        *,
+        num_items: int,
+        max_history: int,
+        hidden_size: int,
+        layers: int,
+        heads: int,
+        dropout: float = 0.0,
+    ) -> None:
+        """A model of the given sizes with small random weights."""
+        super().__init__()
+        self.item = nn.Embedding(num_items + 1, hidden_size, padding_idx=num_items)
+        self.position = nn.Embedding(max_history, hidden_size)
+        self.drop = nn.Dropout(dropout)
+        block = nn.TransformerEncoderLayer(
+            hidden_size, heads, 4 * hidden_size, dropout, activation="gelu",
+            batch_first=True, norm_first=True,
+        )  # fmt: skip
+        self.blocks = nn.TransformerEncoder(
+            block, layers, norm=nn.LayerNorm(hidden_size), enable_nested_tensor=False
+        )
+        self.register_buffer("trained", torch.zeros(num_items, dtype=torch.bool))
+        with torch.no_grad():
+            for table in (self.item, self.position):
+                table.weight.normal_(0.0, hidden_size**-0.5)
+            self.item.weight[num_items] = 0
+
+    @property
+    def max_history(self) -> int:
+        """Most recent items that the model reads."""
+        return self.position.num_embeddings
+
+    def forward(self, item: Int[Tensor, "R S"]) -> Float[Tensor, "R S D"]:
+        """State after each item; padding on the right changes nothing before it."""
+        length = item.shape[1]
+        place = torch.arange(length, device=item.device)
+        inside = self.drop(self.item(item) + self.position(place))
+        later = place[:, None] < place
+        return self.blocks(inside, mask=later)
+
+    @torch.no_grad()
+    def last_states(
+        self, history: Int64[np.ndarray, " H"], start: Int[np.ndarray, " B1"]
+    ) -> tuple[Float[Tensor, "B D"], Bool[np.ndarray, " B"]]:
+        """State after each history, and whether it has any item that the model knows."""
+        known = self.trained.numpy()[history]
+        count = np.bincount(ragged.owners(start)[known], minlength=len(start) - 1)
+        kept, bounds = history[known], ragged.starts(count)
+        length = np.minimum(count, self.max_history)
+        recent = kept[ragged.ranges(bounds[1:] - length, length)]
+        table = ragged.pad(
+            recent, ragged.starts(length), fill=self.item.num_embeddings - 1, width=1
+        )
+        states = self(torch.from_numpy(table))
+        last = torch.from_numpy(np.maximum(length - 1, 0))
+        return states[torch.arange(len(length)), last], length > 0
+
+
+def load(folder: Path, catalogue: Catalogue) -> SasRec:
+    """The model that `orchard fit collaborative` left in a folder.
+
+    Raises:
+        ConfigError: there is none.
+        CatalogueError: it was fitted for another catalogue.
+        CheckpointError: it is something else, or damaged.
+    """
+    model = SasRec(**stored.sizes(folder, kind=KIND, catalogue=catalogue))
+    stored.restore(model, folder)
+    return model
+
+
+@torch.no_grad()
+def leaf_logits(
+    model: SasRec,
+    catalogue: Catalogue,
+    history: Int64[np.ndarray, " H"],
+    start: Int[np.ndarray, " B1"],
+    prompt: Int64[np.ndarray, " C"],
+    leaf: Int64[np.ndarray, " C"],
+) -> Float64[np.ndarray, " C"]:
+    """Logit of each candidate leaf after its prompt's history; -inf where there is no opinion.
+
+    Items that share a leaf cannot be told apart: their probabilities add up, so the leaf's logit is
+    the log-sum-exp of theirs.
+    """
+    state, known = model.last_states(history, start)
+    count = np.diff(catalogue.leaf_start)[leaf]
+    item = catalogue.item_of_leaf[ragged.ranges(catalogue.leaf_start[leaf], count)]
+    owner = np.repeat(prompt, count)
+    product = (state[owner] * model.item(torch.from_numpy(item))).sum(1).double().numpy()
+    sure = known[owner] & model.trained.numpy()[item]
+    logit = np.where(sure, product, -np.inf)
+    if len(leaf) == 0:
+        return logit
+    return np.logaddexp.reduceat(logit, ragged.starts(count)[:-1])

@@ -1,0 +1,304 @@
+"""The HTTP face of a desk: routes, checks, problems. Knows no Ray; `serve.app` adds that.
+
+Every answer carries `x-request-id`. Errors are problems (RFC 9457) naming neither paths nor code.
+"""
+
+import asyncio
+import hmac
+import json
+import logging
+import os
+import re
+import uuid
+from collections.abc import AsyncGenerator, Awaitable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import numpy as np
+from fastapi import Body, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve.desk import Desk
+from serve.info import catalogue_info, item_info, policy_info
+from serve.problems import (
+    ConflictError,
+    OverloadedError,
+    Refusal,
+    UnauthorisedError,
+    UnavailableError,
+    UnknownNameError,
+    UnsuitableError,
+)
+from serve.schema import (
+    ActivateRequest,
+    BatchRequest,
+    CatalogueInfo,
+    DeltaRequest,
+    ItemInfo,
+    PolicyInfo,
+    Problem,
+    RecommendRequest,
+    RecommendResponse,
+)
+
+_log = logging.getLogger("orchard.serve")
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,100}")
+_MOST_BYTES = 32 << 20
+_EXPLORER = Path(__file__).with_name("explorer.html")
+_POLICY = "default-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
+_CLOSED_REQUEST = 499
+"""What proxies log where the client has gone; nobody reads the answer."""
+T = TypeVar("T")
+_KINDS = (
+    Refusal, UnauthorisedError, UnknownNameError, ConflictError, UnsuitableError, OverloadedError,
+    UnavailableError,
+)  # fmt: skip
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    413: {"model": Problem, "description": "The body is too large"},
+    **{kind.status: {"model": Problem, "description": kind.title} for kind in _KINDS},
+}
+
+
+def create_app(desk: Desk) -> FastAPI:
+    """The application; its lifespan starts and closes the desk."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
+        await desk.start()
+        yield
+        await desk.close()
+
+    app = FastAPI(
+        title="Orchard", summary="Generative recommendation.", version="1", lifespan=lifespan,
+        responses=PROBLEMS, docs_url="/docs", redoc_url=None,
+    )  # fmt: skip
+    app.add_middleware(RequestIds)
+    _add_problems(app, desk)
+    _add_reading(app, desk)
+    _add_writing(app, desk)
+    _add_explorer(app, desk)
+    return app
+
+
+def _add_reading(app: FastAPI, desk: Desk) -> None:
+    """Routes that change nothing."""
+
+    @app.post("/v1/recommend", response_model=RecommendResponse, tags=["recommend"])
+    async def recommend(request: Request, body: RecommendRequest) -> Response:
+        """Items for one history, best first."""
+        work = desk.recommend(body, request.state.id)
+        answer = await _unless_gone(request, work)
+        return Response(answer.model_dump_json(), media_type="application/json")
+
+    @app.post("/v1/recommend:batch", response_model=None, tags=["recommend"])
+    async def recommend_batch(request: Request, body: BatchRequest) -> Response:
+        """Several requests at once; each is answered or refused by itself."""
+
+        async def one(place: int, asked: RecommendRequest) -> str:
+            name = f"{request.state.id}.{place}"
+            try:
+                return (await desk.recommend(asked, name)).model_dump_json()
+            except Refusal as refusal:
+                desk.meters.count("orchard_serve_refused", kind=refusal.kind)
+                return json.dumps(_problem(refusal, name))
+
+        work = asyncio.gather(*(one(i, asked) for i, asked in enumerate(body.requests)))
+        answers = await _unless_gone(request, work)
+        return Response(f'{{"responses":[{",".join(answers)}]}}', media_type="application/json")
+
+    @app.get("/v1/items/{item_id}", tags=["catalogue"])
+    async def item(item_id: int) -> ItemInfo:
+        """One item, and which filters let it pass."""
+        return item_info(desk.stock.shelf, item_id)
+
+    @app.get("/v1/catalog", tags=["catalogue"])
+    async def catalogue() -> CatalogueInfo:
+        """The catalogue that answers now."""
+        return catalogue_info(desk, desk.stock.shelf)
+
+    @app.get("/v1/policy", tags=["policy"])
+    async def policy() -> PolicyInfo:
+        """The policies that answer now."""
+        return policy_info(desk)
+
+    @app.get("/healthz", tags=["health"])
+    async def healthz() -> dict[str, str]:
+        """The process answers."""
+        return {"status": "alive"}
+
+    @app.get("/readyz", tags=["health"])
+    async def readyz() -> dict[str, str]:
+        """Policy and catalogue are loaded and warm."""
+        if not desk.ready:
+            raise UnavailableError("the policy is still being loaded; try again in a moment")
+        return {"status": "ready"}
+
+
+def _add_explorer(app: FastAPI, desk: Desk) -> None:
+    """The page, and what it alone asks for."""
+
+    @app.get("/", include_in_schema=False)
+    async def explorer() -> HTMLResponse:
+        """A page to look at recommendations."""
+        text = await asyncio.to_thread(_EXPLORER.read_text)
+        return HTMLResponse(text, headers={"content-security-policy": _POLICY})
+
+    @app.get("/v1/explore", include_in_schema=False)
+    async def some_items() -> dict[str, list[int]]:
+        """A few items, to begin with."""
+        rows = np.flatnonzero(desk.stock.shelf.snapshot.live)
+        chosen = np.random.default_rng().choice(rows, min(5, len(rows)), replace=False)
+        return {"item_ids": desk.stock.shelf.catalogue.item_id[chosen].tolist()}
+
+    @app.post("/v1/explore/{variant}", include_in_schema=False)
+    async def explore(request: Request, variant: str, body: RecommendRequest) -> Response:
+        """As `recommend`, from the variant that is named, past cache and log."""
+        answer = await _unless_gone(request, desk.explore(body, variant))
+        return Response(answer.model_dump_json(), media_type="application/json")
+
+
+def _add_writing(app: FastAPI, desk: Desk) -> None:
+    """Routes of the operator, behind the token."""
+
+    @app.post("/v1/catalog/delta", tags=["catalogue"])
+    async def delta(request: Request, body: Annotated[DeltaRequest, Body()]) -> CatalogueInfo:
+        """Add, remove and change items, or go back to an earlier version."""
+        check_token(request.headers.get("authorization"), desk.config.token_env)
+        shelf = await desk.change(body)
+        return catalogue_info(desk, shelf).model_copy(update={"dry_run": body.dry_run})
+
+    @app.post("/v1/policy:activate", tags=["policy"])
+    async def activate(request: Request, body: Annotated[ActivateRequest, Body()]) -> PolicyInfo:
+        """Pin a policy, or follow training again."""
+        check_token(request.headers.get("authorization"), desk.config.token_env)
+        await desk.activate(body)
+        return policy_info(desk)
+
+
+def check_token(header: str | None, variable: str) -> None:
+    """Raise UnauthorisedError unless the header carries the operator's token."""
+    wanted = os.environ.get(variable, "")
+    given = (header or "").removeprefix("Bearer ")
+    bearer = (header or "").startswith("Bearer ")
+    # Compared in constant time, and compared even where it cannot hold.
+    same = hmac.compare_digest(given.encode("utf-8", "replace"), wanted.encode("utf-8", "replace"))
+    if not (wanted and bearer and same):
+        raise UnauthorisedError("send `Authorization: Bearer` with the operator's token")
+
+
+async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """The result, unless the client hangs up first, which cancels the work."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise HTTPException(_CLOSED_REQUEST, "the client has gone")
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+class RequestIds:
+    """Takes the caller's `x-request-id`, or makes one; refuses bodies that are too large."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        """Around `app`."""
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        given = headers.get(b"x-request-id", b"").decode("latin-1")
+        name = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        scope.setdefault("state", {})["id"] = name
+
+        async def named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"x-request-id", name.encode())]
+            await send(message)
+
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length) > _MOST_BYTES:
+            detail = f"send at most {_MOST_BYTES} bytes"
+            refusal = _respond(413, "The body is too large", "too-large", detail, Request(scope))
+            await refusal(scope, receive, named)
+            return
+        await self._app(scope, receive, named)
+
+
+def _add_problems(app: FastAPI, desk: Desk) -> None:
+    """Every error as a problem."""
+
+    @app.exception_handler(Refusal)
+    async def refused(request: Request, error: Refusal) -> JSONResponse:
+        desk.meters.count("orchard_serve_refused", kind=error.kind)
+        response = JSONResponse(
+            _problem(error, request.state.id),
+            error.status,
+            media_type="application/problem+json",
+        )
+        if error.retry_after_s is not None:
+            response.headers["retry-after"] = str(max(1, round(error.retry_after_s)))
+        if isinstance(error, UnauthorisedError):
+            response.headers["www-authenticate"] = "Bearer"
+        return response
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
+        fields = [
+            {"field": ".".join(str(part) for part in one["loc"]), "detail": one["msg"]}
+            for one in error.errors()[:20]
+        ]
+        return _respond(
+            422, "The request does not fit", "malformed",
+            f"{len(error.errors())} fields are wrong; see errors", request, errors=fields,
+        )  # fmt: skip
+
+    @app.exception_handler(HTTPException)
+    async def plain(request: Request, error: HTTPException) -> JSONResponse:
+        return _respond(error.status_code, str(error.detail), "http", str(error.detail), request)
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> JSONResponse:
+        _log.error("request %s failed", request.state.id, exc_info=error)
+        response = _respond(
+            500, "An internal error", "internal",
+            "the request could not be answered; its instance is in the log", request,
+        )  # fmt: skip
+        response.headers["x-request-id"] = request.state.id  # the middleware is behind us
+        return response
+
+
+def _problem(error: Refusal, request_id: str) -> dict[str, object]:
+    return {
+        "type": f"urn:orchard:problem:{error.kind}",
+        "title": error.title,
+        "status": error.status,
+        "detail": str(error),
+        "instance": request_id,
+    }
+
+
+def _respond(
+    status: int, title: str, kind: str, detail: str, request: Request, **more: object
+) -> JSONResponse:
+    body = {
+        "type": f"urn:orchard:problem:{kind}", "title": title, "status": status,
+        "detail": detail, "instance": request.state.id, **more,
+    }  # fmt: skip
+    return JSONResponse(body, status, media_type="application/problem+json")

@@ -1,0 +1,95 @@
+"""The Ray shell of the room: a Serve deployment around the application of `serve.api`.
+
+`build` is what a Serve config names: `import_path: serve.app:build`.
+"""
+
+from pathlib import Path
+from typing import Any, cast
+
+from fastapi import FastAPI
+from pydantic import BaseModel, ConfigDict
+from ray import serve as ray_serve
+from ray.serve import metrics
+
+from orchard.config import ServeConfig
+from serve.api import create_app
+from serve.desk import Desk
+from serve.meters import COUNTERS, GAUGES, HISTOGRAMS, SECONDS, SHARES
+from serve.opening import open_desk
+
+DEPLOYMENT = "Endpoint"
+
+
+class Arguments(BaseModel):
+    """What a Serve config gives the application."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    policy: Path
+    """Folder of an exported policy."""
+    max_history: int | None = None
+    serve: ServeConfig = ServeConfig()
+
+
+class RayMeters:
+    """Figures on Ray's own metrics port; Serve adds deployment and replica."""
+
+    def __init__(self) -> None:
+        """Register all of them."""
+        self._counters = {n: metrics.Counter(n, tag_keys=cast(Any, t)) for n, t in COUNTERS.items()}
+        self._gauges = {n: metrics.Gauge(n, tag_keys=cast(Any, t)) for n, t in GAUGES.items()}
+        self._histograms = {
+            n: metrics.Histogram(n, boundaries=_bounds(n), tag_keys=cast(Any, t))
+            for n, t in HISTOGRAMS.items()
+        }
+
+    def count(self, name: str, by: float = 1.0, **tags: str) -> None:
+        """Add to a counter."""
+        self._counters[name].inc(by, tags)
+
+    def observe(self, name: str, value: float, **tags: str) -> None:
+        """Add to a histogram."""
+        self._histograms[name].observe(value, tags)
+
+    def set(self, name: str, value: float, **tags: str) -> None:
+        """Set a gauge."""
+        self._gauges[name].set(value, tags)
+
+
+def _bounds(name: str) -> list[float]:
+    return list(SECONDS if name.endswith("_seconds") else SHARES)
+
+
+class Endpoint:
+    """A replica: one desk and its HTTP face in one process, so that no request takes a hop."""
+
+    def __init__(self, arguments: Arguments) -> None:
+        """Load everything; Serve sends no request before the application has started."""
+        self._desk: Desk = open_desk(
+            arguments.policy, arguments.serve, RayMeters(), max_history=arguments.max_history
+        )
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """The application, which starts the desk with itself."""
+        return create_app(self._desk)
+
+    async def check_health(self) -> None:
+        """Raise where the replica should be replaced."""
+        if not self._desk.ready:
+            raise RuntimeError("the desk is closed")
+
+
+def build(arguments: Arguments) -> Any:
+    """The Serve application."""
+    shell: Any = ray_serve.deployment(ray_serve.ingress()(Endpoint))
+    rows = arguments.serve.queue // max(1, arguments.serve.width)
+    return shell.options(
+        name=DEPLOYMENT,
+        num_replicas=arguments.serve.replicas,
+        # The desk has a queue of its own, with a bound and answers for those beyond it.
+        max_ongoing_requests=2 * rows + 16,
+        graceful_shutdown_timeout_s=20,
+        health_check_period_s=2,
+        health_check_timeout_s=10,
+        ray_actor_options={"num_cpus": arguments.serve.threads},
+    ).bind(arguments)

@@ -1,0 +1,329 @@
+"""The front desk: takes requests one by one, and has them answered in batches.
+
+    request -> variant -> cache -> queue -> batch -> search -> answer -> exposure log
+
+Beside that, it follows training and the other replicas. Belongs to one event loop.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from cachetools import TTLCache
+from jaxtyping import Int64
+
+from orchard.config import ServeConfig
+from orchard.errors import EngineError
+from serve.batching import TooLateError
+from serve.exposure import ExposureLog
+from serve.follow import LATEST, Loaded, Seat
+from serve.ledger import Ledger
+from serve.line import Answered, Line
+from serve.meters import Meters
+from serve.problems import ConflictError, UnavailableError, UnknownNameError
+from serve.recommender import Found, popular
+from serve.request import Asked, cache_key, query_of, settle
+from serve.schema import (
+    ActivateRequest,
+    Cost,
+    DeltaRequest,
+    RecommendRequest,
+    RecommendResponse,
+)
+from serve.stock import Shelf, Stock
+from serve.tree import draw_tree
+from serve.variants import MAIN, variant_of
+
+_log = logging.getLogger("orchard.serve")
+T = TypeVar("T")
+
+
+class Desk:
+    """Answers requests from several policies and one catalogue."""
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        seats: Mapping[str, Seat],
+        stock: Stock,
+        ledger: Ledger,
+        meters: Meters,
+        *,
+        max_history: int,
+        histories: Mapping[str, Int64[np.ndarray, " H"]] | None = None,
+        exposure: ExposureLog | None = None,
+    ) -> None:
+        """Ready to `start`; `seats` holds `main` and the other variants."""
+        self.config, self.seats, self.stock, self.meters = config, seats, stock, meters
+        self._ledger, self._exposure = ledger, exposure
+        self._histories, self._max_history = histories or {}, max_history
+        self._shares = {n: s.share for n, s in seats.items() if n != MAIN and not s.shadow}
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self._line = Line(config, seats, stock, meters, max_history=max_history)
+        self._cache: TTLCache[object, RecommendResponse] | None = None
+        if config.cache_s:
+            self._cache = TTLCache(config.cache_size, config.cache_s)
+        self._tasks = set[asyncio.Future[None]]()
+        self._following: asyncio.Task[None] | None = None
+        self._changing = asyncio.Lock()
+        self.ready = False
+
+    async def start(self) -> None:
+        """Catch up with the other replicas, warm the engines, begin to follow."""
+        await self._load(self._ledger.catch_up, self.stock)
+        warm = RecommendRequest(history=[], k=1)
+        for name, seat in self.seats.items():
+            await self._follow_pin(seat)
+            await self._line.warm(self._settle(warm, [], name))
+        self._following = asyncio.create_task(self._follow())
+        self.ready = True
+
+    async def close(self) -> None:
+        """Answer what waits, write what was logged, stop the threads."""
+        self.ready = False
+        if self._following is not None:
+            self._following.cancel()
+            await asyncio.gather(self._following, return_exceptions=True)
+        await self._line.close()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._exposure is not None:
+            await self._load(self._exposure.flush)
+        self._loader.shutdown()
+
+    async def recommend(self, request: RecommendRequest, request_id: str) -> RecommendResponse:
+        """The items for one request.
+
+        Raises:
+            Refusal: the request does not fit, or cannot be answered now.
+        """
+        if not self.ready:
+            raise UnavailableError("the policy is still being loaded; try again in a moment")
+        began = time.monotonic()
+        history = self._history_of(request)
+        variant = variant_of(request.user, self._shares, self.config.salt)
+        asked = self._settle(request, history, variant)
+        key = cache_key(asked, str(self.seats[variant].version), self.stock.shelf)
+        known = self._cache.get(key) if self._cache is not None and key is not None else None
+        if known is not None:
+            self.meters.count("orchard_serve_cache_hits", variant=variant)
+            answer = known.model_copy(update={"source": "cache"})
+        else:
+            answer = await self._answer(asked, began)
+            whole = not answer.fallback and asked.width == answer.width
+            if self._cache is not None and key is not None and whole:
+                self._cache[key] = answer
+        self._note(asked, answer, request_id, shadow=False)
+        for name, seat in self.seats.items():
+            if seat.shadow and self._line.waiting_rows < self.config.queue // 2:
+                self._spawn(self._shadow(asked, name, request_id))
+        self.meters.observe(
+            "orchard_serve_phase_seconds", time.monotonic() - began, variant=variant, phase="total"
+        )
+        self.meters.count(
+            "orchard_serve_requests", variant=variant, source=answer.source, policy=answer.policy
+        )
+        if asked.request.explain == "none":
+            items = [item.model_copy(update={"levels": None}) for item in answer.items]
+            return answer.model_copy(update={"items": items})
+        return answer
+
+    async def explore(self, request: RecommendRequest, variant: str) -> RecommendResponse:
+        """The answer of one variant, past cache, figures and log.
+
+        Raises:
+            Refusal: the request does not fit, or cannot be answered now.
+        """
+        if variant not in self.seats:
+            raise UnknownNameError(f"there is no such variant; known: {', '.join(self.seats)}")
+        history = self._history_of(request)
+        return await self._answer(self._settle(request, history, variant), time.monotonic())
+
+    async def change(self, delta: DeltaRequest) -> Shelf:
+        """Work a delta out and, unless it is a dry run, put it in place for all replicas.
+
+        Raises:
+            Refusal: it does not fit, or was made for another version.
+        """
+        async with self._changing:
+            await self._load(self._ledger.catch_up, self.stock)
+            shelf = await self._load(self.stock.after, delta)
+            if not delta.dry_run:
+                await self._load(self._ledger.append, shelf.version, delta)
+                self.stock.put(shelf)
+            return shelf
+
+    async def activate(self, request: ActivateRequest) -> None:
+        """Pin a kept version of a variant's policy, or follow training again.
+
+        Raises:
+            Refusal: there is no such variant or version, or its probe fails.
+        """
+        async with self._changing:
+            if request.variant not in self.seats:
+                raise UnknownNameError(
+                    f"there is no variant {request.variant!r}; known: {', '.join(self.seats)}"
+                )
+            seat = self.seats[request.variant]
+            if request.version == LATEST:
+                seat.unpin()
+            else:
+                await self._pin(seat, request.version)
+            await self._load(
+                self._ledger.pin,
+                seat.name,
+                None if request.version == LATEST else request.version,
+            )
+
+    async def look(self) -> None:
+        """Follow the other replicas and training once; what `start` does every `follow_s`."""
+        async with self._changing:
+            await self._load(self._ledger.catch_up, self.stock)
+            for seat in self.seats.values():
+                await self._follow_pin(seat)
+                loaded = await self._load(seat.look)
+                if loaded is not None and not await self._switch(seat, loaded):
+                    _log.warning("variant %s keeps %s: %s", seat.name, seat.version, seat.refused)
+
+    async def _follow(self) -> None:
+        while True:
+            await asyncio.sleep(self.config.follow_s)
+            try:
+                await self.look()
+                if self._exposure is not None:
+                    await self._load(self._exposure.flush)
+            except Exception:
+                _log.exception("following failed; it is tried again in %g s", self.config.follow_s)
+            for name, seat in self.seats.items():
+                self.meters.set("orchard_serve_policy_step", seat.version.step, variant=name)
+            self.meters.set("orchard_serve_catalogue_version", self.stock.shelf.version)
+            self.meters.set("orchard_serve_queue_rows", self._line.waiting_rows)
+
+    async def _follow_pin(self, seat: Seat) -> None:
+        """Hold the version that all replicas are to hold."""
+        pinned = await self._load(self._ledger.pinned, seat.name)
+        if pinned is None and seat.pinned is not None:
+            seat.unpin()
+        elif pinned is not None and pinned != seat.pinned:
+            try:
+                await self._pin(seat, pinned)
+            except (UnknownNameError, ConflictError) as error:
+                seat.refused = str(error)
+
+    async def _pin(self, seat: Seat, version: str) -> None:
+        loaded = await self._load(seat.recall, version)
+        if str(seat.version) != version and not await self._switch(seat, loaded):
+            raise ConflictError(seat.refused)
+        seat.pinned = version
+
+    async def _switch(self, seat: Seat, loaded: Loaded) -> bool:
+        return await self._line.between(seat.switch, loaded, self.stock.shelf.catalogue)
+
+    def _history_of(self, request: RecommendRequest) -> list[int]:
+        if request.history is not None:
+            return request.history
+        history = self._histories.get(request.user or "")
+        if history is None:
+            raise UnknownNameError(
+                "there is no history of this user; give one, if only an empty one"
+                if self._histories
+                else "no history store is configured; give a history, if only an empty one"
+            )
+        return history.tolist()
+
+    def _settle(self, request: RecommendRequest, history: list[int], variant: str) -> Asked:
+        return settle(request, history, variant, self.config, guided=self.seats[variant].guided)
+
+    async def _answer(self, asked: Asked, began: float) -> RecommendResponse:
+        """Through the queue; what is popular, where the policy cannot answer in time."""
+        limit = asked.request.deadline_ms or self.config.deadline_ms
+        deadline = began + limit / 1000 if limit else float("inf")
+        try:
+            answered = await self._line.submit(asked, deadline=deadline)
+        except TooLateError as error:
+            return self._fallback(asked, "deadline", error)
+        except EngineError as error:
+            _log.error("variant %s cannot search: %s", asked.variant, error)
+            return self._fallback(asked, "engine", error)
+        return self._respond(asked, answered)
+
+    def _fallback(
+        self, asked: Asked, why: Literal["deadline", "engine"], error: Exception
+    ) -> RecommendResponse:
+        shelf = self.stock.shelf
+        if not shelf.popularity:
+            raise UnavailableError(
+                "the deadline cannot be kept; allow more time"
+                if why == "deadline"
+                else "the policy cannot search at the moment; try again"
+            ) from error
+        self.meters.count("orchard_serve_fallbacks", variant=asked.variant, reason=why)
+        found = popular(shelf, query_of(asked), tuple(asked.request.filters))
+        return self._response(
+            asked, found, shelf,
+            policy=str(self.seats[asked.variant].version), source="popularity", fallback=why,
+            width=0, cost=Cost(prefill_tokens=0, forward_tokens=0, passes=0, batch=0, seconds=0.0),
+        )  # fmt: skip
+
+    def _respond(self, asked: Asked, answered: Answered) -> RecommendResponse:
+        spent, found = answered.candidates.cost, answered.found
+        answer = self._response(
+            asked, found, answered.shelf,
+            policy=answered.policy, source="policy", fallback="", width=answered.width,
+            cost=Cost(
+                prefill_tokens=spent.prefill_tokens, forward_tokens=spent.forward_tokens,
+                passes=spent.passes, batch=answered.batch, seconds=answered.seconds,
+            ),
+        )  # fmt: skip
+        if asked.request.explain == "tree":
+            tree = draw_tree(answered.shelf, answered.candidates, answered.watch.seen, found.leaf)
+            return answer.model_copy(update={"tree": tree})
+        return answer
+
+    def _response(
+        self, asked: Asked, found: Found, shelf: Shelf, **facts: Any
+    ) -> RecommendResponse:
+        # Everything in it was made here: validating it again would cost more than making it.
+        drawn = asked.request.decoder != "beam"
+        return RecommendResponse.model_construct(
+            items=found.items, returned=len(found.items), asked=asked.request.k,
+            fewer=found.fewer, variant=asked.variant, catalogue=shelf.name,
+            decoder=asked.request.decoder, seed=asked.seed if drawn else None,
+            unknown=found.unknown, tree=None, **facts,
+        )  # fmt: skip
+
+    async def _shadow(self, asked: Asked, name: str, request_id: str) -> None:
+        """Let another policy answer the same request, for the log."""
+        try:
+            other = self._settle(asked.request, asked.history, name)
+            answered = await self._line.submit(other)
+        except Exception as error:
+            _log.info("shadow %s did not answer: %s", name, error)
+            return
+        self._note(other, self._respond(other, answered), request_id, shadow=True)
+
+    def _note(
+        self, asked: Asked, answer: RecommendResponse, request_id: str, *, shadow: bool
+    ) -> None:
+        if self._exposure is None:
+            return
+        request = asked.request
+        restricted = bool(request.exclude or request.exclude_seen or request.filters)
+        full = self._exposure.add(
+            answer, request_id=request_id, user=request.user,
+            history=asked.history[-self._max_history :], temperature=request.temperature,
+            restricted=restricted or not self.stock.shelf.snapshot.live.all(), shadow=shadow,
+        )  # fmt: skip
+        if full:
+            self._spawn(self._load(self._exposure.flush))
+
+    def _spawn(self, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _load(self, call: Callable[..., T], *args: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._loader, call, *args)

@@ -1,0 +1,278 @@
+"""A policy behind the endpoint, and its successors: found, verified, switched to, gone back from.
+
+    folder -> load (digest, catalogue) -> reference of a probe -> install -> probe again -> answer
+
+Loading goes on beside the searches. The switch happens between two of them, in the thread that
+searches, so that no answer mixes policies. Weights that the engine then scores otherwise than an
+independent copy of the model are taken back before anyone is answered by them.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from orchard import model as models
+from orchard import ragged, value
+from orchard.catalogue import Catalogue
+from orchard.errors import CheckpointError, DataError, EngineError, OrchardError
+from orchard.prompts import PromptFormat
+from orchard.types import PolicyVersion, Prompts
+from orchard.vocabulary import Vocabulary
+from orchard.weights import Weights, digest, snapshot
+from rollout.candidates import Candidates
+from rollout.engine import Holder
+from rollout.engine.torch import TorchEngine
+from rollout.search import beam
+from serve.problems import UnknownNameError
+
+LATEST = "latest"
+_PROBES, _PROBE_WIDTH = 4, 8
+_TRANSIENT = (OSError, OrchardError, ValueError, KeyError)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Loaded:
+    """A policy that was read and whose digest holds."""
+
+    version: PolicyVersion
+    weights: Weights
+    model: models.PreTrainedModel
+    guided: bool
+    """It has a value head."""
+
+
+def read_policy(folder: Path, vocabulary: Vocabulary, catalogue: str) -> Loaded:
+    """The policy of a folder.
+
+    Raises:
+        DataError: the folder holds no policy.
+        CheckpointError: the weights are not those that the folder names, or belong to another
+            catalogue than the one with the given digest.
+    """
+    about = read_facts(folder)
+    if about is not None and about["catalogue"] != catalogue:
+        raise CheckpointError(
+            f"the policy was trained on catalogue {about['catalogue'][:12]}, the endpoint serves "
+            f"{catalogue[:12]}; serve it from its own folder"
+        )
+    model = models.load(folder, vocabulary)
+    weights = snapshot(model)
+    found = digest(weights)
+    step = about["version"]["step"] if about is not None else 0
+    named = about["version"]["digest"] if about is not None else ""
+    if named and named != found:
+        raise CheckpointError(
+            f"the weights have digest {found[:8]}, their folder names {named[:8]}; it is being "
+            "written, or was damaged"
+        )
+    return Loaded(
+        version=PolicyVersion(step=step, digest=found), weights=weights, model=model,
+        guided=value.head_of(model) is not None,
+    )  # fmt: skip
+
+
+def read_facts(folder: Path) -> dict[str, Any] | None:
+    """What an export says of its policy; None where the folder is not an export."""
+    facts = folder / "policy.json"
+    return json.loads(facts.read_text()) if facts.is_file() else None
+
+
+def probe(holder: Holder, catalogue: Catalogue, form: PromptFormat) -> Candidates:
+    """What a policy makes of a few fixed histories."""
+    rows = np.linspace(0, len(catalogue) - 1, 3 * _PROBES).astype(np.int64)
+    start = ragged.starts(np.full(_PROBES, 3))
+    token, token_start = form.tokens(rows, start)
+    prompts = Prompts(
+        id=np.arange(_PROBES), target=np.zeros(_PROBES, np.int64), history=rows,
+        history_start=start, token=token, token_start=token_start,
+    )  # fmt: skip
+    return holder.run(partial(beam, width=_PROBE_WIDTH), prompts)
+
+
+class Seat:
+    """One variant: the engine that answers, and the folder that it follows.
+
+    `look` and `recall` may run in any thread but one at a time; `switch` and `turn_to` belong to
+    the thread that searches.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        first: Loaded,
+        vocabulary: Vocabulary,
+        catalogue: Catalogue,
+        make: Callable[[Loaded], Holder],
+        *,
+        keep: Path,
+        versions: int,
+        tolerance: float,
+        share: float = 0.0,
+        shadow: bool = False,
+    ) -> None:
+        """Answer with the first policy, whose engine `make` makes.
+
+        Args:
+            name: of the variant.
+            folder: where new policies are found.
+            first: the policy there now.
+            vocabulary: of all policies of the seat.
+            catalogue: that the policies were trained on.
+            make: an engine for a policy.
+            keep: folder in which accepted policies are kept.
+            versions: how many are.
+            tolerance: between engine and reference on the probe.
+            share: of the users.
+            shadow: answers for the log alone.
+        """
+        self.name, self.share, self.shadow = name, share, shadow
+        self.pinned: str | None = None
+        self.refused = ""
+        self.holder = make(first)
+        self.guided = first.guided and isinstance(self.holder, TorchEngine)
+        self._folder, self._vocabulary, self._base = folder, vocabulary, catalogue
+        self._trie = catalogue.trie.catalogue
+        self._weights = first.weights
+        self._keep, self._versions, self._tolerance = keep / name, versions, tolerance
+        self._seen = self._stamp()
+        self._retain(folder, first.version)
+
+    @property
+    def version(self) -> PolicyVersion:
+        """The policy that answers."""
+        return self.holder.version
+
+    @property
+    def engine(self) -> str:
+        """What the policy runs in."""
+        return "torch" if isinstance(self.holder, TorchEngine) else "vllm"
+
+    @property
+    def kept(self) -> list[str]:
+        """Versions that can be activated, oldest first."""
+        if not self._keep.is_dir():
+            return []
+        there = [p for p in self._keep.iterdir() if not p.name.startswith(".")]
+        return [p.name for p in sorted(there, key=lambda p: int(p.name.split("-")[0]))]
+
+    def look(self) -> Loaded | None:
+        """A new policy in the folder, unless a version is pinned; notes why it was refused."""
+        stamp = self._stamp()
+        if self.pinned is not None or stamp == self._seen:
+            return None
+        try:
+            loaded = read_policy(self._folder, self._vocabulary, self._base.digest)
+        except _TRANSIENT as error:
+            # Half a policy may be there while training writes: it is looked at again.
+            self.refused = _sentence(error)
+            return None
+        if self._stamp() != stamp:
+            return None
+        self._seen, self.refused = stamp, ""
+        if (loaded.version.step, loaded.version.digest) == (
+            self.version.step,
+            self.version.digest,
+        ):
+            return None
+        self._retain(self._folder, loaded.version)
+        return loaded
+
+    def recall(self, version: str) -> Loaded:
+        """A kept version, verified anew.
+
+        Raises:
+            UnknownNameError: it is not kept, or is damaged.
+        """
+        if version not in self.kept:
+            raise UnknownNameError(
+                f"policy {version!r} is not kept; there are {', '.join(self.kept) or 'none'}"
+            )
+        try:
+            return read_policy(self._keep / version, self._vocabulary, self._base.digest)
+        except _TRANSIENT as error:
+            raise UnknownNameError(f"policy {version} is kept but damaged") from error
+
+    def unpin(self) -> None:
+        """Follow the folder again; what is there now counts as new."""
+        self.pinned, self._seen = None, ""
+
+    def switch(self, loaded: Loaded, catalogue: Catalogue) -> bool:
+        """Answer with this policy, if its engine scores the probe as its own model does.
+
+        Returns:
+            If it does; otherwise the policy before it answers on, and `refused` says why.
+        """
+        form = PromptFormat(catalogue=catalogue, vocabulary=self._vocabulary)
+        before, weights = self.version, self._weights
+        reference = TorchEngine(loaded.model, catalogue.trie, self._vocabulary, loaded.version)
+        try:
+            expected = probe(reference, catalogue, form)
+            self.turn_to(catalogue)
+            self.holder.install(loaded.version, loaded.weights)
+            found = probe(self.holder, catalogue, form)
+            check_probe(found, expected, loaded.version, self._tolerance)
+        except (EngineError, CheckpointError) as error:
+            if self.version is not before:
+                self.holder.install(before, weights)
+            self.refused = _sentence(error)
+            return False
+        self._weights, self.refused = loaded.weights, ""
+        self.guided = loaded.guided and isinstance(self.holder, TorchEngine)
+        return True
+
+    def turn_to(self, catalogue: Catalogue) -> None:
+        """Search this catalogue from now on."""
+        if self._trie != catalogue.digest:
+            self.holder.turn_to(catalogue.trie)
+            self._trie = catalogue.digest
+
+    def _stamp(self) -> str:
+        """What changes when a policy is exported; empty while there is none."""
+        try:
+            facts = self._folder / "policy.json"
+            at = facts.stat()
+            return f"{at.st_ino}-{at.st_mtime_ns}-{facts.read_text()}"
+        except OSError:
+            return ""
+
+    def _retain(self, folder: Path, version: PolicyVersion) -> None:
+        """Copy an accepted policy, and drop the oldest copies."""
+        target = self._keep / str(version)
+        if not target.is_dir():
+            partial_copy = target.with_name(f".{target.name}.partial")
+            shutil.rmtree(partial_copy, ignore_errors=True)
+            try:
+                shutil.copytree(folder, partial_copy, ignore=shutil.ignore_patterns("catalogue"))
+                partial_copy.rename(target)
+            except OSError:  # another replica was first, or training swapped the folder meanwhile
+                shutil.rmtree(partial_copy, ignore_errors=True)
+        for old in self.kept[: -self._versions]:
+            if old not in (self.pinned, str(version)):
+                shutil.rmtree(self._keep / old, ignore_errors=True)
+
+
+def check_probe(
+    found: Candidates, expected: Candidates, version: PolicyVersion, tolerance: float
+) -> None:
+    """Raise EngineError where an engine and its reference disagree on a probe."""
+    same = np.array_equal(found.start, expected.start)
+    gap = float(np.abs(found.score - expected.score).max(initial=0.0)) if same else float("inf")
+    if not gap <= tolerance:
+        raise EngineError(
+            f"the engine scores the probe {gap:.2g} away from policy {version}'s own model, more "
+            f"than {tolerance:g}; the policy before it answers on"
+        )
+
+
+def _sentence(error: Exception) -> str:
+    """A reason without paths, which an endpoint may show."""
+    if isinstance(error, OSError | ValueError | KeyError | DataError):
+        return "the policy folder could not be read"
+    return str(error)

@@ -1,0 +1,86 @@
+"""What an endpoint counts. Names are Prometheus names; the shell hands them on to Ray.
+
+| name | kind | tags |
+|---|---|---|
+| orchard_serve_requests | counter | variant, source, policy |
+| orchard_serve_fallbacks | counter | variant, reason |
+| orchard_serve_cache_hits | counter | variant |
+| orchard_serve_illegal | counter | variant: items in an answer that must not be; stays 0 |
+| orchard_serve_refused | counter | kind |
+| orchard_serve_phase_seconds | histogram | variant, phase: queue, prefill, levels, post, total |
+| orchard_serve_beam_fill | histogram | variant: beam rows of a batch over the budget |
+| orchard_serve_queue_rows | gauge | |
+| orchard_serve_policy_step | gauge | variant |
+| orchard_serve_catalogue_version | gauge | |
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
+
+COUNTERS = {
+    "orchard_serve_requests": ("variant", "source", "policy"),
+    "orchard_serve_fallbacks": ("variant", "reason"),
+    "orchard_serve_cache_hits": ("variant",),
+    "orchard_serve_illegal": ("variant",),
+    "orchard_serve_refused": ("kind",),
+}
+HISTOGRAMS = {
+    "orchard_serve_phase_seconds": ("variant", "phase"),
+    "orchard_serve_beam_fill": ("variant",),
+}
+GAUGES = {
+    "orchard_serve_queue_rows": (),
+    "orchard_serve_policy_step": ("variant",),
+    "orchard_serve_catalogue_version": (),
+}
+SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
+
+@runtime_checkable
+class Meters(Protocol):
+    """Where figures go."""
+
+    def count(self, name: str, by: float = 1.0, **tags: str) -> None:
+        """Add to a counter."""
+        ...
+
+    def observe(self, name: str, value: float, **tags: str) -> None:
+        """Add to a histogram."""
+        ...
+
+    def set(self, name: str, value: float, **tags: str) -> None:
+        """Set a gauge."""
+        ...
+
+
+class Tally:
+    """Figures kept in memory, for tests and benchmarks."""
+
+    def __init__(self) -> None:
+        """Start with nothing."""
+        self.counts = Counter[tuple[str, ...]]()
+        self.values: dict[tuple[str, ...], list[float]] = defaultdict(list)
+        self.gauges: dict[tuple[str, ...], float] = {}
+
+    def count(self, name: str, by: float = 1.0, **tags: str) -> None:
+        """Add to a counter."""
+        self.counts[_key(name, COUNTERS[name], tags)] += int(by)
+
+    def observe(self, name: str, value: float, **tags: str) -> None:
+        """Add to a histogram."""
+        self.values[_key(name, HISTOGRAMS[name], tags)].append(value)
+
+    def set(self, name: str, value: float, **tags: str) -> None:
+        """Set a gauge."""
+        self.gauges[_key(name, GAUGES[name], tags)] = value
+
+    def total(self, name: str) -> int:
+        """A counter over all its tags."""
+        return sum(n for key, n in self.counts.items() if key[0] == name)
+
+
+def _key(name: str, known: tuple[str, ...], tags: Mapping[str, str]) -> tuple[str, ...]:
+    assert tags.keys() == set(known), (name, tags)
+    return (name, *(tags[tag] for tag in known))

@@ -1,0 +1,149 @@
+"""From a policy folder and the settings to a desk that can start."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from transformers.utils import logging as transformers_logging
+
+from orchard import catalogue as catalogues
+from orchard import model as models
+from orchard import ragged, vocabulary
+from orchard.catalogue import Catalogue
+from orchard.config import RolloutConfig, ServeConfig
+from orchard.errors import DataError, EngineError
+from orchard.tables import read_table
+from orchard.vocabulary import Vocabulary
+from rollout.engine import Holder
+from rollout.engine.torch import TorchEngine
+from rollout.engine.vllm import VllmHolder
+from serve import follow
+from serve.attributes import NOTHING, check_filters, read_attributes
+from serve.desk import Desk
+from serve.exposure import ExposureLog
+from serve.follow import Loaded, Seat
+from serve.ledger import Ledger
+from serve.meters import Meters
+from serve.stock import Stock
+from serve.variants import MAIN
+
+_log = logging.getLogger("orchard.serve")
+
+
+def open_desk(
+    folder: Path, config: ServeConfig, meters: Meters, *, max_history: int | None = None
+) -> Desk:
+    """A desk for the policy in `folder`; reads and checks everything that the settings name.
+
+    Args:
+        folder: of an exported policy; its catalogue is what is served.
+        config: the settings.
+        meters: where figures go.
+        max_history: items that the policy reads; by default what it was exported with.
+
+    Raises:
+        DataError, ConfigError, CheckpointError, EngineError: one sentence each.
+    """
+    transformers_logging.disable_progress_bar()
+    torch.set_num_threads(config.threads)
+    models.check_folder(folder)
+    items = catalogues.load(folder / "catalogue")
+    words = vocabulary.of_codes(vocabulary.read_tokenizer(folder), items)
+    attributes = NOTHING
+    if config.attributes is not None:
+        attributes = read_attributes(config.attributes, config.filters)
+    check_filters(attributes, config.filters)
+    popularity = read_popularity(config.popularity) if config.popularity is not None else {}
+    ledger = Ledger(config.state or folder.parent / "serve", items.digest)
+    stock = Stock(
+        items, words, attributes=attributes, filters=config.filters, popularity=popularity,
+        keep=config.versions,
+    )  # fmt: skip
+    seats = {MAIN: _seat(MAIN, folder, config, items, words, ledger)}
+    for name in sorted(config.variants):
+        one = config.variants[name]
+        seats[name] = _seat(
+            name, one.policy, config, items, words, ledger, share=one.share, shadow=one.shadow
+        )
+    known = follow.read_facts(folder)
+    return Desk(
+        config, seats, stock, ledger, meters,
+        max_history=max_history or (known["max_history"] if known else 10),
+        histories=read_histories(config.histories) if config.histories is not None else None,
+        exposure=ExposureLog(config.exposure) if config.exposure is not None else None,
+    )  # fmt: skip
+
+
+def _seat(
+    name: str,
+    folder: Path,
+    config: ServeConfig,
+    items: Catalogue,
+    words: Vocabulary,
+    ledger: Ledger,
+    *,
+    share: float = 0.0,
+    shadow: bool = False,
+) -> Seat:
+    first = follow.read_policy(folder, words, items.digest)
+
+    def make(loaded: Loaded) -> Holder:
+        return engine_of(folder, loaded, items, words, config)
+
+    return Seat(
+        name, folder, first, words, items, make,
+        keep=ledger.policies, versions=config.versions, tolerance=config.probe_tolerance,
+        share=share, shadow=shadow,
+    )  # fmt: skip
+
+
+def engine_of(
+    folder: Path, loaded: Loaded, items: Catalogue, words: Vocabulary, config: ServeConfig
+) -> Holder:
+    """The configured engine; torch, with a warning, where vLLM cannot be had."""
+    if config.engine == "vllm":
+        rollout = RolloutConfig(engine="vllm", threads=config.threads)
+        try:
+            return VllmHolder(
+                folder, loaded.model, items.trie, words, loaded.version, rollout, seed=0
+            )
+        except EngineError as error:
+            _log.warning("serving with the torch engine: %s", error)
+    return TorchEngine(loaded.model, items.trie, words, loaded.version)
+
+
+def read_popularity(path: Path) -> dict[int, float]:
+    """Item to count.
+
+    Raises:
+        DataError: the file or a column is missing, or unreadable.
+    """
+    table = read_table(
+        path, role="popularity", columns=("item_id", "count"), remedy="serve.popularity"
+    )
+    counts = [float(count or 0) for count in table["count"].to_pylist()]
+    return dict(zip(table["item_id"].to_pylist(), counts, strict=True))
+
+
+def read_histories(path: Path) -> Mapping[str, Int64[np.ndarray, " H"]]:
+    """User, as text, to item ids, oldest first.
+
+    Raises:
+        DataError: the file or a column is missing or unreadable, or a user occurs twice.
+    """
+    table = read_table(
+        path, role="histories", columns=("user_id", "history"), remedy="serve.histories"
+    )
+    lists = table["history"].combine_chunks()
+    start = ragged.starts(lists.value_lengths().fill_null(0).to_numpy().astype(np.int64))
+    flat = lists.flatten().to_numpy(zero_copy_only=False).astype(np.int64)
+    users = [str(user) for user in table["user_id"].to_pylist()]
+    if len(set(users)) < len(users):
+        raise DataError(
+            f"histories file {path} has {len(users)} rows of {len(set(users))} users; "
+            "give each user one row"
+        )
+    return dict(zip(users, np.split(flat, start[1:-1]), strict=True))

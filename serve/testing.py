@@ -1,0 +1,89 @@
+"""A tiny shop for tests and benchmarks: a policy, its items with attributes, and an engine."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from orchard import catalogue as catalogues
+from orchard.config import FilterConfig
+from orchard.testing import World
+from rollout.engine.torch import TorchEngine
+from serve.attributes import Attributes
+from serve.recommender import Kind, Query
+from serve.stock import Stock
+
+FILTERS = {
+    "cheap": FilterConfig(column="price", op="<", value=5),
+    "red": FilterConfig(column="colour", op="==", value="red"),
+    "stocked": FilterConfig(column="stock", op="==", value=True),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shop:
+    """What answers, and what it answers from."""
+
+    world: World
+    engine: TorchEngine
+    stock: Stock
+
+
+def attributes_of(num_items: int) -> Attributes:
+    """Prices and colours of most items, stock of all."""
+    draw, ids = np.random.default_rng(5), np.arange(num_items)
+    known = draw.random(num_items) < 0.9
+    return Attributes(
+        item_id=ids,
+        column={
+            "price": (draw.integers(0, 10, num_items), known),
+            "colour": (np.array(["red", "blue"])[draw.integers(0, 2, num_items)], known),
+            "stock": (draw.random(num_items) < 0.8, np.ones(num_items, bool)),
+        },
+    )
+
+
+def make_stock(world: World, keep: int = 3) -> Stock:
+    """The catalogue of a world as it is served."""
+    return Stock(
+        world.catalogue,
+        world.vocabulary,
+        attributes=attributes_of(len(world.catalogue)),
+        filters=FILTERS,
+        popularity={3: 9.0, 1: 7.0, 4: 7.0},
+        keep=keep,
+    )
+
+
+def query(history: list[int], **changes: object) -> Query:
+    """A query for ten items, with changes."""
+    settled: dict[str, object] = {
+        "history": np.array(history, np.int64), "k": 10, "exclude": np.zeros(0, np.int64),
+        "per_prefix": None, "seed": 0, "levels": False,
+    }  # fmt: skip
+    return Query(**(settled | changes))  # pyright: ignore[reportArgumentType]
+
+
+def kind(**changes: object) -> Kind:
+    """A beam wider than the catalogue, with changes."""
+    settled: dict[str, object] = {"decoder": "beam", "width": 50, "filters": ()}
+    return Kind(**(settled | changes))  # pyright: ignore[reportArgumentType]
+
+
+def export_policy(world: World, folder: Path, *, step: int, digest: str | None = None) -> Path:
+    """Write a world's policy as training exports it; `digest` may lie about the weights."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    world.save(partial)
+    catalogues.write(world.catalogue, partial / "catalogue")
+    about = {
+        "version": {"step": step, "digest": digest or world.version.digest},
+        "catalogue": world.catalogue.digest,
+        "max_history": 10,
+        "facts": {},
+    }
+    (partial / "policy.json").write_text(json.dumps(about))
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    return folder

@@ -1,0 +1,187 @@
+"""Dashboards, rules and runbooks, as far as that goes without Grafana."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cluster.dashboards.boards import BOARDS, WIDTH
+from cluster.telemetry import BY_NAME, METRICS, OTHERS
+
+ROOT = Path(__file__).parents[2]
+MONITORING = ROOT / "cluster" / "monitoring"
+FILES = sorted((ROOT / "cluster" / "dashboards").glob("*.json"))
+
+BUILT_IN = {"__rate_interval", "datasource"}
+WORDS = re.compile(r"\b(?:orchard|ray)_[a-z0-9_]+")
+
+
+def panels(file: Path) -> list[dict[str, Any]]:
+    return json.loads(file.read_text())["panels"]
+
+
+def expressions(file: Path) -> list[str]:
+    return [target["expr"] for panel in panels(file) for target in panel["targets"]]
+
+
+def known(name: str) -> bool:
+    """Is it a series of the catalogue, or of Ray, histograms included?"""
+    whole = {m.name for m in METRICS if m.kind != "histogram"} | OTHERS.keys()
+    parts = re.fullmatch(r"(.*)_(bucket|sum|count)", name)
+    histograms = {m.name for m in METRICS if m.kind == "histogram"} | {
+        "ray_serve_http_request_latency_ms",
+        "ray_serve_deployment_processing_latency_ms",
+        "ray_serve_actual_batch_size",
+    }
+    return name in whole or (parts is not None and parts[1] in histograms)
+
+
+def test_there_is_a_file_for_each_board() -> None:
+    assert {f.stem for f in FILES} == {board.uid for board in BOARDS}
+    for board in BOARDS:
+        file = ROOT / "cluster" / "dashboards" / f"{board.uid}.json"
+        found = {target["expr"] for panel in panels(file) for target in panel["targets"]}
+        drawn = [graph for row in board.rows for graph in row]
+        assert found == {curve for graph in drawn for curve, _ in graph.curves}
+        assert [p["title"] for p in panels(file)] == [graph.title for graph in drawn]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+def test_panels_are_whole_and_do_not_overlap(file: Path) -> None:
+    board = json.loads(file.read_text())
+    assert board["uid"] == file.stem
+    assert board["schemaVersion"] == 41
+    variables = {v["name"] for v in board["templating"]["list"]} | BUILT_IN
+    taken: set[tuple[int, int]] = set()
+    ids = [panel["id"] for panel in board["panels"]]
+    assert len(set(ids)) == len(ids)
+    for panel in board["panels"]:
+        at = panel["gridPos"]
+        cells = {
+            (x, y)
+            for x in range(at["x"], at["x"] + at["w"])
+            for y in range(at["y"], at["y"] + at["h"])
+        }
+        assert at["x"] + at["w"] <= WIDTH
+        assert not cells & taken, panel["title"]
+        taken |= cells
+        assert panel["description"]
+        assert panel["fieldConfig"]["defaults"]["unit"]
+        places = [target["refId"] for target in panel["targets"]]
+        assert len(set(places)) == len(places)
+        for target in panel["targets"]:
+            assert target["datasource"]["uid"] == "${datasource}"
+            assert target["legendFormat"]
+            assert set(re.findall(r"\$\{?(\w+)", target["expr"])) <= variables
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+def test_panels_ask_for_metrics_that_exist_by_labels_that_they_have(file: Path) -> None:
+    for expression in expressions(file):
+        for name in WORDS.findall(expression):
+            assert known(name), expression
+            metric = BY_NAME.get(re.sub("_(bucket|sum|count)$", "", name)) or BY_NAME.get(name)
+            if metric is not None:
+                near = re.findall(rf"{name}\{{([^}}]*)\}}", expression)
+                asked = {label for part in near for label in re.findall(r"(\w+)=", part)}
+                assert asked <= {"run", *metric.labels}, expression
+
+
+def test_every_metric_is_on_a_dashboard_or_in_a_rule() -> None:
+    text = " ".join(e for f in FILES for e in expressions(f))
+    text += (MONITORING / "rules.yml").read_text()
+    used = {re.sub("_(bucket|sum|count)$", "", word) for word in WORDS.findall(text)}
+    assert {m.name for m in METRICS} - used == {"orchard_start_timestamp_seconds"}
+
+
+def test_ray_still_has_the_metrics_that_are_asked_of_it() -> None:
+    import ray
+
+    folder = Path(ray.__file__).parent
+    rooms = [folder / "serve", folder / "dashboard" / "modules"]
+    text = "".join(file.read_text() for room in rooms for file in room.rglob("*.py"))
+    protocols = {"num_http_requests", "num_http_error_requests", "http_request_latency_ms"}
+    for name in OTHERS:
+        plain = name.removeprefix("ray_").removesuffix("_total")
+        generic = plain.removeprefix("serve_")
+        if generic in protocols:
+            plain = generic.replace("http", "{protocol_name}")
+        assert plain in text, name
+
+
+def rules() -> list[dict[str, Any]]:
+    groups = yaml.safe_load((MONITORING / "rules.yml").read_text())["groups"]
+    return [rule for group in groups for rule in group["rules"]]
+
+
+def test_every_alert_has_a_severity_a_runbook_a_test_and_known_metrics() -> None:
+    tests = yaml.safe_load((ROOT / "tests/cluster/rules_test.yml").read_text())["tests"]
+    tested = {
+        one["alertname"] for test in tests for one in test["alert_rule_test"] if one["exp_alerts"]
+    }
+    alerts = [rule for rule in rules() if "alert" in rule]
+    assert {alert["alert"] for alert in alerts} == tested
+    books: set[str] = set()
+    for alert in alerts:
+        assert alert["labels"]["severity"] in ("warning", "critical")
+        book = ROOT / alert["annotations"]["runbook"]
+        assert book.read_text().startswith(f"# {alert['alert']}\n")
+        books.add(book.name)
+    assert books == {file.name for file in (ROOT / "docs" / "runbooks").glob("*.md")}
+    recorded = {rule["record"].split(":")[1] for rule in rules() if "record" in rule}
+    for rule in rules():
+        words = re.sub(r"\brun:\w+:\w+", "", rule["expr"])
+        assert all(known(name) or name in recorded for name in WORDS.findall(words)), rule
+
+
+def promtool(*arguments: str) -> subprocess.CompletedProcess[str]:
+    tool = shutil.which("promtool")
+    if tool is None:
+        pytest.skip("promtool is not installed (Debian package prometheus)")
+    return subprocess.run(
+        [tool, *arguments], cwd=ROOT / "tests/cluster", capture_output=True, text=True, check=False
+    )
+
+
+def test_promtool_accepts_the_rules() -> None:
+    ended = promtool("check", "rules", "--lint=all", "--lint-fatal", str(MONITORING / "rules.yml"))
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+def test_alerts_fire_when_they_should_and_not_otherwise() -> None:
+    ended = promtool("test", "rules", "rules_test.yml")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+def test_expressions_of_panels_are_promql(tmp_path: Path) -> None:
+    recorded = [
+        {"record": f"panel:{number}", "expr": text.replace("$__rate_interval", "1m")}
+        for number, text in enumerate(e for f in FILES for e in expressions(f))
+    ]
+    file = tmp_path / "panels.yml"
+    file.write_text(json.dumps({"groups": [{"name": "panels", "rules": recorded}]}))
+    ended = promtool("check", "rules", "--lint=none", str(file))
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+def test_regenerating_gives_the_same_files_and_grafanas_model_loses_nothing() -> None:
+    pytest.importorskip("grafana_foundation_sdk", reason="the extra `dashboards` is not installed")
+    from grafana_foundation_sdk.cog.encoder import JSONEncoder
+    from grafana_foundation_sdk.cog.plugins import register_default_plugins
+    from grafana_foundation_sdk.models.dashboard import Dashboard
+
+    from cluster.dashboards.generate import as_json
+
+    register_default_plugins()
+    for board in BOARDS:
+        text = (ROOT / "cluster" / "dashboards" / f"{board.uid}.json").read_text()
+        assert text == as_json(board)
+        again = json.loads(JSONEncoder().encode(Dashboard.from_json(json.loads(text))))
+        for panel in again["panels"]:  # the model adds an empty section of its own
+            assert panel["fieldConfig"]["defaults"].pop("custom") == {}
+        assert again == json.loads(text)

@@ -1,0 +1,38 @@
+"""The data commands, as they are typed."""
+
+from pathlib import Path
+
+import pytest
+
+from cluster.cli import main
+
+
+def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_a_log_is_imported_by_one_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [f"{u},{(u + e) % 6},{10 * e + u}" for u in range(6) for e in range(6)]
+    (tmp_path / "log.csv").write_text("\n".join(["who,what,timestamp", *rows]))
+    source, out = str(tmp_path / "log.csv"), str(tmp_path / "shop")
+    assert "--column user=NAME" in fails(["data", "import", source, out], capsys)
+    assert "no column role 'whom'" in fails(
+        ["data", "import", source, out, "--column", "whom=who"], capsys
+    )
+    assert "role=NAME" in fails(["data", "import", source, out, "--column", "who"], capsys)
+    assert "choose chronological" in fails(["data", "import", source, out, "--split", "x"], capsys)
+    assert not (tmp_path / "shop").exists()
+    main(["data", "import", source, out, "--column", "user=who", "--column", "item=what"])
+    shown = capsys.readouterr().out
+    assert "num_events  36" in shown
+    assert f"orchard data sids {out}" in shown
+    pytest.importorskip("faiss", reason="faiss is not installed; `make env` brings it")
+    assert "choose auto, titles" in fails(["data", "sids", out, "--source", "x"], capsys)
+    assert "no list of sizes" in fails(["data", "sids", out, "--levels", "2x2"], capsys)
+    main(["data", "sids", out, "--levels", "2,2", "--collisions", "extra_level"])
+    assert "6 distinct of 6 items, 0 share theirs" in capsys.readouterr().out

@@ -1,0 +1,93 @@
+"""Examples of a search, as numbers and as a drawing."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from cluster.examples import describe, telling
+from cluster.sections import examples
+from orchard import value
+from orchard.settings import VedConfig
+from orchard.testing import tiny_catalogue, tiny_policy, tiny_prompts
+from orchard.types import PolicyVersion, ScoredTrees
+from rewards.reward import score
+from rollout.engine.torch import TorchEngine
+from rollout.search import beam
+from rollout.trees import grow
+from rollout.ved import ved
+
+ITEMS = tiny_catalogue(num_items=60, level_size=(6, 5, 6))
+PROMPTS = tiny_prompts(ITEMS, [1, 3, 2, 2, 4])
+WEIGHTS = {"rule": 1.0, "ranking": 1.0}
+
+
+@pytest.fixture(scope="module")
+def found() -> tuple[ScoredTrees, ScoredTrees]:
+    """What a guided search and a beam find."""
+    model, vocabulary = tiny_policy(ITEMS)
+    value.attach(model, seed=0)
+    version = PolicyVersion(step=0, digest="")
+    engine = TorchEngine(model, ITEMS.trie, vocabulary, version)
+    guided = ved(engine, PROMPTS, VedConfig(budget=17, width=4), count=8, seed=0)
+    both = [
+        grow(PROMPTS, one, ITEMS, vocabulary, version)
+        for one in (guided, beam(engine, PROMPTS, width=8))
+    ]
+    return score(both[0], ITEMS, WEIGHTS), score(both[1], ITEMS, WEIGHTS)
+
+
+def test_an_example_says_what_the_tree_holds(found: tuple[ScoredTrees, ScoredTrees]) -> None:
+    scored, beams = found
+    trees = scored.trees
+    for at in range(len(trees)):
+        one = json.loads(json.dumps(describe(scored, beams.trees, at, ITEMS)))
+        kept = slice(*trees.candidate_start[at : at + 2].tolist())
+        assert len(one["candidate"]) == kept.stop - kept.start
+        held = set(beams.trees.state[slice(*beams.trees.node_start[at : at + 2].tolist())].tolist())
+        states = trees.state[slice(*trees.node_start[at : at + 2].tolist())].tolist()
+        for index, node in enumerate(one["node"]):
+            assert node["parent"] < index
+            assert node["beam"] == (states[index] in held)
+        for candidate, expected in zip(one["candidate"], trees.score[kept], strict=True):
+            end = one["node"][candidate["node"]]
+            assert end["score"] == pytest.approx(candidate["score"], abs=1e-3)
+            assert candidate["score"] == pytest.approx(float(expected), abs=1e-3)
+            # The name of an item spells the codes on the way to it.
+            assert candidate["name"].split()[end["step"] - 1] == end["name"]
+
+
+def test_the_hits_furthest_down_and_one_miss_are_told(
+    found: tuple[ScoredTrees, ScoredTrees],
+) -> None:
+    scored, _ = found
+    trees = scored.trees
+    hits = {int(p) for p in trees.prompt_of_candidate[scored.parts["rule"] > 0]}
+    shown = telling(scored, ITEMS).tolist()
+    assert len(set(shown)) == len(shown)
+    assert sum(at in hits for at in shown) == min(2, len(hits))
+    assert sum(at not in hits for at in shown) == 1
+
+
+def test_a_drawing_names_every_candidate(found: tuple[ScoredTrees, ScoredTrees]) -> None:
+    scored, beams = found
+    one = describe(scored, beams.trees, 0, ITEMS)
+    html = examples([one])
+    assert html.count("<svg") == 1
+    said = re.sub(r"<[^>]*>", " ", html)
+    for candidate in one["candidate"]:
+        assert candidate["name"] in said
+    assert examples([]) == ""
+
+
+def test_with_hits_alone_or_misses_alone_there_are_fewer_examples(
+    found: tuple[ScoredTrees, ScoredTrees],
+) -> None:
+    trees = found[0].trees
+    hits = np.unique(trees.prompt_of_candidate[found[0].parts["rule"] > 0])
+    for rows in (hits, np.setdiff1d(np.arange(len(trees)), hits)):
+        some = trees.select(rows)
+        alone = ScoredTrees(trees=some, reward=np.zeros(len(some.leaf), np.float32), parts={})
+        assert set(telling(alone, ITEMS).tolist()) <= set(range(len(rows)))
+        assert len(telling(alone, ITEMS)) == min(len(rows), 2 if rows is hits else 1)

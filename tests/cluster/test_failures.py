@@ -1,0 +1,207 @@
+"""What may die, hang or lie, and what a run then comes to: the same weights, or a plain error."""
+
+import asyncio
+import os
+import signal
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import psutil
+import pytest
+import ray
+
+from cluster.launch import House, launch
+from cluster.loop import train
+from cluster.pool import Pool
+from cluster.prepare import Run, export, open_folder, prepare
+from orchard import config, model
+from orchard.config import Config
+from orchard.errors import ActorError, ConfigError, DataError, Stopped
+from orchard.metrics import read_metrics
+from orchard.synth import WorldParams, write_world
+from orchard.types import PolicyVersion, SearchTrees
+from orchard.weights import digest, snapshot
+
+T = TypeVar("T")
+
+ROOT = Path(__file__).parents[2]
+WORLD = WorldParams(num_items=60, num_users=80, level_size=(4, 5, 6))
+COUNTED = ("learner/surrogate", "learner/grad_norm", "rewards/mean", "rollout/forward_tokens")
+
+on_ray = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five steps on the torch engine, saved after each."""
+    folder = tmp_path_factory.mktemp("world")
+    write_world(folder / "data", WORLD)
+    path = folder / "run.toml"
+    path.write_text(
+        f"""
+        name = "toy"
+        output = "{folder / "runs"}"
+        data.path = "{folder / "data"}"
+        model = {{hidden_size = 16, heads = 2, kv_heads = 1, intermediate_size = 16, layers = 1}}
+        rollout = {{engine = "torch", candidates = 4, batch_size = 4, threads = 1}}
+        learner = {{steps = 5, prompts_per_step = 8, threads = 1, lr = 5e-3}}
+        evaluate = {{every = 0, test_rows = 8, beams = 4, valid_beams = 4}}
+        checkpoint = {{every = 1, keep = 9}}
+        """
+    )
+    return path
+
+
+def begin(run_file: Path, *changes: str) -> Run:
+    """A run whose folder is as a warm start leaves it, but with random weights."""
+    settings: Config = config.load(run_file, changes)
+    begun = prepare(settings, "sft")
+    open_folder(begun)
+    first = model.create(settings.model, begun.vocabulary, seed=0)
+    export(begun, begun.result, PolicyVersion(step=0, digest="x"), snapshot(first))
+    return prepare(settings, "train")
+
+
+def in_a_house(phase: Callable[[House], Awaitable[T]], run: Run) -> T:
+    async def work() -> T:
+        async with launch(run) as house:
+            return await phase(house)
+
+    return asyncio.run(work())
+
+
+def counted(run: Run) -> dict[str, list[float]]:
+    """The metrics of a run that do not depend on time."""
+    log = read_metrics(run.dir / "metrics.jsonl")["train"]
+    return {name: log[name].value.tolist() for name in COUNTED}
+
+
+async def updates(run: Run, count: int) -> None:
+    """Returns once the run's metrics hold ``count`` updates of the policy."""
+
+    def done() -> int:
+        phases = read_metrics(path) if path.exists() else {}
+        series = phases.get("train", {}).get("learner/surrogate")
+        return 0 if series is None else len(series.value)
+
+    path = run.dir / "metrics.jsonl"
+    while done() < count:
+        await asyncio.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def twin(run_file: Path, ray_cluster: None) -> tuple[PolicyVersion, dict[str, list[float]]]:
+    """What an undisturbed run comes to."""
+    run = begin(run_file, "name=twin")
+    return in_a_house(train, run), counted(run)
+
+
+def test_storage_that_takes_no_writes_is_refused_before_any_actor(run_file: Path) -> None:
+    (run_file.parent / "file").write_text("in the way")
+    settings = config.load(run_file, [f"output={run_file.parent / 'file'}"])
+    with pytest.raises(ConfigError, match="cannot be written: Not a directory; set output to"):
+        open_folder(prepare(settings, "sft"))
+
+
+class Liar:
+    """A reward actor that does what it is told to."""
+
+    def __init__(self, fault: str) -> None:
+        self.fault = fault
+
+    async def score(self, trees: SearchTrees) -> None:
+        if self.fault == "raises":
+            raise ValueError("no such item")
+        if self.fault == "nan":
+            raise DataError("reward liar is nan for leaf 3 of prompt 1")
+        await asyncio.sleep(3600)
+
+
+class TestOnRay:
+    pytestmark = on_ray
+
+    def test_a_reward_actor_killed_in_the_middle_of_a_step_costs_nothing(
+        self, run_file: Path
+    ) -> None:
+        async def scenario(house: House) -> None:
+            policy = house.run.policy
+            values = snapshot(model.load(policy))
+            await house.publish(PolicyVersion(step=0, digest=digest(values)), values)
+            assert house.rewards is not None
+            calm = await house.scored_trees(0)
+            disturbed = asyncio.ensure_future(house.scored_trees(0))
+            await asyncio.sleep(0)
+            ray.kill(house.rewards.actors[0])
+            after = await disturbed
+            assert house.rewards.restarts == 1
+            assert house.rewards.failures["score", "died"] >= 1
+            np.testing.assert_array_equal(after.reward, calm.reward)
+
+        in_a_house(scenario, begin(run_file, "name=reward"))
+
+    def test_rewards_that_raise_or_hang_end_in_an_error_that_names_them(
+        self, run_file: Path
+    ) -> None:
+        faulty: Any = ray.remote(num_cpus=0)(Liar)
+
+        async def scenario(house: House) -> None:
+            values = snapshot(model.load(house.run.policy))
+            await house.publish(PolicyVersion(step=0, digest=digest(values)), values)
+            honest = house.rewards
+            cases = (
+                ("raises", ActorError, "rewards.score raised ValueError: no such item"),
+                ("nan", DataError, "reward liar is nan"),
+                ("hangs", ActorError, "rewards.score failed 2 times, last with TimeoutError"),
+            )
+            for fault, kind, said in cases:
+                house.rewards = Pool(
+                    "rewards", lambda _, fault=fault: faulty.remote(fault), size=1, queue=8,
+                    timeout_s=5.0, retries=1, max_restarts=9, start_timeout_s=300.0,
+                )  # fmt: skip
+                await house.rewards.ready()
+                with pytest.raises(kind, match=said):
+                    await house.scored_trees(0)
+                house.rewards.close()
+            house.rewards = honest
+
+        in_a_house(scenario, begin(run_file, "name=lies", "rollout.batch_size=8"))
+
+    def test_a_killed_learner_worker_comes_back_and_ends_where_its_twin_does(
+        self, run_file: Path, twin: tuple[PolicyVersion, dict[str, list[float]]]
+    ) -> None:
+        run = begin(run_file, "name=worker", "checkpoint.every=2")
+
+        async def scenario(house: House) -> PolicyVersion:
+            work = asyncio.ensure_future(train(house))
+            await updates(run, 3)
+            for process in psutil.Process().children(recursive=True):
+                if "RayTrainWorker" in process.name() + " ".join(process.cmdline()):
+                    process.kill()
+            last = await work
+            assert house.learner.restarts >= 1
+            return last
+
+        last = in_a_house(scenario, run)
+        assert (last.digest, counted(run)) == (twin[0].digest, twin[1])
+
+    def test_sigterm_saves_and_the_same_command_ends_where_its_twin_does(
+        self, run_file: Path, twin: tuple[PolicyVersion, dict[str, list[float]]]
+    ) -> None:
+        run = begin(run_file, "name=stopped", "checkpoint.every=100")
+
+        async def scenario(house: House) -> None:
+            work = asyncio.ensure_future(train(house))
+            await updates(run, 2)
+            os.kill(os.getpid(), signal.SIGTERM)
+            with pytest.raises(Stopped, match="saved; the same command resumes"):
+                await work
+
+        in_a_house(scenario, run)
+        before = counted(run)["learner/surrogate"]
+        assert 2 <= len(before) < 5
+        saved = list((run.dir / "checkpoints" / "learner-train").glob("job_*"))
+        assert [folder.name for folder in saved] == [f"job_{len(before):06d}"]
+        last = in_a_house(train, run)
+        assert (last.digest, counted(run)) == (twin[0].digest, twin[1])

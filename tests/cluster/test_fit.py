@@ -1,0 +1,52 @@
+"""Fitting the models of rewards from a run file: nothing here reaches Ray."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cluster import cli
+from orchard.synth import WorldParams, write_world
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Path:
+    write_world(tmp_path / "data", WorldParams(num_items=60, num_users=60, level_size=(4, 5, 6)))
+    run = tmp_path / "run.toml"
+    run.write_text(
+        f"""
+        name = "toy"
+        output = "{tmp_path / "runs"}"
+        [data]
+        path = "{tmp_path / "data"}"
+        [model]
+        hidden_size = 16
+        heads = 2
+        kv_heads = 1
+        intermediate_size = 16
+        layers = 1
+        [rewards.collaborative]
+        epochs = 2
+        hidden_size = 8
+        """
+    )
+    return run
+
+
+def test_a_scorer_is_fitted_measured_and_found_by_the_reward(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.main(["fit", "collaborative", str(world)])
+    assert "hr@10/item" in capsys.readouterr().out
+    about = json.loads((world.parent / "runs/toy/collaborative/model.json").read_text())
+    assert about["sizes"]["num_items"] == 60
+    assert 0 <= about["facts"]["ndcg@10/item"] <= about["facts"]["hr@10/item"] <= 1
+
+
+@pytest.mark.parametrize("name", ["rule", "nonsense"])
+def test_a_reward_without_a_model_has_nothing_to_fit(
+    world: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["fit", name, str(world)])
+    assert "choose collaborative" in capsys.readouterr().err

@@ -1,0 +1,149 @@
+"""A policy that is handed over is whole, says what it is, and computes what it computed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cluster import cli
+from cluster.handover import MODEL_CARD
+from cluster.prepare import Run, open_folder, prepare
+from orchard import catalogue, config, evaluation, model, value
+from orchard.evaluation import Evaluation, TargetRanks
+from orchard.synth import WorldParams, write_world
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> Path:
+    write_world(tmp_path / "data", WorldParams(num_items=60, num_users=60, level_size=(4, 5, 6)))
+    path = tmp_path / "run.toml"
+    sizes = "hidden_size = 32\nheads = 2\nkv_heads = 1\nintermediate_size = 32\nlayers = 1"
+    path.write_text(
+        f'name = "toy"\noutput = "{tmp_path / "runs"}"\n[data]\npath = "{tmp_path / "data"}"\n'
+        f"[model]\n{sizes}\n"
+    )
+    return path
+
+
+def started(path: Path) -> Run:
+    """A run with the policy that a warm start begins from, in the place of its result."""
+    run = prepare(config.load(path), "sft")
+    open_folder(run)
+    run.policy.rename(run.result)
+    return prepare(config.load(path), "train")
+
+
+def evaluated(run: Run) -> None:
+    ranks = TargetRanks(
+        sid=np.array([0, 3, TargetRanks.MISS]), item=np.array([0, 4, TargetRanks.MISS])
+    )
+    found = Evaluation(
+        metrics=evaluation.metrics(ranks, width=10), ranks=ranks, row=np.arange(3), width=10,
+        seconds=1.0, policy="0", catalogue=run.catalogue.digest, extra={},
+    )  # fmt: skip
+    evaluation.write(found, run.dir / "evaluation" / "warm_start.json")
+
+
+def logprobs(folder: Path, prompts: list[list[int]]) -> list[list[float]]:
+    """Of every token after its predecessors, by transformers alone."""
+    policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    found: list[list[float]] = []
+    for prompt in prompts:
+        with torch.inference_mode():
+            row = policy(torch.tensor([prompt])).logits[0].log_softmax(-1)
+        found.append([float(row[i, t]) for i, t in enumerate(prompt[1:])])
+    return found
+
+
+def test_the_folder_has_everything_and_computes_the_same(run_file: Path, tmp_path: Path) -> None:
+    run = started(run_file)
+    policy = model.load(run.policy, run.vocabulary)
+    value.attach(policy, seed=3)
+    value.save(policy, run.policy)
+    evaluated(run)
+    cli.main(["export", str(run_file), str(tmp_path / "out")])
+    out = tmp_path / "out"
+    names = {path.name for path in out.iterdir()}
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+            "value_head.safetensors", "catalogue", "policy.json", "run.toml", "evaluation",
+            MODEL_CARD} <= names  # fmt: skip
+    prompts = run.form.prompts(run.test, np.arange(4))
+    rows = [row.tolist() for row in np.split(prompts.token, prompts.token_start[1:-1])]
+    assert logprobs(out, rows) == logprobs(run.policy, rows)
+    assert len(AutoTokenizer.from_pretrained(out)) == run.vocabulary.size
+    assert catalogue.load(out / "catalogue").digest == run.catalogue.digest
+    head = value.head_of(model.load(out, run.vocabulary))
+    assert head is not None
+    card = (out / MODEL_CARD).read_text()
+    known = evaluation.read(out / "evaluation" / "warm_start.json").metrics["ndcg@10/sid"]
+    for part in ("## Data", "## Limits", "60", f"{known.mean:.4f} [{known.low:.4f}", "3 rows"):
+        assert part in card
+    cli.main(["export", str(run_file), str(out), "--overwrite"])
+
+
+def test_what_cannot_be_handed_over_is_refused_and_nothing_is_written(
+    run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+
+    def refused(*more: str) -> str:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["export", str(run_file), str(out), *more])
+        assert ended.value.code == 2
+        assert not any(path.name.startswith((".out", "out")) for path in tmp_path.iterdir())
+        return capsys.readouterr().err
+
+    assert "holds no policy; run `orchard sft`" in refused()
+    run = started(run_file)
+    (run.policy / "policy.json").rename(tmp_path / "policy.json")
+    assert "is no policy of a run" in refused()
+    (tmp_path / "policy.json").rename(run.policy / "policy.json")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    with pytest.raises(SystemExit):
+        cli.main(["export", str(run_file), str(tmp_path / "mine"), "--overwrite"])
+    assert "is no policy; choose another folder" in capsys.readouterr().err
+    (run.policy / "model.safetensors").unlink()
+    assert "holds no weights" in refused()
+
+
+VLLM = """
+import json, os, sys
+from rollout.engine.vllm import _ENVIRONMENT
+os.environ.update(_ENVIRONMENT)
+from vllm import LLM, SamplingParams
+folder, rows = sys.argv[1], json.loads(sys.argv[2])
+llm = LLM(folder, dtype="float32", enforce_eager=True, kv_cache_memory_bytes=2**28, block_size=32,
+          enable_prefix_caching=False, use_tqdm_on_load=False)
+params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
+answers = llm.generate([{"prompt_token_ids": r} for r in rows], params, use_tqdm=False)
+found = [[p[t].logprob for p, t in zip(a.prompt_logprobs[1:], r[1:])]
+         for a, r in zip(answers, rows)]
+print("FOUND" + json.dumps(found))
+"""
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_vllm_reads_the_folder_and_agrees_with_transformers(run_file: Path, tmp_path: Path) -> None:
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    run = started(run_file)
+    out = tmp_path / "out"
+    cli.main(["export", str(run_file), str(out)])
+    prompts = run.form.prompts(run.test, np.arange(4))
+    rows = [row.tolist() for row in np.split(prompts.token, prompts.token_start[1:-1])]
+    ended = subprocess.run(
+        [sys.executable, "-c", VLLM, str(out), json.dumps(rows)],
+        capture_output=True, text=True, check=False, timeout=280, env={**os.environ},
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    (line,) = [line for line in ended.stdout.splitlines() if line.startswith("FOUND")]
+    found = json.loads(line.removeprefix("FOUND"))
+    for row, known in zip(found, logprobs(out, rows), strict=True):
+        assert row == pytest.approx(known, abs=1e-5)

@@ -1,0 +1,90 @@
+"""A policy judged by an exposure log that another one left."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cluster.logged import judge_log
+from orchard import weights
+from orchard.errors import DataError
+from orchard.prompts import PromptFormat
+from orchard.testing import World, brute_force, tiny_world
+from orchard.types import Prompts
+from rollout.engine.torch import TorchEngine
+from rollout.search import sample
+from serve.exposure import SCHEMA
+from serve.testing import export_policy
+
+HISTORY = [3, 17, 5]
+
+
+def drawn(world: World, number: int) -> list[dict[str, object]]:
+    """Single draws after one history, as the endpoint logs them."""
+    items = world.catalogue
+    form = PromptFormat(catalogue=items, vocabulary=world.vocabulary)
+    rows = np.array(HISTORY)
+    token, start = form.tokens(rows, np.array([0, 3]))
+    prompts = Prompts(
+        id=np.zeros(1, np.int64), target=np.zeros(1, np.int64), history=rows,
+        history_start=np.array([0, 3]), token=token, token_start=start,
+    )  # fmt: skip
+    engine = TorchEngine(world.model, items.trie, world.vocabulary, world.version)
+    found = sample(engine, prompts, count=number, temperature=1.0, seed=0)
+    return [
+        {
+            "request_id": str(place), "item_id": int(items.item_of_leaf[items.leaf_start[leaf]]),
+            "decoder": "beam_sample", "width": 1, "temperature": 1.0, "restricted": False,
+            "source": "policy", "shadow": False, "history": HISTORY,
+            "logprob": found.logprob[place].tolist(),
+        }
+        for place, leaf in enumerate(found.leaf.tolist())
+    ]  # fmt: skip
+
+
+def test_a_policy_is_judged_by_what_another_one_drew(tmp_path: Path) -> None:
+    world = tiny_world(num_items=40)
+    rows = drawn(world, 3000)
+    rows.append(rows[0] | {"request_id": "slate", "width": 10})
+    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), tmp_path / "log.parquet")
+    reward = np.random.default_rng(0).random(40)
+    pq.write_table(
+        pa.table(
+            {
+                "request_id": [row["request_id"] for row in rows],
+                "item_id": [row["item_id"] for row in rows],
+                "reward": [reward[row["item_id"]] for row in rows],  # type: ignore[index]
+            }
+        ),
+        tmp_path / "rewards.parquet",
+    )
+    values = weights.snapshot(world.model)
+    name = next(iter(values))
+    weights.restore(world.model, values | {name: values[name] * 0.8})
+    folder = export_policy(world, tmp_path / "policy", step=1)
+    items = world.catalogue
+    form = PromptFormat(catalogue=items, vocabulary=world.vocabulary)
+    token, _ = form.tokens(np.array(HISTORY), np.array([0, 3]))
+    logprob = brute_force(world.model, world.vocabulary, items, token)
+    truth = float(np.exp(logprob) @ reward[items.item_of_leaf[items.leaf_start[:-1]]])
+
+    found = judge_log(folder, tmp_path / "log.parquet", tmp_path / "rewards.parquet", None)
+    for estimator in ("is", "snips", "pdis", "dr"):
+        one = found.value[estimator]
+        assert one.n == 3000
+        assert one.low - 0.01 < truth < one.high + 0.01, estimator
+    width = {name: one.high - one.low for name, one in found.value.items()}
+    assert width["dr"] < width["is"]
+
+
+def test_a_log_without_single_draws_is_refused(tmp_path: Path) -> None:
+    world = tiny_world(num_items=40)
+    folder = export_policy(world, tmp_path / "policy", step=1)
+    rows = [row | {"decoder": "beam"} for row in drawn(world, 5)]
+    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), tmp_path / "log.parquet")
+    nothing = {"request_id": ["1"], "item_id": [1], "reward": [1.0]}
+    pq.write_table(pa.table(nothing), tmp_path / "rewards.parquet")
+    with pytest.raises(DataError, match="of 5 rows of .* none is a single unrestricted draw"):
+        judge_log(folder, tmp_path / "log.parquet", tmp_path / "rewards.parquet", None)

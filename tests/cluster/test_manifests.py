@@ -1,0 +1,186 @@
+"""Kubernetes manifests and containers, as far as that goes without a cluster."""
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from ray.runtime_env import RuntimeEnv
+
+from cluster.serving import IMPORT_PATH, check_config
+from orchard import config
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "cluster" / "manifests"
+RAY = ("rayjob", "rayservice", "raycluster")
+CLUSTER_AT = {"rayjob": "rayClusterSpec", "rayservice": "rayClusterConfig", "raycluster": None}
+
+
+def read(name: str) -> dict[str, Any]:
+    return yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
+
+
+def cluster(name: str) -> dict[str, Any]:
+    spec = read(name)["spec"]
+    place = CLUSTER_AT[name]
+    return spec[place] if place else spec
+
+
+def groups(name: str) -> Iterator[dict[str, Any]]:
+    yield cluster(name)["headGroupSpec"]
+    yield from cluster(name)["workerGroupSpecs"]
+
+
+def strict(schema: dict[str, Any]) -> dict[str, Any]:
+    """A CRD's schema as JSON Schema that refuses unknown fields."""
+    made = {key: value for key, value in schema.items() if not key.startswith("x-kubernetes")}
+    if schema.get("x-kubernetes-int-or-string"):
+        return {"anyOf": [{"type": "integer"}, {"type": "string"}]}
+    if "properties" in schema:
+        made["properties"] = {k: strict(v) for k, v in schema["properties"].items()}
+        if not schema.get("x-kubernetes-preserve-unknown-fields"):
+            made.setdefault("additionalProperties", False)
+    for key in ("items", "additionalProperties"):
+        if isinstance(schema.get(key), dict):
+            made[key] = strict(schema[key])
+    return made
+
+
+@pytest.fixture
+def schema_of(shared_data: Path) -> Callable[[str], dict[str, Any]]:
+    folder = shared_data / "kuberay_crds"
+    if not folder.is_dir():
+        pytest.skip("KubeRay's CRDs are not beside this checkout")
+
+    def find(name: str) -> dict[str, Any]:
+        plural = f"{name}s"
+        crd = yaml.load((folder / f"ray.io_{plural}.yaml").read_text(), yaml.CSafeLoader)
+        (version,) = [v for v in crd["spec"]["versions"] if v["name"] == "v1"]
+        schema = version["schema"]["openAPIV3Schema"]
+        schema["properties"]["metadata"] = {"x-kubernetes-preserve-unknown-fields": True}
+        return strict(schema)
+
+    return find
+
+
+@pytest.mark.parametrize("name", RAY)
+def test_a_resource_follows_its_crd(name: str, schema_of: Callable[[str], dict[str, Any]]) -> None:
+    validator = jsonschema.Draft7Validator(schema_of(name))
+    assert [error.message[:300] for error in validator.iter_errors(read(name))] == []
+    broken = read(name)
+    place = CLUSTER_AT[name]
+    spec = broken["spec"][place] if place else broken["spec"]
+    spec["workerGroupSpecs"][0]["minReplica"] = 1
+    assert any("minReplica" in error.message for error in validator.iter_errors(broken))
+
+
+@pytest.mark.parametrize("name", RAY)
+def test_a_cluster_obeys_what_the_operator_asks_beyond_its_schema(name: str) -> None:
+    spec = cluster(name)
+    assert spec["authOptions"]["mode"] == "token"
+    assert spec["enableInTreeAutoscaling"]
+    assert spec["autoscalerOptions"]["version"] == "v2"
+    assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    assert len(read(name)["metadata"]["name"]) <= 40
+    names = [group["groupName"] for group in spec["workerGroupSpecs"]]
+    assert len(set(names)) == len(names)
+    for group in groups(name):
+        pod = group["template"]["spec"]
+        assert pod.get("restartPolicy", "Never") == "Never"
+        assert pod["securityContext"]["runAsNonRoot"]
+        assert pod["terminationGracePeriodSeconds"] > 30  # Ray drains a node for 30 s
+        assert "resources" not in group
+        (container,) = pod["containers"]
+        version = re.search(r":(\d+\.\d+\.\d+)", container["image"])
+        assert version is not None
+        assert version[1] == spec["rayVersion"]
+        resources = container["resources"]
+        assert resources["limits"] == resources["requests"]
+        volumes = {volume["name"] for volume in pod["volumes"]}
+        assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
+    for group in spec["workerGroupSpecs"]:
+        assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+
+
+def test_rollouts_may_be_taken_away_and_the_learner_may_not() -> None:
+    market = {g["groupName"]: g["labels"] for g in cluster("rayjob")["workerGroupSpecs"]}
+    assert market["spot"] == {"ray.io/market-type": "spot"}
+    assert market["on-demand"] == {"ray.io/market-type": "on-demand"}
+
+
+def test_the_job_runs_a_command_that_exists_and_resumes() -> None:
+    spec = read("rayjob")["spec"]
+    python, flag, module, command, run, *overrides = spec["entrypoint"].split()
+    assert (python, flag, module, command) == ("python", "-m", "cluster.cli", "train")
+    settings = config.load(ROOT / run, overrides)
+    assert settings.output.is_absolute()
+    ports = {
+        port["name"]: port["containerPort"]
+        for port in cluster("rayjob")["headGroupSpec"]["template"]["spec"]["containers"][0]["ports"]
+    }
+    assert settings.cluster.metrics_port == ports["orchard"]
+    assert spec["backoffLimit"] > 0
+    assert spec["shutdownAfterJobFinishes"]
+    assert "deletionStrategy" not in spec
+    environment = yaml.safe_load(spec["runtimeEnvYAML"])
+    grace = float(environment["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"])
+    for group in groups("rayjob"):
+        if group.get("groupName") != "spot":
+            assert group["template"]["spec"]["terminationGracePeriodSeconds"] > grace
+    RuntimeEnv(env_vars=environment["env_vars"])
+
+
+def test_the_service_is_our_application_with_arguments_that_it_takes() -> None:
+    asked = yaml.safe_load(read("rayservice")["spec"]["serveConfigV2"])
+    check_config(asked)  # unknown keys and wrong values, those of the application included
+    assert [one["import_path"] for one in asked["applications"]] == [IMPORT_PATH]
+
+
+def test_the_operator_gets_the_rules_that_are_tested() -> None:
+    rules = yaml.safe_load((ROOT / "cluster/monitoring/rules.yml").read_text())
+    assert read("prometheusrule")["spec"] == rules
+
+
+def test_every_port_that_is_scraped_is_open_somewhere() -> None:
+    scraped = {end["port"] for end in read("podmonitor")["spec"]["podMetricsEndpoints"]}
+    opened = {
+        port["name"]
+        for group in groups("rayjob")
+        for port in group["template"]["spec"]["containers"][0]["ports"]
+    }
+    assert scraped <= opened
+
+
+def test_each_dashboard_is_a_config_map_of_less_than_a_megabyte() -> None:
+    made = yaml.safe_load((ROOT / "cluster" / "kustomization.yaml").read_text())
+    assert made["generatorOptions"]["labels"] == {"grafana_dashboard": "1"}
+    files = {file for one in made["configMapGenerator"] for file in one["files"]}
+    dashboards = sorted((ROOT / "cluster" / "dashboards").glob("*.json"))
+    assert files == {f"dashboards/{file.name}" for file in dashboards}
+    assert all(file.stat().st_size < 900_000 for file in dashboards)
+    assert all((ROOT / "cluster" / name).is_file() for name in made["resources"])
+
+
+def test_images_hold_pinned_dependencies_and_no_code_and_do_not_run_as_root() -> None:
+    for kind in ("cpu", "gpu"):
+        lines = (ROOT / "docker" / f"Dockerfile.{kind}").read_text().splitlines()
+        copied = [line.split()[1:-1] for line in lines if line.startswith("COPY")]
+        assert all(word.startswith("requirements/") for words in copied for word in words)
+        assert all((ROOT / word).is_file() for words in copied for word in words)
+        assert "USER 1000" in lines
+        assert any(re.fullmatch(r"ARG BASE_IMAGE=\S+:2\.60\.0-\S+", line) for line in lines)
+
+
+def test_compose_mounts_what_exists_and_pins_what_it_pulls() -> None:
+    made = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())
+    for service in made["services"].values():
+        assert re.search(r":v?\d+\.\d+\.\d+", service["image"])
+        for volume in service["volumes"]:
+            source = volume.split(":")[0]
+            if source.startswith(".."):
+                assert (ROOT / "docker" / source).exists(), source
+            elif not source.startswith("$"):
+                assert source in made["volumes"]

@@ -1,0 +1,130 @@
+"""`orchard serve`: what it resolves, what it writes, and a real endpoint on Ray Serve."""
+
+import asyncio
+import socket
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+import yaml
+from ray import serve as ray_serve
+
+from cluster import cli, serving
+from orchard.errors import ConfigError, DataError
+from orchard.testing import tiny_world
+from serve.testing import export_policy
+
+
+@pytest.fixture
+def policy(tmp_path: Path) -> Path:
+    return export_policy(tiny_world(num_items=40), tmp_path / "runs" / "toy" / "policy", step=7)
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def test_a_written_config_checks_out_and_what_serve_would_swallow_is_refused(
+    policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "serve.yaml"
+    cli.main(["serve", str(policy), "serve.replicas=2", "--write-config", str(file)])
+    tree = yaml.safe_load(file.read_text())
+    (app,) = tree["applications"]
+    assert app["args"] == {"policy": str(policy), "serve": {"replicas": 2}}
+    assert app["deployments"][0]["num_replicas"] == 2
+    cli.main(["serve", str(policy), "--check-config", str(file)])
+    assert "checks out" in capsys.readouterr().out
+
+    def spoilt(*path: Any, value: object = 3) -> None:
+        broken = yaml.safe_load(file.read_text())
+        at = broken
+        for key in path[:-1]:
+            at = at[key]
+        at[path[-1]] = value
+        file.with_name("broken.yaml").write_text(yaml.safe_dump(broken))
+        serving.read_config(file.with_name("broken.yaml"))
+
+    deployment = ("applications", 0, "deployments", 0)
+    for path, said in (
+        ((*deployment, "max_ongoing_reqs"), "max_ongoing_requests"),
+        ((*deployment, "ray_actor_options", "num_cpu"), "num_cpus"),
+        (("http_options", "prt"), "port"),
+        (("application",), "applications"),
+        (("applications", 0, "args", "serve", "widht"), "width"),
+    ):
+        with pytest.raises(ConfigError, match=f"unknown key .*{path[-1]}.* did you mean {said}"):
+            spoilt(*path)
+    with pytest.raises(ConfigError, match="num_replicas"):
+        spoilt(*deployment, "num_replicas", value="many")
+    with pytest.raises(ConfigError, match=r"serve\.width"):
+        spoilt("applications", 0, "args", "serve", "width", value=0)
+
+
+def test_a_run_serves_its_policy_and_counts_its_targets(policy: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    pq.write_table(pa.table({"target": [5, 5, 9]}), data / "train.parquet")
+    run = tmp_path / "run.toml"
+    run.write_text(f'name = "toy"\noutput = "{tmp_path / "runs"}"\ndata.path = "{data}"\n')
+    arguments, _ = serving.resolve(run, ["serve.width=20"])
+    assert arguments.policy == policy
+    assert arguments.serve.width == 20
+    assert arguments.serve.popularity is not None
+    counts = pq.read_table(arguments.serve.popularity).to_pylist()
+    assert {row["item_id"]: row["count"] for row in counts} == {5: 2, 9: 1}
+    with pytest.raises(DataError, match="has no policy yet"):
+        serving.resolve(run, ["name=other"])
+    with pytest.raises(ConfigError, match=r"did you mean serve\.width"):
+        serving.resolve(run, ["serve.widht=20"])
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_replicas_on_ray_serve_answer_alike_and_a_death_costs_a_retry(
+    policy: Path,
+) -> None:
+    port = free_port()
+    arguments, _ = serving.resolve(
+        policy, [f"serve.port={port}", "serve.replicas=2", "serve.follow_s=0.2"]
+    )
+    serving.start(arguments)
+
+    async def work() -> None:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60.0) as client:
+            body = {"history": [1, 2], "k": 40}
+            first = (await client.post("/v1/recommend", json=body)).json()
+            assert first["returned"] == 40
+            assert first["policy"].startswith("7-")
+            closed = await client.post("/v1/catalog/delta", json={"remove": [3]})
+            assert closed.status_code == 401
+            answers = await asyncio.gather(
+                *(client.post("/v1/recommend", json=body) for _ in range(20))
+            )
+            assert {a.status_code for a in answers} == {200}
+            scores = [[i["score"] for i in a.json()["items"]] for a in answers]
+            assert all(np.allclose(one, scores[0], atol=1e-5) for one in scores)
+            bad = await client.post("/v1/recommend", json={"history": [1], "k": 0})
+            assert bad.status_code == 422
+            assert bad.headers["content-type"] == "application/problem+json"
+            actors = ray.util.list_named_actors(all_namespaces=True)
+            victim = next(a["name"] for a in actors if "Endpoint" in a["name"])
+            ray.kill(ray.get_actor(victim, namespace="serve"))
+            for _ in range(20):
+                answer = await client.post("/v1/recommend", json=body)
+                if answer.status_code != 200:  # the one request that met the death
+                    answer = await client.post("/v1/recommend", json=body)
+                assert answer.status_code == 200
+
+    try:
+        asyncio.run(work())
+    finally:
+        ray_serve.shutdown()

@@ -1,0 +1,195 @@
+"""A thinking run from its settings to an update, without starting an actor."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cluster.loop import assemble, describe
+from cluster.prepare import Run, export, open_folder, prepare
+from learner.logprobs import choice_logprobs, to_tensors
+from learner.sft import pack_traces
+from learner.step import Learner
+from learner.step_credit import judged_by_steps
+from orchard import config, model
+from orchard.config import Config
+from orchard.errors import ConfigError, DataError
+from orchard.evaluation import diversity
+from orchard.synth import WorldParams, write_world
+from orchard.types import PolicyVersion, SearchTrees, Update
+from orchard.weights import digest, snapshot
+from rewards.reward import score
+from rollout.actor import Searcher
+
+ROOT = Path(__file__).parents[2]
+VERSION = PolicyVersion(step=0, digest="")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world") / "data"
+    write_world(folder, WorldParams(num_items=80, num_users=120, level_size=(5, 6, 7)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def settings(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Config]:
+    folder = tmp_path_factory.mktemp("runs")
+    path = folder / "run.toml"
+    path.write_text(
+        f"""
+        name = "thoughtful"
+        output = "{folder}"
+        data = {{path = "{data}", rationale_template = "seen {{seen}}, next {{next}}"}}
+        model = {{hidden_size = 32, heads = 2, kv_heads = 1, intermediate_size = 32, layers = 1}}
+        rewards = {{weights = {{rule = 1.0}}}}
+        learner = {{estimator = "step", std_epsilon = 1e-6, lr = 1e-3}}
+        evaluate = {{think = true}}
+        [rollout]
+        engine = "torch"
+        search = "think"
+        candidates = 4
+        threads = 1
+        think = {{block_tokens = 24}}
+        """
+    )
+    return lambda *changes: config.load(path, changes)
+
+
+def learner(run: Run, policy: model.PreTrainedModel, *, lr: float = 1e-3) -> Learner:
+    rates = run.config.learner.model_copy(update={"lr": lr})
+    return Learner(policy, run.catalogue.trie, run.vocabulary, rates, total_steps=100)
+
+
+@pytest.fixture(scope="module")
+def taught(settings: Callable[..., Config]) -> tuple[Run, list[float]]:
+    """A run that is ready for RL, and the losses of its short warm start."""
+    run = prepare(settings(), "sft")
+    open_folder(run)
+    assert run.traces is not None
+    policy = model.create(run.config.model, run.vocabulary, seed=0)
+    teacher, losses = learner(run, policy, lr=1e-2), list[float]()
+    for number in range(40):
+        rows = np.arange(16) + 16 * (number % 8)
+        batch = pack_traces(run.train, run.traces, rows, run.form, VERSION)
+        losses.append(teacher.supervise(batch)["nll"])
+    weights = snapshot(policy)
+    export(run, run.result, PolicyVersion(step=0, digest=digest(weights)), weights)
+    return prepare(settings(), "train"), losses
+
+
+def test_traces_are_scored_as_an_ordinary_forward_pass_scores_text_and_codes(
+    settings: Callable[..., Config],
+) -> None:
+    run = prepare(settings(), "sft")
+    assert run.traces is not None
+    policy = model.create(run.config.model, run.vocabulary, seed=0)
+    rows = np.array([5, 0])
+    batch = pack_traces(run.train, run.traces, rows, run.form, VERSION)
+    tags = run.vocabulary.tags
+    assert tags is not None
+    teacher = learner(run, policy)
+    with torch.no_grad():
+        found, _ = choice_logprobs(policy, to_tensors(batch), run.catalogue.trie, run.vocabulary)
+    at = 0
+    for row in range(2):
+        length = int((batch.subtree_end[row] > 0).sum())
+        tokens = batch.token[row, :length]
+        with torch.no_grad():
+            logits = policy(torch.from_numpy(tokens[None].astype(np.int64))).logits[0]
+        text = np.flatnonzero((batch.row == row) & (batch.state == SearchTrees.FREE_TEXT))
+        assert (batch.edge[text] == tokens[batch.slot[text] + 1]).all()
+        assert (batch.edge[text] == tags.close).sum() == 3
+        assert not (batch.edge[text] == tags.open).any()
+        expected = logits.log_softmax(-1)[batch.slot[text], batch.edge[text]]
+        torch.testing.assert_close(found[torch.from_numpy(text)], expected, atol=1e-5, rtol=0)
+        at += len(text)
+    codes = batch.state != SearchTrees.FREE_TEXT
+    target = run.vocabulary.token_of(run.catalogue.trie, torch.from_numpy(batch.edge[codes]))
+    assert target.tolist() == batch.token[batch.row[codes], batch.slot[codes] + 1].tolist()
+    assert at + codes.sum() == len(batch.row)
+    assert batch.gain.sum() == pytest.approx(1, rel=1e-5)
+    assert teacher.supervise(batch)["nll"] == pytest.approx(-float(found.mean()), rel=1e-4)
+
+
+def test_a_taught_policy_thinks_in_form_and_learns_from_its_own_thoughts(
+    taught: tuple[Run, list[float]],
+) -> None:
+    run, losses = taught
+    assert losses[-1] < losses[0] / 3
+    searcher = Searcher(run.config.rollout, run.policy, run.catalogue, run.vocabulary, seed=0)
+    trees = searcher.search(run.form.prompts(run.train, np.arange(8)), seed=0)
+    counts = trees.cost.counts
+    assert counts["thoughts"] == 32
+    assert counts["malformed_thoughts"] == 0
+    assert counts["cut_blocks"] < 16
+    scored = judged_by_steps(score(trees, run.catalogue, {"rule": 1.0}), run.catalogue)
+    batch = assemble(scored, run)
+    assert (batch.state == SearchTrees.FREE_TEXT).sum() > (batch.state != -1).sum() > 0
+    student = learner(run, model.load(run.policy, run.vocabulary))
+    metrics = student.improve(batch)
+    assert metrics["logprob_gap"] < 1e-5
+    assert metrics["flat_over_packed"] > 1
+    shown = describe(scored, Update(policy=trees.policy, metrics=metrics), lag=0)
+    assert shown["rollout/cut_blocks"] == counts["cut_blocks"] / 8
+    codes = run.catalogue.codes[run.catalogue.item_of_leaf[run.catalogue.leaf_start[trees.leaf]]]
+    alike = diversity(path=codes, start=trees.candidate_start)
+    assert shown["rollout/diversity"] == pytest.approx(alike)
+    assert {"rewards/match_1", "rewards/match_3", "rewards/step_signal_share"} <= set(shown)
+
+
+def test_evaluation_with_and_without_thinking_ask_the_same_policy(
+    taught: tuple[Run, list[float]],
+) -> None:
+    run, _ = taught
+    searcher = Searcher(run.config.rollout, run.policy, run.catalogue, run.vocabulary, seed=0)
+    prompts = run.form.prompts(run.valid, np.arange(6))
+    thinking, plain = searcher.rank(prompts, 5, True), searcher.rank(prompts, 5)
+    assert np.diff(thinking.start).tolist() == np.diff(plain.start).tolist() == [5] * 6
+    assert thinking.cost.counts["thoughts"] == 6
+    assert not plain.cost.counts
+
+
+def test_a_run_goes_on_with_the_tokenizer_it_was_made_with(
+    settings: Callable[..., Config], taught: tuple[Run, list[float]]
+) -> None:
+    run, _ = taught
+    again = prepare(settings(), "sft")
+    assert again.tokenizer.get_vocab() == run.tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["data.varying_depth=true"], "semantic IDs of one length"),
+        (["data.rationales=why"], "set one of them"),
+        (["model.value_head=true", "evaluate.engine=torch"], "switch one of them off"),
+        (["rollout.search=beam", "learner.step.think_only=true"], "nothing to learn without"),
+    ],
+)
+def test_settings_that_cannot_think_are_refused(
+    settings: Callable[..., Config], changes: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        settings(*changes)
+
+
+def test_a_policy_without_tags_is_refused_before_anything_starts(
+    settings: Callable[..., Config], data: Path, tmp_path: Path
+) -> None:
+    mute = settings(f"output={tmp_path}", "rollout.search=beam", "evaluate.think=false")
+    mute = mute.model_copy(
+        update={"data": mute.data.model_copy(update={"rationale_template": None})}
+    )
+    run = prepare(mute, "sft")
+    open_folder(run)
+    with pytest.raises(DataError, match="reads <think> as 1 tokens and has none for it"):
+        prepare(settings(f"output={tmp_path}/other", f"model.path={run.policy}"), "train")
+
+
+def test_the_shipped_run_is_valid() -> None:
+    shipped = config.load(ROOT / "cluster" / "runs" / "sapo_tiny.toml")
+    assert shipped.rollout.search == "think"
+    assert shipped.learner.estimator == "step"

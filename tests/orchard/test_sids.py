@@ -1,0 +1,241 @@
+"""Semantic IDs: quantised, balanced, settled, measured."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("faiss", reason="faiss is not installed; `make env` brings it")
+pytest.importorskip("sklearn", reason="scikit-learn is not installed; `make env` brings it")
+
+from orchard import catalogue as catalogues
+from orchard import ragged
+from orchard.errors import ConfigError, DataError
+from orchard.sids import embed
+from orchard.sids.build import EMBEDDINGS, PICTURE, REPORT, Recipe, build
+from orchard.sids.collisions import POLICIES, Settled, extra_level, keep, reassign
+from orchard.sids.measure import measure
+from orchard.sids.quantise import Quantised, distances, match, quantise
+
+
+def blobs(per: int = 10, *, seed: int = 0) -> np.ndarray[Any, Any]:
+    """Four coarse groups of four fine ones each, far apart at each scale."""
+    draw = np.random.default_rng(seed)
+    coarse = np.repeat(100 * np.eye(8, dtype=np.float32)[:4], 4 * per, axis=0)
+    fine = np.tile(np.repeat(10 * np.eye(8, dtype=np.float32)[4:], per, axis=0), (4, 1))
+    return (coarse + fine + 0.1 * draw.standard_normal(coarse.shape)).astype(np.float32)
+
+
+def of_codes(codes: list[list[int]], *, last: int = 4) -> Quantised:
+    """Codes whose items lie on the centroids of their last level, on a line."""
+    book = np.arange(last, dtype=np.float32)[:, None]
+    table = np.array(codes)
+    return Quantised(codes=table, codebook=(book, book), error=np.zeros(2), last=book[table[:, -1]])
+
+
+def test_levels_find_the_scales_of_the_data() -> None:
+    points = blobs()
+    found = quantise(points, (4, 4))
+    coarse, fine = np.repeat(np.arange(4), 40), np.tile(np.repeat(np.arange(4), 10), 4)
+    for level, truth in enumerate((coarse, fine)):
+        pairs = np.unique(np.stack([found.codes[:, level], truth]), axis=1)
+        assert pairs.shape[1] == 4  # one to one
+    assert 1 > found.error[0] > 100 * found.error[1] > 0
+
+
+def test_residuals_add_up_to_the_embedding() -> None:
+    points = np.random.default_rng(0).standard_normal((200, 6)).astype(np.float32)
+    found = quantise(points, (8, 8, 8))
+    parts = [book[found.codes[:, level]] for level, book in enumerate(found.codebook)]
+    centred = points - points.mean(0)
+    rest = ((centred - sum(parts)) ** 2).sum() / (centred**2).sum()
+    assert rest == pytest.approx(found.error[-1], rel=1e-4)
+    assert (np.diff(found.error) < 0).all()
+    again = quantise(points, (8, 8, 8))
+    assert (again.codes == found.codes).all()
+
+
+@given(st.integers(2, 40), st.integers(2, 6), st.integers(0, 1000))
+@settings(max_examples=25, deadline=None)
+def test_a_match_fits_and_is_stable(items: int, codes: int, seed: int) -> None:
+    distance = np.random.default_rng(seed).random((items, codes), dtype=np.float32)
+    most = math.ceil(items / codes)
+    code = match(distance, most)
+    own = distance[np.arange(items), code]
+    count = np.bincount(code, minlength=codes)
+    assert count.max() <= most
+    for item in range(items):
+        for other in np.flatnonzero(distance[item] < own[item]):
+            assert count[other] == most
+            assert own[code == other].max() <= distance[item, other]
+
+
+def test_balanced_codes_are_used_alike() -> None:
+    draw = np.random.default_rng(0)
+    skewed = (draw.standard_normal((300, 4)) * np.array([9, 1, 1, 1])).astype(np.float32)
+    plain, even = (quantise(skewed, (7, 7), balanced=b) for b in (False, True))
+    for level in (0, 1):
+        assert np.bincount(even.codes[:, level]).max() <= math.ceil(300 / 7)
+    assert np.bincount(plain.codes[:, 0]).max() > math.ceil(300 / 7)
+    assert even.error[-1] < 1
+
+
+def test_an_extra_level_counts_those_that_share_by_the_prior() -> None:
+    made = of_codes([[0, 1], [0, 1], [2, 0], [0, 1]])
+    settled = extra_level(made, np.array([1.0, 3.0, 9.0, 2.0]))
+    assert settled.codes.tolist() == [[0, 1, 2], [0, 1, 0], [2, 0, 0], [0, 1, 1]]
+
+
+def test_keeping_lists_the_likelier_item_first() -> None:
+    made = of_codes([[0, 1], [2, 0], [0, 1], [0, 1]])
+    settled = keep(made, np.array([1.0, 9.0, 2.0, 3.0]))
+    assert settled.codes.tolist() == made.codes.tolist()
+    assert settled.order.tolist() == [3, 1, 2, 0]
+
+
+def test_reassigning_moves_as_little_as_it_can() -> None:
+    made = of_codes([[0, 1], [0, 1], [0, 2], [1, 1]])
+    settled = reassign(made, np.zeros(4))
+    assert sorted(settled.codes[:2, 1].tolist()) == [0, 1]  # 2 is taken, 3 is farther
+    assert settled.codes[2:].tolist() == [[0, 2], [1, 1]]
+    crowded = reassign(of_codes([[0, 1]] * 6), np.zeros(6))
+    quality = measure(crowded.codes)
+    assert (quality["distinct"], quality["items"]) == (4, 6)
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3)), min_size=1, max_size=30))
+@settings(max_examples=25, deadline=None)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_policies_touch_the_last_level_and_those_that_collide_alone(
+    policy: str, rows: list[tuple[int, int]]
+) -> None:
+    made = of_codes([list(row) for row in rows])
+    prior = np.random.default_rng(len(rows)).random(len(rows))
+    settled: Settled = POLICIES[policy](made, prior)
+    assert sorted(settled.order.tolist()) == list(range(len(rows)))
+    assert (settled.codes[:, 0] == made.codes[:, 0]).all()
+    alone = [rows.count(row) == 1 for row in rows]
+    assert (settled.codes[alone, 1] == made.codes[alone, 1]).all()
+    if policy == "extra_level":
+        assert measure(settled.codes)["colliding_items"] == 0
+    per_prefix = [min(4, sum(r[0] == p for r in rows)) for p in {r[0] for r in rows}]
+    if policy == "reassign":  # as many distinct codes as fit below each prefix
+        assert measure(settled.codes)["distinct"] == sum(per_prefix)
+
+
+def test_the_published_ids_measure_as_published(shared_data: Path) -> None:
+    folder = shared_data / "amazon_industrial"
+    stats = json.loads((folder / "stats.json").read_text())["sid"]
+    found = measure(catalogues.read(folder / "items.parquet").codes)
+    assert found["distinct"] == stats["unique_sids"]
+    assert found["colliding_items"] == stats["items_in_collisions"]
+    assert found["largest_collision"] == stats["largest_group"]
+    for level, known in zip(found["levels"], stats["levels"], strict=True):
+        assert level["codes_used"] == known["codes_used"]
+        assert level["perplexity"] == pytest.approx(known["code_perplexity"], abs=0.05)
+        assert level["prefixes"] == known["parent_prefixes"]
+        assert level["children_max"] == known["children_max"]
+        assert level["single_child_share"] == pytest.approx(known["forced_share"], abs=5e-5)
+
+
+def test_items_of_like_titles_and_of_like_company_lie_close() -> None:
+    kinds = ["oak table"] * 6 + ["steel drill"] * 6
+    titles = [f"{kind} model{number}" for number, kind in enumerate(kinds)]
+    made = embed.of_titles(titles, dimensions=4, seed=0)
+    near = distances(made, made)
+    assert near[:6, :6].mean() < near[:6, 6:].min()
+    draw = np.random.default_rng(0)
+    side = draw.integers(2, size=400)  # a user stays on one side
+    history = (draw.integers(6, size=(400, 3)) + 6 * side[:, None]).reshape(-1)
+    made = embed.of_interactions(
+        history, ragged.starts(np.full(400, 3)), draw.integers(6, size=400) + 6 * side,
+        num_items=13, dimensions=4, seed=0,
+    )  # fmt: skip
+    near = distances(made[:12], made[:12])
+    assert near[:6, :6].mean() < near[:6, 6:].min()
+    assert 0 < np.abs(made[12]).max() < 0.01  # the item that nobody met
+
+
+def shop(folder: Path, titles: list[str | None]) -> Path:
+    folder.mkdir()
+    ids = np.arange(len(titles)) + 7
+    pq.write_table(pa.table({"item_id": ids, "title": titles}), folder / "items.parquet")
+    rows = [[int(ids[i % len(ids)]), int(ids[(i + 1) % len(ids)])] for i in range(60)]
+    table = {"history": rows, "target": [int(ids[(i + 2) % len(ids)]) for i in range(60)]}
+    pq.write_table(pa.table(table), folder / "train.parquet")
+    return folder
+
+
+TITLES: list[str | None] = [f"{a} {b}" for a in ("red", "blue", "black") for b in "uvwxyz"]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("source", ["titles", "interactions"])
+def test_a_data_set_gets_semantic_ids_that_make_a_catalogue(
+    policy: str, source: Any, tmp_path: Path
+) -> None:
+    folder = shop(tmp_path / "shop", TITLES)
+    recipe = Recipe(levels=(3, 4), collisions=policy, source=source, dimensions=8)
+    report = build(folder, recipe)
+    items = catalogues.read(folder / "items.parquet")
+    assert items.trie.num_leaves == report["after"]["distinct"]
+    assert sorted(items.item_id.tolist()) == list(range(7, 25))
+    assert items.title[int(items.rows(np.array([7]))[0])] == "red u"
+    vectors = catalogues.read_embeddings(folder / EMBEDDINGS, items)
+    assert vectors.shape == (18, report["recipe"]["dimensions"])
+    assert json.loads((folder / REPORT).read_text()) == report
+    assert (folder / PICTURE).read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(DataError, match="pass --overwrite to replace them"):
+        build(folder, recipe)
+    build(folder, recipe, overwrite=True)
+
+
+def test_embeddings_of_ones_own_are_taken_by_identifier(tmp_path: Path) -> None:
+    folder = shop(tmp_path / "shop", TITLES)
+    points = blobs(per=2)[:18]
+    np.save(tmp_path / "e.npy", points)
+    order = np.random.default_rng(0).permutation(18)
+    table = {"item_id": order + 7, "embedding": list(points[order])}
+    pq.write_table(pa.table(table), tmp_path / "e.parquet")
+    tables: list[Any] = []
+    for name in ("e.npy", "e.parquet"):
+        build(folder, Recipe(levels=(2, 4), embeddings=tmp_path / name), overwrite=True)
+        tables.append(pq.read_table(folder / "items.parquet"))
+    assert tables[0].equals(tables[1])
+
+
+def test_what_cannot_be_embedded_is_refused_and_the_folder_stays_as_it_was(tmp_path: Path) -> None:
+    folder = shop(tmp_path / "shop", [*TITLES[:-1], None])
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    points = blobs(per=2)[:18]
+    np.save(tmp_path / "few.npy", points[:17])
+    np.save(tmp_path / "nan.npy", np.where(np.arange(18)[:, None] == 5, np.nan, points))
+    few = pa.table({"item_id": np.arange(17) + 7, "embedding": list(points[:17])})
+    pq.write_table(few, tmp_path / "few.parquet")
+    (tmp_path / "model").mkdir()
+    small = {"levels": (2, 2)}
+    cases: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({**small, "source": "titles"}, DataError, "item row 17 has no title"),
+        ({**small, "embeddings": tmp_path / "few.npy"}, DataError, r"\(17, 8\) for 18 items"),
+        ({**small, "embeddings": tmp_path / "few.parquet"}, DataError, "item 24 has no embedding"),
+        ({**small, "embeddings": tmp_path / "nan.npy"}, DataError, "item row 5 in .* not finite"),
+        ({**small, "embeddings": tmp_path / "no.npy"}, DataError, "does not exist"),
+        ({**small, "model": tmp_path / "model"}, ConfigError, "holds no config.json"),
+        ({"levels": (256,)}, DataError, "lower --levels"),
+        ({"levels": (1, 4)}, ConfigError, "at least 2 codes"),
+        ({**small, "collisions": "pray"}, ConfigError, "choose from extra_level, reassign, keep"),
+    ]
+    for recipe, kind, message in cases:
+        with pytest.raises(kind, match=message):
+            build(folder, Recipe(**recipe))
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="holds no weights"):
+        build(folder, Recipe(levels=(2, 2), model=tmp_path / "model"))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

@@ -1,0 +1,81 @@
+"""Thoughts written by vLLM and codes searched in its worker, against the reference engine."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from learner.advantages import assign
+from learner.logprobs import choice_logprobs, to_tensors
+from learner.pack import pack
+from learner.step_credit import judged_by_steps
+from orchard.config import LearnerConfig, RolloutConfig
+from orchard.testing import World, tiny_thinking_world
+from orchard.types import ScoredTrees, SearchTrees
+from rollout.actor import RolloutActor, Searcher
+from rollout.candidates import Candidates
+
+pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow]
+
+SETTINGS = {
+    "search": "think", "candidates": 8, "threads": 1, "kv_cache_gib": 0.125, "temperature": 0.8,
+    "think": {"block_tokens": 6},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return tiny_thinking_world(lengths=(2, 9, 4, 12))
+
+
+@pytest.fixture(scope="module")
+def folder(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return world.save(tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture(scope="module")
+def actor(ray_cluster: None, world: World, folder: Path) -> Iterator[Any]:
+    config = RolloutConfig.model_validate(SETTINGS)
+    handle = RolloutActor.options(num_cpus=1).remote(
+        config, folder, world.catalogue, world.vocabulary, 0
+    )
+    yield handle
+    ray.kill(handle)
+
+
+def test_text_and_codes_have_the_learners_logprobs(actor: Any, world: World) -> None:
+    trees: SearchTrees = ray.get(actor.search.remote(world.prompts, 5))
+    assert np.diff(trees.candidate_start).tolist() == [8] * 4
+    zero = np.zeros(len(trees.leaf), np.float32)
+    judged = judged_by_steps(ScoredTrees(trees=trees, reward=zero, parts={}), world.catalogue)
+    credits = assign(judged, LearnerConfig(estimator="step"))
+    batch = pack(judged, credits, world.catalogue, world.vocabulary)
+    tensors = to_tensors(batch)
+    with torch.no_grad():
+        found, _ = choice_logprobs(
+            world.model, tensors, world.catalogue.trie, world.vocabulary, temperature=0.8
+        )
+    text = batch.state == SearchTrees.FREE_TEXT
+    difference = (found - tensors.behaviour_logprob).abs().numpy()
+    assert text.sum() > 32
+    assert (~text).sum() > 32
+    assert difference[text].max() < 1e-5
+    assert difference[~text].max() < 1e-5
+    again: SearchTrees = ray.get(actor.search.remote(world.prompts, 5))
+    np.testing.assert_array_equal(again.token, trees.token)
+
+
+def test_a_greedy_thought_and_its_beam_are_those_of_the_reference(
+    actor: Any, world: World, folder: Path
+) -> None:
+    config = RolloutConfig.model_validate(SETTINGS | {"engine": "torch"})
+    reference = Searcher(config, folder, world.catalogue, world.vocabulary, seed=0)
+    found: Candidates = ray.get(actor.rank.remote(world.prompts, 6, True))
+    expected = reference.rank(world.prompts, 6, thinking=True)
+    np.testing.assert_array_equal(found.leaf, expected.leaf)
+    np.testing.assert_allclose(found.logprob, expected.logprob, atol=1e-5)
+    assert found.cost.counts == expected.cost.counts

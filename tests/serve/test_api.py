@@ -1,0 +1,455 @@
+"""The endpoint over HTTP, in this process and without Ray."""
+
+import asyncio
+import shutil
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from orchard import catalogue as catalogues
+from orchard import weights
+from orchard.config import FilterConfig, ServeConfig, VariantConfig
+from orchard.errors import CheckpointError, ConfigError
+from orchard.testing import World, tiny_world
+from serve.api import create_app
+from serve.desk import Desk
+from serve.meters import Tally
+from serve.opening import open_desk
+from serve.testing import export_policy
+from serve.variants import variant_of
+
+T = TypeVar("T")
+TOKEN = "a-token-of-the-operator"
+OPERATOR = {"authorization": f"Bearer {TOKEN}"}
+
+
+@pytest.fixture
+def folder(shop_world: World, tmp_path: Path) -> Path:
+    """A policy as training exports it, with all the files that settings may name."""
+    export_policy(shop_world, tmp_path / "policy", step=3)
+    ids = np.arange(40)
+    pq.write_table(
+        pa.table({"item_id": ids, "price": ids % 7, "stock": ids % 2 == 0}),
+        tmp_path / "attributes.parquet",
+    )
+    pq.write_table(pa.table({"item_id": ids, "count": 40 - ids}), tmp_path / "popularity.parquet")
+    pq.write_table(
+        pa.table({"user_id": ["ann", "bob"], "history": [[1, 2, 3], [30]]}),
+        tmp_path / "histories.parquet",
+    )
+    return tmp_path / "policy"
+
+
+@pytest.fixture(autouse=True)
+def _token(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("ORCHARD_SERVE_TOKEN", TOKEN)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def settings(folder: Path, **changes: Any) -> ServeConfig:
+    beside = folder.parent
+    whole: dict[str, Any] = {
+        "attributes": beside / "attributes.parquet",
+        "popularity": beside / "popularity.parquet",
+        "histories": beside / "histories.parquet",
+        "filters": {
+            "cheap": FilterConfig(column="price", op="<", value=3),
+            "stocked": FilterConfig(column="stock"),
+        },
+        "follow_s": 3600.0,  # the tests look themselves
+    }
+    return ServeConfig(**(whole | changes))
+
+
+def served(
+    folder: Path, work: Callable[[httpx.AsyncClient, Desk], Awaitable[T]], **changes: Any
+) -> T:
+    """What `work` makes of an endpoint that is up."""
+
+    async def run() -> T:
+        desk = open_desk(folder, settings(folder, **changes), Tally())
+        app = create_app(desk)
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=transport, base_url="http://shop") as client,
+        ):
+            return await work(client, desk)
+
+    return asyncio.run(run())
+
+
+async def recommend(client: httpx.AsyncClient, **body: Any) -> dict[str, Any]:
+    response = await client.post("/v1/recommend", json=body)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def shown(answer: dict[str, Any]) -> list[int]:
+    return [item["item_id"] for item in answer["items"]]
+
+
+def test_a_request_is_answered_with_items_versions_and_cost(folder: Path) -> None:
+    async def work(client: httpx.AsyncClient, desk: Desk) -> None:
+        response = await client.post(
+            "/v1/recommend",
+            json={"history": [3, 17, 5], "k": 5, "explain": "levels"},
+            headers={"x-request-id": "mine-1"},
+        )
+        answer = response.json()
+        assert response.headers["x-request-id"] == "mine-1"
+        assert [item["rank"] for item in answer["items"]] == [1, 2, 3, 4, 5]
+        assert (answer["returned"], answer["fewer"], answer["source"]) == (5, "", "policy")
+        assert answer["policy"] == str(desk.seats["main"].version)
+        assert answer["policy"].startswith("3-")
+        assert answer["catalogue"].startswith("0-")
+        assert answer["cost"]["forward_tokens"] > 0
+        levels = answer["items"][0]["levels"]
+        assert sum(level["logprob"] for level in levels) == pytest.approx(
+            answer["items"][0]["score"], abs=1e-5
+        )
+        tree = (await recommend(client, history=[3], explain="tree"))["tree"]
+        assert tree[0]["parent"] == -1
+        plain = await recommend(client, history=[3])
+        assert plain["tree"] is None
+        assert plain["items"][0]["levels"] is None
+
+    served(folder, work)
+
+
+def test_what_is_excluded_or_filtered_is_never_shown(folder: Path) -> None:
+    async def work(client: httpx.AsyncClient, desk: Desk) -> None:
+        everything = await recommend(client, history=[3, 17, 5], k=40)
+        assert sorted(shown(everything)) == list(range(40))
+        filtered = await recommend(
+            client, history=[3, 18, 5], k=40, filters=["cheap", "stocked"], exclude=[0, 7, 14],
+            exclude_seen=True,
+        )  # fmt: skip
+        allowed = {i for i in range(40) if i % 7 < 3 and i % 2 == 0} - {0, 7, 14, 3, 18, 5}
+        assert set(shown(filtered)) == allowed
+        assert filtered["fewer"] == "exhausted"
+        nothing = await recommend(client, history=[1], exclude=list(range(40)))
+        assert (nothing["items"], nothing["fewer"]) == ([], "exhausted")
+        capped = await recommend(client, history=[1], k=40, per_prefix=1)
+        assert len({item["sid"][0] for item in capped["items"]}) == len(capped["items"])
+        assert desk.meters.total("orchard_serve_illegal") == 0
+
+    served(folder, work)
+
+
+def test_users_are_answered_from_the_history_store(folder: Path) -> None:
+    async def work(client: httpx.AsyncClient, desk: Desk) -> None:
+        known = await recommend(client, user="ann")
+        assert shown(known) == shown(await recommend(client, history=[1, 2, 3]))
+        response = await client.post("/v1/recommend", json={"user": "eve"})
+        assert response.status_code == 404
+        assert response.headers["content-type"] == "application/problem+json"
+
+    served(folder, work)
+
+
+def test_a_batch_answers_or_refuses_each_by_itself(folder: Path) -> None:
+    async def work(client: httpx.AsyncClient, desk: Desk) -> None:
+        body = {"requests": [{"history": [1]}, {"history": [2], "k": 1000}, {"history": [1]}]}
+        answers = (await client.post("/v1/recommend:batch", json=body)).json()["responses"]
+        assert shown(answers[0]) == shown(answers[2]) == shown(await recommend(client, history=[1]))
+        assert answers[1]["status"] == 422
+        assert answers[1]["detail"] == "k = 1000 exceeds 512; ask for fewer items"
+
+    served(folder, work)
+
+
+def test_items_catalogue_policy_and_health_can_be_looked_at(folder: Path) -> None:
+    async def work(client: httpx.AsyncClient, desk: Desk) -> None:
+        items = catalogues.load(folder / "catalogue")
+        one = (await client.get("/v1/items/39")).json()
+        assert one["sid"] == items.codes[39].tolist()
+        assert 0 in one["shares_sid_with"]  # the tiny catalogue's collision
+        assert one["filters"] == []
+        assert (await client.get("/v1/items/4000")).status_code == 404
+        assert (await client.get("/v1/items/99999999999999999999999")).status_code == 404
+        info = (await client.get("/v1/catalog")).json()
+        assert (info["items"], info["version"], info["filters"]) == (40, 0, ["cheap", "stocked"])
+        (main,) = (await client.get("/v1/policy")).json()["variants"]
+        assert (main["step"], main["share"], main["kept"]) == (3, 1.0, [main["policy"]])
+        assert main["decoders"] == ["beam", "beam_sample", "ved"]
+        for path in ("/healthz", "/readyz", "/openapi.json", "/docs", "/"):
+            assert (await client.get(path)).status_code == 200, path
+        assert (await client.get("/nothing")).headers["content-type"] == "application/problem+json"
+
+    served(folder, work)
+
+
+def test_deltas_and_activations_need_the_token(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work(client: httpx.AsyncClient, desk: Desk) -> None:
+        for header in (
+            "",
+            "Bearer",
+            "Bearer ",
+            "Bearer wrong",
+            f"Basic {TOKEN}",
+            TOKEN,
+            "Bearer é",
+        ):
+            for path, body in (
+                ("/v1/catalog/delta", {"remove": [1]}),
+                ("/v1/policy:activate", {"version": "latest"}),
+            ):
+                response = await client.post(
+                    path, json=body, headers={"authorization": header.encode()}
+                )
+                assert response.status_code == 401
+                assert response.headers["www-authenticate"] == "Bearer"
+        assert desk.stock.shelf.version == 0
+        monkeypatch.setenv("ORCHARD_SERVE_TOKEN", "")
+        closed = await client.post(
+            "/v1/catalog/delta", json={"remove": [1]}, headers={"authorization": "Bearer "}
+        )
+        assert closed.status_code == 401
+
+    served(folder, work)
+
+
+def test_a_delta_shows_in_the_next_answer_and_can_be_taken_back(folder: Path) -> None:
+    async def change(client: httpx.AsyncClient, **body: Any) -> dict[str, Any]:
+        response = await client.post("/v1/catalog/delta", json=body, headers=OPERATOR)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    async def work(client: httpx.AsyncClient, desk: Desk) -> None:
+        first = shown(await recommend(client, history=[3], k=40))
+        gone = first[0]
+        dry = await change(client, remove=[gone], dry_run=True)
+        assert (dry["version"], dry["items"], dry["dry_run"]) == (1, 39, True)
+        assert shown(await recommend(client, history=[3], k=40)) == first
+        await change(client, remove=[gone], add=[{"item_id": 99, "sid": [4, 3, 5]}])
+        after = await recommend(client, history=[3], k=41)
+        assert set(shown(after)) == set(first) - {gone} | {99}
+        assert after["catalogue"].startswith("1-")
+        assert (await client.get(f"/v1/items/{gone}")).status_code == 404
+        stale = await client.post(
+            "/v1/catalog/delta", json={"remove": [5], "base_version": 0}, headers=OPERATOR
+        )
+        assert stale.status_code == 409
+        bad = await client.post("/v1/catalog/delta", json={"remove": [777]}, headers=OPERATOR)
+        assert bad.status_code == 422
+        assert (await change(client, rollback_to=0))["version"] == 2
+        assert shown(await recommend(client, history=[3], k=40)) == first
+
+    served(folder, work)
+
+
+def test_replicas_share_deltas_and_later_ones_read_them_all(folder: Path) -> None:
+    async def work(client: httpx.AsyncClient, desk: Desk) -> None:
+        other = open_desk(folder, settings(folder), Tally())
+        await other.start()
+        for body in ({"remove": [1, 2]}, {"add": [{"item_id": 99, "sid": [0, 0, 0]}]},
+                     {"rollback_to": 1}, {"remove": [3]}):  # fmt: skip
+            response = await client.post("/v1/catalog/delta", json=body, headers=OPERATOR)
+            assert response.status_code == 200
+        await other.look()
+        late = open_desk(folder, settings(folder), Tally())
+        await late.start()
+        for desk_of in (other, late):
+            assert desk_of.stock.shelf.version == 4
+            live = desk_of.stock.shelf.snapshot
+            assert set(live.catalogue.item_id[live.live]) == set(range(40)) - {1, 2, 3}
+            await desk_of.close()
+
+    served(folder, work)
+
+
+def trained_further(world: World, folder: Path, *, step: int, spoil: bool = False) -> None:
+    """Export another policy over the first, as training does."""
+    values = weights.snapshot(world.model)
+    name = next(iter(values))
+    changed = values | {name: values[name] + 0.05 * step}
+    try:
+        weights.restore(world.model, changed)
+        export_policy(world, folder, step=step, digest="0" * 64 if spoil else None)
+    finally:
+        weights.restore(world.model, values)
+
+
+def test_the_endpoint_follows_training_pins_and_goes_back(folder: Path, shop_world: World) -> None:
+    async def work(client: httpx.AsyncClient, desk: Desk) -> None:
+        first = await recommend(client, history=[3, 4], k=40)
+        trained_further(shop_world, folder, step=4)
+        await desk.look()
+        second = await recommend(client, history=[3, 4], k=40)
+        assert second["policy"].startswith("4-")
+        assert [i["score"] for i in second["items"]] != [i["score"] for i in first["items"]]
+        body = {"version": first["policy"]}
+        response = await client.post("/v1/policy:activate", json=body, headers=OPERATOR)
+        assert response.status_code == 200, response.text
+        again = await recommend(client, history=[3, 4], k=40)
+        assert again["policy"] == first["policy"]
+        assert [i["score"] for i in again["items"]] == [i["score"] for i in first["items"]]
+        trained_further(shop_world, folder, step=5)
+        await desk.look()
+        assert (await recommend(client, history=[3]))["policy"] == first["policy"]  # pinned
+        other = open_desk(folder, settings(folder), Tally())
+        await other.start()
+        assert str(other.seats["main"].version) == first["policy"]
+        await other.close()
+        latest = {"version": "latest"}
+        await client.post("/v1/policy:activate", json=latest, headers=OPERATOR)
+        await desk.look()
+        assert (await recommend(client, history=[3]))["policy"].startswith("5-")
+        unknown = {"version": "77-abc"}
+        refused = await client.post("/v1/policy:activate", json=unknown, headers=OPERATOR)
+        assert refused.status_code == 404
+
+    served(folder, work)
+
+
+def test_a_policy_that_is_not_what_it_says_is_not_followed(folder: Path, shop_world: World) -> None:
+    async def work(client: httpx.AsyncClient, desk: Desk) -> None:
+        first = (await recommend(client, history=[3]))["policy"]
+        trained_further(shop_world, folder, step=4, spoil=True)
+        await desk.look()
+        assert (await recommend(client, history=[3]))["policy"] == first
+        (main,) = (await client.get("/v1/policy")).json()["variants"]
+        assert "their folder names 00000000" in main["refused"]
+        shutil.rmtree(folder)
+        await desk.look()
+        assert (await recommend(client, history=[3]))["policy"] == first
+        # An engine that scores otherwise than the model is taken back.
+        trained_further(shop_world, folder, step=6)
+        seat = desk.seats["main"]
+        install = seat.holder.install
+
+        def broken(version: Any, values: Any) -> None:
+            name = next(iter(values))
+            torn = values | {name: values[name] * (0.5 if version.step == 6 else 1.0)}
+            seat.holder.install = install  # type: ignore[method-assign]
+            weights.restore(seat.holder._model, torn)  # type: ignore[attr-defined]
+            seat.holder.version = version  # type: ignore[misc]
+
+        seat.holder.install = broken  # type: ignore[method-assign]
+        before = [i["score"] for i in (await recommend(client, history=[3]))["items"]]
+        await desk.look()
+        after = await recommend(client, history=[3])
+        assert after["policy"] == first
+        assert [i["score"] for i in after["items"]] == before
+        assert "away from policy 6-" in seat.refused
+
+    served(folder, work)
+
+
+def test_variants_split_users_and_shadows_only_log(
+    folder: Path, shop_world: World, tmp_path: Path
+) -> None:
+    trained_further(shop_world, tmp_path / "other", step=9)
+    trained_further(shop_world, tmp_path / "dark", step=8)
+    variants = {
+        "b": VariantConfig(policy=tmp_path / "other", share=0.5),
+        "dark": VariantConfig(policy=tmp_path / "dark", shadow=True),
+    }
+
+    async def work(client: httpx.AsyncClient, desk: Desk) -> None:
+        users = [f"user-{i}" for i in range(6)]
+        answers = [await recommend(client, history=[3], user=user, k=2) for user in users]
+        again = [await recommend(client, history=[3], user=user, k=2) for user in users]
+        names = [answer["variant"] for answer in answers]
+        assert names == [answer["variant"] for answer in again]
+        assert set(names) == {"main", "b"}
+        for answer in answers:
+            assert answer["policy"].startswith("9-" if answer["variant"] == "b" else "3-")
+
+    served(folder, work, variants=variants, exposure=tmp_path / "log")
+    log = pq.read_table(tmp_path / "log").to_pylist()
+    assert sum(row["shadow"] for row in log) == 24
+    assert {row["variant"] for row in log if row["shadow"]} == {"dark"}
+    assert len({row["request_id"] for row in log}) == 12
+    for row in log:
+        assert sum(row["logprob"]) == pytest.approx(row["score"], abs=1e-5)
+        assert row["history"] == [3]
+
+
+def test_the_hash_of_users_keeps_to_the_shares() -> None:
+    users = [str(user) for user in range(4000)]
+    first = [variant_of(user, {"b": 0.2, "c": 0.3}, "salt") for user in users]
+    assert first.count("b") == pytest.approx(800, abs=100)
+    assert first.count("c") == pytest.approx(1200, abs=100)
+    grown = [variant_of(user, {"b": 0.2, "c": 0.4}, "salt") for user in users]
+    for before, after in zip(first, grown, strict=True):
+        assert before == after or (before, after) == ("main", "c")
+    assert [variant_of(u, {"b": 0.2, "c": 0.3}, "other") for u in users] != first
+    assert variant_of(None, {"b": 1.0}, "salt") == "main"
+
+
+def test_late_answers_are_popular_items_and_say_so(folder: Path) -> None:
+    async def work(client: httpx.AsyncClient, desk: Desk) -> None:
+        late = await recommend(client, history=[3], k=4, exclude=[1], deadline_ms=1e-6)
+        assert (late["source"], late["fallback"]) == ("popularity", "deadline")
+        assert shown(late) == [0, 2, 3, 4]
+        assert late["items"][0]["score"] is None
+        assert desk.meters.total("orchard_serve_fallbacks") == 1
+        assert (await recommend(client, history=[3], deadline_ms=60_000))["source"] == "policy"
+
+    served(folder, work)
+
+    async def without(client: httpx.AsyncClient, desk: Desk) -> None:
+        response = await client.post("/v1/recommend", json={"history": [3], "deadline_ms": 1e-6})
+        assert response.status_code == 503
+        assert int(response.headers["retry-after"]) >= 1
+
+    served(folder, without, popularity=None)
+
+
+def test_cached_answers_are_marked_and_end_with_their_versions(folder: Path) -> None:
+    async def work(client: httpx.AsyncClient, desk: Desk) -> None:
+        first = await recommend(client, history=[3])
+        second = await recommend(client, history=[3])
+        assert (first["source"], second["source"]) == ("policy", "cache")
+        assert shown(first) == shown(second)
+        drawn = [await recommend(client, history=[3], decoder="beam_sample") for _ in range(2)]
+        assert [a["source"] for a in drawn] == ["policy", "policy"]
+        assert drawn[0]["seed"] != drawn[1]["seed"]
+        body = {"remove": [shown(first)[0]]}
+        await client.post("/v1/catalog/delta", json=body, headers=OPERATOR)
+        third = await recommend(client, history=[3])
+        assert third["source"] == "policy"
+        assert shown(first)[0] not in shown(third)
+        assert desk.meters.total("orchard_serve_cache_hits") == 1
+
+    served(folder, work, cache_s=60.0)
+
+
+def test_a_full_queue_answers_429_with_a_time_to_retry(folder: Path) -> None:
+    async def work(client: httpx.AsyncClient, desk: Desk) -> None:
+        body = {"history": [3], "width": 40}
+        responses = await asyncio.gather(
+            *(client.post("/v1/recommend", json=body) for _ in range(12))
+        )
+        codes = [response.status_code for response in responses]
+        assert set(codes) == {200, 429}
+        refused = responses[codes.index(429)]
+        assert int(refused.headers["retry-after"]) >= 1
+        assert refused.json()["type"] == "urn:orchard:problem:overloaded"
+
+    served(folder, work, width=40, max_width=40, max_k=40, budget=40, queue=120)
+
+
+def test_settings_that_do_not_fit_the_policy_are_refused(
+    folder: Path, shop_world: World, tmp_path: Path
+) -> None:
+    strange = {"odd": FilterConfig(column="size", value=1)}
+    with pytest.raises(ConfigError, match=r"serve\.filters\.odd\.column = 'size'"):
+        open_desk(folder, settings(folder, filters=strange), Tally())
+    export_policy(tiny_world(num_items=30), tmp_path / "foreign", step=1)
+    foreign = {"b": VariantConfig(policy=tmp_path / "foreign", share=0.1)}
+    with pytest.raises(CheckpointError, match="was trained on catalogue"):
+        open_desk(folder, settings(folder, variants=foreign), Tally())

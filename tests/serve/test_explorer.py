@@ -1,0 +1,60 @@
+"""The explorer page in a real browser, where one is installed."""
+
+import re
+import shutil
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import uvicorn
+
+from orchard.config import ServeConfig
+from orchard.testing import World
+from serve.api import create_app
+from serve.meters import Tally
+from serve.opening import open_desk
+from serve.testing import export_policy
+
+PAGE = Path(__file__).parents[2] / "serve" / "explorer.html"
+
+
+def test_the_page_needs_nothing_from_elsewhere() -> None:
+    text = PAGE.read_text()
+    assert not re.search(r"""(src|href)=["']?(https?:)?//""", text)
+    assert "innerHTML" not in text  # titles are the users' text
+
+
+@pytest.mark.slow
+def test_a_browser_shows_recommendations_and_the_tree(shop_world: World, tmp_path: Path) -> None:
+    browser = shutil.which("chromium") or shutil.which("chromium-browser")
+    if browser is None:
+        pytest.skip("no Chromium is installed")
+    threads = torch.get_num_threads()
+    folder = export_policy(shop_world, tmp_path / "policy", step=3)
+    app = create_app(open_desk(folder, ServeConfig(), Tally()))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", ws="none"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.05)
+            assert thread.is_alive()
+        port = server.servers[0].sockets[0].getsockname()[1]
+        ended = subprocess.run(
+            [browser, "--headless=new", "--no-sandbox", "--disable-gpu",
+             f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=20000",
+             "--dump-dom", f"http://127.0.0.1:{port}/"],
+            capture_output=True, text=True, timeout=120, check=True,
+        )  # fmt: skip
+    finally:
+        server.should_exit = True
+        thread.join()
+        torch.set_num_threads(threads)
+    assert "policy 3-" in ended.stdout
+    assert ended.stdout.count("<tr>") == 11
+    assert 'class="kept"' in ended.stdout
+    assert 'class="pruned"' in ended.stdout
+    assert "problem" not in re.sub(r"(?s)<(style|script)>.*?</\1>", "", ended.stdout)

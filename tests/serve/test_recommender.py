@@ -1,0 +1,174 @@
+"""Answers against enumeration of the whole catalogue."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from serve.problems import UnsuitableError
+from serve.recommender import places_among, popular, recommend
+from serve.testing import FILTERS, Shop, kind, query
+from serve.tree import Watched, draw_tree
+
+HISTORY = [3, 17, 5]
+some = st.lists(st.integers(0, 45), max_size=60)
+examples = settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def passing(shop: Shop, names: list[str]) -> set[int]:
+    """The items in all of the views, by plain comparisons."""
+    column = shop.stock.shelf.attributes.column
+    tests: dict[str, Callable[[Any], bool]] = {
+        "price": lambda v: v < 5, "colour": lambda v: v == "red", "stock": bool,
+    }  # fmt: skip
+    return {
+        item
+        for item in range(len(shop.world.catalogue))
+        if all(
+            column[FILTERS[n].column][1][item]
+            and tests[FILTERS[n].column](column[FILTERS[n].column][0][item])
+            for n in names
+        )
+    }
+
+
+@examples
+@given(
+    exclude=some,
+    names=st.lists(st.sampled_from(sorted(FILTERS)), max_size=3),
+    k=st.integers(1, 60),
+    cap=st.none() | st.integers(1, 4),
+)
+def test_an_answer_is_the_ranking_of_all_items_less_those_excluded(
+    shop: Shop,
+    leaf_logprob: Callable[[list[int]], np.ndarray],
+    exclude: list[int],
+    names: list[str],
+    k: int,
+    cap: int | None,
+) -> None:
+    asked = query(HISTORY, k=k, exclude=np.array(exclude, np.int64), per_prefix=cap)
+    (found,), _ = recommend(
+        shop.engine, shop.stock.shelf, [asked], kind(filters=tuple(names)), max_history=10
+    )
+    catalogue, score = shop.world.catalogue, leaf_logprob(HISTORY)
+    allowed = passing(shop, names) - set(exclude)
+    ranked = sorted(allowed, key=lambda i: (-score[catalogue.leaf_of_item[i]], i))
+    expected: list[int] = []
+    for item in ranked:
+        alike = sum(catalogue.codes[o, 0] == catalogue.codes[item, 0] for o in expected)
+        if cap is None or alike < cap:
+            expected.append(item)
+    assert [one.item_id for one in found.items] == expected[:k]
+    for one in found.items:
+        assert one.score == pytest.approx(score[catalogue.leaf_of_item[one.item_id]], abs=1e-4)
+        assert one.sid == catalogue.codes[one.item_id].tolist()
+    assert (found.fewer == "") == (len(found.items) == k)
+    if len(found.items) < k:
+        short = len(found.items) == len(allowed)
+        assert found.fewer == ("exhausted" if short else "per_prefix")
+
+
+@pytest.mark.parametrize("decoder", ["beam", "beam_sample", "ved"])
+def test_an_answer_does_not_depend_on_its_batch(shop: Shop, decoder: str) -> None:
+    asked = [
+        query(HISTORY, seed=7),
+        query([], seed=8, exclude=np.arange(20)),
+        query([1, 2, 3, 4, 5, 6, 7, 8], seed=9, k=3, levels=True),
+    ]
+    one = kind(decoder=decoder, width=8)
+    shelf = shop.stock.shelf
+    together, _ = recommend(shop.engine, shelf, asked, one, max_history=4)
+    for wanted, mine in zip(asked, together, strict=True):
+        (alone,), _ = recommend(shop.engine, shelf, [wanted], one, max_history=4)
+        assert [i.item_id for i in alone.items] == [i.item_id for i in mine.items]
+        assert [i.score for i in alone.items] == pytest.approx(
+            [i.score for i in mine.items], abs=1e-5
+        )
+
+
+def test_levels_add_up_to_the_score_and_guided_searches_tell_values(shop: Shop) -> None:
+    asked = query(HISTORY, levels=True)
+    (found,), _ = recommend(
+        shop.engine, shop.stock.shelf, [asked], kind(decoder="ved", width=12), max_history=10
+    )
+    assert found.items
+    for item in found.items:
+        assert item.levels is not None
+        assert [level.code for level in item.levels] == item.sid
+        assert sum(level.logprob for level in item.levels) == pytest.approx(item.score, abs=1e-5)
+    assert any(level.value is not None for i in found.items for level in i.levels or [])
+
+
+def test_unknown_items_of_a_history_are_passed_over_and_counted(shop: Shop) -> None:
+    shelf = shop.stock.shelf
+    (strange, plain), _ = recommend(
+        shop.engine, shelf, [query([900, 3, -5, 17, 5]), query(HISTORY)], kind(), max_history=10
+    )
+    assert strange.unknown == 2
+    assert plain.unknown == 0
+    assert [i.item_id for i in strange.items] == [i.item_id for i in plain.items]
+
+
+def test_a_beam_narrower_than_the_list_says_so(shop: Shop) -> None:
+    (found,), _ = recommend(
+        shop.engine, shop.stock.shelf, [query(HISTORY)], kind(width=2), max_history=10
+    )
+    assert found.fewer == "width"
+    assert len(found.items) >= 2
+
+
+def test_a_filter_that_does_not_exist_is_named(shop: Shop) -> None:
+    with pytest.raises(UnsuitableError, match=r"no filter 'blue'; known: cheap, red"):
+        recommend(
+            shop.engine, shop.stock.shelf, [query([])], kind(filters=("blue",)), max_history=10
+        )
+
+
+def test_the_fallback_shows_what_is_popular_and_allowed(shop: Shop) -> None:
+    found = popular(shop.stock.shelf, query([], k=4, exclude=np.array([1])), ())
+    assert [item.item_id for item in found.items] == [3, 4, 0, 2]
+    assert found.items[0].score is None
+    everything = popular(shop.stock.shelf, query([], k=50, exclude=np.arange(39)), ("stocked",))
+    assert {i.item_id for i in everything.items} <= {39}
+    assert everything.fewer == "exhausted"
+
+
+def test_a_tree_shows_what_was_kept_and_what_was_pruned(shop: Shop) -> None:
+    shelf, asked = shop.stock.shelf, query(HISTORY, k=3)
+    traces: list[Watched] = []
+
+    class Tracing:
+        version = shop.engine.version
+
+        def run(self, find: Any, prompts: Any) -> Any:
+            traces.append(Watched(find, trace=True))
+            return shop.engine.run(traces[0], prompts)
+
+        def install(self, version: Any, weights: Any) -> None: ...
+
+        def turn_to(self, trie: Any) -> None: ...
+
+    (found,), candidates = recommend(Tracing(), shelf, [asked], kind(width=3), max_history=10)
+    nodes = draw_tree(shelf, candidates, traces[0].seen, found.leaf)
+    known = {node.id: node for node in nodes}
+    assert [n.id for n in nodes if n.parent == -1] == [0]
+    for node in nodes[1:]:
+        assert node.score == pytest.approx(known[node.parent].score + node.logprob, abs=1e-5)
+        assert not node.kept or known[node.parent].kept
+    ends = {n.item_id: n for n in nodes if n.item_id is not None and n.kept}
+    for item in found.items:
+        if item.item_id in ends:
+            assert ends[item.item_id].score == pytest.approx(item.score, abs=1e-5)
+    assert any(not node.kept for node in nodes)
+    assert traces[0].prefill_s > 0
+
+
+def test_places_count_earlier_members_of_the_group() -> None:
+    assert places_among(np.array([2, 2, 0, 2, 0])).tolist() == [0, 1, 0, 2, 1]
+    assert places_among(np.zeros(0, np.int64)).tolist() == []
