@@ -204,9 +204,7 @@ def build(codes: Int[np.ndarray, "I D"], *, catalogue: str) -> tuple[Trie, Int[n
         early_leaf=torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *early])),
         catalogue=catalogue,
     )
-    leaf = np.empty(num_rows, dtype=np.int64)
-    leaf[order] = _leaf_numbers(column, changed)[np.cumsum(changed) - 1]
-    return trie, leaf
+    return trie, _leaf_of_row(order, column, changed)
 
 
 def sort_rows(
@@ -245,12 +243,18 @@ def offset_type(num_nodes: int) -> type[np.int32] | type[np.int64]:
     return np.int32 if num_nodes <= np.iinfo(np.int32).max else np.int64
 
 
-def _leaf_numbers(
-    column: Int[np.ndarray, "D I"], distinct: Bool[np.ndarray, " I"]
-) -> Int[np.ndarray, " K"]:
-    """The number of the leaf of each distinct row of a sorted table: by depth, then by path."""
-    number = np.arange(int(distinct.sum()))
-    if column[-1].min() < 0:
-        length = (column >= 0).sum(0)[distinct]
-        number[np.argsort(length, kind="stable")] = np.arange(len(number))
-    return number
+def _leaf_of_row(
+    order: Int[np.ndarray, " I"], column: Int[np.ndarray, "D I"], distinct: Bool[np.ndarray, " I"]
+) -> Int[np.ndarray, " I"]:
+    """The leaf of every row, given the sorted table; leaves count by depth, then by path."""
+    leaf = np.empty(len(order), dtype=np.int64)
+    place = np.cumsum(distinct)
+    place -= 1
+    if column[-1].min() >= 0:  # all of one depth: the order of the paths is that of the leaves
+        leaf[order] = place
+        return leaf
+    number = np.empty(int(distinct.sum()), dtype=np.int64)
+    length = (column >= 0).sum(0)[distinct]
+    number[np.argsort(length, kind="stable")] = np.arange(len(number))
+    leaf[order] = number[place]
+    return leaf
