@@ -104,7 +104,9 @@ def evaluate(
 
 @app.command()
 def fit(
-    kind: Annotated[str, typer.Argument(help="The reward whose model is fitted: collaborative.")],
+    kind: Annotated[
+        str, typer.Argument(help="The reward whose model is fitted: collaborative or listwise.")
+    ],
     run: RunFile,
     overrides: Overrides = None,
 ) -> None:

@@ -15,6 +15,7 @@ from orchard.types import SearchTrees
 from rewards.collaborative import collaborative
 from rewards.knowledge import Knowledge
 from rewards.likeness import diversity, popularity_debias, semantic
+from rewards.listwise import listwise
 from rewards.rule import prefix, ranking, rule
 
 Reward = Callable[[SearchTrees, Knowledge], Float32[np.ndarray, " C"]]
@@ -26,6 +27,7 @@ REWARDS: dict[str, Reward] = {
     "prefix": prefix,
     "semantic": semantic,
     "collaborative": collaborative,
+    "listwise": listwise,
     "diversity": diversity,
     "popularity_debias": popularity_debias,
 }
@@ -33,6 +35,7 @@ REWARDS: dict[str, Reward] = {
 NEEDS: dict[str, Callable[[Knowledge], object]] = {
     "semantic": lambda known: known.leaf_embedding,
     "collaborative": lambda known: known.sasrec,
+    "listwise": lambda known: known.evaluator,
     "popularity_debias": lambda known: known.leaf_popularity,
 }
 """What a reward looks up, for those that do; raises a sentence where it is not there."""

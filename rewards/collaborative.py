@@ -4,7 +4,7 @@ Shapes:  C candidates
 """
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Float64, Int64
 
 from orchard.types import SearchTrees
 from rewards.knowledge import Knowledge
@@ -22,8 +22,15 @@ def collaborative(trees: SearchTrees, known: Knowledge) -> Float32[np.ndarray, "
     logit = leaf_logits(
         known.sasrec, known.catalogue, prompts.history, prompts.history_start, prompt, trees.leaf
     )
-    sure = np.isfinite(logit)
-    count = np.bincount(prompt[sure], minlength=len(trees))
-    total = np.bincount(prompt[sure], weights=logit[sure], minlength=len(trees))
+    return undecided(logit, prompt, len(trees))
+
+
+def undecided(
+    opinion: Float64[np.ndarray, " C"], prompt: Int64[np.ndarray, " C"], num_prompts: int
+) -> Float32[np.ndarray, " C"]:
+    """Opinions, with the mean of the finite ones of a prompt, or 0, in the place of the others."""
+    sure = np.isfinite(opinion)
+    count = np.bincount(prompt[sure], minlength=num_prompts)
+    total = np.bincount(prompt[sure], weights=opinion[sure], minlength=num_prompts)
     mean = total / np.maximum(1, count)
-    return np.where(sure, logit, mean[prompt]).astype(np.float32)
+    return np.where(sure, opinion, mean[prompt]).astype(np.float32)

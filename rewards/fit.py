@@ -10,18 +10,46 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 from jaxtyping import Int64
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from orchard import evaluation, ragged
 from orchard.catalogue import Catalogue
-from orchard.config import CollaborativeConfig
 from orchard.evaluation import TargetRanks
 from orchard.prompts import Sequences, Split, sequences
+from orchard.settings import CollaborativeConfig, ScorerConfig
 from rewards.sasrec import SasRec
 
 Tell = Callable[[int, float, float], None]
-"""Called after each epoch with its number, its loss and its NDCG@10 on the validation rows."""
+"""Called after each epoch with its number, its loss and its figure on the validation rows."""
+
+
+def best_epoch(
+    model: nn.Module,
+    settings: ScorerConfig,
+    *,
+    learn: Callable[[], list[float]],
+    judge: Callable[[], float],
+    tell: Tell,
+) -> None:
+    """Train in place until `judge` has not risen for a while, and go back to where it was highest.
+
+    `learn` is one epoch and returns the losses of its updates.
+    """
+    best, kept, since, began = -1.0, copy.deepcopy(model.state_dict()), 0, time.perf_counter()
+    for epoch in range(1, settings.epochs + 1):
+        model.train()
+        losses = learn()
+        model.eval()
+        found = judge()
+        tell(epoch, float(np.mean(losses)), found)
+        since += 1
+        if found > best:
+            best, kept, since = found, copy.deepcopy(model.state_dict()), 0
+        out_of_time = 0 < settings.minutes < (time.perf_counter() - began) / 60
+        if since >= settings.patience or out_of_time:
+            break
+    model.load_state_dict(kept)
 
 
 def fit_sasrec(
@@ -55,24 +83,19 @@ def fit_sasrec(
             model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
         )
         draw = np.random.default_rng(seed)
-        best, kept, since, began = -1.0, copy.deepcopy(model.state_dict()), 0, time.perf_counter()
-        for epoch in range(1, settings.epochs + 1):
-            model.train()
-            losses = [
+
+        def learn() -> list[float]:
+            order = draw.permutation(len(windows))
+            return [
                 _learn(model, optimizer, windows, rows)
-                for rows in _batches(draw.permutation(len(windows)), settings.batch_size)
+                for rows in batches(order, settings.batch_size)
             ]
-            model.eval()
+
+        def judge() -> float:
             found = sasrec_ranks(model, valid, catalogue)
-            ndcg = float(np.where(found.item < 10, 1 / np.log2(found.item + 2.0), 0).mean())
-            tell(epoch, float(np.mean(losses)), ndcg)
-            since += 1
-            if ndcg > best:
-                best, kept, since = ndcg, copy.deepcopy(model.state_dict()), 0
-            out_of_time = 0 < settings.minutes < (time.perf_counter() - began) / 60
-            if since >= settings.patience or out_of_time:
-                break
-    model.load_state_dict(kept)
+            return float(np.where(found.item < 10, 1 / np.log2(found.item + 2.0), 0).mean())
+
+        best_epoch(model, settings, learn=learn, judge=judge, tell=tell)
     return model
 
 
@@ -86,7 +109,7 @@ def sasrec_ranks(
     """
     item, sid = (np.full(len(split), TargetRanks.MISS, np.int64) for _ in range(2))
     unknown = ~model.trained.numpy()
-    for rows in _batches(np.arange(len(split)), batch_size):
+    for rows in batches(np.arange(len(split)), batch_size):
         history, start = ragged.take(split.history, split.history_start, rows)
         state, known = model.last_states(history, start)
         with torch.no_grad():
@@ -132,6 +155,7 @@ def _learn(
     return loss.item()
 
 
-def _batches(rows: Int64[np.ndarray, " R"], size: int) -> Iterator[Int64[np.ndarray, " Q"]]:
+def batches(rows: Int64[np.ndarray, " R"], size: int) -> Iterator[Int64[np.ndarray, " Q"]]:
+    """The rows in parts of a size, the last one perhaps smaller."""
     for at in range(0, len(rows), size):
         yield rows[at : at + size]

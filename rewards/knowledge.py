@@ -13,7 +13,8 @@ from jaxtyping import Float32, Float64, Int64
 from orchard.catalogue import Catalogue
 from orchard.config import RewardsConfig
 from orchard.errors import ConfigError, DataError
-from rewards import sasrec
+from rewards import evaluator, sasrec
+from rewards.evaluator import ListEvaluator
 from rewards.sasrec import SasRec
 
 
@@ -36,6 +37,12 @@ class Knowledge:
         """The model behind `collaborative`; raises as `rewards.sasrec.load`."""
         path = self.settings.collaborative.path or self.folder / sasrec.KIND
         return sasrec.load(path, self.catalogue)
+
+    @cached_property
+    def evaluator(self) -> ListEvaluator:
+        """The model behind `listwise`; raises as `rewards.evaluator.load`."""
+        path = self.settings.listwise.path or self.folder / evaluator.KIND
+        return evaluator.load(path, self.catalogue)
 
     @cached_property
     def leaf_embedding(self) -> Float64[np.ndarray, "K E"]:

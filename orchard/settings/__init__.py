@@ -10,7 +10,12 @@ from pydantic import Field, model_validator
 from orchard.settings.data import DataConfig
 from orchard.settings.learner import KlConfig, LearnerConfig, StepConfig, ValueConfig
 from orchard.settings.model import ModelConfig, SftConfig
-from orchard.settings.rewards import CollaborativeConfig, RewardsConfig
+from orchard.settings.rewards import (
+    CollaborativeConfig,
+    ListwiseConfig,
+    RewardsConfig,
+    ScorerConfig,
+)
 from orchard.settings.rollout import RolloutConfig, ThinkConfig, VedConfig
 from orchard.settings.run import CheckpointConfig, ClusterConfig, EvaluateConfig
 from orchard.settings.section import NonNegative, Section
@@ -26,9 +31,11 @@ __all__ = [
     "FilterConfig",
     "KlConfig",
     "LearnerConfig",
+    "ListwiseConfig",
     "ModelConfig",
     "RewardsConfig",
     "RolloutConfig",
+    "ScorerConfig",
     "ServeConfig",
     "SftConfig",
     "StepConfig",

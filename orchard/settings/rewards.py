@@ -1,26 +1,18 @@
 """The settings of the rewards, and of the models that some of them ask."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from orchard.settings.section import Duration, NonNegative, Positive, Rate, Section, Share
 
 
-def _check_heads(reward: str, hidden_size: int, heads: int) -> None:
-    if hidden_size % heads:
-        raise ValueError(
-            f"rewards.{reward}.hidden_size = {hidden_size} is not a multiple of "
-            f"rewards.{reward}.heads = {heads}; choose one that is"
-        )
-
-
-class CollaborativeConfig(Section):
-    """The SASRec model behind the reward `collaborative`; `orchard fit collaborative` makes it."""
+class ScorerConfig(Section):
+    """Sizes of a model that a reward asks, and how it is fitted."""
 
     path: Path | None = None
-    """Its folder; by default `collaborative` in the run's own."""
+    """Its folder; by default that of its reward's name in the run's own."""
     hidden_size: Positive = 64
     layers: Positive = 2
     heads: Positive = 2
@@ -29,16 +21,37 @@ class CollaborativeConfig(Section):
     minutes: Rate = 0.0
     """Stop after the epoch in which so many minutes have passed; 0 sets no limit."""
     patience: Positive = 4
-    """Stop after so many epochs without a better NDCG@10 on the validation rows."""
+    """Stop after so many epochs without a better figure on the validation rows."""
     batch_size: Positive = 64
-    """User sequences per update."""
+    """User sequences, or lists, per update."""
     lr: Rate = 3e-3
     weight_decay: Rate = 0.0
 
     @model_validator(mode="after")
-    def _consistent(self) -> "CollaborativeConfig":
-        _check_heads("collaborative", self.hidden_size, self.heads)
+    def _consistent(self) -> "ScorerConfig":
+        if self.hidden_size % self.heads:
+            raise ValueError(
+                f"hidden_size = {self.hidden_size} is not a multiple of heads = {self.heads}; "
+                "choose one that is"
+            )
         return self
+
+
+class CollaborativeConfig(ScorerConfig):
+    """The SASRec model behind the reward `collaborative`; `orchard fit collaborative` makes it."""
+
+
+class ListwiseConfig(ScorerConfig):
+    """The list evaluator behind the reward `listwise`; `orchard fit listwise` makes it."""
+
+    list_size: Annotated[int, Field(ge=2)] = 16
+    """Candidates of a training list: the target and others; best near `rollout.candidates`."""
+    near: Share = 0.5
+    """Share of the others that are neighbours of the target in the trie; the rest are drawn as
+    often as they are targets."""
+    batch_size: Positive = 256
+    """Lists per update."""
+    lr: Rate = 1e-3
 
 
 class RewardsConfig(Section):
@@ -50,6 +63,7 @@ class RewardsConfig(Section):
     """Form of the part `ranking`: as the authors run it, or as printed, which also punishes groups
     without the target (see `docs/rewards.md`)."""
     collaborative: CollaborativeConfig = CollaborativeConfig()
+    listwise: ListwiseConfig = ListwiseConfig()
     actors: Positive = 1
     queue: Positive = 8
     """Batches that may wait at each actor."""

@@ -6,7 +6,11 @@ from pathlib import Path
 import pytest
 
 from cluster import cli
+from cluster.prepare import prepare
+from orchard import config
 from orchard.synth import WorldParams, write_world
+from rewards import Knowledge
+from rewards.reward import look_up
 
 
 @pytest.fixture
@@ -25,9 +29,9 @@ def world(tmp_path: Path) -> Path:
         kv_heads = 1
         intermediate_size = 16
         layers = 1
-        [rewards.collaborative]
-        epochs = 2
-        hidden_size = 8
+        [rewards]
+        collaborative = {{ epochs = 2, hidden_size = 8 }}
+        listwise = {{ epochs = 2, hidden_size = 8, list_size = 4 }}
         """
     )
     return run
@@ -43,10 +47,23 @@ def test_a_scorer_is_fitted_measured_and_found_by_the_reward(
     assert 0 <= about["facts"]["ndcg@10/item"] <= about["facts"]["hr@10/item"] <= 1
 
 
+def test_a_list_evaluator_is_fitted_measured_and_found_by_the_reward(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.main(["fit", "listwise", str(world)])
+    assert "hit@1/list" in capsys.readouterr().out
+    folder = world.parent / "runs/toy"
+    facts = json.loads((folder / "listwise/model.json").read_text())["facts"]
+    assert 0 <= facts["hit@1/list"] <= 1
+    assert facts["chance"] == 0.25
+    at = prepare(config.load(world), "sft")
+    look_up({"listwise": 1.0}, Knowledge(catalogue=at.catalogue, folder=folder))
+
+
 @pytest.mark.parametrize("name", ["rule", "nonsense"])
 def test_a_reward_without_a_model_has_nothing_to_fit(
     world: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     with pytest.raises(SystemExit):
         cli.main(["fit", name, str(world)])
-    assert "choose collaborative" in capsys.readouterr().err
+    assert "choose collaborative or listwise" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from orchard.catalogue import Catalogue
 from orchard.errors import CatalogueError, ConfigError, DataError
 from orchard.testing import tiny_catalogue, tiny_policy, tiny_prompts
 from orchard.types import PolicyVersion, SearchTrees
-from rewards import REWARDS, Knowledge, sasrec, stored
+from rewards import REWARDS, Knowledge, evaluator, sasrec, stored
 from rewards.reward import look_up, score
 from rollout.engine.torch import TorchEngine
 from rollout.search import beam
@@ -41,10 +41,15 @@ def everything(catalogue: Catalogue, folder: Path) -> Knowledge:
         "layers": 1,
         "heads": 2,
     }
-    model = sasrec.SasRec(**sizes)
-    model.trained[:] = True
-    where = folder / sasrec.KIND
-    stored.save(model, where, kind=sasrec.KIND, catalogue=catalogue, sizes=sizes, facts={})
+    leaves = {"num_leaves": catalogue.trie.num_leaves}
+    for kind, model, own in (
+        (sasrec.KIND, sasrec.SasRec(**sizes), {}),
+        (evaluator.KIND, evaluator.ListEvaluator(**sizes, **leaves), leaves),
+    ):
+        model.trained[:] = True
+        stored.save(
+            model, folder / kind, kind=kind, catalogue=catalogue, sizes=sizes | own, facts={}
+        )
     return Knowledge(
         catalogue=catalogue,
         embedding=draw.normal(size=(len(catalogue), 4)).astype(np.float32),
