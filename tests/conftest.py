@@ -15,8 +15,13 @@ from pathlib import Path
 import pytest
 import ray
 import torch
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).parents[1]
+
+# How long an example takes says more about what else the machine does than about the code.
+settings.register_profile("orchard", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("orchard")
 
 
 @pytest.fixture(scope="session")

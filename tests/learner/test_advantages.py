@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from learner.advantages import ESTIMATORS, candidate_lengths, group_statistics
@@ -23,7 +23,6 @@ reward_groups = st.lists(
     min_size=1,
     max_size=4,
 )
-untimed = settings(deadline=None)
 RANKING = "-.1638 -.1033 -.0819 1 -.0634 -.0583 -.0546 -.0517 -.0493 -.0473 -.0457 -.0443 -.0430"
 RANKING_AT_4 = [float(number) for number in f"{RANKING} -.0419 -.0409 -.0401".split()]
 
@@ -43,7 +42,6 @@ def test_group_advantages_equal_the_worked_examples_of_sixteen_candidates(
         assert credit.advantage[place, 0] == pytest.approx(advantage, abs=3e-4)
 
 
-@untimed
 @given(rewards=reward_groups)
 @pytest.mark.parametrize("name", WHOLE)
 def test_advantages_sum_to_zero_within_every_group(
@@ -56,7 +54,6 @@ def test_advantages_sum_to_zero_within_every_group(
     np.testing.assert_allclose(total, 0, atol=1e-5)
 
 
-@untimed
 @given(rewards=reward_groups)
 def test_advantages_equal_their_definitions(score_leaves: Grow, rewards: list[list[float]]) -> None:
     scored = score_leaves([range(len(group)) for group in rewards], rewards)

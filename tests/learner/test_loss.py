@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -37,7 +37,6 @@ def choices(gain: list[float], loss: list[float]) -> BatchTensors:
     )  # fmt: skip
 
 
-@settings(deadline=None)
 @given(
     log_ratio=st.floats(-3, 3),
     weighted=st.lists(st.floats(-2, 2), min_size=1, max_size=5),

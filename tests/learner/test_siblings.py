@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from learner.advantages import ESTIMATORS, assign
@@ -70,7 +70,6 @@ def test_equal_codes_of_several_prompts_never_meet() -> None:
         np.testing.assert_allclose(3 * together.weight[part][order], alone.weight[mine])
 
 
-@settings(deadline=None)
 @given(
     groups=st.lists(
         st.lists(

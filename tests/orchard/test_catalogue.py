@@ -16,7 +16,7 @@ from orchard.errors import CatalogueError, DataError
 from orchard.testing import tiny_catalogue
 
 # A busy machine is no counterexample.
-examples = settings(max_examples=40, deadline=None)
+examples = settings(max_examples=40)
 
 
 @pytest.fixture

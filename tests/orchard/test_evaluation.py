@@ -16,7 +16,7 @@ from orchard.evaluation import Evaluation, TargetRanks
 from orchard.intervals import estimates
 
 MISS = TargetRanks.MISS
-untimed = settings(deadline=None, max_examples=60)
+examples = settings(max_examples=60)
 lists = st.lists(st.lists(st.integers(0, 7), max_size=8), min_size=1, max_size=6)
 
 
@@ -38,7 +38,7 @@ def plain_metrics(rank: list[int], k: int) -> tuple[float, float]:
     return len(hits) / len(rank), sum(1 / math.log2(r + 2) for r in hits) / len(rank)
 
 
-@untimed
+@examples
 @given(lists, st.data())
 def test_a_target_ranks_where_it_stands_in_the_written_out_list(
     rows: list[list[int]], data: st.DataObject
@@ -178,7 +178,7 @@ def test_nothing_is_estimated_from_no_rows_or_no_candidates() -> None:
         evaluation.metrics(random_ranks(0), width=0)
 
 
-@untimed
+@examples
 @given(lists, st.integers(1, 4))
 def test_coverage_counts_the_leaves_that_some_list_shows_on_top(
     rows: list[list[int]], k: int
@@ -189,7 +189,7 @@ def test_coverage_counts_the_leaves_that_some_list_shows_on_top(
     assert found == pytest.approx(len(shown) / 8)
 
 
-@untimed
+@examples
 @given(st.lists(st.lists(st.tuples(*[st.integers(-1, 2)] * 3), max_size=6), min_size=1, max_size=4))
 def test_diversity_equals_a_loop_over_all_pairs(rows: list[list[tuple[int, int, int]]]) -> None:
     def distance(a: tuple[int, ...], b: tuple[int, ...]) -> float:

@@ -187,7 +187,7 @@ def test_reviews_of_2023_are_read_too(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.tuples(*[st.integers(0, 5)] * 2), min_size=1, max_size=60), st.integers(1, 3))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_the_core_is_what_dropping_one_by_one_leaves(pairs: list[tuple[int, int]], k: int) -> None:
     left = list(range(len(pairs)))
     while True:
@@ -214,7 +214,7 @@ def test_the_core_is_what_dropping_one_by_one_leaves(pairs: list[tuple[int, int]
         st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(0, 9)), min_size=25, max_size=60
     )
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @pytest.mark.parametrize("split", ["chronological", "leave_one_out"])
 def test_our_splits_never_leak(split: Any, rows: list[tuple[int, int, int]]) -> None:
     log = log_of([*rows, *((u, 0, t) for u in range(4) for t in range(3))])  # enough to split

@@ -29,7 +29,7 @@ def same(found: index.Index, catalogue: Catalogue) -> bool:
     return all(torch.equal(a, b) and a.dtype == b.dtype for a, b in pairs)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(sids=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=4), min_size=1, max_size=12))
 def test_a_file_gives_back_the_trie_and_the_items_of_every_leaf(
     tmp_path_factory: pytest.TempPathFactory, sids: list[list[int]]

@@ -97,7 +97,7 @@ def users(draw: st.DrawFn) -> list[list[int]]:
 
 
 @given(users(), st.integers(1, 8))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_windows_train_every_target_once_and_every_first_item(
     lives: list[list[int]], max_history: int
 ) -> None:

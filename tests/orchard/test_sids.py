@@ -63,7 +63,7 @@ def test_residuals_add_up_to_the_embedding() -> None:
 
 
 @given(st.integers(2, 40), st.integers(2, 6), st.integers(0, 1000))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_a_match_fits_and_is_stable(items: int, codes: int, seed: int) -> None:
     distance = np.random.default_rng(seed).random((items, codes), dtype=np.float32)
     most = math.ceil(items / codes)
@@ -111,7 +111,7 @@ def test_reassigning_moves_as_little_as_it_can() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3)), min_size=1, max_size=30))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_policies_touch_the_last_level_and_those_that_collide_alone(
     policy: str, rows: list[tuple[int, int]]

@@ -126,7 +126,7 @@ def test_the_card_on_disk_is_the_card_returned(small: tuple[Path, WorldCard]) ->
     assert oracle["mean"] == card.yardsticks["oracle"]["ndcg@10/sid"].mean
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(
     seed=st.integers(0, 99),
     level_size=st.sampled_from([(), (90,), (8, 12), (4, 5, 6), (2, 3, 4, 5)]),

@@ -38,7 +38,7 @@ def oracle_of(catalogue: Catalogue) -> Oracle:
 
 sequences = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=4), min_size=1, max_size=12)
 # A busy machine is no counterexample.
-examples = settings(max_examples=60, deadline=None)
+examples = settings(max_examples=60)
 
 
 def world(codes: list[list[int]]) -> tuple[Catalogue, Trie, Oracle]:

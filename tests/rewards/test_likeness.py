@@ -34,7 +34,7 @@ def test_items_of_one_leaf_are_compared_by_their_mean_direction(trees_with: Grow
 
 
 @pytest.mark.parametrize("varying_depth", [False, True])
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(data=st.data())
 def test_diversity_is_the_mean_share_of_codes_that_others_do_not_share(
     trees_with: Grow, varying_depth: bool, data: st.DataObject

@@ -20,9 +20,7 @@ from rollout.noise import GumbelNoise
 from rollout.search import beam, sample
 from rollout.ved import ved
 
-examples = settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+examples = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def drawn(world: World, seed: int) -> tuple[Allowed, list[set[int]]]:
@@ -189,7 +187,7 @@ def test_distinct_draws_are_of_the_allowed_leaves(
         assert set(found.leaf[rows].tolist()) <= mine
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(seed=st.integers(0, 2**16), budget=st.sampled_from([20, 80]))
 def test_a_guided_search_visits_allowed_leaves_only(seed: int, budget: int) -> None:
     guided = tiny_world(level_size=(4, 4, 5), num_items=40)

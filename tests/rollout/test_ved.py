@@ -53,7 +53,7 @@ def leaf_values(found: Candidates, row: int) -> dict[int, float]:
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     extra=st.integers(0, 25),
     choice=st.fixed_dictionaries(

@@ -127,7 +127,7 @@ def test_an_error_of_the_engine_fails_its_batch_and_no_other() -> None:
     asyncio.run(work())
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     kinds=st.lists(st.sampled_from("abc"), min_size=1, max_size=40),
     rows=st.integers(1, 10),

@@ -118,7 +118,7 @@ fields = st.sampled_from([
 ])  # fmt: skip
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(body=requests)
 def test_valid_requests_are_answered_with_legal_items_or_refused(
     served: Served, body: dict[str, Any]
@@ -139,13 +139,13 @@ def test_valid_requests_are_answered_with_legal_items_or_refused(
             assert set(shown) == allowed
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(path=st.sampled_from(PATHS), body=anything | st.dictionaries(fields, anything, max_size=5))
 def test_any_json_is_answered_or_refused(served: Served, path: str, body: object) -> None:
     served.send(path, json.dumps(body).encode())  # NaN and infinities included
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(path=st.sampled_from(PATHS), body=st.binary(max_size=60))
 def test_any_bytes_are_refused(served: Served, path: str, body: bytes) -> None:
     assert served.send(path, body).status_code in (400, 401, 422)

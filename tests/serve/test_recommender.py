@@ -15,9 +15,7 @@ from serve.tree import Watched, draw_tree
 
 HISTORY = [3, 17, 5]
 some = st.lists(st.integers(0, 45), max_size=60)
-examples = settings(
-    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+examples = settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def passing(shop: Shop, names: list[str]) -> set[int]:
