@@ -43,21 +43,21 @@ def candidate_lengths(trees: SearchTrees) -> Int64[np.ndarray, " C"]:
 
 def group(scored: ScoredTrees, std_epsilon: float) -> Credit:
     """Standardised within the group; every candidate weighs the same."""
-    return _credit(scored, _standardised(scored, std_epsilon), _per_candidate(scored))
+    return alike(scored, _standardised(scored, std_epsilon), per_candidate(scored))
 
 
 def dapo(scored: ScoredTrees, std_epsilon: float) -> Credit:
     """Standardised within the group; every token of the batch weighs the same."""
     length = candidate_lengths(scored.trees)
     weight = np.full(len(length), 1 / max(1, length.sum()))
-    return _credit(scored, _standardised(scored, std_epsilon), weight)
+    return alike(scored, _standardised(scored, std_epsilon), weight)
 
 
 def drgrpo(scored: ScoredTrees, std_epsilon: float) -> Credit:
     """Centred within the group but not divided by its spread; `std_epsilon` plays no part."""
     length = candidate_lengths(scored.trees)
     weight = np.full(len(length), 1 / max(1, len(length) * length.max(initial=0)))
-    return _credit(scored, _centred(scored), weight)
+    return alike(scored, _centred(scored), weight)
 
 
 def leave_one_out(scored: ScoredTrees, std_epsilon: float) -> Credit:
@@ -65,7 +65,7 @@ def leave_one_out(scored: ScoredTrees, std_epsilon: float) -> Credit:
     size = np.diff(scored.trees.candidate_start)[scored.trees.prompt_of_candidate]
     # R - (sum - R) / (G - 1) = (R - mu) G / (G - 1); alone in its group R - mu is already 0.
     advantage = _centred(scored) * size / np.maximum(size - 1, 1)
-    return _credit(scored, advantage, _per_candidate(scored))
+    return alike(scored, advantage, per_candidate(scored))
 
 
 def blend(scored: ScoredTrees, std_epsilon: float) -> Credit:
@@ -74,7 +74,7 @@ def blend(scored: ScoredTrees, std_epsilon: float) -> Credit:
     steps = np.maximum(1, (scored.trees.paths() >= 0).sum(1))
     mean = nodes.advantage.astype(np.float64).sum(1) / steps
     advantage = 0.5 * whole.advantage[:, 0] + 0.5 * mean
-    return _credit(scored, advantage, _per_candidate(scored))
+    return alike(scored, advantage, per_candidate(scored))
 
 
 ESTIMATORS: dict[str, Estimator] = {
@@ -164,13 +164,13 @@ def _standardised(scored: ScoredTrees, std_epsilon: float) -> Float64[np.ndarray
     return centred / (std[prompt] + std_epsilon)
 
 
-def _per_candidate(scored: ScoredTrees) -> Float64[np.ndarray, " C"]:
+def per_candidate(scored: ScoredTrees) -> Float64[np.ndarray, " C"]:
     """Weight of each token such that every candidate weighs 1 / N in all."""
     length = candidate_lengths(scored.trees)
     return 1 / np.maximum(1, length * len(length))
 
 
-def _credit(
+def alike(
     scored: ScoredTrees,
     advantage: Float64[np.ndarray, " C"],
     weight: Float64[np.ndarray, " C"],

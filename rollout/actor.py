@@ -1,6 +1,5 @@
 """The Ray shell of the room: holds an engine and its policy, and searches what it is sent."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,16 +19,14 @@ from orchard.types import PolicyVersion, Prompts, SearchTrees
 from orchard.vocabulary import Vocabulary
 from orchard.weights import Weights, digest, snapshot
 from rollout.candidates import Candidates
-from rollout.draws import beam_sample, dynamic
-from rollout.engine import Engine, Holder
+from rollout.engine import Holder
 from rollout.engine.torch import TorchEngine
 from rollout.engine.vllm import VllmHolder
 from rollout.search import beam, sample
-from rollout.targets import with_target
+from rollout.searches import Find, search_of
 from rollout.think import think
 from rollout.thoughts import Thoughts, graft
 from rollout.trees import grow
-from rollout.ved import ved
 
 
 class Searcher:
@@ -74,25 +71,10 @@ class Searcher:
 
     def search(self, prompts: Prompts, seed: int, kind: str | None = None) -> SearchTrees:
         """A tree per prompt, by the configured search or by that of another kind."""
-        config, wanted = self._config, kind or self._config.search
-        count, temperature = config.candidates, config.temperature
+        wanted = kind or self._config.search
         if wanted == "think":
             return self._think_and_search(prompts, seed)
-        find: Callable[[Engine, Prompts], Candidates]
-        if wanted == "beam":
-            find = partial(beam, width=count)
-        elif wanted == "ved":
-            find = partial(ved, settings=config.ved, count=count, seed=seed)
-        elif wanted == "beam_sample":
-            find = partial(beam_sample, width=count, temperature=temperature, seed=seed)
-        elif wanted == "dynamic":
-            find = partial(
-                dynamic, catalogue=self._catalogue, count=count, temperature=temperature, seed=seed
-            )
-        else:
-            find = partial(sample, count=count, temperature=temperature, seed=seed)
-        if config.add_target:
-            find = partial(with_target, find=find, catalogue=self._catalogue)
+        find = search_of(wanted, self._config, self._catalogue, seed)
         found = self._in_batches(prompts, find)
         return grow(prompts, found, self._catalogue, self._vocabulary, self._holder.version)
 
@@ -114,9 +96,7 @@ class Searcher:
         began, config = perf_counter(), self._config
         heat = config.temperature
         thoughts = self._thoughts(prompts, count=config.candidates, temperature=heat, seed=seed)
-        find: Callable[[Engine, Prompts], Candidates] = partial(
-            sample, count=config.think.width, temperature=heat, seed=seed
-        )
+        find: Find = partial(sample, count=config.think.width, temperature=heat, seed=seed)
         if config.think.codes == "beam":
             find = partial(beam, width=config.think.width)
         contexts, version = thoughts.contexts(prompts), self._holder.version
@@ -142,9 +122,7 @@ class Searcher:
             seed=seed,
         )
 
-    def _in_batches(
-        self, prompts: Prompts, find: Callable[[Engine, Prompts], Candidates]
-    ) -> Candidates:
+    def _in_batches(self, prompts: Prompts, find: Find) -> Candidates:
         """What `find` finds, in batches of the configured size."""
         began = perf_counter()
         # Prompts of like length go together, so that little of a batch is padding.

@@ -1,0 +1,60 @@
+"""The examples of docs/extending.md work as printed."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from learner import advantages
+from orchard.config import RolloutConfig
+from orchard.testing import tiny_world
+from rewards.reward import score
+from rollout import searches
+from rollout.engine.torch import TorchEngine
+from rollout.search import beam
+from rollout.trees import grow
+
+PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
+SEARCH, ESTIMATOR = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+
+
+def as_written(code: str) -> None:
+    """Short, and run as it stands."""
+    assert len(code.splitlines()) <= 35
+    exec(code, dict[str, Any]())  # what the page tells a reader to write
+
+
+def test_the_search_keeps_every_second_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rollout.searches.SEARCHES", dict(searches.SEARCHES))
+    as_written(SEARCH)
+    world = tiny_world()
+    engine = TorchEngine(world.model, world.catalogue.trie, world.vocabulary, world.version)
+    config = RolloutConfig(candidates=3)
+    found = searches.search_of("spread", config, world.catalogue, 0)(engine, world.prompts)
+    whole = beam(engine, world.prompts, width=6)
+    for b in range(len(world.prompts)):
+        ours = found.leaf[found.start[b] : found.start[b + 1]]
+        assert ours.tolist() == whole.leaf[whole.start[b] : whole.start[b + 1] : 2].tolist()
+    assert found.count.max() == 3
+
+
+def test_the_estimator_compares_with_the_median(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("learner.advantages.ESTIMATORS", dict(advantages.ESTIMATORS))
+    as_written(ESTIMATOR)
+    world = tiny_world()
+    engine = TorchEngine(world.model, world.catalogue.trie, world.vocabulary, world.version)
+    found = beam(engine, world.prompts, width=5)
+    trees = grow(world.prompts, found, world.catalogue, world.vocabulary, world.version)
+    scored = score(trees, world.catalogue, {"prefix": 1.0})
+    credit = advantages.ESTIMATORS["median"](scored, 1e-4)
+    inside = scored.trees.paths() >= 0
+    prompt = scored.trees.prompt_of_candidate
+    for b in range(len(scored.trees)):
+        own = prompt == b
+        middle = np.median(scored.reward[own])
+        expected = np.sign(scored.reward[own] - middle)
+        np.testing.assert_array_equal(credit.advantage[own], expected[:, None] * inside[own])
+    assert np.isclose(credit.weight.sum(), 1)
+    assert credit.advantage.any()
