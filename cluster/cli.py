@@ -169,13 +169,25 @@ def export(
 
 
 @app.command()
-def report(run_dir: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> None:
-    """One self-contained HTML page about a run."""
-    if not run_dir.is_dir():
-        raise DataError(f"run folder {run_dir} does not exist; give the folder below runs/")
-    from cluster.report import write_report
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folder of a run; of several, to compare.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Page that compares; by default beside the first run.")
+    ] = None,
+) -> None:
+    """One self-contained HTML page about a run, or about several side by side."""
+    for folder in runs:
+        if not folder.is_dir():
+            raise DataError(f"run folder {folder} does not exist; give the folder below runs/")
+    if len(runs) == 1 and output is None:
+        from cluster.report import write_report
 
-    typer.echo(f"report: {write_report(run_dir)}")
+        typer.echo(f"report: {write_report(runs[0])}")
+        return
+    from cluster.compared import write_comparison
+
+    page = output or runs[0].parent / "comparison.html"
+    typer.echo(f"report: {write_comparison(runs, page)}")
 
 
 @app.command()

@@ -51,10 +51,15 @@ def write_report(run_dir: Path) -> Path:
     if not run_dir.is_dir():
         raise DataError(f"run folder {run_dir} does not exist; give the folder of a run")
     path = run_dir / REPORT
-    partial = path.with_name(f".{REPORT}.partial")
-    partial.write_text(page(gather(run_dir)), encoding="utf-8")
-    partial.replace(path)
+    replace_file(path, page(gather(run_dir)))
     return path
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a page; a reader finds the old one or the new one, never a part."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def gather(run_dir: Path) -> Findings:
@@ -103,7 +108,6 @@ def page(found: Findings) -> str:
     """The whole document."""
     name = str(found.config.get("name", found.folder.resolve().name))
     phases = [phase for phase in sections.PANELS if phase in found.log]
-    css = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
     body = [
         f"<header><h1>{escape(name)}</h1><p class='faint'>{escape(_when(found))}</p></header>",
         sections.notices(found.missing),
@@ -117,10 +121,16 @@ def page(found: Findings) -> str:
         sections.configuration(found.config_text),
         sections.appendix(found.log),
     ]
+    return document(name, body)
+
+
+def document(title: str, body: Sequence[str]) -> str:
+    """A page of some parts that stands alone."""
+    css = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
     return (
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>{escape(name)} - Orchard</title><style>{css}</style></head>\n"
+        f"<title>{escape(title)} - Orchard</title><style>{css}</style></head>\n"
         f"<body>{''.join(part for part in body if part)}</body></html>\n"
     )
 

@@ -122,7 +122,7 @@ def evaluation(evaluations: Mapping[str, Evaluation], changes: Changes) -> str:
     drawn = ""
     for level in ("sid", "item") if changes else ():
         here = [name for name in names if name.endswith(f"/{level}")]
-        drawn += _figure(f"Paired differences, {level} level", forest(changes, here))
+        drawn += figure(f"Paired differences, {level} level", forest(changes, here))
     grid = f"<div class='grid' style='margin-top:20px'>{drawn}</div>" if drawn else ""
     return f"<h2>Evaluation</h2>{table}{grid}"
 
@@ -131,10 +131,10 @@ def training(phase: str, metrics: Metrics) -> str:
     """The figures of a phase."""
     drawn, absent = "", list[str]()
     for panel in PANELS[phase]:
-        found = _with_numbers(metrics, panel.names)
+        found = with_numbers(metrics, panel.names)
         if found:
             svg = curves(found, title=panel.title, steps=STEPS[phase], log=panel.log)
-            drawn += _figure(panel.title, svg)
+            drawn += figure(panel.title, svg)
         else:
             absent.append(panel.title.lower())
     note = f"<p class='faint'>Not in the log: {escape(', '.join(absent))}.</p>" if absent else ""
@@ -205,10 +205,10 @@ def appendix(log: Mapping[str, Metrics]) -> str:
     for phase, metrics in log.items():
         shown = {name for panel in PANELS.get(phase, ()) for name in panel.names}
         for name in sorted(metrics.keys() - shown):
-            title, found = f"{phase}: {name}", _with_numbers(metrics, [name])
+            title, found = f"{phase}: {name}", with_numbers(metrics, [name])
             if found:
                 svg = curves(found, title=title, steps=STEPS.get(phase, "step"))
-                drawn += _figure(title, svg)
+                drawn += figure(title, svg)
     if not drawn:
         return ""
     return (
@@ -222,7 +222,7 @@ def last_step(metrics: Metrics) -> int:
     return max((int(series.step.max()) for series in metrics.values()), default=0)
 
 
-def _with_numbers(metrics: Metrics, names: Sequence[str]) -> list[Curve]:
+def with_numbers(metrics: Metrics, names: Sequence[str]) -> list[Curve]:
     """The metrics that hold at least one number."""
     known = [name for name in names if name in metrics and np.isfinite(metrics[name].value).any()]
     return [
@@ -231,7 +231,8 @@ def _with_numbers(metrics: Metrics, names: Sequence[str]) -> list[Curve]:
     ]
 
 
-def _figure(title: str, svg: str) -> str:
+def figure(title: str, svg: str) -> str:
+    """A drawing below its title."""
     return f"<figure><h3>{escape(title)}</h3>{svg}</figure>"
 
 

@@ -59,6 +59,7 @@ __all__ = [
     "VedConfig",
     "differences",
     "dump",
+    "flatten",
     "load",
     "parse",
 ]
@@ -99,7 +100,7 @@ def dump(config: Config) -> str:
 
 def differences(a: Config, b: Config) -> list[str]:
     """Dotted keys in which two runs differ, with both values."""
-    left, right = _flat(a.model_dump(mode="json")), _flat(b.model_dump(mode="json"))
+    left, right = flatten(a.model_dump(mode="json")), flatten(b.model_dump(mode="json"))
     return [
         f"{key} = {right.get(key)} (was {left.get(key)})"
         for key in sorted(left.keys() | right.keys())
@@ -125,11 +126,12 @@ def _set(tree: dict[str, Any], override: str) -> None:
     tree[last] = value
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys to values."""
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            leaves |= _flat(cast(Mapping[str, Any], value), f"{prefix}{key}.")
+            leaves |= flatten(cast(Mapping[str, Any], value), f"{prefix}{key}.")
         else:
             leaves[prefix + key] = value
     return leaves

@@ -18,10 +18,11 @@ from tokenizers.pre_tokenizers import Split, WhitespaceSplit
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from orchard import catalogue as catalogues
+from orchard import evaluation, ragged, value, weights
 from orchard import model as models
-from orchard import ragged, value, weights
 from orchard.catalogue import Catalogue
 from orchard.config import ModelConfig
+from orchard.evaluation import Evaluation, TargetRanks
 from orchard.prompts import PromptFormat
 from orchard.titles import from_titles
 from orchard.types import PolicyVersion, Prompts
@@ -219,4 +220,21 @@ def tiny_text_tokenizer(catalogue: Catalogue) -> PreTrainedTokenizerBase:
     inner.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token=PAD, bos_token=BOS, eos_token=EOS
+    )
+
+
+def an_evaluation(hit: float, *, num_rows: int = 500) -> Evaluation:
+    """Ranks of random rows, of which a share `hit` has its target among the first twenty."""
+    draw = np.random.default_rng(0)
+    rank = np.where(draw.random(num_rows) < hit, draw.integers(0, 20, num_rows), TargetRanks.MISS)
+    ranks = TargetRanks(sid=rank, item=rank)
+    return Evaluation(
+        metrics=evaluation.metrics(ranks, width=20, resamples=100),
+        ranks=ranks,
+        row=np.arange(num_rows),
+        width=20,
+        seconds=2.0,
+        policy="3-feedbeef",
+        catalogue="cafe",
+        extra={"diversity": 0.5},
     )

@@ -12,8 +12,8 @@ from cluster.figures import Curve, curves, running_mean
 from cluster.report import gather, page, write_report
 from orchard import evaluation
 from orchard.errors import DataError
-from orchard.evaluation import Evaluation, TargetRanks
 from orchard.metrics import FILE, Logbook, Series
+from orchard.testing import an_evaluation
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 PARTS = ("config.toml", FILE, "evaluation")
@@ -50,22 +50,6 @@ class Outline(HTMLParser):
     @property
     def text(self) -> str:
         return " ".join(self.said)
-
-
-def an_evaluation(hit: float, *, num_rows: int = 500) -> Evaluation:
-    draw = np.random.default_rng(0)
-    rank = np.where(draw.random(num_rows) < hit, draw.integers(0, 20, num_rows), TargetRanks.MISS)
-    ranks = TargetRanks(sid=rank, item=rank)
-    return Evaluation(
-        metrics=evaluation.metrics(ranks, width=20, resamples=100),
-        ranks=ranks,
-        row=np.arange(num_rows),
-        width=20,
-        seconds=2.0,
-        policy="3-feedbeef",
-        catalogue="cafe",
-        extra={"diversity": 0.5},
-    )
 
 
 @pytest.fixture
