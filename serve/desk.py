@@ -106,16 +106,18 @@ class Desk:
         history = self._history_of(request)
         variant = variant_of(request.user, self._shares, self.config.salt)
         asked = self._settle(request, history, variant)
-        key = cache_key(asked, str(self.seats[variant].version), self.stock.shelf)
-        known = self._cache.get(key) if self._cache is not None and key is not None else None
+        cache, key = self._cache, None
+        if cache is not None:
+            key = cache_key(asked, str(self.seats[variant].version), self.stock.shelf)
+        known = cache.get(key) if cache is not None and key is not None else None
         if known is not None:
             self.meters.count("orchard_serve_cache_hits", variant=variant)
             answer = known.model_copy(update={"source": "cache"})
         else:
             answer = await self._answer(asked, began)
             whole = not answer.fallback and asked.width == answer.width
-            if self._cache is not None and key is not None and whole:
-                self._cache[key] = answer
+            if cache is not None and key is not None and whole:
+                cache[key] = answer
         self._note(asked, answer, request_id, shadow=False)
         for name, seat in self.seats.items():
             if seat.shadow and self._line.waiting_rows < self.config.queue // 2:
@@ -126,7 +128,7 @@ class Desk:
         self.meters.count(
             "orchard_serve_requests", variant=variant, source=answer.source, policy=answer.policy
         )
-        if asked.request.explain == "none":
+        if asked.levels and asked.request.explain == "none":  # they were for the exposure log
             items = [item.model_copy(update={"levels": None}) for item in answer.items]
             return answer.model_copy(update={"items": items})
         return answer
