@@ -283,14 +283,10 @@ SERVING = Board(
     by_run=False,
     rows=(
         (
-            _graph(
-                "Requests", "reqps", "At Serve's proxies.",
-                (_serve("ray_serve_num_http_requests_total", "route"), "{{route}}"),
-            ),
-            _graph(
-                "Errors", "reqps", "Answered with an error, by code.",
-                (_serve("ray_serve_num_http_error_requests_total", "error_code"), "{{error_code}}"),
-            ),
+            _graph("Requests", "reqps", "At Serve's proxies.",
+                   (_serve("ray_serve_num_http_requests_total", "route"), "{{route}}")),
+            _graph("Errors", "reqps", "Answered with an error, by code.",
+                   (_serve("ray_serve_num_http_error_requests_total", "error_code"), "{{error_code}}")),
             _graph("Latency", "ms", "At the proxy.",
                    *_latency("ray_serve_http_request_latency_ms", "route")),
         ),
@@ -304,8 +300,35 @@ SERVING = Board(
                 (_serve("ray_serve_deployment_error_counter_total", "deployment"),
                  "{{deployment}} failed"),
             ),
-            _graph("Batch size", "none", "Requests decoded together.",
-                   *_latency("ray_serve_actual_batch_size", "deployment")),
+            _graph("Fill of a batch", "percentunit", "Beam rows over `serve.budget`.",
+                   *_latency("ray_orchard_serve_beam_fill", "variant")),
+        ),
+        (
+            _graph(
+                "Answers", "reqps", "By variant and source; `popularity` is the fallback.",
+                (_serve("ray_orchard_serve_requests_total", "variant", "source"),
+                 "{{variant}} {{source}}"),
+                (_serve("ray_orchard_serve_cache_hits_total", "variant"), "{{variant}} cached"),
+            ),
+            _graph("Answers by policy", "reqps", "While policies are switched there are two.",
+                   (_serve("ray_orchard_serve_requests_total", "policy"), "{{policy}}")),
+            _graph(
+                "Refusals and fallbacks", "reqps", "And illegal items, which must not be.",
+                (_serve("ray_orchard_serve_refused_total", "kind"), "{{kind}}"),
+                (_serve("ray_orchard_serve_fallbacks_total", "reason"), "fallback: {{reason}}"),
+                (_serve("ray_orchard_serve_illegal_total", "variant"), "illegal: {{variant}}"),
+            ),
+        ),
+        (
+            _graph("Time by phase", "s", "Of a request: queue, prefill, levels, post, total.",
+                   *_latency("ray_orchard_serve_phase_seconds", "phase")),
+            _graph("Beam rows waiting", "none", "At most `serve.queue`; beyond it requests get 429.",
+                   ("max by (replica) (ray_orchard_serve_queue_rows)", "{{replica}}")),
+            _graph(
+                "Versions", "none", "Of policy and catalogue, the oldest of all replicas.",
+                ("min by (variant) (ray_orchard_serve_policy_step)", "{{variant}} step"),
+                ("min(ray_orchard_serve_catalogue_version)", "catalogue"),
+            ),
         ),
         (
             _graph(
@@ -315,14 +338,10 @@ SERVING = Board(
                 ("sum by (deployment) (ray_serve_replica_processing_queries)",
                  "{{deployment}} in a replica"),
             ),
-            _graph(
-                "Healthy replicas", "none", "By deployment.",
-                ("sum by (deployment) (ray_serve_deployment_replica_healthy)", "{{deployment}}"),
-            ),
-            _graph(
-                "Failed health checks", "cps", "By deployment.",
-                (_serve("ray_serve_health_check_failures_total", "deployment"), "{{deployment}}"),
-            ),
+            _graph("Healthy replicas", "none", "By deployment.",
+                   ("sum by (deployment) (ray_serve_deployment_replica_healthy)", "{{deployment}}")),
+            _graph("Failed health checks", "cps", "By deployment.",
+                   (_serve("ray_serve_health_check_failures_total", "deployment"), "{{deployment}}")),
         ),
     ),
 )  # fmt: skip
