@@ -269,12 +269,17 @@ def _serve(metric: str, *by: str) -> str:
     return f"sum by ({', '.join(by)}) (rate({metric}[$__rate_interval]))"
 
 
+def _by(*labels: str) -> str:
+    return " ".join(f"{{{{{label}}}}}" for label in labels)
+
+
+def _rate(metric: str, *by: str) -> tuple[str, str]:
+    return _serve(metric, *by), _by(*by)
+
+
 def _latency(metric: str, *by: str) -> tuple[tuple[str, str], ...]:
-    legend = " ".join(f"{{{{{label}}}}}" for label in by)
-    return tuple(
-        (f"histogram_quantile({q}, {_serve(f'{metric}_bucket', 'le', *by)})", f"{legend} p{q[2:]}")
-        for q in QUANTILES
-    )
+    rate = _serve(f"{metric}_bucket", "le", *by)
+    return tuple((f"histogram_quantile({q}, {rate})", f"{_by(*by)} p{q[2:]}") for q in QUANTILES)
 
 
 SERVING = Board(
@@ -284,9 +289,9 @@ SERVING = Board(
     rows=(
         (
             _graph("Requests", "reqps", "At Serve's proxies.",
-                   (_serve("ray_serve_num_http_requests_total", "route"), "{{route}}")),
+                   _rate("ray_serve_num_http_requests_total", "route")),
             _graph("Errors", "reqps", "Answered with an error, by code.",
-                   (_serve("ray_serve_num_http_error_requests_total", "error_code"), "{{error_code}}")),
+                   _rate("ray_serve_num_http_error_requests_total", "error_code")),
             _graph("Latency", "ms", "At the proxy.",
                    *_latency("ray_serve_http_request_latency_ms", "route")),
         ),
@@ -295,8 +300,7 @@ SERVING = Board(
                    *_latency("ray_serve_deployment_processing_latency_ms", "deployment")),
             _graph(
                 "Requests by deployment", "reqps", "And exceptions.",
-                (_serve("ray_serve_deployment_request_counter_total", "deployment"),
-                 "{{deployment}}"),
+                _rate("ray_serve_deployment_request_counter_total", "deployment"),
                 (_serve("ray_serve_deployment_error_counter_total", "deployment"),
                  "{{deployment}} failed"),
             ),
@@ -306,15 +310,14 @@ SERVING = Board(
         (
             _graph(
                 "Answers", "reqps", "By variant and source; `popularity` is the fallback.",
-                (_serve("ray_orchard_serve_requests_total", "variant", "source"),
-                 "{{variant}} {{source}}"),
+                _rate("ray_orchard_serve_requests_total", "variant", "source"),
                 (_serve("ray_orchard_serve_cache_hits_total", "variant"), "{{variant}} cached"),
             ),
             _graph("Answers by policy", "reqps", "While policies are switched there are two.",
-                   (_serve("ray_orchard_serve_requests_total", "policy"), "{{policy}}")),
+                   _rate("ray_orchard_serve_requests_total", "policy")),
             _graph(
                 "Refusals and fallbacks", "reqps", "And illegal items, which must not be.",
-                (_serve("ray_orchard_serve_refused_total", "kind"), "{{kind}}"),
+                _rate("ray_orchard_serve_refused_total", "kind"),
                 (_serve("ray_orchard_serve_fallbacks_total", "reason"), "fallback: {{reason}}"),
                 (_serve("ray_orchard_serve_illegal_total", "variant"), "illegal: {{variant}}"),
             ),
@@ -322,7 +325,7 @@ SERVING = Board(
         (
             _graph("Time by phase", "s", "Of a request: queue, prefill, levels, post, total.",
                    *_latency("ray_orchard_serve_phase_seconds", "phase")),
-            _graph("Beam rows waiting", "none", "At most `serve.queue`; beyond it requests get 429.",
+            _graph("Beam rows waiting", "none", "Bounded by `serve.queue`; beyond it: 429.",
                    ("max by (replica) (ray_orchard_serve_queue_rows)", "{{replica}}")),
             _graph(
                 "Versions", "none", "Of policy and catalogue, the oldest of all replicas.",
@@ -333,15 +336,13 @@ SERVING = Board(
         (
             _graph(
                 "Queue", "none", "Waiting for a replica, and in one.",
-                ("sum by (deployment) (ray_serve_deployment_queued_queries)",
-                 "{{deployment}} waiting"),
-                ("sum by (deployment) (ray_serve_replica_processing_queries)",
-                 "{{deployment}} in a replica"),
+                ("sum(ray_serve_deployment_queued_queries)", "waiting"),
+                ("sum(ray_serve_replica_processing_queries)", "in a replica"),
             ),
-            _graph("Healthy replicas", "none", "By deployment.",
-                   ("sum by (deployment) (ray_serve_deployment_replica_healthy)", "{{deployment}}")),
+            _graph("Healthy replicas", "none", "Of all deployments.",
+                   ("sum(ray_serve_deployment_replica_healthy)", "replicas")),
             _graph("Failed health checks", "cps", "By deployment.",
-                   (_serve("ray_serve_health_check_failures_total", "deployment"), "{{deployment}}")),
+                   _rate("ray_serve_health_check_failures_total", "deployment")),
         ),
     ),
 )  # fmt: skip
