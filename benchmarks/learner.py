@@ -79,9 +79,9 @@ def run(quick: bool) -> Report:
     return report("learner", figures, [*rows, *_packing_rows(setting, quick)])
 
 
-def default_setting() -> Setting:
-    """A fresh policy of the default sizes over 20,000 random items."""
-    codes = np.random.default_rng(0).integers(64, size=(20_000, 3))
+def default_setting(num_items: int = 20_000, num_codes: int = 64) -> Setting:
+    """A fresh policy of the default sizes over random items."""
+    codes = np.random.default_rng(0).integers(num_codes, size=(num_items, 3))
     catalogue = catalogues.from_codes(codes.tolist(), level_size=(256, 256, 256))
     vocabulary = of_codes(compact_tokenizer(catalogue), catalogue)
     model = models.create(ModelConfig(), vocabulary, seed=0)

@@ -11,6 +11,7 @@ smallest deployment, and only ratios within one run mean much.
 
 import asyncio
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -98,7 +99,10 @@ def run(quick: bool) -> Report:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     at = f"W={WIDTH}, {HISTORY} items of history, {len(setting.catalogue)} items, torch engine"
+    many = _many(100_000 if quick else 1_000_000, 20 if quick else 200)
     figures = [
+        figure("overhead_p50_of_many_items", many["overhead_ms"], "ms", asked="<= 5",
+               note=f"one at a time, no socket, {many['items']:.0f} items"),
         figure("overhead_p50", overhead["overhead_ms"], "ms", asked="<= 5",
                note=f"one at a time, no socket, {at}"),
         figure("p99_over_p50", steady["p99"] / steady["p50"], "x", asked="<= 3",
@@ -119,10 +123,27 @@ def run(quick: bool) -> Report:
         {"case": name} | {k: v for k, v in values.items() if isinstance(v, float)}
         for name, values in (
             ("overhead", overhead), ("steady", steady), ("rival", rival), ("changes", changed),
-            ("death", killed),
+            ("death", killed), ("many", many),
         )
     ]  # fmt: skip
     return report("serve", figures, rows)
+
+
+def _many(items: int, number: int) -> dict[str, float]:
+    """Opening and overhead with a catalogue of that size."""
+    setting = default_setting(items, 256)
+    world = World(
+        catalogue=setting.catalogue, model=setting.model, vocabulary=setting.vocabulary,
+        prompts=tiny_prompts(setting.catalogue, [1]),
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="orchard-serve-") as folder:
+        policy = export_policy(world, Path(folder) / "policy", step=1)
+        began = time.perf_counter()
+        open_desk(policy, ServeConfig(), Tally())
+        opened = time.perf_counter() - began
+        found = asyncio.run(_overhead(policy, number))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return found | {"items": float(items), "open_s": opened, "peak_gib": peak}
 
 
 def _histories(setting: Setting, number: int) -> list[list[int]]:

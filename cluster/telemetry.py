@@ -179,7 +179,6 @@ OTHERS = {
     "ray_serve_deployment_queued_queries": "Requests that wait for a replica.",
     "ray_serve_deployment_replica_healthy": "1 for each healthy replica.",
     "ray_serve_health_check_failures_total": "Failed health checks.",
-    "ray_serve_actual_batch_size": "Requests in a batch, a histogram.",
     "ray_node_cpu_utilization": "Per cent of a node's CPUs.",
     "ray_node_mem_used": "Bytes used on a node.",
     "ray_node_disk_free": "Bytes free on a node's disk.",

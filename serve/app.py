@@ -3,6 +3,7 @@
 `build` is what a Serve config names: `import_path: serve.app:build`.
 """
 
+import gc
 from pathlib import Path
 from typing import Any, cast
 
@@ -68,6 +69,10 @@ class Endpoint:
         self._desk: Desk = open_desk(
             arguments.policy, arguments.serve, RayMeters(), max_history=arguments.max_history
         )
+        # A full collection of what torch and Ray have imported takes hundreds of milliseconds,
+        # in which nobody is answered; nothing of it will ever be garbage.
+        gc.collect()
+        gc.freeze()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The application, which starts the desk with itself."""
@@ -86,6 +91,8 @@ def build(arguments: Arguments) -> Any:
     return shell.options(
         name=DEPLOYMENT,
         num_replicas=arguments.serve.replicas,
+        # A single replica is replaced by one that is up already.
+        max_surge_percent=100 if arguments.serve.replicas == 1 else 0,
         # The desk has a queue of its own, with a bound and answers for those beyond it.
         max_ongoing_requests=2 * rows + 16,
         graceful_shutdown_timeout_s=20,

@@ -12,15 +12,14 @@ from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, TypeVar
 
-import numpy as np
 from cachetools import TTLCache
-from jaxtyping import Int64
 
 from orchard.config import ServeConfig
 from orchard.errors import EngineError
 from serve.batching import TooLateError
 from serve.exposure import ExposureLog
 from serve.follow import LATEST, Loaded, Seat
+from serve.history import Histories
 from serve.ledger import Ledger
 from serve.line import Answered, Line
 from serve.meters import Meters
@@ -54,13 +53,13 @@ class Desk:
         meters: Meters,
         *,
         max_history: int,
-        histories: Mapping[str, Int64[np.ndarray, " H"]] | None = None,
+        histories: Histories,
         exposure: ExposureLog | None = None,
     ) -> None:
         """Ready to `start`; `seats` holds `main` and the other variants."""
         self.config, self.seats, self.stock, self.meters = config, seats, stock, meters
         self._ledger, self._exposure = ledger, exposure
-        self._histories, self._max_history = histories or {}, max_history
+        self._histories, self._max_history = histories, max_history
         self._shares = {n: s.share for n, s in seats.items() if n != MAIN and not s.shadow}
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._line = Line(config, seats, stock, meters, max_history=max_history)
@@ -92,6 +91,7 @@ class Desk:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._exposure is not None:
             await self._load(self._exposure.flush)
+        await self._histories.close()
         self._loader.shutdown()
 
     async def recommend(self, request: RecommendRequest, request_id: str) -> RecommendResponse:
@@ -103,19 +103,21 @@ class Desk:
         if not self.ready:
             raise UnavailableError("the policy is still being loaded; try again in a moment")
         began = time.monotonic()
-        history = self._history_of(request)
+        history = await self._history_of(request)
         variant = variant_of(request.user, self._shares, self.config.salt)
         asked = self._settle(request, history, variant)
-        key = cache_key(asked, str(self.seats[variant].version), self.stock.shelf)
-        known = self._cache.get(key) if self._cache is not None and key is not None else None
+        cache, key = self._cache, None
+        if cache is not None:
+            key = cache_key(asked, str(self.seats[variant].version), self.stock.shelf)
+        known = cache.get(key) if cache is not None and key is not None else None
         if known is not None:
             self.meters.count("orchard_serve_cache_hits", variant=variant)
             answer = known.model_copy(update={"source": "cache"})
         else:
             answer = await self._answer(asked, began)
             whole = not answer.fallback and asked.width == answer.width
-            if self._cache is not None and key is not None and whole:
-                self._cache[key] = answer
+            if cache is not None and key is not None and whole:
+                cache[key] = answer
         self._note(asked, answer, request_id, shadow=False)
         for name, seat in self.seats.items():
             if seat.shadow and self._line.waiting_rows < self.config.queue // 2:
@@ -126,7 +128,7 @@ class Desk:
         self.meters.count(
             "orchard_serve_requests", variant=variant, source=answer.source, policy=answer.policy
         )
-        if asked.request.explain == "none":
+        if asked.levels and asked.request.explain == "none":  # they were for the exposure log
             items = [item.model_copy(update={"levels": None}) for item in answer.items]
             return answer.model_copy(update={"items": items})
         return answer
@@ -139,7 +141,7 @@ class Desk:
         """
         if variant not in self.seats:
             raise UnknownNameError(f"there is no such variant; known: {', '.join(self.seats)}")
-        history = self._history_of(request)
+        history = await self._history_of(request)
         return await self._answer(self._settle(request, history, variant), time.monotonic())
 
     async def change(self, delta: DeltaRequest) -> Shelf:
@@ -222,17 +224,10 @@ class Desk:
     async def _switch(self, seat: Seat, loaded: Loaded) -> bool:
         return await self._line.between(seat.switch, loaded, self.stock.shelf.catalogue)
 
-    def _history_of(self, request: RecommendRequest) -> list[int]:
+    async def _history_of(self, request: RecommendRequest) -> list[int]:
         if request.history is not None:
             return request.history
-        history = self._histories.get(request.user or "")
-        if history is None:
-            raise UnknownNameError(
-                "there is no history of this user; give one, if only an empty one"
-                if self._histories
-                else "no history store is configured; give a history, if only an empty one"
-            )
-        return history.tolist()
+        return await self._histories.of(request.user or "")
 
     def _settle(self, request: RecommendRequest, history: list[int], variant: str) -> Asked:
         return settle(request, history, variant, self.config, guided=self.seats[variant].guided)

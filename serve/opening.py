@@ -1,20 +1,17 @@
 """From a policy folder and the settings to a desk that can start."""
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
-from jaxtyping import Int64
 from transformers.utils import logging as transformers_logging
 
 from orchard import catalogue as catalogues
 from orchard import model as models
-from orchard import ragged, vocabulary
+from orchard import vocabulary
 from orchard.catalogue import Catalogue
 from orchard.config import RolloutConfig, ServeConfig
-from orchard.errors import DataError, EngineError
+from orchard.errors import EngineError
 from orchard.tables import read_table
 from orchard.vocabulary import Vocabulary
 from rollout.engine import Holder
@@ -25,6 +22,7 @@ from serve.attributes import NOTHING, check_filters, read_attributes
 from serve.desk import Desk
 from serve.exposure import ExposureLog
 from serve.follow import Loaded, Seat
+from serve.history import open_histories
 from serve.ledger import Ledger
 from serve.meters import Meters
 from serve.stock import Stock
@@ -72,7 +70,7 @@ def open_desk(
     return Desk(
         config, seats, stock, ledger, meters,
         max_history=max_history or (known["max_history"] if known else 10),
-        histories=read_histories(config.histories) if config.histories is not None else None,
+        histories=open_histories(config),
         exposure=ExposureLog(config.exposure) if config.exposure is not None else None,
     )  # fmt: skip
 
@@ -126,24 +124,3 @@ def read_popularity(path: Path) -> dict[int, float]:
     )
     counts = [float(count or 0) for count in table["count"].to_pylist()]
     return dict(zip(table["item_id"].to_pylist(), counts, strict=True))
-
-
-def read_histories(path: Path) -> Mapping[str, Int64[np.ndarray, " H"]]:
-    """User, as text, to item ids, oldest first.
-
-    Raises:
-        DataError: the file or a column is missing or unreadable, or a user occurs twice.
-    """
-    table = read_table(
-        path, role="histories", columns=("user_id", "history"), remedy="serve.histories"
-    )
-    lists = table["history"].combine_chunks()
-    start = ragged.starts(lists.value_lengths().fill_null(0).to_numpy().astype(np.int64))
-    flat = lists.flatten().to_numpy(zero_copy_only=False).astype(np.int64)
-    users = [str(user) for user in table["user_id"].to_pylist()]
-    if len(set(users)) < len(users):
-        raise DataError(
-            f"histories file {path} has {len(users)} rows of {len(set(users))} users; "
-            "give each user one row"
-        )
-    return dict(zip(users, np.split(flat, start[1:-1]), strict=True))

@@ -269,12 +269,17 @@ def _serve(metric: str, *by: str) -> str:
     return f"sum by ({', '.join(by)}) (rate({metric}[$__rate_interval]))"
 
 
+def _by(*labels: str) -> str:
+    return " ".join(f"{{{{{label}}}}}" for label in labels)
+
+
+def _rate(metric: str, *by: str) -> tuple[str, str]:
+    return _serve(metric, *by), _by(*by)
+
+
 def _latency(metric: str, *by: str) -> tuple[tuple[str, str], ...]:
-    legend = " ".join(f"{{{{{label}}}}}" for label in by)
-    return tuple(
-        (f"histogram_quantile({q}, {_serve(f'{metric}_bucket', 'le', *by)})", f"{legend} p{q[2:]}")
-        for q in QUANTILES
-    )
+    rate = _serve(f"{metric}_bucket", "le", *by)
+    return tuple((f"histogram_quantile({q}, {rate})", f"{_by(*by)} p{q[2:]}") for q in QUANTILES)
 
 
 SERVING = Board(
@@ -283,14 +288,10 @@ SERVING = Board(
     by_run=False,
     rows=(
         (
-            _graph(
-                "Requests", "reqps", "At Serve's proxies.",
-                (_serve("ray_serve_num_http_requests_total", "route"), "{{route}}"),
-            ),
-            _graph(
-                "Errors", "reqps", "Answered with an error, by code.",
-                (_serve("ray_serve_num_http_error_requests_total", "error_code"), "{{error_code}}"),
-            ),
+            _graph("Requests", "reqps", "At Serve's proxies.",
+                   _rate("ray_serve_num_http_requests_total", "route")),
+            _graph("Errors", "reqps", "Answered with an error, by code.",
+                   _rate("ray_serve_num_http_error_requests_total", "error_code")),
             _graph("Latency", "ms", "At the proxy.",
                    *_latency("ray_serve_http_request_latency_ms", "route")),
         ),
@@ -299,30 +300,49 @@ SERVING = Board(
                    *_latency("ray_serve_deployment_processing_latency_ms", "deployment")),
             _graph(
                 "Requests by deployment", "reqps", "And exceptions.",
-                (_serve("ray_serve_deployment_request_counter_total", "deployment"),
-                 "{{deployment}}"),
+                _rate("ray_serve_deployment_request_counter_total", "deployment"),
                 (_serve("ray_serve_deployment_error_counter_total", "deployment"),
                  "{{deployment}} failed"),
             ),
-            _graph("Batch size", "none", "Requests decoded together.",
-                   *_latency("ray_serve_actual_batch_size", "deployment")),
+            _graph("Fill of a batch", "percentunit", "Beam rows over `serve.budget`.",
+                   *_latency("ray_orchard_serve_beam_fill", "variant")),
+        ),
+        (
+            _graph(
+                "Answers", "reqps", "By variant and source; `popularity` is the fallback.",
+                _rate("ray_orchard_serve_requests_total", "variant", "source"),
+                (_serve("ray_orchard_serve_cache_hits_total", "variant"), "{{variant}} cached"),
+            ),
+            _graph("Answers by policy", "reqps", "While policies are switched there are two.",
+                   _rate("ray_orchard_serve_requests_total", "policy")),
+            _graph(
+                "Refusals and fallbacks", "reqps", "And illegal items, which must not be.",
+                _rate("ray_orchard_serve_refused_total", "kind"),
+                (_serve("ray_orchard_serve_fallbacks_total", "reason"), "fallback: {{reason}}"),
+                (_serve("ray_orchard_serve_illegal_total", "variant"), "illegal: {{variant}}"),
+            ),
+        ),
+        (
+            _graph("Time by phase", "s", "Of a request: queue, prefill, levels, post, total.",
+                   *_latency("ray_orchard_serve_phase_seconds", "phase")),
+            _graph("Beam rows waiting", "none", "Bounded by `serve.queue`; beyond it: 429.",
+                   ("max by (replica) (ray_orchard_serve_queue_rows)", "{{replica}}")),
+            _graph(
+                "Versions", "none", "Of policy and catalogue, the oldest of all replicas.",
+                ("min by (variant) (ray_orchard_serve_policy_step)", "{{variant}} step"),
+                ("min(ray_orchard_serve_catalogue_version)", "catalogue"),
+            ),
         ),
         (
             _graph(
                 "Queue", "none", "Waiting for a replica, and in one.",
-                ("sum by (deployment) (ray_serve_deployment_queued_queries)",
-                 "{{deployment}} waiting"),
-                ("sum by (deployment) (ray_serve_replica_processing_queries)",
-                 "{{deployment}} in a replica"),
+                ("sum(ray_serve_deployment_queued_queries)", "waiting"),
+                ("sum(ray_serve_replica_processing_queries)", "in a replica"),
             ),
-            _graph(
-                "Healthy replicas", "none", "By deployment.",
-                ("sum by (deployment) (ray_serve_deployment_replica_healthy)", "{{deployment}}"),
-            ),
-            _graph(
-                "Failed health checks", "cps", "By deployment.",
-                (_serve("ray_serve_health_check_failures_total", "deployment"), "{{deployment}}"),
-            ),
+            _graph("Healthy replicas", "none", "Of all deployments.",
+                   ("sum(ray_serve_deployment_replica_healthy)", "replicas")),
+            _graph("Failed health checks", "cps", "By deployment.",
+                   _rate("ray_serve_health_check_failures_total", "deployment")),
         ),
     ),
 )  # fmt: skip

@@ -61,6 +61,15 @@ class ServeConfig(Section):
     """Parquet column item_id, and any others for `filters`."""
     histories: Path | None = None
     """Parquet columns user_id and history: what requests that name only a user are answered by."""
+    redis: str | None = None
+    """Address of a Redis server, such as redis://host:6379/0, instead of `histories`: a list of
+    item ids per user, oldest first."""
+    redis_prefix: str = "history:"
+    """Of the keys; the user follows."""
+    redis_timeout_ms: Annotated[float, Field(gt=0.0)] = 50.0
+    """Of connecting, and of an answer; beyond it a request is answered with 503."""
+    redis_password_env: str = "ORCHARD_REDIS_PASSWORD"
+    """Environment variable with the password of the Redis server, where it has one."""
     filters: dict[str, FilterConfig] = Field(default_factory=dict[str, FilterConfig])
     """Views by name; requests may ask for several at once."""
     variants: dict[str, VariantConfig] = Field(default_factory=dict[str, VariantConfig])
@@ -92,6 +101,15 @@ class ServeConfig(Section):
         if self.max_k > self.max_width:
             raise ValueError(
                 f"serve.max_k = {self.max_k} needs a beam as wide; raise serve.max_width"
+            )
+        if self.redis is not None and self.histories is not None:
+            raise ValueError(
+                "serve.redis and serve.histories are both set; keep the one store that is to answer"
+            )
+        if self.redis is not None and "@" in self.redis:
+            raise ValueError(
+                "serve.redis holds a password or user; leave it out and put the password into the "
+                f"environment variable {self.redis_password_env}"
             )
         if "main" in self.variants:
             raise ValueError("serve.variants.main names the main policy; choose another name")

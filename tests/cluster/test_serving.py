@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 from ray import serve as ray_serve
 
 from cluster import cli, serving
 from orchard.errors import ConfigError, DataError
 from orchard.testing import tiny_world
+from serve.app import DEPLOYMENT, build
+from serve.meters import COUNTERS, GAUGES, HISTOGRAMS
 from serve.testing import export_policy
 
 
@@ -29,6 +33,46 @@ def free_port() -> int:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return one.getsockname()[1]
+
+
+def replicas() -> list[str]:
+    """Names of the actors that answer."""
+    named: list[Any] = list(ray.util.list_named_actors(all_namespaces=True))
+    return sorted(one["name"] for one in named if f"#{DEPLOYMENT}#" in one["name"])
+
+
+async def under_load(
+    client: httpx.AsyncClient, body: dict[str, Any], rate: float, work: Awaitable[None]
+) -> list[list[int]]:
+    """Status codes of each request that was sent while `work` ran, on time whatever became of the
+    others, and once more after an error. A connection that broke counts as 0."""
+
+    async def one() -> list[int]:
+        codes: list[int] = []
+        while len(codes) < 2 and codes[-1:] != [200]:
+            try:
+                codes.append((await client.post("/v1/recommend", json=body)).status_code)
+            except httpx.HTTPError:
+                codes.append(0)
+        return codes
+
+    working, sent = asyncio.ensure_future(work), list[asyncio.Task[list[int]]]()
+    while not working.done():
+        sent.append(asyncio.create_task(one()))
+        await asyncio.sleep(1 / rate)
+    await working
+    return await asyncio.gather(*sent)
+
+
+def scrape() -> dict[str, list[dict[str, str]]]:
+    """Labels of every series that Ray's node agents show, by name."""
+    found: dict[str, list[dict[str, str]]] = {}
+    for node in ray.nodes():
+        url = f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
+        for family in text_string_to_metric_families(httpx.get(url, timeout=30).text):
+            for sample in family.samples:
+                found.setdefault(sample.name, []).append(dict(sample.labels))
+    return found
 
 
 def test_a_written_config_checks_out_and_what_serve_would_swallow_is_refused(
@@ -89,7 +133,7 @@ def test_a_run_serves_its_policy_and_counts_its_targets(policy: Path, tmp_path: 
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
-def test_replicas_on_ray_serve_answer_alike_and_a_death_costs_a_retry(
+def test_replicas_on_ray_serve_answer_alike_and_a_death_costs_a_retry_at_most(
     policy: Path,
 ) -> None:
     port = free_port()
@@ -115,14 +159,68 @@ def test_replicas_on_ray_serve_answer_alike_and_a_death_costs_a_retry(
             bad = await client.post("/v1/recommend", json={"history": [1], "k": 0})
             assert bad.status_code == 422
             assert bad.headers["content-type"] == "application/problem+json"
-            actors = ray.util.list_named_actors(all_namespaces=True)
-            victim = next(a["name"] for a in actors if "Endpoint" in a["name"])
-            ray.kill(ray.get_actor(victim, namespace="serve"))
-            for _ in range(20):
-                answer = await client.post("/v1/recommend", json=body)
-                if answer.status_code != 200:  # the one request that met the death
-                    answer = await client.post("/v1/recommend", json=body)
-                assert answer.status_code == 200
+            victim = replicas()[0]
+
+            async def kill() -> None:
+                await asyncio.sleep(1)
+                await asyncio.to_thread(ray.kill, ray.get_actor(victim, namespace="serve"))
+                await asyncio.sleep(3)
+
+            seen = await under_load(client, body, 15.0, kill())
+            assert [codes for codes in seen if codes[-1] != 200] == []
+            assert victim not in replicas()
+
+    try:
+        asyncio.run(work())
+    finally:
+        ray_serve.shutdown()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_every_metric_is_scraped_and_a_redeployed_replica_loses_no_request(
+    policy: Path, tmp_path: Path
+) -> None:
+    port, counts = free_port(), tmp_path / "popularity.parquet"
+    pq.write_table(pa.table({"item_id": [1, 2], "count": [2, 1]}), counts)
+    arguments, _ = serving.resolve(
+        policy,
+        [f"serve.port={port}", "serve.follow_s=0.2", "serve.cache_s=60",
+         f"serve.popularity={counts}"],
+    )  # fmt: skip
+    serving.start(arguments)
+    # Ray shows a counter from its first count on, and nothing illegal is ever answered.
+    wanted = {
+        **{f"ray_{name}_total": set(tags) for name, tags in COUNTERS.items()},
+        **{f"ray_{name}": set(tags) for name, tags in GAUGES.items()},
+        **{f"ray_{name}_bucket": {*tags, "le"} for name, tags in HISTOGRAMS.items()},
+    }
+    del wanted["ray_orchard_serve_illegal_total"]
+
+    async def work() -> None:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60.0) as client:
+            for more in ({}, {}, {"deadline_ms": 1e-6, "k": 3}, {"k": 100_000}):
+                await client.post("/v1/recommend", json={"history": [1], **more})
+            (first,) = replicas()
+            wider = arguments.serve.model_copy(update={"width": 60})
+            changed = build(arguments.model_copy(update={"serve": wider}))
+            redeploy = asyncio.to_thread(ray_serve.run, changed, name=serving.APPLICATION)
+            seen = await under_load(client, {"history": [1]}, 10.0, redeploy)
+            assert {tuple(codes) for codes in seen} == {(200,)}
+            assert (await client.post("/v1/recommend", json={"history": [1]})).json()["width"] == 60
+            assert first not in replicas()
+            for _ in range(60):  # Ray's workers report every ten seconds
+                shown = scrape()
+                if wanted.keys() <= shown.keys():
+                    break
+                await asyncio.sleep(0.5)
+            assert wanted.keys() - shown.keys() == set()
+            for name, tags in wanted.items():
+                asked = tags | {"deployment", "replica", "application"}
+                assert all(asked <= labels.keys() for labels in shown[name]), name
+            phases = {labels["phase"] for labels in shown["ray_orchard_serve_phase_seconds_bucket"]}
+            assert phases == {"queue", "prefill", "levels", "post", "total"}
 
     try:
         asyncio.run(work())

@@ -1,0 +1,49 @@
+"""The fuzz of the endpoint, small, and that it would notice."""
+
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from fastapi import FastAPI, Response
+
+from orchard.testing import tiny_world
+from serve.schema import ItemInfo
+
+pytest.importorskip("schemathesis", reason="schemathesis (requirements/dev.txt) is not installed")
+
+from benchmarks import serve_fuzz
+
+
+def test_no_request_from_the_document_brings_the_endpoint_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ORCHARD_SERVE_TOKEN", serve_fuzz.TOKEN)
+    threads = torch.get_num_threads()
+    world = tiny_world(level_size=(5, 4, 6), num_items=40)
+    found = serve_fuzz.attack(world, tmp_path, 200)
+    torch.set_num_threads(threads)
+    assert +found.wrong == {}, found.examples
+    assert sum(found.status.values()) >= 200
+    assert {200, 401, 422} <= found.status.keys()
+
+
+def test_an_endpoint_that_errs_is_found_out() -> None:
+    @asynccontextmanager
+    async def nothing(_: FastAPI) -> AsyncGenerator[None]:
+        yield
+
+    app = FastAPI(lifespan=nothing)
+
+    @app.get("/broken/{number}")
+    async def broken(number: int) -> ItemInfo:
+        raise RuntimeError("never answered")
+
+    @app.get("/odd/{number}", response_model=ItemInfo)
+    async def odd(number: int) -> Response:
+        return Response('{"item_id": "File \\"/tmp/x.py\\""}', media_type="application/json")
+
+    found = serve_fuzz.send(app, 60)
+    assert found.wrong.keys() == {"server_error", "leak", "schema"}
+    assert found.examples["server_error"].startswith("GET /broken/")

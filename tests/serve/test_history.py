@@ -1,0 +1,163 @@
+"""Stores of histories: a file, and a Redis server that speaks its protocol over a socket."""
+
+import asyncio
+import sys
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import TypeVar
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from orchard.config import ServeConfig
+from orchard.errors import ConfigError
+from serve import history
+from serve.history import MOST_ITEMS, Histories, RedisHistories, TableHistories
+from serve.problems import UnavailableError, UnknownNameError
+
+T = TypeVar("T")
+PASSWORD = "a-password-of-the-store"
+LISTS = {
+    "history:ann": [b"3", b"-17", b"5"],
+    "history:long": [str(i).encode() for i in range(MOST_ITEMS + 5)],
+    "history:odd": [b"3", b"shoes"],
+    "history:huge": [str(2**63).encode()],
+}
+
+
+class Server:
+    """Answers LRANGE on the lists above, AUTH, and nothing else; `hangs` ends its answers."""
+
+    def __init__(self, *, hangs: bool = False) -> None:
+        self.hangs, self.commands = hangs, list[list[bytes]]()
+
+    async def talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while head := await reader.readline():
+                words = [await self._word(reader) for _ in range(int(head[1:]))]
+                self.commands.append(words)
+                if self.hangs:
+                    await reader.read()
+                    break
+                writer.write(self._reply(words))
+                await writer.drain()
+        finally:
+            writer.close()
+
+    async def _word(self, reader: asyncio.StreamReader) -> bytes:
+        size = int((await reader.readline())[1:])
+        return (await reader.readexactly(size + 2))[:-2]
+
+    def _reply(self, words: list[bytes]) -> bytes:
+        name, *rest = words
+        if name == b"AUTH":
+            return b"+OK\r\n" if rest[-1] == PASSWORD.encode() else b"-WRONGPASS no\r\n"
+        if name != b"LRANGE":
+            return b"-ERR unknown command\r\n"
+        key, first, last = rest[0].decode(), int(rest[1]), int(rest[2])
+        if key == "history:text":
+            return b"-WRONGTYPE Operation against a key holding the wrong kind of value\r\n"
+        assert last == -1
+        found = LISTS.get(key, [])[first:]
+        return b"*%d\r\n" % len(found) + b"".join(b"$%d\r\n%s\r\n" % (len(w), w) for w in found)
+
+
+@asynccontextmanager
+async def listening(server: Server, *, password: str | None = None) -> AsyncGenerator[Histories]:
+    """A store that asks `server`."""
+    pytest.importorskip("redis", reason="the Redis client (requirements/dev.txt) is not installed")
+    socket = await asyncio.start_server(server.talk, "127.0.0.1", 0)
+    port = socket.sockets[0].getsockname()[1]
+    store = RedisHistories(
+        f"redis://127.0.0.1:{port}/0", prefix="history:", timeout_s=1.0, password=password
+    )
+    try:
+        yield store
+    finally:
+        await store.close()
+        socket.close()
+        await socket.wait_closed()
+
+
+def asked(work: Callable[[Histories], Awaitable[T]], server: Server, password: str = "") -> T:
+    async def run() -> T:
+        async with listening(server, password=password or None) as store:
+            return await work(store)
+
+    return asyncio.run(run())
+
+
+def test_redis_gives_the_latest_items_of_a_user_oldest_first() -> None:
+    async def work(store: Histories) -> None:
+        assert isinstance(store, Histories)
+        assert await store.of("ann") == [3, -17, 5]
+        assert await store.of("long") == list(range(5, MOST_ITEMS + 5))
+        with pytest.raises(UnknownNameError, match="no history of this user"):
+            await store.of("nobody")
+        together = await asyncio.gather(*(store.of("ann") for _ in range(20)))
+        assert together == [[3, -17, 5]] * 20
+
+    asked(work, Server())
+
+
+@pytest.mark.parametrize("user", ["text", "odd", "huge"])
+def test_what_is_no_list_of_item_ids_is_refused_without_telling_it(user: str) -> None:
+    async def work(store: Histories) -> None:
+        with pytest.raises(UnavailableError, match="give a history") as refused:
+            await store.of(user)
+        assert "shoes" not in str(refused.value)
+        assert "WRONGTYPE" not in str(refused.value)
+        assert await store.of("ann") == [3, -17, 5]
+
+    asked(work, Server())
+
+
+def test_a_server_that_hangs_or_is_gone_costs_a_503_and_is_asked_once() -> None:
+    server = Server(hangs=True)
+
+    async def hanging(store: Histories) -> None:
+        with pytest.raises(UnavailableError, match="no history in time"):
+            await store.of("ann")
+        assert [words[0] for words in server.commands] == [b"LRANGE"]
+
+    asked(hanging, server)
+
+    async def gone() -> None:
+        socket = await asyncio.start_server(server.talk, "127.0.0.1", 0)
+        port = socket.sockets[0].getsockname()[1]
+        socket.close()
+        await socket.wait_closed()
+        store = RedisHistories(f"redis://127.0.0.1:{port}", prefix="", timeout_s=1.0, password=None)
+        with pytest.raises(UnavailableError):
+            await store.of("ann")
+        await store.close()
+
+    asyncio.run(gone())
+
+
+def test_the_password_comes_from_the_environment() -> None:
+    async def work(store: Histories) -> list[int]:
+        return await store.of("ann")
+
+    server = Server()
+    assert asked(work, server, PASSWORD) == [3, -17, 5]
+    assert [words[0] for words in server.commands] == [b"AUTH", b"LRANGE"]
+    with pytest.raises(UnavailableError):
+        asked(work, Server(), "another")
+    with pytest.raises(ValidationError, match="ORCHARD_REDIS_PASSWORD"):
+        ServeConfig(redis=f"redis://:{PASSWORD}@host")
+
+
+def test_settings_choose_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UnknownNameError, match="no history store"):
+        asyncio.run(history.open_histories(ServeConfig()).of("ann"))
+    table = TableHistories({"ann": np.array([3, 17])})
+    assert asyncio.run(table.of("ann")) == [3, 17]
+    with pytest.raises(UnknownNameError):
+        asyncio.run(table.of("bob"))
+    with pytest.raises(ValidationError, match="keep the one store"):
+        ServeConfig.model_validate({"redis": "redis://host", "histories": "file.parquet"})
+    monkeypatch.setitem(sys.modules, "redis.asyncio", None)
+    with pytest.raises(ConfigError, match="install the extra `redis`"):
+        history.open_histories(ServeConfig(redis="redis://host"))
