@@ -3,8 +3,10 @@
 Heavy imports stay inside the commands, so that a bad configuration is refused within a second.
 """
 
+import errno
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -220,6 +222,15 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(143)  # as a shell reports SIGTERM
     except OrchardError as error:
         typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        typer.echo(
+            f"error: a file cannot be written: {os.strerror(error.errno)}; make room "
+            "(docs/runbooks/disk-full.md), and a run resumes by the same command",
+            err=True,
+        )
         sys.exit(2)
     except typer.Abort:
         sys.exit(130)

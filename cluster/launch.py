@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import signal
+import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -172,6 +173,12 @@ class House:
 
         found = await asyncio.gather(*(rank(prompts) for prompts in batches))
         return measure(self.run, split, rows, Candidates.concatenate(found), beams, policy)
+
+    async def save(self) -> None:
+        """Write a checkpoint of the learner; raises CheckpointError as `RemoteLearner.save`."""
+        await self.learner.save()
+        self.exporter.set("orchard_checkpoint_step", self._newest.policy.step)
+        self.exporter.set("orchard_checkpoint_timestamp_seconds", time.time())
 
     async def close(self) -> None:
         """Stop every actor of the house."""

@@ -35,7 +35,6 @@ STEP = {
     "cluster/wait_s": 0.5,
     "cluster/publish_s": 0.03,
     "evaluate/ndcg@10/sid": 0.1,
-    "checkpoint/step": 1.0,
 }
 
 

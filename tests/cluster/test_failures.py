@@ -2,8 +2,13 @@
 
 import asyncio
 import os
+import shutil
 import signal
-from collections.abc import Awaitable, Callable
+import subprocess
+import sys
+import tempfile
+import uuid
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,11 +16,12 @@ import numpy as np
 import psutil
 import pytest
 import ray
+import torch
 
 from cluster.launch import House, launch
 from cluster.loop import train
 from cluster.pool import Pool
-from cluster.prepare import Run, export, open_folder, prepare
+from cluster.prepare import Run, export, exported_facts, open_folder, prepare
 from orchard import config, model
 from orchard.config import Config
 from orchard.errors import ActorError, ConfigError, DataError, Stopped
@@ -64,6 +70,11 @@ def begin(run_file: Path, *changes: str) -> Run:
     return prepare(settings, "train")
 
 
+def run_of(run_file: Path, name: str) -> Run:
+    """A run that has begun already."""
+    return prepare(config.load(run_file, [f"name={name}"]), "train")
+
+
 def in_a_house(phase: Callable[[House], Awaitable[T]], run: Run) -> T:
     async def work() -> T:
         async with launch(run) as house:
@@ -76,6 +87,76 @@ def counted(run: Run) -> dict[str, list[float]]:
     """The metrics of a run that do not depend on time."""
     log = read_metrics(run.dir / "metrics.jsonl")["train"]
     return {name: log[name].value.tolist() for name in COUNTED}
+
+
+def untimed(run: Run) -> dict[str, list[float]]:
+    """Every metric of a run's updates that the clock has no part in."""
+    log = read_metrics(run.dir / "metrics.jsonl")["train"]
+    timed = ("_s", "_per_s")
+    return {name: series.value.tolist() for name, series in log.items() if not name.endswith(timed)}
+
+
+def checkpoint_of(run: Run, number: int) -> dict[str, Any]:
+    folder = run.dir / "checkpoints" / "learner-train" / f"job_{number:06d}"
+    return torch.load(folder / "learner.pt", weights_only=True)
+
+
+def leaves(tree: Any, path: str = "") -> dict[str, Any]:
+    """What is in nested dictionaries and lists, by its path."""
+    if isinstance(tree, dict):
+        pairs = [(str(key), part) for key, part in tree.items()]
+    elif isinstance(tree, list | tuple):
+        pairs = [(str(key), part) for key, part in enumerate(tree)]
+    else:
+        return {path: tree}
+    return {k: v for key, part in pairs for k, v in leaves(part, f"{path}/{key}").items()}
+
+
+def assert_same_state(run: Run, other: Run, number: int) -> None:
+    """Weights, optimiser and schedule after a job are equal bit for bit, tensor by tensor."""
+    mine, its = (leaves(checkpoint_of(one, number)) for one in (run, other))
+    assert mine.keys() == its.keys()
+    assert sum(isinstance(value, torch.Tensor) for value in mine.values()) > 20
+    for name, value in mine.items():
+        same = torch.equal(value, its[name]) if torch.is_tensor(value) else value == its[name]
+        assert same, name
+
+
+class Elsewhere:
+    """Runs commands that have a Ray of their own, and leaves nothing of them behind."""
+
+    def __init__(self) -> None:
+        self.mark = uuid.uuid4().hex
+        self.ray = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # sockets want short paths
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        hidden = ("RAY_ADDRESS", "PYTEST_CURRENT_TEST")
+        inherited = {name: value for name, value in os.environ.items() if name not in hidden}
+        own = {"PYTHONPATH": str(ROOT), "RAY_TMPDIR": self.ray, "ORCHARD_TEST": self.mark}
+        ended = subprocess.run(
+            [sys.executable, *arguments], cwd=ROOT, env=inherited | own,
+            capture_output=True, text=True, timeout=600, check=False,
+        )  # fmt: skip
+        self.clean()
+        return ended
+
+    def clean(self) -> None:
+        """End what a killed driver has left, which its mark tells from all others."""
+        for process in psutil.process_iter():
+            try:
+                mine = process.environ().get("ORCHARD_TEST") == self.mark
+            except psutil.Error:
+                continue
+            if mine:
+                process.kill()
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[Elsewhere]:
+    made = Elsewhere()
+    yield made
+    made.clean()
+    shutil.rmtree(made.ray, ignore_errors=True)
 
 
 async def updates(run: Run, count: int) -> None:
@@ -205,3 +286,28 @@ class TestOnRay:
         assert [folder.name for folder in saved] == [f"job_{len(before):06d}"]
         last = in_a_house(train, run)
         assert (last.digest, counted(run)) == (twin[0].digest, twin[1])
+
+    def test_a_driver_killed_in_every_phase_of_a_step_ends_where_its_twin_does(
+        self,
+        run_file: Path,
+        twin: tuple[PolicyVersion, dict[str, list[float]]],
+        elsewhere: Elsewhere,
+    ) -> None:
+        run = begin(run_file, "name=killed")
+        command = ("train", str(run_file), "name=killed")
+        record = run.dir / "checkpoints" / "learner-train" / "checkpoint_manager_snapshot.json"
+        # Each launch resumes what the one before it left. Its policy has so many updates then.
+        deaths = (("rollout", 1), ("rewards", 2), ("learn", 3), ("publish", 4), ("save", 4))
+        for phase, step in deaths:
+            ended = elsewhere.run("tests/cluster/dying.py", phase, str(step), *command)
+            assert ended.returncode == -signal.SIGKILL, ended.stderr
+            logged = read_metrics(run.dir / "metrics.jsonl")["train"]["learner/surrogate"]
+            assert logged.step.tolist()[-1] == (4 if phase == "save" else min(step, 3))
+            if phase == "learn":  # Ray Train writes this in place, and may be killed in between
+                os.truncate(record, record.stat().st_size // 2)
+        ended = elsewhere.run("-m", "cluster.cli", *command)
+        assert ended.returncode == 0, ended.stderr
+        other = run_of(run_file, "twin")
+        assert_same_state(run, other, 5)
+        assert untimed(run) == untimed(other)
+        assert exported_facts(run.result) == exported_facts(other.result)
