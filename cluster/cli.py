@@ -31,12 +31,29 @@ app.command()(submit)
 
 
 @app.command()
-def plan(run: RunFile, overrides: Overrides = None) -> None:
+def plan(
+    run: RunFile,
+    overrides: Overrides = None,
+    simulate: Annotated[
+        bool, typer.Option("--simulate", help="Instead: a model of it on 8 to 1,024 GPUs.")
+    ] = False,
+    assume: Annotated[
+        list[str] | None, typer.Option(help="Constant of that model, such as network_gb_s=50.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Where to plot the simulation (.svg or .png).")
+    ] = None,
+) -> None:
     """Memory, layout, time and disk of a run, and what of it cannot work; starts nothing."""
     settings = config.load(run, overrides or [])
+    if (assume or plot) and not simulate:
+        raise ConfigError("--assume and --plot are for --simulate; add it")
     from cluster import commands
 
-    commands.show_plan(settings)
+    if simulate:
+        commands.show_simulation(settings, assume or [], plot)
+    else:
+        commands.show_plan(settings)
 
 
 @app.command()

@@ -30,7 +30,7 @@ from orchard.errors import ConfigError
 TARGETS = Path("prometheus") / "targets.json"
 """In the run folder: where Prometheus finds the exporter (file-based service discovery)."""
 
-REASONS = ("died", "deadline", "raised")
+REASONS = ("died", "deadline", "raised", "unfit")
 """Why a pool's call failed."""
 
 READ_AT_SCRAPE = (

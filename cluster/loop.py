@@ -37,7 +37,7 @@ async def train(house: House) -> PolicyVersion:
         )
     policy = await house.learner.start()
     house.logbook.rewind("train", policy.step)
-    await house.publish(policy, house.learner.weights)
+    await house.publish(policy, house.learner.weights, house.learner.probed)
     champion = Champion.of(
         house,
         num_rows=run.config.evaluate.valid_rows if run.config.evaluate.every else 0,
@@ -66,7 +66,7 @@ async def train(house: House) -> PolicyVersion:
             update = await house.learner.update(batch, judged=judged)
             policy = update.policy
             clock.lap("learn_s")
-            await house.publish(policy, house.learner.weights)
+            await house.publish(policy, house.learner.weights, house.learner.probed)
             clock.lap("publish_s")
             scored.admit(policy)
             metrics = describe(trees, update, lag) | house.restarts() | clock.seconds()

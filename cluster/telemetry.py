@@ -142,7 +142,7 @@ METRICS = (
     _counter("orchard_restarts_total", "Actors or worker groups replaced.", None, "pool"),
     _counter(
         "orchard_pool_failures_total",
-        "Calls that failed, by reason: died, deadline, raised.",
+        "Calls that failed, by reason: died, deadline, raised, unfit.",
         None,
         "pool",
         "method",

@@ -8,6 +8,9 @@ import asyncio
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
+from jaxtyping import Float32
+
 from orchard.types import PolicyVersion, Update
 from orchard.weights import Weights
 
@@ -33,6 +36,8 @@ class Result:
     """To search with from now on."""
     kept: tuple[PolicyVersion, Weights] | None
     """To evaluate and keep, where those are others and were asked for."""
+    probed: Float32[np.ndarray, " B"] | None = None
+    """Log-probabilities of the probe's answers under `weights`, where there is a probe."""
     restarts: int = 0
     """Times that the group was started again, as the desk has counted them."""
 

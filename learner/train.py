@@ -21,6 +21,7 @@ import numpy as np
 import ray
 import ray.train
 import torch
+from jaxtyping import Float32
 from ray.train import CheckpointConfig as RayCheckpointConfig
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
@@ -54,6 +55,8 @@ class Assignment:
     traces: tuple[Split, Traces] | None
     """What it has instead where it teaches to think: rows and their rationales."""
     total_steps: int
+    probe: Sequences | None = None
+    """Rows whose last item is scored with every version, for its holders to compare with."""
 
 
 DeskActor: Any = ray.remote(Desk)
@@ -100,15 +103,17 @@ def work(task: dict[str, Any]) -> None:
         values = weights.snapshot(searching)
         others = judged and searching is not learner.result
         average = weights.snapshot(learner.result) if others else None
+        probed = None if probe is None else learner.score(probe)
         if rank == 0:
             version = PolicyVersion(step=number, digest=weights.digest(values))
             update = Update(policy=version, metrics=metrics)
             kept = None
             if average is not None:
                 kept = PolicyVersion(step=number, digest=weights.digest(average)), average
-            result = Result(number=number, update=update, weights=values, kept=kept)
+            result = Result(number=number, update=update, weights=values, kept=kept, probed=probed)
             ray.get(desk.deliver.remote(result))
 
+    probe = None if assignment.probe is None else _probe(assignment, assignment.probe)
     saved_job = number
     deliver({})
     while (job := _next(desk, number, saved_job)).kind != "stop":
@@ -126,6 +131,12 @@ def work(task: dict[str, Any]) -> None:
         else:
             metrics = learner.improve(cast(TrainBatch, ray.get(job.batch[0])))
         deliver(metrics, judged=job.judged)
+
+
+def _probe(assignment: Assignment, rows: Sequences) -> TrainBatch:
+    form = PromptFormat(catalogue=assignment.catalogue, vocabulary=assignment.vocabulary)
+    nobody = PolicyVersion(step=0, digest="")
+    return sft.pack_sequences(rows, np.arange(len(rows)), form, nobody)
 
 
 def _next(desk: Any, number: int, saved: int) -> Job:
@@ -213,6 +224,8 @@ class RemoteLearner:
         """Times that the worker group was started again."""
         self.weights: Weights = {}
         """Of the newest version, to search with."""
+        self.probed: Float32[np.ndarray, " B"] | None = None
+        """Log-probabilities of the probe's answers under `weights`."""
         self.kept: tuple[PolicyVersion, Weights] = (PolicyVersion(step=-1, digest=""), {})
         """To evaluate and keep, of the newest job that was to hand them back."""
 
@@ -305,6 +318,7 @@ class RemoteLearner:
         answer = await self._wait(self._desk.collect.remote(number), number, timeout_s)
         result = cast(Result, answer)
         self.weights, self.restarts = result.weights, result.restarts
+        self.probed = result.probed
         self.kept = result.kept or (result.update.policy, result.weights)
         return result
 

@@ -24,7 +24,6 @@ import learner.train
 from cluster import cli
 from learner.step import Learner
 from orchard.types import PolicyVersion, Prompts, ScoredTrees, SearchTrees
-from orchard.weights import Weights
 from rewards.actor import Judge
 from rollout.actor import Searcher
 
@@ -88,10 +87,10 @@ def dying_work(task: dict[str, Any]) -> None:
 
 
 class DyingHouse(cluster.launch.House):
-    async def publish(self, policy: PolicyVersion, weights: Weights) -> None:
+    async def publish(self, policy: PolicyVersion, *rest: Any) -> None:
         if at("publish", policy.step):
             die()
-        await super().publish(policy, weights)
+        await super().publish(policy, *rest)
 
 
 if __name__ == "__main__":

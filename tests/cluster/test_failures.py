@@ -29,6 +29,7 @@ from orchard.metrics import read_metrics
 from orchard.synth import WorldParams, write_world
 from orchard.types import PolicyVersion, SearchTrees
 from orchard.weights import digest, snapshot
+from rollout.actor import Searcher
 
 T = TypeVar("T")
 
@@ -200,8 +201,43 @@ class Liar:
         await asyncio.sleep(3600)
 
 
+def numb(mark: Path) -> Any:
+    """Rollout actors of which the first verifies what it is sent, and goes on with what it had."""
+
+    class Numb(Searcher):
+        def install(self, *arguments: Any) -> PolicyVersion:
+            if not mark.exists():
+                from rollout.engine import torch as engine
+
+                mark.touch()
+                engine.restore = lambda *_: None
+            return super().install(*arguments)
+
+    return ray.remote(Numb)
+
+
 class TestOnRay:
     pytestmark = on_ray
+
+    def test_a_holder_that_kept_its_old_weights_is_replaced_before_it_searches(
+        self,
+        run_file: Path,
+        twin: tuple[PolicyVersion, dict[str, list[float]]],
+        monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
+    ) -> None:
+        run = begin(run_file, "name=numb")
+        monkeypatch.setattr("cluster.launch.RolloutActor", numb(tmp_path / "mark"))
+
+        async def scenario(house: House) -> PolicyVersion:
+            last = await train(house)
+            assert house.rollout is not None
+            assert house.rollout.restarts == 1
+            assert house.rollout.failures["install", "unfit"] == 1
+            return last
+
+        last = in_a_house(scenario, run)
+        assert (last.digest, counted(run)) == (twin[0].digest, twin[1])
 
     def test_a_reward_actor_killed_in_the_middle_of_a_step_costs_nothing(
         self, run_file: Path
@@ -287,6 +323,7 @@ class TestOnRay:
         last = in_a_house(train, run)
         assert (last.digest, counted(run)) == (twin[0].digest, twin[1])
 
+    @pytest.mark.timeout(900)  # six launches
     def test_a_driver_killed_in_every_phase_of_a_step_ends_where_its_twin_does(
         self,
         run_file: Path,
