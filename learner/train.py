@@ -25,6 +25,7 @@ from jaxtyping import Float32
 from ray.train import CheckpointConfig as RayCheckpointConfig
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from learner import checkpoint, sft
 from learner.desk import Desk, Job, Result
@@ -231,7 +232,11 @@ class RemoteLearner:
 
     async def start(self) -> PolicyVersion:
         """Start the workers; the version they begin with, from a checkpoint if there is one."""
-        self._desk = DeskActor.options(num_cpus=0, max_concurrency=1000).remote()
+        # Beside the driver: the loss of any other node must not take the jobs along.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self._desk = DeskActor.options(
+            num_cpus=0, max_concurrency=1000, scheduling_strategy=here
+        ).remote()
         learner, checkpoints = self._config.learner, self._config.checkpoint
         unlisted: Path | None = None
         if checkpoint.torn(self._folder):

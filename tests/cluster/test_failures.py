@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +19,7 @@ import psutil
 import pytest
 import ray
 import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.launch import House, launch
 from cluster.loop import train
@@ -24,7 +27,7 @@ from cluster.pool import Pool
 from cluster.prepare import Run, export, exported_facts, open_folder, prepare
 from orchard import config, model
 from orchard.config import Config
-from orchard.errors import ActorError, ConfigError, DataError, Stopped
+from orchard.errors import ActorError, CheckpointError, ConfigError, DataError, Stopped
 from orchard.metrics import read_metrics
 from orchard.synth import WorldParams, write_world
 from orchard.types import PolicyVersion, SearchTrees
@@ -216,8 +219,97 @@ def numb(mark: Path) -> Any:
     return ray.remote(Numb)
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own with room for a few checkpoints of a tiny policy."""
+    ended = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=288k", "tmpfs", str(tmp_path)],
+        capture_output=True, check=False,
+    )  # fmt: skip
+    if ended.returncode:
+        pytest.skip("this user may not mount a small file system to fill up")
+    yield tmp_path
+    subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+
+
+@ray.remote(num_cpus=8)
+class Hog:
+    """Takes the first node's CPUs, so that a run has to live on the second."""
+
+
+@pytest.fixture
+def second_node(ray_cluster: None) -> Iterator[psutil.Process]:
+    """Another raylet of the session's Ray, beside a first one that is full."""
+    context = ray.get_runtime_context()
+    here = NodeAffinitySchedulingStrategy(context.get_node_id(), soft=False)
+    hog: Any = Hog.options(scheduling_strategy=here, name="hog").remote()
+    ray.get(hog.__ray_ready__.remote())
+    start = subprocess.Popen(
+        [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=8",
+         f"--address={context.gcs_address}", "--object-store-memory=100000000"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    node = psutil.Process(start.pid)
+    while sum(one["Alive"] for one in ray.nodes()) < 2:
+        assert start.poll() is None, "ray start has ended"
+        time.sleep(0.2)
+    yield node
+    ray.kill(hog)
+    started = [node, *node.children(recursive=True)] if node.is_running() else []
+    for process in started:
+        with suppress(psutil.Error):
+            process.kill()
+    start.wait(30)
+
+
 class TestOnRay:
     pytestmark = on_ray
+
+    def test_a_full_disk_ends_in_one_sentence_and_costs_no_older_checkpoint(
+        self,
+        run_file: Path,
+        small_disk: Path,
+        twin: tuple[PolicyVersion, dict[str, list[float]]],
+    ) -> None:
+        run = begin(run_file, "name=full")
+        (run.dir / "checkpoints").symlink_to(small_disk)
+        with pytest.raises(CheckpointError, match="No space left on device; .* is whole") as said:
+            in_a_house(train, run)
+        done = len(counted(run)["learner/surrogate"])
+        assert f"checkpoint of job {done} cannot be written" in str(said.value)
+        folders = sorted((small_disk / "learner-train").glob("job_*"))
+        assert [folder.name for folder in folders] == [f"job_{n:06d}" for n in range(1, done)]
+        assert 1 < done < 5
+        remount = ["mount", "-o", "remount,size=100m", str(small_disk)]
+        subprocess.run(remount, check=True)
+        last = in_a_house(train, run)
+        assert (last.digest, counted(run)) == (twin[0].digest, twin[1])
+
+    @pytest.mark.timeout(900)  # a dead node is noticed after missed heartbeats
+    def test_what_lived_on_a_lost_node_comes_back_elsewhere(
+        self,
+        run_file: Path,
+        twin: tuple[PolicyVersion, dict[str, list[float]]],
+        second_node: psutil.Process,
+    ) -> None:
+        run = begin(run_file, "name=node", "checkpoint.every=2")
+
+        async def scenario(house: House) -> PolicyVersion:
+            work = asyncio.ensure_future(train(house))
+            await updates(run, 3)
+            ray.kill(ray.get_actor("hog"))
+            for process in second_node.children(recursive=True):
+                if process.name() == "raylet":
+                    process.kill()
+            last = await work
+            assert house.rollout is not None
+            assert house.rollout.restarts >= 1
+            assert house.learner.restarts >= 1
+            return last
+
+        last = in_a_house(scenario, run)
+        assert sum(one["Alive"] for one in ray.nodes()) == 1
+        assert (last.digest, counted(run)) == (twin[0].digest, twin[1])
 
     def test_a_holder_that_kept_its_old_weights_is_replaced_before_it_searches(
         self,
