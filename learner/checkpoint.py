@@ -3,6 +3,7 @@
 All randomness is a function of (seed, job number), so no generator state is saved.
 """
 
+import errno
 import json
 import zipfile
 from pathlib import Path
@@ -17,6 +18,13 @@ from orchard.errors import CheckpointError
 FILE = "learner.pt"
 RECORD = "checkpoint_manager_snapshot.json"
 """Where Ray Train lists the checkpoints of a storage folder."""
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+"""What a storage answers that will not take a checkpoint, however often it is asked."""
+
+
+def folder_of(number: int) -> str:
+    """Name of the folder of the checkpoint after a job."""
+    return f"job_{number:06d}"
 
 
 def save(learner: Learner, folder: Path, *, number: int, catalogue: str, write: bool) -> None:

@@ -197,16 +197,15 @@ def _save(learner: Learner, number: int, catalogue: str, rank: int) -> str | Non
             checkpoint.save(learner, Path(folder), number=number, catalogue=catalogue, write=write)
             mine = ray.train.Checkpoint.from_directory(folder) if write else None
             ray.train.report(
-                {"number": number}, checkpoint=mine, checkpoint_dir_name=folder_of(number)
+                {"number": number},
+                checkpoint=mine,
+                checkpoint_dir_name=checkpoint.folder_of(number),
             )
     except OSError as error:
-        return os.strerror(error.errno) if error.errno else str(error)
+        if error.errno not in checkpoint.REFUSALS:
+            raise  # another try, in a group started again, may go better
+        return os.strerror(error.errno)
     return None
-
-
-def folder_of(number: int) -> str:
-    """Name of the folder of the checkpoint after a job."""
-    return f"job_{number:06d}"
 
 
 class RemoteLearner:
@@ -292,7 +291,7 @@ class RemoteLearner:
         refused = cast(str, await self._wait(self._desk.order.remote(number), number))
         if refused:
             # Half a checkpoint, which no record names, would only keep the disk full.
-            shutil.rmtree(self._folder / folder_of(number), ignore_errors=True)
+            shutil.rmtree(self._folder / checkpoint.folder_of(number), ignore_errors=True)
             raise CheckpointError(
                 f"the checkpoint of job {number} cannot be written below {self._storage}: "
                 f"{refused}; the one of job {begun} is whole, make room (docs/runbooks/"
