@@ -3,8 +3,10 @@
 Heavy imports stay inside the commands, so that a bad configuration is refused within a second.
 """
 
+import errno
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -29,12 +31,29 @@ app.command()(submit)
 
 
 @app.command()
-def plan(run: RunFile, overrides: Overrides = None) -> None:
+def plan(
+    run: RunFile,
+    overrides: Overrides = None,
+    simulate: Annotated[
+        bool, typer.Option("--simulate", help="Instead: a model of it on 8 to 1,024 GPUs.")
+    ] = False,
+    assume: Annotated[
+        list[str] | None, typer.Option(help="Constant of that model, such as network_gb_s=50.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Where to plot the simulation (.svg or .png).")
+    ] = None,
+) -> None:
     """Memory, layout, time and disk of a run, and what of it cannot work; starts nothing."""
     settings = config.load(run, overrides or [])
+    if (assume or plot) and not simulate:
+        raise ConfigError("--assume and --plot are for --simulate; add it")
     from cluster import commands
 
-    commands.show_plan(settings)
+    if simulate:
+        commands.show_simulation(settings, assume or [], plot)
+    else:
+        commands.show_plan(settings)
 
 
 @app.command()
@@ -234,6 +253,15 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(143)  # as a shell reports SIGTERM
     except OrchardError as error:
         typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        typer.echo(
+            f"error: a file cannot be written: {os.strerror(error.errno)}; make room "
+            "(docs/runbooks/disk-full.md), and a run resumes by the same command",
+            err=True,
+        )
         sys.exit(2)
     except typer.Abort:
         sys.exit(130)

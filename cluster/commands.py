@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -9,6 +10,7 @@ import typer
 from transformers.utils import logging as transformers_logging
 
 from cluster import plan as plans
+from cluster import simulate as simulation
 from cluster.console import closing_table
 from cluster.evaluate import evaluate, evaluation_file, look, write_metrics
 from cluster.launch import House, launch
@@ -139,9 +141,7 @@ def show_plan(settings: Config) -> None:
     Raises:
         ConfigError: it cannot work as written, with a sentence for each reason.
     """
-    warm = settings.run_dir / "warm_start"
-    known = warm.is_dir() or settings.model.path is not None
-    run = prepare(settings, "train" if known else "sft")
+    run = _startable(settings)
     sizes = plans.sizes_of(run)
     typer.echo(config.dump(settings))
     found = plans.plan(
@@ -152,6 +152,28 @@ def show_plan(settings: Config) -> None:
     if found.refusals:
         raise ConfigError("; ".join(found.refusals))
     typer.echo("# nothing stands against it; nothing was started")
+
+
+def show_simulation(settings: Config, assumed: Sequence[str], plot: Path | None) -> None:
+    """What a model of the run's queues says of 8 to 1,024 GPUs; nothing is started or measured.
+
+    Raises:
+        ConfigError: an assumption is unknown or out of bounds.
+    """
+    sizes = plans.sizes_of(_startable(settings))
+    model = simulation.model_of(settings, sizes, assumed)
+    found = [simulation.simulate(model, gpus) for gpus in simulation.GPUS]
+    typer.echo("\n".join(simulation.lines(found, model)))
+    if plot is not None:
+        simulation.draw(plot, {f"{settings.name}, simulated": model})
+        typer.echo(f"plot: {plot}")
+
+
+def _startable(settings: Config) -> Run:
+    """The run in its training phase, or in its warm start where it has no policy yet."""
+    warm = settings.run_dir / "warm_start"
+    known = warm.is_dir() or settings.model.path is not None
+    return prepare(settings, "train" if known else "sft")
 
 
 def plan_lines(run: Run, sizes: plans.Sizes, found: plans.Plan) -> list[str]:

@@ -30,7 +30,7 @@ from orchard.errors import ConfigError
 TARGETS = Path("prometheus") / "targets.json"
 """In the run folder: where Prometheus finds the exporter (file-based service discovery)."""
 
-REASONS = ("died", "deadline", "raised")
+REASONS = ("died", "deadline", "raised", "unfit")
 """Why a pool's call failed."""
 
 READ_AT_SCRAPE = (
@@ -94,8 +94,6 @@ class Exporter(Collector):
                 self._made["orchard_non_finite_total"].labels(self._run, name).inc()
             for metric, labels in find(name):
                 self._take(metric, labels, value)
-        if "checkpoint/step" in values:
-            self.set("orchard_checkpoint_timestamp_seconds", now)
         self._learner_restarts = int(values.get("learner/restarts", self._learner_restarts))
 
     def listen(self, settings: ClusterConfig, run_dir: Path) -> int | None:

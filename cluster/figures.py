@@ -1,5 +1,7 @@
 """Figures of the report, as SVG that stands inside an HTML page and asks the network for nothing.
 
+`stages` alone draws a file, for the documentation.
+
 Shapes:  N entries of one metric
 """
 
@@ -9,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -16,7 +19,7 @@ import numpy as np
 from jaxtyping import Float64
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import NullFormatter, PercentFormatter
 
 from orchard.intervals import Estimate
 from orchard.metrics import Series
@@ -171,6 +174,34 @@ def tree(example: Mapping[str, Any]) -> str:
                 fontweight="bold" if hit else "normal",
             )  # fmt: skip
         return _svg(figure, title)
+
+
+def stages(
+    path: Path, panels: Mapping[str, tuple[Sequence[int], Mapping[str, Sequence[float]]]]
+) -> None:
+    """Share of the time in which each stage works over numbers of GPUs, one panel a title.
+
+    A file of its own, SVG or PNG by its suffix; equal figures give equal files.
+    """
+    with mpl.rc_context(_STYLE | {"svg.hashsalt": path.name}):
+        figure = Figure(figsize=(5.0 * len(panels), 3.1), facecolor="white")
+        figure.subplots_adjust(left=0.07, right=0.99, wspace=0.14, bottom=0.16, top=0.82)
+        for axes, (title, (gpus, busy)) in zip(
+            figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+        ):
+            for (stage, share), colour in zip(busy.items(), _cycled(len(busy)), strict=True):
+                axes.plot(gpus, share, color=colour, lw=1.6, marker="o", ms=3, label=stage)
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(gpus, labels=[str(count) for count in gpus])
+            axes.set_ylim(0, 1)
+            axes.yaxis.set_major_formatter(PercentFormatter(1))
+            axes.set_xlabel("GPUs")
+            axes.set_title(title, fontsize=9, loc="left", pad=18)
+            axes.legend(
+                loc="lower left", bbox_to_anchor=(-0.02, 0.99), ncols=len(busy), handlelength=1.2,
+                columnspacing=1.2, borderaxespad=0.1,
+            )  # fmt: skip
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def _places(example: Mapping[str, Any]) -> list[tuple[float, float]]:

@@ -3,13 +3,14 @@
 import asyncio
 import dataclasses
 import signal
+import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import numpy as np
 import ray
-from jaxtyping import Int64
+from jaxtyping import Float32, Int64
 
 from cluster.exporter import Exporter
 from cluster.measure import measure
@@ -21,22 +22,27 @@ from learner.train import Assignment, RemoteLearner
 from orchard.errors import ActorError
 from orchard.evaluation import Evaluation
 from orchard.metrics import Logbook
-from orchard.prompts import Split, rows_of_step, sequences
+from orchard.prompts import Split, rows_as_sequences, rows_of_step, sequences
 from orchard.types import PolicyVersion, Prompts, ScoredTrees, SearchTrees
 from orchard.weights import Weights
 from rewards.actor import RewardActor
 from rollout.actor import RolloutActor
 from rollout.candidates import Candidates
+from rollout.probe import Probe
+
+PROBE_EXACT, PROBE_ROUNDED = 1e-3, 0.5
+"""Nats that an answer to the probe may be off in float32, and in bfloat16."""
 
 AGAIN = "the same command resumes"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Held:
-    """A version and the object reference of its weights."""
+    """A version, the object reference of its weights, and what its holders must answer."""
 
     policy: PolicyVersion
     weights: Any
+    probe: Probe | None = None
 
 
 class House:
@@ -89,9 +95,19 @@ class House:
         self._begin()
         await self.ready()
 
-    async def publish(self, policy: PolicyVersion, weights: Weights) -> None:
-        """Give a version to every holder; each verifies the digest before it switches."""
-        self._newest = Held(policy=policy, weights=ray.put(dict(weights)))
+    async def publish(
+        self,
+        policy: PolicyVersion,
+        weights: Weights,
+        probed: Float32[np.ndarray, " B"] | None = None,
+    ) -> None:
+        """Give a version to every holder; each verifies the digest before it switches.
+
+        With the learner's own log-probabilities of the probe, `probed`, it also has to find the
+        same. A holder that does not is replaced, and has searched nothing by then.
+        """
+        probe = None if probed is None else self._probe(probed)
+        self._newest = Held(policy=policy, weights=ray.put(dict(weights)), probe=probe)
         self.exporter.set("orchard_policy_version", policy.step, "learner")
         if self.rollout is not None:
             await self._install(self.rollout, self._newest)
@@ -173,6 +189,12 @@ class House:
         found = await asyncio.gather(*(rank(prompts) for prompts in batches))
         return measure(self.run, split, rows, Candidates.concatenate(found), beams, policy)
 
+    async def save(self) -> None:
+        """Write a checkpoint of the learner; raises CheckpointError as `RemoteLearner.save`."""
+        await self.learner.save()
+        self.exporter.set("orchard_checkpoint_step", self._newest.policy.step)
+        self.exporter.set("orchard_checkpoint_timestamp_seconds", time.time())
+
     async def close(self) -> None:
         """Stop every actor of the house."""
         await self.learner.close()
@@ -189,7 +211,7 @@ class House:
         self._held[pool], policy = held, held.policy
         timeout_s = self.run.config.cluster.publish_timeout_s
         answers: list[PolicyVersion] = await pool.broadcast(
-            "install", policy, held.weights, timeout_s=timeout_s
+            "install", policy, held.weights, held.probe, timeout_s=timeout_s
         )
         for version in answers:
             if (version.step, version.digest) != (policy.step, policy.digest):
@@ -201,6 +223,17 @@ class House:
             holder = f"{name}-{index}"
             self.exporter.set("orchard_policy_version", policy.step, holder)
 
+    def _probe(self, score: Float32[np.ndarray, " B"]) -> Probe:
+        run, settings = self.run, self.run.config.cluster
+        rows = np.arange(len(score))  # of the train split, and ids at the same time
+        exact = {run.config.rollout.dtype, run.config.learner.dtype} == {"float32"}
+        return Probe(
+            prompts=run.form.prompts(run.train, rows),
+            leaf=run.catalogue.leaf_of_item[run.train.target[rows]],
+            score=score,
+            tolerance=settings.probe_tolerance or (PROBE_EXACT if exact else PROBE_ROUNDED),
+        )
+
     def _assignment(self) -> Assignment:
         run, config = self.run, self.run.config
         supervised = run.phase == "sft"
@@ -211,7 +244,9 @@ class House:
         if supervised:
             examples = windows if windows is not None else run.train
             per_epoch = -(-len(examples) // config.sft.batch_size)
+        probed = 0 if supervised else min(config.cluster.probe_prompts, len(run.train))
         return Assignment(
+            probe=rows_as_sequences(run.train, np.arange(probed)) if probed else None,
             config=config,
             phase="sft" if supervised else "train",
             policy=run.policy.resolve(),
@@ -247,7 +282,8 @@ class House:
 
         async def catch_up(actor: Any) -> None:
             if (held := self._held.get(pool)) is not None:
-                await asyncio.wrap_future(actor.install.remote(held.policy, held.weights).future())
+                answer = actor.install.remote(held.policy, held.weights, held.probe)
+                await asyncio.wrap_future(answer.future())
 
         pool.on_start = catch_up
         return pool

@@ -37,7 +37,7 @@ async def train(house: House) -> PolicyVersion:
         )
     policy = await house.learner.start()
     house.logbook.rewind("train", policy.step)
-    await house.publish(policy, house.learner.weights)
+    await house.publish(policy, house.learner.weights, house.learner.probed)
     champion = Champion.of(
         house,
         num_rows=run.config.evaluate.valid_rows if run.config.evaluate.every else 0,
@@ -62,22 +62,24 @@ async def train(house: House) -> PolicyVersion:
             batch = assemble(trees, run)
             clock.lap("pack_s")
             lag = policy.step - batch.policy.step
-            save = due(policy.step + 1, run.config.checkpoint.every, steps)
             judged = due(policy.step + 1, run.config.evaluate.every, steps)
-            update = await house.learner.update(batch, save=save, judged=judged)
+            update = await house.learner.update(batch, judged=judged)
             policy = update.policy
             clock.lap("learn_s")
-            await house.publish(policy, house.learner.weights)
+            await house.publish(policy, house.learner.weights, house.learner.probed)
             clock.lap("publish_s")
             scored.admit(policy)
             metrics = describe(trees, update, lag) | house.restarts() | clock.seconds()
-            if save:
-                metrics["checkpoint/step"] = float(policy.step)
             if judged:
                 metrics |= await champion.consider()
             house.logbook.log("train", policy.step, metrics)
             progress.advance(metrics)
             clock = Clock()
+            if due(policy.step, run.config.checkpoint.every, steps):
+                # After the log, so that no checkpoint is newer: whatever a crash leaves behind, a
+                # resumed run writes again. The next searches are under way meanwhile.
+                await house.save()
+                clock.lap("save_s")
     await scored.close()
     if policy.step < steps:
         await house.learner.close(save=True)

@@ -1,7 +1,8 @@
 """A pool of equal actors: bounded queues, deadlines, retries, replacement of the dead.
 
 A call runs on the actor with the fewest calls in hand. Calls must be repeatable: one that meets a
-dead or silent actor is sent again, to whichever actor has room, while the lost one is replaced.
+dead, silent or unfit actor is sent again, to whichever actor has room, while the lost one is
+replaced.
 """
 
 import asyncio
@@ -14,7 +15,10 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from orchard.errors import ActorError, OrchardError
+from orchard.errors import ActorError, OrchardError, UnfitError
+
+LOST = (RayActorError, TimeoutError, UnfitError)
+"""What an actor is replaced for."""
 
 SEE = "see what it printed below logs in the run folder"
 
@@ -68,7 +72,7 @@ class Pool:
         self.calls: Counter[tuple[int, str]] = Counter()
         """Calls answered, by actor and method."""
         self.failures: Counter[tuple[str, str]] = Counter()
-        """Calls that failed, by method and reason: died, deadline, raised."""
+        """Calls that failed, by method and reason: died, deadline, raised, unfit."""
         self.on_start: Callable[[Any], Awaitable[object]] | None = None
         """Brings a replacement up to date before it takes calls."""
         self._make = make
@@ -84,7 +88,8 @@ class Pool:
     async def call(self, method: str, *args: object) -> Any:
         """The answer of some actor; raises ActorError when retries are used up.
 
-        An OrchardError raised by the method itself is final and raised as it is.
+        An OrchardError raised by the method itself is final and raised as it is, unless it says
+        that the actor is unfit.
         """
         lost: Exception | None = None
         for _ in range(self._retries + 1):
@@ -92,7 +97,7 @@ class Pool:
             generation = seat.generation
             try:
                 return await self._ask(seat, self._timeout_s, method, *args)
-            except (RayActorError, TimeoutError) as error:
+            except LOST as error:
                 lost = error
                 await self._replace(seat, generation, error)
             finally:
@@ -109,7 +114,7 @@ class Pool:
             generation = seat.generation
             try:
                 return await self._ask(seat, timeout_s, method, *args)
-            except (RayActorError, TimeoutError) as error:
+            except LOST as error:
                 await self._replace(seat, generation, error)
                 return await self._ask(seat, timeout_s, method, *args)
 
@@ -158,15 +163,18 @@ class Pool:
             self.failures[method, "deadline" if isinstance(error, TimeoutError) else "died"] += 1
             raise
         except RayTaskError as error:
-            self.failures[method, "raised"] += 1
-            cause = error.cause
-            if isinstance(cause, OrchardError):
-                raise cause from error
-            raise ActorError(
-                f"{self.name}.{method} raised {_brief(cause or error)}; {SEE}"
-            ) from error
+            told = self._told(error, method)
+            self.failures[method, "unfit" if isinstance(told, UnfitError) else "raised"] += 1
+            raise told from error
         self.calls[seat.index, method] += 1
         return answer
+
+    def _told(self, error: RayTaskError, method: str) -> OrchardError:
+        """What a method raised, as an error of ours."""
+        cause = error.cause
+        if isinstance(cause, OrchardError):
+            return cause
+        return ActorError(f"{self.name}.{method} raised {_brief(cause or error)}; {SEE}")
 
     async def _answer(self, actor: Any, index: int) -> None:
         ready = asyncio.wrap_future(actor.__ray_ready__.remote().future())
@@ -207,7 +215,10 @@ class Pool:
             actor = self._make(seat.index)
             await self._answer(actor, seat.index)
             if self.on_start is not None:
-                await self.on_start(actor)
+                try:
+                    await self.on_start(actor)
+                except RayTaskError as problem:
+                    raise self._told(problem, "on_start") from problem
             seat.actor, seat.generation = actor, seat.generation + 1
 
 

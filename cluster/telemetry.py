@@ -53,7 +53,7 @@ METRICS = (
     _counter(
         "orchard_non_finite_total", "Logged values that were no finite number.", None, "logged"
     ),
-    _gauge("orchard_checkpoint_step", "Step of the newest checkpoint.", "checkpoint/step"),
+    _gauge("orchard_checkpoint_step", "Step of the newest checkpoint."),
     _gauge(
         "orchard_checkpoint_timestamp_seconds",
         "When the newest checkpoint was written; at first when this process began.",
@@ -63,7 +63,7 @@ METRICS = (
     ),
     _counter(
         "orchard_step_phase_seconds_total",
-        "Time of steps by phase: wait, pack, learn, publish.",
+        "Time of steps by phase: wait, pack, learn, publish, save.",
         "cluster/{phase}_s",
         "phase",
     ),
@@ -142,7 +142,7 @@ METRICS = (
     _counter("orchard_restarts_total", "Actors or worker groups replaced.", None, "pool"),
     _counter(
         "orchard_pool_failures_total",
-        "Calls that failed, by reason: died, deadline, raised.",
+        "Calls that failed, by reason: died, deadline, raised, unfit.",
         None,
         "pool",
         "method",
@@ -162,7 +162,7 @@ METRICS = (
     _gauge("orchard_pool_waiting", "Calls that wait for an actor with room.", None, "pool"),
 )
 
-PHASES = {f"cluster/{phase}_s" for phase in ("wait", "pack", "learn", "publish")}
+PHASES = {f"cluster/{phase}_s" for phase in ("wait", "pack", "learn", "publish", "save")}
 NOT_SHOWN = {"rewards/restarts", "rollout/restarts", "learner/restarts"}
 """Logged names that the pools themselves show, or that only look like a family's."""
 

@@ -30,7 +30,7 @@ async def sft(house: House) -> PolicyVersion:
             and not 0 < settings.minutes <= elapsed_s / 60
         ):
             begin = time.perf_counter()
-            update = await house.learner.epoch(save=True)
+            update = await house.learner.epoch()
             policy, before = update.policy, champion.best
             await house.publish(policy, house.learner.weights)
             metrics = {f"sft/{name}": value for name, value in update.metrics.items()}
@@ -39,6 +39,7 @@ async def sft(house: House) -> PolicyVersion:
             elapsed_s += time.perf_counter() - begin
             house.logbook.log("sft", policy.step, metrics | {"sft/elapsed_s": elapsed_s})
             progress.advance(metrics)
+            await house.save()
             if house.stopping.is_set() and policy.step < settings.epochs:
                 raise Stopped(f"stopped after epoch {policy.step}, and saved; {AGAIN}")
     return policy

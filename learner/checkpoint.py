@@ -3,6 +3,9 @@
 All randomness is a function of (seed, job number), so no generator state is saved.
 """
 
+import errno
+import json
+import zipfile
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +16,15 @@ from learner.step import Learner
 from orchard.errors import CheckpointError
 
 FILE = "learner.pt"
+RECORD = "checkpoint_manager_snapshot.json"
+"""Where Ray Train lists the checkpoints of a storage folder."""
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+"""What a storage answers that will not take a checkpoint, however often it is asked."""
+
+
+def folder_of(number: int) -> str:
+    """Name of the folder of the checkpoint after a job."""
+    return f"job_{number:06d}"
 
 
 def save(learner: Learner, folder: Path, *, number: int, catalogue: str, write: bool) -> None:
@@ -25,7 +37,30 @@ def save(learner: Learner, folder: Path, *, number: int, catalogue: str, write: 
         **_tensors(learner),
     }
     if write:
-        torch.save(state, folder / FILE)
+        # Through a file of Python's own: torch's writer says nothing of a disk that is full.
+        with (folder / FILE).open("wb") as file:
+            torch.save(state, file)
+
+
+def newest_whole(storage: Path) -> Path | None:
+    """The newest checkpoint folder whose file was written to its end; None where there is none.
+
+    For a storage whose record was torn: Ray Train keeps the list of checkpoints in one file, which
+    it writes in place.
+    """
+    whole = (folder for folder in storage.glob("job_*") if zipfile.is_zipfile(folder / FILE))
+    return max(whole, default=None)
+
+
+def torn(storage: Path) -> bool:
+    """If the record of checkpoints cannot be read, as a crash or a full disk may leave it."""
+    try:
+        json.loads((storage / RECORD).read_text())
+    except FileNotFoundError:
+        return False
+    except ValueError:
+        return True
+    return False
 
 
 def load(learner: Learner, folder: Path, *, catalogue: str) -> int:

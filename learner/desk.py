@@ -1,11 +1,15 @@
 """Jobs for the learner's workers and what becomes of them, by number. An actor in `learner.train`.
 
-A worker group that is started again asks for the jobs since its checkpoint once more.
+A worker group that is started again asks for the jobs since its checkpoint once more, and so meets
+every order to write one again, too.
 """
 
 import asyncio
 from dataclasses import dataclass, replace
 from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float32
 
 from orchard.types import PolicyVersion, Update
 from orchard.weights import Weights
@@ -15,11 +19,9 @@ from orchard.weights import Weights
 class Job:
     """Something for the whole worker group to do."""
 
-    kind: Literal["epoch", "update", "stop"]
+    kind: Literal["epoch", "update", "save", "stop"]
     batch: tuple[Any, ...] = ()
     """The object reference of an update's batch, in a tuple: a bare one would be fetched here."""
-    save: bool = False
-    """Write a checkpoint once the job is done; before the workers leave, where it is to stop."""
     judged: bool = True
     """Also hand back the weights that are evaluated and kept."""
 
@@ -34,7 +36,8 @@ class Result:
     """To search with from now on."""
     kept: tuple[PolicyVersion, Weights] | None
     """To evaluate and keep, where those are others and were asked for."""
-    saved: bool
+    probed: Float32[np.ndarray, " B"] | None = None
+    """Log-probabilities of the probe's answers under `weights`, where there is a probe."""
     restarts: int = 0
     """Times that the group was started again, as the desk has counted them."""
 
@@ -45,10 +48,13 @@ class Desk:
     def __init__(self) -> None:
         """An empty desk."""
         self._jobs: dict[int, Job] = {}
+        self._orders: set[int] = set()
+        """Jobs after which a checkpoint is to be written."""
         self._results: dict[int, Result] = {}
         self._starts = 0
         self._newest = 0
         """Number of the newest job after which a checkpoint was written."""
+        self._refusal = ""
         self._changed = asyncio.Condition()
 
     async def post(self, number: int, job: Job) -> None:
@@ -57,21 +63,26 @@ class Desk:
             self._jobs[number] = job
             self._changed.notify_all()
 
-    async def fetch(self, number: int) -> Job:
-        """The job of that number, as soon as there is one; lives no longer than the driver."""
+    async def fetch(self, number: int, *, saved: int) -> Job:
+        """The job of that number, as soon as there is one; lives no longer than the driver.
+
+        Before it comes the order to save, if there was one after the job before and the group's
+        newest checkpoint, that of job `saved`, is older.
+        """
+        before = number - 1
+
+        def ordered() -> bool:
+            return before in self._orders and saved < before
+
         async with self._changed:
-            await self._changed.wait_for(lambda: number in self._jobs)
-            return self._jobs[number]
+            await self._changed.wait_for(lambda: ordered() or number in self._jobs)
+            return Job(kind="save") if ordered() else self._jobs[number]
 
     async def deliver(self, result: Result) -> None:
         """Hand in a result; repeats after a restart change nothing."""
         async with self._changed:
             self._starts += not result.update.metrics
             self._results.setdefault(result.number, result)
-            # A group that dies right after a checkpoint may come back from the one before it.
-            if result.saved and result.number > self._newest:
-                self._jobs = {n: job for n, job in self._jobs.items() if n > self._newest}
-                self._newest = result.number
             self._changed.notify_all()
 
     async def collect(self, number: int) -> Result:
@@ -82,3 +93,27 @@ class Desk:
             )
             found = self._results.pop(number if number >= 0 else min(self._results))
             return replace(found, restarts=self._starts - 1)
+
+    async def order(self, number: int) -> str:
+        """Have the state after that job written; why it cannot be, or "" once it is."""
+        async with self._changed:
+            self._orders.add(number)
+            self._changed.notify_all()
+            await self._changed.wait_for(lambda: self._newest >= number or bool(self._refusal))
+            return self._refusal
+
+    async def saved(self, number: int) -> None:
+        """Tell that the state after that job is written."""
+        async with self._changed:
+            # A group that dies right after a checkpoint may come back from the one before it.
+            if number > self._newest:
+                self._jobs = {n: job for n, job in self._jobs.items() if n > self._newest}
+                self._orders = {n for n in self._orders if n > self._newest}
+                self._newest = number
+            self._changed.notify_all()
+
+    async def refuse(self, reason: str) -> None:
+        """Tell that the state cannot be written."""
+        async with self._changed:
+            self._refusal = reason
+            self._changed.notify_all()

@@ -37,23 +37,27 @@ class Scorer(nn.Module):
         """
         super().__init__()
         self.policy = policy
+        self._context: tuple[Trie, Vocabulary, Literal["trie", "full"]]
         self._context = (trie, vocabulary, distribution)
         self._detach, self._temperature = detach, temperature
 
     def forward(
-        self, batch: BatchTensors
+        self, batch: BatchTensors, distribution: Literal["trie", "full"] | None = None
     ) -> tuple[Float[Tensor, " E"], Float[Tensor, " E"], Float[Tensor, " V"] | None]:
         """Log-probability and entropy of every choice of the batch, and the value of its states.
 
-        There is none without a value head, or where the batch has nothing for it to learn.
+        There is none without a value head, or where the batch has nothing for it to learn. Another
+        `distribution` than the configured one may be asked for.
         """
         head, heat = head_of(self.policy), self._temperature
+        trie, vocabulary, own = self._context
+        context = (trie, vocabulary, distribution or own)
         if head is None or batch.values is None:
-            scores = choice_logprobs(self.policy, batch, *self._context, temperature=heat)
+            scores = choice_logprobs(self.policy, batch, *context, temperature=heat)
             return *scores, None
         visible = tree_mask(batch.subtree_end)
         hidden = hidden_states(self.policy, batch.token, batch.position, visible)
         weight = head_weight(self.policy)
-        scores = score_choices(hidden, weight, batch, *self._context, temperature=heat)
+        scores = score_choices(hidden, weight, batch, *context, temperature=heat)
         read = hidden.detach() if self._detach else hidden
         return *scores, state_values(head, read, batch.values)

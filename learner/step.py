@@ -170,6 +170,19 @@ class Learner:
             "flat_over_packed": batch.flat_tokens / max(1, batch.forward_tokens),
         }
 
+    @torch.no_grad()
+    def score(self, batch: TrainBatch) -> Float32[np.ndarray, " B"]:
+        """Log-probability of all choices of each row together, as a search would have it.
+
+        Collective where the parameters are sharded: every rank scores the same batch.
+        """
+        self.policy.eval()
+        part = to_tensors(batch, self.device)
+        with self._precision():
+            logprob: Tensor = self.scorer(part, "trie")[0]
+        total = torch.zeros(len(batch.token), device=self.device)
+        return total.index_add(0, part.row, logprob.float()).cpu().numpy()
+
     def _gap(self, batch: TrainBatch) -> float | None:
         """Under dropout, the largest gap between search and learner on the first micro-batch.
 

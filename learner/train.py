@@ -7,6 +7,8 @@ the second checkpoint after them.
 """
 
 import asyncio
+import os
+import shutil
 import tempfile
 import threading
 import time
@@ -19,9 +21,11 @@ import numpy as np
 import ray
 import ray.train
 import torch
+from jaxtyping import Float32
 from ray.train import CheckpointConfig as RayCheckpointConfig
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from learner import checkpoint, sft
 from learner.desk import Desk, Job, Result
@@ -29,7 +33,7 @@ from learner.step import Learner
 from orchard import model, value, weights
 from orchard.catalogue import Catalogue
 from orchard.config import Config, LearnerConfig
-from orchard.errors import ActorError
+from orchard.errors import ActorError, CheckpointError
 from orchard.prompts import PromptFormat, Sequences, Split
 from orchard.rationales import Traces
 from orchard.types import PolicyVersion, TrainBatch, Update
@@ -52,13 +56,18 @@ class Assignment:
     traces: tuple[Split, Traces] | None
     """What it has instead where it teaches to think: rows and their rationales."""
     total_steps: int
+    probe: Sequences | None = None
+    """Rows whose last item is scored with every version, for its holders to compare with."""
 
 
 DeskActor: Any = ray.remote(Desk)
 
 
 def work(task: dict[str, Any]) -> None:
-    """What each Ray Train worker runs, given its `assignment` and the `desk`."""
+    """What each Ray Train worker runs, given its `assignment` and the `desk`.
+
+    `unlisted` is the checkpoint to begin with where Ray Train knows of none.
+    """
     assignment, desk = cast(Assignment, task["assignment"]), task["desk"]
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
@@ -87,34 +96,53 @@ def work(task: dict[str, Any]) -> None:
     if (saved := ray.train.get_checkpoint()) is not None:
         with saved.as_directory() as folder:
             number = checkpoint.load(learner, Path(folder), catalogue=digest)
+    elif (unlisted := cast(Path | None, task["unlisted"])) is not None:
+        number = checkpoint.load(learner, unlisted, catalogue=digest)
 
-    def deliver(metrics: Mapping[str, float], *, saved: bool = False, judged: bool = True) -> None:
+    def deliver(metrics: Mapping[str, float], *, judged: bool = True) -> None:
         searching = learner.result if supervised else learner.policy
         values = weights.snapshot(searching)
         others = judged and searching is not learner.result
         average = weights.snapshot(learner.result) if others else None
+        probed = None if probe is None else learner.score(probe)
         if rank == 0:
             version = PolicyVersion(step=number, digest=weights.digest(values))
             update = Update(policy=version, metrics=metrics)
             kept = None
             if average is not None:
                 kept = PolicyVersion(step=number, digest=weights.digest(average)), average
-            result = Result(number=number, update=update, weights=values, kept=kept, saved=saved)
+            result = Result(number=number, update=update, weights=values, kept=kept, probed=probed)
             ray.get(desk.deliver.remote(result))
 
+    probe = None if assignment.probe is None else _probe(assignment, assignment.probe)
+    saved_job = number
     deliver({})
-    while (job := cast(Job, ray.get(desk.fetch.remote(number + 1)))).kind != "stop":
+    while (job := _next(desk, number, saved_job)).kind != "stop":
+        if job.kind == "save":
+            if (reason := _save(learner, number, digest, rank)) is not None:
+                ray.get(desk.refuse.remote(reason))
+                return
+            saved_job = number
+            ray.get(desk.saved.remote(number))
+            continue
         number += 1
         torch.manual_seed(hash((config.seed, number, rank)) % 2**63)
         if job.kind == "epoch":
             metrics = _epoch(learner, assignment, number)
         else:
             metrics = learner.improve(cast(TrainBatch, ray.get(job.batch[0])))
-        if job.save:
-            _save(learner, number, digest, rank)
-        deliver(metrics, saved=job.save, judged=job.judged)
-    if job.save:
-        _save(learner, number, digest, rank)
+        deliver(metrics, judged=job.judged)
+
+
+def _probe(assignment: Assignment, rows: Sequences) -> TrainBatch:
+    form = PromptFormat(catalogue=assignment.catalogue, vocabulary=assignment.vocabulary)
+    nobody = PolicyVersion(step=0, digest="")
+    return sft.pack_sequences(rows, np.arange(len(rows)), form, nobody)
+
+
+def _next(desk: Any, number: int, saved: int) -> Job:
+    """What to do after job `number`, when the newest checkpoint is that of job `saved`."""
+    return ray.get(desk.fetch.remote(number + 1, saved=saved))
 
 
 def _learner_config(config: Config, phase: str) -> LearnerConfig:
@@ -161,13 +189,23 @@ def _epoch(learner: Learner, assignment: Assignment, number: int) -> dict[str, f
     }
 
 
-def _save(learner: Learner, number: int, catalogue: str, rank: int) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint.save(learner, Path(folder), number=number, catalogue=catalogue, write=rank == 0)
-        mine = ray.train.Checkpoint.from_directory(folder) if rank == 0 else None
-        ray.train.report(
-            {"number": number}, checkpoint=mine, checkpoint_dir_name=f"job_{number:06d}"
-        )
+def _save(learner: Learner, number: int, catalogue: str, rank: int) -> str | None:
+    """Write a checkpoint; what the storage has against it, in which case there is none."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            write = rank == 0
+            checkpoint.save(learner, Path(folder), number=number, catalogue=catalogue, write=write)
+            mine = ray.train.Checkpoint.from_directory(folder) if write else None
+            ray.train.report(
+                {"number": number},
+                checkpoint=mine,
+                checkpoint_dir_name=checkpoint.folder_of(number),
+            )
+    except OSError as error:
+        if error.errno not in checkpoint.REFUSALS:
+            raise  # another try, in a group started again, may go better
+        return os.strerror(error.errno)
+    return None
 
 
 class RemoteLearner:
@@ -175,8 +213,9 @@ class RemoteLearner:
 
     def __init__(self, assignment: Assignment, *, storage: Path) -> None:
         """Prepare; nothing runs before `start`."""
-        self._config, self._storage = assignment.config, storage
+        self._config, self._storage = assignment.config, storage.resolve()
         self._assignment = assignment
+        self._folder = self._storage / f"learner-{assignment.phase}"
         self._desk: Any = None
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -185,16 +224,27 @@ class RemoteLearner:
         """Times that the worker group was started again."""
         self.weights: Weights = {}
         """Of the newest version, to search with."""
+        self.probed: Float32[np.ndarray, " B"] | None = None
+        """Log-probabilities of the probe's answers under `weights`."""
         self.kept: tuple[PolicyVersion, Weights] = (PolicyVersion(step=-1, digest=""), {})
         """To evaluate and keep, of the newest job that was to hand them back."""
 
     async def start(self) -> PolicyVersion:
         """Start the workers; the version they begin with, from a checkpoint if there is one."""
-        self._desk = DeskActor.options(num_cpus=0, max_concurrency=1000).remote()
+        # Beside the driver: the loss of any other node must not take the jobs along.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self._desk = DeskActor.options(
+            num_cpus=0, max_concurrency=1000, scheduling_strategy=here
+        ).remote()
         learner, checkpoints = self._config.learner, self._config.checkpoint
+        unlisted: Path | None = None
+        if checkpoint.torn(self._folder):
+            unlisted = checkpoint.newest_whole(self._folder)
+            (self._folder / checkpoint.RECORD).unlink()
+        task = {"assignment": self._assignment, "desk": self._desk, "unlisted": unlisted}
         trainer = TorchTrainer(
             work,
-            train_loop_config={"assignment": self._assignment, "desk": self._desk},
+            train_loop_config=task,
             torch_config=TorchConfig(backend="nccl" if learner.gpus else "gloo"),
             scaling_config=ScalingConfig(
                 num_workers=learner.workers,
@@ -202,8 +252,8 @@ class RemoteLearner:
                 resources_per_worker={"CPU": 1, **({"GPU": learner.gpus} if learner.gpus else {})},
             ),
             run_config=RunConfig(
-                name=f"learner-{self._assignment.phase}",
-                storage_path=str(self._storage.resolve()),
+                name=self._folder.name,
+                storage_path=str(self._storage),
                 failure_config=FailureConfig(max_failures=learner.max_failures),
                 checkpoint_config=RayCheckpointConfig(num_to_keep=checkpoints.keep),
             ),
@@ -221,52 +271,70 @@ class RemoteLearner:
         self._number = self._saved = result.number
         return result.update.policy
 
-    async def update(self, batch: TrainBatch, *, save: bool = False, judged: bool = True) -> Update:
+    async def update(self, batch: TrainBatch, *, judged: bool = True) -> Update:
         """One RL step on a batch; `kept` is up to date afterwards if it is to be `judged`."""
-        job = Job(kind="update", batch=(ray.put(batch),), save=save, judged=judged)
-        return await self._do(job)
+        return await self._do(Job(kind="update", batch=(ray.put(batch),), judged=judged))
 
-    async def epoch(self, *, save: bool = False) -> Update:
+    async def epoch(self) -> Update:
         """One supervised pass over the training sequences."""
-        return await self._do(Job(kind="epoch", save=save))
+        return await self._do(Job(kind="epoch"))
+
+    async def save(self) -> None:
+        """Write a checkpoint of the newest job, unless there is one.
+
+        Raises:
+            CheckpointError: the storage does not take it; older checkpoints stay as they are.
+        """
+        number, begun = self._number, self._saved
+        if begun == number:
+            return
+        refused = cast(str, await self._wait(self._desk.order.remote(number), number))
+        if refused:
+            # Half a checkpoint, which no record names, would only keep the disk full.
+            shutil.rmtree(self._folder / checkpoint.folder_of(number), ignore_errors=True)
+            raise CheckpointError(
+                f"the checkpoint of job {number} cannot be written below {self._storage}: "
+                f"{refused}; the one of job {begun} is whole, make room (docs/runbooks/"
+                "disk-full.md) and the same command resumes from there"
+            )
+        self._saved = number
 
     async def close(self, *, save: bool = False) -> None:
         """Let the workers finish; gives up waiting after ten seconds.
 
-        With `save` they first write what no checkpoint holds yet, for which they have
-        `learner.timeout_s`; raises ActorError where they did not.
+        With `save` they first write what no checkpoint holds yet; raises as `save` does.
         """
         if self._thread is None or not self._thread.is_alive():
             return
-        save = save and self._saved < self._number
-        await self._desk.post.remote(self._number + 1, Job(kind="stop", save=save))
-        await asyncio.to_thread(self._thread.join, self._config.learner.timeout_s if save else 10.0)
-        if save and (self._failure or self._thread.is_alive()):
-            raise ActorError(
-                f"the learner did not save job {self._number} before it stopped: "
-                f"{self._failure or 'out of time'}; the run resumes from job {self._saved}"
-            )
+        if save:
+            await self.save()
+        await self._desk.post.remote(self._number + 1, Job(kind="stop"))
+        await asyncio.to_thread(self._thread.join, 10.0)
 
     async def _do(self, job: Job) -> Update:
         self._number += 1
         await self._desk.post.remote(self._number, job)
         result = await self._collect(self._number, self._config.learner.timeout_s)
-        self._saved = self._number if result.saved else self._saved
         return result.update
 
     async def _collect(self, number: int, timeout_s: float) -> Result:
-        """Wait for a result, for the end of the worker group, or for the deadline."""
-        pending = asyncio.ensure_future(
-            asyncio.wrap_future(self._desk.collect.remote(number).future())
-        )
+        """The result of a job, of which it takes note."""
+        answer = await self._wait(self._desk.collect.remote(number), number, timeout_s)
+        result = cast(Result, answer)
+        self.weights, self.restarts = result.weights, result.restarts
+        self.probed = result.probed
+        self.kept = result.kept or (result.update.policy, result.weights)
+        return result
+
+    async def _wait(self, answer: Any, number: int, timeout_s: float | None = None) -> object:
+        """Wait for an answer about a job, for the end of the worker group, or for the deadline."""
+        pending = asyncio.ensure_future(asyncio.wrap_future(answer.future()))
+        timeout_s = timeout_s or self._config.learner.timeout_s
         deadline = time.monotonic() + timeout_s
         while True:
             done, _ = await asyncio.wait({pending}, timeout=1.0)
             if done:
-                result = cast(Result, pending.result())
-                self.weights, self.restarts = result.weights, result.restarts
-                self.kept = result.kept or (result.update.policy, result.weights)
-                return result
+                return pending.result()
             if self._thread is not None and not self._thread.is_alive():
                 raise ActorError(
                     f"the learner stopped at job {number} after {self._config.learner.max_failures}"

@@ -6,6 +6,7 @@
     │   └── CatalogueError     items or semantic IDs that do not fit together
     ├── CheckpointError    a checkpoint or policy that belongs to something else
     ├── EngineError        a decoder that cannot serve the request
+    │   └── UnfitError         a decoder that computes something else than its weights say
     ├── ActorError         a remote part that died, hung or answered wrongly
     └── Stopped            a run that was asked to stop, and did in order
 
@@ -35,6 +36,10 @@ class CheckpointError(OrchardError):
 
 class EngineError(OrchardError):
     """A decoding engine cannot be built, or a request does not fit it."""
+
+
+class UnfitError(EngineError):
+    """A holder of weights answers a probe otherwise than the learner; its pool replaces it."""
 
 
 class ActorError(OrchardError):

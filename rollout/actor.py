@@ -13,7 +13,7 @@ from torch import nn
 
 from orchard.catalogue import Catalogue
 from orchard.config import RolloutConfig
-from orchard.errors import EngineError
+from orchard.errors import EngineError, UnfitError
 from orchard.model import load
 from orchard.types import PolicyVersion, Prompts, SearchTrees
 from orchard.vocabulary import Vocabulary
@@ -22,6 +22,7 @@ from rollout.candidates import Candidates
 from rollout.engine import Holder
 from rollout.engine.torch import TorchEngine
 from rollout.engine.vllm import VllmHolder
+from rollout.probe import Probe, check
 from rollout.search import beam, sample
 from rollout.searches import Find, search_of
 from rollout.think import think
@@ -59,10 +60,23 @@ class Searcher:
             device = "cuda" if config.gpus else "cpu"
             nn.Module.to(model, device=device, dtype=getattr(torch, config.dtype))
             self._holder = TorchEngine(model, catalogue.trie, vocabulary, version)
+        self._fit = True
+        """False from when weights are installed until their probe is answered rightly."""
 
-    def install(self, version: PolicyVersion, weights: Weights) -> PolicyVersion:
-        """Search with these weights from now on; returns the version held then."""
+    def install(
+        self, version: PolicyVersion, weights: Weights, probe: Probe | None = None
+    ) -> PolicyVersion:
+        """Search with these weights from now on; returns the version held then.
+
+        Raises:
+            UnfitError: the probe is answered otherwise than the learner does. Nothing is searched
+                from then on, until an installation succeeds.
+        """
         self._holder.install(version, weights)
+        self._fit = False
+        if probe is not None:
+            check(self._holder, probe)
+        self._fit = True
         return self._holder.version
 
     def version(self) -> PolicyVersion:
@@ -124,6 +138,10 @@ class Searcher:
 
     def _in_batches(self, prompts: Prompts, find: Find) -> Candidates:
         """What `find` finds, in batches of the configured size."""
+        if not self._fit:
+            raise UnfitError(
+                f"policy {self._holder.version} failed its probe here; install a version first"
+            )
         began = perf_counter()
         # Prompts of like length go together, so that little of a batch is padding.
         order = np.argsort(np.diff(prompts.token_start), kind="stable")

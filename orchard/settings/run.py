@@ -43,6 +43,12 @@ class ClusterConfig(Section):
     max_lag: NonNegative = 0
     """Updates that a rollout's policy may be behind the learner's; 0 is synchronous."""
     publish_timeout_s: Duration = 60.0
+    probe_prompts: NonNegative = 2
+    """Prompts whose targets each rollout actor scores anew when it is given weights, to compare
+    with the learner; 0 trusts the digest alone."""
+    probe_tolerance: Duration | None = None
+    """Largest difference of one of them, in nats; by default 0.001, or 0.5 where rollout or learner
+    computes in bfloat16."""
     tracker: Literal["wandb", "mlflow"] | None = None
     """Log to Weights & Biases (offline unless WANDB_MODE says otherwise) or MLflow as well; needs
     the extra `tracking`."""

@@ -2,8 +2,15 @@
 
 import asyncio
 import os
+import shutil
 import signal
-from collections.abc import Awaitable, Callable
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,18 +18,21 @@ import numpy as np
 import psutil
 import pytest
 import ray
+import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.launch import House, launch
 from cluster.loop import train
 from cluster.pool import Pool
-from cluster.prepare import Run, export, open_folder, prepare
+from cluster.prepare import Run, export, exported_facts, open_folder, prepare
 from orchard import config, model
 from orchard.config import Config
-from orchard.errors import ActorError, ConfigError, DataError, Stopped
+from orchard.errors import ActorError, CheckpointError, ConfigError, DataError, Stopped
 from orchard.metrics import read_metrics
 from orchard.synth import WorldParams, write_world
 from orchard.types import PolicyVersion, SearchTrees
 from orchard.weights import digest, snapshot
+from rollout.actor import Searcher
 
 T = TypeVar("T")
 
@@ -64,6 +74,11 @@ def begin(run_file: Path, *changes: str) -> Run:
     return prepare(settings, "train")
 
 
+def run_of(run_file: Path, name: str) -> Run:
+    """A run that has begun already."""
+    return prepare(config.load(run_file, [f"name={name}"]), "train")
+
+
 def in_a_house(phase: Callable[[House], Awaitable[T]], run: Run) -> T:
     async def work() -> T:
         async with launch(run) as house:
@@ -76,6 +91,76 @@ def counted(run: Run) -> dict[str, list[float]]:
     """The metrics of a run that do not depend on time."""
     log = read_metrics(run.dir / "metrics.jsonl")["train"]
     return {name: log[name].value.tolist() for name in COUNTED}
+
+
+def untimed(run: Run) -> dict[str, list[float]]:
+    """Every metric of a run's updates that the clock has no part in."""
+    log = read_metrics(run.dir / "metrics.jsonl")["train"]
+    timed = ("_s", "_per_s")
+    return {name: series.value.tolist() for name, series in log.items() if not name.endswith(timed)}
+
+
+def checkpoint_of(run: Run, number: int) -> dict[str, Any]:
+    folder = run.dir / "checkpoints" / "learner-train" / f"job_{number:06d}"
+    return torch.load(folder / "learner.pt", weights_only=True)
+
+
+def leaves(tree: Any, path: str = "") -> dict[str, Any]:
+    """What is in nested dictionaries and lists, by its path."""
+    if isinstance(tree, dict):
+        pairs = [(str(key), part) for key, part in tree.items()]
+    elif isinstance(tree, list | tuple):
+        pairs = [(str(key), part) for key, part in enumerate(tree)]
+    else:
+        return {path: tree}
+    return {k: v for key, part in pairs for k, v in leaves(part, f"{path}/{key}").items()}
+
+
+def assert_same_state(run: Run, other: Run, number: int) -> None:
+    """Weights, optimiser and schedule after a job are equal bit for bit, tensor by tensor."""
+    mine, its = (leaves(checkpoint_of(one, number)) for one in (run, other))
+    assert mine.keys() == its.keys()
+    assert sum(isinstance(value, torch.Tensor) for value in mine.values()) > 20
+    for name, value in mine.items():
+        same = torch.equal(value, its[name]) if torch.is_tensor(value) else value == its[name]
+        assert same, name
+
+
+class Elsewhere:
+    """Runs commands that have a Ray of their own, and leaves nothing of them behind."""
+
+    def __init__(self) -> None:
+        self.mark = uuid.uuid4().hex
+        self.ray = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # sockets want short paths
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        hidden = ("RAY_ADDRESS", "PYTEST_CURRENT_TEST")
+        inherited = {name: value for name, value in os.environ.items() if name not in hidden}
+        own = {"PYTHONPATH": str(ROOT), "RAY_TMPDIR": self.ray, "ORCHARD_TEST": self.mark}
+        ended = subprocess.run(
+            [sys.executable, *arguments], cwd=ROOT, env=inherited | own,
+            capture_output=True, text=True, timeout=600, check=False,
+        )  # fmt: skip
+        self.clean()
+        return ended
+
+    def clean(self) -> None:
+        """End what a killed driver has left, which its mark tells from all others."""
+        for process in psutil.process_iter():
+            try:
+                mine = process.environ().get("ORCHARD_TEST") == self.mark
+            except psutil.Error:
+                continue
+            if mine:
+                process.kill()
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[Elsewhere]:
+    made = Elsewhere()
+    yield made
+    made.clean()
+    shutil.rmtree(made.ray, ignore_errors=True)
 
 
 async def updates(run: Run, count: int) -> None:
@@ -119,8 +204,132 @@ class Liar:
         await asyncio.sleep(3600)
 
 
+def numb(mark: Path) -> Any:
+    """Rollout actors of which the first verifies what it is sent, and goes on with what it had."""
+
+    class Numb(Searcher):
+        def install(self, *arguments: Any) -> PolicyVersion:
+            if not mark.exists():
+                from rollout.engine import torch as engine
+
+                mark.touch()
+                engine.restore = lambda *_: None
+            return super().install(*arguments)
+
+    return ray.remote(Numb)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own with room for a few checkpoints of a tiny policy."""
+    ended = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=288k", "tmpfs", str(tmp_path)],
+        capture_output=True, check=False,
+    )  # fmt: skip
+    if ended.returncode:
+        pytest.skip("this user may not mount a small file system to fill up")
+    yield tmp_path
+    subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+
+
+@ray.remote(num_cpus=8)
+class Hog:
+    """Takes the first node's CPUs, so that a run has to live on the second."""
+
+
+@pytest.fixture
+def second_node(ray_cluster: None) -> Iterator[psutil.Process]:
+    """Another raylet of the session's Ray, beside a first one that is full."""
+    context = ray.get_runtime_context()
+    here = NodeAffinitySchedulingStrategy(context.get_node_id(), soft=False)
+    hog: Any = Hog.options(scheduling_strategy=here, name="hog").remote()
+    ray.get(hog.__ray_ready__.remote())
+    start = subprocess.Popen(
+        [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=8",
+         f"--address={context.gcs_address}", "--object-store-memory=100000000"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    node = psutil.Process(start.pid)
+    while sum(one["Alive"] for one in ray.nodes()) < 2:
+        assert start.poll() is None, "ray start has ended"
+        time.sleep(0.2)
+    yield node
+    ray.kill(hog)
+    started = [node, *node.children(recursive=True)] if node.is_running() else []
+    for process in started:
+        with suppress(psutil.Error):
+            process.kill()
+    start.wait(30)
+
+
 class TestOnRay:
     pytestmark = on_ray
+
+    def test_a_full_disk_ends_in_one_sentence_and_costs_no_older_checkpoint(
+        self,
+        run_file: Path,
+        small_disk: Path,
+        twin: tuple[PolicyVersion, dict[str, list[float]]],
+    ) -> None:
+        run = begin(run_file, "name=full")
+        (run.dir / "checkpoints").symlink_to(small_disk)
+        with pytest.raises(CheckpointError, match="No space left on device; .* is whole") as said:
+            in_a_house(train, run)
+        done = len(counted(run)["learner/surrogate"])
+        assert f"checkpoint of job {done} cannot be written" in str(said.value)
+        folders = sorted((small_disk / "learner-train").glob("job_*"))
+        assert [folder.name for folder in folders] == [f"job_{n:06d}" for n in range(1, done)]
+        assert 1 < done < 5
+        remount = ["mount", "-o", "remount,size=100m", str(small_disk)]
+        subprocess.run(remount, check=True)
+        last = in_a_house(train, run)
+        assert (last.digest, counted(run)) == (twin[0].digest, twin[1])
+
+    @pytest.mark.timeout(900)  # a dead node is noticed after missed heartbeats
+    def test_what_lived_on_a_lost_node_comes_back_elsewhere(
+        self,
+        run_file: Path,
+        twin: tuple[PolicyVersion, dict[str, list[float]]],
+        second_node: psutil.Process,
+    ) -> None:
+        run = begin(run_file, "name=node", "checkpoint.every=2")
+
+        async def scenario(house: House) -> PolicyVersion:
+            work = asyncio.ensure_future(train(house))
+            await updates(run, 3)
+            ray.kill(ray.get_actor("hog"))
+            for process in second_node.children(recursive=True):
+                if process.name() == "raylet":
+                    process.kill()
+            last = await work
+            assert house.rollout is not None
+            assert house.rollout.restarts >= 1
+            assert house.learner.restarts >= 1
+            return last
+
+        last = in_a_house(scenario, run)
+        assert sum(one["Alive"] for one in ray.nodes()) == 1
+        assert (last.digest, counted(run)) == (twin[0].digest, twin[1])
+
+    def test_a_holder_that_kept_its_old_weights_is_replaced_before_it_searches(
+        self,
+        run_file: Path,
+        twin: tuple[PolicyVersion, dict[str, list[float]]],
+        monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
+    ) -> None:
+        run = begin(run_file, "name=numb")
+        monkeypatch.setattr("cluster.launch.RolloutActor", numb(tmp_path / "mark"))
+
+        async def scenario(house: House) -> PolicyVersion:
+            last = await train(house)
+            assert house.rollout is not None
+            assert house.rollout.restarts == 1
+            assert house.rollout.failures["install", "unfit"] == 1
+            return last
+
+        last = in_a_house(scenario, run)
+        assert (last.digest, counted(run)) == (twin[0].digest, twin[1])
 
     def test_a_reward_actor_killed_in_the_middle_of_a_step_costs_nothing(
         self, run_file: Path
@@ -205,3 +414,29 @@ class TestOnRay:
         assert [folder.name for folder in saved] == [f"job_{len(before):06d}"]
         last = in_a_house(train, run)
         assert (last.digest, counted(run)) == (twin[0].digest, twin[1])
+
+    @pytest.mark.timeout(900)  # six launches
+    def test_a_driver_killed_in_every_phase_of_a_step_ends_where_its_twin_does(
+        self,
+        run_file: Path,
+        twin: tuple[PolicyVersion, dict[str, list[float]]],
+        elsewhere: Elsewhere,
+    ) -> None:
+        run = begin(run_file, "name=killed")
+        command = ("train", str(run_file), "name=killed")
+        record = run.dir / "checkpoints" / "learner-train" / "checkpoint_manager_snapshot.json"
+        # Each launch resumes what the one before it left. Its policy has so many updates then.
+        deaths = (("rollout", 1), ("rewards", 2), ("learn", 3), ("publish", 4), ("save", 4))
+        for phase, step in deaths:
+            ended = elsewhere.run("tests/cluster/dying.py", phase, str(step), *command)
+            assert ended.returncode == -signal.SIGKILL, ended.stderr
+            logged = read_metrics(run.dir / "metrics.jsonl")["train"]["learner/surrogate"]
+            assert logged.step.tolist()[-1] == (4 if phase == "save" else min(step, 3))
+            if phase == "learn":  # Ray Train writes this in place, and may be killed in between
+                os.truncate(record, record.stat().st_size // 2)
+        ended = elsewhere.run("-m", "cluster.cli", *command)
+        assert ended.returncode == 0, ended.stderr
+        other = run_of(run_file, "twin")
+        assert_same_state(run, other, 5)
+        assert untimed(run) == untimed(other)
+        assert exported_facts(run.result) == exported_facts(other.result)

@@ -11,7 +11,7 @@ import pytest
 import ray
 
 from cluster.pool import Pool
-from orchard.errors import ActorError, DataError
+from orchard.errors import ActorError, DataError, UnfitError
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -45,6 +45,9 @@ class Worker:
 
     def die(self) -> None:
         os._exit(1)
+
+    def doubt(self) -> None:
+        raise UnfitError("2 nats from the learner's")
 
 
 def pool(**changes: Any) -> Pool:
@@ -111,6 +114,25 @@ def test_complaints_are_passed_on_and_not_retried() -> None:
         with pytest.raises(DataError, match="row 3 is bad"):
             await workers.call("complain")
         assert workers.restarts == 0
+        workers.close()
+
+    run(scenario())
+
+
+def test_an_unfit_actor_is_replaced_and_a_second_one_ends_the_run() -> None:
+    async def scenario() -> None:
+        workers = pool(size=1)
+        with pytest.raises(UnfitError, match="2 nats"):
+            await workers.broadcast("doubt", timeout_s=60.0)
+        assert workers.restarts == 1
+        assert workers.failures["doubt", "unfit"] == 2
+
+        async def catch_up(actor: Any) -> None:
+            await actor.doubt.remote()
+
+        workers.on_start = catch_up
+        with pytest.raises(UnfitError, match="2 nats"):
+            await workers.broadcast("doubt", timeout_s=60.0)
         workers.close()
 
     run(scenario())

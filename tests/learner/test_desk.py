@@ -8,10 +8,10 @@ from learner.desk import Desk, Job, Result
 from orchard.types import PolicyVersion, Update
 
 
-def result(number: int, *, saved: bool = False, start: bool = False) -> Result:
+def result(number: int, *, start: bool = False) -> Result:
     metrics = {} if start else {"kl": 0.0}
     update = Update(policy=PolicyVersion(step=number, digest=""), metrics=metrics)
-    return Result(number=number, update=update, weights={}, kept=None, saved=saved)
+    return Result(number=number, update=update, weights={}, kept=None)
 
 
 def test_jobs_are_kept_until_the_second_checkpoint_after_them() -> None:
@@ -20,17 +20,48 @@ def test_jobs_are_kept_until_the_second_checkpoint_after_them() -> None:
         await desk.deliver(result(0, start=True))
         for number in range(1, 6):
             await desk.post(number, Job(kind="update"))
-        for number in (1, 2):
-            await desk.deliver(result(number, saved=number == 2))
+        await desk.deliver(result(1))
+        await desk.deliver(result(2))
+        await desk.saved(2)
         # The group died before Ray Train took note of its checkpoint, and begins anew.
         await desk.deliver(result(0, start=True))
-        assert (await desk.fetch(1)).kind == "update"
-        await desk.deliver(result(2, saved=True))
-        assert (await desk.fetch(1)).kind == "update"
-        await desk.deliver(result(4, saved=True))
+        assert (await desk.fetch(1, saved=0)).kind == "update"
+        await desk.saved(2)
+        assert (await desk.fetch(1, saved=0)).kind == "update"
+        await desk.deliver(result(4))
+        await desk.saved(4)
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(desk.fetch(2), 0.05)
-        assert (await desk.fetch(3)).kind == "update"
+            await asyncio.wait_for(desk.fetch(2, saved=0), 0.05)
+        assert (await desk.fetch(3, saved=2)).kind == "update"
         assert (await desk.collect(4)).restarts == 1
+
+    asyncio.run(scenario())
+
+
+def test_an_order_to_save_comes_before_the_next_job_and_again_after_a_restart() -> None:
+    async def scenario() -> None:
+        desk = Desk()
+        await desk.post(1, Job(kind="update"))
+        ordered = asyncio.ensure_future(desk.order(1))
+        assert (await desk.fetch(1, saved=0)).kind == "update"
+        assert (await desk.fetch(2, saved=0)).kind == "save"
+        assert not ordered.done()
+        await desk.saved(1)
+        assert await ordered == ""
+        await desk.post(2, Job(kind="stop"))
+        assert (await desk.fetch(2, saved=1)).kind == "stop"
+        # A group that came back from the start has job 1 to do and to save once more.
+        assert (await desk.fetch(1, saved=0)).kind == "update"
+        assert (await desk.fetch(2, saved=0)).kind == "save"
+
+    asyncio.run(scenario())
+
+
+def test_a_storage_that_takes_nothing_ends_the_order_with_its_reason() -> None:
+    async def scenario() -> None:
+        desk = Desk()
+        ordered = asyncio.ensure_future(desk.order(1))
+        await desk.refuse("No space left on device")
+        assert await ordered == "No space left on device"
 
     asyncio.run(scenario())

@@ -13,13 +13,14 @@ from orchard.catalogue import Catalogue
 from orchard.config import KlConfig, LearnerConfig
 from orchard.errors import CheckpointError
 from orchard.model import add_dropout
-from orchard.prompts import PromptFormat, Sequences
+from orchard.prompts import PromptFormat, Sequences, Split, rows_as_sequences
 from orchard.testing import tiny_catalogue, tiny_policy, tiny_prompts
 from orchard.types import PolicyVersion, Prompts, ScoredTrees, TrainBatch
 from orchard.weights import digest, snapshot
 from rewards.reward import score
 from rollout import search
 from rollout.engine.torch import TorchEngine
+from rollout.targets import follow
 from rollout.trees import grow
 
 ITEMS = tiny_catalogue(num_items=40)
@@ -60,6 +61,24 @@ def test_supervision_raises_the_likelihood_of_its_sequences() -> None:
     one, rows = learner(), windows()
     losses = [one.supervise(rows)["nll"] for _ in range(40)]
     assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("change", [{}, {"logprob": "full"}, {"dropout": 0.1}])
+def test_rows_are_scored_as_a_search_scores_their_items(change: dict[str, object]) -> None:
+    one = learner(BRISK.model_copy(update=change))
+    drops = one.config.dropout
+    add_dropout(one.policy, drops)
+    one.policy.train()
+    prompts = tiny_prompts(ITEMS, [1, 3, 2])
+    split = Split(
+        user=np.arange(3), history=prompts.history, history_start=prompts.history_start,
+        target=prompts.target,
+    )  # fmt: skip
+    form = PromptFormat(catalogue=ITEMS, vocabulary=tiny_policy(ITEMS)[1])
+    rows = sft.pack_sequences(rows_as_sequences(split, np.arange(3)), np.arange(3), form, FIRST)
+    engine = TorchEngine(tiny_policy(ITEMS)[0], ITEMS.trie, form.vocabulary, FIRST)
+    found = follow(engine, prompts, ITEMS.leaf_of_item[prompts.target])
+    assert np.allclose(one.score(rows), found.score, atol=1e-5)
 
 
 def test_forced_codes_count_where_the_whole_vocabulary_competes() -> None:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ import ray
 
 from orchard import weights
 from orchard.config import RolloutConfig
-from orchard.errors import DataError, EngineError
+from orchard.errors import DataError, EngineError, UnfitError
 from orchard.testing import World, tiny_world
 from orchard.types import PolicyVersion
 from rollout.actor import RolloutActor, Searcher
 from rollout.candidates import Candidates
 from rollout.draws import beam_sample, dynamic
 from rollout.engine.torch import TorchEngine
+from rollout.probe import Probe
 from rollout.search import beam, sample
 
 # More codes at the root than vLLM takes in one list of allowed tokens, and prompts of 1 to 46
@@ -113,6 +115,29 @@ def test_new_weights_are_searched_with_once_they_are_verified(
         assert str(ray.get(actor.search.remote(wide.prompts, 0)).policy) == str(version)
     ray.get(actor.install.remote(wide.version, first))
     assert str(ray.get(actor.version.remote())) == str(wide.version)
+
+
+@pytest.mark.ray
+def test_a_holder_that_computes_something_else_than_the_learner_searches_nothing(
+    actor: Any, wide: World, reference: TorchEngine
+) -> None:
+    best = [int(each.argmax()) for each in wide.leaf_logprob]
+    score = [each[leaf] for each, leaf in zip(wide.leaf_logprob, best, strict=True)]
+    right = Probe(
+        prompts=replace(wide.prompts, id=np.arange(len(best))),
+        leaf=np.array(best),
+        score=np.array(score, np.float32),
+        tolerance=1e-4,
+    )
+    wrong = replace(right, score=right.score + np.float32([0.01, *[0.0] * (len(best) - 1)]))
+    values = weights.snapshot(wide.model)
+    with pytest.raises(UnfitError, match=r"0\.01 nats from the learner's where 0\.0001"):
+        ray.get(actor.install.remote(wide.version, values, wrong))
+    for method, argument in (("rank", 5), ("search", 0)):
+        with pytest.raises(UnfitError, match="failed its probe here"):
+            ray.get(getattr(actor, method).remote(wide.prompts, argument))
+    ray.get(actor.install.remote(wide.version, values, right))
+    assert_same(ray.get(actor.rank.remote(wide.prompts, 5)), beam(reference, wide.prompts, width=5))
 
 
 def searcher(world: World, folder: Path, **options: object) -> Searcher:

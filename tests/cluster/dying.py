@@ -1,0 +1,101 @@
+"""The command line, but in the middle of one phase of one step something kills the driver.
+
+    python dying.py PHASE STEP train RUN.toml ...
+
+A program for tests: what it puts in the place of actors and workers travels to them by value. The
+process that kills the driver does nothing more, as if its machine had gone as well.
+"""
+
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.train import Checkpoint
+
+import cluster.launch
+import learner.train
+from cluster import cli
+from learner.step import Learner
+from orchard.types import PolicyVersion, Prompts, ScoredTrees, SearchTrees
+from rewards.actor import Judge
+from rollout.actor import Searcher
+
+DRIVER = os.getpid()
+PHASE, STEP = sys.argv[1], int(sys.argv[2])
+
+
+def at(phase: str, step: int) -> bool:
+    return phase == PHASE and step == STEP
+
+
+def die(*_: object) -> None:
+    os.kill(DRIVER, signal.SIGKILL)
+    time.sleep(3600)
+
+
+class DyingSearcher(Searcher):
+    def search(self, prompts: Prompts, seed: int, kind: str | None = None) -> SearchTrees:
+        found = super().search(prompts, seed, kind)
+        if at("rollout", found.policy.step):
+            die()
+        return found
+
+
+class DyingJudge(Judge):
+    def score(self, trees: SearchTrees) -> ScoredTrees:
+        scored = super().score(trees)
+        if at("rewards", trees.policy.step):
+            die()
+        return scored
+
+
+def dying_work(task: dict[str, Any]) -> None:
+    from learner.train import work
+
+    update: Callable[..., Any] = Learner._update  # pyright: ignore[reportPrivateUsage]
+    report: Callable[..., None] = ray.train.report
+
+    def dying_update(self: Learner, *arguments: object) -> object:
+        if at("learn", self.updates):
+            self.optimizer.step = die  # the gradients are there, the weights have not moved
+        return update(self, *arguments)
+
+    def torn(checkpoint: Checkpoint, name: str) -> Checkpoint:
+        target = task["assignment"].config.run_dir / "checkpoints" / "learner-train" / name
+        with checkpoint.as_directory() as folder:
+            shutil.copytree(folder, target)
+        for file in Path(target).iterdir():
+            os.truncate(file, file.stat().st_size // 2)
+        die()
+        return checkpoint
+
+    def dying_report(metrics: dict[str, Any], **how: Any) -> None:
+        if at("save", metrics["number"]):
+            how["checkpoint_upload_fn"] = torn
+        report(metrics, **how)
+
+    Learner._update = dying_update  # pyright: ignore
+    ray.train.report = dying_report
+    work(task)
+
+
+class DyingHouse(cluster.launch.House):
+    async def publish(self, policy: PolicyVersion, *rest: Any) -> None:
+        if at("publish", policy.step):
+            die()
+        await super().publish(policy, *rest)
+
+
+if __name__ == "__main__":
+    cluster.launch.RolloutActor = ray.remote(DyingSearcher)
+    cluster.launch.RewardActor = ray.remote(DyingJudge)
+    cluster.launch.House = DyingHouse
+    learner.train.work = dying_work
+    cli.main(sys.argv[3:])
