@@ -26,12 +26,13 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from learner import checkpoint, sft
 from learner.desk import Desk, Job, Result
 from learner.step import Learner
-from orchard import model, value, weights
+from orchard import lora, model, value, weights
 from orchard.catalogue import Catalogue
 from orchard.config import Config, LearnerConfig
 from orchard.errors import ActorError
 from orchard.prompts import PromptFormat, Sequences, Split
 from orchard.rationales import Traces
+from orchard.tasks import Tasks
 from orchard.types import PolicyVersion, TrainBatch, Update
 from orchard.vocabulary import Vocabulary
 from orchard.weights import Weights
@@ -51,6 +52,8 @@ class Assignment:
     """Of the warm start."""
     traces: tuple[Split, Traces] | None
     """What it has instead where it teaches to think: rows and their rationales."""
+    tasks: Tasks | None
+    """What it has instead where it teaches a text model."""
     total_steps: int
 
 
@@ -66,6 +69,7 @@ def work(task: dict[str, Any]) -> None:
     torch.set_num_threads(config.learner.threads)
     policy = model.load(assignment.policy, assignment.vocabulary)
     supervised = assignment.phase == "sft"
+    lora.attach(policy, config.model.lora, seed=config.seed)
     if config.model.value_head and not supervised:
         value.attach(policy, seed=config.seed)
     else:
@@ -90,9 +94,9 @@ def work(task: dict[str, Any]) -> None:
 
     def deliver(metrics: Mapping[str, float], *, saved: bool = False, judged: bool = True) -> None:
         searching = learner.result if supervised else learner.policy
-        values = weights.snapshot(searching)
+        values = lora.snapshot(searching)
         others = judged and searching is not learner.result
-        average = weights.snapshot(learner.result) if others else None
+        average = lora.snapshot(learner.result) if others else None
         if rank == 0:
             version = PolicyVersion(step=number, digest=weights.digest(values))
             update = Update(policy=version, metrics=metrics)
@@ -138,18 +142,23 @@ def _learner_config(config: Config, phase: str) -> LearnerConfig:
 def _epoch(learner: Learner, assignment: Assignment, number: int) -> dict[str, float]:
     """One pass over the sequences in an order drawn from (seed, epoch)."""
     begin, config = time.perf_counter(), assignment.config
-    traces, windows = assignment.traces, cast(Sequences, assignment.sequences)
+    traces, tasks, windows = assignment.traces, assignment.tasks, assignment.sequences
     form = PromptFormat(catalogue=assignment.catalogue, vocabulary=assignment.vocabulary)
     version, forced = PolicyVersion(step=number, digest=""), config.sft.logprob == "full"
 
     def batch(rows: np.ndarray) -> TrainBatch:
+        if tasks is not None:
+            return sft.pack_examples(tasks.examples(rows, form), form, version, forced=forced)
         if traces is not None:
             return sft.pack_traces(*traces, rows, form, version, forced=forced)
-        return sft.pack_sequences(windows, rows, form, version, forced=forced)
+        return sft.pack_sequences(cast(Sequences, windows), rows, form, version, forced=forced)
 
-    order = np.random.Generator(np.random.Philox(key=[config.seed, number])).permutation(
-        len(windows if traces is None else traces[1])
-    )
+    if tasks is not None:
+        order = tasks.epoch(number, seed=config.seed)
+    else:
+        order = np.random.Generator(np.random.Philox(key=[config.seed, number])).permutation(
+            len(cast(Sequences, windows) if traces is None else traces[1])
+        )
     size = config.sft.batch_size
     batches = [order[at : at + size] for at in range(0, len(order), size)]
     measured = [learner.supervise(batch(rows)) for rows in batches]
