@@ -89,7 +89,7 @@ def positions(policy: Path | None) -> int:
 
 def grown(base: Path, words: Vocabulary, *, seed: int) -> PreTrainedModel:
     """The text model of a folder with a row of its embeddings for each token of the policy."""
-    policy = cast(PreTrainedModel, model.load(base))
+    policy = model.load(base)
     known = len(vocabulary.read_tokenizer(base))
     growth.grow(policy, known=known, size=words.size, seed=seed)
     return policy

@@ -104,7 +104,7 @@ def encode(
         lead = specials[:1] if specials[:1] == [tokenizer.bos_token_id] else []
     head, _, tail = template.partition(place)
     before, between, after = (
-        tuple(cast(list[int], tokenizer.encode(text, add_special_tokens=False)))
+        tuple(tokenizer.encode(text, add_special_tokens=False))
         for text in (head, settings.separator, tail)
     )
     frame = Frame(before=(*lead, *before), between=between, after=after, limit=limit)

@@ -9,6 +9,7 @@ Shapes:  B examples   R1 = rows + 1   T tokens   I1 = items + 1
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 from jaxtyping import Int32, Int64
@@ -148,5 +149,5 @@ def prepare(
         shown = form.item_tokens[1] if name == "item_to_title" else title[1]
         if name != "titles":
             frames.check_shown(shown, frame[name], "item" if name == "item_to_title" else "title")
-    end = int(tokenizer.convert_tokens_to_ids(str(tokenizer.eos_token)))
+    end = cast(int, tokenizer.eos_token_id)
     return Tasks(split=split, share=share, frame=frame, title=title, end=end)
