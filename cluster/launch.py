@@ -18,7 +18,8 @@ from cluster.pool import Pool
 from cluster.prepare import Run, open_folder
 from cluster.records import records
 from cluster.session import cpus_needed, ray_session
-from learner.train import Assignment, RemoteLearner
+from learner.assignment import Assignment
+from learner.train import RemoteLearner
 from orchard.errors import ActorError
 from orchard.evaluation import Evaluation
 from orchard.metrics import Logbook
@@ -238,11 +239,12 @@ class House:
         run, config = self.run, self.run.config
         supervised = run.phase == "sft"
         traces = (run.train, run.traces) if supervised and run.traces is not None else None
+        tasks = run.tasks if supervised else None
         windows, per_epoch = None, 0
-        if supervised and traces is None:
+        if supervised and traces is None and tasks is None:
             windows = sequences(run.train, max_history=config.data.max_history)
         if supervised:
-            examples = windows if windows is not None else run.train
+            examples = next(one for one in (tasks, windows, run.train) if one is not None)
             per_epoch = -(-len(examples) // config.sft.batch_size)
         probed = 0 if supervised else min(config.cluster.probe_prompts, len(run.train))
         return Assignment(
@@ -254,6 +256,7 @@ class House:
             vocabulary=run.vocabulary,
             sequences=windows,
             traces=traces,
+            tasks=tasks,
             total_steps=config.sft.epochs * per_epoch
             if supervised
             else config.learner.steps * config.learner.updates_per_batch,

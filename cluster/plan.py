@@ -226,8 +226,10 @@ def sizes_of(run: Run) -> Sizes:
 def skeleton(run: Run) -> PreTrainedModel:
     """The policy without storage for its weights."""
     with torch.device("meta"):
-        if run.policy.is_dir():
-            known = AutoConfig.from_pretrained(run.policy)
+        if (folder := run.base or run.policy).is_dir():
+            known = AutoConfig.from_pretrained(folder)
+            if run.base is not None:
+                known.vocab_size = run.vocabulary.size
             made = cast(PreTrainedModel, AutoModelForCausalLM.from_config(known))
         else:
             made = model.create(run.config.model, run.vocabulary, seed=0)

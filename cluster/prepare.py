@@ -12,12 +12,14 @@ import numpy as np
 from jaxtyping import Float32
 from transformers import PreTrainedTokenizerBase
 
+from cluster import text
 from orchard import catalogue, config, model, rationales, titles, value, vocabulary
 from orchard.catalogue import Catalogue
 from orchard.config import Config, DataConfig
 from orchard.errors import CheckpointError, ConfigError
 from orchard.prompts import PromptFormat, Split, read_split
 from orchard.rationales import Blocks, Traces
+from orchard.tasks import Tasks
 from orchard.types import PolicyVersion
 from orchard.vocabulary import Vocabulary
 from orchard.weights import Weights, restore
@@ -54,6 +56,10 @@ class Run:
     test: Split
     traces: Traces | None = None
     """Rationales of the train rows, where the warm start teaches to think."""
+    tasks: Tasks | None = None
+    """What the warm start of a text model teaches."""
+    base: Path | None = None
+    """Folder of the text model that is to grow into `policy`."""
 
     @property
     def dir(self) -> Path:
@@ -123,7 +129,6 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
     items = read_items(data, tokenizer)
     if policy is not None:
         check_policy(policy, items)
-    policy = policy or settings.run_dir / "scratch"
     splits = {
         name: read_split([data.path / file for file in files], items, max_history=data.max_history)
         for name, files in (("train", data.train), ("valid", [data.valid]), ("test", [data.test]))
@@ -140,19 +145,26 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
     reasons = read_rationales(data, items, splits["train"]) if phase == "sft" else None
     if tokenizer is None:
         tokenizer = new_tokenizer(settings, items, reasons)
+    grows = text.instruct(settings, tokenizer, items, policy)
     tokens, traces = vocabulary.of_codes(tokenizer, items), None
     if settings.thinks:
         tokens = replace(tokens, tags=vocabulary.think_tags(tokenizer))
     if reasons is not None:
         traces = rationales.encode(reasons, tokenizer, cap=settings.rollout.think.block_tokens)
+    text.check_adapters(settings, tokens, policy)
+    lessons = None
+    if phase == "sft":
+        lessons = text.lessons(settings, tokenizer, items, tokens, splits["train"], policy)
     run = Run(
         config=settings,
         phase=phase,
         catalogue=items,
         tokenizer=tokenizer,
         vocabulary=tokens,
-        policy=policy,
+        policy=settings.run_dir / "scratch" if policy is None or grows else policy,
         traces=traces,
+        tasks=lessons,
+        base=policy if grows else None,
         **splits,
     )
     if phase == "train":
@@ -173,13 +185,16 @@ def read_rationales(data: DataConfig, items: Catalogue, train: Split) -> list[Bl
 def new_tokenizer(
     settings: Config, items: Catalogue, reasons: list[Blocks] | None
 ) -> PreTrainedTokenizerBase:
-    """Of a new policy; one that thinks keeps what it was made with when its run goes on."""
-    if reasons is None:
+    """Of a new policy; one that knows text keeps what it was made with when its run goes on."""
+    if reasons is None and settings.prompt.history is None:
         return vocabulary.compact_tokenizer(items)
     scratch = settings.run_dir / "scratch"
     if scratch.is_dir():
         return vocabulary.read_tokenizer(scratch)
-    texts = [block for blocks in reasons for block in blocks]
+    asked = settings.prompt
+    texts = [block for blocks in reasons or [items.title] for block in blocks]
+    if asked.history is not None:
+        texts += [asked.history, asked.separator, asked.titles, asked.title, asked.item]
     return rationales.text_tokenizer(items, texts, size=settings.model.text_tokens)
 
 
@@ -250,7 +265,10 @@ def open_folder(run: Run) -> None:
             "set output to storage that takes writes and has room"
         ) from error
     if run.policy == run.dir / "scratch" and not run.policy.is_dir():
-        fresh = model.create(run.config.model, run.vocabulary, seed=run.config.seed)
+        if run.base is not None:
+            fresh = text.grown(run.base, run.vocabulary, seed=run.config.seed)
+        else:
+            fresh = model.create(run.config.model, run.vocabulary, seed=run.config.seed)
         _save(run, run.policy, fresh, PolicyVersion(step=0, digest=""), {})
 
 

@@ -5,8 +5,9 @@ and is scored by the same function. The loss is the mean negative log-probabilit
 the fresh items, under the trie-renormalised policy (forced codes drop out by themselves) or over
 the whole vocabulary.
 
-A policy that is to think is shown a row of the split with its rationale instead, and learns what it
-would choose in a rollout: the text of each block, its closing tag, and the codes of the target.
+Other policies are shown questions and learn the answers alone: one that is to think a row of the
+split with its rationale, of which it learns what it would choose in a rollout (the text of each
+block, its closing tag, and the codes of the target), a text model the tasks of `orchard.tasks`.
 
 Shapes:  B rows   Q1 entries of starts   T tokens   E choices
 """
@@ -19,6 +20,7 @@ from torch import Tensor
 from orchard import ragged
 from orchard.prompts import PromptFormat, Sequences, Split, code_states
 from orchard.rationales import Traces
+from orchard.tasks import Examples
 from orchard.types import PolicyVersion, SearchTrees, TrainBatch
 
 
@@ -68,23 +70,46 @@ def pack_traces(
 
     Opening tags are forced in rollouts, and so are read but not learned here.
     """
-    prompts, target = form.prompts(split, rows), split.target[rows]
-    text, text_start = traces.of(rows)
-    before, after = code_states(form.catalogue, target)
-    depth = before.shape[1]
-    codes = form.tokens(target, np.arange(len(rows) + 1))[0].reshape(-1, depth + 1)[:, 1:]
-    asked, thought = np.diff(prompts.token_start), np.diff(text_start)
-    start = ragged.starts(asked + thought + depth)
-    place, owner = ragged.places(start), ragged.owners(start)
-    kind = (place >= asked[owner]).astype(int) + (place >= (asked + thought)[owner])
-    token = np.empty(len(place), np.int32)
-    token[kind == 0], token[kind == 1], token[kind == 2] = prompts.token, text, codes.reshape(-1)
+    prompts = form.prompts(split, rows)
     assert form.vocabulary.tags is not None, "rationales need a vocabulary with tags"
-    written = np.flatnonzero((kind == 1) & (token != form.vocabulary.tags.open))
-    children = form.catalogue.trie.num_children(torch.from_numpy(before.reshape(-1))).numpy()
+    examples = Examples(
+        asked=(prompts.token, prompts.token_start),
+        written=traces.of(rows),
+        target=split.target[rows],
+    )
+    return pack_examples(examples, form, policy, forced=forced, unlearned=form.vocabulary.tags.open)
+
+
+def pack_examples(
+    examples: Examples,
+    form: PromptFormat,
+    policy: PolicyVersion,
+    *,
+    forced: bool = False,
+    unlearned: int = -1,
+) -> TrainBatch:
+    """Questions and answers as a batch; `forced` as in `pack_sequences`.
+
+    Written text is learned but for the token `unlearned`.
+    """
+    (asked, asked_start), (text, text_start) = examples.asked, examples.written
+    item = examples.target[examples.target >= 0]
+    before, after = code_states(form.catalogue, item)
+    exists = after >= 0
+    codes, _ = ragged.take(*form.item_tokens, item)
+    depth = np.zeros(len(examples.target), np.int64)
+    depth[examples.target >= 0] = exists.sum(1)
+    shown, written = np.diff(asked_start), np.diff(text_start)
+    start = ragged.starts(shown + written + depth)
+    place, owner = ragged.places(start), ragged.owners(start)
+    kind = (place >= shown[owner]).astype(int) + (place >= (shown + written)[owner])
+    token = np.empty(len(place), np.int32)
+    token[kind == 0], token[kind == 1], token[kind == 2] = asked, text, codes
+    learned = np.flatnonzero((kind == 1) & (token != unlearned))
+    children = form.catalogue.trie.num_children(torch.from_numpy(before[exists])).numpy()
     free = forced | (children > 1)
-    chosen = np.concatenate([written, np.flatnonzero(kind == 2)[free]])
-    nowhere = np.full(len(written), SearchTrees.FREE_TEXT)
+    chosen = np.concatenate([learned, np.flatnonzero(kind == 2)[free]])
+    nowhere = np.full(len(learned), SearchTrees.FREE_TEXT)
     return _batch(
         form,
         policy,
@@ -92,8 +117,8 @@ def pack_traces(
         start,
         owner[chosen],
         place[chosen] - 1,
-        np.concatenate([nowhere, before.reshape(-1)[free]]),
-        np.concatenate([token[written].astype(np.int64), after.reshape(-1)[free]]),
+        np.concatenate([nowhere, before[exists][free]]),
+        np.concatenate([token[learned].astype(np.int64), after[exists][free]]),
     )
 
 

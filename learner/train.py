@@ -13,9 +13,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import ray
@@ -27,38 +26,14 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from learner import checkpoint, sft
+from learner import checkpoint
+from learner.assignment import Assignment, epoch, learner_config, probe_of
 from learner.desk import Desk, Job, Result
 from learner.step import Learner
-from orchard import model, value, weights
-from orchard.catalogue import Catalogue
-from orchard.config import Config, LearnerConfig
+from orchard import lora, model, value, weights
 from orchard.errors import ActorError, CheckpointError
-from orchard.prompts import PromptFormat, Sequences, Split
-from orchard.rationales import Traces
 from orchard.types import PolicyVersion, TrainBatch, Update
-from orchard.vocabulary import Vocabulary
 from orchard.weights import Weights
-
-
-@dataclass(frozen=True, kw_only=True)
-class Assignment:
-    """All that a worker needs; identical on every rank."""
-
-    config: Config
-    phase: Literal["sft", "train"]
-    policy: Path
-    """Hugging Face folder of the policy to start from."""
-    catalogue: Catalogue
-    vocabulary: Vocabulary
-    sequences: Sequences | None
-    """Of the warm start."""
-    traces: tuple[Split, Traces] | None
-    """What it has instead where it teaches to think: rows and their rationales."""
-    total_steps: int
-    probe: Sequences | None = None
-    """Rows whose last item is scored with every version, for its holders to compare with."""
-
 
 DeskActor: Any = ray.remote(Desk)
 
@@ -75,6 +50,7 @@ def work(task: dict[str, Any]) -> None:
     torch.set_num_threads(config.learner.threads)
     policy = model.load(assignment.policy, assignment.vocabulary)
     supervised = assignment.phase == "sft"
+    lora.attach(policy, config.model.lora, seed=config.seed)
     if config.model.value_head and not supervised:
         value.attach(policy, seed=config.seed)
     else:
@@ -84,7 +60,7 @@ def work(task: dict[str, Any]) -> None:
         policy,
         assignment.catalogue.trie,
         assignment.vocabulary,
-        _learner_config(config, assignment.phase),
+        learner_config(config, assignment.phase),
         total_steps=assignment.total_steps,
         average=config.sft.average if supervised else config.learner.average,
         temperature=1.0 if supervised else config.rollout.temperature,
@@ -101,9 +77,9 @@ def work(task: dict[str, Any]) -> None:
 
     def deliver(metrics: Mapping[str, float], *, judged: bool = True) -> None:
         searching = learner.result if supervised else learner.policy
-        values = weights.snapshot(searching)
+        values = lora.snapshot(searching)
         others = judged and searching is not learner.result
-        average = weights.snapshot(learner.result) if others else None
+        average = lora.snapshot(learner.result) if others else None
         probed = None if probe is None else learner.score(probe)
         if rank == 0:
             version = PolicyVersion(step=number, digest=weights.digest(values))
@@ -114,7 +90,7 @@ def work(task: dict[str, Any]) -> None:
             result = Result(number=number, update=update, weights=values, kept=kept, probed=probed)
             ray.get(desk.deliver.remote(result))
 
-    probe = None if assignment.probe is None else _probe(assignment, assignment.probe)
+    probe = None if assignment.probe is None else probe_of(assignment, assignment.probe)
     saved_job = number
     deliver({})
     while (job := _next(desk, number, saved_job)).kind != "stop":
@@ -128,65 +104,15 @@ def work(task: dict[str, Any]) -> None:
         number += 1
         torch.manual_seed(hash((config.seed, number, rank)) % 2**63)
         if job.kind == "epoch":
-            metrics = _epoch(learner, assignment, number)
+            metrics = epoch(learner, assignment, number)
         else:
             metrics = learner.improve(cast(TrainBatch, ray.get(job.batch[0])))
         deliver(metrics, judged=job.judged)
 
 
-def _probe(assignment: Assignment, rows: Sequences) -> TrainBatch:
-    form = PromptFormat(catalogue=assignment.catalogue, vocabulary=assignment.vocabulary)
-    nobody = PolicyVersion(step=0, digest="")
-    return sft.pack_sequences(rows, np.arange(len(rows)), form, nobody)
-
-
 def _next(desk: Any, number: int, saved: int) -> Job:
     """What to do after job `number`, when the newest checkpoint is that of job `saved`."""
     return ray.get(desk.fetch.remote(number + 1, saved=saved))
-
-
-def _learner_config(config: Config, phase: str) -> LearnerConfig:
-    """The learner's section, with the warm start's own rates where it is the warm start."""
-    if phase == "train":
-        return config.learner
-    own = config.sft
-    return config.learner.model_copy(
-        update={
-            "logprob": own.logprob,
-            "lr": own.lr,
-            "warmup": own.warmup,
-            "final_lr": own.final_lr,
-            "weight_decay": own.weight_decay,
-            "grad_clip": own.grad_clip,
-            "kl": config.learner.kl.model_copy(update={"weight": 0.0}),
-        }
-    )
-
-
-def _epoch(learner: Learner, assignment: Assignment, number: int) -> dict[str, float]:
-    """One pass over the sequences in an order drawn from (seed, epoch)."""
-    begin, config = time.perf_counter(), assignment.config
-    traces, windows = assignment.traces, cast(Sequences, assignment.sequences)
-    form = PromptFormat(catalogue=assignment.catalogue, vocabulary=assignment.vocabulary)
-    version, forced = PolicyVersion(step=number, digest=""), config.sft.logprob == "full"
-
-    def batch(rows: np.ndarray) -> TrainBatch:
-        if traces is not None:
-            return sft.pack_traces(*traces, rows, form, version, forced=forced)
-        return sft.pack_sequences(windows, rows, form, version, forced=forced)
-
-    order = np.random.Generator(np.random.Philox(key=[config.seed, number])).permutation(
-        len(windows if traces is None else traces[1])
-    )
-    size = config.sft.batch_size
-    batches = [order[at : at + size] for at in range(0, len(order), size)]
-    measured = [learner.supervise(batch(rows)) for rows in batches]
-    return {
-        "loss": float(np.mean([m["nll"] for m in measured])),
-        "grad_norm": float(np.mean([m["grad_norm"] for m in measured])),
-        "lr": measured[-1]["lr"],
-        "epoch_s": time.perf_counter() - begin,
-    }
 
 
 def _save(learner: Learner, number: int, catalogue: str, rank: int) -> str | None:

@@ -21,6 +21,9 @@ from orchard.errors import CheckpointError, DataError
 from orchard.trie import Children, Trie
 from orchard.vocabulary import Vocabulary
 
+POSITIONS = 4096
+"""Of a policy made from scratch."""
+
 
 def create(config: ModelConfig, vocabulary: Vocabulary, *, seed: int) -> PreTrainedModel:
     """A small Qwen3 with tied embeddings from scratch; equal seeds give equal weights."""
@@ -35,7 +38,7 @@ def create(config: ModelConfig, vocabulary: Vocabulary, *, seed: int) -> PreTrai
                 num_attention_heads=config.heads,
                 num_key_value_heads=config.kv_heads,
                 head_dim=max(32, config.hidden_size // config.heads),
-                max_position_embeddings=4096,
+                max_position_embeddings=POSITIONS,
                 tie_word_embeddings=True,
                 bos_token_id=vocabulary.bos,
                 pad_token_id=vocabulary.pad,

@@ -1,7 +1,7 @@
 """Data splits, and what the policy reads of them.
 
-A row of a split is a history of items and the item that followed. A compact policy reads
-`<bos>` and the codes of the history, oldest item first.
+A row of a split is a history of items and the item that followed. A policy reads the codes of the
+history, oldest item first, within the frame of its vocabulary (see `orchard.frames`).
 
 Shapes:  R rows   H history items   B prompts   Q sequences   T tokens   (R1 = R + 1, and so on)
 """
@@ -20,6 +20,7 @@ from jaxtyping import Int, Int32, Int64
 from orchard import ragged
 from orchard.catalogue import Catalogue
 from orchard.errors import DataError
+from orchard.frames import fill
 from orchard.tables import read_table
 from orchard.types import Prompts
 from orchard.vocabulary import Vocabulary
@@ -100,7 +101,7 @@ class PromptFormat:
     vocabulary: Vocabulary
 
     @cached_property
-    def _item_tokens(self) -> tuple[Int32[np.ndarray, " T"], Int64[np.ndarray, " I1"]]:
+    def item_tokens(self) -> tuple[Int32[np.ndarray, " T"], Int64[np.ndarray, " I1"]]:
         """Tokens of every item, ragged."""
         codes = self.catalogue.codes
         table = np.full(codes.shape, -1, dtype=np.int32)
@@ -114,15 +115,8 @@ class PromptFormat:
     def tokens(
         self, item: Int64[np.ndarray, " H"], start: Int64[np.ndarray, " R1"]
     ) -> tuple[Int32[np.ndarray, " T"], Int64[np.ndarray, " R1"]]:
-        """`<bos>` and the codes of each row's items."""
-        token, token_start = ragged.take(*self._item_tokens, item)
-        bounds = token_start[start]  # item boundaries to row boundaries, counted in tokens
-        out_start = bounds + np.arange(len(bounds))  # one <bos> before each row
-        out = np.full(int(out_start[-1]), self.vocabulary.bos, dtype=np.int32)
-        body = np.ones(len(out), dtype=bool)
-        body[out_start[:-1]] = False
-        out[body] = token
-        return out, out_start
+        """The codes of each row's items within the frame, the most recent that fit."""
+        return fill(self.vocabulary.frame, self.item_tokens, item, start)
 
     def prompts(self, split: Split, rows: Int64[np.ndarray, " B"]) -> Prompts:
         """The given rows as the policy reads them."""

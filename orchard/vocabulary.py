@@ -19,8 +19,10 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from orchard import frames
 from orchard.catalogue import Catalogue
 from orchard.errors import CatalogueError, DataError
+from orchard.frames import Frame
 from orchard.trie import Trie
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
@@ -53,6 +55,13 @@ class Vocabulary:
     """Number of token ids, hence of rows of the model's head."""
     tags: Tags | None = None
     """Of a policy that thinks before it names an item."""
+    instruction: Frame | None = None
+    """Around the items of a text policy's prompt."""
+
+    @property
+    def frame(self) -> Frame:
+        """Around the items of a prompt; of a compact policy `<bos>` alone."""
+        return self.instruction or Frame(before=(self.bos,))
 
     def slice_of(self, level: Int[Tensor, " F"]) -> Int[Tensor, " F"]:
         """Index into `level_tokens` for the codes chosen at each 0-based level."""
@@ -173,4 +182,10 @@ def _with_specials(
 ) -> Vocabulary:
     pad = known.get(str(tokenizer.pad_token), 0)
     bos = known.get(str(tokenizer.bos_token), pad)
-    return Vocabulary(level_tokens=levels, bos=bos, pad=pad, size=len(tokenizer))
+    return Vocabulary(
+        level_tokens=levels,
+        bos=bos,
+        pad=pad,
+        size=len(tokenizer),
+        instruction=frames.of(tokenizer),
+    )

@@ -273,7 +273,7 @@ def _by(*labels: str) -> str:
     return " ".join(f"{{{{{label}}}}}" for label in labels)
 
 
-def _rate(metric: str, *by: str) -> tuple[str, str]:
+def _served(metric: str, *by: str) -> tuple[str, str]:
     return _serve(metric, *by), _by(*by)
 
 
@@ -289,9 +289,9 @@ SERVING = Board(
     rows=(
         (
             _graph("Requests", "reqps", "At Serve's proxies.",
-                   _rate("ray_serve_num_http_requests_total", "route")),
+                   _served("ray_serve_num_http_requests_total", "route")),
             _graph("Errors", "reqps", "Answered with an error, by code.",
-                   _rate("ray_serve_num_http_error_requests_total", "error_code")),
+                   _served("ray_serve_num_http_error_requests_total", "error_code")),
             _graph("Latency", "ms", "At the proxy.",
                    *_latency("ray_serve_http_request_latency_ms", "route")),
         ),
@@ -300,7 +300,7 @@ SERVING = Board(
                    *_latency("ray_serve_deployment_processing_latency_ms", "deployment")),
             _graph(
                 "Requests by deployment", "reqps", "And exceptions.",
-                _rate("ray_serve_deployment_request_counter_total", "deployment"),
+                _served("ray_serve_deployment_request_counter_total", "deployment"),
                 (_serve("ray_serve_deployment_error_counter_total", "deployment"),
                  "{{deployment}} failed"),
             ),
@@ -310,14 +310,14 @@ SERVING = Board(
         (
             _graph(
                 "Answers", "reqps", "By variant and source; `popularity` is the fallback.",
-                _rate("ray_orchard_serve_requests_total", "variant", "source"),
+                _served("ray_orchard_serve_requests_total", "variant", "source"),
                 (_serve("ray_orchard_serve_cache_hits_total", "variant"), "{{variant}} cached"),
             ),
             _graph("Answers by policy", "reqps", "While policies are switched there are two.",
-                   _rate("ray_orchard_serve_requests_total", "policy")),
+                   _served("ray_orchard_serve_requests_total", "policy")),
             _graph(
                 "Refusals and fallbacks", "reqps", "And illegal items, which must not be.",
-                _rate("ray_orchard_serve_refused_total", "kind"),
+                _served("ray_orchard_serve_refused_total", "kind"),
                 (_serve("ray_orchard_serve_fallbacks_total", "reason"), "fallback: {{reason}}"),
                 (_serve("ray_orchard_serve_illegal_total", "variant"), "illegal: {{variant}}"),
             ),
@@ -342,7 +342,7 @@ SERVING = Board(
             _graph("Healthy replicas", "none", "Of all deployments.",
                    ("sum(ray_serve_deployment_replica_healthy)", "replicas")),
             _graph("Failed health checks", "cps", "By deployment.",
-                   _rate("ray_serve_health_check_failures_total", "deployment")),
+                   _served("ray_serve_health_check_failures_total", "deployment")),
         ),
     ),
 )  # fmt: skip

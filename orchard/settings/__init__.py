@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from orchard.settings.data import DataConfig
 from orchard.settings.learner import KlConfig, LearnerConfig, StepConfig, ValueConfig
-from orchard.settings.model import ModelConfig, SftConfig
+from orchard.settings.model import LoraConfig, ModelConfig, PromptConfig, SftConfig, TasksConfig
 from orchard.settings.rewards import (
     CollaborativeConfig,
     ListwiseConfig,
@@ -32,13 +32,16 @@ __all__ = [
     "KlConfig",
     "LearnerConfig",
     "ListwiseConfig",
+    "LoraConfig",
     "ModelConfig",
+    "PromptConfig",
     "RewardsConfig",
     "RolloutConfig",
     "ScorerConfig",
     "ServeConfig",
     "SftConfig",
     "StepConfig",
+    "TasksConfig",
     "ThinkConfig",
     "ValueConfig",
     "VariantConfig",
@@ -55,6 +58,7 @@ class Config(Section):
     output: Path = Path("runs")
     data: DataConfig
     model: ModelConfig = ModelConfig()
+    prompt: PromptConfig = PromptConfig()
     sft: SftConfig = SftConfig()
     rollout: RolloutConfig = RolloutConfig()
     rewards: RewardsConfig = RewardsConfig()
@@ -67,9 +71,12 @@ class Config(Section):
     @property
     def thinks(self) -> bool:
         """If the policy writes, or is taught to write, blocks of thought."""
-        data = self.data
-        taught = data.rationales is not None or data.rationale_template is not None
-        return taught or self.rollout.search == "think" or self.evaluate.think
+        return self.teaches_thinking or self.rollout.search == "think" or self.evaluate.think
+
+    @property
+    def teaches_thinking(self) -> bool:
+        """If the warm start has rationales."""
+        return self.data.rationales is not None or self.data.rationale_template is not None
 
     @property
     def run_dir(self) -> Path:
@@ -119,6 +126,17 @@ class Config(Section):
                 "set one of them"
             )
         thinks = self.rollout.search == "think"
+        if self.prompt.history is not None and self.data.titles:
+            raise ValueError(
+                "prompt.history writes items as semantic IDs, data.titles = true as titles; "
+                "leave one of them out"
+            )
+        taught = any(self.sft.tasks.model_dump().values())
+        if taught and (self.prompt.history is None or self.teaches_thinking):
+            raise ValueError(
+                "sft.tasks are tasks of a text model that is not taught to think; set "
+                "prompt.history and no rationales, or leave them at 0"
+            )
         if self.thinks and (self.data.titles or self.data.varying_depth):
             raise ValueError(
                 "a policy that thinks has a block for each code, and so needs semantic IDs of one "
@@ -133,6 +151,12 @@ class Config(Section):
             raise ValueError(
                 "learner.step.think_only = true leaves nothing to learn without thoughts; set "
                 'rollout.search = "think"'
+            )
+        lora, learner = self.model.lora, self.learner
+        if lora.rank and learner.parallel == "fsdp" and learner.workers > 1:
+            raise ValueError(
+                f"model.lora.rank = {lora.rank} merges whole matrices, which "
+                'learner.parallel = "fsdp" splits; set it to "ddp"'
             )
         if 0 < self.learner.dual_clip <= 1:
             raise ValueError(

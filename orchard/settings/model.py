@@ -1,9 +1,75 @@
 """The policy and its supervised warm start."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator
 
 from orchard.settings.section import NonNegative, Positive, Rate, Section, Share
+
+
+def _template(place: str) -> AfterValidator:
+    """A text that names the place once."""
+
+    def check(text: str) -> str:
+        if text.count(place) != 1:
+            raise ValueError(
+                f"a template has {place} once, this one {text.count(place)} times; write it where "
+                "the items belong"
+            )
+        return text
+
+    return AfterValidator(check)
+
+
+class PromptConfig(Section):
+    """Instructions for a text model; a compact policy has none."""
+
+    history: Annotated[str, _template("{history}")] | None = None
+    """Template with `{history}` where the items belong; it makes the policy a text model, to whose
+    tokenizer a token for each code is added."""
+    separator: str = ", "
+    """Between two items."""
+    titles: Annotated[str, _template("{history}")] = (
+        "A customer bought, oldest first: {history}. The semantic ID of the next item is "
+    )
+    """As `history`, for the task that shows the history's titles."""
+    title: Annotated[str, _template("{title}")] = "The semantic ID of the item '{title}' is "
+    """For the task that asks for the item of a title."""
+    item: Annotated[str, _template("{item}")] = "The title of the item {item} is:"
+    """For the task that asks for the title of an item."""
+    chat: bool = False
+    """Wrap instructions in the tokenizer's own chat template, as what the user says."""
+    max_tokens: Positive | None = None
+    """Of a prompt; the oldest items give way. By default all positions of the model but those of
+    the answer."""
+
+
+class TasksConfig(Section):
+    """What a text model is taught beside history -> item: examples per row of the split."""
+
+    titles: Rate = 0.0
+    """Titles of the history -> item."""
+    title_to_item: Rate = 0.0
+    item_to_title: Rate = 0.0
+
+    @property
+    def share(self) -> dict[str, float]:
+        """Examples of each task per row of the split."""
+        return {"history": 1.0, **self.model_dump()}
+
+
+class LoraConfig(Section):
+    """Low-rank adapters in place of training every weight; embeddings are trained whole."""
+
+    rank: NonNegative = 0
+    """0 trains every weight."""
+    alpha: Positive = 32
+    """Adapters count alpha / rank times."""
+    dropout: Share = 0.0
+    """Of what adapters read, in the supervised warm start and where `learner.dropout` is set."""
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    """Last names of the linear modules that get one."""
 
 
 class ModelConfig(Section):
@@ -12,7 +78,8 @@ class ModelConfig(Section):
     path: Path | None = None
     """Folder of a saved policy; by default a small Qwen3 is made from the sizes below."""
     text_tokens: Positive = 512
-    """Text tokens of a new policy that thinks, found in its rationales; at least the 256 bytes."""
+    """Text tokens of a new policy that reads or writes text, found in its rationales or in the
+    items' titles; at least the 256 bytes."""
     hidden_size: Positive = 128
     intermediate_size: Positive = 384
     layers: Positive = 4
@@ -20,6 +87,7 @@ class ModelConfig(Section):
     kv_heads: Positive = 2
     dropout: Share = 0.2
     """Of embeddings and of each block's output, in the supervised warm start only."""
+    lora: LoraConfig = LoraConfig()
     value_head: bool = False
     """Teach the policy, in reinforcement learning, what a prefix is worth (see `learner.value`);
     `rollout.search = "ved"` is guided by it."""
@@ -50,3 +118,4 @@ class SftConfig(Section):
     valid_beams: Positive = 20
     patience: Positive = 5
     """Stop after so many epochs without a better NDCG@10 on the validation rows."""
+    tasks: TasksConfig = TasksConfig()

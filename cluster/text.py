@@ -1,0 +1,95 @@
+"""What a run with a text model adds before anything starts: tokens, instruction, tasks."""
+
+from pathlib import Path
+from typing import cast
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from orchard import frames, growth, lora, model, tasks, vocabulary
+from orchard.catalogue import Catalogue
+from orchard.config import Config
+from orchard.errors import ConfigError
+from orchard.prompts import PromptFormat, Split
+from orchard.tasks import Tasks
+from orchard.vocabulary import Vocabulary
+
+
+def instruct(
+    settings: Config, tokenizer: PreTrainedTokenizerBase, items: Catalogue, policy: Path | None
+) -> bool:
+    """Give the tokenizer the items' tokens and the instruction; if it lacked any of the tokens.
+
+    Raises:
+        CatalogueError, ConfigError, DataError: one sentence each.
+    """
+    template = settings.prompt.history
+    if template is None:
+        return False
+    added = growth.add_tokens(tokenizer, items, tags=settings.thinks)
+    room = positions(policy) - items.trie.depth
+    if settings.thinks:  # a block for each code, with both tags
+        room -= items.trie.depth * (settings.rollout.think.block_tokens + 1)
+    if room < 1:
+        raise ConfigError(
+            f"an answer leaves {room} of the policy's {positions(policy)} positions to its prompt; "
+            "lower rollout.think.block_tokens, or take a model with more"
+        )
+    limit = min(room, settings.prompt.max_tokens or room)
+    frame = frames.encode(template, "{history}", tokenizer, settings.prompt, limit=limit)
+    frames.give(tokenizer, frame)
+    return added > 0
+
+
+def lessons(
+    settings: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Catalogue,
+    words: Vocabulary,
+    train: Split,
+    policy: Path | None,
+) -> Tasks | None:
+    """What the warm start of a text model teaches; None where it is shown rationales instead."""
+    if settings.prompt.history is None or settings.teaches_thinking:
+        return None
+    return tasks.prepare(
+        train,
+        PromptFormat(catalogue=items, vocabulary=words),
+        tokenizer,
+        settings.prompt,
+        settings.sft.tasks.share,
+        positions=positions(policy),
+    )
+
+
+def check_adapters(settings: Config, words: Vocabulary, policy: Path | None) -> None:
+    """Raise ConfigError where the policy cannot have the adapters that the run asks for."""
+    if settings.model.lora.rank == 0:
+        return
+    with torch.device("meta"):
+        if policy is None:
+            made = model.create(settings.model, words, seed=0)
+        else:
+            known = AutoConfig.from_pretrained(policy)
+            made = cast(PreTrainedModel, AutoModelForCausalLM.from_config(known))
+    lora.check(made, settings.model.lora)
+
+
+def positions(policy: Path | None) -> int:
+    """Tokens of the longest text that a policy reads and writes."""
+    if policy is None:
+        return model.POSITIONS
+    return int(getattr(AutoConfig.from_pretrained(policy), "max_position_embeddings", 1 << 30))
+
+
+def grown(base: Path, words: Vocabulary, *, seed: int) -> PreTrainedModel:
+    """The text model of a folder with a row of its embeddings for each token of the policy."""
+    policy = model.load(base)
+    known = len(vocabulary.read_tokenizer(base))
+    growth.grow(policy, known=known, size=words.size, seed=seed)
+    return policy

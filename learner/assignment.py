@@ -1,0 +1,95 @@
+"""What a learner is asked to do, and how a warm start goes through its examples; no Ray."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast
+
+import numpy as np
+
+from learner import sft
+from learner.step import Learner
+from orchard.catalogue import Catalogue
+from orchard.config import Config, LearnerConfig
+from orchard.prompts import PromptFormat, Sequences, Split
+from orchard.rationales import Traces
+from orchard.tasks import Tasks
+from orchard.types import PolicyVersion, TrainBatch
+from orchard.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """All that a worker needs; identical on every rank."""
+
+    config: Config
+    phase: Literal["sft", "train"]
+    policy: Path
+    """Hugging Face folder of the policy to start from."""
+    catalogue: Catalogue
+    vocabulary: Vocabulary
+    sequences: Sequences | None
+    """Of the warm start."""
+    traces: tuple[Split, Traces] | None
+    """What it has instead where it teaches to think: rows and their rationales."""
+    tasks: Tasks | None
+    """What it has instead where it teaches a text model."""
+    total_steps: int
+    probe: Sequences | None = None
+    """Rows whose last item is scored with every version, for its holders to compare with."""
+
+
+def learner_config(config: Config, phase: str) -> LearnerConfig:
+    """The learner's section, with the warm start's own rates where it is the warm start."""
+    if phase == "train":
+        return config.learner
+    own = config.sft
+    return config.learner.model_copy(
+        update={
+            "logprob": own.logprob,
+            "lr": own.lr,
+            "warmup": own.warmup,
+            "final_lr": own.final_lr,
+            "weight_decay": own.weight_decay,
+            "grad_clip": own.grad_clip,
+            "kl": config.learner.kl.model_copy(update={"weight": 0.0}),
+        }
+    )
+
+
+def epoch(learner: Learner, assignment: Assignment, number: int) -> dict[str, float]:
+    """One pass over the sequences in an order drawn from (seed, epoch)."""
+    begin, config = time.perf_counter(), assignment.config
+    traces, tasks, windows = assignment.traces, assignment.tasks, assignment.sequences
+    form = PromptFormat(catalogue=assignment.catalogue, vocabulary=assignment.vocabulary)
+    version, forced = PolicyVersion(step=number, digest=""), config.sft.logprob == "full"
+
+    def batch(rows: np.ndarray) -> TrainBatch:
+        if tasks is not None:
+            return sft.pack_examples(tasks.examples(rows, form), form, version, forced=forced)
+        if traces is not None:
+            return sft.pack_traces(*traces, rows, form, version, forced=forced)
+        return sft.pack_sequences(cast(Sequences, windows), rows, form, version, forced=forced)
+
+    if tasks is not None:
+        order = tasks.epoch(number, seed=config.seed)
+    else:
+        order = np.random.Generator(np.random.Philox(key=[config.seed, number])).permutation(
+            len(cast(Sequences, windows) if traces is None else traces[1])
+        )
+    size = config.sft.batch_size
+    batches = [order[at : at + size] for at in range(0, len(order), size)]
+    measured = [learner.supervise(batch(rows)) for rows in batches]
+    return {
+        "loss": float(np.mean([m["nll"] for m in measured])),
+        "grad_norm": float(np.mean([m["grad_norm"] for m in measured])),
+        "lr": measured[-1]["lr"],
+        "epoch_s": time.perf_counter() - begin,
+    }
+
+
+def probe_of(assignment: Assignment, rows: Sequences) -> TrainBatch:
+    """The rows as a batch whose choices a learner can score."""
+    form = PromptFormat(catalogue=assignment.catalogue, vocabulary=assignment.vocabulary)
+    nobody = PolicyVersion(step=0, digest="")
+    return sft.pack_sequences(rows, np.arange(len(rows)), form, nobody)

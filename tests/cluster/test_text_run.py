@@ -1,0 +1,299 @@
+"""A text model from its folder to an update, without starting an actor."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from cluster.loop import assemble
+from cluster.prepare import Run, export, open_folder, prepare
+from learner.sft import pack_examples
+from learner.step import Learner
+from orchard import config, frames, model, vocabulary
+from orchard.config import Config, ModelConfig
+from orchard.errors import CatalogueError, ConfigError, DataError
+from orchard.synth import WorldParams, write_world
+from orchard.testing import save_policy
+from orchard.titles import tokenizer_of
+from orchard.types import PolicyVersion, SearchTrees
+from orchard.vocabulary import sid_token
+from orchard.weights import digest, snapshot
+from rewards.reward import score
+from rollout.actor import Searcher
+
+VERSION = PolicyVersion(step=0, digest="")
+TEMPLATE = "Bought: {history}. Next is "
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world") / "data"
+    write_world(folder, WorldParams(num_items=80, num_users=120, level_size=(5, 6, 7)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def language(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny text model that has never heard of semantic IDs."""
+    folder = tmp_path_factory.mktemp("language")
+    titles = pq.read_table(data / "items.parquet")["title"].to_pylist()
+    tokenizer = tokenizer_of([*titles, TEMPLATE], 400)
+    words = vocabulary.Vocabulary(
+        level_tokens=(torch.tensor([0]),), bos=1, pad=0, size=len(tokenizer) + 16
+    )
+    sizes = ModelConfig(hidden_size=32, intermediate_size=48, layers=1, heads=2, kv_heads=1)
+    save_policy(model.create(sizes, words, seed=3), tokenizer, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def settings(
+    data: Path, language: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Config]:
+    folder = tmp_path_factory.mktemp("runs")
+    path = folder / "run.toml"
+    path.write_text(
+        f"""
+        name = "speaker"
+        output = "{folder}"
+        data = {{path = "{data}"}}
+        model = {{path = "{language}"}}
+        prompt = {{history = "{TEMPLATE}"}}
+        sft.logprob = "full"
+        sft.tasks = {{titles = 0.5, title_to_item = 0.25, item_to_title = 0.25}}
+        rewards = {{weights = {{rule = 1.0}}}}
+        rollout = {{engine = "torch", candidates = 4, threads = 1}}
+        """
+    )
+    return lambda *changes: config.load(path, changes)
+
+
+@pytest.fixture(scope="module")
+def opened(settings: Callable[..., Config]) -> Run:
+    run = prepare(settings(), "sft")
+    open_folder(run)
+    return run
+
+
+def spelled(run: Run, item: int) -> str:
+    """The code tokens of an item."""
+    codes: list[int] = run.catalogue.codes[item].tolist()
+    return "".join(sid_token(level, code) for level, code in enumerate(codes))
+
+
+def learner(run: Run, policy: model.PreTrainedModel, *, lr: float = 1e-2) -> Learner:
+    rates = run.config.learner.model_copy(update={"lr": lr})
+    return Learner(policy, run.catalogue.trie, run.vocabulary, rates, total_steps=100)
+
+
+def test_a_text_model_gets_a_row_for_each_code_near_the_mean_of_its_own(
+    opened: Run, language: Path
+) -> None:
+    before, after = model.load(language), model.load(opened.policy, opened.vocabulary)
+    known = len(vocabulary.read_tokenizer(language))
+    old, new = model.head_weight(before), model.head_weight(after)
+    assert new.shape[0] == opened.vocabulary.size == known + 5 + 6 + 7
+    assert after.get_input_embeddings().weight is new
+    assert torch.equal(new[:known], old[:known])
+    assert (new[known:] - old[:known].mean(0)).abs().max() < 0.1 * old.std()
+    assert len(new[known:].unique(dim=0)) == 18
+
+
+def test_a_prompt_in_pieces_is_the_template_tokenised_whole(opened: Run) -> None:
+    run = opened
+    rows = np.arange(6)
+    prompts = run.form.prompts(run.train, rows)
+    for row in rows:
+        items = run.train.history[run.train.history_start[row] : run.train.history_start[row + 1]]
+        text = TEMPLATE.replace("{history}", ", ".join(spelled(run, item) for item in items))
+        found = prompts.token[prompts.token_start[row] : prompts.token_start[row + 1]]
+        assert found.tolist() == run.tokenizer.encode(text)
+
+
+def test_a_prompt_that_is_too_long_loses_its_oldest_items_and_keeps_the_instruction(
+    opened: Run, settings: Callable[..., Config]
+) -> None:
+    whole = opened.vocabulary.frame
+    item, start = np.array([3, 1, 4, 5]), np.array([0, 4, 4])
+    two = whole.size + 2 * 3 + len(whole.between)
+    short = prepare(settings(f"prompt.max_tokens={two + 2}", "sft.tasks={}", "name=short"), "sft")
+    token, bounds = short.form.tokens(item, start)
+    expected, _ = opened.form.tokens(item[2:], np.array([0, 2]))
+    assert token[: bounds[1]].tolist() == expected.tolist()
+    assert token[bounds[1] :].tolist() == [*whole.before, *whole.after]
+    assert np.diff(bounds).tolist() == [two, whole.size]
+
+
+def test_the_instruction_travels_with_the_tokenizer(opened: Run) -> None:
+    again = vocabulary.of_codes(vocabulary.read_tokenizer(opened.policy), opened.catalogue)
+    assert again.instruction == opened.vocabulary.instruction
+    assert again.instruction is not None
+
+
+def test_an_epoch_has_every_row_once_and_other_tasks_by_their_share(opened: Run) -> None:
+    tasks = opened.tasks
+    assert tasks is not None
+    first, second = (tasks.epoch(number, seed=0) for number in (0, 1))
+    rows = len(opened.train)
+    count = np.bincount(first[:, 0])
+    assert count.tolist() == [rows, round(rows / 2), round(rows / 4), round(rows / 4)]
+    assert len(first) == len(tasks)
+    assert sorted(first[first[:, 0] == 0, 1].tolist()) == list(range(rows))
+    assert (first != second).any()
+    shown = [set(epoch[epoch[:, 0] == 1, 1].tolist()) for epoch in (first, second)]
+    assert shown[0] | shown[1] == set(range(rows))
+
+
+def test_only_answers_are_learned_and_scored_as_an_ordinary_forward_pass_does(opened: Run) -> None:
+    run, tasks = opened, opened.tasks
+    assert tasks is not None
+    chosen = np.array([[0, 5], [1, 5], [2, 7], [3, 7]])
+    examples = tasks.examples(chosen, run.form)
+    batch = pack_examples(examples, run.form, VERSION, forced=True)
+    policy = model.load(run.policy, run.vocabulary)
+    title = run.catalogue.title[7]
+    shown = zip(batch.token, batch.subtree_end, strict=True)
+    spoken = [run.tokenizer.decode(row[end > 0]) for row, end in shown]
+    name = spelled(run, 7)
+    assert run.catalogue.title[run.train.history[run.train.history_start[5]]] in spoken[1]
+    assert spoken[2] == run.config.prompt.title.replace("{title}", title) + name
+    assert spoken[3] == run.config.prompt.item.replace("{item}", name) + title + "<eos>"
+    expected = 0.0
+    for row in range(4):
+        length, asked = (
+            int((batch.subtree_end[row] > 0).sum()),
+            int(np.diff(examples.asked[1])[row]),
+        )
+        slots = np.arange(asked - 1, length - 1)
+        assert sorted(batch.slot[batch.row == row].tolist()) == slots.tolist()
+        token = torch.from_numpy(batch.token[row, :length].astype(np.int64))
+        with torch.no_grad():
+            logprob = policy(token[None]).logits[0].log_softmax(-1)
+        expected -= float(logprob[slots, token[slots + 1]].sum())
+    assert (batch.edge[batch.state == SearchTrees.FREE_TEXT][-1]) == tasks.end
+    full = run.config.learner.model_copy(update={"logprob": "full"})
+    teacher = Learner(policy, run.catalogue.trie, run.vocabulary, full, total_steps=10)
+    nll = teacher.supervise(batch)["nll"]
+    assert nll == pytest.approx(expected / len(batch.row), rel=1e-4)
+
+
+def test_a_taught_text_model_is_searched_and_improved(
+    opened: Run, settings: Callable[..., Config]
+) -> None:
+    run, tasks = opened, opened.tasks
+    assert tasks is not None
+    policy = model.load(run.policy, run.vocabulary)
+    teacher = learner(run, policy)
+    order, losses = tasks.epoch(0, seed=0), list[float]()
+    for number in range(40):
+        examples = tasks.examples(order[np.arange(16) + 16 * (number % 10)], run.form)
+        losses.append(teacher.supervise(pack_examples(examples, run.form, VERSION))["nll"])
+    assert losses[-1] < losses[0] / 1.5
+    weights = snapshot(policy)
+    export(run, run.result, PolicyVersion(step=0, digest=digest(weights)), weights)
+    after = prepare(settings(), "train")
+    assert after.base is None
+    assert after.policy == run.result
+    searcher = Searcher(
+        after.config.rollout, after.policy, after.catalogue, after.vocabulary, seed=0
+    )
+    trees = searcher.search(after.form.prompts(after.train, np.arange(8)), seed=0)
+    batch = assemble(score(trees, after.catalogue, {"rule": 1.0}), after)
+    metrics = learner(after, model.load(after.policy, after.vocabulary)).improve(batch)
+    assert metrics["logprob_gap"] < 1e-5
+
+
+def test_a_new_text_model_is_made_from_the_titles(settings: Callable[..., Config]) -> None:
+    changed = settings("name=made")
+    sizes = ModelConfig(hidden_size=32, intermediate_size=48, layers=1, heads=2, kv_heads=1)
+    run = prepare(changed.model_copy(update={"model": sizes}), "sft")
+    assert run.base is None
+    open_folder(run)
+    again = prepare(changed.model_copy(update={"model": sizes}), "sft")
+    assert again.tokenizer.get_vocab() == run.tokenizer.get_vocab()
+    assert len(run.tokenizer.encode(run.catalogue.title[0])) < len(run.catalogue.title[0])
+
+
+def test_a_chat_template_wraps_the_instruction(opened: Run) -> None:
+    tokenizer = vocabulary.read_tokenizer(opened.policy)
+    asked = opened.config.prompt.model_copy(update={"chat": True})
+    with pytest.raises(ConfigError, match="has no chat template"):
+        frames.encode(TEMPLATE, "{history}", tokenizer, asked, limit=100)
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %} [assistant] {% endif %}"
+    )
+    frame = frames.encode(TEMPLATE, "{history}", tokenizer, asked, limit=100)
+    assert tokenizer.decode(frame.before) == "[user] Bought: "
+    assert tokenizer.decode(frame.after) == ". Next is  [assistant] "
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["prompt.history=What next?"], r"prompt.history = 'What next\?': .* has \{history\} once"),
+        (["data.titles=true"], "leave one of them out"),
+        (["data.rationale_template=seen {seen}"], "not taught to think"),
+    ],
+)
+def test_settings_that_make_no_prompt_are_refused(
+    settings: Callable[..., Config], changes: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        settings(*changes)
+
+
+def test_an_instruction_that_leaves_no_room_is_refused(settings: Callable[..., Config]) -> None:
+    with pytest.raises(ConfigError, match=r"instruction alone has \d+ tokens, .* room for 4 "):
+        prepare(settings("prompt.max_tokens=4", "name=tight"), "sft")
+
+
+def test_a_title_that_leaves_no_room_is_refused(
+    opened: Run, settings: Callable[..., Config]
+) -> None:
+    size = opened.vocabulary.frame.size
+    with pytest.raises(ConfigError, match="title has|instruction alone has"):
+        prepare(settings(f"prompt.max_tokens={size}", "name=tight"), "sft")
+
+
+def test_a_task_on_titles_needs_titles(
+    settings: Callable[..., Config], data: Path, tmp_path: Path
+) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in data.glob("*.parquet"):
+        table = pq.read_table(file)
+        kept = [name for name in table.column_names if name != "title"]
+        pq.write_table(table.select(kept), bare / file.name)
+    with pytest.raises(DataError, match=r"sft.tasks.titles = 0.5 needs titles, and 80 of 80 items"):
+        prepare(settings(f"data.path={bare}", "name=bare"), "sft")
+
+
+def test_a_folder_without_weights_is_refused(
+    settings: Callable[..., Config], language: Path, tmp_path: Path
+) -> None:
+    for file in language.iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(DataError, match="holds no weights"):
+        prepare(settings(f"model.path={tmp_path}", "name=empty"), "sft")
+
+
+def test_a_tokenizer_that_cuts_a_code_is_refused(
+    settings: Callable[..., Config], language: Path, tmp_path: Path
+) -> None:
+    for file in language.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    inner = json.loads((language / "tokenizer.json").read_text())
+    known = inner["model"]["vocab"]
+    known["<a_0>"] = len(known)  # a word of the vocabulary that no merge ever makes
+    (tmp_path / "tokenizer.json").write_text(json.dumps(inner))
+    tokenizer: PreTrainedTokenizerBase = vocabulary.read_tokenizer(tmp_path)
+    assert "<a_0>" in tokenizer.get_vocab()
+    with pytest.raises(CatalogueError, match=r"cuts <a_0> into \d tokens \(1 of 18 codes\)"):
+        prepare(settings(f"model.path={tmp_path}", "name=cut"), "sft")

@@ -1,0 +1,67 @@
+"""Adapters: the same function when fresh, merged under the old names when trained."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from learner.sft import pack_examples
+from learner.step import Learner
+from orchard import lora
+from orchard.config import LearnerConfig
+from orchard.errors import ConfigError
+from orchard.prompts import PromptFormat
+from orchard.settings import LoraConfig
+from orchard.tasks import Examples
+from orchard.testing import tiny_world
+from orchard.types import PolicyVersion
+from orchard.weights import restore, snapshot
+
+ON = LoraConfig(rank=4, targets=("q_proj", "down_proj"))
+
+
+def test_a_target_that_matches_nothing_is_refused() -> None:
+    world = tiny_world()
+    with pytest.raises(ConfigError, match="names query, which no linear module .* down_proj"):
+        lora.attach(world.model, LoraConfig(rank=4, targets=("q_proj", "query")), seed=0)
+    before = snapshot(world.model)
+    lora.attach(world.model, LoraConfig(targets=("query",)), seed=0)
+    assert before.keys() == snapshot(world.model).keys()
+
+
+def test_trained_adapters_merge_into_a_policy_that_computes_the_same() -> None:
+    world = tiny_world()
+    plain = copy.deepcopy(world.model)
+    before = snapshot(plain)
+    lora.attach(world.model, ON, seed=0)
+    fresh = lora.snapshot(world.model)
+    assert fresh.keys() == before.keys()
+    assert all((fresh[name] == before[name]).all() for name in before)
+    trained = {n for n, p in world.model.named_parameters() if p.requires_grad}
+    assert {n.split(".")[-1] for n in trained if "lora" not in n} == {"weight"}
+    assert [n for n in trained if "lora" not in n] == ["model.embed_tokens.weight"]
+
+    form = PromptFormat(catalogue=world.catalogue, vocabulary=world.vocabulary)
+    target = np.arange(3)
+    empty = np.zeros(0, np.int32), np.zeros(4, np.int64)
+    asked = form.tokens(np.array([4, 5, 6, 7]), np.array([0, 1, 3, 4]))
+    examples = Examples(asked=asked, written=empty, target=target)
+    batch = pack_examples(examples, form, PolicyVersion(step=0, digest=""), forced=True)
+    rates = LearnerConfig(lr=1e-2)
+    learner = Learner(world.model, world.catalogue.trie, world.vocabulary, rates, total_steps=9)
+    losses = [learner.supervise(batch)["nll"] for _ in range(5)]
+    assert losses[-1] < losses[0]
+
+    merged = lora.snapshot(world.model)
+    changed = {name for name in before if not np.array_equal(before[name], merged[name])}
+    assert changed == {"model.embed_tokens.weight"} | {
+        name for name in before if "q_proj" in name or "down_proj" in name
+    }
+    restore(plain, merged)
+    token = torch.from_numpy(asked[0].astype(np.int64))[None]
+    world.model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            plain(token).logits, world.model(token).logits, atol=1e-5, rtol=0
+        )
