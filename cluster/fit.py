@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 
+import torch
 import typer
 from torch import nn
 
@@ -26,6 +27,7 @@ def fit(kind: str, settings: Config) -> None:
     """
     if kind not in FITS:
         raise ConfigError(f"there is no model to fit for {kind!r}; choose {' or '.join(FITS)}")
+    torch.set_num_threads(settings.learner.threads)
     FITS[kind](prepare(settings, "sft"))
 
 
