@@ -23,7 +23,7 @@ from learner.train import RemoteLearner
 from orchard.errors import ActorError
 from orchard.evaluation import Evaluation
 from orchard.metrics import Logbook
-from orchard.prompts import Split, rows_as_sequences, rows_of_step, sequences
+from orchard.prompts import Split, rows_of_step, sequences
 from orchard.types import PolicyVersion, Prompts, ScoredTrees, SearchTrees
 from orchard.weights import Weights
 from rewards.actor import RewardActor
@@ -248,7 +248,7 @@ class House:
             per_epoch = -(-len(examples) // config.sft.batch_size)
         probed = 0 if supervised else min(config.cluster.probe_prompts, len(run.train))
         return Assignment(
-            probe=rows_as_sequences(run.train, np.arange(probed)) if probed else None,
+            probe=run.form.prompts(run.train, np.arange(probed)) if probed else None,
             config=config,
             phase="sft" if supervised else "train",
             policy=run.policy.resolve(),

@@ -14,7 +14,7 @@ from orchard.config import Config, LearnerConfig
 from orchard.prompts import PromptFormat, Sequences, Split
 from orchard.rationales import Traces
 from orchard.tasks import Tasks
-from orchard.types import PolicyVersion, TrainBatch
+from orchard.types import PolicyVersion, Prompts, TrainBatch
 from orchard.vocabulary import Vocabulary
 
 
@@ -35,8 +35,8 @@ class Assignment:
     tasks: Tasks | None
     """What it has instead where it teaches a text model."""
     total_steps: int
-    probe: Sequences | None = None
-    """Rows whose last item is scored with every version, for its holders to compare with."""
+    probe: Prompts | None = None
+    """Prompts whose targets are scored with every version, for its holders to compare with."""
 
 
 def learner_config(config: Config, phase: str) -> LearnerConfig:
@@ -88,8 +88,7 @@ def epoch(learner: Learner, assignment: Assignment, number: int) -> dict[str, fl
     }
 
 
-def probe_of(assignment: Assignment, rows: Sequences) -> TrainBatch:
-    """The rows as a batch whose choices a learner can score."""
+def probe_of(assignment: Assignment, prompts: Prompts) -> TrainBatch:
+    """The prompts and their targets as a batch that a learner can score."""
     form = PromptFormat(catalogue=assignment.catalogue, vocabulary=assignment.vocabulary)
-    nobody = PolicyVersion(step=0, digest="")
-    return sft.pack_sequences(rows, np.arange(len(rows)), form, nobody)
+    return sft.pack_answers(prompts, form, PolicyVersion(step=0, digest=""))

@@ -21,7 +21,7 @@ from orchard import ragged
 from orchard.prompts import PromptFormat, Sequences, Split, code_states
 from orchard.rationales import Traces
 from orchard.tasks import Examples
-from orchard.types import PolicyVersion, SearchTrees, TrainBatch
+from orchard.types import PolicyVersion, Prompts, SearchTrees, TrainBatch
 
 
 def pack_sequences(
@@ -78,6 +78,15 @@ def pack_traces(
         target=split.target[rows],
     )
     return pack_examples(examples, form, policy, forced=forced, unlearned=form.vocabulary.tags.open)
+
+
+def pack_answers(prompts: Prompts, form: PromptFormat, policy: PolicyVersion) -> TrainBatch:
+    """Each prompt with the codes of its target."""
+    nothing = np.zeros(0, np.int32), np.zeros(len(prompts) + 1, np.int64)
+    asked = prompts.token, prompts.token_start
+    return pack_examples(
+        Examples(asked=asked, written=nothing, target=prompts.target), form, policy
+    )
 
 
 def pack_examples(

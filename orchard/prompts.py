@@ -162,16 +162,6 @@ class Sequences:
         return len(self.fresh)
 
 
-def rows_as_sequences(split: Split, rows: Int64[np.ndarray, " Q"]) -> Sequences:
-    """Each row on its own, with its target as the one fresh item."""
-    history, start = ragged.take(split.history, split.history_start, rows)
-    return Sequences(
-        item=np.insert(history, start[1:], split.target[rows]),
-        start=start + np.arange(len(start)),
-        fresh=np.diff(start),
-    )
-
-
 def sequences(split: Split, *, max_history: int) -> Sequences:
     """The fewest windows of `max_history + 1` items that train every target of the split once.
 

@@ -70,7 +70,8 @@ class Tasks:
 
     def examples(self, chosen: Int64[np.ndarray, "B 2"], form: PromptFormat) -> Examples:
         """The chosen examples, by task."""
-        parts = [self._of(kind, chosen[chosen[:, 0] == kind, 1], form) for kind in range(4)]
+        kinds: list[int] = np.unique(chosen[:, 0]).tolist()
+        parts = [self._of(kind, chosen[chosen[:, 0] == kind, 1], form) for kind in kinds]
         return Examples(
             asked=ragged.concatenate([part.asked for part in parts]),
             written=ragged.concatenate([part.written for part in parts]),

@@ -281,6 +281,32 @@ def test_titles_are_learnt_and_searched_with_the_same_probabilities(
     assert load(begin.dir / "policy" / "catalogue").digest == begin.catalogue.digest
 
 
+@pytest.mark.vllm
+def test_a_text_model_is_taught_and_improved_through_adapters_with_vllm(
+    settings: Callable[..., Config],
+) -> None:
+    begin = prepare(
+        settings(
+            "prompt.history='Bought: {history}. Next: '", "prompt.titles='Titles: {history}. '",
+            "model.text_tokens=400", "model.hidden_size=64", "model.lora={rank=4}",
+            "sft.epochs=1", "sft.tasks={titles=0.5}", "learner.steps=2", "rollout.engine=vllm",
+            "rollout.kv_cache_gib=0.125",
+        ),
+        "sft",
+    )  # fmt: skip
+
+    async def command(house: House) -> PolicyVersion:
+        await sft(house)
+        await house.turn_to(begin.then("train", begin.result))
+        return await train(house)
+
+    assert in_a_house(command, begin).step == 2
+    log = read_metrics(begin.dir / "metrics.jsonl")["train"]
+    assert float(np.max(log["learner/logprob_gap"].value)) < 1e-4
+    names = set(snapshot(model.load(begin.dir / "policy")))
+    assert not [name for name in names if "lora" in name or "base_layer" in name]
+
+
 def test_rollouts_run_ahead_as_far_as_the_bound_and_no_further(
     settings: Callable[..., Config],
 ) -> None:

@@ -13,7 +13,7 @@ from orchard.catalogue import Catalogue
 from orchard.config import KlConfig, LearnerConfig
 from orchard.errors import CheckpointError
 from orchard.model import add_dropout
-from orchard.prompts import PromptFormat, Sequences, Split, rows_as_sequences
+from orchard.prompts import PromptFormat, Sequences
 from orchard.testing import tiny_catalogue, tiny_policy, tiny_prompts
 from orchard.types import PolicyVersion, Prompts, ScoredTrees, TrainBatch
 from orchard.weights import digest, snapshot
@@ -70,12 +70,8 @@ def test_rows_are_scored_as_a_search_scores_their_items(change: dict[str, object
     add_dropout(one.policy, drops)
     one.policy.train()
     prompts = tiny_prompts(ITEMS, [1, 3, 2])
-    split = Split(
-        user=np.arange(3), history=prompts.history, history_start=prompts.history_start,
-        target=prompts.target,
-    )  # fmt: skip
     form = PromptFormat(catalogue=ITEMS, vocabulary=tiny_policy(ITEMS)[1])
-    rows = sft.pack_sequences(rows_as_sequences(split, np.arange(3)), np.arange(3), form, FIRST)
+    rows = sft.pack_answers(prompts, form, FIRST)
     engine = TorchEngine(tiny_policy(ITEMS)[0], ITEMS.trie, form.vocabulary, FIRST)
     found = follow(engine, prompts, ITEMS.leaf_of_item[prompts.target])
     assert np.allclose(one.score(rows), found.score, atol=1e-5)
