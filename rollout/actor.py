@@ -14,6 +14,7 @@ from torch import nn
 
 from orchard.catalogue import Catalogue
 from orchard.config import RolloutConfig
+from orchard.critic import Critic
 from orchard.errors import EngineError
 from orchard.model import load
 from orchard.types import PolicyVersion, Prompts, SearchTrees
@@ -42,14 +43,18 @@ class Searcher:
         catalogue: Catalogue,
         vocabulary: Vocabulary,
         seed: int,
+        critic: Critic | None = None,
     ) -> None:
         """Start with the policy saved in `folder`, as step 0, until another is installed.
+
+        A `critic` guides in the place of the policy's own value head.
 
         Raises:
             DataError: the folder holds no policy.
             EngineError: the engine cannot be had on this machine.
         """
         self._config, self._catalogue, self._vocabulary = config, catalogue, vocabulary
+        self._critic = critic
         torch.set_num_threads(config.threads)
         model = load(folder, vocabulary)
         version = PolicyVersion(step=0, digest=digest(snapshot(model)))
@@ -82,7 +87,7 @@ class Searcher:
         if wanted == "beam":
             find = partial(beam, width=count)
         elif wanted == "ved":
-            find = partial(ved, settings=config.ved, count=count, seed=seed)
+            find = partial(ved, settings=config.ved, count=count, seed=seed, critic=self._critic)
         elif wanted == "beam_sample":
             find = partial(beam_sample, width=count, temperature=temperature, seed=seed)
         elif wanted == "dynamic":

@@ -22,7 +22,7 @@ class ModelConfig(Section):
     """Of embeddings and of each block's output, in the supervised warm start only."""
     value_head: bool = False
     """Teach the policy, in reinforcement learning, what a prefix is worth (see `learner.value`);
-    `rollout.search = "ved"` is guided by it."""
+    `rollout.ved.guide` says whether it guides a search."""
 
 
 class SftConfig(Section):
