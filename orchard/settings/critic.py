@@ -27,4 +27,4 @@ class CriticConfig(ScorerConfig):
     dropout: Share = 0.1
     batch_size: Positive = 128
     """Rows per update."""
-    lr: Rate = 1e-3
+    lr: Rate = 2e-3
