@@ -69,8 +69,17 @@ def fit_listwise(run: Run) -> None:
 
 
 def fit_prefix_critic(run: Run) -> None:
-    """The prefix critic on walks of the training rows, the epoch chosen on the validation rows."""
+    """The prefix critic on walks of the training rows, the epoch chosen on the validation rows.
+
+    Raises:
+        ConfigError: items are named by titles, or what the backend needs is not installed.
+    """
     settings = run.config.critic
+    if run.catalogue.code_token:
+        raise ConfigError(
+            "the critic has an embedding for each code of each level, and titles have too many; "
+            "set data.titles = false"
+        )
 
     def work(tell: Tell) -> tuple[nn.Module, dict[str, float]]:
         with torch.random.fork_rng(devices=[]):

@@ -87,9 +87,13 @@ class Run:
 
     @cached_property
     def critic(self) -> Critic | None:
-        """What guides the search, where that is a critic."""
+        """What guides the search of a training run, where that is a critic."""
         settings = self.config
-        if settings.rollout.search != "ved" or settings.rollout.ved.guide != "critic":
+        if (
+            self.phase != "train"
+            or settings.rollout.search != "ved"
+            or settings.rollout.ved.guide != "critic"
+        ):
             return None
         return critic.load(settings.critic.path or self.dir / critic.KIND, self.catalogue)
 

@@ -19,7 +19,7 @@ class CriticConfig(ScorerConfig):
     requirements/rllib.txt; both train the same network on the same walks by the same loss."""
     beta: Annotated[float, Field(gt=0.0)] = 1.0
     """Of the advantage in the weight of an imitated step."""
-    value_weight: Rate = 1.0
+    value_weight: Annotated[float, Field(gt=0.0)] = 1.0
     """Of the values' squared error beside the imitation."""
     contrasts: Positive = 4
     """Walks down the trie beside the logged one of each row: they follow it for some codes, then

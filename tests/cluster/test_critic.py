@@ -2,7 +2,9 @@
 
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,13 +15,16 @@ from cluster.prepare import prepare
 from cluster.rllib import RllibBackend
 from learner.critic import TorchBackend, draw_walks, measure
 from orchard import config, model
-from orchard.config import Config, CriticConfig
+from orchard.catalogue import Catalogue
+from orchard.config import Config, CriticConfig, VedConfig
 from orchard.critic import Critic
 from orchard.errors import ConfigError
 from orchard.prompts import Split
 from orchard.synth import WorldParams, write_world
 from orchard.testing import tiny_catalogue
 from rollout.actor import Searcher
+from rollout.engine.parcel import Receiver, Sender
+from rollout.ved import ved
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +88,21 @@ def test_a_fitted_critic_guides_a_policy_that_has_no_head(
     )
     np.testing.assert_allclose(trees.value[inside], said, atol=1e-5)
     assert trees.cost.forward_tokens <= 8 * 16
+    assert prepare(settings, "sft").critic is None  # who warm-starts needs none
+
+
+def test_a_critic_travels_to_a_worker_without_its_catalogue() -> None:
+    sender, critic = Sender(), critic_of()
+    find = partial(ved, settings=VedConfig(), count=6, seed=0, critic=critic)
+    first, second = sender.pack(find), sender.pack(find)
+    assert [type(one) for one in first.new.values()] == [Catalogue]
+    assert not second.new
+    arrived = Receiver(torch.device("cpu"))
+    arrived.unpack(first)
+    again = cast(Any, arrived.unpack(second)).keywords["critic"]
+    table, node = torch.tensor([[3, 4, -1]]), torch.tensor([[0, 1]])
+    for here, there in zip(critic.eval()(table, node), again.eval()(table, node), strict=True):
+        torch.testing.assert_close(here, there)
 
 
 def test_a_search_by_the_head_still_asks_for_one(file: Path) -> None:
