@@ -123,13 +123,11 @@ def evaluate(
 
 @app.command()
 def fit(
-    kind: Annotated[
-        str, typer.Argument(help="The reward whose model is fitted: collaborative or listwise.")
-    ],
+    kind: Annotated[str, typer.Argument(help="What is fitted: collaborative, listwise or critic.")],
     run: RunFile,
     overrides: Overrides = None,
 ) -> None:
-    """Fit a model that a reward asks, from the rows of a run."""
+    """Fit a model that a reward or a search asks, from the rows of a run."""
     settings = config.load(run, overrides or [])
     from cluster.fit import fit as fit_model
 

@@ -1,29 +1,38 @@
-"""Fitting the models that rewards ask, for the data of a run."""
+"""Fitting the models that rewards and searches ask, for the data of a run."""
 
 import time
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import typer
+from jaxtyping import Int64
 from torch import nn
 
 from cluster.console import Progress
 from cluster.prepare import Run, prepare
-from orchard.config import Config
+from cluster.rllib import RllibBackend
+from learner.critic import Backend, TorchBackend, Walks, draw_walks
+from learner.critic import measure as measure_critic
+from orchard import critic, stored
+from orchard.config import Config, CriticConfig
+from orchard.critic import Critic
 from orchard.errors import ConfigError
+from orchard.prompts import Split
 from orchard.settings import ScorerConfig
-from rewards import evaluator, sasrec, stored
-from rewards.fit import Tell, fit_sasrec, metrics_of, sasrec_ranks
+from rewards import evaluator, sasrec
+from rewards.fit import Tell, batches, best_epoch, fit_sasrec, metrics_of, sasrec_ranks
 from rewards.fit_listwise import fit_evaluator, measure
 
-SHOWN = ("ndcg@10/item", "hr@10/item", "ndcg@10/sid", "hr@10/sid", "hit@1/list", "chance")
+SHOWN = ("ndcg@10/item", "hr@10/item", "ndcg@10/sid", "hr@10/sid", "hit@1/list", "chance",
+         "explained", "value_loss", "choice_loss")  # fmt: skip
 
 
 def fit(kind: str, settings: Config) -> None:
-    """Fit the model of a reward, measure it on the test rows, and leave it where the reward looks.
+    """Fit a model, measure it on the test rows, and leave it where who asks it looks.
 
     Raises:
-        ConfigError: the reward asks no model.
+        ConfigError: there is no such model, or what its backend needs is not installed.
     """
     if kind not in FITS:
         raise ConfigError(f"there is no model to fit for {kind!r}; choose {' or '.join(FITS)}")
@@ -58,6 +67,66 @@ def fit_listwise(run: Run) -> None:
 
     counts = {"num_items": len(run.catalogue), "num_leaves": run.catalogue.trie.num_leaves}
     _keep(run, evaluator.KIND, settings, "hit@1", work, counts)
+
+
+def fit_prefix_critic(run: Run) -> None:
+    """The prefix critic on walks of the training rows, the epoch chosen on the validation rows.
+
+    Raises:
+        ConfigError: items are named by titles, or what the backend needs is not installed.
+    """
+    settings = run.config.critic
+    if run.catalogue.code_token:
+        raise ConfigError(
+            "the critic has an embedding for each code of each level, and titles have too many; "
+            "set data.titles = false"
+        )
+
+    def work(tell: Tell) -> tuple[nn.Module, dict[str, float]]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(run.config.seed)
+            made = Critic(
+                run.catalogue,
+                max_history=run.config.data.max_history,
+                hidden_size=settings.hidden_size,
+                layers=settings.layers,
+                heads=settings.heads,
+                dropout=settings.dropout,
+            )
+            backend: Backend = BACKENDS[settings.backend](made, settings)
+            draw = np.random.default_rng(run.config.seed)
+            held_out = _all_walks(run, made, run.valid)
+
+            def learn() -> list[float]:
+                order = draw.permutation(len(run.train))
+                return [
+                    backend.learn(_walks(run, made, run.train, rows, draw))
+                    for rows in batches(order, settings.batch_size)
+                ]
+
+            def judge() -> float:
+                return measure_critic(made, held_out)["explained"]
+
+            best_epoch(made, settings, learn=learn, judge=judge, tell=tell)
+        return made, measure_critic(made, _all_walks(run, made, run.test))
+
+    _keep(run, critic.KIND, settings, "explained", work, {})
+
+
+def _walks(
+    run: Run, made: Critic, split: Split, rows: Int64[np.ndarray, " R"], draw: np.random.Generator
+) -> Walks:
+    value = run.config.learner.value
+    return draw_walks(
+        made, split, rows, contrasts=run.config.critic.contrasts, draw=draw,
+        level_weight=value.level_weight, discount=value.discount,
+    )  # fmt: skip
+
+
+def _all_walks(run: Run, made: Critic, split: Split) -> list[Walks]:
+    """Of every row of a split, the same whenever they are drawn."""
+    draw = np.random.default_rng(run.config.seed)
+    return [_walks(run, made, split, rows, draw) for rows in batches(np.arange(len(split)), 512)]
 
 
 def _keep(
@@ -100,4 +169,9 @@ def _keep(
 FITS: dict[str, Callable[[Run], None]] = {
     sasrec.KIND: fit_collaborative,
     evaluator.KIND: fit_listwise,
+    critic.KIND: fit_prefix_critic,
+}
+BACKENDS: dict[str, Callable[[Critic, CriticConfig], Backend]] = {
+    "torch": TorchBackend,
+    "rllib": RllibBackend,
 }

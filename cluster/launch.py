@@ -265,11 +265,12 @@ class House:
     def _rollout_pool(self, engine: str, size: int) -> Pool:
         run, rollout = self.run, self.run.config.rollout
         settings = rollout.model_copy(update={"engine": engine})
+        critic = ray.put(run.critic)
 
         def make(index: int) -> Any:
             return RolloutActor.options(num_cpus=1, num_gpus=rollout.gpus).remote(
                 settings, run.policy.resolve(), self._catalogue, run.vocabulary,
-                run.config.seed + index,
+                run.config.seed + index, critic,
             )  # fmt: skip
 
         pool = Pool(

@@ -13,9 +13,10 @@ from jaxtyping import Float32
 from transformers import PreTrainedTokenizerBase
 
 from cluster import text
-from orchard import catalogue, config, model, rationales, titles, value, vocabulary
+from orchard import catalogue, config, critic, model, rationales, titles, value, vocabulary
 from orchard.catalogue import Catalogue
 from orchard.config import Config, DataConfig
+from orchard.critic import Critic
 from orchard.errors import CheckpointError, ConfigError
 from orchard.prompts import PromptFormat, Split, read_split
 from orchard.rationales import Blocks, Traces
@@ -89,6 +90,18 @@ class Run:
             popularity=np.bincount(self.train.target, minlength=len(self.catalogue)),
             folder=self.dir.resolve(),
         )
+
+    @cached_property
+    def critic(self) -> Critic | None:
+        """What guides the search of a training run, where that is a critic."""
+        settings = self.config
+        if (
+            self.phase != "train"
+            or settings.rollout.search != "ved"
+            or settings.rollout.ved.guide != "critic"
+        ):
+            return None
+        return critic.load(settings.critic.path or self.dir / critic.KIND, self.catalogue)
 
     @cached_property
     def form(self) -> PromptFormat:
@@ -169,6 +182,7 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
     )
     if phase == "train":
         look_up(settings.rewards.weights, run.knowledge)
+        _ = run.critic  # read now: its errors are to come before an actor starts
     return run
 
 

@@ -16,9 +16,8 @@ import torch
 from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor, nn
 
-from orchard import ragged
+from orchard import ragged, stored
 from orchard.catalogue import Catalogue
-from rewards import stored
 
 KIND = "listwise"
 

@@ -14,9 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int, Int64
 from torch import Tensor, nn
 
-from orchard import ragged
+from orchard import ragged, stored
 from orchard.catalogue import Catalogue
-from rewards import stored
 
 KIND = "collaborative"
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from orchard.catalogue import Catalogue
 from orchard.config import RolloutConfig
+from orchard.critic import Critic
 from orchard.errors import EngineError, UnfitError
 from orchard.model import load
 from orchard.types import PolicyVersion, Prompts, SearchTrees
@@ -24,7 +25,7 @@ from rollout.engine.torch import TorchEngine
 from rollout.engine.vllm import VllmHolder
 from rollout.probe import Probe, check
 from rollout.search import beam, sample
-from rollout.searches import Find, search_of
+from rollout.searches import Find, Given, search_of
 from rollout.think import think
 from rollout.thoughts import Thoughts, graft
 from rollout.trees import grow
@@ -40,14 +41,18 @@ class Searcher:
         catalogue: Catalogue,
         vocabulary: Vocabulary,
         seed: int,
+        critic: Critic | None = None,
     ) -> None:
         """Start with the policy saved in `folder`, as step 0, until another is installed.
+
+        A `critic` guides in the place of the policy's own value head.
 
         Raises:
             DataError: the folder holds no policy.
             EngineError: the engine cannot be had on this machine.
         """
         self._config, self._catalogue, self._vocabulary = config, catalogue, vocabulary
+        self._critic = critic
         torch.set_num_threads(config.threads)
         model = load(folder, vocabulary)
         version = PolicyVersion(step=0, digest=digest(snapshot(model)))
@@ -88,7 +93,10 @@ class Searcher:
         wanted = kind or self._config.search
         if wanted == "think":
             return self._think_and_search(prompts, seed)
-        find = search_of(wanted, self._config, self._catalogue, seed)
+        given = Given(
+            config=self._config, catalogue=self._catalogue, seed=seed, critic=self._critic
+        )
+        find = search_of(wanted, given)
         found = self._in_batches(prompts, find)
         return grow(prompts, found, self._catalogue, self._vocabulary, self._holder.version)
 

@@ -5,10 +5,12 @@ the choices of that setting. `docs/extending.md` has an example.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 from orchard.catalogue import Catalogue
 from orchard.config import RolloutConfig
+from orchard.critic import Critic
 from orchard.types import Prompts
 from rollout.candidates import Candidates
 from rollout.draws import beam_sample, dynamic
@@ -19,30 +21,55 @@ from rollout.ved import ved
 
 Find = Callable[[Engine, Prompts], Candidates]
 """Asks an engine for log-probabilities below a batch of prompts, and returns what it found."""
-Search = Callable[[RolloutConfig, Catalogue, int], Find]
-"""Settings, catalogue and seed of the step to a function that an engine can be sent."""
 
 
-def _beam(config: RolloutConfig, catalogue: Catalogue, seed: int) -> Find:
-    return partial(beam, width=config.candidates)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Given:
+    """What a search may be made of."""
+
+    config: RolloutConfig
+    catalogue: Catalogue
+    seed: int
+    """Of the step."""
+    critic: Critic | None = None
+    """Guides `ved` in the place of the policy's value head."""
 
 
-def _beam_sample(config: RolloutConfig, catalogue: Catalogue, seed: int) -> Find:
-    heat = config.temperature
-    return partial(beam_sample, width=config.candidates, temperature=heat, seed=seed)
+Search = Callable[[Given], Find]
+"""From what is given to a function that an engine can be sent."""
 
 
-def _sample(config: RolloutConfig, catalogue: Catalogue, seed: int) -> Find:
-    return partial(sample, count=config.candidates, temperature=config.temperature, seed=seed)
+def _beam(given: Given) -> Find:
+    return partial(beam, width=given.config.candidates)
 
 
-def _dynamic(config: RolloutConfig, catalogue: Catalogue, seed: int) -> Find:
-    count, heat = config.candidates, config.temperature
-    return partial(dynamic, catalogue=catalogue, count=count, temperature=heat, seed=seed)
+def _beam_sample(given: Given) -> Find:
+    config = given.config
+    return partial(
+        beam_sample, width=config.candidates, temperature=config.temperature, seed=given.seed
+    )
 
 
-def _ved(config: RolloutConfig, catalogue: Catalogue, seed: int) -> Find:
-    return partial(ved, settings=config.ved, count=config.candidates, seed=seed)
+def _sample(given: Given) -> Find:
+    config = given.config
+    return partial(sample, count=config.candidates, temperature=config.temperature, seed=given.seed)
+
+
+def _dynamic(given: Given) -> Find:
+    config = given.config
+    return partial(
+        dynamic,
+        catalogue=given.catalogue,
+        count=config.candidates,
+        temperature=config.temperature,
+        seed=given.seed,
+    )
+
+
+def _ved(given: Given) -> Find:
+    config, seed = given.config, given.seed
+    count, critic = config.candidates, given.critic
+    return partial(ved, settings=config.ved, count=count, seed=seed, critic=critic)
 
 
 SEARCHES: dict[str, Search] = {
@@ -54,7 +81,9 @@ SEARCHES: dict[str, Search] = {
 }
 
 
-def search_of(name: str, config: RolloutConfig, catalogue: Catalogue, seed: int) -> Find:
+def search_of(name: str, given: Given) -> Find:
     """The search of a name, which puts targets in where the settings say so."""
-    find = SEARCHES[name](config, catalogue, seed)
-    return partial(with_target, find=find, catalogue=catalogue) if config.add_target else find
+    find = SEARCHES[name](given)
+    if given.config.add_target:
+        return partial(with_target, find=find, catalogue=given.catalogue)
+    return find

@@ -27,6 +27,7 @@ from jaxtyping import Bool, Float32, Float64, Int64
 
 from orchard import ragged
 from orchard.config import VedConfig
+from orchard.critic import Critic, Values
 from orchard.errors import ConfigError
 from orchard.trie import Children, Trie
 from orchard.types import Prompts
@@ -50,6 +51,7 @@ def ved(
     count: int,
     seed: int,
     allowed: Allowed | None = None,
+    critic: Critic | None = None,
 ) -> Candidates:
     """Up to `count` candidates per prompt, within `settings.budget` forward tokens each.
 
@@ -59,17 +61,19 @@ def ved(
     the gate refused (`refused`), and how many children grew at each depth (`expanded_1`, ...).
 
     With `allowed`, only prefixes that lead to a leaf that the prompt may find are visited; draws
-    are then among the free children that do.
+    are then among the free children that do. With a `critic`, V is what it says; without one, what
+    the policy's own head says.
 
     Raises:
         CatalogueError: `allowed` belongs to another catalogue or another batch.
         ConfigError: the budget does not cover the beam.
-        EngineError: a prompt does not fit the engine, the policy has diverged, or it has no value
-            head.
+        EngineError: a prompt does not fit the engine, the policy has diverged, or there is neither
+            a critic nor a value head.
     """
     check_budget(settings, engine.trie)
     entry = gate(engine.trie, allowed, len(prompts)) if allowed else None
-    search = _Search(engine, prompts, settings, seed, entry)
+    values = critic.values(prompts) if critic else None
+    search = _Search(engine, prompts, settings, seed, entry, values)
     search.begin()
     limit = TRAVERSALS_PER_TOKEN * settings.budget
     traversal = 0
@@ -113,9 +117,10 @@ class _Search:
         settings: VedConfig,
         seed: int,
         entry: Gate | None,
+        values: Values | None,
     ) -> None:
-        self._engine, self._settings, self._gate = engine, settings, entry
-        self.visited, self.cost = visit_roots(engine, prompts, entry)
+        self._engine, self._settings, self._gate, self._values = engine, settings, entry, values
+        self.visited, self.cost = visit_roots(engine, prompts, entry, values)
         depth, self.counts = engine.trie.depth, Counter[str]()
         # The root's own distribution counts one, as in the paper.
         self._spent = np.ones(len(prompts), np.int64)
@@ -219,7 +224,9 @@ class _Search:
     def _visit(self, entry: Int64[np.ndarray, " F"], owner: Int64[np.ndarray, " F"]) -> None:
         if len(entry) == 0:
             return
-        self.visited, cost = visit(self._engine, self.visited, entry, owner, self._gate)
+        self.visited, cost = visit(
+            self._engine, self.visited, entry, owner, self._gate, self._values
+        )
         self._visits = np.concatenate([self._visits, np.zeros(len(entry), np.int64)])
         self.cost += cost
 

@@ -13,8 +13,10 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import torch
 from jaxtyping import Bool, Float32, Float64, Int64
+from torch import Tensor
 
 from orchard import ragged
+from orchard.critic import Values
 from orchard.errors import EngineError
 from orchard.trie import ROOT
 from orchard.types import Cost, Prompts
@@ -94,20 +96,22 @@ class Visited:
 
 
 def visit_roots(
-    engine: Engine, prompts: Prompts, entry: Gate | None = None
+    engine: Engine, prompts: Prompts, entry: Gate | None = None, values: Values | None = None
 ) -> tuple[Visited, Cost]:
     """The trees of nothing but their prompts; children that `entry` does not admit are taken.
 
+    Nodes are worth what `values` has them, by default what the policy's own head has.
+
     Raises:
-        EngineError: a prompt does not fit the engine, the policy has diverged, or there is no
-            value head to guide by.
+        EngineError: a prompt does not fit the engine, the policy has diverged, or there is neither
+            `values` nor a value head to guide by.
     """
     expansion = sound(engine, engine.prefill(prompts))
     number, root = np.arange(len(prompts)), np.full(len(prompts), ROOT)
     nothing, zero = np.zeros(len(prompts), np.int64), np.zeros(len(prompts), np.float32)
     visited = Visited(
         prompt=number, parent=nothing - 1, node=root, depth=nothing, logprob=zero, score=zero,
-        **_evaluated(expansion, number, entry),
+        **_evaluated(expansion, number, torch.from_numpy(root), entry, values),
     )  # fmt: skip
     return visited, Cost(prefill_tokens=len(prompts.token), passes=1)
 
@@ -118,6 +122,7 @@ def visit(
     entry: Int64[np.ndarray, " F"],
     owner: Int64[np.ndarray, " F"],
     gate: Gate | None = None,
+    values: Values | None = None,
 ) -> tuple[Visited, Cost]:
     """Evaluate chosen children in one forward pass; their forced codes go with them.
 
@@ -127,6 +132,7 @@ def visit(
         entry: place of each chosen child among all children.
         owner: node that it is a child of.
         gate: which of the new nodes' children may be visited; by default all.
+        values: what nodes are worth; by default what the policy's own head says.
 
     Raises:
         EngineError: the policy has diverged.
@@ -147,7 +153,7 @@ def visit(
         depth=trie.depth_of(below).cpu().numpy(),
         logprob=logprob,
         score=visited.score[owner] + logprob,
-        **_evaluated(expansion, visited.prompt[owner], gate),
+        **_evaluated(expansion, visited.prompt[owner], below, gate, values),
     )
     leaves = int(is_leaf.sum())
     return _join(visited, new), Cost(
@@ -156,13 +162,22 @@ def visit(
 
 
 def _evaluated(
-    expansion: Expansion, prompt: Int64[np.ndarray, " F"], gate: Gate | None
+    expansion: Expansion,
+    prompt: Int64[np.ndarray, " F"],
+    node: Int64[Tensor, " F"],
+    gate: Gate | None,
+    values: Values | None,
 ) -> dict[str, np.ndarray]:
     """The fields that an expansion of nodes of the given prompts knows."""
-    if expansion.value is None:
+    if values is not None:
+        value = values(prompt, node)
+    elif expansion.value is not None:
+        value = expansion.value.float().cpu().numpy()
+    else:
         raise EngineError(
             "the search is to be guided by values, but the policy has no head for them; set "
-            "model.value_head = true, or choose another rollout.search"
+            'model.value_head = true or rollout.ved.guide = "critic", or choose another '
+            "rollout.search"
         )
     logprob = expansion.logprob.cpu().numpy()
     start = expansion.children.start.cpu().numpy()
@@ -173,7 +188,7 @@ def _evaluated(
         child = expansion.children.node
         taken = ~gate.admits(torch.from_numpy(prompt[owner]).to(child.device), child).cpu().numpy()
     return {
-        "value": expansion.value.float().cpu().numpy(),
+        "value": value,
         "entropy": np.bincount(owner, surprise, minlength=len(start) - 1).astype(np.float32),
         "state": expansion.state.cpu().numpy(),
         "child_start": start,

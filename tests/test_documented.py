@@ -32,7 +32,8 @@ def test_the_search_keeps_every_second_candidate(monkeypatch: pytest.MonkeyPatch
     world = tiny_world()
     engine = TorchEngine(world.model, world.catalogue.trie, world.vocabulary, world.version)
     config = RolloutConfig(candidates=3)
-    found = searches.search_of("spread", config, world.catalogue, 0)(engine, world.prompts)
+    given = searches.Given(config=config, catalogue=world.catalogue, seed=0)
+    found = searches.search_of("spread", given)(engine, world.prompts)
     whole = beam(engine, world.prompts, width=6)
     for b in range(len(world.prompts)):
         ours = found.leaf[found.start[b] : found.start[b + 1]]

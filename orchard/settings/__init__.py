@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
+from orchard.settings.critic import CriticConfig
 from orchard.settings.data import DataConfig
 from orchard.settings.learner import KlConfig, LearnerConfig, StepConfig, ValueConfig
 from orchard.settings.model import LoraConfig, ModelConfig, PromptConfig, SftConfig, TasksConfig
@@ -26,6 +27,7 @@ __all__ = [
     "ClusterConfig",
     "CollaborativeConfig",
     "Config",
+    "CriticConfig",
     "DataConfig",
     "EvaluateConfig",
     "FilterConfig",
@@ -63,6 +65,7 @@ class Config(Section):
     rollout: RolloutConfig = RolloutConfig()
     rewards: RewardsConfig = RewardsConfig()
     learner: LearnerConfig = LearnerConfig()
+    critic: CriticConfig = CriticConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     cluster: ClusterConfig = ClusterConfig()
@@ -108,10 +111,11 @@ class Config(Section):
                 'which vLLM gives no hidden states; set rollout.decode = "worker", or '
                 'rollout.engine and evaluate.engine to "torch"'
             )
-        if self.rollout.search == "ved" and not self.model.value_head:
+        by_head = self.rollout.search == "ved" and self.rollout.ved.guide == "head"
+        if by_head and not self.model.value_head:
             raise ValueError(
-                'rollout.search = "ved" is guided by values; set model.value_head = true, '
-                "or choose another search"
+                'rollout.search = "ved" is guided by values; set model.value_head = true or '
+                'rollout.ved.guide = "critic", or choose another search'
             )
         by_candidate = ("group", "dapo", "drgrpo", "leave_one_out", "blend")
         if self.learner.ratio == "sequence" and self.learner.estimator not in by_candidate:

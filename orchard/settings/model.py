@@ -90,7 +90,7 @@ class ModelConfig(Section):
     lora: LoraConfig = LoraConfig()
     value_head: bool = False
     """Teach the policy, in reinforcement learning, what a prefix is worth (see `learner.value`);
-    `rollout.search = "ved"` is guided by it."""
+    `rollout.ved.guide` says whether it guides a search."""
 
 
 class SftConfig(Section):

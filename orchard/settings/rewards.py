@@ -9,10 +9,10 @@ from orchard.settings.section import Duration, NonNegative, Positive, Rate, Sect
 
 
 class ScorerConfig(Section):
-    """Sizes of a model that a reward asks, and how it is fitted."""
+    """Sizes of a model that a reward or a search asks, and how it is fitted."""
 
     path: Path | None = None
-    """Its folder; by default that of its reward's name in the run's own."""
+    """Its folder; by default that of its name in the run's own."""
     hidden_size: Positive = 64
     layers: Positive = 2
     heads: Positive = 2

@@ -10,6 +10,9 @@ from orchard.settings.section import Duration, NonNegative, Positive, Rate, Sect
 class VedConfig(Section):
     """Value-guided efficient decoding (V-STAR, arXiv 2602.10699), for `rollout.search = "ved"`."""
 
+    guide: Literal["head", "critic"] = "head"
+    """Whose values guide: those of the policy's own head, which learns beside it, or those of a
+    critic fitted beforehand (`orchard fit critic`), which has them from the first update on."""
     budget: Positive = 33
     """Most tokens forwarded per prompt, the root's own distribution counted as one and leaves left
     out, as the paper counts; a beam of width W over three codes costs 1 + 2 W."""

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from orchard import catalogue as catalogues
-from orchard import ragged
+from orchard import ragged, stored
 from orchard.config import CollaborativeConfig, RewardsConfig
 from orchard.errors import CatalogueError, CheckpointError, ConfigError
 from orchard.evaluation import TargetRanks
 from orchard.prompts import Split
 from orchard.testing import tiny_catalogue
 from orchard.types import SearchTrees
-from rewards import Knowledge, stored
+from rewards import Knowledge
 from rewards.collaborative import collaborative
 from rewards.fit import fit_sasrec, sasrec_ranks
 from rewards.reward import look_up
@@ -122,7 +122,7 @@ def test_a_missing_foreign_or_damaged_model_is_refused_before_anything_starts(
     with pytest.raises(CheckpointError, match="fit it again"):
         look_up(weights, Knowledge(catalogue=ITEMS, settings=known.settings))
     stored.save(model_of(), tmp_path, kind="other", catalogue=ITEMS, sizes=SIZES, facts={})
-    with pytest.raises(CheckpointError, match="a model for the reward other"):
+    with pytest.raises(CheckpointError, match="a model for other"):
         look_up(weights, Knowledge(catalogue=ITEMS, settings=known.settings))
     (tmp_path / stored.ABOUT).write_text("{}")
     with pytest.raises(CheckpointError, match="no description of a fitted model"):

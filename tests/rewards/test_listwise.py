@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from orchard import catalogue as catalogues
-from orchard import ragged
+from orchard import ragged, stored
 from orchard.config import RewardsConfig
 from orchard.errors import CatalogueError, ConfigError, DataError
 from orchard.prompts import Split
 from orchard.settings import ListwiseConfig
 from orchard.testing import tiny_catalogue
 from orchard.types import SearchTrees
-from rewards import Knowledge, stored
+from rewards import Knowledge
 from rewards.evaluator import ListEvaluator
 from rewards.fit_listwise import fit_evaluator, measure
 from rewards.listwise import listwise

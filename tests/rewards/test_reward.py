@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from orchard import stored
 from orchard.catalogue import Catalogue
 from orchard.errors import CatalogueError, ConfigError, DataError
 from orchard.testing import tiny_catalogue, tiny_policy, tiny_prompts
 from orchard.types import PolicyVersion, SearchTrees
-from rewards import REWARDS, Knowledge, evaluator, sasrec, stored
+from rewards import REWARDS, Knowledge, evaluator, sasrec
 from rewards.reward import look_up, score
 from rollout.engine.torch import TorchEngine
 from rollout.search import beam

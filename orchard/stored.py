@@ -1,7 +1,8 @@
-"""Small models that rewards ask: a folder of `model.safetensors` and `model.json` each.
+"""Small models that rewards and searches ask.
 
-The JSON file comes last, so that a folder that has one is whole. It says what the model is, for
-which catalogue, of what sizes, and what was measured when it was fitted.
+Each is a folder of `model.safetensors` and `model.json`. The JSON file comes last, so that a folder
+that has one is whole. It says what the model is, for which catalogue, of what sizes, and what was
+measured when it was fitted.
 """
 
 import json
@@ -44,18 +45,21 @@ def save(
     partial.replace(folder / ABOUT)
 
 
-def sizes(folder: Path, *, kind: str, catalogue: Catalogue) -> dict[str, int]:
-    """The sizes of a fitted model.
+def sizes(
+    folder: Path, *, kind: str, catalogue: Catalogue, section: str = "rewards."
+) -> dict[str, int]:
+    """The sizes of a fitted model, whose settings are `section` and then its kind.
 
     Raises:
         ConfigError: there is none.
         CheckpointError: it is of another kind, or its description is damaged.
         CatalogueError: it was fitted for another catalogue.
     """
+    setting = f"{section}{kind}"
     if not (folder / ABOUT).is_file():
         raise ConfigError(
-            f"the reward {kind} asks a fitted model, and {folder} holds none; run `orchard fit "
-            f"{kind}` with the run file, or set rewards.{kind}.path"
+            f"{setting} asks a fitted model, and {folder} holds none; run `orchard fit {kind}` "
+            f"with the run file, or set {setting}.path"
         )
     try:
         about: dict[str, Any] = json.loads((folder / ABOUT).read_text())
@@ -65,12 +69,10 @@ def sizes(folder: Path, *, kind: str, catalogue: Catalogue) -> dict[str, int]:
             f"{folder / ABOUT} is no description of a fitted model ({error}); fit it again"
         ) from error
     if found != kind:
-        raise CheckpointError(
-            f"{folder} holds a model for the reward {found}, not {kind}; set rewards.{kind}.path"
-        )
+        raise CheckpointError(f"{folder} holds a model for {found}, not {kind}; set {setting}.path")
     if digest != catalogue.digest:
         raise CatalogueError(
-            f"the model of the reward {kind} in {folder} was fitted on catalogue {digest[:12]}, "
+            f"the model of {setting} in {folder} was fitted on catalogue {digest[:12]}, "
             f"the run has {catalogue.digest[:12]}; run `orchard fit {kind}` for these items"
         )
     return known

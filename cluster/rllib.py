@@ -1,0 +1,116 @@
+"""RLlib's MARWIL learner for the prefix critic: the same network, walks and loss as in `learner`.
+
+A row of the learner's batch is a history with the states of all its walks, which RLlib sees as a
+sequence with a loss mask; the legal codes follow from the state, and are not sent. The learner is
+one of this process (no actors). `Learner` and its relatives are alpha interfaces of Ray 2.60.
+"""
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+
+from learner.critic import NORM_RATE, NORM_START, Walks
+from learner.optim import optimiser
+from orchard.config import CriticConfig
+from orchard.critic import Critic
+from orchard.errors import ConfigError
+
+_NEEDS = ("gymnasium", "tree", "lz4", "ormsgpack")
+_MODULE = "critic"
+
+
+class RllibBackend:
+    """Updates a critic by `MARWILTorchLearner`; see `learner.critic.Backend`."""
+
+    def __init__(self, critic: Critic, settings: CriticConfig) -> None:
+        """Update `critic` in place.
+
+        Raises:
+            ConfigError: what RLlib needs is not installed.
+        """
+        missing = [name for name in _NEEDS if find_spec(name) is None]
+        if missing:
+            raise ConfigError(
+                f'critic.backend = "rllib" needs {", ".join(missing)}, which RLlib imports; '
+                "install requirements/rllib.txt with pip's --no-deps, or set "
+                'critic.backend = "torch"'
+            )
+        self.critic = critic
+        self._learner = _learner(critic, settings)
+
+    def learn(self, walks: Walks) -> float:
+        """One update; its loss."""
+        from ray.rllib.core.columns import Columns
+        from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
+
+        batch = SampleBatch(
+            {
+                Columns.OBS: np.concatenate([walks.history, walks.node], 1),
+                Columns.ACTIONS: walks.action,
+                Columns.VALUE_TARGETS: walks.outcome,
+                Columns.LOSS_MASK: walks.node >= 0,
+            }
+        )
+        # Only counted by RLlib, for its metrics.
+        steps = int((walks.node >= 0).sum())
+        result = self._learner.update(batch=MultiAgentBatch({_MODULE: batch}, env_steps=steps))
+        return float(result[_MODULE][self._learner.TOTAL_LOSS_KEY].peek())
+
+
+def _learner(critic: Critic, settings: CriticConfig) -> Any:
+    """A learner whose only module is the critic itself, not a copy of it."""
+    from ray.rllib.algorithms.marwil import MARWILConfig
+    from ray.rllib.algorithms.marwil.torch.marwil_torch_learner import MARWILTorchLearner
+    from ray.rllib.core.columns import Columns
+    from ray.rllib.core.rl_module.apis import ValueFunctionAPI
+    from ray.rllib.core.rl_module.multi_rl_module import MultiRLModuleSpec
+    from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+    from ray.rllib.core.rl_module.torch.torch_rl_module import TorchRLModule
+
+    class CriticModule(TorchRLModule, ValueFunctionAPI):
+        """The critic as an RLModule: its choices are the policy, its values the value function."""
+
+        def setup(self) -> None:
+            self.critic = critic
+
+        def _forward(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+            table, node = batch[Columns.OBS].split(
+                [critic.max_history, batch[Columns.OBS].shape[1] - critic.max_history], 1
+            )
+            value, logit = critic(table, node)
+            return {Columns.ACTION_DIST_INPUTS: logit, Columns.EMBEDDINGS: value}
+
+        def compute_values(self, batch: dict[str, Any], embeddings: Any = None) -> Any:
+            return self._forward(batch)[Columns.EMBEDDINGS] if embeddings is None else embeddings
+
+    class CriticLearner(MARWILTorchLearner):
+        """MARWIL with this repository's optimiser, so that both backends differ in nothing else."""
+
+        def configure_optimizers_for_module(self, module_id: str, config: Any = None) -> None:
+            self.register_optimizer(
+                module_id=module_id,
+                optimizer=optimiser(critic, lr=settings.lr, weight_decay=settings.weight_decay),
+                params=list(critic.parameters()),
+                lr_or_lr_schedule=settings.lr,
+            )
+
+    trie, spaces = critic.catalogue.trie, import_module("gymnasium.spaces")
+    spec = RLModuleSpec(
+        module_class=CriticModule,
+        observation_space=spaces.Box(-1, trie.num_nodes, (critic.max_history + 1,), int),
+        action_space=spaces.Discrete(critic.num_actions),
+    )
+    config = MARWILConfig().training(
+        beta=settings.beta,
+        lr=settings.lr,
+        vf_coeff=settings.value_weight,
+        moving_average_sqd_adv_norm_start=NORM_START,
+        moving_average_sqd_adv_norm_update_rate=NORM_RATE,
+    )
+    learner = CriticLearner(
+        config=config, module_spec=MultiRLModuleSpec(rl_module_specs={_MODULE: spec})
+    )
+    learner.build()
+    return learner

@@ -1,0 +1,159 @@
+"""The prefix critic from its settings to the search that it guides; RLlib beside the reference."""
+
+import importlib.util
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+
+from cluster import cli, rllib
+from cluster.prepare import prepare
+from cluster.rllib import RllibBackend
+from learner.critic import TorchBackend, draw_walks, measure
+from orchard import config, model
+from orchard.catalogue import Catalogue
+from orchard.config import Config, CriticConfig, VedConfig
+from orchard.critic import Critic
+from orchard.errors import ConfigError
+from orchard.prompts import Split
+from orchard.synth import WorldParams, write_world
+from orchard.testing import tiny_catalogue
+from rollout.actor import Searcher
+from rollout.engine.parcel import Receiver, Sender
+from rollout.ved import ved
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world") / "data"
+    write_world(folder, WorldParams(num_items=60, num_users=60, level_size=(4, 5, 6)))
+    return folder
+
+
+@pytest.fixture
+def file(data: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "run.toml"
+    path.write_text(
+        f"""
+        name = "toy"
+        output = "{tmp_path / "runs"}"
+        data.path = "{data}"
+        model = {{hidden_size = 16, heads = 2, kv_heads = 1, intermediate_size = 16, layers = 1}}
+        critic = {{epochs = 2, hidden_size = 8, layers = 1, lr = 1e-2}}
+        [rollout]
+        engine = "torch"
+        search = "ved"
+        candidates = 6
+        threads = 1
+        ved = {{guide = "critic", budget = 17, width = 4}}
+        """
+    )
+    return path
+
+
+def start(settings: Config) -> None:
+    """A warm start without a value head."""
+    from cluster.prepare import export, open_folder
+    from orchard.types import PolicyVersion
+    from orchard.weights import digest, snapshot
+
+    first = prepare(settings, "sft")
+    open_folder(first)
+    weights = snapshot(model.create(first.config.model, first.vocabulary, seed=0))
+    export(first, first.result, PolicyVersion(step=0, digest=digest(weights)), weights)
+
+
+def test_a_fitted_critic_guides_a_policy_that_has_no_head(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = config.load(file)
+    start(settings)
+    with pytest.raises(ConfigError, match="critic asks a fitted model.*orchard fit critic"):
+        prepare(settings, "train")
+    cli.main(["fit", "critic", str(file)])
+    assert "explained" in capsys.readouterr().out
+    run = prepare(settings, "train")
+    assert run.critic is not None
+    given = (run.config.rollout, run.policy, run.catalogue, run.vocabulary, 0)
+    prompts = run.form.prompts(run.train, np.arange(8))
+    trees = Searcher(*given, run.critic).search(prompts, seed=0)
+    assert trees.value is not None
+    inside = np.flatnonzero((trees.step > 0) & np.isfinite(trees.value))
+    said = run.critic.values(prompts)(
+        trees.prompt_of_node[inside], torch.from_numpy(trees.state[inside])
+    )
+    np.testing.assert_allclose(trees.value[inside], said, atol=1e-5)
+    assert trees.cost.forward_tokens <= 8 * 16
+    assert prepare(settings, "sft").critic is None  # who warm-starts needs none
+
+
+def test_a_critic_travels_to_a_worker_without_its_catalogue() -> None:
+    sender, critic = Sender(), critic_of()
+    find = partial(ved, settings=VedConfig(), count=6, seed=0, critic=critic)
+    first, second = sender.pack(find), sender.pack(find)
+    assert [type(one) for one in first.new.values()] == [Catalogue]
+    assert not second.new
+    arrived = Receiver(torch.device("cpu"))
+    arrived.unpack(first)
+    again = cast(Any, arrived.unpack(second)).keywords["critic"]
+    table, node = torch.tensor([[3, 4, -1]]), torch.tensor([[0, 1]])
+    for here, there in zip(critic.eval()(table, node), again.eval()(table, node), strict=True):
+        torch.testing.assert_close(here, there)
+
+
+def test_a_search_by_the_head_still_asks_for_one(file: Path) -> None:
+    with pytest.raises(ConfigError, match=r'rollout\.ved\.guide = "critic"'):
+        config.load(file, ["rollout.ved.guide=head"])
+    assert config.load(file, ["model.value_head=true"]).rollout.ved.guide == "critic"
+
+
+def test_without_its_requirements_rllib_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rllib, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"requirements/rllib\.txt"):
+        RllibBackend(critic_of(), CriticConfig())
+
+
+def critic_of() -> Critic:
+    torch.manual_seed(3)
+    return Critic(
+        tiny_catalogue(varying_depth=True),
+        max_history=3, hidden_size=16, layers=1, heads=2, dropout=0.2,
+    )  # fmt: skip
+
+
+def by(backend: Callable[..., TorchBackend | RllibBackend]) -> tuple[list[float], dict[str, float]]:
+    """Losses of some updates, and what the critic then is worth on walks that it did not see."""
+    critic, rows = critic_of(), np.arange(40)
+    split = Split(
+        user=rows, history=rows % 29, history_start=np.arange(41), target=(rows * 7 + 1) % 29
+    )
+    learner = backend(critic, CriticConfig(lr=1e-2, weight_decay=0.1))
+    torch.manual_seed(4)
+    losses: list[float] = []
+    for seed in range(21):
+        walks = draw_walks(
+            critic, split, rows, contrasts=3, level_weight=(0.3, 0.5, 1.0), discount=0.9,
+            draw=np.random.default_rng(seed),
+        )  # fmt: skip
+        if seed == 20:
+            return losses, measure(critic, [walks])
+        losses.append(learner.learn(walks))
+    raise AssertionError
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.skipif(
+    importlib.util.find_spec("gymnasium") is None,
+    reason="RLlib's requirements (requirements/rllib.txt) are not installed",
+)
+def test_rllib_makes_the_updates_of_the_reference() -> None:
+    (ours, good), (theirs, same) = by(TorchBackend), by(RllibBackend)
+    np.testing.assert_allclose(theirs, ours, rtol=1e-4)
+    assert ours[-1] < ours[0]
+    for name, value in good.items():
+        assert same[name] == pytest.approx(value, rel=1e-3)
