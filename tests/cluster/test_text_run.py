@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cluster.loop import assemble
 from cluster.prepare import Run, export, open_folder, prepare
-from learner.sft import pack_examples
+from learner.sft import pack_answers, pack_examples
 from learner.step import Learner
 from orchard import config, frames, model, vocabulary
 from orchard.config import Config, ModelConfig
@@ -25,6 +25,8 @@ from orchard.vocabulary import sid_token
 from orchard.weights import digest, snapshot
 from rewards.reward import score
 from rollout.actor import Searcher
+from rollout.engine.torch import TorchEngine
+from rollout.targets import follow
 
 VERSION = PolicyVersion(step=0, digest="")
 TEMPLATE = "Bought: {history}. Next is "
@@ -206,6 +208,15 @@ def test_a_taught_text_model_is_searched_and_improved(
     batch = assemble(score(trees, after.catalogue, {"rule": 1.0}), after)
     metrics = learner(after, model.load(after.policy, after.vocabulary)).improve(batch)
     assert metrics["logprob_gap"] < 1e-5
+
+
+def test_a_probe_of_a_text_model_is_scored_within_its_instruction(opened: Run) -> None:
+    run, policy = opened, model.load(opened.policy, opened.vocabulary)
+    prompts = run.form.prompts(run.train, np.arange(4))
+    known = learner(run, policy).score(pack_answers(prompts, run.form, VERSION))
+    engine = TorchEngine(policy, run.catalogue.trie, run.vocabulary, VERSION)
+    found = follow(engine, prompts, run.catalogue.leaf_of_item[prompts.target])
+    np.testing.assert_allclose(known, found.score, atol=1e-5)
 
 
 def test_a_new_text_model_is_made_from_the_titles(settings: Callable[..., Config]) -> None:
