@@ -24,6 +24,7 @@ from torch.nn import functional
 
 from orchard import ragged, stored
 from orchard.catalogue import Catalogue
+from orchard.encoder import encoder
 from orchard.trie import ROOT
 from orchard.types import Prompts
 
@@ -52,13 +53,7 @@ class Critic(nn.Module):
         self.level_start = tuple(ragged.starts(np.array(catalogue.level_size)).tolist())
         self.code = nn.Embedding(self.level_start[-1] + 1, hidden_size, self.level_start[-1])
         self.position = nn.Embedding(max_history + 1, hidden_size)
-        block = nn.TransformerEncoderLayer(
-            hidden_size, heads, 4 * hidden_size, dropout, activation="gelu",
-            batch_first=True, norm_first=True,
-        )  # fmt: skip
-        self.blocks = nn.TransformerEncoder(
-            block, layers, norm=nn.LayerNorm(hidden_size), enable_nested_tensor=False
-        )
+        self.blocks = encoder(hidden_size, layers=layers, heads=heads, dropout=dropout)
         self.prefix = nn.Linear(hidden_size, hidden_size)
         self.inner = nn.Linear(3 * hidden_size, 2 * hidden_size)
         self.scalar = nn.Linear(2 * hidden_size, 1)
@@ -79,11 +74,10 @@ class Critic(nn.Module):
         self, history: Int64[np.ndarray, " H"], start: Int[np.ndarray, " B1"]
     ) -> Int64[np.ndarray, "B W"]:
         """Leaves of the most recent items of each history as trie nodes, -1 past the last."""
-        length = np.minimum(np.diff(start), self.max_history)
-        recent = history[ragged.ranges(start[1:] - length, length)]
+        recent, bounds = ragged.last(history, start, self.max_history)
         leaf = torch.from_numpy(self.catalogue.leaf_of_item[recent])
         node = self.catalogue.trie.node_of(leaf).numpy()
-        return ragged.pad(node, ragged.starts(length), fill=-1, width=self.max_history)
+        return ragged.pad(node, bounds, fill=-1, width=self.max_history)
 
     def read(self, table: Int64[Tensor, "B W"]) -> Float[Tensor, "B D"]:
         """State of each history."""

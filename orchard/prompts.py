@@ -70,8 +70,7 @@ def read_split(paths: Sequence[Path], catalogue: Catalogue, *, max_history: int)
         )
     start = ragged.starts(counts)
     flat = np.concatenate([part.flatten().to_numpy().astype(np.int64) for part in lists])
-    keep = np.minimum(counts, max_history)
-    recent = flat[ragged.ranges(start[1:] - keep, keep)]
+    recent, recent_start = ragged.last(flat, start, max_history)
     target = np.concatenate([_combined(t["target"]).to_numpy() for t in tables]).astype(np.int64)
     users: list[np.ndarray] = []
     for index, table in enumerate(tables):
@@ -81,7 +80,7 @@ def read_split(paths: Sequence[Path], catalogue: Catalogue, *, max_history: int)
     return Split(
         user=np.concatenate(users),
         history=catalogue.rows(recent),
-        history_start=ragged.starts(keep),
+        history_start=recent_start,
         target=catalogue.rows(target),
     )
 

@@ -43,6 +43,14 @@ def take(
     return values[ranges(start[rows], count)], starts(count)
 
 
+def last(
+    values: Shaped[np.ndarray, "M ..."], start: Int[np.ndarray, " R1"], most: int
+) -> tuple[Shaped[np.ndarray, "K2 ..."], Int[np.ndarray, " R1"]]:
+    """The last `most` elements of each row, or all of a shorter one."""
+    count = np.minimum(np.diff(start), most)
+    return values[ranges(start[1:] - count, count)], starts(count)
+
+
 def pad(
     values: Shaped[np.ndarray, " M"], start: Int[np.ndarray, " R1"], *, fill: int, width: int = 0
 ) -> Shaped[np.ndarray, "R W"]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from orchard import ragged, stored
 from orchard.catalogue import Catalogue
+from orchard.encoder import encoder
 
 KIND = "listwise"
 
@@ -47,13 +48,7 @@ class ListEvaluator(nn.Module):
         self.rival = nn.Parameter(torch.zeros(hidden_size))
         """Tells a candidate from an item of the history."""
         self.drop = nn.Dropout(dropout)
-        block = nn.TransformerEncoderLayer(
-            hidden_size, heads, 4 * hidden_size, dropout, activation="gelu",
-            batch_first=True, norm_first=True,
-        )  # fmt: skip
-        self.blocks = nn.TransformerEncoder(
-            block, layers, norm=nn.LayerNorm(hidden_size), enable_nested_tensor=False
-        )
+        self.blocks = encoder(hidden_size, layers=layers, heads=heads, dropout=dropout)
         self.worth = nn.Linear(hidden_size, 1)
         self.register_buffer("trained", torch.zeros(num_leaves, dtype=torch.bool))
         self.register_buffer("leaf_of_item", torch.zeros(num_items, dtype=torch.long))
@@ -99,11 +94,8 @@ class ListEvaluator(nn.Module):
         leaf = self.leaf_of_item.numpy()[history]
         known = self.trained.numpy()[leaf]
         bounds = ragged.starts(np.bincount(ragged.owners(start)[known], minlength=len(start) - 1))
-        length = np.minimum(np.diff(bounds), self.max_history)
-        kept = leaf[known][ragged.ranges(bounds[1:] - length, length)]
-        return torch.from_numpy(
-            ragged.pad(kept, ragged.starts(length), fill=self.num_leaves, width=1)
-        )
+        kept, bounds = ragged.last(leaf[known], bounds, self.max_history)
+        return torch.from_numpy(ragged.pad(kept, bounds, fill=self.num_leaves, width=1))
 
     def judge(
         self,

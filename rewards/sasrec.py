@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from orchard import ragged, stored
 from orchard.catalogue import Catalogue
+from orchard.encoder import encoder
 
 KIND = "collaborative"
 
@@ -41,13 +42,7 @@ class SasRec(nn.Module):
         self.item = nn.Embedding(num_items + 1, hidden_size, padding_idx=num_items)
         self.position = nn.Embedding(max_history, hidden_size)
         self.drop = nn.Dropout(dropout)
-        block = nn.TransformerEncoderLayer(
-            hidden_size, heads, 4 * hidden_size, dropout, activation="gelu",
-            batch_first=True, norm_first=True,
-        )  # fmt: skip
-        self.blocks = nn.TransformerEncoder(
-            block, layers, norm=nn.LayerNorm(hidden_size), enable_nested_tensor=False
-        )
+        self.blocks = encoder(hidden_size, layers=layers, heads=heads, dropout=dropout)
         self.register_buffer("trained", torch.zeros(num_items, dtype=torch.bool))
         with torch.no_grad():
             for table in (self.item, self.position):
@@ -74,12 +69,9 @@ class SasRec(nn.Module):
         """State after each history, and whether it has any item that the model knows."""
         known = self.trained.numpy()[history]
         count = np.bincount(ragged.owners(start)[known], minlength=len(start) - 1)
-        kept, bounds = history[known], ragged.starts(count)
-        length = np.minimum(count, self.max_history)
-        recent = kept[ragged.ranges(bounds[1:] - length, length)]
-        table = ragged.pad(
-            recent, ragged.starts(length), fill=self.item.num_embeddings - 1, width=1
-        )
+        recent, bounds = ragged.last(history[known], ragged.starts(count), self.max_history)
+        table = ragged.pad(recent, bounds, fill=self.item.num_embeddings - 1, width=1)
+        length = np.diff(bounds)
         states = self(torch.from_numpy(table))
         last = torch.from_numpy(np.maximum(length - 1, 0))
         return states[torch.arange(len(length)), last], length > 0
