@@ -20,6 +20,8 @@ from orchard.evaluation import Evaluation
 from orchard.intervals import Estimate
 from orchard.metrics import FILE, read_metrics
 
+ONE_THREAD = ("learner.threads=1", "rollout.threads=1")
+"""For policies this small a second thread costs more than it gains, most of all beside others."""
 METRICS = ("ndcg@10/sid", "hr@1/sid", "hr@3/sid", "hr@10/sid", "hr@50/sid", "ndcg@10/item")
 
 
@@ -94,11 +96,15 @@ def _settings(name: str, run: str, seed: int, changes: tuple[str, ...]) -> Confi
 
 
 def branch(begin: Config, own: Config) -> None:
-    """RL of one run from the warm start of another, which is made where there is none."""
-    warm_start(begin, dry_run=False)
-    if not (folder := own.run_dir / WARM_START).is_dir():
-        own.run_dir.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(begin.run_dir / WARM_START, folder)
+    """RL of one run from the warm start of another, which is made where there is none.
+
+    What the warm start is worth on the test rows is taken along: it is the same for every branch.
+    """
+    if not (begin.run_dir / "evaluation" / f"{WARM_START}.json").is_file():
+        warm_start(begin, dry_run=False)
+    for folder in (WARM_START, "evaluation"):
+        if not (own.run_dir / folder).is_dir():
+            shutil.copytree(begin.run_dir / folder, own.run_dir / folder)
     improve(own, dry_run=False)
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from benchmarks.measure import Figure, Report, Row, figure, interleaved, report
+from benchmarks.recipe import ONE_THREAD
 from cluster.commands import TRAINED, WARM_START, improve, warm_start
 from cluster.prepare import Run, open_folder, prepare
 from orchard import config, evaluation
@@ -38,6 +39,8 @@ WAYS = {
     "sapo_think_only": ("learner.step.think_only=true",),
     "sapo": (),
 }
+WORLD = WorldParams(num_items=500, num_users=1200)
+"""A third of the usual world: three seeds of the table are then an hour or two of a core."""
 METRICS = ("ndcg@10/sid", "hr@1/sid", "hr@10/sid")
 CUT = (
     "sft.epochs=1", "sft.valid_rows=20", "learner.steps=2", "learner.prompts_per_step=4",
@@ -48,10 +51,10 @@ CUT = (
 def run(quick: bool) -> Report:
     """Three seeds and 16 prompts of 8 samples; `quick` only shows that it runs."""
     output = Path("runs/bench-quick" if quick else "runs")
-    data = output / "sapo-data"
+    data = output / "bench-sapo-data"
     if not data.is_dir():
-        write_world(data, WorldParams(num_items=80, num_users=100) if quick else WorldParams())
-    changes = [f"output={output}", f"data.path={data}", *(CUT if quick else ())]
+        write_world(data, WorldParams(num_items=80, num_users=100) if quick else WORLD)
+    changes = [f"output={output}", f"data.path={data}", *ONE_THREAD, *(CUT if quick else ())]
     speed, rows = _speed(changes, prompts=4 if quick else 16, samples=4 if quick else 8,
                          repeats=1 if quick else 5)  # fmt: skip
     figures, table = _table(changes, seeds=1 if quick else 3)

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.decode import LENGTH
 from benchmarks.measure import Figure, Report, Row, figure, interleaved, report
-from benchmarks.recipe import branch, means, read, spelt
+from benchmarks.recipe import ONE_THREAD, branch, means, read, spelt
 from cluster.prepare import Run, prepare
 from orchard import config, evaluation, intervals, model, value
 from orchard.config import Config, VedConfig
@@ -54,7 +54,7 @@ def run(quick: bool) -> Report:
     cut = ("sft.epochs=1", "learner.steps=2", "learner.prompts_per_step=16", "evaluate.every=1",
            "evaluate.test_rows=100", "evaluate.valid_rows=50", "evaluate.resamples=200",
            "rollout.ved.warmup=1", "output=runs/bench-quick")  # fmt: skip
-    changes, seeds = (cut, 1) if quick else ((), 3)
+    changes, seeds = (cut, 1) if quick else (ONE_THREAD, 3)
     costs, figures = _costs(repeats=3 if quick else 10)
     found = {way: [_branch(way, seed, changes) for seed in range(seeds)] for way in WAYS}
     rows: list[Row] = [

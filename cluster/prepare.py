@@ -24,6 +24,7 @@ from orchard.tasks import Tasks
 from orchard.types import PolicyVersion
 from orchard.vocabulary import Vocabulary
 from orchard.weights import Weights, restore
+from rewards.counted import Transitions, count_transitions
 from rewards.knowledge import Knowledge
 from rewards.reward import check as check_rewards
 from rewards.reward import look_up
@@ -88,7 +89,22 @@ class Run:
             settings=self.config.rewards,
             embedding=self.embedding,
             popularity=np.bincount(self.train.target, minlength=len(self.catalogue)),
+            transitions=self.transitions,
             folder=self.dir.resolve(),
+        )
+
+    @cached_property
+    def transitions(self) -> Transitions | None:
+        """What followed what in the training rows, where a reward asks for it."""
+        rewards, items, rows = self.config.rewards, self.catalogue, self.train
+        if "transition" not in rewards.weights:
+            return None
+        return count_transitions(
+            items.leaf_of_item[rows.history],
+            rows.history_start,
+            items.leaf_of_item[rows.target],
+            num_leaves=items.trie.num_leaves,
+            decay=rewards.transition.decay,
         )
 
     @cached_property

@@ -17,6 +17,7 @@ from rewards.knowledge import Knowledge
 from rewards.likeness import diversity, popularity_debias, semantic
 from rewards.listwise import listwise
 from rewards.rule import prefix, ranking, rule
+from rewards.transition import transition
 
 Reward = Callable[[SearchTrees, Knowledge], Float32[np.ndarray, " C"]]
 """One finite number per candidate, larger for better; all candidates of a batch at once."""
@@ -27,6 +28,7 @@ REWARDS: dict[str, Reward] = {
     "prefix": prefix,
     "semantic": semantic,
     "collaborative": collaborative,
+    "transition": transition,
     "listwise": listwise,
     "diversity": diversity,
     "popularity_debias": popularity_debias,
@@ -35,6 +37,7 @@ REWARDS: dict[str, Reward] = {
 NEEDS: dict[str, Callable[[Knowledge], object]] = {
     "semantic": lambda known: known.leaf_embedding,
     "collaborative": lambda known: known.sasrec,
+    "transition": lambda known: known.counted_transitions,
     "listwise": lambda known: known.evaluator,
     "popularity_debias": lambda known: known.leaf_popularity,
 }

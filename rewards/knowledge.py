@@ -14,6 +14,7 @@ from orchard.catalogue import Catalogue
 from orchard.config import RewardsConfig
 from orchard.errors import ConfigError, DataError
 from rewards import evaluator, sasrec
+from rewards.counted import Transitions
 from rewards.evaluator import ListEvaluator
 from rewards.sasrec import SasRec
 
@@ -28,6 +29,9 @@ class Knowledge:
     """Of each item, where the data set has embeddings."""
     popularity: Int64[np.ndarray, " I"] | None = None
     """How often each item is a target of the training rows, where there are such rows."""
+
+    transitions: Transitions | None = None
+    """What followed what in the training rows, where a reward asks for it."""
 
     folder: Path = Path()
     """Of the run, where fitted models lie unless the settings say otherwise."""
@@ -92,3 +96,17 @@ class Knowledge:
             )
         items = self.catalogue
         return np.add.reduceat(self.popularity[items.item_of_leaf], items.leaf_start[:-1])
+
+    @property
+    def counted_transitions(self) -> Transitions:
+        """What followed what in the training rows.
+
+        Raises:
+            ConfigError: it was not counted.
+        """
+        if self.transitions is None:
+            raise ConfigError(
+                "the reward transition needs what followed what in the training rows; give these "
+                "counts, or take it out of rewards.weights"
+            )
+        return self.transitions

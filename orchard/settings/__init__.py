@@ -16,6 +16,7 @@ from orchard.settings.rewards import (
     ListwiseConfig,
     RewardsConfig,
     ScorerConfig,
+    TransitionConfig,
 )
 from orchard.settings.rollout import RolloutConfig, ThinkConfig, VedConfig
 from orchard.settings.run import CheckpointConfig, ClusterConfig, EvaluateConfig
@@ -45,6 +46,7 @@ __all__ = [
     "StepConfig",
     "TasksConfig",
     "ThinkConfig",
+    "TransitionConfig",
     "ValueConfig",
     "VariantConfig",
     "VedConfig",

@@ -54,6 +54,15 @@ class ListwiseConfig(ScorerConfig):
     lr: Rate = 1e-3
 
 
+class TransitionConfig(Section):
+    """What the reward `transition` counts in the training rows."""
+
+    decay: Share = 0.3
+    """Weight of a history item beside that of the one after it."""
+    floor: Annotated[float, Field(gt=0.0)] = 1e-3
+    """Added to a candidate's strength before the logarithm: that of one that never followed."""
+
+
 class RewardsConfig(Section):
     """Search trees to scored trees."""
 
@@ -63,6 +72,7 @@ class RewardsConfig(Section):
     """Form of the part `ranking`: as the authors run it, or as printed, which also punishes groups
     without the target (see `docs/rewards.md`)."""
     collaborative: CollaborativeConfig = CollaborativeConfig()
+    transition: TransitionConfig = TransitionConfig()
     listwise: ListwiseConfig = ListwiseConfig()
     actors: Positive = 1
     queue: Positive = 8
