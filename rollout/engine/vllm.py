@@ -48,6 +48,9 @@ _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 
+_TOKENS_AT_ONCE = 8192
+"""Of prompts in one forward pass, where none is longer."""
+
 
 class VllmHolder:
     """Holds a policy in a vLLM engine inside this process, which it takes over for good."""
@@ -81,7 +84,8 @@ class VllmHolder:
         self._ranks = max(1, int(config.gpus))
         # On a CPU the worker lives in this process, and nothing has to travel to it.
         self._sender = Sender() if config.gpus else None
-        self.llm = _start(folder, config, self._ranks, seed)
+        longest = int(model.config.max_position_embeddings)
+        self.llm = _start(folder, config, self._ranks, longest=longest, seed=seed)
         self._requests = RequestEngine(self.llm, trie, vocabulary, version)
         if self._in_worker and not self._can_search():
             self._in_worker = False
@@ -193,8 +197,12 @@ class VllmHolder:
             )
 
 
-def _start(folder: Path, config: RolloutConfig, ranks: int, seed: int) -> "LLM":
-    """A vLLM engine for the policy in `folder`; raises EngineError where it cannot be had."""
+def _start(folder: Path, config: RolloutConfig, ranks: int, *, longest: int, seed: int) -> "LLM":
+    """A vLLM engine for the policy in `folder`, which reads at most `longest` tokens.
+
+    Raises:
+        EngineError: it cannot be had.
+    """
     os.environ.update(_ENVIRONMENT)
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
     logging.getLogger("torch").setLevel(logging.ERROR)
@@ -203,10 +211,18 @@ def _start(folder: Path, config: RolloutConfig, ranks: int, seed: int) -> "LLM":
     except ImportError as error:
         raise EngineError(f"vLLM is not usable ({error}); set rollout.engine = torch") from error
     memory: dict[str, Any]
+    at_once = _TOKENS_AT_ONCE
     if config.gpus:
         memory = {"gpu_memory_utilization": config.gpu_memory}
-    else:  # pages of 32 tokens are the smallest that the CPU kernels take
-        memory = {"kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30), "block_size": 32}
+    else:
+        # Pages of 32 tokens are the smallest that the CPU kernels take. A prompt must not be cut: a
+        # request with a seed would have its generator wound back, which torch does on GPUs alone.
+        memory = {
+            "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30),
+            "block_size": 32,
+            "enable_chunked_prefill": False,
+        }
+        at_once = max(at_once, longest)
     try:
         return LLM(
             str(folder),
@@ -222,7 +238,7 @@ def _start(folder: Path, config: RolloutConfig, ranks: int, seed: int) -> "LLM":
             max_logprobs=-1,
             max_model_len=-1,
             max_num_seqs=1024,
-            max_num_batched_tokens=8192,
+            max_num_batched_tokens=at_once,
             **memory,
         )
     except (RuntimeError, ValueError) as error:

@@ -79,3 +79,15 @@ def test_a_greedy_thought_and_its_beam_are_those_of_the_reference(
     np.testing.assert_array_equal(found.leaf, expected.leaf)
     np.testing.assert_allclose(found.logprob, expected.logprob, atol=1e-5)
     assert found.cost.counts == expected.cost.counts
+
+
+def test_contexts_beyond_one_pass_are_drawn_as_alone(actor: Any) -> None:
+    """More than 8,192 tokens: a context cut in two would lose its place in its own draws."""
+    prompts = tiny_thinking_world(lengths=(12,) * 120).prompts
+    length = len(prompts.token) // len(prompts)
+    # But for whole pages of 32 tokens, each of the eight samples computes its own context.
+    assert (length + 7 * (length % 32)) * len(prompts) > 8192
+    last = np.array([len(prompts) - 1])
+    trees: SearchTrees = ray.get(actor.search.remote(prompts, 5))
+    alone: SearchTrees = ray.get(actor.search.remote(prompts.select(last), 5))
+    np.testing.assert_array_equal(trees.select(last).token, alone.token)
