@@ -1,6 +1,8 @@
 """V-STAR (arXiv 2602.10699) on Amazon Industrial: what a guided search costs, and what it brings.
 
-The ablation branches off one warm start per seed and gives every way equal prompts and updates.
+The ablation branches off one warm start per seed and gives every way equal prompts and updates:
+one seed for all ways, three for the two ends, which are also set beside a control that goes on with
+the warm start for as long as RL took.
 `beam` of width 16 forwards what the paper counts as budget 1x (33 tokens), width 32 as 2x (65).
 After training, sets of 64 candidates are compared at equal forward tokens on held-out prompts.
 """
@@ -16,9 +18,12 @@ import torch
 from benchmarks.decode import LENGTH
 from benchmarks.measure import Figure, Report, Row, figure, interleaved, report
 from benchmarks.recipe import ONE_THREAD, branch, means, read, spelt
+from cluster.commands import WARM_START, warm_start
 from cluster.prepare import Run, prepare
 from orchard import config, evaluation, intervals, model, value
 from orchard.config import Config, VedConfig
+from orchard.diagnostics import grouped_spearman
+from orchard.evaluation import Evaluation
 from orchard.intervals import Estimate
 from orchard.metrics import FILE, read_metrics
 from orchard.types import PolicyVersion, Prompts
@@ -42,6 +47,7 @@ WAYS: Mapping[str, tuple[str, ...]] = {
     "beam_2x+grpo": (*BEAM, "learner.estimator=group", "rollout.candidates=32"),
     "ved_2x+both": ("learner.estimator=group_sibling", "rollout.ved.budget=65"),
 }
+ENDS = ("beam+grpo", "ved+both")
 METRICS = ("ndcg@10/sid", "hr@1/sid", "hr@3/sid", "hr@10/sid", "hr@50/sid")
 BATCH, WIDTH, BUDGET = 32, 16, 33
 SET, SET_BUDGET = 64, 129
@@ -56,7 +62,10 @@ def run(quick: bool) -> Report:
            "rollout.ved.warmup=1", "output=runs/bench-quick")  # fmt: skip
     changes, seeds = (cut, 1) if quick else (ONE_THREAD, 3)
     costs, figures = _costs(repeats=3 if quick else 10)
-    found = {way: [_branch(way, seed, changes) for seed in range(seeds)] for way in WAYS}
+    found = {way: [_branch(way, 0, changes)] for way in WAYS}
+    for seed in range(1, seeds):
+        for way in ENDS:
+            found[way].append(_branch(way, seed, changes))
     rows: list[Row] = [
         {"way": way, "seed": seed} | means(read(one), METRICS) | _spent(one)
         for way, several in found.items()
@@ -64,14 +73,22 @@ def run(quick: bool) -> Report:
     ]
     for way in WAYS:
         if way != "beam+grpo":
-            gain = _gain(found[way], found["beam+grpo"])
-            rows.append({"difference": f"{way} - beam+grpo"} | spelt(gain, METRICS))
-    gain = _gain(found["ved+both"], found["beam+grpo"])["ndcg@10/sid"]
-    figures.append(figure("ved_both_over_beam_grpo", gain.low, "", asked="> 0",
-                          note=f"NDCG@10, lower end of the paired 95 % interval, {seeds} seeds; "
-                          f"mean {gain.mean:+.4f}"))  # fmt: skip
+            gain = _gain(found[way], found["beam+grpo"][: len(found[way])])
+            rows.append({"difference": f"{way} - beam+grpo", "seeds": len(found[way])}
+                        | spelt(gain, METRICS))  # fmt: skip
+    others = {
+        "beam_grpo": [read(one) for one in found["beam+grpo"]],
+        "warm_start": [read(one, WARM_START) for one in found["ved+both"]],
+        "control": [_control(seed, found["ved+both"][seed], changes) for seed in range(seeds)],
+    }
+    for name, theirs in others.items():
+        gain = _over([read(one) for one in found["ved+both"]], theirs)
+        rows.append({"difference": f"ved+both - {name}", "seeds": seeds} | spelt(gain, METRICS))
+        figures.append(figure(f"ved_both_over_{name}", gain["ndcg@10/sid"].low, "", asked="> 0",
+                              note=f"NDCG@10, lower end of the paired 95 % interval, {seeds} "
+                              f"seeds; mean {gain['ndcg@10/sid'].mean:+.4f}"))  # fmt: skip
     sets, best = _sets(found["ved+both"], num_rows=100 if quick else 2000)
-    return report("vstar", [*figures, best], [*costs, *rows, *sets])
+    return report("vstar", [*figures, *best], [*costs, *rows, *sets])
 
 
 def _costs(*, repeats: int) -> tuple[list[Row], list[Figure]]:
@@ -135,17 +152,37 @@ def _prompts(at: Run) -> Prompts:
     )
 
 
+def _begin(seed: int, changes: tuple[str, ...]) -> Config:
+    return config.load(RUN, [*changes, f"name=vstar-start-{seed}", f"seed={seed}"])
+
+
 def _branch(way: str, seed: int, changes: tuple[str, ...]) -> Config:
     """The run of one way from the warm start of its seed, done or only read."""
-    begin = config.load(RUN, [*changes, f"name=vstar-start-{seed}", f"seed={seed}"])
+    begin = _begin(seed, changes)
     name = way.replace("+", "-")
     own = config.load(RUN, [*changes, f"name=vstar-{name}-{seed}", f"seed={seed}", *WAYS[way]])
     branch(begin, own)
     return own
 
 
-def _sets(runs: list[Config], *, num_rows: int) -> tuple[list[Row], Figure]:
-    """Hits among 64 candidates of held-out prompts, guided against beam, at equal tokens."""
+def _control(seed: int, like: Config, changes: tuple[str, ...]) -> Evaluation:
+    """The warm start after more supervision, for as long as that run of RL took."""
+    begin = _begin(seed, changes)
+    log = read_metrics(begin.run_dir / FILE)["sft"]
+    epochs = round(_spent(like)["train_s"] / float(np.median(log["sft/epoch_s"].value)))
+    control = config.load(RUN, [
+        *changes, f"name=vstar-control-{seed}", f"seed={seed}", f"sft.epochs={max(1, epochs)}",
+        f"sft.lr={begin.sft.lr / 4}", f"model.path={begin.run_dir / WARM_START}",
+    ])  # fmt: skip
+    warm_start(control, dry_run=False)
+    return read(control, WARM_START)
+
+
+def _sets(runs: list[Config], *, num_rows: int) -> tuple[list[Row], list[Figure]]:
+    """Hits among 64 candidates of held-out prompts, guided against beam, at equal tokens.
+
+    And how well the value of a prefix in the guided sets, or its log-probability, goes with a hit.
+    """
     torch.set_num_threads(1)
     budget = VedConfig(budget=SET_BUDGET, width=SET // 2, traversals=4)
     searches: dict[str, Callable[[Engine, Prompts], Candidates]] = {
@@ -154,6 +191,7 @@ def _sets(runs: list[Config], *, num_rows: int) -> tuple[list[Row], Figure]:
     }
     hits: dict[str, list[np.ndarray]] = {name: [] for name in searches}
     diversity: dict[str, list[float]] = {name: [] for name in searches}
+    ranks: dict[str, list[list[float]]] = {"value": [], "logprob": []}
     for settings in runs:
         at = prepare(settings, "train", policy=settings.run_dir / "policy")
         policy = model.load(at.policy, at.vocabulary)
@@ -169,6 +207,10 @@ def _sets(runs: list[Config], *, num_rows: int) -> tuple[list[Row], Figure]:
             hit = np.bincount(owner[found.leaf == target[owner]], minlength=len(rows)) > 0
             hits[name].append(hit.astype(np.float64))
             diversity[name].append(evaluation.diversity(path=found.node, start=found.start))
+            if found.value is not None:
+                right = (found.leaf == target[owner]).astype(np.float64)
+                for kind, of in (("value", found.value), ("logprob", found.logprob.cumsum(1))):
+                    ranks[kind].append(_rank_correlations(of, right, owner))
     mean = {name: np.mean(several, axis=0) for name, several in hits.items()}
     gap = (mean["ved"] - mean["beam"])[:, None]
     change = intervals.estimates(["hit"], gap, resamples=2000, seed=SEED)["hit"]
@@ -177,8 +219,30 @@ def _sets(runs: list[Config], *, num_rows: int) -> tuple[list[Row], Figure]:
          "diversity": float(np.mean(diversity[name]))}
         for name in searches
     ]  # fmt: skip
+    rho = {kind: np.mean(several, axis=0) for kind, several in ranks.items()}
+    table += [
+        {"spearman_with_hit": kind} | {f"level_{k}": float(one) for k, one in enumerate(levels, 1)}
+        for kind, levels in rho.items()
+    ]
     note = f"hits among {SET}, {SET_BUDGET} tokens, lower end of 95 %; mean {change.mean:+.4f}"
-    return table, figure("ved_best_in_set", change.low, "", asked="> 0", note=note)
+    return table, [
+        figure("ved_best_in_set", change.low, "", asked="> 0", note=note),
+        *(figure(f"value_over_logprob_{k}", float(gap), "", asked="> 0",
+                 note="Spearman with a hit, held-out prompts, value minus log-probability")
+          for k, gap in enumerate(rho["value"] - rho["logprob"], 1)),
+    ]  # fmt: skip
+
+
+def _rank_correlations(of: np.ndarray, right: np.ndarray, owner: np.ndarray) -> list[float]:
+    """Mean over prompts, by level, where both vary; 0 where there is no such prompt."""
+    found = []
+    for level in range(of.shape[1]):
+        known = ~np.isnan(of[:, level])
+        rho = grouped_spearman(
+            of[known, level], right[known], owner[known], int(owner.max(initial=-1)) + 1
+        )
+        found.append(float(np.nan_to_num(np.nanmean(rho))) if np.isfinite(rho).any() else 0.0)
+    return found
 
 
 def _spent(settings: Config) -> dict[str, float]:
@@ -192,7 +256,10 @@ def _spent(settings: Config) -> dict[str, float]:
 
 def _gain(ours: list[Config], theirs: list[Config]) -> dict[str, Estimate]:
     """The first runs minus the second, paired by row and averaged over seeds."""
-    a, b = [read(one) for one in ours], [read(one) for one in theirs]
+    return _over([read(one) for one in ours], [read(one) for one in theirs])
+
+
+def _over(ours: list[Evaluation], theirs: list[Evaluation]) -> dict[str, Estimate]:
     return evaluation.paired_over_seeds(
-        [one.ranks for one in a], [one.ranks for one in b], width=a[0].width
+        [one.ranks for one in ours], [one.ranks for one in theirs], width=ours[0].width
     )
