@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: help env dev quickstart check test bench lock clean
+.PHONY: help env dev quickstart check test bench figures lock clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -44,6 +44,9 @@ test: dev  ## everything
 
 bench: env  ## the figures of one bench, e.g. make bench NAME=learner
 	@$(BIN)/orchard bench $(NAME)
+
+figures:  ## write docs/figures.md and the README's table from benchmarks/results
+	@$(BIN)/python -m benchmarks.tables
 
 LOCK := uv pip compile --quiet --python-version 3.11 --no-emit-index-url --no-header --no-annotate
 

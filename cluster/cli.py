@@ -227,7 +227,7 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Smaller run of the same code.")] = False,
 ) -> None:
     """The published figures, measured side by side."""
-    shared = {"__init__", "measure", "recipe", "rival"}
+    shared = {"__init__", "measure", "recipe", "rival", "tables"}
     known = sorted({p.stem for p in Path("benchmarks").glob("*.py")} - shared)
     if name not in known:
         raise ConfigError(

@@ -1,0 +1,112 @@
+"""The tables of `docs/figures.md` and of the README, from what the benches have written.
+
+`orchard bench NAME --json benchmarks/results/NAME.json` measures, `make figures` writes: each
+figure that was asked for beside what was measured, misses included, and every row of every bench.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import cast
+
+from benchmarks.measure import Figure, Report, Row
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+PAGE = ROOT / "docs" / "figures.md"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- figures: made by `make figures` -->", "<!-- end of figures -->"
+
+
+def read(folder: Path = RESULTS) -> list[Report]:
+    """Every result, by name of the bench."""
+    return [cast(Report, json.loads(p.read_text())) for p in sorted(folder.glob("*.json"))]
+
+
+def page(reports: Sequence[Report]) -> str:
+    """All figures and rows, a section for each bench."""
+    head = (
+        "# Figures\n\nWhat each `orchard bench NAME` measured, with the commit and the machine; "
+        "`make figures` writes this page from\n`benchmarks/results`. A figure that fell short is "
+        "marked so.\n"
+    )
+    return "\n".join([head, *(_section(one) for one in reports)])
+
+
+def summary(reports: Sequence[Report]) -> str:
+    """The asked figures alone, one line each."""
+    lines = [
+        f"| `{one['bench']}` | {_said(figure)} | {figure['asked']} | {_measured(figure)} |"
+        for one in reports
+        for figure in one["figures"]
+    ]
+    return "\n".join(["| bench | figure | asked | measured |", "|---|---|---|---|", *lines])
+
+
+def within(text: str, made: str) -> str:
+    """The text with what lies between the marks replaced; raises ValueError without marks."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    if not rest or END not in rest:
+        raise ValueError(f"README.md lacks {BEGIN} or {END}; put the two marks where tables go")
+    return f"{before}{BEGIN}\n\n{made}\n\n{END}{after}"
+
+
+def main() -> None:
+    """Write both places anew."""
+    reports = read()
+    PAGE.write_text(page(reports))
+    README.write_text(within(README.read_text(), summary(reports)))
+
+
+def _section(report: Report) -> str:
+    machine = report["machine"]
+    where = (
+        f"Commit {report['commit']}; {machine['processor']}, {machine['cores']} cores, "
+        f"{machine['memory_gib']} GiB, torch {machine['torch']}."
+    )
+    figures = [
+        f"| {figure['name']} | {figure['asked']} | {_measured(figure)} | {figure['note']} |"
+        for figure in report["figures"]
+    ]
+    table = ["| figure | asked | measured | |", "|---|---|---|---|", *figures] if figures else []
+    parts = [f"## {report['bench']}", where, "\n".join(table), *_tables(report["rows"])]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _tables(rows: Iterable[Row]) -> list[str]:
+    """One table for each run of rows with the same columns."""
+    return [
+        "\n".join(
+            [
+                f"| {' | '.join(columns)} |",
+                f"|{'---|' * len(columns)}",
+                *(f"| {' | '.join(_spelt(row[name]) for name in columns)} |" for row in alike),
+            ]
+        )
+        for columns, alike in groupby(rows, key=tuple)
+    ]
+
+
+def _said(figure: Figure) -> str:
+    return f"{figure['name']}: {figure['note']}" if figure["note"] else figure["name"]
+
+
+def _measured(figure: Figure) -> str:
+    spelt = " ".join([_spelt(figure["value"]), figure["unit"]]).strip()
+    return f"**{spelt}**" if figure["holds"] else f"{spelt} (falls short)"
+
+
+def _spelt(value: str | float | bool) -> str:
+    """Four significant digits, whole numbers whole."""
+    if isinstance(value, str | bool):
+        return str(value).replace("|", "\\|")
+    if not math.isfinite(value) or float(value).is_integer():
+        return f"{value:,.0f}" if math.isfinite(value) else str(value)
+    return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+if __name__ == "__main__":
+    main()

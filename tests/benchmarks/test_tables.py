@@ -1,0 +1,43 @@
+"""The published tables are those that the benches' results make."""
+
+import pytest
+
+from benchmarks import tables
+from benchmarks.measure import Report, figure
+
+
+def a_report() -> Report:
+    return Report(
+        bench="toy",
+        commit="abc",
+        machine={"processor": "P", "cores": 2, "memory_gib": 1.5, "torch": "2"},
+        figures=[
+            figure("fast", 3.14159, "x", asked=">= 3", note="side by side"),
+            figure("small", 12345.6, "B", asked="<= 10"),
+        ],
+        rows=[{"way": "a", "s": 1.0}, {"way": "b|c", "s": 0.00012345}, {"seed": 1}],
+    )
+
+
+def test_a_page_shows_misses_and_keeps_rows_of_one_shape_together() -> None:
+    made = tables.page([a_report()])
+    assert "| fast | >= 3 | **3.142 x** | side by side |" in made
+    assert "| small | <= 10 | 12,346 B (falls short) |  |" in made
+    assert (
+        "| way | s |\n|---|---|\n| a | 1 |\n| b\\|c | 0.0001234 |\n\n| seed |\n|---|\n| 1 |" in made
+    )
+    assert "| `toy` | fast: side by side | >= 3 | **3.142 x** |" in tables.summary([a_report()])
+
+
+def test_only_what_lies_between_the_marks_is_replaced() -> None:
+    text = f"before {tables.BEGIN} old {tables.END} after"
+    assert tables.within(text, "new") == f"before {tables.BEGIN}\n\nnew\n\n{tables.END} after"
+    with pytest.raises(ValueError, match="put the two marks"):
+        tables.within("no marks", "new")
+
+
+def test_what_is_published_is_what_was_measured() -> None:
+    reports = tables.read()
+    assert tables.PAGE.read_text() == tables.page(reports)
+    readme = tables.README.read_text()
+    assert tables.within(readme, tables.summary(reports)) == readme
