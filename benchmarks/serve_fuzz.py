@@ -20,13 +20,15 @@ from typing import Any
 import httpx
 import hypothesis
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import schemathesis
 from fastapi import FastAPI
 from hypothesis import strategies as st
 from schemathesis import Case, GenerationMode
 from schemathesis.core.failures import Failure, FailureGroup
 
-from benchmarks.measure import Report, figure, report
+from benchmarks.measure import Report, Row, figure, report
 from orchard.config import ServeConfig
 from orchard.testing import World, tiny_world
 from serve.api import create_app
@@ -58,7 +60,10 @@ def run(quick: bool) -> Report:
     note = f"{sum(found.status.values())} requests from the OpenAPI document"
     names = ("server_error", "illegal_items", "leak", "schema")
     figures = [figure(n, found.wrong[n], "answers", asked="== 0", note=note) for n in names]
-    rows = [{"status": code, "answers": count} for code, count in sorted(found.status.items())]
+    rows: list[Row] = [
+        {"status": code, "answers": count} for code, count in sorted(found.status.items())
+    ]
+    rows += [{"wrong": name, "first": request} for name, request in found.examples.items()]
     return report("serve_fuzz", figures, rows)
 
 
@@ -66,7 +71,11 @@ def attack(world: World, folder: Path, number: int) -> Findings:
     """Send so many requests to an endpoint of its own."""
     os.environ["ORCHARD_SERVE_TOKEN"] = TOKEN
     export_policy(world, folder / "policy", step=1)
-    config = ServeConfig(follow_s=3600.0, state=folder / "state")
+    # As `orchard serve` has it: what is shown where the drawn deadline is shorter than any search.
+    popularity = folder / "popularity.parquet"
+    item_id = world.catalogue.item_id
+    pq.write_table(pa.table({"item_id": item_id, "count": np.arange(len(item_id))}), popularity)
+    config = ServeConfig(follow_s=3600.0, state=folder / "state", popularity=popularity)
     desk = open_desk(folder / "policy", config, meters := Tally())
     found = send(create_app(desk), number, desk)
     found.wrong["illegal_items"] += meters.total("orchard_serve_illegal")
