@@ -174,6 +174,9 @@ def export(
         Path | None, typer.Option(help="Policy folder; by default the run's last one.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a policy.")] = False,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Instead: its LoRA adapters, for peft.")
+    ] = False,
 ) -> None:
     """A policy as a Hugging Face folder with catalogue, value head and model card."""
     settings = config.load(run, overrides or [])
@@ -181,7 +184,8 @@ def export(
     from cluster.prepare import prepare
 
     source = policy or handover.policy_of(settings)
-    handover.hand_over(prepare(settings, "evaluate", policy=source), out, overwrite=overwrite)
+    found = prepare(settings, "evaluate", policy=source)
+    handover.hand_over(found, out, overwrite=overwrite, adapter=adapter)
     typer.echo(f"policy: {out}")
 
 
