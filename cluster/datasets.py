@@ -63,7 +63,7 @@ def number(
     folder: Path,
     *,
     levels: str,
-    balanced: bool,
+    quantiser: str,
     collisions: str,
     source: str,
     model: Path | None,
@@ -86,7 +86,7 @@ def number(
         raise ConfigError(f"--levels = {levels!r} is no list of sizes such as 256,256,256")
     recipe = build.Recipe(
         levels=tuple(int(size) for size in sizes),
-        balanced=balanced,
+        quantiser=quantiser,
         collisions=collisions,
         source=source,
         model=model,
