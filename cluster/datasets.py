@@ -125,4 +125,6 @@ def _mapping(column: Sequence[str]) -> dict[str, str]:
     for text, (role, equals, name) in zip(column, pairs, strict=True):
         if not (role and equals and name):
             raise ConfigError(f"--column = {text!r} is not of the form role=NAME, as in user=uid")
+        if sum(other == role for other, _, _ in pairs) > 1:
+            raise ConfigError(f"--column names {role} twice; give each role one column")
     return {role: name for role, _, name in pairs}

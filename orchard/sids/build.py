@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float32, Float64
 
-from orchard import ragged
+from orchard import embeddings, ragged
 from orchard.errors import ConfigError, DataError
 from orchard.sids import embed
 from orchard.sids.collisions import POLICIES, Settled
@@ -113,7 +113,9 @@ def build(folder: Path, recipe: Recipe, *, overwrite: bool = False) -> Report:
 def _embedding(folder: Path, items: Any, recipe: Recipe) -> tuple[Float32[np.ndarray, "I E"], str]:
     ids = items["item_id"].to_numpy().astype(np.int64)
     if recipe.embeddings is not None:
-        return embed.of_file(recipe.embeddings, ids), recipe.embeddings.name
+        return embeddings.read(
+            recipe.embeddings, ids, remedy="--embeddings"
+        ), recipe.embeddings.name
     title = [""] * len(ids)
     if "title" in items.column_names:
         title = [text or "" for text in items["title"].to_pylist()]

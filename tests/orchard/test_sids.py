@@ -275,6 +275,12 @@ def test_what_cannot_be_embedded_is_refused_and_the_folder_stays_as_it_was(tmp_p
     np.save(tmp_path / "nan.npy", np.where(np.arange(18)[:, None] == 5, np.nan, points))
     few = pa.table({"item_id": np.arange(17) + 7, "embedding": list(points[:17])})
     pq.write_table(few, tmp_path / "few.parquet")
+    np.save(tmp_path / "words.npy", np.array([["a"]] * 18))
+    (tmp_path / "junk.npy").write_text("junk")
+    twice = pa.table({"item_id": [7, *range(7, 25)], "embedding": list(points[[0, *range(18)]])})
+    pq.write_table(twice, tmp_path / "twice.parquet")
+    words = pa.table({"item_id": np.arange(18) + 7, "embedding": ["a"] * 18})
+    pq.write_table(words, tmp_path / "words.parquet")
     (tmp_path / "model").mkdir()
     small = {"levels": (2, 2)}
     cases: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -283,6 +289,10 @@ def test_what_cannot_be_embedded_is_refused_and_the_folder_stays_as_it_was(tmp_p
         ({**small, "embeddings": tmp_path / "few.parquet"}, DataError, "item 24 has no embedding"),
         ({**small, "embeddings": tmp_path / "nan.npy"}, DataError, "item row 5 in .* not finite"),
         ({**small, "embeddings": tmp_path / "no.npy"}, DataError, "does not exist"),
+        ({**small, "embeddings": tmp_path / "junk.npy"}, DataError, "is no array of numbers"),
+        ({**small, "embeddings": tmp_path / "words.npy"}, DataError, "save real numbers"),
+        ({**small, "embeddings": tmp_path / "words.parquet"}, DataError, "as a list of numbers"),
+        ({**small, "embeddings": tmp_path / "twice.parquet"}, DataError, "item 7 has several"),
         ({**small, "model": tmp_path / "model"}, ConfigError, "holds no config.json"),
         ({"levels": (256,)}, DataError, "lower --levels"),
         ({"levels": (1, 4)}, ConfigError, "at least 2 codes"),
