@@ -200,6 +200,11 @@ def report(
     for folder in runs:
         if not folder.is_dir():
             raise DataError(f"run folder {folder} does not exist; give the folder below runs/")
+        if not any((folder / name).is_file() for name in ("config.toml", "metrics.jsonl")):
+            raise DataError(
+                f"{folder} is no run folder: it holds neither config.toml nor metrics.jsonl; give "
+                "the folder below runs/"
+            )
     if len(runs) == 1 and output is None:
         from cluster.report import write_report
 

@@ -2,7 +2,7 @@
 
     python examples/raw_log.py OUT
 
-The shop is made up (`orchard.taste`): 600 products, 1,500 customers, identifiers of its own, dates.
+The shop is made up (`orchard.taste`): 500 products, 1,000 customers, identifiers of its own, dates.
 """
 
 import sys
@@ -20,7 +20,7 @@ from orchard.taste import WorldParams, live, make_world
 def write(out: Path) -> None:
     """Write `log.csv` (customer, sku, bought) and `products.csv` (sku, name)."""
     maker, nature = np.random.default_rng(0).spawn(2)
-    world = make_world(WorldParams(num_items=600, num_users=1500), maker)
+    world = make_world(WorldParams(num_items=500, num_users=1000), maker)
     events = live(world, nature)
     sku = np.array([f"SKU-{number:04d}" for number in range(len(world.code))])
     customer = np.array([f"C{number:05d}" for number in range(len(events.start) - 1)])

@@ -196,6 +196,8 @@ def test_unknown_names_are_answered_with_the_known_ones(
     assert "learner" in refused("bench", "nonsense")
     assert "choose valid or test" in refused("evaluate", world, "--split", "train")
     assert "does not exist" in refused("report", world.parent / "none")
+    assert "is no run folder" in refused("report", world.parent)
+    assert not (world.parent / "report.html").exists()
 
 
 def test_items_may_be_titles_in_the_tokens_of_a_policy(
