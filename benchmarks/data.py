@@ -86,11 +86,9 @@ def quantised(items: int) -> float:
 
 
 def beside_published(source: Path) -> list[Row]:
-    """The semantic IDs of a data set, and those that each quantiser makes of its titles.
-
-    Raises:
-        DataError: the folder holds no data set.
-    """
+    """The semantic IDs of a data set, and those that each quantiser makes of its titles."""
+    if not source.is_dir():
+        return [{"sids": "published", "note": f"not run: there is no data set in {source}"}]
     published = measure(catalogue.read(source / "items.parquet").codes)
     rows: list[Row] = [{"sids": "published", **_facts(published)}]
     for name in QUANTISERS:
