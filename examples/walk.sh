@@ -14,6 +14,7 @@ timed() { # its time is kept under the command's name
   local begin=$EPOCHREALTIME
   "$@"
   TIMES+=("$(awk "BEGIN { printf \"%7.1f s\", $EPOCHREALTIME - $begin }")  ${*:1:3}")
+  echo "${TIMES[-1]}"
 }
 
 serving() { # until it answers; the last command of seven goes on in the background
