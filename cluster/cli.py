@@ -174,6 +174,9 @@ def export(
         Path | None, typer.Option(help="Policy folder; by default the run's last one.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a policy.")] = False,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Instead: its LoRA adapters, for peft.")
+    ] = False,
 ) -> None:
     """A policy as a Hugging Face folder with catalogue, value head and model card."""
     settings = config.load(run, overrides or [])
@@ -181,7 +184,8 @@ def export(
     from cluster.prepare import prepare
 
     source = policy or handover.policy_of(settings)
-    handover.hand_over(prepare(settings, "evaluate", policy=source), out, overwrite=overwrite)
+    found = prepare(settings, "evaluate", policy=source)
+    handover.hand_over(found, out, overwrite=overwrite, adapter=adapter)
     typer.echo(f"policy: {out}")
 
 
@@ -196,6 +200,11 @@ def report(
     for folder in runs:
         if not folder.is_dir():
             raise DataError(f"run folder {folder} does not exist; give the folder below runs/")
+        if not any((folder / name).is_file() for name in ("config.toml", "metrics.jsonl")):
+            raise DataError(
+                f"{folder} is no run folder: it holds neither config.toml nor metrics.jsonl; give "
+                "the folder below runs/"
+            )
     if len(runs) == 1 and output is None:
         from cluster.report import write_report
 

@@ -78,9 +78,9 @@ def import_(
 def sids(
     folder: Annotated[Path, typer.Argument(help="Folder of a data set.")],
     levels: Annotated[str, typer.Option(help="Codes of each level.")] = "256,256,256",
-    balanced: Annotated[
-        bool, typer.Option("--balanced", help="As many items to each code, where possible.")
-    ] = False,
+    quantiser: Annotated[
+        str, typer.Option(help="kmeans, balanced (as many items to each code) or rqvae.")
+    ] = "kmeans",
     collisions: Annotated[str, typer.Option(help="reassign, extra_level or keep.")] = "reassign",
     source: Annotated[str, typer.Option(help="auto, titles or interactions.")] = "auto",
     model: Annotated[
@@ -93,13 +93,13 @@ def sids(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace semantic IDs.")] = False,
 ) -> None:
-    """Semantic IDs by residual k-means, with a report of their quality."""
+    """Semantic IDs by residual quantisation, with a report of their quality."""
     from cluster import datasets
 
     datasets.number(
         folder,
         levels=levels,
-        balanced=balanced,
+        quantiser=quantiser,
         collisions=collisions,
         source=source,
         model=model,

@@ -63,7 +63,7 @@ def number(
     folder: Path,
     *,
     levels: str,
-    balanced: bool,
+    quantiser: str,
     collisions: str,
     source: str,
     model: Path | None,
@@ -86,7 +86,7 @@ def number(
         raise ConfigError(f"--levels = {levels!r} is no list of sizes such as 256,256,256")
     recipe = build.Recipe(
         levels=tuple(int(size) for size in sizes),
-        balanced=balanced,
+        quantiser=quantiser,
         collisions=collisions,
         source=source,
         model=model,
@@ -125,4 +125,6 @@ def _mapping(column: Sequence[str]) -> dict[str, str]:
     for text, (role, equals, name) in zip(column, pairs, strict=True):
         if not (role and equals and name):
             raise ConfigError(f"--column = {text!r} is not of the form role=NAME, as in user=uid")
+        if sum(other == role for other, _, _ in pairs) > 1:
+            raise ConfigError(f"--column names {role} twice; give each role one column")
     return {role: name for role, _, name in pairs}

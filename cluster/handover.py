@@ -1,5 +1,7 @@
 """A policy handed over: a Hugging Face folder that stands on its own, with a model card.
 
+Or the adapters of a policy with LoRA alone, for those who have its base model.
+
 Beside weights, configuration and tokenizer: the value head, the catalogue, the run's configuration
 and evaluations, and `README.md`, which says what the policy is, what it reached, and its limits.
 """
@@ -10,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from cluster.prepare import Run
-from orchard import catalogue, config, evaluation, folders, model, value
-from orchard.errors import CheckpointError, DataError
+from orchard import adapters, catalogue, config, evaluation, folders, model, value
+from orchard.errors import CheckpointError, ConfigError, DataError
 from orchard.evaluation import Evaluation
 from orchard.importing.card import CARD
 
@@ -20,13 +22,20 @@ _MARK = "policy.json"
 MODEL_CARD = "README.md"
 
 
-def hand_over(run: Run, out: Path, *, overwrite: bool = False) -> None:
-    """Write the run's policy to `out`, whole or not at all.
+def hand_over(run: Run, out: Path, *, overwrite: bool = False, adapter: bool = False) -> None:
+    """Write the run's policy to `out`, or what it adds to its base; whole or not at all.
 
     Raises:
-        DataError: `out` holds something else, or the policy has no weights.
-        CheckpointError: the weights do not fit the tokenizer, or are of no trained policy.
+        DataError: `out` holds something else, or the policy or its base has no weights.
+        CheckpointError: the weights do not fit the tokenizer, are of no trained policy, or are
+            more than adapters on the base.
+        ConfigError: an adapter is asked for, and the run has none.
     """
+    if adapter and run.config.model.lora.rank == 0:
+        raise ConfigError(
+            "model.lora.rank = 0: the run trains every weight and has no adapters; leave out "
+            "--adapter"
+        )
     folders.check_vacant(out, mark=_MARK, kind="policy", overwrite=overwrite)
     if not (run.policy / _MARK).is_file():
         raise CheckpointError(
@@ -35,10 +44,13 @@ def hand_over(run: Run, out: Path, *, overwrite: bool = False) -> None:
         )
     policy = model.load(run.policy, run.vocabulary)
     with folders.whole(out) as partial:
-        value.save(policy, partial)
-        # Every policy has one: a text generator that reads the folder would else invent its own.
-        assert policy.generation_config is not None
-        policy.generation_config.save_pretrained(partial)
+        if adapter:
+            _save_adapters(run, policy, partial)
+        else:
+            value.save(policy, partial)
+            # Every policy has one: who reads the folder to generate text would else invent it.
+            assert policy.generation_config is not None
+            policy.generation_config.save_pretrained(partial)
         run.tokenizer.save_pretrained(partial)
         catalogue.write(run.catalogue, partial / "catalogue")
         shutil.copy2(run.policy / _MARK, partial / _MARK)
@@ -47,8 +59,22 @@ def hand_over(run: Run, out: Path, *, overwrite: bool = False) -> None:
         for name, one in found.items():
             evaluation.write(one, partial / "evaluation" / f"{name}.json")
         (partial / MODEL_CARD).write_text(
-            model_card(run, found, parameters=policy.num_parameters())
+            model_card(run, found, parameters=policy.num_parameters(), adapter=adapter)
         )
+
+
+def base_of(settings: config.Config) -> Path:
+    """The folder of the model that a run's adapters are on."""
+    return settings.model.path or settings.run_dir / "scratch"
+
+
+def _save_adapters(run: Run, policy: model.PreTrainedModel, folder: Path) -> None:
+    base = model.load(base_of(run.config))
+    for one in (policy, base):
+        value.detach(one)
+    adapters.write(policy, base, run.config.model.lora, folder)
+    if (run.policy / value.FILE).is_file():
+        shutil.copy2(run.policy / value.FILE, folder / value.FILE)
 
 
 def evaluations_of(run: Run) -> dict[str, Evaluation]:
@@ -58,7 +84,9 @@ def evaluations_of(run: Run) -> dict[str, Evaluation]:
     return {name: one for name, one in found.items() if one.catalogue == run.catalogue.digest}
 
 
-def model_card(run: Run, found: Mapping[str, Evaluation], *, parameters: int) -> str:
+def model_card(
+    run: Run, found: Mapping[str, Evaluation], *, parameters: int, adapter: bool = False
+) -> str:
     """The model card in Markdown, made of what is known and nothing else."""
     about = json.loads((run.policy / _MARK).read_text())
     parts = [
@@ -78,11 +106,22 @@ def model_card(run: Run, found: Mapping[str, Evaluation], *, parameters: int) ->
         "## Limits",
         _limits(run),
         "## Use",
-        "Load it by `AutoModelForCausalLM.from_pretrained`; it is a policy over the items of "
+        (_of_adapters(run) if adapter else "Load it by `AutoModelForCausalLM.from_pretrained`")
+        + "; it is a policy over the items of "
         "`catalogue/` only where decoding is constrained to their codes."
         + (f" `{value.FILE}` is Orchard's own." if (run.policy / value.FILE).is_file() else ""),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _of_adapters(run: Run) -> str:
+    """How to put adapters and base together."""
+    return (
+        f"These are adapters and embeddings alone. Load the base model, `{base_of(run.config)}` in "
+        "the run, by `AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)`, call its "
+        f"`resize_token_embeddings({run.vocabulary.size})`, and give both to "
+        "`peft.PeftModel.from_pretrained`"
+    )
 
 
 def _data(run: Run) -> str:

@@ -6,7 +6,7 @@ import shutil
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float32
@@ -258,8 +258,8 @@ def starting_policy(settings: Config, phase: Phase) -> Path | None:
 
 def check_policy(folder: Path, items: Catalogue) -> None:
     """Refuse a saved policy of another catalogue; raises CheckpointError."""
-    facts = folder / "policy.json"
-    if facts.is_file() and (made_for := json.loads(facts.read_text())["catalogue"]) != items.digest:
+    made_for = _about(folder).get("catalogue", items.digest)
+    if made_for != items.digest:
         raise CheckpointError(
             f"the policy in {folder} was trained on catalogue {made_for[:12]}, the run has "
             f"{items.digest[:12]}; use the items file that it was trained on, or warm-start anew"
@@ -312,14 +312,27 @@ def export(run: Run, folder: Path, policy: PolicyVersion, weights: Weights, **fa
 
 def exported_step(folder: Path) -> int:
     """Step of the policy in a folder; 0 for one that Orchard did not export."""
-    path = folder / "policy.json"
-    return json.loads(path.read_text())["version"]["step"] if path.is_file() else 0
+    return _about(folder).get("version", {}).get("step", 0)
 
 
 def exported_facts(folder: Path) -> dict[str, float]:
     """What `export` wrote of its policy; empty where there is none."""
+    return _about(folder).get("facts", {})
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    """What `export` wrote beside a policy; empty for one that Orchard did not export.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
     path = folder / "policy.json"
-    return json.loads(path.read_text())["facts"] if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}; export the policy again") from error
 
 
 def _save(

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Bool, Float32, Int
 
 from orchard import codes as tables
-from orchard import ragged, trie
+from orchard import embeddings, ragged, trie
 from orchard.errors import CatalogueError, DataError
 from orchard.tables import read_table
 from orchard.trie import Trie
@@ -244,37 +244,9 @@ def load(folder: Path) -> Catalogue:
 
 
 def read_embeddings(path: Path, catalogue: Catalogue) -> Float32[np.ndarray, "I E"]:
-    """The embedding of each item: Parquet columns `item_id` and `embedding`, a list of numbers.
-
-    Items that are not in the catalogue are passed over.
-
-    Raises:
-        DataError: the file or a column is missing, an item has no embedding, or lengths differ.
-    """
-    table = read_table(
-        path,
-        role="embeddings",
-        columns=("item_id", "embedding"),
-        remedy="data.path and data.embeddings",
-    )
-    ids, column = table["item_id"].to_numpy(), table["embedding"].combine_chunks()
-    lengths = column.value_lengths().fill_null(0).to_numpy()
-    if len(np.unique(lengths)) != 1 or lengths[0] == 0:
-        shortest, longest = (f(lengths, initial=lengths.max(initial=0)) for f in (np.min, np.max))
-        raise DataError(
-            f"embeddings of {path} have lengths from {shortest} to {longest}; all items must have "
-            "one of the same length"
-        )
-    order = np.argsort(ids, kind="stable")
-    place = order[np.searchsorted(ids, catalogue.item_id, sorter=order).clip(max=len(ids) - 1)]
-    missing = np.flatnonzero(ids[place] != catalogue.item_id)
-    if len(missing):
-        raise DataError(
-            f"item {catalogue.item_id[missing[0]]} has no embedding in {path} ({len(missing)} of "
-            f"{len(catalogue)} items); add it, or leave data.embeddings out"
-        )
-    flat = column.flatten().to_numpy(zero_copy_only=False)
-    return flat.reshape(len(ids), -1)[place].astype(np.float32)
+    """The embedding of each item; others are passed over. Raises as `orchard.embeddings.read`."""
+    remedy = "data.path and data.embeddings"
+    return embeddings.read(path, catalogue.item_id, remedy=remedy)
 
 
 def _digest(

@@ -85,7 +85,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"run file {path} does not exist; see cluster/runs/ for examples")
     try:
         tree = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"run file {path} is not valid TOML: {error}") from error
     return parse(tree, overrides)
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from orchard import value, weights
@@ -70,18 +70,22 @@ def check(model: nn.Module, settings: LoraConfig) -> None:
 
 
 def snapshot(model: nn.Module) -> dict[str, np.ndarray]:
-    """As `orchard.weights.snapshot`, with adapters merged."""
+    """As `orchard.weights.snapshot`, with adapters merged.
+
+    Collective where the parameters are sharded over workers: what is merged was gathered first.
+    """
     values = weights.snapshot(model)
     modules = cast("dict[str, Any]", dict(model.named_modules()))
     adapters = {name: one for name, one in modules.items() if hasattr(one, "get_delta_weight")}
     for name, module in adapters.items():
+        up, down = (values[f"{name}.lora_{part}.{_NAME}.weight"] for part in "BA")
+        delta = np.float32(module.scaling[_NAME]) * (up @ down)
         for key in [key for key in values if key.startswith(f"{name}.")]:
             part = values.pop(key)
             own = key.removeprefix(f"{name}.base_layer.")
             if own == key:
                 continue  # of the adapter itself
             if own == "weight":
-                delta: Tensor = module.get_delta_weight(_NAME)
-                part = part + delta.detach().float().cpu().numpy()
+                part = part + delta
             values[f"{name}.{own}"] = part
     return values

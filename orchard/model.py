@@ -6,14 +6,17 @@ children of a trie node. Search, learner and serving all call it.
 Shapes:  F nodes   M legal children of them   D hidden width   R rows   S slots   F1 = F + 1
 """
 
+import json
 from pathlib import Path
 from typing import cast
 
 import torch
 from jaxtyping import Bool, Float, Int
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from orchard import value
 from orchard.config import ModelConfig
@@ -62,8 +65,9 @@ def load(folder: Path, vocabulary: Vocabulary | None = None) -> PreTrainedModel:
             PreTrainedModel,
             AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
         )
-    except OSError as error:
-        raise DataError(f"{folder} holds no loadable weights: {error}") from error
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise DataError(f"{folder} holds no loadable weights: {reason}") from error
     rows = head_weight(model).shape[0]
     if vocabulary is not None and rows < vocabulary.size:
         raise CheckpointError(
@@ -76,10 +80,29 @@ def load(folder: Path, vocabulary: Vocabulary | None = None) -> PreTrainedModel:
 
 def check_folder(folder: Path) -> None:
     """Raise DataError unless the folder looks like a saved policy: configuration and weights."""
-    if not (folder / "config.json").is_file():
+    facts = folder / "config.json"
+    if not facts.is_file():
         raise DataError(f"{folder} holds no config.json; give the folder of a saved policy")
-    if not (any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))):
+    try:
+        kind = json.loads(facts.read_text()).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise DataError(f"{facts} is no JSON object: {error}; save the policy again") from error
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise DataError(
+            f"{facts} has model_type {kind!r}, which transformers knows no causal language model "
+            "of; give the folder of one"
+        )
+    whole = list(folder.glob("*.safetensors"))
+    if not whole and not any(folder.glob("*.bin")):
         raise DataError(f"{folder} holds no weights (*.safetensors); save the policy again")
+    for file in whole:
+        try:
+            with safe_open(file, "pt"):
+                pass  # reads where each tensor lies, and whether the file goes on to the last one
+        except (SafetensorError, OSError) as error:
+            raise DataError(
+                f"the weights in {file} are damaged or cut short: {error}; save the policy again"
+            ) from error
 
 
 def head_weight(model: PreTrainedModel) -> Float[Tensor, "tokens D"]:

@@ -9,6 +9,9 @@ import pyarrow.parquet as pq
 
 from orchard.errors import DataError
 
+_INTEGERS, _LISTS = ("item_id", "target"), ("history",)
+"""Columns that hold integers, and lists of them, in whichever file they stand."""
+
 
 def read_table(path: Path, *, role: str, columns: Sequence[str], remedy: str) -> Any:
     """The table of a file that must hold certain columns; it may hold others.
@@ -20,7 +23,8 @@ def read_table(path: Path, *, role: str, columns: Sequence[str], remedy: str) ->
         remedy: what to check where the file is missing.
 
     Raises:
-        DataError: the file is missing or no Parquet, or lacks a column.
+        DataError: the file is missing or no Parquet, lacks a column, or holds something else than
+            items where items belong.
     """
     if not path.is_file():
         raise DataError(f"{role} file {path} does not exist; check {remedy}")
@@ -33,4 +37,24 @@ def read_table(path: Path, *, role: str, columns: Sequence[str], remedy: str) ->
             raise DataError(
                 f"{role} file {path} has columns {', '.join(table.column_names)} but no `{column}`"
             )
+        _check(table[column], column, f"{role} file {path}")
     return table
+
+
+def _check(column: Any, name: str, where: str) -> None:
+    kind = column.type
+    if name in _INTEGERS:
+        if not pa.types.is_integer(kind):
+            raise DataError(f"column `{name}` of {where} holds {kind}; it must hold integers")
+        if column.null_count:
+            row = column.is_null().index(pa.scalar(True)).as_py()
+            raise DataError(
+                f"row {row} of {where} has no `{name}` ({column.null_count} such rows); fill it in "
+                "or drop the row"
+            )
+    if name in _LISTS:
+        is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+        if not is_list or not pa.types.is_integer(kind.value_type):
+            raise DataError(
+                f"column `{name}` of {where} holds {kind}; it must hold lists of integers"
+            )

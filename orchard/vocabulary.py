@@ -112,10 +112,14 @@ def compact_tokenizer(catalogue: Catalogue) -> PreTrainedTokenizerFast:
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer saved in a policy folder; raises DataError where there is none."""
+    """The tokenizer saved in a policy folder; raises DataError where there is none to load."""
     if not (folder / "tokenizer.json").is_file():
         raise DataError(f"{folder} holds no tokenizer.json; it is not a saved policy")
-    return AutoTokenizer.from_pretrained(folder)
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # the libraries raise whatever they come across in the file
+        reason = str(error).partition("\n")[0]
+        raise DataError(f"{folder} holds no loadable tokenizer: {reason}; save it again") from error
 
 
 def think_tags(tokenizer: PreTrainedTokenizerBase) -> Tags:

@@ -104,8 +104,14 @@ def _times(column: Any, where: str, first: int) -> Int64[np.ndarray, " E"]:
     if pa.types.is_timestamp(column.type):
         return column.cast(pa.int64()).to_numpy().astype(np.int64)
     values = column.to_numpy()
-    if not np.issubdtype(values.dtype, np.number) or not np.isfinite(values).all():
-        raise DataError(f"the times of {where} are {column.type} and not all finite; give numbers")
+    if not np.issubdtype(values.dtype, np.number):
+        raise DataError(f"the times of {where} are {column.type}; give numbers or dates")
+    bad = np.flatnonzero(~np.isfinite(values))
+    if len(bad):
+        raise DataError(
+            f"row {first + bad[0]} of {where} has the time {values[bad[0]]} ({len(bad)} such "
+            "rows); correct it or drop the row"
+        )
     if np.issubdtype(values.dtype, np.floating) and (values != np.floor(values)).any():
         values = np.floor(values * 1e3)  # seconds with a fraction: keep the order within one
     return values.astype(np.int64)

@@ -102,6 +102,9 @@ def _names(path: Path) -> dict[str, str]:
     if not path.exists():
         raise DataError(f"{path} does not exist; give a file or a folder that does")
     found = _header(path) if path.suffix in TEXT else _parquet_names(path)
+    if len(set(found)) < len(found):
+        twice = next(name for name in found if found.count(name) > 1)
+        raise DataError(f"{path} has two columns `{twice}`; give each column a name of its own")
     return {name.split(":")[0] if path.suffix in ATOMIC else name: name for name in found}
 
 

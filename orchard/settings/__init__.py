@@ -158,12 +158,6 @@ class Config(Section):
                 "learner.step.think_only = true leaves nothing to learn without thoughts; set "
                 'rollout.search = "think"'
             )
-        lora, learner = self.model.lora, self.learner
-        if lora.rank and learner.parallel == "fsdp" and learner.workers > 1:
-            raise ValueError(
-                f"model.lora.rank = {lora.rank} merges whole matrices, which "
-                'learner.parallel = "fsdp" splits; set it to "ddp"'
-            )
         if 0 < self.learner.dual_clip <= 1:
             raise ValueError(
                 f"learner.dual_clip = {self.learner.dual_clip} would bind at ratio 1; "

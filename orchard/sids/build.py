@@ -4,7 +4,9 @@ Shapes:  I items   L levels
 """
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial as bound
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -13,16 +15,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float32, Float64
 
-from orchard import ragged
+from orchard import embeddings, ragged
 from orchard.errors import ConfigError, DataError
 from orchard.sids import embed
 from orchard.sids.collisions import POLICIES, Settled
 from orchard.sids.measure import Quality, draw, measure
-from orchard.sids.quantise import quantise
+from orchard.sids.quantise import Quantised, quantise
+from orchard.sids.rqvae import quantise_learned
 from orchard.tables import read_table
 
 REPORT, PICTURE, EMBEDDINGS = "sids.json", "sids.png", "embeddings.parquet"
 Source = Literal["auto", "titles", "interactions"]
+QUANTISERS: Mapping[str, Callable[..., Quantised]] = {
+    "kmeans": quantise,
+    "balanced": bound(quantise, balanced=True),
+    "rqvae": quantise_learned,
+}
+"""Each takes embeddings, the sizes of the codebooks and a `seed`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +40,8 @@ class Recipe:
 
     levels: tuple[int, ...] = (256, 256, 256)
     """Codebook size of each level."""
-    balanced: bool = False
+    quantiser: str = "kmeans"
+    """One of `QUANTISERS`."""
     collisions: str = "reassign"
     """One of `collisions.POLICIES`."""
     source: Source = "auto"
@@ -52,7 +62,7 @@ class Report(TypedDict):
     embedding: str
     """Where the embeddings came from."""
     residual: list[float]
-    """Share of the embeddings' variance that is left after each level of k-means."""
+    """Share of the embeddings' variance that is left after each level."""
     before: Quality
     """Of the codes as quantised."""
     after: Quality
@@ -63,12 +73,16 @@ def build(folder: Path, recipe: Recipe, *, overwrite: bool = False) -> Report:
     """Give the items of a data set their semantic IDs, and leave a report, a picture, embeddings.
 
     Raises:
-        ConfigError: an unknown policy or codebook sizes that make no sense.
+        ConfigError: an unknown policy or quantiser, or codebook sizes that make no sense.
         DataError: no items, items that have semantic IDs already, or as `embed` and `quantise`.
     """
     if recipe.collisions not in POLICIES:
         raise ConfigError(
             f"--collisions = {recipe.collisions!r}; choose from {', '.join(POLICIES)}"
+        )
+    if recipe.quantiser not in QUANTISERS:
+        raise ConfigError(
+            f"--quantiser = {recipe.quantiser!r}; choose from {', '.join(QUANTISERS)}"
         )
     if not recipe.levels or min(recipe.levels) < 2:
         raise ConfigError(f"--levels = {recipe.levels}; each codebook needs at least 2 codes")
@@ -77,12 +91,12 @@ def build(folder: Path, recipe: Recipe, *, overwrite: bool = False) -> Report:
     if "sid" in items.column_names and not overwrite:
         raise DataError(f"the items of {path} have semantic IDs; pass --overwrite to replace them")
     embedding, origin = _embedding(folder, items, recipe)
-    made = quantise(embedding, recipe.levels, balanced=recipe.balanced, seed=recipe.seed)
+    made = QUANTISERS[recipe.quantiser](embedding, recipe.levels, seed=recipe.seed)
     settled = POLICIES[recipe.collisions](made, _popularity(folder, items))
     report = Report(
         recipe={
             "levels": list(recipe.levels),
-            "balanced": recipe.balanced,
+            "quantiser": recipe.quantiser,
             "collisions": recipe.collisions,
             "dimensions": embedding.shape[1],
             "seed": recipe.seed,
@@ -99,7 +113,9 @@ def build(folder: Path, recipe: Recipe, *, overwrite: bool = False) -> Report:
 def _embedding(folder: Path, items: Any, recipe: Recipe) -> tuple[Float32[np.ndarray, "I E"], str]:
     ids = items["item_id"].to_numpy().astype(np.int64)
     if recipe.embeddings is not None:
-        return embed.of_file(recipe.embeddings, ids), recipe.embeddings.name
+        return embeddings.read(
+            recipe.embeddings, ids, remedy="--embeddings"
+        ), recipe.embeddings.name
     title = [""] * len(ids)
     if "title" in items.column_names:
         title = [text or "" for text in items["title"].to_pylist()]

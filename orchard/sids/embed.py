@@ -1,4 +1,4 @@
-"""An embedding for every item: from its text, from who met it, or from a file.
+"""An embedding for every item: from its text, or from who met it.
 
 Shapes:  I items   E dimensions   R examples   H history items
 """
@@ -10,14 +10,13 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse as sparse
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float32, Int64
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.preprocessing import normalize
 
-from orchard import ragged
+from orchard import embeddings, ragged
 from orchard.errors import ConfigError, DataError
-from orchard.tables import read_table
 
 _WINDOW = 5
 """Most recent history items that count as neighbours of the target."""
@@ -65,7 +64,7 @@ def of_model(title: Sequence[str], folder: Path) -> Float32[np.ndarray, "I E"]:
         ) from error
     model = library.SentenceTransformer(str(folder), local_files_only=True)
     made: Any = model.encode(list(title), normalize_embeddings=True, show_progress_bar=True)
-    return checked(np.asarray(made, dtype=np.float32), len(title), where=str(folder))
+    return embeddings.checked(np.asarray(made, dtype=np.float32), len(title), where=str(folder))
 
 
 def of_interactions(
@@ -102,56 +101,6 @@ def of_interactions(
     draw = np.random.default_rng(seed).standard_normal((len(lonely), made.shape[1]))
     made[lonely] = 1e-3 * draw
     return made
-
-
-def of_file(path: Path, item_id: Int64[np.ndarray, " I"]) -> Float32[np.ndarray, "I E"]:
-    """Embeddings from Parquet (`item_id`, `embedding`) or from `.npy`, rows as the items file.
-
-    Raises:
-        DataError: the wrong number of items, lengths that differ, or values that are not finite.
-    """
-    if path.suffix == ".npy":
-        if not path.is_file():
-            raise DataError(f"embeddings file {path} does not exist; check --embeddings")
-        return checked(np.load(path, allow_pickle=False), len(item_id), where=str(path))
-    table = read_table(
-        path, role="embeddings", columns=("item_id", "embedding"), remedy="--embeddings"
-    )
-    ids, column = table["item_id"].to_numpy(), table["embedding"].combine_chunks()
-    length = column.value_lengths().fill_null(0).to_numpy()
-    if len(ids) == 0 or length.min() == 0 or length.min() != length.max():
-        raise DataError(
-            f"embeddings of {path} have lengths from {length.min(initial=0)} to "
-            f"{length.max(initial=0)}; all items must have one of the same length"
-        )
-    order = np.argsort(ids, kind="stable")
-    place = order[np.searchsorted(ids, item_id, sorter=order).clip(max=len(ids) - 1)]
-    missing = np.flatnonzero(ids[place] != item_id)
-    if len(missing):
-        raise DataError(
-            f"item {item_id[missing[0]]} has no embedding in {path} ({len(missing)} of "
-            f"{len(item_id)} items); add it"
-        )
-    flat = column.flatten().to_numpy(zero_copy_only=False).reshape(len(ids), -1)
-    return checked(flat[place], len(item_id), where=str(path))
-
-
-def checked(
-    made: Float[np.ndarray, "..."], num_items: int, *, where: str
-) -> Float32[np.ndarray, "I E"]:
-    """The embeddings in float32; raises DataError on a wrong number or values not finite."""
-    if made.ndim != 2 or len(made) != num_items:
-        raise DataError(
-            f"{where} holds embeddings of shape {made.shape} for {num_items} items; one row per "
-            "item is needed"
-        )
-    bad = np.flatnonzero(~np.isfinite(made).all(axis=1))
-    if len(bad):
-        raise DataError(
-            f"the embedding of item row {bad[0]} in {where} is not finite ({len(bad)} such items); "
-            "compute it anew"
-        )
-    return np.ascontiguousarray(made, dtype=np.float32)
 
 
 def _reduced(table: Any, dimensions: int, seed: int) -> Float32[np.ndarray, "I E"]:

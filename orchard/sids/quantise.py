@@ -47,12 +47,7 @@ def quantise(
     Raises:
         DataError: fewer distinct items than codes at a level.
     """
-    distinct = len(np.unique(embedding, axis=0))
-    if distinct < max(sizes):
-        raise DataError(
-            f"{len(embedding)} items have {distinct} distinct embeddings, a codebook of "
-            f"{max(sizes)} needs at least as many; lower --levels"
-        )
+    check_sizes(embedding, sizes)
     rest = embedding - embedding.mean(axis=0)
     variance = float((rest.astype(np.float64) ** 2).sum())
     codes: list[Int64[np.ndarray, " I"]] = []
@@ -60,7 +55,7 @@ def quantise(
     errors: list[float] = []
     before = rest
     for level, size in enumerate(sizes):
-        book = _centroids(rest, size, seed + level)
+        book = centroids(rest, size, seed + level)
         code = _nearest(rest, book)
         if balanced:
             book, code = _balance(rest, book)
@@ -76,9 +71,20 @@ def quantise(
     )
 
 
-def _centroids(
+def check_sizes(embedding: Float32[np.ndarray, "I E"], sizes: Sequence[int]) -> None:
+    """Raise DataError where there are fewer distinct items than codes at a level."""
+    distinct = len(np.unique(embedding, axis=0))
+    if distinct < max(sizes):
+        raise DataError(
+            f"{len(embedding)} items have {distinct} distinct embeddings, a codebook of "
+            f"{max(sizes)} needs at least as many; lower --levels"
+        )
+
+
+def centroids(
     points: Float32[np.ndarray, "I E"], size: int, seed: int
 ) -> Float32[np.ndarray, "C E"]:
+    """Those of k-means over all points."""
     maker = _faiss.Kmeans(
         points.shape[1],
         size,

@@ -1,5 +1,6 @@
 """The command line as a new user meets it: nothing here may reach Ray."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -117,6 +118,17 @@ def test_rows_that_cannot_be_used_are_refused(world: Path, refused: Callable[...
     assert "item 12345 is not in the catalogue" in refused("sft", world)
     pq.write_table(rows.slice(0, 0), train)
     assert "has no rows" in refused("sft", world)
+    words = {
+        "target": (pa.array(["x"] * len(rows)), "`target` .* holds string; it must hold integers"),
+        "history": (rows["target"], "`history` .* it must hold lists of integers"),
+    }
+    for name, (values, message) in words.items():
+        at = rows.column_names.index(name)
+        pq.write_table(rows.set_column(at, name, values), train)
+        assert re.search(message, refused("sft", world))
+    pq.write_table(rows, train)
+    rewrite(train, target=[None, *rows["target"].to_pylist()[1:]])
+    assert "has no `target` (1 such rows)" in refused("sft", world)
 
 
 def saved_policy(world: Path) -> Path:
@@ -126,6 +138,23 @@ def saved_policy(world: Path) -> Path:
     first = model.create(run.config.model, run.vocabulary, seed=0)
     export(run, run.result, PolicyVersion(step=1, digest="x"), snapshot(first))
     return run.result
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("model.safetensors", b"", "model.safetensors are damaged or cut short"),
+        ("config.json", b"{", "config.json is no JSON object"),
+        ("config.json", b'{"model_type": "zorg"}', "has model_type 'zorg'"),
+        ("tokenizer.json", b"{", "holds no loadable tokenizer"),
+        ("policy.json", b"{", "policy.json is damaged"),
+    ],
+)
+def test_a_damaged_policy_is_refused(
+    file: str, content: bytes, message: str, world: Path, refused: Callable[..., str]
+) -> None:
+    (saved_policy(world) / file).write_bytes(content)
+    assert message in refused("train", world)
 
 
 def test_a_policy_of_another_catalogue_is_refused(world: Path, refused: Callable[..., str]) -> None:
@@ -167,6 +196,8 @@ def test_unknown_names_are_answered_with_the_known_ones(
     assert "learner" in refused("bench", "nonsense")
     assert "choose valid or test" in refused("evaluate", world, "--split", "train")
     assert "does not exist" in refused("report", world.parent / "none")
+    assert "is no run folder" in refused("report", world.parent)
+    assert not (world.parent / "report.html").exists()
 
 
 def test_items_may_be_titles_in_the_tokens_of_a_policy(

@@ -25,6 +25,8 @@ def test_a_log_is_imported_by_one_command(
         ["data", "import", source, out, "--column", "whom=who"], capsys
     )
     assert "role=NAME" in fails(["data", "import", source, out, "--column", "who"], capsys)
+    twice = ["--column", "user=who", "--column", "user=what"]
+    assert "names user twice" in fails(["data", "import", source, out, *twice], capsys)
     assert "choose chronological" in fails(["data", "import", source, out, "--split", "x"], capsys)
     assert not (tmp_path / "shop").exists()
     main(["data", "import", source, out, "--column", "user=who", "--column", "item=what"])

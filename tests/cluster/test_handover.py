@@ -9,14 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster import cli
 from cluster.handover import MODEL_CARD
-from cluster.prepare import Run, open_folder, prepare
+from cluster.prepare import Run, export, open_folder, prepare
 from orchard import catalogue, config, evaluation, model, value
 from orchard.evaluation import Evaluation, TargetRanks
 from orchard.synth import WorldParams, write_world
+from orchard.types import PolicyVersion
+from orchard.weights import digest, snapshot
 
 
 @pytest.fixture
@@ -111,6 +114,35 @@ def test_what_cannot_be_handed_over_is_refused_and_nothing_is_written(
     assert "is no policy; choose another folder" in capsys.readouterr().err
     (run.policy / "model.safetensors").unlink()
     assert "holds no weights" in refused()
+
+
+def test_adapters_are_exported_for_their_base(
+    run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, one = tmp_path / "adapter", ["export", str(run_file), str(tmp_path / "adapter")]
+    begun = prepare(config.load(run_file), "sft")
+    open_folder(begun)
+    with pytest.raises(SystemExit):
+        cli.main([*one, "--adapter", "--policy", str(begun.policy)])
+    assert "model.lora.rank = 0: the run trains every weight" in capsys.readouterr().err
+    assert not out.exists()
+    policy = model.load(begun.policy)
+    change = 0.1 * torch.randn(32, 1, generator=torch.Generator().manual_seed(0)).tile(1, 32)
+    with torch.no_grad():
+        policy.get_parameter("model.layers.0.self_attn.o_proj.weight")[:, :32] += change
+        policy.get_parameter("model.embed_tokens.weight").mul_(1.5)
+    weights = snapshot(policy)
+    export(begun, begun.result, PolicyVersion(step=1, digest=digest(weights)), weights)
+    cli.main([*one, "--adapter", "model.lora.rank=2"])
+    names = {path.name for path in out.iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"} <= names
+    assert "model.safetensors" not in names
+    assert f"`resize_token_embeddings({begun.vocabulary.size})`" in (out / MODEL_CARD).read_text()
+    base = model.load(begun.policy)
+    before = base(torch.tensor([[1, 5, 9]])).logits
+    again = PeftModel.from_pretrained(base, str(out))(torch.tensor([[1, 5, 9]])).logits
+    torch.testing.assert_close(again, policy(torch.tensor([[1, 5, 9]])).logits)
+    assert not torch.equal(before, again)
 
 
 VLLM = """

@@ -330,6 +330,11 @@ BROKEN: Mapping[str, tuple[Callable[[Path], Path], str]] = {
         lambda f: plain(f, HEAD + "1,2,3\n1,3,4\n1,2,soon\n1,2,4\n"),
         "row 4 of log.csv has the time 'soon'",
     ),
+    "no finite time": (lambda f: plain(f, HEAD + "1,2,3\n1,4,nan\n"), "row 3 .* has the time nan"),
+    "two columns of a name": (
+        lambda f: plain(f, "user_id,item_id,timestamp,item_id\n1,2,3,4\n"),
+        "has two columns `item_id`",
+    ),
     "one interaction": (
         lambda f: plain(f, HEAD + "1,2,3\n2,2,3\n"),
         "each of the 2 users has one interaction",

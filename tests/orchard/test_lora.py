@@ -1,6 +1,7 @@
 """Adapters: the same function when fresh, merged under the old names when trained."""
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,9 +9,9 @@ import torch
 
 from learner.sft import pack_examples
 from learner.step import Learner
-from orchard import lora
+from orchard import adapters, lora, model
 from orchard.config import LearnerConfig
-from orchard.errors import ConfigError
+from orchard.errors import CheckpointError, ConfigError
 from orchard.prompts import PromptFormat
 from orchard.settings import LoraConfig
 from orchard.tasks import Examples
@@ -65,3 +66,58 @@ def test_trained_adapters_merge_into_a_policy_that_computes_the_same() -> None:
         torch.testing.assert_close(
             plain(token).logits, world.model(token).logits, atol=1e-5, rtol=0
         )
+
+
+def moved(base: model.PreTrainedModel, *, seed: int) -> model.PreTrainedModel:
+    """The base after a training that moved all its fresh adapters and embeddings; merged."""
+    adapted, draw = copy.deepcopy(base), torch.Generator().manual_seed(seed)
+    lora.attach(adapted, ON, seed=seed)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=draw))
+    merged = copy.deepcopy(base)
+    restore(merged, lora.snapshot(adapted))
+    return merged
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_adapters_apart_from_the_policy_make_it_of_its_base_again(
+    tied: bool, tmp_path: Path
+) -> None:
+    from peft import PeftModel
+
+    world = tiny_world()
+    own = world.model.config
+    settings = {**own.to_dict(), "tie_word_embeddings": tied}
+    base = type(world.model)(type(own).from_dict(settings))
+    base.load_state_dict(world.model.state_dict(), strict=False)
+    base.save_pretrained(tmp_path / "base")
+    size = world.vocabulary.size + 3
+    grown = copy.deepcopy(base)
+    grown.resize_token_embeddings(size, mean_resizing=False)
+    warm = moved(grown, seed=0)
+    token = torch.randint(size, (2, 9), generator=torch.Generator().manual_seed(0))
+    for policy, rank in ((warm, 4), (moved(warm, seed=1), 8)):
+        out = tmp_path / str(rank)
+        assert adapters.write(policy, model.load(tmp_path / "base"), ON, out) == rank
+        loaded = model.load(tmp_path / "base")
+        loaded.resize_token_embeddings(size, mean_resizing=False)
+        again = PeftModel.from_pretrained(loaded, str(out)).eval()
+        with torch.no_grad():
+            known, found = (m(token).logits.log_softmax(-1) for m in (policy.eval(), again))
+        torch.testing.assert_close(found, known, atol=1e-5, rtol=0)
+        assert not torch.equal(loaded(token).logits, grown(token).logits)
+
+
+def test_what_is_more_than_adapters_is_not_exported_as_such(tmp_path: Path) -> None:
+    world = tiny_world()
+    base = copy.deepcopy(world.model)
+    policy = moved(moved(moved(base, seed=0), seed=1), seed=2)
+    with pytest.raises(CheckpointError, match=r"more than twice the rank of model.lora.rank = 4"):
+        adapters.write(policy, copy.deepcopy(base), ON, tmp_path / "out")
+    with torch.no_grad():
+        policy.get_parameter("model.norm.weight").add_(1.0)
+    with pytest.raises(CheckpointError, match=r"model.norm.weight differs .* leave out --adapter"):
+        adapters.write(policy, copy.deepcopy(base), ON, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,8 +19,8 @@ pytest.importorskip("sklearn", reason="scikit-learn is not installed; `make env`
 from orchard import catalogue as catalogues
 from orchard import ragged
 from orchard.errors import ConfigError, DataError
-from orchard.sids import embed
-from orchard.sids.build import EMBEDDINGS, PICTURE, REPORT, Recipe, build
+from orchard.sids import embed, rqvae
+from orchard.sids.build import EMBEDDINGS, PICTURE, QUANTISERS, REPORT, Recipe, build
 from orchard.sids.collisions import POLICIES, Settled, extra_level, keep, reassign
 from orchard.sids.measure import measure
 from orchard.sids.quantise import Quantised, distances, match, quantise
@@ -85,6 +86,49 @@ def test_balanced_codes_are_used_alike() -> None:
         assert np.bincount(even.codes[:, level]).max() <= math.ceil(300 / 7)
     assert np.bincount(plain.codes[:, 0]).max() > math.ceil(300 / 7)
     assert even.error[-1] < 1
+
+
+def test_a_learned_quantiser_recovers_the_scales_of_the_data_and_repeats_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rqvae, "_UPDATES", 100)
+    points, before = blobs(), torch.random.get_rng_state()
+    found = rqvae.quantise_learned(points, (4, 4))
+    assert torch.equal(before, torch.random.get_rng_state())
+    pairs = np.unique(np.stack([found.codes[:, 0], np.repeat(np.arange(4), 40)]), axis=1)
+    assert pairs.shape[1] == 4  # one to one
+    assert 1 > found.error[0] > found.error[1] > 0
+    near = distances(found.last, found.codebook[-1]).argmin(1)
+    assert (near == found.codes[:, -1]).all()
+    again, other = (rqvae.quantise_learned(points, (4, 4), seed=seed) for seed in (0, 1))
+    assert (again.codes == found.codes).all()
+    assert (again.codebook[0] == found.codebook[0]).all()
+    assert (other.codebook[0] != found.codebook[0]).any()
+    with pytest.raises(DataError, match="lower --levels"):
+        rqvae.quantise_learned(points[:3], (4, 4))
+
+
+def test_gradients_pass_through_the_quantisation_and_idle_codes_begin_anew() -> None:
+    torch.manual_seed(0)
+    points = torch.from_numpy(blobs())
+    made = rqvae.RqVae(8, (4, 6))
+    made.begin(points, seed=0)
+    vector = made.encoder(points)
+    codes, taken, left = made.quantise(vector)
+    assert (left[0] == vector).all()
+    torch.testing.assert_close(left[1], vector - taken[0])
+    loss, seen = made.loss(points)
+    loss.backward()
+    assert (seen == codes).all()
+    for parameter in made.parameters():
+        assert parameter.grad is not None
+        assert float(parameter.grad.abs().sum()) > 0
+    with torch.no_grad():
+        made.books[1][5] = 1e6  # out of reach
+    used = [torch.bincount(level, minlength=6) for level in made.quantise(vector)[0].T]
+    assert used[1][5] == 0
+    made.revive([used[0][:4], used[1]], points)
+    assert float(made.books[1][5].detach().abs().max()) < 1e3
 
 
 def test_an_extra_level_counts_those_that_share_by_the_prior() -> None:
@@ -176,6 +220,18 @@ def shop(folder: Path, titles: list[str | None]) -> Path:
 TITLES: list[str | None] = [f"{a} {b}" for a in ("red", "blue", "black") for b in "uvwxyz"]
 
 
+@pytest.mark.parametrize("quantiser", QUANTISERS)
+def test_every_quantiser_leaves_the_same_report(
+    quantiser: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rqvae, "_UPDATES", 20)
+    folder = shop(tmp_path / "shop", TITLES)
+    report = build(folder, Recipe(levels=(3, 4), quantiser=quantiser, dimensions=8))
+    assert report["recipe"]["quantiser"] == quantiser
+    assert len(report["residual"]) == 2
+    assert report["after"]["distinct"] == catalogues.read(folder / "items.parquet").trie.num_leaves
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("source", ["titles", "interactions"])
 def test_a_data_set_gets_semantic_ids_that_make_a_catalogue(
@@ -219,6 +275,12 @@ def test_what_cannot_be_embedded_is_refused_and_the_folder_stays_as_it_was(tmp_p
     np.save(tmp_path / "nan.npy", np.where(np.arange(18)[:, None] == 5, np.nan, points))
     few = pa.table({"item_id": np.arange(17) + 7, "embedding": list(points[:17])})
     pq.write_table(few, tmp_path / "few.parquet")
+    np.save(tmp_path / "words.npy", np.array([["a"]] * 18))
+    (tmp_path / "junk.npy").write_text("junk")
+    twice = pa.table({"item_id": [7, *range(7, 25)], "embedding": list(points[[0, *range(18)]])})
+    pq.write_table(twice, tmp_path / "twice.parquet")
+    words = pa.table({"item_id": np.arange(18) + 7, "embedding": ["a"] * 18})
+    pq.write_table(words, tmp_path / "words.parquet")
     (tmp_path / "model").mkdir()
     small = {"levels": (2, 2)}
     cases: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -227,9 +289,14 @@ def test_what_cannot_be_embedded_is_refused_and_the_folder_stays_as_it_was(tmp_p
         ({**small, "embeddings": tmp_path / "few.parquet"}, DataError, "item 24 has no embedding"),
         ({**small, "embeddings": tmp_path / "nan.npy"}, DataError, "item row 5 in .* not finite"),
         ({**small, "embeddings": tmp_path / "no.npy"}, DataError, "does not exist"),
+        ({**small, "embeddings": tmp_path / "junk.npy"}, DataError, "is no array of numbers"),
+        ({**small, "embeddings": tmp_path / "words.npy"}, DataError, "save real numbers"),
+        ({**small, "embeddings": tmp_path / "words.parquet"}, DataError, "as a list of numbers"),
+        ({**small, "embeddings": tmp_path / "twice.parquet"}, DataError, "item 7 has several"),
         ({**small, "model": tmp_path / "model"}, ConfigError, "holds no config.json"),
         ({"levels": (256,)}, DataError, "lower --levels"),
         ({"levels": (1, 4)}, ConfigError, "at least 2 codes"),
+        ({**small, "quantiser": "magic"}, ConfigError, "choose from kmeans, balanced, rqvae"),
         ({**small, "collisions": "pray"}, ConfigError, "choose from extra_level, reassign, keep"),
     ]
     for recipe, kind, message in cases:

@@ -1,0 +1,80 @@
+"""Adapters trained by two workers, each with half of every weight, as by one."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.numpy import load_file, save_file
+from torch.multiprocessing.spawn import spawn
+
+from learner import checkpoint
+from learner.sft import pack_examples
+from learner.step import Learner
+from orchard import lora
+from orchard.config import LearnerConfig
+from orchard.prompts import PromptFormat
+from orchard.settings import LoraConfig
+from orchard.tasks import Examples
+from orchard.testing import tiny_world
+from orchard.types import PolicyVersion
+from orchard.weights import Weights
+
+ON = LoraConfig(rank=3, targets=("q_proj", "down_proj"))
+
+
+def taught(folder: Path, *, rank: int = 0, world: int = 1) -> Weights:
+    """The merged weights after three updates, of which the last follows a resumption."""
+    tiny = tiny_world()
+    form = PromptFormat(catalogue=tiny.catalogue, vocabulary=tiny.vocabulary)
+    asked = form.tokens(np.arange(4, 10), np.array([0, 1, 3, 4, 6]))
+    written = np.zeros(0, np.int32), np.zeros(5, np.int64)
+    examples = Examples(asked=asked, written=written, target=np.arange(4))
+    batch = pack_examples(examples, form, PolicyVersion(step=0, digest=""), forced=True)
+
+    def learner() -> Learner:
+        policy = tiny_world().model
+        lora.attach(policy, ON, seed=0)
+        rates = LearnerConfig(lr=1e-2, parallel="fsdp")
+        return Learner(
+            policy, tiny.catalogue.trie, tiny.vocabulary, rates,
+            total_steps=9, average=0.5, rank=rank, world=world,
+        )  # fmt: skip
+
+    first, digest = learner(), tiny.catalogue.digest
+    for _ in range(2):
+        first.supervise(batch)
+    checkpoint.save(first, folder, number=2, catalogue=digest, write=rank == 0)
+    if world > 1:
+        dist.barrier()
+    again = learner()
+    assert checkpoint.load(again, folder, catalogue=digest) == 2
+    again.supervise(batch)
+    return lora.snapshot(again.result)
+
+
+def work(rank: int, folder: Path) -> None:
+    """One of two workers."""
+    torch.set_num_threads(1)
+    meet = f"file://{folder / 'meet'}"
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=2)
+    values = taught(folder, rank=rank, world=2)
+    save_file(dict(values), folder / f"{rank}.safetensors")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_workers_merge_what_one_does(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    alone = taught(tmp_path / "one")
+    before = tiny_world().model.state_dict()
+    spawn(work, (tmp_path,), nprocs=2)
+    for rank in range(2):
+        values = load_file(tmp_path / f"{rank}.safetensors")
+        assert values.keys() == alone.keys()
+        for name, value in alone.items():
+            np.testing.assert_allclose(values[name], value, atol=1e-5, rtol=1e-4)
+    moved = [name for name, value in alone.items() if not np.array_equal(value, before[name])]
+    assert any("q_proj" in name for name in moved)
+    assert any("embed_tokens" in name for name in moved)
