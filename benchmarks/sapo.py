@@ -22,7 +22,8 @@ import torch
 from benchmarks.measure import Figure, Report, Row, figure, interleaved, report
 from benchmarks.recipe import ONE_THREAD
 from cluster.commands import TRAINED, WARM_START, improve, warm_start
-from cluster.prepare import Run, open_folder, prepare
+from cluster.folder import open_folder
+from cluster.prepare import Run, prepare
 from orchard import config, evaluation
 from orchard.catalogue import Catalogue
 from orchard.config import Config

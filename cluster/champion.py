@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int64
 
+from cluster.exported import exported_facts
+from cluster.folder import export
 from cluster.launch import House
-from cluster.prepare import export, exported_facts
 
 SCORE = "ndcg@10/sid"
 

@@ -9,10 +9,12 @@ import numpy as np
 from jaxtyping import Int64
 
 from cluster.console import Progress
+from cluster.exported import exported_step
 from cluster.launch import House
-from cluster.prepare import Run, exported_step, write_whole
+from cluster.prepare import Run
 from orchard import evaluation, model, weights
 from orchard.evaluation import Evaluation
+from orchard.folders import write_whole
 from orchard.types import PolicyVersion
 
 SplitName = Literal["valid", "test"]

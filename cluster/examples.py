@@ -19,8 +19,8 @@ import torch
 from jaxtyping import Bool, Float64, Int64
 
 from cluster.launch import House
-from cluster.prepare import write_whole
 from orchard.catalogue import Catalogue
+from orchard.folders import write_whole
 from orchard.types import ScoredTrees, SearchTrees
 from orchard.vocabulary import sid_token
 from rewards import Knowledge

@@ -13,9 +13,10 @@ import ray
 from jaxtyping import Float32, Int64
 
 from cluster.exporter import Exporter
+from cluster.folder import open_folder
 from cluster.measure import measure
 from cluster.pool import Pool
-from cluster.prepare import Run, open_folder
+from cluster.prepare import Run
 from cluster.records import records
 from cluster.session import cpus_needed, ray_session
 from learner.assignment import Assignment

@@ -10,11 +10,11 @@ import pyarrow as pa
 import typer
 from jaxtyping import Float64, Int64
 
-from cluster.prepare import write_whole
 from orchard import catalogue as catalogues
 from orchard import logged, model, ragged, vocabulary, weights
 from orchard.catalogue import Catalogue
 from orchard.errors import DataError
+from orchard.folders import write_whole
 from orchard.prompts import PromptFormat
 from orchard.tables import read_table
 from orchard.types import PolicyVersion, Prompts

@@ -1,29 +1,26 @@
 """Everything that can be checked before an actor starts: the data, the policy, the run folder."""
 
-import json
 import logging
-import shutil
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float32
 from transformers import PreTrainedTokenizerBase
 
 from cluster import text
-from orchard import catalogue, config, critic, model, rationales, titles, value, vocabulary
+from cluster.exported import check_policy
+from orchard import catalogue, config, critic, model, rationales, titles, vocabulary
 from orchard.catalogue import Catalogue
 from orchard.config import Config, DataConfig
 from orchard.critic import Critic
-from orchard.errors import CheckpointError, ConfigError
+from orchard.errors import ConfigError
 from orchard.prompts import PromptFormat, Split, read_split
 from orchard.rationales import Blocks, Traces
 from orchard.tasks import Tasks
-from orchard.types import PolicyVersion
 from orchard.vocabulary import Vocabulary
-from orchard.weights import Weights, restore
 from rewards.counted import Transitions, count_transitions
 from rewards.knowledge import Knowledge
 from rewards.reward import check as check_rewards
@@ -256,16 +253,6 @@ def starting_policy(settings: Config, phase: Phase) -> Path | None:
     return None
 
 
-def check_policy(folder: Path, items: Catalogue) -> None:
-    """Refuse a saved policy of another catalogue; raises CheckpointError."""
-    made_for = _about(folder).get("catalogue", items.digest)
-    if made_for != items.digest:
-        raise CheckpointError(
-            f"the policy in {folder} was trained on catalogue {made_for[:12]}, the run has "
-            f"{items.digest[:12]}; use the items file that it was trained on, or warm-start anew"
-        )
-
-
 def check_unchanged(settings: Config) -> None:
     """Refuse to continue a run under a configuration that computes something else."""
     path = settings.run_dir / "config.toml"
@@ -281,86 +268,3 @@ def check_unchanged(settings: Config) -> None:
             f"run {settings.name} exists with another configuration: {'; '.join(changed)}; "
             f"choose another name, or remove {settings.run_dir} to start anew"
         )
-
-
-def open_folder(run: Run) -> None:
-    """Make the run folder: the resolved configuration and, for a new policy, its first weights."""
-    try:
-        run.dir.mkdir(parents=True, exist_ok=True)
-        if run.phase != "evaluate":
-            write_whole(run.dir / "config.toml", config.dump(run.config))
-    except OSError as error:
-        raise ConfigError(
-            f"run folder {run.dir} cannot be written: {error.strerror}; "
-            "set output to storage that takes writes and has room"
-        ) from error
-    if run.policy == run.dir / "scratch" and not run.policy.is_dir():
-        if run.base is not None:
-            fresh = text.grown(run.base, run.vocabulary, seed=run.config.seed)
-        else:
-            fresh = model.create(run.config.model, run.vocabulary, seed=run.config.seed)
-        _save(run, run.policy, fresh, PolicyVersion(step=0, digest=""), {})
-
-
-def export(run: Run, folder: Path, policy: PolicyVersion, weights: Weights, **facts: float) -> None:
-    """Write a policy as a Hugging Face folder with its tokenizer, catalogue and facts."""
-    trained = model.load(run.policy, run.vocabulary)
-    value.fit(trained, weights)
-    restore(trained, weights)
-    _save(run, folder, trained, policy, facts)
-
-
-def exported_step(folder: Path) -> int:
-    """Step of the policy in a folder; 0 for one that Orchard did not export."""
-    return _about(folder).get("version", {}).get("step", 0)
-
-
-def exported_facts(folder: Path) -> dict[str, float]:
-    """What `export` wrote of its policy; empty where there is none."""
-    return _about(folder).get("facts", {})
-
-
-def _about(folder: Path) -> dict[str, Any]:
-    """What `export` wrote beside a policy; empty for one that Orchard did not export.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    path = folder / "policy.json"
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged: {error}; export the policy again") from error
-
-
-def _save(
-    run: Run,
-    folder: Path,
-    trained: model.PreTrainedModel,
-    policy: PolicyVersion,
-    facts: dict[str, float],
-) -> None:
-    """Write beside the target and swap, so that a reader never meets half a policy."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    value.save(trained, partial)
-    run.tokenizer.save_pretrained(partial)
-    catalogue.write(run.catalogue, partial / "catalogue")
-    about = {
-        "version": {"step": policy.step, "digest": policy.digest},
-        "catalogue": run.catalogue.digest,
-        "max_history": run.config.data.max_history,
-        "facts": facts,
-    }
-    write_whole(partial / "policy.json", json.dumps(about, indent=2) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file so that it is there whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)

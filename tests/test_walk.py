@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from cluster import cli
-from cluster.prepare import open_folder, prepare
+from cluster.folder import open_folder
+from cluster.prepare import prepare
 from orchard import config
 
 pytest.importorskip("faiss", reason="faiss is not installed; `make env` brings it")

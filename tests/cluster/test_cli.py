@@ -10,7 +10,8 @@ import pytest
 import ray
 
 from cluster import cli
-from cluster.prepare import export, open_folder, prepare
+from cluster.folder import export, open_folder
+from cluster.prepare import prepare
 from orchard import config, model
 from orchard.synth import WorldParams, write_world
 from orchard.testing import save_policy, tiny_policy, tiny_title_tokenizer

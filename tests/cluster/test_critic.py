@@ -57,7 +57,7 @@ def file(data: Path, tmp_path: Path) -> Path:
 
 def start(settings: Config) -> None:
     """A warm start without a value head."""
-    from cluster.prepare import export, open_folder
+    from cluster.folder import export, open_folder
     from orchard.types import PolicyVersion
     from orchard.weights import digest, snapshot
 

@@ -21,10 +21,12 @@ import ray
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster.exported import exported_facts
+from cluster.folder import export, open_folder
 from cluster.launch import House, launch
 from cluster.loop import train
 from cluster.pool import Pool
-from cluster.prepare import Run, export, exported_facts, open_folder, prepare
+from cluster.prepare import Run, prepare
 from orchard import config, model
 from orchard.config import Config
 from orchard.errors import ActorError, CheckpointError, ConfigError, DataError, Stopped

@@ -8,8 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from cluster.folder import export, open_folder
 from cluster.loop import assemble, describe
-from cluster.prepare import Run, export, open_folder, prepare
+from cluster.prepare import Run, prepare
 from orchard import config, model, value
 from orchard.config import Config
 from orchard.errors import ConfigError

@@ -13,8 +13,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster import cli
+from cluster.folder import export, open_folder
 from cluster.handover import MODEL_CARD
-from cluster.prepare import Run, export, open_folder, prepare
+from cluster.prepare import Run, prepare
 from orchard import catalogue, config, evaluation, model, value
 from orchard.evaluation import Evaluation, TargetRanks
 from orchard.synth import WorldParams, write_world

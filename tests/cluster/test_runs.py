@@ -14,9 +14,10 @@ import ray
 
 from cluster.evaluate import evaluate, evaluation_file
 from cluster.examples import read_examples
+from cluster.folder import export, open_folder
 from cluster.launch import House, launch
 from cluster.loop import train
-from cluster.prepare import Run, export, open_folder, prepare
+from cluster.prepare import Run, prepare
 from cluster.warmup import sft
 from orchard import config, model
 from orchard.catalogue import load

@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from cluster.folder import export, open_folder
 from cluster.loop import assemble
-from cluster.prepare import Run, export, open_folder, prepare
+from cluster.prepare import Run, prepare
 from learner.sft import pack_answers, pack_examples
 from learner.step import Learner
 from orchard import config, frames, model, vocabulary

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from cluster.folder import export, open_folder
 from cluster.loop import assemble, describe
-from cluster.prepare import Run, export, open_folder, prepare
+from cluster.prepare import Run, prepare
 from learner.logprobs import choice_logprobs, to_tensors
 from learner.sft import pack_traces
 from learner.step import Learner

@@ -1,0 +1,65 @@
+"""The folder of a run, and the policies written into it."""
+
+import json
+import shutil
+from pathlib import Path
+
+from cluster import text
+from cluster.exported import FILE
+from cluster.prepare import Run
+from orchard import catalogue, config, model, value
+from orchard.errors import ConfigError
+from orchard.folders import write_whole
+from orchard.types import PolicyVersion
+from orchard.weights import Weights, restore
+
+
+def open_folder(run: Run) -> None:
+    """Make the run folder: the resolved configuration and, for a new policy, its first weights."""
+    try:
+        run.dir.mkdir(parents=True, exist_ok=True)
+        if run.phase != "evaluate":
+            write_whole(run.dir / "config.toml", config.dump(run.config))
+    except OSError as error:
+        raise ConfigError(
+            f"run folder {run.dir} cannot be written: {error.strerror}; "
+            "set output to storage that takes writes and has room"
+        ) from error
+    if run.policy == run.dir / "scratch" and not run.policy.is_dir():
+        if run.base is not None:
+            fresh = text.grown(run.base, run.vocabulary, seed=run.config.seed)
+        else:
+            fresh = model.create(run.config.model, run.vocabulary, seed=run.config.seed)
+        _save(run, run.policy, fresh, PolicyVersion(step=0, digest=""), {})
+
+
+def export(run: Run, folder: Path, policy: PolicyVersion, weights: Weights, **facts: float) -> None:
+    """Write a policy as a Hugging Face folder with its tokenizer, catalogue and facts."""
+    trained = model.load(run.policy, run.vocabulary)
+    value.fit(trained, weights)
+    restore(trained, weights)
+    _save(run, folder, trained, policy, facts)
+
+
+def _save(
+    run: Run,
+    folder: Path,
+    trained: model.PreTrainedModel,
+    policy: PolicyVersion,
+    facts: dict[str, float],
+) -> None:
+    """Write beside the target and swap, so that a reader never meets half a policy."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    value.save(trained, partial)
+    run.tokenizer.save_pretrained(partial)
+    catalogue.write(run.catalogue, partial / "catalogue")
+    about = {
+        "version": {"step": policy.step, "digest": policy.digest},
+        "catalogue": run.catalogue.digest,
+        "max_history": run.config.data.max_history,
+        "facts": facts,
+    }
+    write_whole(partial / FILE, json.dumps(about, indent=2) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
