@@ -20,13 +20,13 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LogitsProcessor, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
-from benchmarks.learner import VERSION, Setting, default_setting
+from benchmarks.hugging_face import Allowed, allowed_tokens, beams, legal_logits
+from benchmarks.learner import VERSION, Setting, default_setting, random_prompts
 from benchmarks.measure import Report, Row, figure, interleaved, report
 from orchard.config import RolloutConfig
 from orchard.testing import save_policy
-from orchard.types import Prompts
 from orchard.vocabulary import compact_tokenizer
 from rollout.candidates import Candidates
 from rollout.engine.paged import Pass
@@ -53,8 +53,7 @@ class Rivals:
     holder: VllmHolder
     stock: dict[int, Any]
     """vLLM engines as they come, by block size."""
-    allowed: dict[tuple[int, ...], list[int]]
-    """Legal next tokens after each run of codes."""
+    allowed: Allowed
 
 
 def run(quick: bool) -> Report:
@@ -104,20 +103,12 @@ def _rivals() -> Rivals:
         for block in (32, 128)
     }  # fmt: skip
     torch.set_num_threads(1)  # vLLM sets its own
-    allowed: dict[tuple[int, ...], set[int]] = {}
-    levels = [vocabulary.tokens_at(level).numpy() for level in range(LEVELS)]
-    tokens = [
-        tokens[codes] for tokens, codes in zip(levels, setting.catalogue.codes.T, strict=True)
-    ]
-    for path in np.stack(tokens, 1).tolist():
-        for level in range(LEVELS):
-            allowed.setdefault(tuple(path[:level]), set()).add(path[level])
     return Rivals(
         setting=setting,
         model=setting.model,
         holder=holder,
         stock=stock,
-        allowed={prefix: sorted(after) for prefix, after in allowed.items()},
+        allowed=allowed_tokens(setting.catalogue, vocabulary),
     )
 
 
@@ -125,7 +116,7 @@ def _compare(rivals: Rivals, batch: int, width: int, repeats: int) -> tuple[Row,
     """Median seconds of every way, its work, and the share of prompts with equal beams."""
     setting = rivals.setting
     trie, vocabulary = setting.catalogue.trie, setting.vocabulary
-    prompts = _prompts(setting, batch)
+    prompts = random_prompts(setting, batch, LENGTH, np.random.default_rng(batch))
     token = torch.from_numpy(prompts.token.astype(np.int64)).view(batch, LENGTH)
     find = partial(beam, width=width)
     reference = TorchEngine(rivals.model, trie, vocabulary, VERSION)
@@ -166,17 +157,6 @@ def _compare(rivals: Rivals, batch: int, width: int, repeats: int) -> tuple[Row,
     return row | {f"{name}_s": value for name, value in seconds.items()}, float(np.mean(equal))
 
 
-def _prompts(setting: Setting, batch: int) -> Prompts:
-    draw = np.random.default_rng(batch)
-    start = np.arange(batch + 1) * LENGTH
-    token = draw.integers(3, setting.vocabulary.size, int(start[-1])).astype(np.int32)
-    nothing = np.zeros(batch + 1, np.int64)
-    return Prompts(
-        id=np.arange(batch), target=nothing[1:], history=nothing[:0], history_start=nothing,
-        token=token, token_start=start,
-    )  # fmt: skip
-
-
 def _found(setting: Setting, candidates: Candidates) -> list[Codes]:
     """The token ids of each prompt's candidates."""
     trie, node = setting.catalogue.trie, torch.from_numpy(candidates.node)
@@ -185,38 +165,12 @@ def _found(setting: Setting, candidates: Candidates) -> list[Codes]:
     return [{tuple(t) for t in token[a:b]} for a, b in pairwise(bounds)]
 
 
-class AllowedTokens(LogitsProcessor):
-    """The usual constraint of public codes: look each beam's codes up, mask all other tokens."""
-
-    def __init__(self, allowed: dict[tuple[int, ...], list[int]], prompt: int) -> None:
-        """`allowed` maps the codes after `prompt` tokens to the legal next ones."""
-        self._allowed, self._prompt = allowed, prompt
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> Any:
-        """The scores, minus infinity where a token is not legal."""
-        mask = torch.full_like(scores, float("-inf"))
-        for row, tokens in enumerate(input_ids.tolist()):
-            mask[row, self._allowed[tuple(tokens[self._prompt :])]] = 0
-        return scores + mask
-
-
-@torch.inference_mode()
 def _generate(rivals: Rivals, token: Tensor, width: int, *, processor: bool = False) -> list[Codes]:
     """Hugging Face's beam search, by its own hook for constraints or by a processor."""
-
-    def allowed(row: int, tokens: Tensor) -> list[int]:
-        return rivals.allowed[tuple(tokens[LENGTH:].tolist())]
-
-    constraint: dict[str, Any] = {"prefix_allowed_tokens_fn": allowed}
-    if processor:
-        constraint = {"logits_processor": [AllowedTokens(rivals.allowed, LENGTH)]}
-    found = cast(Any, rivals.model).generate(
-        token, attention_mask=torch.ones_like(token), num_beams=width, num_return_sequences=width,
-        max_new_tokens=LEVELS, min_new_tokens=LEVELS, do_sample=False, renormalize_logits=True,
-        eos_token_id=None, pad_token_id=0, **constraint,
-    )  # fmt: skip
-    codes = found[:, LENGTH:].view(len(token), width, LEVELS).tolist()
-    return [{tuple(c) for c in rows} for rows in codes]
+    found = beams(
+        rivals.model, token, rivals.allowed, width=width, levels=LEVELS, processor=processor
+    )
+    return [{tuple(c) for c in rows} for rows in found.tolist()]
 
 
 @torch.inference_mode()
@@ -227,18 +181,17 @@ def _strong(rivals: Rivals, token: Tensor, width: int) -> list[Codes]:
     logits = model(token, past_key_values=cache, logits_to_keep=1).logits[:, -1]
     score, codes = torch.zeros(batch, 1), token.new_zeros(batch, 1, 0)
     for level in range(LEVELS):
-        beams = codes.shape[1]
-        mask = torch.full((batch * beams, tokens), float("-inf"))
-        for row, prefix in enumerate(codes.reshape(batch * beams, level).tolist()):
-            mask[row, rivals.allowed[tuple(prefix)]] = 0
-        step = (logits + mask).log_softmax(-1).view(batch, beams, tokens)
+        alive = codes.shape[1]
+        prefix = [tuple(one) for one in codes.reshape(batch * alive, level).tolist()]
+        legal = legal_logits(logits, prefix, rivals.allowed)
+        step = legal.log_softmax(-1).view(batch, alive, tokens)
         score, flat = (score[:, :, None] + step).view(batch, -1).topk(width)
         parent, code = flat // tokens, flat % tokens
         kept = codes.gather(1, parent[:, :, None].expand(-1, -1, level))
         codes = torch.cat([kept, code[:, :, None]], -1)
         if level == LEVELS - 1:
             break
-        rows = (torch.arange(batch)[:, None] * beams + parent).reshape(-1)
+        rows = (torch.arange(batch)[:, None] * alive + parent).reshape(-1)
         cache.reorder_cache(rows)
         logits = model(codes[:, :, -1].reshape(-1, 1), past_key_values=cache).logits[:, -1]
     return [{tuple(c) for c in rows} for rows in codes.tolist()]

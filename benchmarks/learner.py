@@ -88,11 +88,12 @@ def default_setting(num_items: int = 20_000, num_codes: int = 64) -> Setting:
     return Setting(catalogue=catalogue, vocabulary=vocabulary, model=model)
 
 
-def _trees(setting: Setting, length: int, group: int, num_prompts: int) -> ScoredTrees:
-    """Scored beams, half of them with a hit, whose behaviour is some way off the policy."""
-    draw = np.random.default_rng(length)
+def random_prompts(
+    setting: Setting, num_prompts: int, length: int, draw: np.random.Generator
+) -> Prompts:
+    """Prompts of `length` random codes, without history, and random items as their targets."""
     start = np.arange(num_prompts + 1) * length
-    prompts = Prompts(
+    return Prompts(
         id=np.arange(num_prompts),
         target=draw.integers(len(setting.catalogue), size=num_prompts),
         history=np.zeros(0, np.int64),
@@ -100,6 +101,12 @@ def _trees(setting: Setting, length: int, group: int, num_prompts: int) -> Score
         token=draw.integers(3, setting.vocabulary.size, int(start[-1])).astype(np.int32),
         token_start=start,
     )
+
+
+def _trees(setting: Setting, length: int, group: int, num_prompts: int) -> ScoredTrees:
+    """Scored beams, half of them with a hit, whose behaviour is some way off the policy."""
+    draw = np.random.default_rng(length)
+    prompts = random_prompts(setting, num_prompts, length, draw)
     catalogue, vocabulary = setting.catalogue, setting.vocabulary
     engine = TorchEngine(setting.model, catalogue.trie, vocabulary, VERSION)
     trees = grow(prompts, beam(engine, prompts, width=group), catalogue, vocabulary, VERSION)

@@ -236,7 +236,10 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Smaller run of the same code.")] = False,
 ) -> None:
     """The published figures, measured side by side."""
-    shared = {"__init__", "measure", "recipe", "rival", "tables"}
+    shared = {
+        "__init__", "flat_loop", "hugging_face", "measure", "recipe", "rival", "tables",
+        "trl_step",
+    }  # fmt: skip
     known = sorted({p.stem for p in Path("benchmarks").glob("*.py")} - shared)
     if name not in known:
         raise ConfigError(

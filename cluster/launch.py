@@ -21,6 +21,7 @@ from cluster.records import records
 from cluster.session import cpus_needed, ray_session
 from learner.assignment import Assignment
 from learner.train import RemoteLearner
+from orchard.config import Config
 from orchard.errors import ActorError
 from orchard.evaluation import Evaluation
 from orchard.metrics import Logbook
@@ -32,8 +33,8 @@ from rollout.actor import RolloutActor
 from rollout.candidates import Candidates
 from rollout.probe import Probe
 
-PROBE_EXACT, PROBE_ROUNDED = 1e-3, 0.5
-"""Nats that an answer to the probe may be off in float32, and in bfloat16."""
+EXACT, ROUNDED = 1e-3, 0.5
+"""Nats that search and learner may be apart in float32, and in bfloat16: docs/operations.md."""
 
 AGAIN = "the same command resumes"
 
@@ -47,6 +48,12 @@ class Held:
     probe: Probe | None = None
 
 
+def tolerance(config: Config) -> float:
+    """Nats that a log-probability of the search may be off the learner's by rounding alone."""
+    exact = {config.rollout.dtype, config.learner.dtype} == {"float32"}
+    return config.cluster.probe_tolerance or (EXACT if exact else ROUNDED)
+
+
 class House:
     """The running parts of a command, phase by phase. Made by `launch`."""
 
@@ -56,6 +63,7 @@ class House:
         self.stopping = asyncio.Event()
         """Set once the run is told to stop; it then ends after the step in hand."""
         exporter.set("orchard_policy_lag_bound_versions", run.config.cluster.max_lag)
+        exporter.set("orchard_logprob_gap_bound_nats", tolerance(run.config))
         self._catalogue = ray.put(run.catalogue)
         self._newest = Held(policy=PolicyVersion(step=-1, digest=""), weights=None)
         self._held: dict[Pool, Held] = {}
@@ -226,14 +234,13 @@ class House:
             self.exporter.set("orchard_policy_version", policy.step, holder)
 
     def _probe(self, score: Float32[np.ndarray, " B"]) -> Probe:
-        run, settings = self.run, self.run.config.cluster
+        run = self.run
         rows = np.arange(len(score))  # of the train split, and ids at the same time
-        exact = {run.config.rollout.dtype, run.config.learner.dtype} == {"float32"}
         return Probe(
             prompts=run.form.prompts(run.train, rows),
             leaf=run.catalogue.leaf_of_item[run.train.target[rows]],
             score=score,
-            tolerance=settings.probe_tolerance or (PROBE_EXACT if exact else PROBE_ROUNDED),
+            tolerance=tolerance(run.config),
         )
 
     def _assignment(self) -> Assignment:

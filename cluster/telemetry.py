@@ -121,6 +121,7 @@ METRICS = (
         "Largest difference between the search's and the learner's log-probability of a choice.",
         "learner/logprob_gap",
     ),
+    _gauge("orchard_logprob_gap_bound_nats", "What rounding explains of that: the probe's bound."),
     _counter(
         "orchard_learner_forward_tokens_total",
         "Slots that updates ran through the policy.",

@@ -151,8 +151,9 @@ LEARNING = Board(
         (
             _graph(
                 "Rollout against learner", "none",
-                "Largest difference on one choice. Synchronous runs stay below 1e-4.",
+                "Largest difference on one choice. Synchronous runs in float32 stay below 1e-4.",
                 (_value("orchard_logprob_gap_nats"), "{{run}}"),
+                (_value("orchard_logprob_gap_bound_nats"), "{{run}} bound"),
             ),
             _one("Probability mass found", "percentunit",
                  "Of a group's distinct leaves; near 1 the search leaves nothing to find.",

@@ -50,6 +50,7 @@ def runs(tmp_path: Path) -> Iterator[dict[str, tuple[Exporter, Searching]]]:
         for exporter, name in ((good, "good"), (bad, "bad")):
             made[name] = exporter, Searching()
             exporter.set("orchard_policy_lag_bound_versions", 0)
+            exporter.set("orchard_logprob_gap_bound_nats", 1e-3)
             exporter.attach("rollout", made[name][1])
             exporter.listen(ClusterConfig(metrics_port=0), tmp_path / name)
         yield made

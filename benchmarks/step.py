@@ -1,0 +1,320 @@
+"""A whole step of reinforcement learning: Orchard, TRL's GRPOTrainer, and a loop of sequences.
+
+32 prompts of 128 tokens, 16 candidates of three codes, rule and ranking rewards, clipped GRPO with
+a divergence from a fixed reference, AdamW; a fresh Qwen3 of the default sizes over 20,000 random
+items, float32, two threads. All begin with the same weights, learn from the same prompts, and take
+turns in one process.
+
+Orchard's step is the synchronous loop without Ray: search on the torch engine, rewards, packing,
+update, and the push, with digest and probe. `benchmarks.flat_loop` is what MiniOneRec describes;
+`benchmarks.trl_step` has TRL, in three ways. Of those, two are TRL's own: `generate` constrained by
+`prefix_allowed_tokens_fn` and by a masking processor. In the third TRL is handed Orchard's
+candidates, and only the rest of the step is its own. Its vLLM modes want a GPU or another version,
+and its continuous batching takes no such constraint. TRL 1.9.2, which computes logits at the codes
+alone, can be installed in place of the pinned version to compare the two.
+
+Rivals use micro-batches of 32 sequences: of 16, 32, 64 and 128 among the fastest for both, on one
+thread of a busy machine.
+"""
+
+import os
+import statistics
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from benchmarks import trl_step
+from benchmarks.flat_loop import FlatLoop, advantages, rewards
+from benchmarks.hugging_face import allowed_tokens, beams
+from benchmarks.learner import VERSION, Setting, default_setting, random_prompts
+from benchmarks.measure import Figure, Report, Row, figure, interleaved, report
+from cluster.launch import EXACT
+from cluster.loop import Clock
+from learner.advantages import assign
+from learner.pack import pack
+from learner.sft import pack_answers
+from learner.step import Learner
+from orchard.config import LearnerConfig, RolloutConfig
+from orchard.model import load
+from orchard.prompts import PromptFormat
+from orchard.testing import save_policy
+from orchard.types import PolicyVersion, Prompts, SearchTrees
+from orchard.vocabulary import compact_tokenizer
+from orchard.weights import digest, snapshot
+from rewards.reward import score
+from rollout.actor import Searcher
+from rollout.engine.torch import TorchEngine
+from rollout.probe import Probe
+from rollout.search import beam
+from rollout.trees import grow
+
+BATCH, LENGTH, GROUP, LEVELS, ROWS = 32, 128, 16, 3, 32
+"""Prompts, tokens of each, candidates, codes; sequences of a rival's micro-batch."""
+WEIGHTS = {"rule": 1.0, "ranking": 1.0}
+# As in the quickstart: on a CPU small micro-batches are faster.
+LEARNER = LearnerConfig(max_tokens=1024)
+PROBED = 2
+"""Prompts of the probe, the default of a run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What all are given."""
+
+    setting: Setting
+    prompts: Prompts
+    prompt: Int[Tensor, "B P"]
+    target: Int[Tensor, "B L"]
+    folder: Path
+    """Of the policy, and of what the ways write."""
+    threads: int
+
+    def policy(self) -> PreTrainedModel:
+        """The policy that all begin with, loaded anew."""
+        return load(self.folder, self.setting.vocabulary)
+
+    def searcher(self) -> Searcher:
+        """What a rollout actor holds, with that policy."""
+        config = RolloutConfig(engine="torch", candidates=GROUP, threads=self.threads)
+        given = (self.setting.catalogue, self.setting.vocabulary)
+        return Searcher(config, self.folder, *given, seed=0)
+
+
+class Orchard:
+    """The loop of a run in one process."""
+
+    def __init__(self, task: Task, config: LearnerConfig = LEARNER) -> None:
+        """Start with the task's policy."""
+        setting = task.setting
+        self._task, self._config = task, config
+        self._searcher = task.searcher()
+        context = (setting.catalogue.trie, setting.vocabulary, config)
+        self._learner = Learner(task.policy(), *context, total_steps=1000)
+        probed = task.prompts.select(np.arange(min(PROBED, len(task.prompts))))
+        form = PromptFormat(catalogue=setting.catalogue, vocabulary=setting.vocabulary)
+        self._probed, self._answers = probed, pack_answers(probed, form, VERSION)
+        self.laps: list[dict[str, float]] = []
+        """Seconds of the phases of each step."""
+        self.metrics: dict[str, float] = {}
+        """What the learner said of the newest update."""
+
+    def step(self) -> None:
+        """Search, score, pack, learn, push."""
+        setting, clock = self._task.setting, Clock()
+        trees = self._searcher.search(self._task.prompts, len(self.laps))
+        clock.lap("search_s")
+        scored = score(trees, setting.catalogue, WEIGHTS)
+        credits = assign(scored, self._config)
+        batch = pack(scored, credits, setting.catalogue, setting.vocabulary)
+        clock.lap("score_and_pack_s")
+        self.metrics = self._learner.improve(batch)
+        clock.lap("learn_s")
+        weights = snapshot(self._learner.result)
+        version = PolicyVersion(step=len(self.laps) + 1, digest=digest(weights))
+        target = setting.catalogue.leaf_of_item[self._probed.target]
+        probe = Probe(
+            prompts=self._probed, leaf=target, score=self._learner.score(self._answers),
+            tolerance=EXACT,
+        )  # fmt: skip
+        self._searcher.install(version, weights, probe)
+        clock.lap("push_s")
+        self.laps.append(clock.laps)
+
+
+def run(quick: bool) -> Report:
+    """Equal candidates, advantages, loss and gradients; then time.
+
+    `quick` takes two prompts, a smaller catalogue and one thread.
+    """
+    batch, repeats, threads, items = (2, 1, 1, 2_000) if quick else (BATCH, 10, 2, 20_000)
+    torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory(prefix="orchard-step-") as folder:
+        task = _task(items, batch, Path(folder), threads)
+        equal = _compare(task)
+        rows, ratios = _time(task, repeats)
+    at = f"B={batch}, P={LENGTH}, G={GROUP}, L={LEVELS}, FP32, {threads} threads"
+    figures = [
+        figure("equal_candidates", equal["candidates"], "share", asked="== 1",
+               note="prompts whose beams are those of Hugging Face's constrained search"),
+        figure("advantage_difference", equal["advantages"], "absolute", asked="<= 1e-5",
+               note="largest, of the same candidates"),
+        figure("loss_difference", equal["loss"], "relative", asked="<= 1e-5",
+               note="packed against flat, away from behaviour and reference"),
+        figure("gradient_difference", equal["gradients"], "relative", asked="<= 1e-5",
+               note="largest over the parameters: max |difference| / max |flat|"),
+        figure("over_flat_loop", ratios["flat_loop"], "x", asked=">= 5", note=f"whole step, {at}"),
+        *_over_trl(ratios, at),
+    ]  # fmt: skip
+    return report("step", figures, rows)
+
+
+def _over_trl(ratios: dict[str, float], at: str) -> list[Figure]:
+    """Against the faster of TRL's own ways; none where it is not installed."""
+    own = {name: ratios[name] for name in ("trl_hook", "trl_processor") if name in ratios}
+    if not own:
+        return []
+    fastest = min(own, key=own.__getitem__)
+    note = f"whole step, {fastest}, TRL {trl_step.installed()}, {at}"
+    return [figure("over_trl", own[fastest], "x", asked=">= 3", note=note)]
+
+
+def _task(num_items: int, batch: int, folder: Path, threads: int) -> Task:
+    """Random prompts, of which every other one has its target among the first beams."""
+    setting = default_setting(num_items)
+    catalogue, vocabulary = setting.catalogue, setting.vocabulary
+    tokenizer = compact_tokenizer(catalogue)
+    save_policy(setting.model, tokenizer, folder)
+    draw = np.random.default_rng(batch)
+    prompts = random_prompts(setting, batch, LENGTH, draw)
+    prompt = torch.from_numpy(prompts.token.astype(np.int64)).view(batch, LENGTH)
+    allowed = allowed_tokens(catalogue, vocabulary)
+    found = beams(setting.model, prompt, allowed, width=GROUP, levels=LEVELS)
+    codes = np.stack([vocabulary.tokens_at(n).numpy() for n in range(LEVELS)])
+    target = prompts.target.copy()
+    paths = codes[np.arange(LEVELS), catalogue.codes]
+    for row in range(0, batch, 2):
+        one = found[row, draw.integers(GROUP)].numpy()
+        target[row] = np.flatnonzero((paths == one).all(1))[0]
+    return Task(
+        setting=setting, prompts=replace(prompts, target=target), prompt=prompt,
+        target=torch.from_numpy(paths[target]), folder=folder, threads=threads,
+    )  # fmt: skip
+
+
+def _compare(task: Task) -> dict[str, float]:
+    """How far the two ways to compute one update are apart.
+
+    The policy is some way off the reference and the search's log-probabilities, so that ratio,
+    clip and divergence all count; the rate is 0.
+    """
+    setting, still = task.setting, LEARNER.model_copy(update={"lr": 0.0, "grad_clip": 0.0})
+    catalogue, vocabulary = setting.catalogue, setting.vocabulary
+    trees = task.searcher().search(task.prompts, 0)
+    draw = np.random.default_rng(0)
+    moved = trees.logprob + draw.normal(0, 0.3, len(trees.logprob)).astype(np.float32)
+    trees = replace(trees, logprob=np.where(trees.forced, trees.logprob, moved))
+    scored = score(trees, catalogue, WEIGHTS)
+    credits = assign(scored, still)
+    learner = Learner(task.policy(), catalogue.trie, vocabulary, still, total_steps=1)
+    allowed = allowed_tokens(catalogue, vocabulary)
+    loop = FlatLoop(task.policy(), allowed, still, group=GROUP, levels=LEVELS, rows=ROWS)
+    for model in (learner.policy, loop.policy):
+        _shake(model)
+    codes, behaviour = _as_sequences(trees)
+    found = beams(setting.model, task.prompt, allowed, width=GROUP, levels=LEVELS)
+    earned = advantages(rewards(codes, task.target))
+    metrics = learner.improve(pack(scored, credits, catalogue, vocabulary))
+    packed = metrics["surrogate"] + still.kl.weight * metrics["kl"]
+    flat = loop.update(task.prompt, codes, earned, behaviour)
+    same = [
+        set(map(tuple, a)) == set(map(tuple, b))
+        for a, b in zip(codes.tolist(), found.tolist(), strict=True)
+    ]
+    ours = torch.from_numpy(credits[0].advantage[:, 0]).view_as(earned)
+    return {
+        "candidates": float(np.mean(same)),
+        "advantages": float((ours - earned).abs().max()),
+        "loss": abs(packed - flat) / abs(flat),
+        "gradients": _apart(learner.policy, loop.policy),
+    }
+
+
+def _as_sequences(trees: SearchTrees) -> tuple[Int[Tensor, "B G L"], Tensor]:
+    """Tokens and behaviour log-probabilities of every candidate."""
+    at = trees.token_start[trees.paths()].reshape(len(trees), GROUP, LEVELS)
+    return torch.from_numpy(trees.token[at].astype(np.int64)), torch.from_numpy(trees.logprob[at])
+
+
+@torch.no_grad()
+def _shake(model: PreTrainedModel) -> None:
+    """Add the same small noise wherever it is called."""
+    draw = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.add_(torch.randn(parameter.shape, generator=draw), alpha=1e-3)
+
+
+def _apart(one: PreTrainedModel, other: PreTrainedModel) -> float:
+    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    return max(
+        float((a.grad - b.grad).abs().max() / b.grad.abs().max())
+        for a, b in pairs
+        if a.grad is not None and b.grad is not None
+    )
+
+
+def _time(task: Task, repeats: int) -> tuple[list[Row], dict[str, float]]:
+    """Median seconds of every way, and how many of Orchard's each takes."""
+    setting = task.setting
+    allowed = allowed_tokens(setting.catalogue, setting.vocabulary)
+    ours = Orchard(task)
+    whole = Orchard(task, LEARNER.model_copy(update={"logprob": "full"}))
+    loop = FlatLoop(task.policy(), allowed, LEARNER, group=GROUP, levels=LEVELS, rows=ROWS)
+    cases: dict[str, Callable[[], object]] = {
+        "orchard": ours.step,
+        "orchard_whole_vocabulary": whole.step,
+        "flat_loop": lambda: loop.step(task.prompt, task.target),
+    }
+    rivals = _trl(task) if trl_step.installed() else {}
+    cases |= {f"trl_{way}": rival.step for way, rival in rivals.items()}
+    load = os.getloadavg()[0]
+    seconds = interleaved(cases, repeats=repeats)
+    for rival in rivals.values():
+        rival.close()
+    ratios = {name: value / seconds["orchard"] for name, value in seconds.items()}
+    phases = {name: statistics.median(lap[name] for lap in ours.laps[1:]) for name in ours.laps[0]}
+    rows: list[Row] = [
+        {"way": name, "step_s": seconds[name], "over_orchard": ratios[name],
+         "prompts_per_s": len(task.prompts) / seconds[name]}
+        for name in cases
+    ]  # fmt: skip
+    if not rivals:
+        rows.append({
+            "way": "trl", "missing": "TRL is not installed; python -m pip install --no-deps -r "
+            "requirements/bench.txt adds it",
+        })  # fmt: skip
+    packed = ours.metrics["forward_tokens"]
+    rows.append({
+        "update_tokens_packed": packed,
+        "update_tokens_flat": packed * ours.metrics["flat_over_packed"],
+        "load_before": load, "load_after": os.getloadavg()[0],
+    } | phases)  # fmt: skip
+    return rows, ratios
+
+
+def _trl(task: Task) -> dict[str, trl_step.TrlSteps]:
+    """A training by TRL in each of the ways."""
+    setting = task.setting
+    allowed = allowed_tokens(setting.catalogue, setting.vocabulary)
+    tokenizer = compact_tokenizer(setting.catalogue)
+    begin = partial(
+        trl_step.TrlSteps, tokenizer=tokenizer, prompt=task.prompt, target=task.target,
+        allowed=allowed, config=LEARNER, folder=task.folder / "trl", group=GROUP,
+        rows=min(ROWS, len(task.prompts) * GROUP),
+    )  # fmt: skip
+    return {
+        "hook": begin(task.policy(), way="hook"),
+        "processor": begin(task.policy(), way="processor"),
+        "search": begin(task.policy(), way="search", search=partial(_search, task)),
+    }
+
+
+def _search(
+    task: Task, policy: PreTrainedModel, prompt: Int[Tensor, "B P"]
+) -> Int[Tensor, "B G L"]:
+    """Orchard's search with TRL's policy, for prompts in TRL's order."""
+    setting = task.setting
+    training = policy.training
+    engine = TorchEngine(policy, setting.catalogue.trie, setting.vocabulary, VERSION)
+    prompts = replace(task.prompts, token=prompt.numpy().astype(np.int32).ravel())
+    found = beam(engine, prompts, width=GROUP)
+    policy.train(training)  # by which TRL tells a step from an evaluation
+    trees = grow(prompts, found, setting.catalogue, setting.vocabulary, VERSION)
+    return _as_sequences(trees)[0]
