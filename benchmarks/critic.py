@@ -19,8 +19,8 @@ from cluster.fit import BACKENDS
 from cluster.prepare import Run, prepare
 from learner.critic import draw_walks, measure
 from orchard import config, critic, intervals, model, value
-from orchard.config import VedConfig
 from orchard.critic import Critic
+from orchard.settings import VedConfig
 from orchard.types import PolicyVersion
 from rollout.candidates import Candidates
 from rollout.engine.torch import TorchEngine

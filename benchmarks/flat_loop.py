@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.hugging_face import Allowed, beams, legal_logits
 from learner.optim import optimiser
-from orchard.config import LearnerConfig
+from orchard.settings import LearnerConfig
 
 
 class FlatLoop:

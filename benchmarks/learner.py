@@ -22,8 +22,8 @@ from learner.pack import flatten, pack
 from orchard import catalogue as catalogues
 from orchard import model as models
 from orchard.catalogue import Catalogue
-from orchard.config import LearnerConfig, ModelConfig
 from orchard.model import head_weight
+from orchard.settings import LearnerConfig, ModelConfig
 from orchard.types import PolicyVersion, Prompts, ScoredTrees
 from orchard.vocabulary import Vocabulary, compact_tokenizer, of_codes
 from rewards.reward import score

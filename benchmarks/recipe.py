@@ -15,10 +15,10 @@ import numpy as np
 from benchmarks.measure import Figure, Report, Row, figure, report
 from cluster.commands import TRAINED, WARM_START, improve, warm_start
 from orchard import config, evaluation
-from orchard.config import Config
 from orchard.evaluation import Evaluation
 from orchard.intervals import Estimate
 from orchard.metrics import FILE, read_metrics
+from orchard.settings import Config
 
 ONE_THREAD = ("learner.threads=1", "rollout.threads=1")
 """For policies this small a second thread costs more than it gains, most of all beside others."""

@@ -18,8 +18,8 @@ from benchmarks.recipe import ONE_THREAD, branch, means, read
 from cluster.commands import WARM_START
 from cluster.fit import fit
 from orchard import config, evaluation
-from orchard.config import Config
 from orchard.metrics import FILE, read_metrics
+from orchard.settings import Config
 from orchard.sids.embed import of_titles
 
 RUN = Path("cluster/runs/amazon_industrial.toml")

@@ -26,8 +26,8 @@ from cluster.folder import open_folder
 from cluster.prepare import Run, prepare
 from orchard import config, evaluation
 from orchard.catalogue import Catalogue
-from orchard.config import Config
 from orchard.metrics import FILE, read_metrics
+from orchard.settings import Config
 from orchard.synth import WorldParams, write_world
 from orchard.trie import ROOT
 from orchard.types import Prompts

@@ -34,7 +34,7 @@ from cluster import serving
 from cluster.session import ray_session
 from orchard import catalogue as catalogues
 from orchard import weights
-from orchard.config import ClusterConfig, ServeConfig
+from orchard.settings import ClusterConfig, ServeConfig
 from orchard.testing import World, tiny_prompts
 from serve.app import Arguments
 from serve.desk import Desk

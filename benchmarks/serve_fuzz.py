@@ -29,7 +29,7 @@ from schemathesis import Case, GenerationMode
 from schemathesis.core.failures import Failure, FailureGroup
 
 from benchmarks.measure import Report, Row, figure, report
-from orchard.config import ServeConfig
+from orchard.settings import ServeConfig
 from orchard.testing import World, tiny_world
 from serve.api import create_app
 from serve.desk import Desk

@@ -42,9 +42,9 @@ from learner.advantages import assign
 from learner.pack import pack
 from learner.sft import pack_answers
 from learner.step import Learner
-from orchard.config import LearnerConfig, RolloutConfig
 from orchard.model import load
 from orchard.prompts import PromptFormat
+from orchard.settings import LearnerConfig, RolloutConfig
 from orchard.testing import save_policy
 from orchard.types import PolicyVersion, Prompts, SearchTrees
 from orchard.vocabulary import compact_tokenizer

@@ -30,8 +30,8 @@ from orchard import catalogue as catalogues
 from orchard import index as indices
 from orchard import model as models
 from orchard import trie as tries
-from orchard.config import ModelConfig
 from orchard.model import segment_log_softmax
+from orchard.settings import ModelConfig
 from orchard.trie import Trie
 from orchard.types import Prompts
 from orchard.view import everything

@@ -29,7 +29,7 @@ from transformers import (
 
 from benchmarks.flat_loop import rewards
 from benchmarks.hugging_face import Allowed, AllowedTokens
-from orchard.config import LearnerConfig
+from orchard.settings import LearnerConfig
 
 WAYS = ("hook", "processor", "search")
 """How candidates are found: `generate` with `prefix_allowed_tokens_fn`, `generate` with a masking

@@ -21,11 +21,11 @@ from benchmarks.recipe import ONE_THREAD, branch, means, read, spelt
 from cluster.commands import WARM_START, warm_start
 from cluster.prepare import Run, prepare
 from orchard import config, evaluation, intervals, model, value
-from orchard.config import Config, VedConfig
 from orchard.diagnostics import grouped_spearman
 from orchard.evaluation import Evaluation
 from orchard.intervals import Estimate
 from orchard.metrics import FILE, read_metrics
+from orchard.settings import Config, VedConfig
 from orchard.types import PolicyVersion, Prompts
 from rollout.candidates import Candidates
 from rollout.engine import Engine, Runner

@@ -20,9 +20,9 @@ from cluster.report import write_report
 from cluster.resources import MemoryWatch
 from cluster.warmup import sft
 from orchard import config, evaluation
-from orchard.config import Config
 from orchard.errors import ConfigError
 from orchard.evaluation import Evaluation
+from orchard.settings import Config
 from orchard.synth import WorldParams, write_world
 
 # Orchard's own bars tell how far a run is; those of single weight files only break them up.

@@ -24,8 +24,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from cluster.telemetry import BY_NAME, METRICS, Metric, find
-from orchard.config import ClusterConfig
 from orchard.errors import ConfigError
+from orchard.settings import ClusterConfig
 
 TARGETS = Path("prometheus") / "targets.json"
 """In the run folder: where Prometheus finds the exporter (file-based service discovery)."""

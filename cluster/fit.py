@@ -15,11 +15,10 @@ from cluster.rllib import RllibBackend
 from learner.critic import Backend, TorchBackend, Walks, draw_walks
 from learner.critic import measure as measure_critic
 from orchard import critic, stored
-from orchard.config import Config, CriticConfig
 from orchard.critic import Critic
 from orchard.errors import ConfigError
 from orchard.prompts import Split
-from orchard.settings import ScorerConfig
+from orchard.settings import Config, CriticConfig, ScorerConfig
 from rewards import evaluator, sasrec
 from rewards.fit import Tell, batches, best_epoch, fit_sasrec, metrics_of, sasrec_ranks
 from rewards.fit_listwise import fit_evaluator, measure

@@ -16,6 +16,7 @@ from orchard import adapters, catalogue, config, evaluation, folders, model, val
 from orchard.errors import CheckpointError, ConfigError, DataError
 from orchard.evaluation import Evaluation
 from orchard.importing.card import CARD
+from orchard.settings import Config
 
 _SHOWN = ("hr@1", "hr@3", "hr@10", "hr@50", "ndcg@3", "ndcg@10")
 _MARK = "policy.json"
@@ -63,7 +64,7 @@ def hand_over(run: Run, out: Path, *, overwrite: bool = False, adapter: bool = F
         )
 
 
-def base_of(settings: config.Config) -> Path:
+def base_of(settings: Config) -> Path:
     """The folder of the model that a run's adapters are on."""
     return settings.model.path or settings.run_dir / "scratch"
 
@@ -178,7 +179,7 @@ def _table(head: tuple[str, ...], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def policy_of(settings: config.Config) -> Path:
+def policy_of(settings: Config) -> Path:
     """The run's trained policy, or its warm start; raises DataError where it has neither."""
     for name in ("policy", "warm_start"):
         if (settings.run_dir / name).is_dir():

@@ -17,8 +17,8 @@ import yaml
 from ray.job_submission import JobStatus, JobSubmissionClient
 from ray.runtime_env import RuntimeEnv
 
-from orchard.config import Config
 from orchard.errors import ActorError, ConfigError
+from orchard.settings import Config
 
 RUN_KEY, COMMAND_KEY = "orchard_run", "orchard_command"
 """Keys of a job's metadata."""

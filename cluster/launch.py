@@ -21,11 +21,11 @@ from cluster.records import records
 from cluster.session import cpus_needed, ray_session
 from learner.assignment import Assignment
 from learner.train import RemoteLearner
-from orchard.config import Config
 from orchard.errors import ActorError
 from orchard.evaluation import Evaluation
 from orchard.metrics import Logbook
 from orchard.prompts import Split, rows_of_step, sequences
+from orchard.settings import Config
 from orchard.types import PolicyVersion, Prompts, ScoredTrees, SearchTrees
 from orchard.weights import Weights
 from rewards.actor import RewardActor

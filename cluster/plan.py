@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from cluster.prepare import Run
 from cluster.session import cpus_needed
 from orchard import model, value
-from orchard.config import Config
+from orchard.settings import Config
 
 GIB = 1 << 30
 _PROCESS = int(0.55 * GIB)

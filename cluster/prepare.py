@@ -14,11 +14,11 @@ from cluster import text
 from cluster.exported import check_policy
 from orchard import catalogue, config, critic, model, rationales, titles, vocabulary
 from orchard.catalogue import Catalogue
-from orchard.config import Config, DataConfig
 from orchard.critic import Critic
 from orchard.errors import ConfigError
 from orchard.prompts import PromptFormat, Split, read_split
 from orchard.rationales import Blocks, Traces
+from orchard.settings import Config, DataConfig
 from orchard.tasks import Tasks
 from orchard.vocabulary import Vocabulary
 from rewards.counted import Transitions, count_transitions

@@ -13,9 +13,9 @@ import numpy as np
 
 from learner.critic import NORM_RATE, NORM_START, Walks
 from learner.optim import optimiser
-from orchard.config import CriticConfig
 from orchard.critic import Critic
 from orchard.errors import ConfigError
+from orchard.settings import CriticConfig
 
 _NEEDS = ("gymnasium", "tree", "lz4", "ormsgpack")
 _MODULE = "critic"

@@ -29,8 +29,8 @@ from ray.serve.schema import (
 
 from cluster.session import ray_session
 from orchard import config, model
-from orchard.config import ClusterConfig, Config, ServeConfig
 from orchard.errors import ConfigError, DataError
+from orchard.settings import ClusterConfig, Config, ServeConfig
 from orchard.tables import read_table
 from serve.app import DEPLOYMENT, Arguments, build
 

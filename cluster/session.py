@@ -10,8 +10,8 @@ from typing import Any
 
 import ray
 
-from orchard.config import ClusterConfig, Config
 from orchard.errors import ConfigError
+from orchard.settings import ClusterConfig, Config
 
 WORKER_OUTPUT = ("worker-*", "train/*.log")
 """Of the files in a session's log folder, those that actors and Ray Train's workers print to."""

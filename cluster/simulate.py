@@ -20,8 +20,8 @@ import numpy as np
 
 from cluster import figures
 from cluster.plan import Sizes
-from orchard.config import Config
 from orchard.errors import ConfigError
+from orchard.settings import Config
 
 STAGES = ("search", "rewards", "pack", "learn", "push")
 SERIAL = ("pack", "learn", "push")

@@ -13,9 +13,9 @@ from transformers import (
 
 from orchard import frames, growth, lora, model, tasks, vocabulary
 from orchard.catalogue import Catalogue
-from orchard.config import Config
 from orchard.errors import ConfigError
 from orchard.prompts import PromptFormat, Split
+from orchard.settings import Config
 from orchard.tasks import Tasks
 from orchard.vocabulary import Vocabulary
 

@@ -28,7 +28,7 @@ from jaxtyping import Float64, Int64
 
 from learner.siblings import sibling
 from learner.step_credit import step, switched, well_formed
-from orchard.config import LearnerConfig
+from orchard.settings import LearnerConfig
 from orchard.types import Credit, ScoredTrees, SearchTrees
 
 Estimator = Callable[[ScoredTrees, float], Credit]

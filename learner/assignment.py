@@ -10,9 +10,9 @@ import numpy as np
 from learner import sft
 from learner.step import Learner
 from orchard.catalogue import Catalogue
-from orchard.config import Config, LearnerConfig
 from orchard.prompts import PromptFormat, Sequences, Split
 from orchard.rationales import Traces
+from orchard.settings import Config, LearnerConfig
 from orchard.tasks import Tasks
 from orchard.types import PolicyVersion, Prompts, TrainBatch
 from orchard.vocabulary import Vocabulary

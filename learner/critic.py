@@ -27,9 +27,9 @@ from torch import Tensor
 
 from learner.optim import optimiser
 from orchard import ragged
-from orchard.config import CriticConfig
 from orchard.critic import Critic
 from orchard.prompts import Split
+from orchard.settings import CriticConfig
 
 NORM_START, NORM_RATE = 1.0, 0.01
 """Of the moving mean c^2: its first value, and the share of a batch in it. RLlib's own 100 and 1e-8

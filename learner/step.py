@@ -29,7 +29,7 @@ from learner.scorer import Scorer
 from learner.sft import nll
 from learner.split import micro_batches, shard
 from learner.value import value_loss
-from orchard.config import LearnerConfig
+from orchard.settings import LearnerConfig
 from orchard.trie import Trie
 from orchard.types import SequenceTargets, TrainBatch, ValueTargets
 from orchard.value import detach, head_of

@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int64
 
 from orchard.catalogue import Catalogue
-from orchard.config import StepConfig
+from orchard.settings import StepConfig
 from orchard.types import Credit, ScoredTrees, SearchTrees
 
 

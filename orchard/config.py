@@ -15,62 +15,7 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from orchard.errors import ConfigError
-from orchard.settings import (
-    CheckpointConfig,
-    ClusterConfig,
-    CollaborativeConfig,
-    Config,
-    CriticConfig,
-    DataConfig,
-    EvaluateConfig,
-    FilterConfig,
-    KlConfig,
-    LearnerConfig,
-    LoraConfig,
-    ModelConfig,
-    PromptConfig,
-    RewardsConfig,
-    RolloutConfig,
-    ServeConfig,
-    SftConfig,
-    StepConfig,
-    TasksConfig,
-    ThinkConfig,
-    ValueConfig,
-    VariantConfig,
-    VedConfig,
-)
-
-__all__ = [
-    "CheckpointConfig",
-    "ClusterConfig",
-    "CollaborativeConfig",
-    "Config",
-    "CriticConfig",
-    "DataConfig",
-    "EvaluateConfig",
-    "FilterConfig",
-    "KlConfig",
-    "LearnerConfig",
-    "LoraConfig",
-    "ModelConfig",
-    "PromptConfig",
-    "RewardsConfig",
-    "RolloutConfig",
-    "ServeConfig",
-    "SftConfig",
-    "StepConfig",
-    "TasksConfig",
-    "ThinkConfig",
-    "ValueConfig",
-    "VariantConfig",
-    "VedConfig",
-    "differences",
-    "dump",
-    "flatten",
-    "load",
-    "parse",
-]
+from orchard.settings import Config
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwe
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from orchard import value
-from orchard.config import ModelConfig
 from orchard.errors import CheckpointError, DataError
+from orchard.settings import ModelConfig
 from orchard.trie import Children, Trie
 from orchard.vocabulary import Vocabulary
 

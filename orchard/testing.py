@@ -21,9 +21,9 @@ from orchard import catalogue as catalogues
 from orchard import evaluation, ragged, value, weights
 from orchard import model as models
 from orchard.catalogue import Catalogue
-from orchard.config import ModelConfig
 from orchard.evaluation import Evaluation, TargetRanks
 from orchard.prompts import PromptFormat
+from orchard.settings import ModelConfig
 from orchard.titles import from_titles
 from orchard.types import PolicyVersion, Prompts
 from orchard.vocabulary import (

@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
 from orchard.catalogue import Catalogue
-from orchard.config import RewardsConfig
 from orchard.errors import ConfigError, DataError
+from orchard.settings import RewardsConfig
 from rewards import evaluator, sasrec
 from rewards.counted import Transitions
 from rewards.evaluator import ListEvaluator

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from orchard.catalogue import Catalogue
-from orchard.config import RolloutConfig
 from orchard.critic import Critic
 from orchard.errors import EngineError, UnfitError
 from orchard.model import load
+from orchard.settings import RolloutConfig
 from orchard.types import PolicyVersion, Prompts, SearchTrees
 from orchard.vocabulary import Vocabulary
 from orchard.weights import Weights, digest, snapshot

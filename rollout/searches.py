@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from orchard.catalogue import Catalogue
-from orchard.config import RolloutConfig
 from orchard.critic import Critic
+from orchard.settings import RolloutConfig
 from orchard.types import Prompts
 from rollout.candidates import Candidates
 from rollout.draws import beam_sample, dynamic

@@ -12,7 +12,7 @@ candidates; where they are too few, free leaves below visited prefixes complete 
 distributions that are known already.
 
 All prompts advance together, one forward pass for all of them, and G of a node never changes.
-Where the paper leaves a point open, `orchard.config.VedConfig` has a switch.
+Where the paper leaves a point open, `orchard.settings.VedConfig` has a switch.
 
 Shapes:  B prompts   N nodes visited   F nodes chosen   A prompts in play   P nodes on a path
          C candidates   L levels of decisions   M entries
@@ -26,9 +26,9 @@ import torch
 from jaxtyping import Bool, Float32, Float64, Int64
 
 from orchard import ragged
-from orchard.config import VedConfig
 from orchard.critic import Critic, Values
 from orchard.errors import ConfigError
+from orchard.settings import VedConfig
 from orchard.trie import Children, Trie
 from orchard.types import Prompts
 from rollout.allowed import Allowed, Gate, gate

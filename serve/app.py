@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from ray import serve as ray_serve
 from ray.serve import metrics
 
-from orchard.config import ServeConfig
+from orchard.settings import ServeConfig
 from serve.api import create_app
 from serve.desk import Desk
 from serve.meters import COUNTERS, GAUGES, HISTOGRAMS, SECONDS, SHARES

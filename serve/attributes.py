@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Int, Int64, Shaped
 
-from orchard.config import FilterConfig
 from orchard.errors import ConfigError
+from orchard.settings import FilterConfig
 from orchard.tables import read_table
 
 Value = bool | int | float | str | None

@@ -14,8 +14,8 @@ from typing import Any, Literal, TypeVar
 
 from cachetools import TTLCache
 
-from orchard.config import ServeConfig
 from orchard.errors import EngineError
+from orchard.settings import ServeConfig
 from serve.batching import TooLateError
 from serve.exposure import ExposureLog
 from serve.follow import LATEST, Loaded, Seat

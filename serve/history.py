@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Int64
 
 from orchard import ragged
-from orchard.config import ServeConfig
 from orchard.errors import ConfigError, DataError
+from orchard.settings import ServeConfig
 from orchard.tables import read_table
 from serve.problems import UnavailableError, UnknownNameError
 

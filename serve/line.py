@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from orchard.config import ServeConfig
+from orchard.settings import ServeConfig
 from orchard.types import Prompts
 from rollout.candidates import Candidates
 from rollout.engine import Engine, Runner

@@ -10,8 +10,8 @@ from orchard import catalogue as catalogues
 from orchard import model as models
 from orchard import vocabulary
 from orchard.catalogue import Catalogue
-from orchard.config import RolloutConfig, ServeConfig
 from orchard.errors import EngineError
+from orchard.settings import RolloutConfig, ServeConfig
 from orchard.tables import read_table
 from orchard.vocabulary import Vocabulary
 from rollout.engine import Holder

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float, Float32, Int, Int64
 
 from orchard import ragged
-from orchard.config import VedConfig
+from orchard.settings import VedConfig
 from orchard.types import Prompts
 from rollout.allowed import Allowed
 from rollout.candidates import Candidates

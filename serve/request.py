@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from orchard.config import ServeConfig
+from orchard.settings import ServeConfig
 from serve.problems import UnsuitableError
 from serve.recommender import Kind, Query
 from serve.schema import RecommendRequest

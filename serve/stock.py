@@ -18,10 +18,10 @@ from jaxtyping import Bool, Int64
 
 from orchard import view as views
 from orchard.catalogue import Catalogue
-from orchard.config import FilterConfig
 from orchard.errors import CatalogueError, ConfigError, DataError
 from orchard.live import LiveCatalogue, Snapshot
 from orchard.prompts import PromptFormat
+from orchard.settings import FilterConfig
 from orchard.view import View
 from orchard.vocabulary import Vocabulary
 from serve.attributes import Attributes

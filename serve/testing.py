@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from orchard import catalogue as catalogues
-from orchard.config import FilterConfig
+from orchard.settings import FilterConfig
 from orchard.testing import World
 from rollout.engine.torch import TorchEngine
 from serve.attributes import Attributes

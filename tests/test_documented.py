@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from learner import advantages
-from orchard.config import RolloutConfig
+from orchard.settings import RolloutConfig
 from orchard.testing import tiny_world
 from rewards.reward import score
 from rollout import searches

@@ -22,9 +22,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from orchard import ragged, value
-from orchard.config import RolloutConfig
 from orchard.errors import EngineError
 from orchard.model import head_weight
+from orchard.settings import RolloutConfig
 from orchard.trie import Trie
 from orchard.types import PolicyVersion, Prompts
 from orchard.value import ValueHead

@@ -14,7 +14,7 @@ import pytest
 
 from cluster.exporter import TARGETS, Exporter
 from cluster.telemetry import METRICS
-from orchard.config import ClusterConfig
+from orchard.settings import ClusterConfig
 
 pytestmark = pytest.mark.slow
 

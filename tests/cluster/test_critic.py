@@ -16,10 +16,10 @@ from cluster.rllib import RllibBackend
 from learner.critic import TorchBackend, draw_walks, measure
 from orchard import config, model
 from orchard.catalogue import Catalogue
-from orchard.config import Config, CriticConfig, VedConfig
 from orchard.critic import Critic
 from orchard.errors import ConfigError
 from orchard.prompts import Split
+from orchard.settings import Config, CriticConfig, VedConfig
 from orchard.synth import WorldParams, write_world
 from orchard.testing import tiny_catalogue
 from rollout.actor import Searcher

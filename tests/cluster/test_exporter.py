@@ -17,8 +17,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.exporter import READ_AT_SCRAPE, TARGETS, Exporter
 from cluster.telemetry import METRICS, find
-from orchard.config import ClusterConfig
 from orchard.errors import ConfigError
+from orchard.settings import ClusterConfig
 
 STEP = {
     "rewards/mean": 0.5,

@@ -28,9 +28,9 @@ from cluster.loop import train
 from cluster.pool import Pool
 from cluster.prepare import Run, prepare
 from orchard import config, model
-from orchard.config import Config
 from orchard.errors import ActorError, CheckpointError, ConfigError, DataError, Stopped
 from orchard.metrics import read_metrics
+from orchard.settings import Config
 from orchard.synth import WorldParams, write_world
 from orchard.types import PolicyVersion, SearchTrees
 from orchard.weights import digest, snapshot

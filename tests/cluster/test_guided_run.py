@@ -12,8 +12,8 @@ from cluster.folder import export, open_folder
 from cluster.loop import assemble, describe
 from cluster.prepare import Run, prepare
 from orchard import config, model, value
-from orchard.config import Config
 from orchard.errors import ConfigError
+from orchard.settings import Config
 from orchard.synth import WorldParams, write_world
 from orchard.types import PolicyVersion, ScoredTrees, Update
 from orchard.weights import digest, snapshot

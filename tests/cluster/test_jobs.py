@@ -19,8 +19,8 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from cluster import jobs
 from cluster.jobs import Order, request
 from orchard import config
-from orchard.config import Config
 from orchard.errors import ActorError, ConfigError
+from orchard.settings import Config
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "cluster" / "runs" / "quickstart.toml"

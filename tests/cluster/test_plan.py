@@ -12,7 +12,7 @@ import ray
 from cluster import cli
 from cluster.plan import GIB, Machine, Sizes, Speed, layout, plan
 from orchard import config
-from orchard.config import Config
+from orchard.settings import Config
 from orchard.synth import WorldParams, write_world
 
 SIZES = Sizes(

@@ -21,9 +21,9 @@ from cluster.prepare import Run, prepare
 from cluster.warmup import sft
 from orchard import config, model
 from orchard.catalogue import load
-from orchard.config import Config
 from orchard.evaluation import Evaluation, difference, read
 from orchard.metrics import read_metrics
+from orchard.settings import Config
 from orchard.synth import WorldParams, write_world
 from orchard.testing import save_policy, tiny_policy, tiny_title_tokenizer
 from orchard.titles import from_titles

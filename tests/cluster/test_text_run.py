@@ -16,8 +16,8 @@ from cluster.prepare import Run, prepare
 from learner.sft import pack_answers, pack_examples
 from learner.step import Learner
 from orchard import config, frames, model, vocabulary
-from orchard.config import Config, ModelConfig
 from orchard.errors import CatalogueError, ConfigError, DataError
+from orchard.settings import Config, ModelConfig
 from orchard.synth import WorldParams, write_world
 from orchard.testing import save_policy
 from orchard.titles import tokenizer_of

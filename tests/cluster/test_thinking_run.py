@@ -15,9 +15,9 @@ from learner.sft import pack_traces
 from learner.step import Learner
 from learner.step_credit import judged_by_steps
 from orchard import config, model
-from orchard.config import Config
 from orchard.errors import ConfigError, DataError
 from orchard.evaluation import diversity
+from orchard.settings import Config
 from orchard.synth import WorldParams, write_world
 from orchard.types import PolicyVersion, SearchTrees, Update
 from orchard.weights import digest, snapshot

@@ -9,9 +9,9 @@ from torch import nn
 from cluster.launch import EXACT, ROUNDED, tolerance
 from learner.sft import pack_answers
 from learner.step import Learner
-from orchard.config import ClusterConfig, Config, DataConfig, LearnerConfig, RolloutConfig
 from orchard.errors import UnfitError
 from orchard.prompts import PromptFormat
+from orchard.settings import ClusterConfig, Config, DataConfig, LearnerConfig, RolloutConfig
 from orchard.testing import World, tiny_policy, tiny_world
 from rollout.engine.torch import TorchEngine
 from rollout.probe import Probe, check

@@ -6,9 +6,9 @@ import torch
 
 from learner.critic import TorchBackend, Walks, draw_walks, measure
 from orchard.catalogue import Catalogue
-from orchard.config import CriticConfig
 from orchard.critic import Critic
 from orchard.prompts import Split
+from orchard.settings import CriticConfig
 from orchard.testing import tiny_catalogue
 
 

@@ -15,8 +15,9 @@ from learner.pack import flatten, pack
 from learner.split import micro_batches, shard
 from learner.step import Learner
 from orchard.catalogue import Catalogue
-from orchard.config import LearnerConfig, parse
+from orchard.config import parse
 from orchard.errors import ConfigError
+from orchard.settings import LearnerConfig
 from orchard.testing import tiny_policy
 from orchard.types import ScoredTrees, TrainBatch
 from orchard.vocabulary import Vocabulary

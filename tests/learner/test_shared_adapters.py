@@ -13,9 +13,8 @@ from learner import checkpoint
 from learner.sft import pack_examples
 from learner.step import Learner
 from orchard import lora
-from orchard.config import LearnerConfig
 from orchard.prompts import PromptFormat
-from orchard.settings import LoraConfig
+from orchard.settings import LearnerConfig, LoraConfig
 from orchard.tasks import Examples
 from orchard.testing import tiny_world
 from orchard.types import PolicyVersion

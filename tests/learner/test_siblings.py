@@ -12,7 +12,7 @@ from learner.advantages import ESTIMATORS, assign
 from learner.pack import pack
 from learner.siblings import node_advantages, sibling
 from orchard.catalogue import from_codes
-from orchard.config import LearnerConfig
+from orchard.settings import LearnerConfig
 from orchard.testing import tiny_policy, tiny_prompts
 from orchard.types import PolicyVersion, ScoredTrees
 from rollout.engine.torch import TorchEngine

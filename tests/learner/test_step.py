@@ -10,10 +10,10 @@ from learner.advantages import ESTIMATORS
 from learner.pack import pack
 from learner.step import Learner, truncated
 from orchard.catalogue import Catalogue
-from orchard.config import KlConfig, LearnerConfig
 from orchard.errors import CheckpointError
 from orchard.model import add_dropout
 from orchard.prompts import PromptFormat, Sequences
+from orchard.settings import KlConfig, LearnerConfig
 from orchard.testing import tiny_catalogue, tiny_policy, tiny_prompts
 from orchard.types import PolicyVersion, Prompts, ScoredTrees, TrainBatch
 from orchard.weights import digest, snapshot

@@ -21,7 +21,7 @@ from learner.step_credit import (
 )
 from orchard import catalogue as catalogues
 from orchard.catalogue import Catalogue
-from orchard.config import LearnerConfig
+from orchard.settings import LearnerConfig
 from orchard.testing import tiny_policy, tiny_prompts
 from orchard.types import Cost, PolicyVersion, ScoredTrees, SearchTrees
 from rollout.candidates import Candidates

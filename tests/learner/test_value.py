@@ -18,8 +18,8 @@ from learner.step import Learner
 from learner.value import state_values, step_rewards, value_loss
 from orchard import value
 from orchard.catalogue import Catalogue, from_codes
-from orchard.config import LearnerConfig, ValueConfig
 from orchard.model import hidden_states
+from orchard.settings import LearnerConfig, ValueConfig
 from orchard.testing import tiny_policy, tiny_prompts
 from orchard.types import PolicyVersion, ScoredTrees, TrainBatch
 from orchard.value import ValueHead

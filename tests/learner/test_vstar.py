@@ -10,8 +10,8 @@ from learner.pack import pack
 from learner.step import Learner
 from learner.value import step_rewards
 from orchard import value
-from orchard.config import LearnerConfig, ValueConfig, VedConfig
 from orchard.diagnostics import diagnose
+from orchard.settings import LearnerConfig, ValueConfig, VedConfig
 from orchard.testing import tiny_catalogue, tiny_policy, tiny_prompts
 from orchard.types import PolicyVersion, ScoredTrees
 from rewards.reward import score

@@ -10,10 +10,9 @@ import torch
 from learner.sft import pack_examples
 from learner.step import Learner
 from orchard import adapters, lora, model
-from orchard.config import LearnerConfig
 from orchard.errors import CheckpointError, ConfigError
 from orchard.prompts import PromptFormat
-from orchard.settings import LoraConfig
+from orchard.settings import LearnerConfig, LoraConfig
 from orchard.tasks import Examples
 from orchard.testing import tiny_world
 from orchard.types import PolicyVersion

@@ -10,10 +10,10 @@ import torch
 
 from orchard import catalogue as catalogues
 from orchard import ragged, stored
-from orchard.config import CollaborativeConfig, RewardsConfig
 from orchard.errors import CatalogueError, CheckpointError, ConfigError
 from orchard.evaluation import TargetRanks
 from orchard.prompts import Split
+from orchard.settings import CollaborativeConfig, RewardsConfig
 from orchard.testing import tiny_catalogue
 from orchard.types import SearchTrees
 from rewards import Knowledge

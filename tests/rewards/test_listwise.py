@@ -10,10 +10,9 @@ import torch
 
 from orchard import catalogue as catalogues
 from orchard import ragged, stored
-from orchard.config import RewardsConfig
 from orchard.errors import CatalogueError, ConfigError, DataError
 from orchard.prompts import Split
-from orchard.settings import ListwiseConfig
+from orchard.settings import ListwiseConfig, RewardsConfig
 from orchard.testing import tiny_catalogue
 from orchard.types import SearchTrees
 from rewards import Knowledge

@@ -5,8 +5,8 @@ import pytest
 import ray
 from ray.exceptions import ActorDiedError
 
-from orchard.config import RewardsConfig
 from orchard.errors import ConfigError
+from orchard.settings import RewardsConfig
 from orchard.testing import tiny_catalogue, tiny_policy, tiny_prompts
 from orchard.types import PolicyVersion, ScoredTrees
 from rewards import Knowledge

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from orchard import catalogue as catalogues
 from orchard import ragged
 from orchard.catalogue import Catalogue
-from orchard.config import RewardsConfig
+from orchard.settings import RewardsConfig
 from orchard.testing import tiny_catalogue, tiny_prompts
 from orchard.types import Cost, PolicyVersion, SearchTrees
 from orchard.vocabulary import compact_tokenizer, of_codes

@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from orchard import ragged, value
-from orchard.config import VedConfig
 from orchard.errors import CatalogueError
+from orchard.settings import VedConfig
 from orchard.testing import World, tiny_catalogue, tiny_world
 from orchard.view import everything, of_items, of_leaves
 from rollout.allowed import Allowed

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from orchard import value
-from orchard.config import VedConfig
 from orchard.errors import EngineError
 from orchard.model import head_weight
+from orchard.settings import VedConfig
 from orchard.testing import World, tiny_title_world, tiny_world
 from orchard.value import ValueHead
 from orchard.view import everything, of_leaves

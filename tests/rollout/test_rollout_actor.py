@@ -11,8 +11,8 @@ import pytest
 import ray
 
 from orchard import weights
-from orchard.config import RolloutConfig
 from orchard.errors import DataError, EngineError, UnfitError
+from orchard.settings import RolloutConfig
 from orchard.testing import World, tiny_world
 from orchard.types import PolicyVersion
 from rollout.actor import RolloutActor, Searcher

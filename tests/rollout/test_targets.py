@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from orchard.config import RolloutConfig
+from orchard.settings import RolloutConfig
 from orchard.testing import World, tiny_title_world, tiny_world
 from orchard.types import Prompts
 from rollout.actor import Searcher

@@ -13,8 +13,8 @@ from learner.logprobs import choice_logprobs, to_tensors
 from learner.pack import pack
 from learner.step_credit import judged_by_steps, well_formed
 from orchard import ragged
-from orchard.config import LearnerConfig, RolloutConfig
 from orchard.errors import DataError, EngineError
+from orchard.settings import LearnerConfig, RolloutConfig
 from orchard.testing import World, tiny_thinking_world, tiny_title_tokenizer
 from orchard.types import ScoredTrees, SearchTrees
 from orchard.vocabulary import THINK, compact_tokenizer, think_tags

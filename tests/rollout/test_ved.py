@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchard import value
-from orchard.config import VedConfig
 from orchard.errors import ConfigError, EngineError
+from orchard.settings import VedConfig
 from orchard.testing import World, tiny_world
 from rollout.engine import Expansion
 from rollout.engine.torch import TorchEngine

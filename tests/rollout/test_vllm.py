@@ -12,8 +12,8 @@ import ray
 import torch
 
 from orchard import value, weights
-from orchard.config import RolloutConfig, VedConfig
 from orchard.errors import EngineError
+from orchard.settings import RolloutConfig, VedConfig
 from orchard.testing import World, tiny_world
 from orchard.types import PolicyVersion
 from orchard.view import of_leaves

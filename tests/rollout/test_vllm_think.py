@@ -13,7 +13,7 @@ from learner.advantages import assign
 from learner.logprobs import choice_logprobs, to_tensors
 from learner.pack import pack
 from learner.step_credit import judged_by_steps
-from orchard.config import LearnerConfig, RolloutConfig
+from orchard.settings import LearnerConfig, RolloutConfig
 from orchard.testing import World, tiny_thinking_world
 from orchard.types import ScoredTrees, SearchTrees
 from rollout.actor import RolloutActor, Searcher

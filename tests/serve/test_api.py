@@ -15,8 +15,8 @@ import torch
 
 from orchard import catalogue as catalogues
 from orchard import weights
-from orchard.config import FilterConfig, ServeConfig, VariantConfig
 from orchard.errors import CheckpointError, ConfigError
+from orchard.settings import FilterConfig, ServeConfig, VariantConfig
 from orchard.testing import World, tiny_world
 from serve.api import create_app
 from serve.desk import Desk

@@ -11,7 +11,7 @@ import pytest
 import torch
 import uvicorn
 
-from orchard.config import ServeConfig
+from orchard.settings import ServeConfig
 from orchard.testing import World
 from serve.api import create_app
 from serve.meters import Tally

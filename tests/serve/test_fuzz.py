@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchard.config import FilterConfig, ServeConfig
+from orchard.settings import FilterConfig, ServeConfig
 from orchard.testing import World
 from serve.api import create_app
 from serve.meters import Tally

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from orchard.config import ServeConfig
 from orchard.errors import ConfigError
+from orchard.settings import ServeConfig
 from serve import history
 from serve.history import MOST_ITEMS, Histories, RedisHistories, TableHistories
 from serve.problems import UnavailableError, UnknownNameError

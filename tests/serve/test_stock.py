@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from orchard.catalogue import from_codes
-from orchard.config import FilterConfig
 from orchard.errors import ConfigError
+from orchard.settings import FilterConfig
 from orchard.testing import World
 from serve.attributes import check_filters
 from serve.problems import ConflictError, UnknownNameError, UnsuitableError

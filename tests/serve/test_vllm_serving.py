@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import ray
 
-from orchard.config import RolloutConfig
+from orchard.settings import RolloutConfig
 from orchard.testing import World, tiny_world
 from orchard.types import Prompts
 from rollout.candidates import Candidates
