@@ -80,6 +80,8 @@ def _embeddings(settings: Config) -> Path:
     if not path.is_file():
         items = pq.read_table(settings.data.path / settings.data.items)
         vectors = of_titles(items["title"].to_pylist(), dimensions=64, seed=0)
+        # A title whose words no other has leads nowhere; the mean of all is as near to any.
+        vectors[~vectors.any(axis=1)] = vectors.mean(axis=0)
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.table({"item_id": items["item_id"], "embedding": list(vectors)}), path)
     return path

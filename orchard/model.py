@@ -92,7 +92,7 @@ def check_folder(folder: Path) -> None:
             f"{facts} has model_type {kind!r}, which transformers knows no causal language model "
             "of; give the folder of one"
         )
-    whole = list(folder.glob("*.safetensors"))
+    whole = [file for file in folder.glob("*.safetensors") if file.name != value.FILE]
     if not whole and not any(folder.glob("*.bin")):
         raise DataError(f"{folder} holds no weights (*.safetensors); save the policy again")
     for file in whole:

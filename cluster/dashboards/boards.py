@@ -61,14 +61,10 @@ ROLLOUT = Board(
     title="Orchard / Rollout throughput",
     rows=(
         (
-            _graph(
-                "Prompts", "reqps", "One tree each.",
-                (_rate("orchard_prompts_total"), "{{run}}"),
-            ),
-            _graph(
-                "Candidates", "cps", "Leaves of trees.",
-                (_rate("orchard_candidates_total"), "{{run}}"),
-            ),
+            _graph("Prompts", "reqps", "One tree each.",
+                   (_rate("orchard_prompts_total"), "{{run}}")),
+            _graph("Candidates", "cps", "Leaves of trees.",
+                   (_rate("orchard_candidates_total"), "{{run}}")),
             _graph(
                 "Forward tokens", "cps", "Through the policy while searching.",
                 (_rate("orchard_rollout_forward_tokens_total"), "{{run}} all"),

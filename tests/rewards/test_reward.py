@@ -12,6 +12,7 @@ from orchard.errors import CatalogueError, ConfigError, DataError
 from orchard.testing import tiny_catalogue, tiny_policy, tiny_prompts
 from orchard.types import PolicyVersion, SearchTrees
 from rewards import REWARDS, Knowledge, evaluator, sasrec
+from rewards.counted import count_transitions
 from rewards.reward import look_up, score
 from rollout.engine.torch import TorchEngine
 from rollout.search import beam
@@ -55,6 +56,13 @@ def everything(catalogue: Catalogue, folder: Path) -> Knowledge:
         catalogue=catalogue,
         embedding=draw.normal(size=(len(catalogue), 4)).astype(np.float32),
         popularity=draw.integers(9, size=len(catalogue)),
+        transitions=count_transitions(
+            np.array([0, 1, 1]),
+            np.array([0, 1, 3]),
+            np.array([1, 0]),
+            num_leaves=catalogue.trie.num_leaves,
+            decay=0.5,
+        ),
         folder=folder,
     )
 
