@@ -92,12 +92,13 @@ class Learner:
         self.policy = policy
         cast(nn.Module, policy).to(self.device)
         self.copies: dict[str, Scorer] = {}
-        """Frozen models beside the policy: `reference` of the KL, `average` of the warm start."""
+        """Frozen models beside the policy: `reference` of the KL, `average` of its own course."""
         self._decay = average
         for name, wanted in (("reference", config.kl.weight > 0), ("average", average > 0)):
             if wanted:
                 frozen = copy.deepcopy(self.policy).eval().requires_grad_(False)
-                detach(frozen)
+                if name == "reference":
+                    detach(frozen)  # it only scores; an average is what is kept, its head included
                 self.copies[name] = Scorer(frozen, *context, temperature=temperature)
         self.scorer: nn.Module = Scorer(
             self.policy, *context, detach=config.value.detach, temperature=temperature

@@ -238,3 +238,10 @@ def test_a_part_without_states_still_takes_part_in_the_backward_pass(
     value_loss(guess, none, discount=GAMMA, target="td").backward()
     gradients = [parameter.grad for parameter in head.parameters()]
     assert all(gradient is not None and not gradient.any() for gradient in gradients)
+
+
+def test_an_average_keeps_its_own_head(catalogue: Catalogue) -> None:
+    model, vocabulary = policy_with_head(catalogue)
+    one = Learner(model, catalogue.trie, vocabulary, LearnerConfig(), total_steps=9, average=0.9)
+    assert snapshot(one.result).keys() == snapshot(one.policy).keys()
+    assert one.result is not one.policy
