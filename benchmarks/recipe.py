@@ -53,7 +53,9 @@ def measure(
         evaluations = [getattr(seed, side) for seed in found]
         rows.append({"policy": side} | {metric: _mean(metric, evaluations) for metric in METRICS})
     for other in ("warm_start", "control"):
-        gain = _gain(found, other)
+        gain = over_seeds(
+            [seed.trained for seed in found], [getattr(seed, other) for seed in found]
+        )
         rows.append({"difference": f"trained - {other}"} | spelt(gain))
         figures.append(_above_zero(other, gain["ndcg@10/sid"], seeds))
     for index, seed in enumerate(found):
@@ -70,14 +72,11 @@ def _one(name: str, seed: int, changes: tuple[str, ...]) -> Seed:
     improve(settings, dry_run=False)
     log = read_metrics(settings.run_dir / FILE)
     train_s = float(np.sum(log["train"]["cluster/step_s"].value))
-    epoch_s = float(np.median(log["sft"]["sft/epoch_s"].value))
-    control = _settings(name, f"{name}-{seed}-control", seed, (
-        *changes,
-        f"model.path={settings.run_dir / WARM_START}",
-        f"sft.epochs={max(1, round(train_s / epoch_s))}",
-        f"sft.lr={settings.sft.lr / 4}",
-    ))  # fmt: skip
-    warm_start(control, dry_run=False)
+    control = control_of(
+        settings, Path("cluster/runs") / f"{name}.toml", train_s, (
+            *changes, f"name={name}-{seed}-control", f"seed={seed}",
+        ),
+    )  # fmt: skip
     return Seed(
         warm_start=read(settings, WARM_START),
         trained=read(settings, TRAINED),
@@ -88,6 +87,22 @@ def _one(name: str, seed: int, changes: tuple[str, ...]) -> Seed:
             "control_s": _seconds(control),
         },
     )
+
+
+def control_of(begin: Config, path: Path, seconds: float, changes: Sequence[str]) -> Config:
+    """A run that goes on with the warm start of another for so long, to the nearest epoch.
+
+    It has the run file at `path` with the changes, which name it, at a quarter of the rate.
+    """
+    epoch_s = float(np.median(read_metrics(begin.run_dir / FILE)["sft"]["sft/epoch_s"].value))
+    control = config.load(path, [
+        *changes,
+        f"model.path={begin.run_dir / WARM_START}",
+        f"sft.epochs={max(1, round(seconds / epoch_s))}",
+        f"sft.lr={begin.sft.lr / 4}",
+    ])  # fmt: skip
+    warm_start(control, dry_run=False)
+    return control
 
 
 def _settings(name: str, run: str, seed: int, changes: tuple[str, ...]) -> Config:
@@ -126,12 +141,10 @@ def _mean(metric: str, found: list[Evaluation]) -> float:
     return float(np.mean([one.metrics[metric].mean for one in found]))
 
 
-def _gain(found: list[Seed], other: str) -> dict[str, Estimate]:
-    """RL minus the other, paired by row and averaged over seeds."""
+def over_seeds(ours: Sequence[Evaluation], theirs: Sequence[Evaluation]) -> dict[str, Estimate]:
+    """The first evaluations minus the second, paired by row and averaged over the seeds."""
     return evaluation.paired_over_seeds(
-        [seed.trained.ranks for seed in found],
-        [getattr(seed, other).ranks for seed in found],
-        width=found[0].trained.width,
+        [one.ranks for one in ours], [one.ranks for one in theirs], width=ours[0].width
     )
 
 

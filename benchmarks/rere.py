@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.measure import Figure, Report, Row, figure, report
-from benchmarks.recipe import ONE_THREAD, branch, means, read
+from benchmarks.recipe import ONE_THREAD, branch, means, over_seeds, read
 from cluster.commands import WARM_START
 from cluster.fit import fit
 from orchard import config, evaluation
@@ -64,11 +64,7 @@ def run(quick: bool) -> Report:
             rows.append({"cell": "/".join(cell), "seed": seed} | means(several[-1]))
     figures = [_order(found, first, second) for first, second in ORDERS]
     if best != BASELINE:
-        gain = evaluation.paired_over_seeds(
-            [one.ranks for one in repeated[best]],
-            [one.ranks for one in repeated[BASELINE]],
-            width=repeated[best][0].width,
-        )["ndcg@10/sid"]
+        gain = over_seeds(repeated[best], repeated[BASELINE])["ndcg@10/sid"]
         figures.append(figure(f"{'/'.join(best)}_above_baseline", gain.low, "", asked="> 0",
                               note=f"lower end of 95 %; mean {gain.mean:+.4f}"))  # fmt: skip
     return report("rere", figures, rows)

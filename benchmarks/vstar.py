@@ -17,13 +17,12 @@ import torch
 
 from benchmarks.decode import LENGTH
 from benchmarks.measure import Figure, Report, Row, figure, interleaved, report
-from benchmarks.recipe import ONE_THREAD, branch, means, read, spelt
-from cluster.commands import WARM_START, warm_start
+from benchmarks.recipe import ONE_THREAD, branch, control_of, means, over_seeds, read, spelt
+from cluster.commands import WARM_START
 from cluster.prepare import Run, prepare
 from orchard import config, evaluation, intervals, model, value
 from orchard.diagnostics import grouped_spearman
 from orchard.evaluation import Evaluation
-from orchard.intervals import Estimate
 from orchard.metrics import FILE, read_metrics
 from orchard.settings import Config, VedConfig
 from orchard.types import PolicyVersion, Prompts
@@ -73,7 +72,8 @@ def run(quick: bool) -> Report:
     ]
     for way in WAYS:
         if way != "beam+grpo":
-            gain = _gain(found[way], found["beam+grpo"][: len(found[way])])
+            theirs = found["beam+grpo"][: len(found[way])]
+            gain = over_seeds([read(one) for one in found[way]], [read(one) for one in theirs])
             rows.append({"difference": f"{way} - beam+grpo", "seeds": len(found[way])}
                         | spelt(gain, METRICS))  # fmt: skip
     others = {
@@ -82,7 +82,7 @@ def run(quick: bool) -> Report:
         "control": [_control(seed, found["ved+both"][seed], changes) for seed in range(seeds)],
     }
     for name, theirs in others.items():
-        gain = _over([read(one) for one in found["ved+both"]], theirs)
+        gain = over_seeds([read(one) for one in found["ved+both"]], theirs)
         rows.append({"difference": f"ved+both - {name}", "seeds": seeds} | spelt(gain, METRICS))
         figures.append(figure(f"ved_both_over_{name}", gain["ndcg@10/sid"].low, "", asked="> 0",
                               note=f"NDCG@10, lower end of the paired 95 % interval, {seeds} "
@@ -167,14 +167,9 @@ def _branch(way: str, seed: int, changes: tuple[str, ...]) -> Config:
 
 def _control(seed: int, like: Config, changes: tuple[str, ...]) -> Evaluation:
     """The warm start after more supervision, for as long as that run of RL took."""
-    begin = _begin(seed, changes)
-    log = read_metrics(begin.run_dir / FILE)["sft"]
-    epochs = round(_spent(like)["train_s"] / float(np.median(log["sft/epoch_s"].value)))
-    control = config.load(RUN, [
-        *changes, f"name=vstar-control-{seed}", f"seed={seed}", f"sft.epochs={max(1, epochs)}",
-        f"sft.lr={begin.sft.lr / 4}", f"model.path={begin.run_dir / WARM_START}",
-    ])  # fmt: skip
-    warm_start(control, dry_run=False)
+    control = control_of(_begin(seed, changes), RUN, _spent(like)["train_s"], (
+        *changes, f"name=vstar-control-{seed}", f"seed={seed}",
+    ))  # fmt: skip
     return read(control, WARM_START)
 
 
@@ -252,14 +247,3 @@ def _spent(settings: Config) -> dict[str, float]:
         "train_s": float(np.sum(log["cluster/step_s"].value)),
         "forward_tokens": float(np.sum(tokens)),
     }
-
-
-def _gain(ours: list[Config], theirs: list[Config]) -> dict[str, Estimate]:
-    """The first runs minus the second, paired by row and averaged over seeds."""
-    return _over([read(one) for one in ours], [read(one) for one in theirs])
-
-
-def _over(ours: list[Evaluation], theirs: list[Evaluation]) -> dict[str, Estimate]:
-    return evaluation.paired_over_seeds(
-        [one.ranks for one in ours], [one.ranks for one in theirs], width=ours[0].width
-    )

@@ -1,7 +1,6 @@
 """The folder of a run, and the policies written into it."""
 
 import json
-import shutil
 from pathlib import Path
 
 from cluster import text
@@ -9,7 +8,7 @@ from cluster.exported import FILE
 from cluster.prepare import Run
 from orchard import catalogue, config, model, value
 from orchard.errors import ConfigError
-from orchard.folders import write_whole
+from orchard.folders import whole, write_whole
 from orchard.types import PolicyVersion
 from orchard.weights import Weights, restore
 
@@ -48,18 +47,15 @@ def _save(
     policy: PolicyVersion,
     facts: dict[str, float],
 ) -> None:
-    """Write beside the target and swap, so that a reader never meets half a policy."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    value.save(trained, partial)
-    run.tokenizer.save_pretrained(partial)
-    catalogue.write(run.catalogue, partial / "catalogue")
+    """Write the folder whole, so that a reader never meets half a policy."""
     about = {
         "version": {"step": policy.step, "digest": policy.digest},
         "catalogue": run.catalogue.digest,
         "max_history": run.config.data.max_history,
         "facts": facts,
     }
-    write_whole(partial / FILE, json.dumps(about, indent=2) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    with whole(folder) as partial:
+        value.save(trained, partial)
+        run.tokenizer.save_pretrained(partial)
+        catalogue.write(run.catalogue, partial / "catalogue")
+        write_whole(partial / FILE, json.dumps(about, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""A Prometheus of a test's own."""
+"""A small world, and a Prometheus of a test's own."""
 
 import json
 import shutil
@@ -13,7 +13,17 @@ from typing import Any
 
 import pytest
 
+from orchard.synth import WorldParams, write_world
+
 Ask = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eighty items and the rows of 120 users."""
+    folder = tmp_path_factory.mktemp("world") / "data"
+    write_world(folder, WorldParams(num_items=80, num_users=120, level_size=(5, 6, 7)))
+    return folder
 
 
 @pytest.fixture

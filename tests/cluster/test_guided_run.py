@@ -14,7 +14,6 @@ from cluster.prepare import Run, prepare
 from orchard import config, model, value
 from orchard.errors import ConfigError
 from orchard.settings import Config
-from orchard.synth import WorldParams, write_world
 from orchard.types import PolicyVersion, ScoredTrees, Update
 from orchard.weights import digest, snapshot
 from rewards.reward import score
@@ -24,13 +23,12 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world") / "data"
-    write_world(folder, WorldParams(num_items=80, num_users=120, level_size=(5, 6, 7)))
-    draw, ids = np.random.default_rng(0), pq.read_table(folder / "items.parquet")["item_id"]
+def data(data: Path) -> Path:
+    """The small world, with embeddings."""
+    draw, ids = np.random.default_rng(0), pq.read_table(data / "items.parquet")["item_id"]
     rows = draw.normal(size=(len(ids), 4)).tolist()
-    pq.write_table(pa.table({"item_id": ids, "embedding": rows}), folder / "embeddings.parquet")
-    return folder
+    pq.write_table(pa.table({"item_id": ids, "embedding": rows}), data / "embeddings.parquet")
+    return data
 
 
 @pytest.fixture

@@ -82,6 +82,14 @@ def in_a_house(phase: Callable[[House], Awaitable[T]], run: Run) -> T:
     return asyncio.run(work())
 
 
+async def taught_and_improved(house: House) -> PolicyVersion:
+    """Warm start, then RL from what it came to; the last version."""
+    begin = house.run
+    await sft(house)
+    await house.turn_to(begin.then("train", begin.result))
+    return await train(house)
+
+
 def weights_of(folder: Path) -> str:
     return digest(snapshot(model.load(folder)))
 
@@ -227,9 +235,7 @@ def test_one_house_serves_every_phase_of_a_command(settings: Callable[..., Confi
     begin = prepare(settings("sft.epochs=1", "learner.steps=2"), "sft")
 
     async def command(house: House) -> tuple[Evaluation, PolicyVersion]:
-        await sft(house)
-        await house.turn_to(begin.then("train", begin.result))
-        await train(house)
+        await taught_and_improved(house)
         assert house.rollout is not None
         searched = house.rollout.actors[0]
         trained = begin.dir / "policy"
@@ -271,12 +277,7 @@ def test_titles_are_learnt_and_searched_with_the_same_probabilities(
         "sft",
     )  # fmt: skip
 
-    async def command(house: House) -> PolicyVersion:
-        await sft(house)
-        await house.turn_to(begin.then("train", begin.result))
-        return await train(house)
-
-    assert in_a_house(command, begin).step == 2
+    assert in_a_house(taught_and_improved, begin).step == 2
     log = read_metrics(begin.dir / "metrics.jsonl")["train"]
     assert float(np.max(log["learner/logprob_gap"].value)) < 1e-5
     assert load(begin.dir / "policy" / "catalogue").digest == begin.catalogue.digest
@@ -296,12 +297,7 @@ def test_a_text_model_is_taught_and_improved_through_adapters_with_vllm(
         "sft",
     )  # fmt: skip
 
-    async def command(house: House) -> PolicyVersion:
-        await sft(house)
-        await house.turn_to(begin.then("train", begin.result))
-        return await train(house)
-
-    assert in_a_house(command, begin).step == 2
+    assert in_a_house(taught_and_improved, begin).step == 2
     log = read_metrics(begin.dir / "metrics.jsonl")["train"]
     assert float(np.max(log["learner/logprob_gap"].value)) < 1e-4
     names = set(snapshot(model.load(begin.dir / "policy")))
@@ -350,9 +346,7 @@ def test_a_policy_is_taught_to_think_and_improved_by_its_own_thoughts(
     begin = prepare(settings(*changes), "sft")
 
     async def command(house: House) -> None:
-        await sft(house)
-        await house.turn_to(begin.then("train", begin.result))
-        await train(house)
+        await taught_and_improved(house)
 
     in_a_house(command, begin)
     log = read_metrics(begin.dir / "metrics.jsonl")

@@ -18,7 +18,6 @@ from learner.step import Learner
 from orchard import config, frames, model, vocabulary
 from orchard.errors import CatalogueError, ConfigError, DataError
 from orchard.settings import Config, ModelConfig
-from orchard.synth import WorldParams, write_world
 from orchard.testing import save_policy
 from orchard.titles import tokenizer_of
 from orchard.types import PolicyVersion, SearchTrees
@@ -31,13 +30,6 @@ from rollout.targets import follow
 
 VERSION = PolicyVersion(step=0, digest="")
 TEMPLATE = "Bought: {history}. Next is "
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world") / "data"
-    write_world(folder, WorldParams(num_items=80, num_users=120, level_size=(5, 6, 7)))
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,6 @@ from orchard import config, model
 from orchard.errors import ConfigError, DataError
 from orchard.evaluation import diversity
 from orchard.settings import Config
-from orchard.synth import WorldParams, write_world
 from orchard.types import PolicyVersion, SearchTrees, Update
 from orchard.weights import digest, snapshot
 from rewards.reward import score
@@ -26,13 +25,6 @@ from rollout.actor import Searcher
 
 ROOT = Path(__file__).parents[2]
 VERSION = PolicyVersion(step=0, digest="")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world") / "data"
-    write_world(folder, WorldParams(num_items=80, num_users=120, level_size=(5, 6, 7)))
-    return folder
 
 
 @pytest.fixture(scope="module")
