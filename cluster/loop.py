@@ -20,7 +20,7 @@ from cluster.stream import Stream
 from learner.advantages import assign, group_statistics
 from learner.pack import pack
 from learner.step_credit import judged_by_steps, step_statistics
-from learner.value import step_rewards
+from learner.value import outcome_rewards, step_rewards
 from orchard.diagnostics import diagnose
 from orchard.errors import Stopped
 from orchard.types import PolicyVersion, ScoredTrees, TrainBatch, Update
@@ -91,7 +91,9 @@ async def train(house: House) -> PolicyVersion:
 def assemble(scored: ScoredTrees, run: Run) -> TrainBatch:
     """What the learner is to make of scored trees: credit for choices, targets for values."""
     settings, reward = run.config.learner, None
-    if run.config.model.value_head:
+    if run.config.model.value_head and settings.value.outcome:
+        reward = outcome_rewards(scored, settings.value.outcome)
+    elif run.config.model.value_head:
         reward = step_rewards(
             scored.trees,
             run.catalogue,

@@ -4,6 +4,8 @@ At step l a prefix earns w_l if the target begins with it, and else -w_l (1 - si
 similarity compares the mean embedding of the candidates behind the prefix with the target's own
 (V-STAR, arXiv 2602.10699). Where items have no embeddings, it is the share of the prefix's codes
 that it has in common with the target from the first code on. These rewards train the value alone.
+Where `learner.value.outcome` names parts of the reward, a candidate earns those at its last code
+instead, and nothing on the way.
 
 A candidate y passes through states s_1 .. s_L. Its targets are, with the gradient stopped,
 
@@ -17,7 +19,7 @@ Shapes:  B prompts (rows)   S slots   N nodes   C candidates   K steps   V state
          P = K + 1 states of the longest path, the prompt's end included   I items   E of embeddings
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -28,7 +30,7 @@ from torch import Tensor
 from learner.logprobs import ValueTensors
 from orchard import ragged
 from orchard.catalogue import Catalogue
-from orchard.types import SearchTrees, ValueTargets
+from orchard.types import ScoredTrees, SearchTrees, ValueTargets
 from orchard.value import ValueHead
 
 
@@ -57,6 +59,23 @@ def step_rewards(
     weight = np.asarray(level_weight)[np.clip(step - 1, 0, len(level_weight) - 1)]
     reward = np.where(common == step, weight, -weight * (1 - similarity))
     return np.where(bound, reward, 0).astype(np.float32)
+
+
+def outcome_rewards(scored: ScoredTrees, weights: Mapping[str, float]) -> Float32[np.ndarray, " N"]:
+    """Some parts of the reward, earned where a candidate ends; 0 at all other nodes.
+
+    Candidates that end at one node earn their mean there.
+
+    Args:
+        scored: trees with the parts of their reward.
+        weights: of the parts, by name.
+    """
+    trees = scored.trees
+    size = len(trees.step)
+    earned = sum((w * scored.parts[name] for name, w in weights.items()), np.zeros(len(trees.leaf)))
+    ending = np.bincount(trees.candidate, minlength=size)
+    total = np.bincount(trees.candidate, earned, minlength=size)
+    return (total / np.maximum(ending, 1)).astype(np.float32)
 
 
 def value_targets(

@@ -119,6 +119,12 @@ class Config(Section):
                 'rollout.search = "ved" is guided by values; set model.value_head = true or '
                 'rollout.ved.guide = "critic", or choose another search'
             )
+        unpaid = self.learner.value.outcome.keys() - self.rewards.weights.keys()
+        if unpaid:
+            raise ValueError(
+                f"learner.value.outcome names {', '.join(sorted(unpaid))}, which rewards.weights "
+                "does not; give it a weight there, 0 to have it scored alone"
+            )
         by_candidate = ("group", "dapo", "drgrpo", "leave_one_out", "blend")
         if self.learner.ratio == "sequence" and self.learner.estimator not in by_candidate:
             raise ValueError(

@@ -31,6 +31,9 @@ class ValueConfig(Section):
     discount: Share = 0.99
     level_weight: Annotated[tuple[Rate, ...], Field(min_length=1)] = (0.3, 0.5, 1.0)
     """Step reward of codes 1, 2, ... that agree with the target; the last one of all later ones."""
+    outcome: dict[str, Rate] = Field(default_factory=dict[str, float])
+    """Parts of the reward, with their weights, that a candidate earns at its last code in place of
+    these step rewards: V then foretells what the run pays. Empty as in the paper."""
     detach: bool = True
     """Keep its gradient out of the rest of the policy."""
 

@@ -116,6 +116,16 @@ def test_embeddings_of_the_data_set_change_what_the_head_is_taught(
     np.testing.assert_array_equal(by_code.path, by_item.path)
 
 
+def test_a_head_may_foretell_what_the_run_pays(settings: Callable[..., Config]) -> None:
+    run = guided(settings("learner.value.outcome={rule=2.0}"))
+    scored = search(run)
+    values = assemble(scored, run).values
+    assert values is not None
+    hit = np.zeros(len(scored.trees.step), np.float32)
+    hit[scored.trees.candidate] = 2 * scored.parts["rule"]
+    np.testing.assert_array_equal(values.reward, hit[scored.trees.step > 0])
+
+
 def test_a_run_without_a_head_packs_no_targets(settings: Callable[..., Config]) -> None:
     run = guided(settings("model.value_head=false", "rollout.search=beam"))
     assert assemble(search(run), run).values is None

@@ -15,7 +15,7 @@ from learner.logprobs import ValueTensors, to_tensors, tree_mask
 from learner.pack import pack
 from learner.split import micro_batches, shard
 from learner.step import Learner
-from learner.value import state_values, step_rewards, value_loss
+from learner.value import outcome_rewards, state_values, step_rewards, value_loss
 from orchard import value
 from orchard.catalogue import Catalogue, from_codes
 from orchard.model import hidden_states
@@ -100,6 +100,28 @@ def test_outcomes_equal_the_worked_example(score_leaves: Grow, catalogue: Catalo
     batch = packed(scored, catalogue, np.array([0, 0.3, -0.1, -0.4], np.float32))
     assert batch.values is not None
     np.testing.assert_allclose(batch.values.outcome, [-0.1910, -0.496, -0.4], atol=1e-4)
+
+
+def test_parts_of_the_reward_are_earned_where_a_candidate_ends(
+    score_leaves: Grow, catalogue: Catalogue
+) -> None:
+    scored = score_leaves([[0, 3, 3], [2]])
+    parts = {
+        "rule": np.array([1, 0, 0, 1], np.float32),
+        "transition": np.array([-1, 2, 4, -3], np.float32),
+        "ranking": np.full(4, 9, np.float32),
+    }
+    scored = replace(scored, parts=parts)
+    earned = outcome_rewards(scored, {"rule": 1.0, "transition": 0.5})
+    ends = scored.trees.candidate
+    np.testing.assert_allclose(earned[ends], [0.5, 1.5, 1.5, -0.5])  # the pair has its mean
+    assert not earned[np.setdiff1d(np.arange(len(earned)), ends)].any()
+    foretold = packed(scored, catalogue, earned).values
+    assert foretold is not None
+    inner = by_node(scored, foretold.outcome.tolist())
+    first, *_, last = paths(scored)[3]
+    depth = int(scored.trees.step[last])
+    assert inner[first] == pytest.approx(-0.5 * GAMMA ** (depth - 1))
 
 
 @pytest.mark.parametrize("target", ["td", "monte_carlo"])
