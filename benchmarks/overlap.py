@@ -1,0 +1,134 @@
+"""What a second rollout actor and one version of lag bring on this machine.
+
+The job of the quickstart (synthetic world, vLLM rollouts) with one or two rollout actors, and with
+`cluster.max_lag` 0 or 1, one thread to the learner and to each actor. All ways begin with the same
+warm start and take turns in whole runs without evaluation or checkpoints in between; the first
+updates of a run, in which vLLM warms up, are left out. Throughput is what a user waits for: updates
+between two moments of the log, not what each room took on its own. `busy_cores` are those of the
+whole machine meanwhile, so that something else on it counts too.
+"""
+
+import shutil
+import statistics
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from benchmarks.measure import Figure, Report, Row, figure, report
+from benchmarks.recipe import ONE_THREAD, branch
+from cluster.commands import QUICKSTART, warm_start
+from orchard import config
+from orchard.metrics import FILE, read_metrics
+from orchard.settings import Config
+from orchard.synth import WorldParams, write_world
+
+WAYS = {(actors, lag): f"{actors} actors, lag {lag}" for lag in (0, 1) for actors in (1, 2)}
+FIRST = 5
+"""Updates that are left out."""
+ALONE = ("evaluate.every=0", "evaluate.test_rows=64", "evaluate.valid_rows=64",
+         "checkpoint.every=0", "learner.truncate=2.0")  # fmt: skip
+"""Truncated importance sampling in all ways, so that lag is the only difference."""
+
+
+def run(quick: bool) -> Report:
+    """Updates and tokens per second in each way; `quick` shows only that it works."""
+    steps, repeats, epochs = (FIRST + 2, 1, 1) if quick else (FIRST + 40, 3, 3)
+    folder = Path(tempfile.mkdtemp(prefix="orchard-overlap-"))
+    try:
+        write_world(folder / "world", WorldParams())
+        changes = (
+            *ONE_THREAD, *ALONE, f"output={folder}", f"data.path={folder / 'world'}",
+            f"learner.steps={steps}", f"sft.epochs={epochs}",
+        )  # fmt: skip
+        begin = config.load(QUICKSTART, [*changes, "name=start"])
+        warm_start(begin, dry_run=False)
+        found: dict[tuple[int, int], list[dict[str, float]]] = {way: [] for way in WAYS}
+        for turn in range(repeats):
+            for actors, lag in WAYS:
+                own = config.load(QUICKSTART, [
+                    *changes, f"name=ways-{actors}-{lag}-{turn}", f"rollout.actors={actors}",
+                    f"cluster.max_lag={lag}",
+                ])  # fmt: skip
+                found[actors, lag].append(_one(begin, own))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    typical = {
+        way: {name: statistics.median(one[name] for one in several) for name in several[0]}
+        for way, several in found.items()
+    }
+    rows: list[Row] = [{"way": name} | typical[way] for way, name in WAYS.items()]
+    return report("overlap", _figures(typical), rows)
+
+
+def _figures(typical: dict[tuple[int, int], dict[str, float]]) -> list[Figure]:
+    def over(name: str, ours: tuple[int, int], theirs: tuple[int, int]) -> Figure:
+        ratio = typical[ours]["updates_per_s"] / typical[theirs]["updates_per_s"]
+        busy = [f"{typical[way]['busy_cores']:.2f}" for way in (theirs, ours)]
+        note = f"updates per second, {WAYS[ours]} over {WAYS[theirs]}; busy cores {busy[1]}, "
+        return figure(name, ratio, "x", asked=">= 1", note=f"{note}{busy[0]}")
+
+    stale = max(one["most_lag"] - lag for (_, lag), one in typical.items())
+    return [
+        over("second_actor_synchronous", (2, 0), (1, 0)),
+        over("lag_with_one_actor", (1, 1), (1, 0)),
+        over("second_actor_with_lag", (2, 1), (1, 1)),
+        figure("staleness_above_bound", stale, "versions", asked="<= 0"),
+    ]
+
+
+def _one(begin: Config, own: Config) -> dict[str, float]:
+    """One run of RL, and what its log says of the updates after the first ones."""
+    with _CpuWatch() as watch:
+        branch(begin, own)
+    log = read_metrics(own.run_dir / FILE)["train"]
+    at = log["cluster/step_s"].time[FIRST - 1 :]
+    span, rest = at[-1] - at[0], slice(FIRST, None)
+
+    def total(name: str) -> float:
+        return float(np.sum(log[name].value[rest]))
+
+    tokens = sum(total(f"rollout/{kind}_tokens") for kind in ("forward", "prefill", "leaf"))
+    return {
+        "updates_per_s": (len(at) - 1) / span,
+        "prompts_per_s": total("rollout/prompts") / span,
+        "rollout_tokens_per_s": tokens / span,
+        "learn_share": total("cluster/learn_s") / span,
+        "wait_share": total("cluster/wait_s") / span,
+        "search_s_per_update": total("rollout/search_s") / (len(at) - 1),
+        "busy_cores": watch.busy_cores(at[0], at[-1]),
+        "most_lag": float(np.max(log["rollout/lag_versions"].value)),
+        "ratio_max": float(np.max(log["learner/ratio_max"].value[rest])),
+    }
+
+
+class _CpuWatch:
+    """Samples how much processor time the whole machine has spent."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[float, float]] = []
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="cpu", daemon=True)
+
+    def __enter__(self) -> "_CpuWatch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while True:
+            spent = psutil.cpu_times()
+            self._seen.append((time.time(), spent.user + spent.nice + spent.system))
+            if self._done.wait(0.2):
+                return
+
+    def busy_cores(self, begin: float, end: float) -> float:
+        """Mean number of busy cores between two moments, seconds since 1970."""
+        moment, spent = np.array(self._seen).T
+        return float(np.diff(np.interp([begin, end], moment, spent))[0] / (end - begin))
