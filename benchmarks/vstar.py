@@ -14,25 +14,34 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Float64
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from benchmarks.decode import LENGTH
 from benchmarks.measure import Figure, Report, Row, figure, interleaved, report
 from benchmarks.recipe import ONE_THREAD, branch, control_of, means, over_seeds, read, spelt
 from cluster.commands import WARM_START
 from cluster.prepare import Run, prepare
+from learner.advantages import ESTIMATORS
+from learner.logprobs import to_tensors
+from learner.pack import pack
+from learner.scorer import Scorer
 from orchard import config, evaluation, intervals, model, value
 from orchard.diagnostics import grouped_spearman
 from orchard.evaluation import Evaluation
 from orchard.metrics import FILE, read_metrics
 from orchard.settings import Config, VedConfig
-from orchard.types import PolicyVersion, Prompts
+from orchard.types import PolicyVersion, Prompts, ScoredTrees
 from rollout.candidates import Candidates
 from rollout.engine import Engine, Runner
 from rollout.engine.torch import TorchEngine
 from rollout.engine.vllm import VllmHolder
-from rollout.search import beam
+from rollout.search import beam, sample
+from rollout.trees import grow
 from rollout.ved import ved
 
+Search = Callable[[Engine, Prompts], Candidates]
 RUN = Path("cluster/runs/vstar_industrial.toml")
 BEAM = ("rollout.search=beam", "model.value_head=false")
 WAYS: Mapping[str, tuple[str, ...]] = {
@@ -43,14 +52,21 @@ WAYS: Mapping[str, tuple[str, ...]] = {
     "ved+grpo": ("learner.estimator=group",),
     "ved+sibling": ("learner.estimator=sibling",),
     "ved+both": ("learner.estimator=group_sibling",),
+    "ved+both, held": (
+        "learner.estimator=group_sibling", "learner.sibling_weight=0.2", "learner.kl.weight=0.2",
+        "learner.value.outcome={rule=1.0,transition=0.5}", "learner.value.target=monte_carlo",
+        "learner.value.lr=5e-3",
+    ),
     "beam_2x+grpo": (*BEAM, "learner.estimator=group", "rollout.candidates=32"),
     "ved_2x+both": ("learner.estimator=group_sibling", "rollout.ved.budget=65"),
-}
+}  # fmt: skip
 ENDS = ("beam+grpo", "ved+both")
 METRICS = ("ndcg@10/sid", "hr@1/sid", "hr@3/sid", "hr@10/sid", "hr@50/sid")
 BATCH, WIDTH, BUDGET = 32, 16, 33
 SET, SET_BUDGET = 64, 129
 """Candidates of a held-out set, and what a beam of as many forwards over three codes."""
+DRAWS, TEMPERATURE = 64, 1.5
+"""Of the sets in which the paper correlates values and log-probabilities with the reward."""
 SEED = 7
 
 
@@ -130,7 +146,7 @@ def _costs(*, repeats: int) -> tuple[list[Row], list[Figure]]:
     return rows, figures
 
 
-def _searches() -> dict[str, Callable[[Engine, Prompts], Candidates]]:
+def _searches() -> dict[str, Search]:
     guided = {
         f"ved, {count} to a pass": partial(
             ved, settings=VedConfig(budget=BUDGET, traversals=count), count=WIDTH, seed=0
@@ -159,7 +175,7 @@ def _begin(seed: int, changes: tuple[str, ...]) -> Config:
 def _branch(way: str, seed: int, changes: tuple[str, ...]) -> Config:
     """The run of one way from the warm start of its seed, done or only read."""
     begin = _begin(seed, changes)
-    name = way.replace("+", "-")
+    name = way.replace("+", "-").replace(", ", "-")
     own = config.load(RUN, [*changes, f"name=vstar-{name}-{seed}", f"seed={seed}", *WAYS[way]])
     branch(begin, own)
     return own
@@ -176,17 +192,18 @@ def _control(seed: int, like: Config, changes: tuple[str, ...]) -> Evaluation:
 def _sets(runs: list[Config], *, num_rows: int) -> tuple[list[Row], list[Figure]]:
     """Hits among 64 candidates of held-out prompts, guided against beam, at equal tokens.
 
-    And how well the value of a prefix in the guided sets, or its log-probability, goes with a hit.
+    And how well the value of a prefix, its log-probability, or that of its last code alone, goes
+    with a hit, in draws that none of them has chosen.
     """
     torch.set_num_threads(1)
     budget = VedConfig(budget=SET_BUDGET, width=SET // 2, traversals=4)
-    searches: dict[str, Callable[[Engine, Prompts], Candidates]] = {
+    searches: dict[str, Search] = {
         "beam": partial(beam, width=SET),
         "ved": partial(ved, settings=budget, count=SET, seed=SEED),
     }
     hits: dict[str, list[np.ndarray]] = {name: [] for name in searches}
     diversity: dict[str, list[float]] = {name: [] for name in searches}
-    ranks: dict[str, list[list[float]]] = {"value": [], "logprob": []}
+    ranks: dict[str, list[list[float]]] = {}
     for settings in runs:
         at = prepare(settings, "train", policy=settings.run_dir / "policy")
         policy = model.load(at.policy, at.vocabulary)
@@ -195,17 +212,23 @@ def _sets(runs: list[Config], *, num_rows: int) -> tuple[list[Row], list[Figure]
         rows = np.arange(min(num_rows, len(at.test)))
         prompts = at.form.prompts(at.test, rows)
         target = at.catalogue.leaf_of_item[prompts.target]
+
         for name, find in searches.items():
-            parts = [find(engine, prompts.select(rows[i : i + 64])) for i in rows[::64]]
-            found = Candidates.concatenate(parts)
+            found = _look(find, engine, prompts)
             owner = np.repeat(rows, np.diff(found.start))
             hit = np.bincount(owner[found.leaf == target[owner]], minlength=len(rows)) > 0
             hits[name].append(hit.astype(np.float64))
             diversity[name].append(evaluation.diversity(path=found.node, start=found.start))
-            if found.value is not None:
-                right = (found.leaf == target[owner]).astype(np.float64)
-                for kind, of in (("value", found.value), ("logprob", found.logprob.cumsum(1))):
-                    ranks[kind].append(_rank_correlations(of, right, owner))
+        draw = partial(sample, count=DRAWS, temperature=TEMPERATURE, seed=SEED)
+        drawn = _look(draw, engine, prompts)
+        owner = np.repeat(rows, np.diff(drawn.start))
+        right = (drawn.leaf == target[owner]).astype(np.float64)
+        for kind, of in (
+            ("value", _values(policy, at, prompts, drawn)),
+            ("logprob", drawn.logprob.cumsum(1)),
+            ("logprob of the last code", drawn.logprob),
+        ):
+            ranks.setdefault(kind, []).append(_rank_correlations(of, right, owner))
     mean = {name: np.mean(several, axis=0) for name, several in hits.items()}
     gap = (mean["ved"] - mean["beam"])[:, None]
     change = intervals.estimates(["hit"], gap, resamples=2000, seed=SEED)["hit"]
@@ -223,9 +246,42 @@ def _sets(runs: list[Config], *, num_rows: int) -> tuple[list[Row], list[Figure]
     return table, [
         figure("ved_best_in_set", change.low, "", asked="> 0", note=note),
         *(figure(f"value_over_logprob_{k}", float(gap), "", asked="> 0",
-                 note="Spearman with a hit, held-out prompts, value minus log-probability")
+                 note="Spearman with a hit over 64 draws at temperature 1.5 for held-out prompts, "
+                 "value minus log-probability of the prefix")
           for k, gap in enumerate(rho["value"] - rho["logprob"], 1)),
     ]  # fmt: skip
+
+
+def _look(find: Search, engine: Engine, prompts: Prompts) -> Candidates:
+    rows = np.arange(len(prompts))
+    return Candidates.concatenate(
+        [find(engine, prompts.select(rows[i : i + SET])) for i in rows[::SET]]
+    )
+
+
+def _values(
+    policy: PreTrainedModel, at: Run, prompts: Prompts, found: Candidates
+) -> Float64[np.ndarray, "C L"]:
+    """What the head says of every prefix of every candidate, as in an update."""
+    trie, vocabulary = at.catalogue.trie, at.vocabulary
+    scorer, values = Scorer(policy, trie, vocabulary, "trie"), list[np.ndarray]()
+    for first in range(0, len(prompts), BATCH):
+        rows = np.arange(first, min(first + BATCH, len(prompts)))
+        part = found.select(rows)
+        version = PolicyVersion(step=0, digest="")
+        trees = grow(prompts.select(rows), part, at.catalogue, vocabulary, version)
+        scored = ScoredTrees(trees=trees, reward=np.zeros(len(trees.leaf), np.float32), parts={})
+        batch = pack(scored, [ESTIMATORS["group"](scored, 1e-4)], at.catalogue, vocabulary,
+                     step_reward=np.zeros(len(trees.step), np.float32))  # fmt: skip
+        with torch.inference_mode():
+            of_state: Tensor = scorer(to_tensors(batch))[2]
+        of_node = np.full(len(trees.step), np.nan)
+        of_node[trees.step > 0] = of_state.numpy()  # a state for each node, in their order
+        path = trees.paths()
+        own = np.full((len(path), trie.depth), np.nan)
+        own[:, : path.shape[1]] = np.where(path >= 0, of_node[path], np.nan)
+        values.append(own)
+    return np.concatenate(values)
 
 
 def _rank_correlations(of: np.ndarray, right: np.ndarray, owner: np.ndarray) -> list[float]:

@@ -15,7 +15,7 @@ from cluster.console import closing_table
 from cluster.evaluate import evaluate, evaluation_file, look, write_metrics
 from cluster.launch import House, launch
 from cluster.loop import Clock, train
-from cluster.prepare import Run, prepare
+from cluster.prepare import Run, check_engines, prepare
 from cluster.report import write_report
 from cluster.resources import MemoryWatch
 from cluster.warmup import sft
@@ -110,6 +110,7 @@ def quickstart(output: Path, overrides: list[str]) -> None:
     folder = output / "quickstart-data"
     settings = config.load(QUICKSTART, [f"output='{output}'", f"data.path='{folder}'", *overrides])
     everything = time.perf_counter()
+    check_engines(settings, "train")
     if not folder.is_dir():
         write_world(folder, WorldParams())
 

@@ -223,6 +223,9 @@ class Pool:
 
 
 def _brief(error: BaseException | None) -> str:
-    """An exception as one line."""
-    text = " ".join(str(error).split())
+    """An exception as one line; of one that brings a traceback, what was raised at its end."""
+    text = str(error)
+    if 'File "' in text:
+        text = text.rstrip().splitlines()[-1]
+    text = " ".join(text.split())
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__

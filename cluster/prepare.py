@@ -1,6 +1,7 @@
 """Everything that can be checked before an actor starts: the data, the policy, the run folder."""
 
 import logging
+import os
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,7 @@ from rewards.counted import Transitions, count_transitions
 from rewards.knowledge import Knowledge
 from rewards.reward import check as check_rewards
 from rewards.reward import look_up
+from rollout.engine.usable import check_vllm
 from rollout.ved import check_budget
 
 Phase = Literal["sft", "train", "evaluate"]
@@ -126,6 +128,20 @@ class Run:
         return replace(self, phase=phase, policy=policy)
 
 
+def check_engines(settings: Config, phase: Phase) -> None:
+    """Raise EngineError if vLLM is to run on this machine and cannot; of a cluster we know nothing.
+
+    A machine without it would otherwise say so only when the first actor starts.
+    """
+    if settings.cluster.address or os.environ.get("RAY_ADDRESS"):
+        return
+    engines = {settings.evaluate.engine}
+    if phase == "train":
+        engines.add(settings.rollout.engine)
+    if "vllm" in engines:
+        check_vllm()
+
+
 def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Run:
     """Read and check all that the run needs; starts nothing and writes nothing.
 
@@ -136,8 +152,10 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
 
     Raises:
         ConfigError, DataError, CatalogueError, CheckpointError: one sentence each.
+        EngineError: vLLM is to run on this machine and cannot.
     """
     check_rewards(settings.rewards.weights)
+    check_engines(settings, phase)
     if phase != "evaluate":
         check_unchanged(settings)
     data = settings.data

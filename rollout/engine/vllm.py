@@ -34,6 +34,7 @@ from rollout.candidates import Candidates
 from rollout.engine import Engine, Texts, Writing, check_room, check_weights
 from rollout.engine.parcel import Sender
 from rollout.engine.requests import RequestEngine
+from rollout.engine.usable import check_vllm
 
 if TYPE_CHECKING:
     from vllm import LLM, TokensPrompt
@@ -206,6 +207,7 @@ def _start(folder: Path, config: RolloutConfig, ranks: int, *, longest: int, see
     os.environ.update(_ENVIRONMENT)
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
     logging.getLogger("torch").setLevel(logging.ERROR)
+    check_vllm()
     try:
         from vllm import LLM
     except ImportError as error:

@@ -11,8 +11,9 @@ import ray
 
 from cluster import cli
 from cluster.folder import export, open_folder
-from cluster.prepare import prepare
+from cluster.prepare import check_engines, prepare
 from orchard import config, model
+from orchard.errors import EngineError
 from orchard.synth import WorldParams, write_world
 from orchard.testing import save_policy, tiny_policy, tiny_title_tokenizer
 from orchard.titles import from_titles
@@ -130,6 +131,22 @@ def test_rows_that_cannot_be_used_are_refused(world: Path, refused: Callable[...
     pq.write_table(rows, train)
     rewrite(train, target=[None, *rows["target"].to_pylist()[1:]])
     assert "has no `target` (1 such rows)" in refused("sft", world)
+
+
+def test_a_machine_without_vllm_is_told_so_at_once(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unusable() -> None:
+        raise EngineError("vLLM is not there")
+
+    monkeypatch.setattr("cluster.prepare.check_vllm", unusable)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    asked = config.load(world, ["rollout.engine=vllm", "evaluate.engine=torch"])
+    prepare(asked, "sft")  # which searches nothing by vLLM
+    with pytest.raises(EngineError, match="not there"):
+        check_engines(asked, "train")
+    monkeypatch.setenv("RAY_ADDRESS", "ray-head:6379")  # whose workers may well have it
+    check_engines(asked, "train")
 
 
 def saved_policy(world: Path) -> Path:

@@ -146,3 +146,22 @@ def test_an_actor_that_always_dies_ends_in_an_error_that_names_it() -> None:
         workers.close()
 
     run(scenario())
+
+
+@ray.remote(num_cpus=0)
+class Broken:
+    def __init__(self) -> None:
+        raise AttributeError("libnuma.so.1 is missing")
+
+
+def test_an_actor_that_cannot_start_says_what_was_raised_at_last() -> None:
+    async def scenario() -> None:
+        broken = Pool(
+            "workers", lambda _: Broken.remote(), size=1, queue=1, timeout_s=60.0, retries=0,
+            max_restarts=0, start_timeout_s=120.0,
+        )  # fmt: skip
+        with pytest.raises(ActorError, match="AttributeError: libnuma.so.1 is missing; see"):
+            await broken.ready()
+        broken.close()
+
+    run(scenario())
