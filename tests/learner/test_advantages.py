@@ -1,6 +1,7 @@
 """Estimators against worked examples, plain references and the identities that they keep."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -137,3 +138,12 @@ def test_statistics_count_groups_hits_and_distinct_candidates(score_leaves: Grow
             "probability_mass": distinct.sum() / 4,
         }
     )
+
+
+def test_statistics_of_groups_without_candidates_or_hits_are_left_out(score_leaves: Grow) -> None:
+    assert group_statistics(score_leaves([[], []])) == {}
+    scored = score_leaves([[], [0, 1]], [[], [0.5, 2.0]])
+    statistics = group_statistics(replace(scored, parts={"transition": scored.reward}))
+    assert "hit_share" not in statistics
+    assert statistics["mean_transition"] == pytest.approx(1.25)
+    assert statistics["zero_spread_share"] == 0.0  # of the one group that has candidates

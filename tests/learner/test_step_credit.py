@@ -110,6 +110,10 @@ def test_step_advantages_equal_the_worked_example(cube: Catalogue) -> None:
     assert statistics == {"match_1": 0.5, "match_2": 0.25, "match_3": 0, "step_signal_share": 1}
 
 
+def test_steps_that_were_not_judged_have_no_statistics(cube: Catalogue) -> None:
+    assert step_statistics(plain(cube, [[0, 1]], [0])) == {}
+
+
 def test_a_code_matches_by_position_or_only_below_a_matching_prefix(cube: Catalogue) -> None:
     trees = plain(cube, [[0b011, 0b101, 0b110]], [0b111]).trees
     assert step_matches(trees, cube).tolist() == [[0, 1, 1], [1, 0, 1], [1, 1, 0]]

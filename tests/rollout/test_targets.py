@@ -82,6 +82,16 @@ def test_every_group_holds_its_target_and_keeps_its_size_order_and_best(
     assert after.cost.counts == {"added": added}
 
 
+def test_groups_that_hold_every_target_are_left_as_they_are(
+    world: World, engine: TorchEngine
+) -> None:
+    everything = partial(beam, width=world.catalogue.trie.num_leaves)
+    found = with_target(engine, world.prompts, find=everything, catalogue=world.catalogue)
+    alone = everything(engine, world.prompts)
+    np.testing.assert_array_equal(found.leaf, alone.leaf)
+    assert "added" not in found.cost.counts
+
+
 def test_titles_are_followed_through_their_forced_tokens() -> None:
     world = tiny_title_world(["red pen", "red", "blue pen", "red pencil"])
     engine = TorchEngine(world.model, world.catalogue.trie, world.vocabulary, world.version)
