@@ -30,7 +30,7 @@ WAYS = {(actors, lag): f"{actors} actors, lag {lag}" for lag in (0, 1) for actor
 FIRST = 5
 """Updates that are left out."""
 ALONE = ("evaluate.every=0", "evaluate.test_rows=64", "evaluate.valid_rows=64",
-         "checkpoint.every=0", "learner.truncate=2.0")  # fmt: skip
+         "checkpoint.every=10000", "learner.truncate=2.0")  # fmt: skip
 """Truncated importance sampling in all ways, so that lag is the only difference."""
 
 
