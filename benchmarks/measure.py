@@ -76,6 +76,7 @@ def commit() -> str:
         capture_output=True,
         text=True,
         check=False,
+        timeout=30,
     )
     return call.stdout.strip() if call.returncode == 0 else "unknown"
 

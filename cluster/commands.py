@@ -62,7 +62,7 @@ def improve(settings: Config, *, dry_run: bool) -> None:
         clock = Clock()
         async with launch(run) as house:
             before, after = await train_and_compare(house, clock)
-        close(run, before, after, clock.laps)
+        conclude(run, before, after, clock.laps)
 
     asyncio.run(work())
 
@@ -123,14 +123,14 @@ def quickstart(output: Path, overrides: list[str]) -> None:
             await house.turn_to(run)
             before, after = await train_and_compare(house, clock)
         total = {"everything": time.perf_counter() - everything}
-        close(run, before, after, clock.laps | total)
+        conclude(run, before, after, clock.laps | total)
 
     with MemoryWatch() as memory:
         asyncio.run(work())
     typer.echo(f"peak resident memory, all processes: {memory.peak_bytes / 2**30:.1f} GiB")
 
 
-def close(run: Run, before: Evaluation, after: Evaluation, seconds: dict[str, float]) -> None:
+def conclude(run: Run, before: Evaluation, after: Evaluation, seconds: dict[str, float]) -> None:
     """The closing table and the report."""
     closing_table({WARM_START: before, TRAINED: after}, seconds=seconds)
     typer.echo(f"policy: {run.result}\nreport: {write_report(run.dir)}")

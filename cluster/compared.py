@@ -11,10 +11,11 @@ from typing import Any
 
 from cluster import sections
 from cluster.figures import Curve, curves
-from cluster.report import Findings, document, gather, replace_file
+from cluster.report import Findings, document, gather
 from orchard.config import flatten
 from orchard.errors import DataError
 from orchard.evaluation import Evaluation, difference
+from orchard.folders import write_whole
 from orchard.intervals import Estimate
 
 UNCHANGED = {"name", "output", "seed"}
@@ -32,7 +33,7 @@ def write_comparison(folders: Sequence[Path], path: Path) -> Path:
             raise DataError(f"run folder {folder} does not exist; give folders of runs")
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise DataError("a run folder is given twice; give each run once")
-    replace_file(path, comparison([gather(folder) for folder in folders]))
+    write_whole(path, comparison([gather(folder) for folder in folders]))
     return path
 
 

@@ -43,7 +43,6 @@ class Order:
     gpus: float | None = None
     memory: int | None = None
     """Bytes for the driver, as the two above are its own."""
-    resources: Mapping[str, float] = field(default_factory=dict)
 
 
 def request(settings: Config, run: Path, overrides: Sequence[str], order: Order) -> dict[str, Any]:
@@ -84,7 +83,6 @@ def request(settings: Config, run: Path, overrides: Sequence[str], order: Order)
         "entrypoint_num_cpus": order.cpus,
         "entrypoint_num_gpus": order.gpus,
         "entrypoint_memory": order.memory,
-        "entrypoint_resources": dict(order.resources) or None,
     }
 
 
@@ -93,8 +91,11 @@ def read_runtime_env(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     if not path.is_file():
-        raise ConfigError(f"--runtime-env {path} does not exist")
-    found = yaml.safe_load(path.read_text())
+        raise ConfigError(f"--runtime-env {path} does not exist; give a YAML file")
+    try:
+        found = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--runtime-env {path} is no YAML: {error}") from error
     if not isinstance(found, dict):
         raise ConfigError(f"--runtime-env {path} holds no mapping; see docs/operations.md")
     return found

@@ -226,7 +226,8 @@ class House:
         for version in answers:
             if (version.step, version.digest) != (policy.step, policy.digest):
                 raise ActorError(
-                    f"a rollout actor holds policy {version} after {policy} was published"
+                    f"a rollout actor holds policy {version} after {policy} was published; run the "
+                    "same command again, and see logs in the run folder"
                 )
         name = "rollout" if pool is self.rollout else "ranking"
         for index in range(len(answers)):
@@ -295,7 +296,8 @@ class House:
         async def catch_up(actor: Any) -> None:
             if (held := self._held.get(pool)) is not None:
                 answer = actor.install.remote(held.policy, held.weights, held.probe)
-                await asyncio.wrap_future(answer.future())
+                limit = run.config.cluster.publish_timeout_s
+                await asyncio.wait_for(asyncio.wrap_future(answer.future()), limit)
 
         pool.on_start = catch_up
         return pool

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from cluster.prepare import Run
-from cluster.session import cpus_needed
+from cluster.session import address_of, cpus_needed
 from orchard import model, value
 from orchard.settings import Config
 
@@ -179,7 +179,7 @@ def refusals_of(config: Config, sizes: Sizes, machine: Machine, found: Plan) -> 
             f"checkpoints and policies take {found.disk / GIB:.1f} GiB, {config.output} has "
             f"{machine.free_disk / GIB:.1f} free; lower checkpoint.keep or set output elsewhere"
         )
-    if config.cluster.address is not None:
+    if address_of(config.cluster) is not None:
         return said  # what a cluster elsewhere has, this machine does not tell
     needed = cpus_needed(config)
     if config.cluster.cpus is not None and config.cluster.cpus < needed:

@@ -116,7 +116,10 @@ class Pool:
                 return await self._ask(seat, timeout_s, method, *args)
             except LOST as error:
                 await self._replace(seat, generation, error)
+            try:
                 return await self._ask(seat, timeout_s, method, *args)
+            except LOST as again:
+                raise self._lost_again(seat.index, method, again) from again
 
         return await asyncio.gather(*(one(seat) for seat in self._seats))
 
@@ -176,6 +179,12 @@ class Pool:
             return cause
         return ActorError(f"{self.name}.{method} raised {_brief(cause or error)}; {SEE}")
 
+    def _lost_again(self, index: int, method: str, error: Exception) -> ActorError:
+        return ActorError(
+            f"{self.name} actor {index}, a replacement, failed {method} as well: {_brief(error)}; "
+            f"{SEE}, or raise cluster.publish_timeout_s"
+        )
+
     async def _answer(self, actor: Any, index: int) -> None:
         ready = asyncio.wrap_future(actor.__ray_ready__.remote().future())
         try:
@@ -183,7 +192,8 @@ class Pool:
         except TimeoutError as error:
             raise ActorError(
                 f"{self.name} actor {index} did not start within {self._start_timeout_s:.0f} s; "
-                f"are there free CPUs or GPUs for it in the cluster? {SEE}"
+                f"are there free CPUs or GPUs for it in the cluster? {SEE}, or raise "
+                "rollout.start_timeout_s"
             ) from error
         except RayTaskError as error:
             cause = error.cause
@@ -219,6 +229,8 @@ class Pool:
                     await self.on_start(actor)
                 except RayTaskError as problem:
                     raise self._told(problem, "on_start") from problem
+                except (RayActorError, TimeoutError) as again:
+                    raise self._lost_again(seat.index, "install", again) from again
             seat.actor, seat.generation = actor, seat.generation + 1
 
 

@@ -1,7 +1,6 @@
 """Everything that can be checked before an actor starts: the data, the policy, the run folder."""
 
 import logging
-import os
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cluster import text
 from cluster.exported import check_policy
+from cluster.session import address_of
 from orchard import catalogue, config, critic, model, rationales, titles, vocabulary
 from orchard.catalogue import Catalogue
 from orchard.critic import Critic
@@ -133,7 +133,7 @@ def check_engines(settings: Config, phase: Phase) -> None:
 
     A machine without it would otherwise say so only when the first actor starts.
     """
-    if settings.cluster.address or os.environ.get("RAY_ADDRESS"):
+    if address_of(settings.cluster) is not None:
         return
     engines = {settings.evaluate.engine}
     if phase == "train":

@@ -19,6 +19,7 @@ from cluster.console import comparisons, duration, in_order
 from cluster.examples import read_examples
 from orchard.errors import DataError
 from orchard.evaluation import Evaluation, difference, read
+from orchard.folders import write_whole
 from orchard.intervals import Estimate
 from orchard.metrics import FILE, Series, read_metrics
 
@@ -51,15 +52,8 @@ def write_report(run_dir: Path) -> Path:
     if not run_dir.is_dir():
         raise DataError(f"run folder {run_dir} does not exist; give the folder of a run")
     path = run_dir / REPORT
-    replace_file(path, page(gather(run_dir)))
+    write_whole(path, page(gather(run_dir)))
     return path
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a page; a reader finds the old one or the new one, never a part."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def gather(run_dir: Path) -> Findings:

@@ -27,12 +27,12 @@ from ray.serve.schema import (
     ServeDeploySchema,
 )
 
-from cluster.session import ray_session
+from cluster.session import address_of, ray_session
 from orchard import config, model
 from orchard.errors import ConfigError, DataError
 from orchard.settings import ClusterConfig, Config, ServeConfig
 from orchard.tables import read_table
-from serve.app import DEPLOYMENT, Arguments, build
+from serve.app import Arguments, build, options
 
 APPLICATION = "orchard"
 IMPORT_PATH = "serve.app:build"
@@ -107,7 +107,6 @@ def start(arguments: Arguments) -> None:
 def cluster_config(arguments: Arguments) -> dict[str, Any]:
     """What `serve deploy` takes, complete and checked."""
     serving = arguments.serve
-    one = serving.replicas == 1
     tree: dict[str, Any] = {
         "proxy_location": "EveryNode",
         "http_options": {"host": "0.0.0.0", "port": serving.port, "request_timeout_s": 60},
@@ -118,16 +117,7 @@ def cluster_config(arguments: Arguments) -> dict[str, Any]:
                 "route_prefix": "/",
                 "import_path": IMPORT_PATH,
                 "args": arguments.model_dump(mode="json", exclude_none=True, exclude_defaults=True),
-                "deployments": [
-                    {
-                        "name": DEPLOYMENT,
-                        "num_replicas": serving.replicas,
-                        # A single replica is replaced by one that is up already.
-                        "max_surge_percent": 100 if one else 0,
-                        "graceful_shutdown_timeout_s": 20,
-                        "ray_actor_options": {"num_cpus": serving.threads},
-                    }
-                ],
+                "deployments": [options(serving)],
             }
         ],
     }
@@ -219,7 +209,7 @@ def _absolute(serving: ServeConfig) -> ServeConfig:
 
 def _refuse_taken_port(serving: ServeConfig, cluster: ClusterConfig) -> None:
     """Say so before the policy is loaded for nothing."""
-    if cluster.address is not None or serving.port == 0:
+    if address_of(cluster) is not None or serving.port == 0:
         return
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import secrets
 import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ def ray_session(settings: ClusterConfig, *, cpus: int, logs: Path) -> Generator[
     if ray.is_initialized():
         yield
         return
-    address = settings.address or os.environ.get("RAY_ADDRESS")
+    address = address_of(settings)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address:
         try:
@@ -41,8 +42,10 @@ def ray_session(settings: ClusterConfig, *, cpus: int, logs: Path) -> Generator[
                 "cluster.address and RAY_ADDRESS to run locally"
             ) from error
     else:
-        # A local session listens on the loopback interface and lives as long as this process.
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        # Ray listens on the address of the machine, not on the loopback interface alone, and runs
+        # what it is sent. Unless RAY_AUTH_MODE says otherwise it therefore asks for a token, which
+        # is this process's own: Ray reads it once, and would write one into the home folder.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         # Here the workers are the run; at Ray's nice 15 any other process would starve them.
         os.environ.setdefault("RAY_worker_niceness", "0")
         context = ray.init(
@@ -80,6 +83,14 @@ def keep_logs(session: Path, logs: Path) -> None:
                 shutil.copy2(file, kept)
 
 
+def address_of(settings: ClusterConfig) -> str | None:
+    """The cluster that a command is to join; None where it starts a Ray of its own."""
+    return settings.address or os.environ.get("RAY_ADDRESS") or None
+
+
 def cpus_needed(config: Config) -> int:
-    """Logical CPUs that the actors of a run ask for, and one for Ray Train's own."""
+    """Logical CPUs that a run asks for.
+
+    Two beside its actors: for Ray Train's controller, and for whoever ranks held-out rows.
+    """
     return config.rollout.actors + config.rewards.actors + config.learner.workers + 2

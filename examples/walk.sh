@@ -22,7 +22,8 @@ serving() { # until it answers; the last command of seven goes on in the backgro
   SERVER=$!
   trap 'kill $SERVER 2>/dev/null; wait $SERVER 2>/dev/null || true' EXIT
   until curl -sf -o /dev/null http://127.0.0.1:8123/readyz; do
-    kill -0 $SERVER && sleep 0.5
+    kill -0 $SERVER || { echo "the server has ended" >&2; exit 1; }
+    sleep 0.5
   done
 }
 

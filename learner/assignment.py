@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal, cast
 
 import numpy as np
+from jaxtyping import Int64
 
 from learner import sft
 from learner.step import Learner
@@ -64,7 +65,7 @@ def epoch(learner: Learner, assignment: Assignment, number: int) -> dict[str, fl
     form = PromptFormat(catalogue=assignment.catalogue, vocabulary=assignment.vocabulary)
     version, forced = PolicyVersion(step=number, digest=""), config.sft.logprob == "full"
 
-    def batch(rows: np.ndarray) -> TrainBatch:
+    def batch(rows: Int64[np.ndarray, " R"]) -> TrainBatch:
         if tasks is not None:
             return sft.pack_examples(tasks.examples(rows, form), form, version, forced=forced)
         if traces is not None:

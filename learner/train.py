@@ -234,12 +234,12 @@ class RemoteLearner:
             return
         if save:
             await self.save()
-        await self._desk.post.remote(self._number + 1, Job(kind="stop"))
+        await self._wait(self._desk.post.remote(self._number + 1, Job(kind="stop")), self._number)
         await asyncio.to_thread(self._thread.join, 10.0)
 
     async def _do(self, job: Job) -> Update:
         self._number += 1
-        await self._desk.post.remote(self._number, job)
+        await self._wait(self._desk.post.remote(self._number, job), self._number)
         result = await self._collect(self._number, self._config.learner.timeout_s)
         return result.update
 
@@ -257,17 +257,20 @@ class RemoteLearner:
         pending = asyncio.ensure_future(asyncio.wrap_future(answer.future()))
         timeout_s = timeout_s or self._config.learner.timeout_s
         deadline = time.monotonic() + timeout_s
+        starting = number < 0
+        at = "while starting" if starting else f"at job {number}"
+        bound = "learner.start_timeout_s" if starting else "learner.timeout_s"
         while True:
             done, _ = await asyncio.wait({pending}, timeout=1.0)
             if done:
                 return pending.result()
             if self._thread is not None and not self._thread.is_alive():
                 raise ActorError(
-                    f"the learner stopped at job {number} after {self._config.learner.max_failures}"
+                    f"the learner stopped {at} after {self._config.learner.max_failures}"
                     f" restarts: {self._failure}; see what it printed below logs in the run folder"
                 ) from self._failure
             if time.monotonic() > deadline:
                 raise ActorError(
-                    f"the learner did not finish job {number} within {timeout_s:.0f} s; "
-                    "raise learner.timeout_s, or see what it printed below logs in the run folder"
+                    f"the learner did not answer {at} within {timeout_s:.0f} s; raise {bound}, or "
+                    "see what it printed below logs in the run folder"
                 )

@@ -117,4 +117,7 @@ def _sentence(error: Mapping[str, Any]) -> str:
     if error["type"] == "missing":
         return f"{key} is missing; set it in the run file or as {key}=..."
     message = str(error["msg"]).removeprefix("Value error, ")
-    return f"{key} = {error['input']!r}: {message}" if key else message
+    # A whole section would be spelt out, whatever it holds; its message names what is wrong in it.
+    if not key or isinstance(error["input"], dict):
+        return message
+    return f"{key} = {error['input']!r}: {message}"

@@ -192,9 +192,7 @@ class Evaluation:
         return len(self.ranks)
 
 
-def difference(
-    a: Evaluation, b: Evaluation, *, resamples: int = 2000, seed: int = 0
-) -> dict[str, Estimate]:
+def difference(a: Evaluation, b: Evaluation) -> dict[str, Estimate]:
     """`paired` of two evaluations, for the metrics that both searched wide enough for.
 
     Raises:
@@ -205,7 +203,7 @@ def difference(
             f"evaluations of {a.num_rows} and {b.num_rows} rows are not of the same rows; "
             "evaluate both on the same rows of one split"
         )
-    return paired(a.ranks, b.ranks, width=min(a.width, b.width), resamples=resamples, seed=seed)
+    return paired(a.ranks, b.ranks, width=min(a.width, b.width), resamples=2000, seed=0)
 
 
 def write(evaluation: Evaluation, path: Path) -> None:

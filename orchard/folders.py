@@ -44,7 +44,7 @@ def whole(out: Path) -> Generator[Path]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a small file so that it is there whole or not at all."""
+    """Write a file whole: a reader finds the old text or the new one, never a part."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)

@@ -4,12 +4,8 @@ Every answer carries `x-request-id`. Errors are problems (RFC 9457) naming neith
 """
 
 import asyncio
-import hmac
 import json
 import logging
-import os
-import re
-import uuid
 from collections.abc import AsyncGenerator, Awaitable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -20,9 +16,9 @@ from fastapi import Body, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.desk import Desk
+from serve.door import Door, check_token, problem, refuse, respond
 from serve.info import catalogue_info, item_info, policy_info
 from serve.problems import (
     ConflictError,
@@ -46,8 +42,6 @@ from serve.schema import (
 )
 
 _log = logging.getLogger("orchard.serve")
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,100}")
-_MOST_BYTES = 32 << 20
 _EXPLORER = Path(__file__).with_name("explorer.html")
 _POLICY = "default-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
 _CLOSED_REQUEST = 499
@@ -58,6 +52,7 @@ _KINDS = (
     UnavailableError,
 )  # fmt: skip
 PROBLEMS: dict[int | str, dict[str, Any]] = {
+    408: {"model": Problem, "description": "The body came too late"},
     413: {"model": Problem, "description": "The body is too large"},
     **{kind.status: {"model": Problem, "description": kind.title} for kind in _KINDS},
 }
@@ -76,7 +71,7 @@ def create_app(desk: Desk) -> FastAPI:
         title="Orchard", summary="Generative recommendation.", version="1", lifespan=lifespan,
         responses=PROBLEMS, docs_url="/docs", redoc_url=None,
     )  # fmt: skip
-    app.add_middleware(RequestIds)
+    app.add_middleware(Door, token_env=desk.config.token_env)
     _add_problems(app, desk)
     _add_reading(app, desk)
     _add_writing(app, desk)
@@ -104,7 +99,7 @@ def _add_reading(app: FastAPI, desk: Desk) -> None:
                 return (await desk.recommend(asked, name)).model_dump_json()
             except Refusal as refusal:
                 desk.meters.count("orchard_serve_refused", kind=refusal.kind)
-                return json.dumps(_problem(refusal, name))
+                return json.dumps(problem(refusal, name))
 
         work = asyncio.gather(*(one(i, asked) for i, asked in enumerate(body.requests)))
         answers = await _unless_gone(request, work)
@@ -113,7 +108,8 @@ def _add_reading(app: FastAPI, desk: Desk) -> None:
     @app.get("/v1/items/{item_id}", tags=["catalogue"])
     async def item(item_id: int) -> ItemInfo:
         """One item, and which filters let it pass."""
-        return item_info(desk.stock.shelf, item_id)
+        # A filter that nobody has asked for yet takes a look at every item.
+        return await asyncio.to_thread(item_info, desk.stock.shelf, item_id)
 
     @app.get("/v1/catalog", tags=["catalogue"])
     async def catalogue() -> CatalogueInfo:
@@ -179,17 +175,6 @@ def _add_writing(app: FastAPI, desk: Desk) -> None:
         return policy_info(desk)
 
 
-def check_token(header: str | None, variable: str) -> None:
-    """Raise UnauthorisedError unless the header carries the operator's token."""
-    wanted = os.environ.get(variable, "")
-    given = (header or "").removeprefix("Bearer ")
-    bearer = (header or "").startswith("Bearer ")
-    # Compared in constant time, and compared even where it cannot hold.
-    same = hmac.compare_digest(given.encode("utf-8", "replace"), wanted.encode("utf-8", "replace"))
-    if not (wanted and bearer and same):
-        raise UnauthorisedError("send `Authorization: Bearer` with the operator's token")
-
-
 async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
     """The result, unless the client hangs up first, which cancels the work."""
     working = asyncio.ensure_future(work)
@@ -210,95 +195,36 @@ async def _gone(request: Request) -> None:
         pass
 
 
-class RequestIds:
-    """Takes the caller's `x-request-id`, or makes one; refuses bodies that are too large."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        """Around `app`."""
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        headers = dict(scope["headers"])
-        given = headers.get(b"x-request-id", b"").decode("latin-1")
-        name = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        scope.setdefault("state", {})["id"] = name
-
-        async def named(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"x-request-id", name.encode())]
-            await send(message)
-
-        length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > _MOST_BYTES:
-            detail = f"send at most {_MOST_BYTES} bytes"
-            refusal = _respond(413, "The body is too large", "too-large", detail, Request(scope))
-            await refusal(scope, receive, named)
-            return
-        await self._app(scope, receive, named)
-
-
 def _add_problems(app: FastAPI, desk: Desk) -> None:
     """Every error as a problem."""
 
     @app.exception_handler(Refusal)
     async def refused(request: Request, error: Refusal) -> JSONResponse:
         desk.meters.count("orchard_serve_refused", kind=error.kind)
-        response = JSONResponse(
-            _problem(error, request.state.id),
-            error.status,
-            media_type="application/problem+json",
-        )
-        if error.retry_after_s is not None:
-            response.headers["retry-after"] = str(max(1, round(error.retry_after_s)))
-        if isinstance(error, UnauthorisedError):
-            response.headers["www-authenticate"] = "Bearer"
-        return response
+        return refuse(error, request)
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
+        wrong = error.errors()
         fields = [
             {"field": ".".join(str(part) for part in one["loc"]), "detail": one["msg"]}
-            for one in error.errors()[:20]
+            for one in wrong[:20]
         ]
-        return _respond(
+        return respond(
             422, "The request does not fit", "malformed",
-            f"{len(error.errors())} fields are wrong; see errors", request, errors=fields,
+            f"{len(wrong)} fields are wrong; see errors", request, errors=fields,
         )  # fmt: skip
 
     @app.exception_handler(HTTPException)
     async def plain(request: Request, error: HTTPException) -> JSONResponse:
-        return _respond(error.status_code, str(error.detail), "http", str(error.detail), request)
+        return respond(error.status_code, str(error.detail), "http", str(error.detail), request)
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> JSONResponse:
         _log.error("request %s failed", request.state.id, exc_info=error)
-        response = _respond(
+        response = respond(
             500, "An internal error", "internal",
             "the request could not be answered; its instance is in the log", request,
         )  # fmt: skip
         response.headers["x-request-id"] = request.state.id  # the middleware is behind us
         return response
-
-
-def _problem(error: Refusal, request_id: str) -> dict[str, object]:
-    return {
-        "type": f"urn:orchard:problem:{error.kind}",
-        "title": error.title,
-        "status": error.status,
-        "detail": str(error),
-        "instance": request_id,
-    }
-
-
-def _respond(
-    status: int, title: str, kind: str, detail: str, request: Request, **more: object
-) -> JSONResponse:
-    body = {
-        "type": f"urn:orchard:problem:{kind}", "title": title, "status": status,
-        "detail": detail, "instance": request.state.id, **more,
-    }  # fmt: skip
-    return JSONResponse(body, status, media_type="application/problem+json")

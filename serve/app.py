@@ -89,14 +89,21 @@ def build(arguments: Arguments) -> Any:
     shell: Any = ray_serve.deployment(ray_serve.ingress()(Endpoint))
     rows = arguments.serve.queue // max(1, arguments.serve.width)
     return shell.options(
-        name=DEPLOYMENT,
-        num_replicas=arguments.serve.replicas,
-        # A single replica is replaced by one that is up already.
-        max_surge_percent=100 if arguments.serve.replicas == 1 else 0,
+        **options(arguments.serve),
         # The desk has a queue of its own, with a bound and answers for those beyond it.
         max_ongoing_requests=2 * rows + 16,
-        graceful_shutdown_timeout_s=20,
         health_check_period_s=2,
         health_check_timeout_s=10,
-        ray_actor_options={"num_cpus": arguments.serve.threads},
     ).bind(arguments)
+
+
+def options(serving: ServeConfig) -> dict[str, Any]:
+    """Of the deployment, here and in a Serve config."""
+    return {
+        "name": DEPLOYMENT,
+        "num_replicas": serving.replicas,
+        # A single replica is replaced by one that is up already.
+        "max_surge_percent": 100 if serving.replicas == 1 else 0,
+        "graceful_shutdown_timeout_s": 20,
+        "ray_actor_options": {"num_cpus": serving.threads},
+    }

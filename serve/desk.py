@@ -243,7 +243,7 @@ class Desk:
         except EngineError as error:
             _log.error("variant %s cannot search: %s", asked.variant, error)
             return self._fallback(asked, "engine", error)
-        return self._respond(asked, answered)
+        return await self._respond(asked, answered)
 
     def _fallback(
         self, asked: Asked, why: Literal["deadline", "engine"], error: Exception
@@ -263,7 +263,7 @@ class Desk:
             width=0, cost=Cost(prefill_tokens=0, forward_tokens=0, passes=0, batch=0, seconds=0.0),
         )  # fmt: skip
 
-    def _respond(self, asked: Asked, answered: Answered) -> RecommendResponse:
+    async def _respond(self, asked: Asked, answered: Answered) -> RecommendResponse:
         spent, found = answered.candidates.cost, answered.found
         answer = self._response(
             asked, found, answered.shelf,
@@ -274,7 +274,11 @@ class Desk:
             ),
         )  # fmt: skip
         if asked.request.explain == "tree":
-            tree = draw_tree(answered.shelf, answered.candidates, answered.watch.seen, found.leaf)
+            seen = answered.watch.seen
+            # A wide search has seen thousands of prefixes: other requests do not wait for it.
+            tree = await asyncio.to_thread(
+                draw_tree, answered.shelf, answered.candidates, seen, found.leaf
+            )
             return answer.model_copy(update={"tree": tree})
         return answer
 
@@ -298,7 +302,8 @@ class Desk:
         except Exception as error:
             _log.info("shadow %s did not answer: %s", name, error)
             return
-        self._note(other, self._respond(other, answered), request_id, shadow=True)
+        answer = await self._respond(other, answered)
+        self._note(other, answer, request_id, shadow=True)
 
     def _note(
         self, asked: Asked, answer: RecommendResponse, request_id: str, *, shadow: bool

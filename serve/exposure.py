@@ -27,6 +27,9 @@ SCHEMA = pa.schema(
     ]
 )  # fmt: skip
 
+_KEPT_FILES = 10
+"""Worth of rows that are kept in memory while they cannot be written."""
+
 
 class ExposureLog:
     """Collects rows and writes them out; any thread may add, one writes at a time."""
@@ -88,5 +91,11 @@ class ExposureLog:
                 return
             name = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:12]}"
             partial = self._folder / f".{name}.partial"
-            pq.write_table(pa.Table.from_pylist(rows, SCHEMA), partial, compression="zstd")
-            partial.rename(self._folder / f"{name}.parquet")
+            try:
+                pq.write_table(pa.Table.from_pylist(rows, SCHEMA), partial, compression="zstd")
+                partial.rename(self._folder / f"{name}.parquet")
+            except OSError:
+                partial.unlink(missing_ok=True)
+                with self._lock:  # for the next try, as far as memory may be spent on them
+                    self._rows = (rows + self._rows)[-_KEPT_FILES * self._size :]
+                raise

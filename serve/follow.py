@@ -8,6 +8,7 @@ independent copy of the model are taken back before anyone is answered by them.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -197,7 +198,9 @@ class Seat:
         try:
             return read_policy(self._keep / version, self._vocabulary, self._base.digest)
         except _TRANSIENT as error:
-            raise UnknownNameError(f"policy {version} is kept but damaged") from error
+            raise UnknownNameError(
+                f"policy {version} is kept but damaged; activate another of GET /v1/policy"
+            ) from error
 
     def unpin(self) -> None:
         """Follow the folder again; what is there now counts as new."""
@@ -275,4 +278,4 @@ def _sentence(error: Exception) -> str:
     """A reason without paths, which an endpoint may show."""
     if isinstance(error, OSError | ValueError | KeyError | DataError):
         return "the policy folder could not be read"
-    return str(error)
+    return re.sub(r"\S*/\S+", "its folder", str(error))

@@ -1,5 +1,6 @@
 """A request on its way: its variant chosen, its defaults settled."""
 
+import hashlib
 import itertools
 import secrets
 from dataclasses import dataclass, field
@@ -110,5 +111,6 @@ def cache_key(asked: Asked, policy: str, shelf: Shelf) -> tuple[object, ...] | N
     if request.explain == "tree" or (request.decoder != "beam" and request.seed is None):
         return None
     settled = request.model_copy(update={"user": None, "deadline_ms": None, "history": []})
-    history, text = tuple(asked.history), settled.model_dump_json()
-    return asked.variant, policy, shelf.version, history, text
+    # As long as a history and its exclusions may be, their digest is as short.
+    whole = f"{asked.history}{settled.model_dump_json()}".encode()
+    return asked.variant, policy, shelf.version, hashlib.blake2b(whole, digest_size=16).digest()

@@ -2,11 +2,18 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    model_validator,
+)
 
 Decoder = Literal["beam", "ved", "beam_sample"]
 ItemId = Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)]
-Ids = Annotated[list[ItemId], Field(max_length=10_000)]
+Ids = Annotated[list[ItemId], Field(max_length=10_000, fail_fast=True)]
 Name = Annotated[str, Field(min_length=1, max_length=100)]
 Count = Annotated[StrictInt, Field(ge=1, le=100_000)]
 
@@ -17,7 +24,25 @@ class Message(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
-class RecommendRequest(Message):
+_MOST_FIELDS = 64
+
+
+class Question(Message):
+    """A request, or a part of one.
+
+    Lists are judged up to their first fault, objects up to a size: a body full of faults must not
+    cost more than a good one.
+    """
+
+    @model_validator(mode="before")
+    @classmethod
+    def _small(cls, data: Any) -> Any:
+        if isinstance(data, dict) and len(data) > _MOST_FIELDS:
+            raise ValueError(f"at most {_MOST_FIELDS} fields, not {len(data)}")
+        return data
+
+
+class RecommendRequest(Question):
     """Whose next items, how many, and which not."""
 
     history: Ids | None = None
@@ -53,10 +78,10 @@ class RecommendRequest(Message):
         return self
 
 
-class BatchRequest(Message):
+class BatchRequest(Question):
     """Several requests, answered in their order."""
 
-    requests: Annotated[list[RecommendRequest], Field(min_length=1, max_length=256)]
+    requests: Annotated[list[RecommendRequest], Field(min_length=1, max_length=256, fail_fast=True)]
 
 
 class Level(Message):
@@ -142,7 +167,7 @@ class BatchResponse(Message):
     responses: list["RecommendResponse | Problem"]
 
 
-class NewItem(Message):
+class NewItem(Question):
     """An item to put into the catalogue."""
 
     item_id: ItemId
@@ -153,7 +178,7 @@ class NewItem(Message):
     )
 
 
-class ChangedItem(Message):
+class ChangedItem(Question):
     """What changes of an item; what is left out stays."""
 
     item_id: ItemId
@@ -166,12 +191,16 @@ class ChangedItem(Message):
     )
 
 
-class DeltaRequest(Message):
+class DeltaRequest(Question):
     """A change of the catalogue: all of it happens, or nothing."""
 
-    add: Annotated[list[NewItem], Field(max_length=100_000)] = Field(default_factory=list[NewItem])
-    remove: Annotated[list[ItemId], Field(max_length=100_000)] = Field(default_factory=list[int])
-    update: Annotated[list[ChangedItem], Field(max_length=100_000)] = Field(
+    add: Annotated[list[NewItem], Field(max_length=100_000, fail_fast=True)] = Field(
+        default_factory=list[NewItem]
+    )
+    remove: Annotated[list[ItemId], Field(max_length=100_000, fail_fast=True)] = Field(
+        default_factory=list[int]
+    )
+    update: Annotated[list[ChangedItem], Field(max_length=100_000, fail_fast=True)] = Field(
         default_factory=list[ChangedItem]
     )
     dry_run: StrictBool = False
@@ -241,7 +270,7 @@ class PolicyInfo(Message):
     variants: list[VariantInfo]
 
 
-class ActivateRequest(Message):
+class ActivateRequest(Question):
     """Which version is to answer."""
 
     version: Annotated[str, Field(min_length=1, max_length=100)]

@@ -3,7 +3,8 @@
 Shapes:  F nodes of a frontier   M legal children   R prompts of a part
 """
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from time import perf_counter
 
@@ -152,16 +153,23 @@ def draw_tree(shelf: Shelf, found: Candidates, seen: list[Seen], shown: list[int
                     item_id=first[int(found.leaf[row])] if last else None,
                 )  # fmt: skip
             above = node
+    gain = {
+        child: logprob
+        for one in seen
+        for child, logprob in zip(one.child.tolist(), one.logprob.tolist(), strict=True)
+    }
+    pruned = Counter(node.parent for node in nodes.values() if not node.kept)
     for one in sorted(seen, key=lambda one: one.node):
         if one.node not in nodes:
-            _hang_in(nodes, one.node, trie, seen)
+            for new in _hang_in(nodes, one.node, trie, gain, value):
+                pruned[new.parent] += 1
         for at in np.argsort(-one.logprob, kind="stable"):
             child = int(one.child[at])
             if child in nodes:
                 continue
-            pruned = [n for n in nodes.values() if n.parent == one.node and not n.kept]
-            if len(pruned) >= PRUNED:
+            if pruned[one.node] >= PRUNED:
                 break
+            pruned[one.node] += 1
             logprob = float(one.logprob[at])
             nodes[child] = Node(
                 id=child, parent=one.node, code=int(trie.code[child]), logprob=logprob,
@@ -170,22 +178,24 @@ def draw_tree(shelf: Shelf, found: Candidates, seen: list[Seen], shown: list[int
     return list(nodes.values())
 
 
-def _hang_in(nodes: dict[int, Node], node: int, trie: Trie, seen: list[Seen]) -> None:
+def _hang_in(
+    nodes: dict[int, Node],
+    node: int,
+    trie: Trie,
+    gain: Mapping[int, float],
+    value: Mapping[int, float | None],
+) -> list[Node]:
     """Add a prefix that was expanded and led to no candidate, with what is above it."""
-    logprob = {
-        int(child): float(gain)
-        for one in seen
-        for child, gain in zip(one.child, one.logprob, strict=True)
-    }
-    value = {one.node: one.value for one in seen}
-    path: list[int] = []
+    path, added = list[int](), list[Node]()
     while node not in nodes:
         path.append(node)
         node = int(trie.parent(torch.tensor([node])))
     for one in reversed(path):
-        gain = logprob.get(one, 0.0)
+        logprob = gain.get(one, 0.0)
         nodes[one] = Node(
-            id=one, parent=node, code=int(trie.code[one]), logprob=gain,
-            score=nodes[node].score + gain, value=value.get(one), kept=False,
+            id=one, parent=node, code=int(trie.code[one]), logprob=logprob,
+            score=nodes[node].score + logprob, value=value.get(one), kept=False,
         )  # fmt: skip
+        added.append(nodes[one])
         node = one
+    return added

@@ -154,6 +154,11 @@ class Config(Section):
                 "a policy that thinks has a block for each code, and so needs semantic IDs of one "
                 "length; set data.titles = data.varying_depth = false"
             )
+        if thinks and self.rollout.add_target:
+            raise ValueError(
+                'rollout.add_target = true has no effect with rollout.search = "think"; leave one '
+                "of them out"
+            )
         if thinks and self.model.value_head:
             raise ValueError(
                 'model.value_head = true learns from codes alone, rollout.search = "think" gives '

@@ -22,7 +22,8 @@ class EvaluateConfig(Section):
     """Rows of the test split before and after; 0 takes all."""
     batch_size: Positive = 256
     resamples: Positive = 2000
-    """Bootstrap resamples behind each 95 % interval."""
+    """Bootstrap resamples behind the 95 % intervals of an evaluation; differences between two take
+    2,000."""
 
 
 class CheckpointConfig(Section):

@@ -2,10 +2,17 @@
 
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import parse_qs, urlsplit
 
 from pydantic import Field, model_validator
 
 from orchard.settings.section import Duration, Positive, Rate, Section, Share
+
+
+def _tells_secrets(address: str) -> bool:
+    """If a password or a user is part of a Redis address, before the host or as a parameter."""
+    parts = urlsplit(address)
+    return "@" in address or bool({"password", "username"} & parse_qs(parts.query).keys())
 
 
 class FilterConfig(Section):
@@ -106,7 +113,7 @@ class ServeConfig(Section):
             raise ValueError(
                 "serve.redis and serve.histories are both set; keep the one store that is to answer"
             )
-        if self.redis is not None and "@" in self.redis:
+        if self.redis is not None and _tells_secrets(self.redis):
             raise ValueError(
                 "serve.redis holds a password or user; leave it out and put the password into the "
                 f"environment variable {self.redis_password_env}"
@@ -115,5 +122,7 @@ class ServeConfig(Section):
             raise ValueError("serve.variants.main names the main policy; choose another name")
         shared = sum(variant.share for variant in self.variants.values())
         if shared > 1:
-            raise ValueError(f"the shares of serve.variants add up to {shared:g}, more than 1")
+            raise ValueError(
+                f"the shares of serve.variants add up to {shared:g}, more than 1; lower them"
+            )
         return self

@@ -41,7 +41,9 @@ def of_titles(title: Sequence[str], *, dimensions: int, seed: int) -> Float32[np
     try:
         table: Any = words.fit_transform(title)
     except ValueError as error:
-        raise DataError(f"the titles have no words in common: {error}") from error
+        raise DataError(
+            f"the titles have no words in common: {error}; take --source interactions"
+        ) from error
     return _reduced(table, dimensions, seed)
 
 

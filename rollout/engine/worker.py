@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from orchard.errors import EngineError
@@ -121,7 +121,7 @@ def missing(runner: Any) -> str:
 
 
 def _heads(
-    model: VllmModel, head: np.ndarray, value_head: ValueHead | None
+    model: VllmModel, head: Shaped[np.ndarray, "tokens D"], value_head: ValueHead | None
 ) -> tuple[Float[Tensor, "tokens D"], ValueHead | None]:
     """Both heads where the model is, in its precision."""
     if value_head is not None:
@@ -146,7 +146,7 @@ class SearchExtension:
         trie: Trie,
         vocabulary: Vocabulary,
         version: PolicyVersion,
-        head: np.ndarray,
+        head: Shaped[np.ndarray, "tokens D"],
         value_head: ValueHead | None,
     ) -> None:
         """Get ready to search with the policy that is loaded, whose output matrix is `head`."""
@@ -162,7 +162,10 @@ class SearchExtension:
         self.orchard_batch = 1 << 31
 
     def orchard_install(
-        self, version: PolicyVersion, head: np.ndarray, value_head: ValueHead | None
+        self,
+        version: PolicyVersion,
+        head: Shaped[np.ndarray, "tokens D"],
+        value_head: ValueHead | None,
     ) -> None:
         """Search with the policy that was loaded just now."""
         heads = _heads(VllmModel(self.model_runner), head, value_head)

@@ -37,7 +37,6 @@ def test_a_request_is_what_one_would_type() -> None:
         runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
         grace_s=90.0,
         cpus=2.0,
-        resources={"head": 0.5},
     )
     asked = request(settings(), QUICKSTART, [*ABSOLUTE, "name=a b"], order)
     assert shlex.split(asked["entrypoint"]) == [
@@ -49,7 +48,7 @@ def test_a_request_is_what_one_would_type() -> None:
     assert variables == {"OMP_NUM_THREADS": "1", "RAY_JOB_STOP_WAIT_TIME_S": "90"}
     assert asked["metadata"] == {"orchard_run": "quickstart", "orchard_command": "train"}
     assert asked["submission_id"].startswith("quickstart-train-")
-    assert (asked["entrypoint_num_cpus"], asked["entrypoint_resources"]) == (2.0, {"head": 0.5})
+    assert asked["entrypoint_num_cpus"] == 2.0
 
 
 def test_a_relative_folder_would_be_lost_with_the_job() -> None:

@@ -40,6 +40,9 @@ class Worker:
             threading.Event().wait()
         return "awake"
 
+    def hang(self) -> None:
+        threading.Event().wait()
+
     def complain(self) -> None:
         raise DataError("row 3 is bad")
 
@@ -143,6 +146,18 @@ def test_an_actor_that_always_dies_ends_in_an_error_that_names_it() -> None:
         workers = pool(size=1, max_restarts=1)
         with pytest.raises(ActorError, match="workers actor 0 was lost"):
             await workers.call("die")
+        workers.close()
+
+    run(scenario())
+
+
+def test_a_replacement_that_is_lost_as_well_ends_in_one_sentence() -> None:
+    async def scenario() -> None:
+        workers = pool(size=1, max_restarts=5)
+        with pytest.raises(ActorError, match="workers actor 0, a replacement, failed die as well"):
+            await workers.broadcast("die", timeout_s=60.0)
+        with pytest.raises(ActorError, match="failed hang.* raise cluster.publish_timeout_s"):
+            await workers.broadcast("hang", timeout_s=0.5)
         workers.close()
 
     run(scenario())

@@ -44,6 +44,14 @@ def worked_example(num_prompts: int = 1) -> tuple[ScoredTrees, list[tuple[int, .
     return ScoredTrees(trees=trees, reward=reward, parts={}), codes
 
 
+def test_nothing_counts_past_the_end_of_a_candidate(score_random: Grow) -> None:
+    scored = score_random([6, 4, 5])
+    credit, outside = sibling(scored, EPSILON), scored.trees.paths() < 0
+    assert outside.any()
+    assert not credit.weight[outside].any()
+    assert not credit.advantage[outside].any()
+
+
 def test_credit_equals_the_worked_example() -> None:
     scored, codes = worked_example()
     credit = sibling(scored, EPSILON)

@@ -46,6 +46,7 @@ def test_overrides_reach_their_key_with_their_type(run_file: Path) -> None:
         ("learner={truncate=2.0,dropout=0.1}", "learner.truncate > 0 needs"),
         ("name=a/b", "name"),
         ("rewards.weights={}", "rewards.weights"),
+        ("rollout={add_target=true,search='think'}", "rollout.add_target = true has no effect"),
         ("learner.value.outcome={transition=1.0}", "rewards.weights does not"),
         ("learner", "section.key=value"),
         ("name.deeper=1", "not a section"),

@@ -4,12 +4,14 @@ import asyncio
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from orchard import config
 from orchard.errors import ConfigError
 from orchard.settings import ServeConfig
 from serve import history
@@ -145,8 +147,17 @@ def test_the_password_comes_from_the_environment() -> None:
     assert [words[0] for words in server.commands] == [b"AUTH", b"LRANGE"]
     with pytest.raises(UnavailableError):
         asked(work, Server(), "another")
-    with pytest.raises(ValidationError, match="ORCHARD_REDIS_PASSWORD"):
-        ServeConfig(redis=f"redis://:{PASSWORD}@host")
+    for told in (f"redis://:{PASSWORD}@host", f"redis://host/0?password={PASSWORD}"):
+        with pytest.raises(ValidationError, match="ORCHARD_REDIS_PASSWORD"):
+            ServeConfig(redis=told)
+
+
+def test_an_address_that_is_refused_for_its_password_is_not_repeated(tmp_path: Path) -> None:
+    run = tmp_path / "run.toml"
+    run.write_text('name = "x"\ndata.path = "data"\n')
+    with pytest.raises(ConfigError, match="ORCHARD_REDIS_PASSWORD") as said:
+        config.load(run, [f"serve.redis=redis://:{PASSWORD}@host"])
+    assert PASSWORD not in str(said.value)
 
 
 def test_settings_choose_the_store(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,90 @@
+"""What is let in, around an application that says how much it was sent."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping
+
+import httpx
+import pytest
+from pydantic import ValidationError
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.types import Receive, Scope, Send
+
+from serve import door
+from serve.door import Door
+from serve.schema import DeltaRequest, RecommendRequest
+
+TOKEN = "a-token"
+
+
+async def echo(scope: Scope, receive: Receive, send: Send) -> None:
+    body = await Request(scope, receive).body()
+    await PlainTextResponse(str(len(body)))(scope, receive, send)
+
+
+async def pieces(count: int, size: int, pause_s: float = 0.0) -> AsyncGenerator[bytes]:
+    """A body that says nothing of its length beforehand."""
+    for _ in range(count):
+        await asyncio.sleep(pause_s)
+        yield b"x" * size
+
+
+def post(
+    path: str, content: bytes | AsyncGenerator[bytes], headers: Mapping[str, str] | None = None
+) -> httpx.Response:
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(Door(echo, token_env="DOOR_TOKEN"))
+        async with httpx.AsyncClient(transport=transport, base_url="http://shop") as client:
+            return await client.post(path, content=content, headers=headers)
+
+    return asyncio.run(ask())
+
+
+def test_a_body_in_pieces_arrives_whole() -> None:
+    assert post("/v1/recommend", pieces(10, 1000)).text == "10000"
+
+
+@pytest.mark.parametrize(
+    ("path", "mebibytes"), [("/v1/recommend", 1), ("/v1/recommend:batch", 8), ("/anything", 1)]
+)
+def test_a_body_is_read_up_to_the_bound_of_its_route(path: str, mebibytes: int) -> None:
+    assert post(path, pieces(mebibytes, 1 << 20)).status_code == 200
+    for too_much in (pieces(mebibytes + 1, 1 << 20), b"x" * ((mebibytes << 20) + 1)):
+        refused = post(path, too_much)
+        assert refused.status_code == 413
+        assert refused.json()["detail"] == f"send at most {mebibytes << 20} bytes"
+        assert refused.headers["x-request-id"] == refused.json()["instance"]
+
+
+def test_a_client_that_dawdles_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(door, "_BODY_S", 0.05)
+    late = post("/v1/recommend", pieces(1000, 10, pause_s=0.01))
+    assert late.status_code == 408
+    assert late.json()["type"] == "urn:orchard:problem:too-late"
+
+
+@pytest.mark.parametrize("path", sorted(door.OPERATOR))
+def test_nobody_without_the_token_has_a_body_read(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DOOR_TOKEN", TOKEN)
+    read = []
+
+    async def watched() -> AsyncGenerator[bytes]:
+        read.append(1)
+        yield b"{"
+
+    refused = post(path, watched(), {"authorization": "Bearer wrong"})
+    assert (refused.status_code, read) == (401, [])
+    assert refused.headers["www-authenticate"] == "Bearer"
+    assert post(path, watched(), {"authorization": f"Bearer {TOKEN}"}).text == "1"
+
+
+def test_a_body_full_of_faults_is_not_judged_to_its_end() -> None:
+    for whole in ({"history": ["x"] * 10_000}, {f"key{n}": n for n in range(100_000)}):
+        with pytest.raises(ValidationError) as said:
+            RecommendRequest.model_validate(whole)
+        assert said.value.error_count() == 1
+    with pytest.raises(ValidationError) as said:
+        DeltaRequest.model_validate({"add": [{"item_id": "x", "sid": []}] * 1000})
+    assert said.value.error_count() == 1
