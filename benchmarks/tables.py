@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import cast
 
 from benchmarks.measure import Figure, Report, Row
+from benchmarks.plots import ablation
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -59,6 +60,9 @@ def main() -> None:
     reports = read()
     PAGE.write_text(page(reports))
     README.write_text(within(README.read_text(), summary(reports)))
+    for one in reports:
+        if one["bench"] == "vstar":
+            ablation(one)
 
 
 def _section(report: Report) -> str:

@@ -98,6 +98,9 @@ def run(quick: bool) -> Report:
         "control": [_control(seed, found["ved+both"][seed], changes) for seed in range(seeds)],
     }
     for name, theirs in others.items():
+        if name != "beam_grpo":
+            rows += [{"policy": name, "seed": seed} | means(one, METRICS)
+                     for seed, one in enumerate(theirs)]  # fmt: skip
         gain = over_seeds([read(one) for one in found["ved+both"]], theirs)
         rows.append({"difference": f"ved+both - {name}", "seeds": seeds} | spelt(gain, METRICS))
         figures.append(figure(f"ved_both_over_{name}", gain["ndcg@10/sid"].low, "", asked="> 0",

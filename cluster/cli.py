@@ -237,7 +237,7 @@ def bench(
 ) -> None:
     """The published figures, measured side by side."""
     shared = {
-        "__init__", "flat_loop", "hugging_face", "measure", "recipe", "rival", "tables",
+        "__init__", "flat_loop", "hugging_face", "measure", "plots", "recipe", "rival", "tables",
         "trl_step",
     }  # fmt: skip
     known = sorted({p.stem for p in Path("benchmarks").glob("*.py")} - shared)

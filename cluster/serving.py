@@ -27,6 +27,7 @@ from ray.serve.schema import (
     ServeDeploySchema,
 )
 
+from cluster.exported import about
 from cluster.session import address_of, ray_session
 from orchard import config, model
 from orchard.errors import ConfigError, DataError
@@ -54,6 +55,7 @@ def resolve(target: Path, overrides: list[str]) -> tuple[Arguments, Config]:
     Raises:
         ConfigError: neither, or a setting is wrong.
         DataError: the folder holds no policy.
+        CheckpointError: what it says of its policy is damaged.
     """
     if target.is_dir():
         tree = {"name": target.resolve().name.strip(".") or "policy", "data": {"path": str(target)}}
@@ -68,6 +70,7 @@ def resolve(target: Path, overrides: list[str]) -> tuple[Arguments, Config]:
                 "run `orchard sft` or `orchard train` first"
             )
     model.check_folder(folder)
+    about(folder)
     if not (folder / "catalogue").is_dir():
         raise DataError(f"{folder} holds no catalogue; give a folder that `orchard` exported")
     serving = settings.serve

@@ -222,7 +222,12 @@ class Desk:
         seat.pinned = version
 
     async def _switch(self, seat: Seat, loaded: Loaded) -> bool:
-        return await self._line.between(seat.switch, loaded, self.stock.shelf.catalogue)
+        # Under the lock that changes of the catalogue take, too: both look at the same one.
+        catalogue = self.stock.shelf.catalogue
+        expected = await self._load(seat.expect, loaded, catalogue)
+        if expected is None:
+            return False
+        return await self._line.between(seat.switch, loaded, catalogue, expected)
 
     async def _history_of(self, request: RecommendRequest) -> list[int]:
         if request.history is not None:

@@ -206,7 +206,20 @@ class Seat:
         """Follow the folder again; what is there now counts as new."""
         self.pinned, self._seen = None, ""
 
-    def switch(self, loaded: Loaded, catalogue: Catalogue) -> bool:
+    def expect(self, loaded: Loaded, catalogue: Catalogue) -> Candidates | None:
+        """What a policy's own model makes of the probe, beside the searches; None if it cannot.
+
+        `refused` then says why.
+        """
+        form = PromptFormat(catalogue=catalogue, vocabulary=self._vocabulary)
+        reference = TorchEngine(loaded.model, catalogue.trie, self._vocabulary, loaded.version)
+        try:
+            return probe(reference, catalogue, form)
+        except EngineError as error:
+            self.refused = _sentence(error)
+            return None
+
+    def switch(self, loaded: Loaded, catalogue: Catalogue, expected: Candidates) -> bool:
         """Answer with this policy, if its engine scores the probe as its own model does.
 
         Returns:
@@ -214,9 +227,7 @@ class Seat:
         """
         form = PromptFormat(catalogue=catalogue, vocabulary=self._vocabulary)
         before, weights = self.version, self._weights
-        reference = TorchEngine(loaded.model, catalogue.trie, self._vocabulary, loaded.version)
         try:
-            expected = probe(reference, catalogue, form)
             self.turn_to(catalogue)
             self.holder.install(loaded.version, loaded.weights)
             found = probe(self.holder, catalogue, form)

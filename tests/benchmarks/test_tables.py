@@ -1,8 +1,10 @@
 """The published tables are those that the benches' results make."""
 
+from pathlib import Path
+
 import pytest
 
-from benchmarks import tables
+from benchmarks import plots, tables
 from benchmarks.measure import Report, figure
 
 
@@ -41,3 +43,21 @@ def test_what_is_published_is_what_was_measured() -> None:
     assert tables.PAGE.read_text() == tables.page(reports)
     readme = tables.README.read_text()
     assert tables.within(readme, tables.summary(reports)) == readme
+
+
+def test_the_ablation_shows_every_way_and_is_the_same_twice(tmp_path: Path) -> None:
+    score, made = plots.METRIC, a_report()
+    made["rows"] = [
+        {"way": "beam+grpo", "seed": 0, score: 0.105, "forward_tokens": 4e5},
+        {"way": "ved+both", "seed": 0, score: 0.100, "forward_tokens": 6e5},
+        {"way": "ved+both", "seed": 1, score: 0.101, "forward_tokens": 6e5},
+        {"policy": "warm_start", "seed": 0, score: 0.1017},
+        {"engine": "torch", "seconds": 1.0},
+    ]
+    path, drawn = tmp_path / "ablation.svg", list[str]()
+    for _ in range(2):
+        plots.ablation(made, path)
+        drawn.append(path.read_text())
+    assert drawn[0] == drawn[1]
+    assert ">beam+grpo<" in drawn[0]
+    assert drawn[0].count(">ved+both<") == 1  # named at its first seed

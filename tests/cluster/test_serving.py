@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from ray import serve as ray_serve
 
 from cluster import cli, serving
-from orchard.errors import ConfigError, DataError
+from orchard.errors import CheckpointError, ConfigError, DataError
 from orchard.testing import tiny_world
 from serve.app import DEPLOYMENT, build
 from serve.meters import COUNTERS, GAUGES, HISTOGRAMS
@@ -129,6 +129,9 @@ def test_a_run_serves_its_policy_and_counts_its_targets(policy: Path, tmp_path: 
         serving.resolve(run, ["name=other"])
     with pytest.raises(ConfigError, match=r"did you mean serve\.width"):
         serving.resolve(run, ["serve.widht=20"])
+    (policy / "policy.json").write_text('{"version": ')
+    with pytest.raises(CheckpointError, match=r"policy\.json is damaged"):
+        serving.resolve(policy, [])
 
 
 @pytest.mark.ray

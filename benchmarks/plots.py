@@ -1,0 +1,39 @@
+"""The picture of V-STAR's ablation, drawn from what `orchard bench vstar` has written."""
+
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from benchmarks.measure import Report
+from cluster.figures import COLOURS, FAINT, INK, look
+
+ABLATION = Path(__file__).parents[1] / "docs" / "vstar.svg"
+METRIC = "ndcg@10/sid"
+
+
+def ablation(report: Report, path: Path = ABLATION) -> None:
+    """Every way of a report of `bench vstar`: its metric over the tokens that its searches took.
+
+    Dashed lines are the warm starts. Equal reports give equal files.
+    """
+    rows = [row for row in report["rows"] if "way" in row]
+    with mpl.rc_context(look(path.name)):
+        figure = Figure(figsize=(7.2, 3.6))
+        axes = figure.subplots()
+        for row in rows:
+            way, guided = str(row["way"]), str(row["way"]).startswith("ved")
+            tokens, score = float(row["forward_tokens"]) / 1e6, float(row[METRIC])
+            axes.plot(tokens, score, "o", color=COLOURS[1 if guided else 0], markersize=5)
+            if row["seed"] == 0:
+                axes.annotate(
+                    way, (tokens, score), xytext=(6, -3), textcoords="offset points",
+                    color=INK, fontsize=8,
+                )  # fmt: skip
+        for row in report["rows"]:
+            if row.get("policy") == "warm_start":
+                axes.axhline(float(row[METRIC]), color=FAINT, linewidth=0.8, linestyle="--")
+        axes.set_xlabel("million tokens forwarded by 120 updates' searches, leaves included")
+        axes.set_ylabel("NDCG@10, test rows")
+        axes.margins(x=0.12)
+        figure.savefig(path, metadata={"Date": None})
