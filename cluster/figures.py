@@ -68,7 +68,7 @@ class Curve:
     series: Series
 
 
-def look(salt: str) -> dict[str, Any]:
+def look(salt: str) -> Any:
     """How all figures look; equal figures of one salt are equal to the byte."""
     return _STYLE | {"svg.hashsalt": salt}
 
