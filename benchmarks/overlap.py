@@ -36,7 +36,7 @@ ALONE = ("evaluate.every=0", "evaluate.test_rows=64", "evaluate.valid_rows=64",
 
 def run(quick: bool) -> Report:
     """Updates and tokens per second in each way; `quick` shows only that it works."""
-    steps, repeats, epochs = (FIRST + 2, 1, 1) if quick else (FIRST + 40, 3, 3)
+    steps, repeats, epochs = (FIRST + 2, 1, 1) if quick else (FIRST + 40, 2, 3)
     folder = Path(tempfile.mkdtemp(prefix="orchard-overlap-"))
     try:
         write_world(folder / "world", WorldParams())

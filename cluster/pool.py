@@ -118,7 +118,7 @@ class Pool:
                 await self._replace(seat, generation, error)
             try:
                 return await self._ask(seat, timeout_s, method, *args)
-            except LOST as again:
+            except (RayActorError, TimeoutError) as again:
                 raise self._lost_again(seat.index, method, again) from again
 
         return await asyncio.gather(*(one(seat) for seat in self._seats))
