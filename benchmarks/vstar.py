@@ -106,7 +106,7 @@ def run(quick: bool) -> Report:
         figures.append(figure(f"ved_both_over_{name}", gain["ndcg@10/sid"].low, "", asked="> 0",
                               note=f"NDCG@10, lower end of the paired 95 % interval, {seeds} "
                               f"seeds; mean {gain['ndcg@10/sid'].mean:+.4f}"))  # fmt: skip
-    sets, best = _sets(found["ved+both"], num_rows=100 if quick else 2000)
+    sets, best = _sets(found["ved+both"], num_rows=100 if quick else 600)
     return report("vstar", [*figures, *best], [*costs, *rows, *sets])
 
 
