@@ -1,11 +1,11 @@
 """What a second rollout actor and one version of lag bring on this machine.
 
 The job of the quickstart (synthetic world, vLLM rollouts) with one or two rollout actors, and with
-`cluster.max_lag` 0 or 1, one thread to the learner and to each actor. Each way is one whole run from
-the same warm start, without evaluation or checkpoints in between; the first updates of a run, in
-which vLLM warms up, are left out. Throughput is what a user waits for: updates
-between two moments of the log, not what each room took on its own. `busy_cores` are those of the
-whole machine meanwhile, so that something else on it counts too.
+`cluster.max_lag` 0 or 1, one thread to the learner and to each actor. Each way is one whole run
+from the same warm start, without evaluation or checkpoints in between; the first updates of a run,
+in which vLLM warms up, are left out. Throughput is what a user waits for: updates between two
+moments of the log, not what each room took on its own. `busy_cores` are those of the whole machine
+meanwhile, so that something else on it counts too.
 """
 
 import shutil
