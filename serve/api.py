@@ -71,7 +71,11 @@ def create_app(desk: Desk) -> FastAPI:
         title="Orchard", summary="Generative recommendation.", version="1", lifespan=lifespan,
         responses=PROBLEMS, docs_url="/docs", redoc_url=None,
     )  # fmt: skip
-    app.add_middleware(Door, token_env=desk.config.token_env)
+
+    def count(error: Refusal) -> None:
+        desk.meters.count("orchard_serve_refused", kind=error.kind)
+
+    app.add_middleware(Door, token_env=desk.config.token_env, refused=count)
     _add_problems(app, desk)
     _add_reading(app, desk)
     _add_writing(app, desk)

@@ -9,7 +9,7 @@ import hmac
 import os
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from fastapi import Request
 from fastapi.responses import JSONResponse
@@ -26,7 +26,7 @@ _BODY_S = 30.0
 """Longest that a client may take to send a body. Serve has such a bound too, which a header of the
 client's switches off."""
 OPERATOR = frozenset({"/v1/catalog/delta", "/v1/policy:activate"})
-"""Routes behind the token."""
+"""Routes behind the token. They ask for it again themselves, whatever path led there."""
 
 
 class _Refused(Exception):
@@ -40,9 +40,14 @@ class _Refused(Exception):
 class Door:
     """Takes the caller's `x-request-id` or makes one, asks for the token, reads the body."""
 
-    def __init__(self, app: ASGIApp, *, token_env: str) -> None:
-        """Around `app`; the operator's token is in the environment variable `token_env`."""
-        self._app, self._token_env = app, token_env
+    def __init__(
+        self, app: ASGIApp, *, token_env: str, refused: Callable[[Refusal], object]
+    ) -> None:
+        """Around `app`; the operator's token is in the environment variable `token_env`.
+
+        `refused` is told who was sent away for want of it.
+        """
+        self._app, self._token_env, self._refused = app, token_env, refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -66,6 +71,7 @@ class Door:
             async with asyncio.timeout(_BODY_S):
                 first = await _read(receive, headers, _LARGE.get(route, _MOST_BYTES))
         except UnauthorisedError as error:
+            self._refused(error)
             await refuse(error, Request(scope))(scope, receive, named)
             return
         except _Refused as error:

@@ -212,6 +212,8 @@ def test_deltas_and_activations_need_the_token(
                 assert response.status_code == 401
                 assert response.headers["www-authenticate"] == "Bearer"
         assert desk.stock.shelf.version == 0
+        assert isinstance(desk.meters, Tally)
+        assert desk.meters.total("orchard_serve_refused") == 14
         monkeypatch.setenv("ORCHARD_SERVE_TOKEN", "")
         closed = await client.post(
             "/v1/catalog/delta", json={"remove": [1]}, headers={"authorization": "Bearer "}

@@ -12,9 +12,11 @@ from starlette.types import Receive, Scope, Send
 
 from serve import door
 from serve.door import Door
+from serve.problems import Refusal
 from serve.schema import DeltaRequest, RecommendRequest
 
 TOKEN = "a-token"
+sent_away: list[Refusal] = []
 
 
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:
@@ -33,7 +35,8 @@ def post(
     path: str, content: bytes | AsyncGenerator[bytes], headers: Mapping[str, str] | None = None
 ) -> httpx.Response:
     async def ask() -> httpx.Response:
-        transport = httpx.ASGITransport(Door(echo, token_env="DOOR_TOKEN"))
+        entered = Door(echo, token_env="DOOR_TOKEN", refused=sent_away.append)
+        transport = httpx.ASGITransport(entered)
         async with httpx.AsyncClient(transport=transport, base_url="http://shop") as client:
             return await client.post(path, content=content, headers=headers)
 
@@ -69,6 +72,7 @@ def test_nobody_without_the_token_has_a_body_read(
 ) -> None:
     monkeypatch.setenv("DOOR_TOKEN", TOKEN)
     read = []
+    sent_away.clear()
 
     async def watched() -> AsyncGenerator[bytes]:
         read.append(1)
@@ -77,6 +81,7 @@ def test_nobody_without_the_token_has_a_body_read(
     refused = post(path, watched(), {"authorization": "Bearer wrong"})
     assert (refused.status_code, read) == (401, [])
     assert refused.headers["www-authenticate"] == "Bearer"
+    assert [error.kind for error in sent_away] == ["unauthorised"]
     assert post(path, watched(), {"authorization": f"Bearer {TOKEN}"}).text == "1"
 
 
