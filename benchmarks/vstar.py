@@ -5,6 +5,7 @@ one seed for all ways, three for the two ends, which are also set beside a contr
 the warm start for as long as RL took.
 `beam` of width 16 forwards what the paper counts as budget 1x (33 tokens), width 32 as 2x (65).
 After training, sets of 64 candidates are compared at equal forward tokens on held-out prompts.
+The two ends are run once more on Amazon Instruments, with the same recipe and one seed.
 """
 
 import shutil
@@ -61,6 +62,11 @@ WAYS: Mapping[str, tuple[str, ...]] = {
     "ved_2x+both": ("learner.estimator=group_sibling", "rollout.ved.budget=65"),
 }  # fmt: skip
 ENDS = ("beam+grpo", "ved+both")
+INSTRUMENTS = (
+    "data.path=../shared/data/amazon_instruments", "data.train=[\"train.parquet\"]",
+    "data.max_history=20", "sft.epochs=12",
+)  # fmt: skip
+"""What the recipe of Industrial becomes on the other catalogue, as in amazon_instruments.toml."""
 METRICS = ("ndcg@10/sid", "hr@1/sid", "hr@3/sid", "hr@10/sid", "hr@50/sid")
 BATCH, WIDTH, BUDGET = 32, 16, 33
 SET, SET_BUDGET = 64, 129
@@ -106,6 +112,7 @@ def run(quick: bool) -> Report:
         figures.append(figure(f"ved_both_over_{name}", gain["ndcg@10/sid"].low, "", asked="> 0",
                               note=f"NDCG@10, lower end of the paired 95 % interval, {seeds} "
                               f"seeds; mean {gain['ndcg@10/sid'].mean:+.4f}"))  # fmt: skip
+    rows += _instruments(changes)
     sets, best = _sets(found["ved+both"], num_rows=100 if quick else 600)
     return report("vstar", [*figures, *best], [*costs, *rows, *sets])
 
@@ -171,17 +178,33 @@ def _prompts(at: Run) -> Prompts:
     )
 
 
-def _begin(seed: int, changes: tuple[str, ...]) -> Config:
-    return config.load(RUN, [*changes, f"name=vstar-start-{seed}", f"seed={seed}"])
+def _begin(seed: int, changes: tuple[str, ...], of: str = "vstar") -> Config:
+    return config.load(RUN, [*changes, f"name={of}-start-{seed}", f"seed={seed}"])
 
 
-def _branch(way: str, seed: int, changes: tuple[str, ...]) -> Config:
+def _branch(way: str, seed: int, changes: tuple[str, ...], of: str = "vstar") -> Config:
     """The run of one way from the warm start of its seed, done or only read."""
-    begin = _begin(seed, changes)
+    begin = _begin(seed, changes, of)
     name = way.replace("+", "-").replace(", ", "-")
-    own = config.load(RUN, [*changes, f"name=vstar-{name}-{seed}", f"seed={seed}", *WAYS[way]])
+    own = config.load(RUN, [*changes, f"name={of}-{name}-{seed}", f"seed={seed}", *WAYS[way]])
     branch(begin, own)
     return own
+
+
+def _instruments(changes: tuple[str, ...]) -> list[Row]:
+    """The two ends on Amazon Instruments, from one warm start."""
+    # The cuts of a quick run come last: a later change of one setting is the one that counts.
+    own = (*INSTRUMENTS, *changes)
+    runs = {way: _branch(way, 0, own, "vstar-instruments") for way in ENDS}
+    found = {way: read(run) for way, run in runs.items()}
+    found["warm_start"] = read(runs["ved+both"], WARM_START)
+    rows: list[Row] = [
+        {"instruments": way, "seed": 0} | means(one, METRICS) for way, one in found.items()
+    ]
+    for ours, theirs in (ENDS[::-1], *((way, "warm_start") for way in ENDS)):
+        gain = over_seeds([found[ours]], [found[theirs]])
+        rows.append({"instruments": f"{ours} - {theirs}", "seeds": 1} | spelt(gain, METRICS))
+    return rows
 
 
 def _control(seed: int, like: Config, changes: tuple[str, ...]) -> Evaluation:
