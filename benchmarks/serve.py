@@ -37,10 +37,10 @@ from orchard import weights
 from orchard.settings import ClusterConfig, ServeConfig
 from orchard.testing import World, tiny_prompts
 from serve.app import Arguments
-from serve.desk import Desk
 from serve.meters import Tally
-from serve.opening import open_desk
+from serve.opening import open_service
 from serve.schema import RecommendRequest
+from serve.service import Service
 from serve.testing import export_policy
 
 WIDTH, HISTORY, TOKEN = 50, 10, "bench"
@@ -139,7 +139,7 @@ def _many(items: int, number: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory(prefix="orchard-serve-") as folder:
         policy = export_policy(world, Path(folder) / "policy", step=1)
         began = time.perf_counter()
-        open_desk(policy, ServeConfig(), Tally())
+        open_service(policy, ServeConfig(), Tally())
         opened = time.perf_counter() - began
         found = asyncio.run(_overhead(policy, number))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -152,12 +152,12 @@ def _histories(setting: Setting, number: int) -> list[list[int]]:
 
 
 async def _overhead(folder: Path, number: int) -> dict[str, float]:
-    """What application and desk add to a search, in milliseconds."""
+    """What application and service add to a search, in milliseconds."""
     from serve.api import create_app
 
     meters = Tally()
-    desk: Desk = open_desk(folder, ServeConfig(width=WIDTH, follow_s=3600.0), meters)
-    app, draw = create_app(desk), np.random.default_rng(0)
+    service: Service = open_service(folder, ServeConfig(width=WIDTH, follow_s=3600.0), meters)
+    app, draw = create_app(service), np.random.default_rng(0)
     items = len(catalogues.load(folder / "catalogue"))
     totals: list[float] = []
     searches: list[float] = []
@@ -172,7 +172,7 @@ async def _overhead(folder: Path, number: int) -> dict[str, float]:
             answer = await client.post("/v1/recommend", json={"history": history, "k": WIDTH})
             totals.append(time.perf_counter() - began)
             searches.append(answer.json()["cost"]["seconds"])
-        await desk.recommend(RecommendRequest(history=[]), "last")
+        await service.recommend(RecommendRequest(history=[]), "last")
     added = [total - search for total, search in zip(totals, searches, strict=True)]
     return {
         "overhead_ms": 1000 * statistics.median(added),

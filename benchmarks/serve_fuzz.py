@@ -32,9 +32,9 @@ from benchmarks.measure import Report, Row, figure, report
 from orchard.settings import ServeConfig
 from orchard.testing import World, tiny_world
 from serve.api import create_app
-from serve.desk import Desk
 from serve.meters import Tally
-from serve.opening import open_desk
+from serve.opening import open_service
+from serve.service import Service
 from serve.testing import export_policy
 
 TOKEN = "fuzz"
@@ -76,19 +76,19 @@ def attack(world: World, folder: Path, number: int) -> Findings:
     item_id = world.catalogue.item_id
     pq.write_table(pa.table({"item_id": item_id, "count": np.arange(len(item_id))}), popularity)
     config = ServeConfig(follow_s=3600.0, state=folder / "state", popularity=popularity)
-    desk = open_desk(folder / "policy", config, meters := Tally())
-    found = send(create_app(desk), number, desk)
+    service = open_service(folder / "policy", config, meters := Tally())
+    found = send(create_app(service), number, service)
     found.wrong["illegal_items"] += meters.total("orchard_serve_illegal")
     return found
 
 
-def send(app: FastAPI, number: int, desk: Desk | None = None) -> Findings:
+def send(app: FastAPI, number: int, service: Service | None = None) -> Findings:
     """Draw requests from the document of an application, and judge its answers.
 
     Args:
         app: of one event loop, so that schemathesis only draws and judges here.
         number: of requests, over all operations.
-        desk: behind the application; without one its items are not judged.
+        service: behind the application; without one its items are not judged.
     """
     found, loop = Findings(), asyncio.new_event_loop()
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
@@ -115,7 +115,7 @@ def send(app: FastAPI, number: int, desk: Desk | None = None) -> Findings:
         )
         answer = loop.run_until_complete(client.send(request))
         found.status[answer.status_code] += 1
-        for name in judge(case, request, answer, desk):
+        for name in judge(case, request, answer, service):
             found.wrong[name] += 1
             found.examples.setdefault(name, f"{case.method} {case.path}: {request.content[:500]!r}")
 
@@ -130,7 +130,7 @@ def send(app: FastAPI, number: int, desk: Desk | None = None) -> Findings:
 
 
 def judge(
-    case: Case, request: httpx.Request, answer: httpx.Response, desk: Desk | None
+    case: Case, request: httpx.Request, answer: httpx.Response, service: Service | None
 ) -> list[str]:
     """What is wrong with an answer."""
     wrong: list[str] = []
@@ -143,14 +143,14 @@ def judge(
         case.operation.validate_response(schemathesis.Response.from_httpx(answer, verify=True))
     except (Failure, FailureGroup):
         wrong.append("schema")
-    if desk is not None and answer.status_code == 200 and case.path == "/v1/recommend":
-        wrong += ["illegal_items"] * (not _legal(request, answer.json(), desk))
+    if service is not None and answer.status_code == 200 and case.path == "/v1/recommend":
+        wrong += ["illegal_items"] * (not _legal(request, answer.json(), service))
     return wrong
 
 
-def _legal(request: httpx.Request, answer: dict[str, Any], desk: Desk) -> bool:
+def _legal(request: httpx.Request, answer: dict[str, Any], service: Service) -> bool:
     """Only items of the catalogue are shown, each once, and none that was excluded."""
-    asked, shelf = json.loads(request.content), desk.stock.shelf
+    asked, shelf = json.loads(request.content), service.stock.shelf
     shown = [item["item_id"] for item in answer["items"]]
     gone = {*asked.get("exclude", []), *(asked["history"] if asked.get("exclude_seen") else [])}
     live = shelf.catalogue.item_id[shelf.snapshot.live]

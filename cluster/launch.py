@@ -78,7 +78,9 @@ class House:
         self.rollout: Pool | None = None
         self.rewards: Pool | None = None
         if run.phase == "train":
-            self.rollout = self._rollout_pool(config.rollout.engine, config.rollout.actors)
+            self.rollout = self._rollout_pool(
+                "rollout", config.rollout.engine, config.rollout.actors
+            )
             self.rewards = self._reward_pool()
             self.exporter.attach("rollout", self.rollout)
             self.exporter.attach("rewards", self.rewards)
@@ -174,7 +176,7 @@ class House:
         """
         config = self.run.config
         if self.ranking is None:
-            self.ranking = self._rollout_pool(config.evaluate.engine, 1)
+            self.ranking = self._rollout_pool("ranking", config.evaluate.engine, 1)
             self.exporter.attach("ranking", self.ranking)
             await self.ranking.ready()
         ranking = self.ranking
@@ -226,13 +228,11 @@ class House:
         for version in answers:
             if (version.step, version.digest) != (policy.step, policy.digest):
                 raise ActorError(
-                    f"a rollout actor holds policy {version} after {policy} was published; run the "
-                    "same command again, and see logs in the run folder"
+                    f"a {pool.name} actor holds policy {version} after {policy} was published; run "
+                    "the same command again, and see logs in the run folder"
                 )
-        name = "rollout" if pool is self.rollout else "ranking"
         for index in range(len(answers)):
-            holder = f"{name}-{index}"
-            self.exporter.set("orchard_policy_version", policy.step, holder)
+            self.exporter.set("orchard_policy_version", policy.step, f"{pool.name}-{index}")
 
     def _probe(self, score: Float32[np.ndarray, " B"]) -> Probe:
         run = self.run
@@ -271,7 +271,7 @@ class House:
             else config.learner.steps * config.learner.updates_per_batch,
         )
 
-    def _rollout_pool(self, engine: str, size: int) -> Pool:
+    def _rollout_pool(self, name: str, engine: str, size: int) -> Pool:
         run, rollout = self.run, self.run.config.rollout
         settings = rollout.model_copy(update={"engine": engine})
         critic = ray.put(run.critic)
@@ -283,7 +283,7 @@ class House:
             )  # fmt: skip
 
         pool = Pool(
-            "rollout",
+            name,
             make,
             size=size,
             queue=2,

@@ -24,7 +24,7 @@ SEE = "see what it printed below logs in the run folder"
 
 
 @dataclass
-class Seat:
+class Slot:
     """A place in the pool and whoever sits there now."""
 
     actor: Any
@@ -78,12 +78,12 @@ class Pool:
         self._make = make
         self._queue, self._timeout_s, self._retries = queue, timeout_s, retries
         self._max_restarts, self._start_timeout_s = max_restarts, start_timeout_s
-        self._seats = [Seat(make(index), index) for index in range(size)]
+        self._slots = [Slot(make(index), index) for index in range(size)]
         self._room = asyncio.Condition()
 
     async def ready(self) -> None:
         """Wait until every actor answers."""
-        await asyncio.gather(*(self._answer(seat.actor, seat.index) for seat in self._seats))
+        await asyncio.gather(*(self._answer(slot.actor, slot.index) for slot in self._slots))
 
     async def call(self, method: str, *args: object) -> Any:
         """The answer of some actor; raises ActorError when retries are used up.
@@ -93,15 +93,15 @@ class Pool:
         """
         lost: Exception | None = None
         for _ in range(self._retries + 1):
-            seat = await self._take()
-            generation = seat.generation
+            slot = await self._take()
+            generation = slot.generation
             try:
-                return await self._ask(seat, self._timeout_s, method, *args)
+                return await self._ask(slot, self._timeout_s, method, *args)
             except LOST as error:
                 lost = error
-                await self._replace(seat, generation, error)
+                await self._replace(slot, generation, error)
             finally:
-                await self._give_back(seat)
+                await self._give_back(slot)
         raise ActorError(
             f"{self.name}.{method} failed {self._retries + 1} times, last with "
             f"{_brief(lost)}; {SEE} or raise {self.name}.timeout_s"
@@ -110,56 +110,56 @@ class Pool:
     async def broadcast(self, method: str, *args: object, timeout_s: float) -> list[Any]:
         """The answers of all actors; one that fails is replaced, and brought up to date by that."""
 
-        async def one(seat: Seat) -> Any:
-            generation = seat.generation
+        async def one(slot: Slot) -> Any:
+            generation = slot.generation
             try:
-                return await self._ask(seat, timeout_s, method, *args)
+                return await self._ask(slot, timeout_s, method, *args)
             except LOST as error:
-                await self._replace(seat, generation, error)
+                await self._replace(slot, generation, error)
             try:
-                return await self._ask(seat, timeout_s, method, *args)
+                return await self._ask(slot, timeout_s, method, *args)
             except (RayActorError, TimeoutError) as again:
-                raise self._lost_again(seat.index, method, again) from again
+                raise self._lost_again(slot.index, method, again) from again
 
-        return await asyncio.gather(*(one(seat) for seat in self._seats))
+        return await asyncio.gather(*(one(slot) for slot in self._slots))
 
     def close(self) -> None:
         """Stop the actors that this pool started."""
-        for seat in self._seats:
-            ray.kill(seat.actor)
+        for slot in self._slots:
+            ray.kill(slot.actor)
 
     @property
     def actors(self) -> list[Any]:
         """The handles as they are now."""
-        return [seat.actor for seat in self._seats]
+        return [slot.actor for slot in self._slots]
 
     def load(self) -> list[tuple[int, float]]:
         """Of each actor: calls in its hands, and seconds in which there were any."""
         now = time.monotonic()
-        return [(s.busy, s.busy_s + (now - s.since if s.busy else 0.0)) for s in self._seats]
+        return [(s.busy, s.busy_s + (now - s.since if s.busy else 0.0)) for s in self._slots]
 
-    async def _take(self) -> Seat:
+    async def _take(self) -> Slot:
         async with self._room:
             self.waiting += 1
             try:
-                await self._room.wait_for(lambda: any(s.busy < self._queue for s in self._seats))
+                await self._room.wait_for(lambda: any(s.busy < self._queue for s in self._slots))
             finally:
                 self.waiting -= 1
-            seat = min(self._seats, key=lambda s: s.busy)
-            if not seat.busy:
-                seat.since = time.monotonic()
-            seat.busy += 1
-            return seat
+            slot = min(self._slots, key=lambda s: s.busy)
+            if not slot.busy:
+                slot.since = time.monotonic()
+            slot.busy += 1
+            return slot
 
-    async def _give_back(self, seat: Seat) -> None:
+    async def _give_back(self, slot: Slot) -> None:
         async with self._room:
-            seat.busy -= 1
-            if not seat.busy:
-                seat.busy_s += time.monotonic() - seat.since
+            slot.busy -= 1
+            if not slot.busy:
+                slot.busy_s += time.monotonic() - slot.since
             self._room.notify()
 
-    async def _ask(self, seat: Seat, timeout_s: float, method: str, *args: object) -> Any:
-        reference = getattr(seat.actor, method).remote(*args)
+    async def _ask(self, slot: Slot, timeout_s: float, method: str, *args: object) -> Any:
+        reference = getattr(slot.actor, method).remote(*args)
         try:
             answer = await asyncio.wait_for(asyncio.wrap_future(reference.future()), timeout_s)
         except (RayActorError, TimeoutError) as error:
@@ -169,7 +169,7 @@ class Pool:
             told = self._told(error, method)
             self.failures[method, "unfit" if isinstance(told, UnfitError) else "raised"] += 1
             raise told from error
-        self.calls[seat.index, method] += 1
+        self.calls[slot.index, method] += 1
         return answer
 
     def _told(self, error: RayTaskError, method: str) -> OrchardError:
@@ -209,29 +209,29 @@ class Pool:
                 f"{self.name} actor {index} died while starting: {_brief(error)}; {SEE}"
             ) from error
 
-    async def _replace(self, seat: Seat, generation: int, error: Exception) -> None:
-        """Put a new actor on the seat, unless another caller already has."""
-        async with seat.replacing:
-            if seat.generation != generation:
+    async def _replace(self, slot: Slot, generation: int, error: Exception) -> None:
+        """Put a new actor into the slot, unless another caller already has."""
+        async with slot.replacing:
+            if slot.generation != generation:
                 return
             if self.restarts >= self._max_restarts:
                 raise ActorError(
-                    f"{self.name} actor {seat.index} was lost ({_brief(error)}) after "
+                    f"{self.name} actor {slot.index} was lost ({_brief(error)}) after "
                     f"{self._max_restarts} replacements; raise {self.name}.max_restarts if that is "
                     f"expected on this cluster; {SEE}"
                 ) from error
             self.restarts += 1
-            ray.kill(seat.actor)
-            actor = self._make(seat.index)
-            await self._answer(actor, seat.index)
+            ray.kill(slot.actor)
+            actor = self._make(slot.index)
+            await self._answer(actor, slot.index)
             if self.on_start is not None:
                 try:
                     await self.on_start(actor)
                 except RayTaskError as problem:
                     raise self._told(problem, "on_start") from problem
                 except (RayActorError, TimeoutError) as again:
-                    raise self._lost_again(seat.index, "install", again) from again
-            seat.actor, seat.generation = actor, seat.generation + 1
+                    raise self._lost_again(slot.index, "install", again) from again
+            slot.actor, slot.generation = actor, slot.generation + 1
 
 
 def _brief(error: BaseException | None) -> str:

@@ -1,4 +1,4 @@
-"""The HTTP face of a desk: routes, checks, problems. Knows no Ray; `serve.app` adds that.
+"""The HTTP face of a service: routes, checks, problems. Knows no Ray; `serve.app` adds that.
 
 Every answer carries `x-request-id`. Errors are problems (RFC 9457) naming neither paths nor code.
 """
@@ -17,7 +17,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
 
-from serve.desk import Desk
 from serve.door import Door, check_token, problem, refuse, respond
 from serve.info import catalogue_info, item_info, policy_info
 from serve.problems import (
@@ -40,6 +39,7 @@ from serve.schema import (
     RecommendRequest,
     RecommendResponse,
 )
+from serve.service import Service
 
 _log = logging.getLogger("orchard.serve")
 _EXPLORER = Path(__file__).with_name("explorer.html")
@@ -58,14 +58,14 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def create_app(desk: Desk) -> FastAPI:
-    """The application; its lifespan starts and closes the desk."""
+def create_app(service: Service) -> FastAPI:
+    """The application; its lifespan starts and closes the service."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
-        await desk.start()
+        await service.start()
         yield
-        await desk.close()
+        await service.close()
 
     app = FastAPI(
         title="Orchard", summary="Generative recommendation.", version="1", lifespan=lifespan,
@@ -73,23 +73,23 @@ def create_app(desk: Desk) -> FastAPI:
     )  # fmt: skip
 
     def count(error: Refusal) -> None:
-        desk.meters.count("orchard_serve_refused", kind=error.kind)
+        service.meters.count("orchard_serve_refused", kind=error.kind)
 
-    app.add_middleware(Door, token_env=desk.config.token_env, refused=count)
-    _add_problems(app, desk)
-    _add_reading(app, desk)
-    _add_writing(app, desk)
-    _add_explorer(app, desk)
+    app.add_middleware(Door, token_env=service.config.token_env, refused=count)
+    _add_problems(app, service)
+    _add_reading(app, service)
+    _add_writing(app, service)
+    _add_explorer(app, service)
     return app
 
 
-def _add_reading(app: FastAPI, desk: Desk) -> None:
+def _add_reading(app: FastAPI, service: Service) -> None:
     """Routes that change nothing."""
 
     @app.post("/v1/recommend", response_model=RecommendResponse, tags=["recommend"])
     async def recommend(request: Request, body: RecommendRequest) -> Response:
         """Items for one history, best first."""
-        work = desk.recommend(body, request.state.id)
+        work = service.recommend(body, request.state.id)
         answer = await _unless_gone(request, work)
         return Response(answer.model_dump_json(), media_type="application/json")
 
@@ -100,9 +100,9 @@ def _add_reading(app: FastAPI, desk: Desk) -> None:
         async def one(place: int, asked: RecommendRequest) -> str:
             name = f"{request.state.id}.{place}"
             try:
-                return (await desk.recommend(asked, name)).model_dump_json()
+                return (await service.recommend(asked, name)).model_dump_json()
             except Refusal as refusal:
-                desk.meters.count("orchard_serve_refused", kind=refusal.kind)
+                service.meters.count("orchard_serve_refused", kind=refusal.kind)
                 return json.dumps(problem(refusal, name))
 
         work = asyncio.gather(*(one(i, asked) for i, asked in enumerate(body.requests)))
@@ -113,17 +113,17 @@ def _add_reading(app: FastAPI, desk: Desk) -> None:
     async def item(item_id: int) -> ItemInfo:
         """One item, and which filters let it pass."""
         # A filter that nobody has asked for yet takes a look at every item.
-        return await asyncio.to_thread(item_info, desk.stock.shelf, item_id)
+        return await asyncio.to_thread(item_info, service.stock.shelf, item_id)
 
     @app.get("/v1/catalog", tags=["catalogue"])
     async def catalogue() -> CatalogueInfo:
         """The catalogue that answers now."""
-        return catalogue_info(desk, desk.stock.shelf)
+        return catalogue_info(service, service.stock.shelf)
 
     @app.get("/v1/policy", tags=["policy"])
     async def policy() -> PolicyInfo:
         """The policies that answer now."""
-        return policy_info(desk)
+        return policy_info(service)
 
     @app.get("/healthz", tags=["health"])
     async def healthz() -> dict[str, str]:
@@ -133,12 +133,12 @@ def _add_reading(app: FastAPI, desk: Desk) -> None:
     @app.get("/readyz", tags=["health"])
     async def readyz() -> dict[str, str]:
         """Policy and catalogue are loaded and warm."""
-        if not desk.ready:
+        if not service.ready:
             raise UnavailableError("the policy is still being loaded; try again in a moment")
         return {"status": "ready"}
 
 
-def _add_explorer(app: FastAPI, desk: Desk) -> None:
+def _add_explorer(app: FastAPI, service: Service) -> None:
     """The page, and what it alone asks for."""
 
     @app.get("/", include_in_schema=False)
@@ -150,33 +150,33 @@ def _add_explorer(app: FastAPI, desk: Desk) -> None:
     @app.get("/v1/explore", include_in_schema=False)
     async def some_items() -> dict[str, list[int]]:
         """A few items, to begin with."""
-        rows = np.flatnonzero(desk.stock.shelf.snapshot.live)
+        rows = np.flatnonzero(service.stock.shelf.snapshot.live)
         chosen = np.random.default_rng().choice(rows, min(5, len(rows)), replace=False)
-        return {"item_ids": desk.stock.shelf.catalogue.item_id[chosen].tolist()}
+        return {"item_ids": service.stock.shelf.catalogue.item_id[chosen].tolist()}
 
     @app.post("/v1/explore/{variant}", include_in_schema=False)
     async def explore(request: Request, variant: str, body: RecommendRequest) -> Response:
         """As `recommend`, from the variant that is named, past cache and log."""
-        answer = await _unless_gone(request, desk.explore(body, variant))
+        answer = await _unless_gone(request, service.explore(body, variant))
         return Response(answer.model_dump_json(), media_type="application/json")
 
 
-def _add_writing(app: FastAPI, desk: Desk) -> None:
+def _add_writing(app: FastAPI, service: Service) -> None:
     """Routes of the operator, behind the token."""
 
     @app.post("/v1/catalog/delta", tags=["catalogue"])
     async def delta(request: Request, body: Annotated[DeltaRequest, Body()]) -> CatalogueInfo:
         """Add, remove and change items, or go back to an earlier version."""
-        check_token(request.headers.get("authorization"), desk.config.token_env)
-        shelf = await desk.change(body)
-        return catalogue_info(desk, shelf).model_copy(update={"dry_run": body.dry_run})
+        check_token(request.headers.get("authorization"), service.config.token_env)
+        shelf = await service.change(body)
+        return catalogue_info(service, shelf).model_copy(update={"dry_run": body.dry_run})
 
     @app.post("/v1/policy:activate", tags=["policy"])
     async def activate(request: Request, body: Annotated[ActivateRequest, Body()]) -> PolicyInfo:
         """Pin a policy, or follow training again."""
-        check_token(request.headers.get("authorization"), desk.config.token_env)
-        await desk.activate(body)
-        return policy_info(desk)
+        check_token(request.headers.get("authorization"), service.config.token_env)
+        await service.activate(body)
+        return policy_info(service)
 
 
 async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
@@ -199,12 +199,12 @@ async def _gone(request: Request) -> None:
         pass
 
 
-def _add_problems(app: FastAPI, desk: Desk) -> None:
+def _add_problems(app: FastAPI, service: Service) -> None:
     """Every error as a problem."""
 
     @app.exception_handler(Refusal)
     async def refused(request: Request, error: Refusal) -> JSONResponse:
-        desk.meters.count("orchard_serve_refused", kind=error.kind)
+        service.meters.count("orchard_serve_refused", kind=error.kind)
         return refuse(error, request)
 
     @app.exception_handler(RequestValidationError)

@@ -14,9 +14,9 @@ from ray.serve import metrics
 
 from orchard.settings import ServeConfig
 from serve.api import create_app
-from serve.desk import Desk
 from serve.meters import COUNTERS, GAUGES, HISTOGRAMS, SECONDS, SHARES
-from serve.opening import open_desk
+from serve.opening import open_service
+from serve.service import Service
 
 DEPLOYMENT = "Endpoint"
 
@@ -62,11 +62,11 @@ def _bounds(name: str) -> list[float]:
 
 
 class Endpoint:
-    """A replica: one desk and its HTTP face in one process, so that no request takes a hop."""
+    """A replica: one service and its HTTP face in one process, so that no request takes a hop."""
 
     def __init__(self, arguments: Arguments) -> None:
         """Load everything; Serve sends no request before the application has started."""
-        self._desk: Desk = open_desk(
+        self._service: Service = open_service(
             arguments.policy, arguments.serve, RayMeters(), max_history=arguments.max_history
         )
         # A full collection of what torch and Ray have imported takes hundreds of milliseconds,
@@ -75,13 +75,13 @@ class Endpoint:
         gc.freeze()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        """The application, which starts the desk with itself."""
-        return create_app(self._desk)
+        """The application, which starts the service with itself."""
+        return create_app(self._service)
 
     async def check_health(self) -> None:
         """Raise where the replica should be replaced."""
-        if not self._desk.ready:
-            raise RuntimeError("the desk is closed")
+        if not self._service.ready:
+            raise RuntimeError("the service is closed")
 
 
 def build(arguments: Arguments) -> Any:
@@ -90,7 +90,7 @@ def build(arguments: Arguments) -> Any:
     rows = arguments.serve.queue // max(1, arguments.serve.width)
     return shell.options(
         **options(arguments.serve),
-        # The desk has a queue of its own, with a bound and answers for those beyond it.
+        # The service has a queue of its own, with a bound and answers for those beyond it.
         max_ongoing_requests=2 * rows + 16,
         health_check_period_s=2,
         health_check_timeout_s=10,

@@ -24,7 +24,7 @@ MOST_ITEMS = 10_000
 
 @runtime_checkable
 class Histories(Protocol):
-    """What a desk asks."""
+    """What a service asks."""
 
     async def of(self, user: str) -> list[int]:
         """Item ids, oldest first, at most `MOST_ITEMS` of them, the latest.

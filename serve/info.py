@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from serve.desk import Desk
 from serve.follow import Seat
 from serve.problems import UnknownNameError
 from serve.schema import CatalogueInfo, ItemInfo, PolicyInfo, VariantInfo
+from serve.service import Service
 from serve.stock import Shelf
 from serve.variants import MAIN
 
@@ -29,7 +29,7 @@ def item_info(shelf: Shelf, item_id: int) -> ItemInfo:
     )
 
 
-def catalogue_info(desk: Desk, shelf: Shelf) -> CatalogueInfo:
+def catalogue_info(service: Service, shelf: Shelf) -> CatalogueInfo:
     """A version of the catalogue in numbers."""
     offer = shelf.offer(())
     return CatalogueInfo(
@@ -40,17 +40,17 @@ def catalogue_info(desk: Desk, shelf: Shelf) -> CatalogueInfo:
         levels=shelf.catalogue.trie.depth,
         level_size=list(shelf.catalogue.level_size),
         filters=sorted(shelf.filters),
-        kept=desk.stock.kept,
+        kept=service.stock.kept,
     )
 
 
-def policy_info(desk: Desk) -> PolicyInfo:
+def policy_info(service: Service) -> PolicyInfo:
     """Every variant."""
-    return PolicyInfo(variants=[_variant_info(desk, seat) for seat in desk.seats.values()])
+    return PolicyInfo(variants=[_variant_info(service, seat) for seat in service.seats.values()])
 
 
-def _variant_info(desk: Desk, seat: Seat) -> VariantInfo:
-    others = sum(s.share for s in desk.seats.values() if not s.shadow and s.name != MAIN)
+def _variant_info(service: Service, seat: Seat) -> VariantInfo:
+    others = sum(s.share for s in service.seats.values() if not s.shadow and s.name != MAIN)
     return VariantInfo(
         name=seat.name,
         policy=str(seat.version),

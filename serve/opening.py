@@ -1,4 +1,4 @@
-"""From a policy folder and the settings to a desk that can start."""
+"""From a policy folder and the settings to a service that can start."""
 
 import logging
 from pathlib import Path
@@ -19,22 +19,22 @@ from rollout.engine.torch import TorchEngine
 from rollout.engine.vllm import VllmHolder
 from serve import follow
 from serve.attributes import NOTHING, check_filters, read_attributes
-from serve.desk import Desk
 from serve.exposure import ExposureLog
 from serve.follow import Loaded, Seat
 from serve.history import open_histories
 from serve.ledger import Ledger
 from serve.meters import Meters
+from serve.service import Service
 from serve.stock import Stock
 from serve.variants import MAIN
 
 _log = logging.getLogger("orchard.serve")
 
 
-def open_desk(
+def open_service(
     folder: Path, config: ServeConfig, meters: Meters, *, max_history: int | None = None
-) -> Desk:
-    """A desk for the policy in `folder`; reads and checks everything that the settings name.
+) -> Service:
+    """A service for the policy in `folder`; reads and checks everything that the settings name.
 
     Args:
         folder: of an exported policy; its catalogue is what is served.
@@ -67,7 +67,7 @@ def open_desk(
             name, one.policy, config, items, words, ledger, share=one.share, shadow=one.shadow
         )
     known = follow.read_facts(folder)
-    return Desk(
+    return Service(
         config, seats, stock, ledger, meters,
         max_history=max_history or (known["max_history"] if known else 10),
         histories=open_histories(config),

@@ -5,7 +5,7 @@ Importable without torch and without Ray.
 
 from pathlib import Path
 
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeInt, model_validator
 
 from orchard.settings.critic import CriticConfig
 from orchard.settings.data import DataConfig
@@ -20,7 +20,7 @@ from orchard.settings.rewards import (
 )
 from orchard.settings.rollout import RolloutConfig, ThinkConfig, VedConfig
 from orchard.settings.run import CheckpointConfig, ClusterConfig, EvaluateConfig
-from orchard.settings.section import NonNegative, Section
+from orchard.settings.section import Section
 from orchard.settings.serve import FilterConfig, ServeConfig, VariantConfig
 
 __all__ = [
@@ -58,7 +58,7 @@ class Config(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Of the folder below `output`."""
-    seed: NonNegative = 0
+    seed: NonNegativeInt = 0
     output: Path = Path("runs")
     data: DataConfig
     model: ModelConfig = ModelConfig()

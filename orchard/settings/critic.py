@@ -2,10 +2,10 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from orchard.settings.rewards import ScorerConfig
-from orchard.settings.section import Positive, Rate, Share
+from orchard.settings.section import Share
 
 
 class CriticConfig(ScorerConfig):
@@ -21,10 +21,10 @@ class CriticConfig(ScorerConfig):
     """Of the advantage in the weight of an imitated step."""
     value_weight: Annotated[float, Field(gt=0.0)] = 1.0
     """Of the values' squared error beside the imitation."""
-    contrasts: Positive = 4
+    contrasts: PositiveInt = 4
     """Walks down the trie beside the logged one of each row: they follow it for some codes, then
     take any child."""
     dropout: Share = 0.1
-    batch_size: Positive = 128
+    batch_size: PositiveInt = 128
     """Rows per update."""
-    lr: Rate = 2e-3
+    lr: NonNegativeFloat = 2e-3

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
-from orchard.settings.section import Positive, Section
+from orchard.settings.section import Section
 
 
 class DataConfig(Section):
@@ -22,9 +22,9 @@ class DataConfig(Section):
     embeddings: str | None = None
     """Columns item_id and embedding (a list of numbers): what the value head's step rewards compare
     items by; by default they compare codes."""
-    max_history: Positive = 10
+    max_history: PositiveInt = 10
     """Most recent items that the policy sees."""
-    level_size: tuple[Positive, ...] | None = None
+    level_size: tuple[PositiveInt, ...] | None = None
     """Nominal codebook sizes; by default the largest code in use plus one."""
     varying_depth: bool = False
     """Allow semantic IDs of different lengths."""

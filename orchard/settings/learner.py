@@ -2,18 +2,18 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from orchard.settings.section import Duration, NonNegative, Positive, Rate, Section, Share
+from orchard.settings.section import Section, Share
 
 
 class KlConfig(Section):
     """How far the policy may move from its reference."""
 
-    weight: Rate = 1e-3
+    weight: NonNegativeFloat = 1e-3
     """Of the k3 estimator; 0 leaves the reference model out altogether."""
     reference: Literal["fixed", "ema"] = "fixed"
-    ema_every: Positive = 512
+    ema_every: PositiveInt = 512
     """Updates between two moves of an `ema` reference."""
     ema_share: Share = 0.6
     """Share of the current policy in each move."""
@@ -22,16 +22,16 @@ class KlConfig(Section):
 class ValueConfig(Section):
     """How the value head of `model.value_head` learns (V-STAR, arXiv 2602.10699)."""
 
-    weight: Rate = 1.0
+    weight: NonNegativeFloat = 1.0
     """Of its squared error beside the policy's loss."""
-    lr: Rate = 1e-3
+    lr: NonNegativeFloat = 1e-3
     """Its own rate, on the schedule of `learner.lr`."""
     target: Literal["td", "monte_carlo"] = "td"
     """Step reward plus the next state's discounted value, or the discounted rewards to the end."""
     discount: Share = 0.99
-    level_weight: Annotated[tuple[Rate, ...], Field(min_length=1)] = (0.3, 0.5, 1.0)
+    level_weight: Annotated[tuple[NonNegativeFloat, ...], Field(min_length=1)] = (0.3, 0.5, 1.0)
     """Step reward of codes 1, 2, ... that agree with the target; the last one of all later ones."""
-    outcome: dict[str, Rate] = Field(default_factory=dict[str, float])
+    outcome: dict[str, NonNegativeFloat] = Field(default_factory=dict[str, float])
     """Parts of the reward, with their weights, that a candidate earns at its last code in place of
     these step rewards: V then foretells what the run pays. Empty as in the paper."""
     detach: bool = True
@@ -45,23 +45,23 @@ class StepConfig(Section):
     """Code k earns its reward by being the target's, or only where all codes before it are, too."""
     think_only: bool = False
     """Give a step's advantage to its thinking block alone, not to its code."""
-    sid_token_weight: Rate = 1.0
+    sid_token_weight: NonNegativeFloat = 1.0
     """Factor on the weight of codes, each of which is one token beside a whole block."""
-    format_weight: Rate = 0.0
+    format_weight: NonNegativeFloat = 0.0
     """Of a further loss, standardised on its own, that rewards the right number of blocks."""
 
 
 class LearnerConfig(Section):
     """Scored trees to the next policy."""
 
-    workers: Positive = 1
+    workers: PositiveInt = 1
     """Ray Train workers."""
-    gpus: Rate = 0.0
+    gpus: NonNegativeFloat = 0.0
     """GPUs per worker."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    steps: Positive = 300
-    prompts_per_step: Positive = 64
-    updates_per_batch: Positive = 1
+    steps: PositiveInt = 300
+    prompts_per_step: PositiveInt = 64
+    updates_per_batch: PositiveInt = 1
     """Gradient steps on one batch; above 1 the clip comes into force."""
     estimator: Literal[
         "group", "dapo", "drgrpo", "leave_one_out", "sibling", "blend", "group_sibling", "step"
@@ -69,24 +69,24 @@ class LearnerConfig(Section):
     """Who a candidate is compared with: its group, or at each code the alternatives that were also
     found; `group_sibling` adds both losses, `blend` averages both advantages; `step` compares each
     step of a candidate with the same step of its group."""
-    sibling_weight: Rate = 1.0
+    sibling_weight: NonNegativeFloat = 1.0
     """Of the sibling loss beside the group's, in `group_sibling`."""
     step: StepConfig = StepConfig()
     std_epsilon: Annotated[float, Field(gt=0.0)] = 1e-4
-    lr: Rate = 2e-4
+    lr: NonNegativeFloat = 2e-4
     warmup: Share = 0.03
     final_lr: Share = 0.1
-    weight_decay: Rate = 0.0
-    grad_clip: Rate = 0.3
+    weight_decay: NonNegativeFloat = 0.0
+    grad_clip: NonNegativeFloat = 0.3
     ratio: Literal["token", "sequence"] = "token"
     """What is compared with the behaviour policy and clipped: each choice, or the geometric mean
     over a candidate's tokens (GSPO, arXiv 2507.18071), which wants far narrower clips: 3e-4 and
     4e-4 for texts of thousands of tokens."""
     clip_low: Share = 0.2
-    clip_high: Rate = 0.2
-    dual_clip: Rate = 3.0
+    clip_high: NonNegativeFloat = 0.2
+    dual_clip: NonNegativeFloat = 3.0
     """Bound above 1 on the ratio of choices with negative advantage; 0 switches it off."""
-    truncate: Rate = 0.0
+    truncate: NonNegativeFloat = 0.0
     """Bound of truncated importance weights to the version that searched (TIS); 0: none."""
     logprob: Literal["trie", "full"] = "trie"
     """Distribution of a code: over its legal siblings, or over the whole vocabulary."""
@@ -100,10 +100,10 @@ class LearnerConfig(Section):
     value: ValueConfig = ValueConfig()
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the forward and backward pass; weights and optimiser stay in float32."""
-    max_tokens: Positive = 65536
+    max_tokens: PositiveInt = 65536
     """Padded slots per forward pass; larger batches are cut into micro-batches."""
-    threads: Positive = 2
-    max_failures: NonNegative = 3
-    timeout_s: Duration = 600.0
+    threads: PositiveInt = 2
+    max_failures: NonNegativeInt = 3
+    timeout_s: PositiveFloat = 600.0
     """Longest wait for one update or one epoch."""
-    start_timeout_s: Duration = 300.0
+    start_timeout_s: PositiveFloat = 300.0

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from orchard.settings.section import NonNegative, Positive, Rate, Section, Share
+from orchard.settings.section import Section, Share
 
 
 def _template(place: str) -> AfterValidator:
@@ -40,7 +40,7 @@ class PromptConfig(Section):
     """For the task that asks for the title of an item."""
     chat: bool = False
     """Wrap instructions in the tokenizer's own chat template, as what the user says."""
-    max_tokens: Positive | None = None
+    max_tokens: PositiveInt | None = None
     """Of a prompt; the oldest items give way. By default all positions of the model but those of
     the answer."""
 
@@ -48,10 +48,10 @@ class PromptConfig(Section):
 class TasksConfig(Section):
     """What a text model is taught beside history -> item: examples per row of the split."""
 
-    titles: Rate = 0.0
+    titles: NonNegativeFloat = 0.0
     """Titles of the history -> item."""
-    title_to_item: Rate = 0.0
-    item_to_title: Rate = 0.0
+    title_to_item: NonNegativeFloat = 0.0
+    item_to_title: NonNegativeFloat = 0.0
 
     @property
     def share(self) -> dict[str, float]:
@@ -62,9 +62,9 @@ class TasksConfig(Section):
 class LoraConfig(Section):
     """Low-rank adapters in place of training every weight; embeddings are trained whole."""
 
-    rank: NonNegative = 0
+    rank: NonNegativeInt = 0
     """0 trains every weight."""
-    alpha: Positive = 32
+    alpha: PositiveInt = 32
     """Adapters count alpha / rank times."""
     dropout: Share = 0.0
     """Of what adapters read, in the supervised warm start and where `learner.dropout` is set."""
@@ -77,14 +77,14 @@ class ModelConfig(Section):
 
     path: Path | None = None
     """Folder of a saved policy; by default a small Qwen3 is made from the sizes below."""
-    text_tokens: Positive = 512
+    text_tokens: PositiveInt = 512
     """Text tokens of a new policy that reads or writes text, found in its rationales or in the
     items' titles; at least the 256 bytes."""
-    hidden_size: Positive = 128
-    intermediate_size: Positive = 384
-    layers: Positive = 4
-    heads: Positive = 4
-    kv_heads: Positive = 2
+    hidden_size: PositiveInt = 128
+    intermediate_size: PositiveInt = 384
+    layers: PositiveInt = 4
+    heads: PositiveInt = 4
+    kv_heads: PositiveInt = 2
     dropout: Share = 0.2
     """Of embeddings and of each block's output, in the supervised warm start only."""
     lora: LoraConfig = LoraConfig()
@@ -96,26 +96,26 @@ class ModelConfig(Section):
 class SftConfig(Section):
     """The supervised warm start: next code over whole user sequences."""
 
-    epochs: Positive = 20
-    batch_size: Positive = 64
+    epochs: PositiveInt = 20
+    batch_size: PositiveInt = 64
     """User sequences per update, over all workers."""
-    lr: Rate = 2e-3
+    lr: NonNegativeFloat = 2e-3
     warmup: Share = 0.05
     """Share of the updates during which the rate rises; a cosine falls to `final_lr` after it."""
     final_lr: Share = 0.05
     """Last rate as a share of `lr`."""
-    weight_decay: Rate = 0.05
-    grad_clip: Rate = 1.0
+    weight_decay: NonNegativeFloat = 0.05
+    grad_clip: NonNegativeFloat = 1.0
     logprob: Literal["trie", "full"] = "trie"
     """Distribution whose likelihood is raised: over the legal siblings, or over the whole
     vocabulary, forced codes included, which generalised better on real data."""
     average: Share = 0.998
     """Decay per update of the moving average of the weights that is evaluated and kept; 0: none."""
-    minutes: Rate = 0.0
+    minutes: NonNegativeFloat = 0.0
     """Stop after the epoch in which so many minutes have passed; 0 sets no limit."""
-    valid_rows: NonNegative = 1000
+    valid_rows: NonNegativeInt = 1000
     """Rows of the validation split that choose the epoch; 0 keeps the last."""
-    valid_beams: Positive = 20
-    patience: Positive = 5
+    valid_beams: PositiveInt = 20
+    patience: PositiveInt = 5
     """Stop after so many epochs without a better NDCG@10 on the validation rows."""
     tasks: TasksConfig = TasksConfig()

@@ -3,9 +3,16 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
-from orchard.settings.section import Duration, NonNegative, Positive, Rate, Section, Share
+from orchard.settings.section import Section, Share
 
 
 class ScorerConfig(Section):
@@ -13,19 +20,19 @@ class ScorerConfig(Section):
 
     path: Path | None = None
     """Its folder; by default that of its name in the run's own."""
-    hidden_size: Positive = 64
-    layers: Positive = 2
-    heads: Positive = 2
+    hidden_size: PositiveInt = 64
+    layers: PositiveInt = 2
+    heads: PositiveInt = 2
     dropout: Share = 0.3
-    epochs: Positive = 30
-    minutes: Rate = 0.0
+    epochs: PositiveInt = 30
+    minutes: NonNegativeFloat = 0.0
     """Stop after the epoch in which so many minutes have passed; 0 sets no limit."""
-    patience: Positive = 4
+    patience: PositiveInt = 4
     """Stop after so many epochs without a better figure on the validation rows."""
-    batch_size: Positive = 64
+    batch_size: PositiveInt = 64
     """User sequences, or lists, per update."""
-    lr: Rate = 3e-3
-    weight_decay: Rate = 0.0
+    lr: NonNegativeFloat = 3e-3
+    weight_decay: NonNegativeFloat = 0.0
 
     @model_validator(mode="after")
     def _consistent(self) -> "ScorerConfig":
@@ -49,9 +56,9 @@ class ListwiseConfig(ScorerConfig):
     near: Share = 0.5
     """Share of the others that are neighbours of the target in the trie; the rest are drawn as
     often as they are targets."""
-    batch_size: Positive = 256
+    batch_size: PositiveInt = 256
     """Lists per update."""
-    lr: Rate = 1e-3
+    lr: NonNegativeFloat = 1e-3
 
 
 class TransitionConfig(Section):
@@ -74,9 +81,9 @@ class RewardsConfig(Section):
     collaborative: CollaborativeConfig = CollaborativeConfig()
     transition: TransitionConfig = TransitionConfig()
     listwise: ListwiseConfig = ListwiseConfig()
-    actors: Positive = 1
-    queue: Positive = 8
+    actors: PositiveInt = 1
+    queue: PositiveInt = 8
     """Batches that may wait at each actor."""
-    timeout_s: Duration = 30.0
-    retries: NonNegative = 2
-    max_restarts: NonNegative = 3
+    timeout_s: PositiveFloat = 30.0
+    retries: NonNegativeInt = 2
+    max_restarts: NonNegativeInt = 3

@@ -2,9 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from orchard.settings.section import Duration, NonNegative, Positive, Rate, Section, Share
+from orchard.settings.section import Section, Share
 
 
 class VedConfig(Section):
@@ -13,16 +13,16 @@ class VedConfig(Section):
     guide: Literal["head", "critic"] = "head"
     """Whose values guide: those of the policy's own head, which learns beside it, or those of a
     critic fitted beforehand (`orchard fit critic`), which has them from the first update on."""
-    budget: Positive = 33
+    budget: PositiveInt = 33
     """Most tokens forwarded per prompt, the root's own distribution counted as one and leaves left
     out, as the paper counts; a beam of width W over three codes costs 1 + 2 W."""
-    width: Positive = 8
+    width: PositiveInt = 8
     """Of the likelihood beam that the tree begins with."""
-    exploration: Rate = 1.0
+    exploration: NonNegativeFloat = 1.0
     """Of rarely visited nodes in the selection; the paper's beta."""
-    entropy_weight: Rate = 0.1
+    entropy_weight: NonNegativeFloat = 0.1
     """Of a node's entropy in its priority; the paper's lambda."""
-    value_weight: Rate = 1.0
+    value_weight: NonNegativeFloat = 1.0
     """Of a node's value in its priority; 0 leaves the guidance to the entropy."""
     expand_root: bool = True
     """Let the root, alone at its depth and so never below its mean, grow in every traversal."""
@@ -32,27 +32,27 @@ class VedConfig(Section):
     """Follow each new child down to a leaf, one sampled code after another."""
     count_leaves: bool = False
     """Count the evaluation of leaves against the budget."""
-    traversals: Positive = 1
+    traversals: PositiveInt = 1
     """Per prompt between two forward passes; visits count at once, values with the pass."""
-    warmup: NonNegative = 0
+    warmup: NonNegativeInt = 0
     """First updates that search by beam, while the value head learns to guide."""
 
 
 class ThinkConfig(Section):
     """Thinking before naming an item (SAPO, arXiv 2605.17648), for `rollout.search = "think"`."""
 
-    block_tokens: Positive = 64
+    block_tokens: PositiveInt = 64
     """Most tokens of a block's own; after so many its closing tag is forced."""
     codes: Literal["sample", "beam"] = "sample"
     """How codes are found after a thought."""
-    width: Positive = 1
+    width: PositiveInt = 1
     """Candidates after each thought, of which there are `rollout.candidates`."""
 
 
 class RolloutConfig(Section):
     """Prompts to search trees."""
 
-    actors: Positive = 1
+    actors: PositiveInt = 1
     engine: Literal["vllm", "torch"] = "vllm"
     decode: Literal["worker", "requests"] = "worker"
     """Where vLLM's searches run: inside its worker, or as one public request per prefix."""
@@ -61,7 +61,7 @@ class RolloutConfig(Section):
     `sample`: independent draws; `dynamic`: the target and little twice, of half as many draws
     again; `ved`: what a value head guides to; `think`: independent thoughts, a block for each code,
     and what codes follow them."""
-    candidates: Positive = 16
+    candidates: PositiveInt = 16
     """Candidates per prompt; the width of the beam."""
     add_target: bool = False
     """Put the target in the place of the worst candidate where a search for training missed it."""
@@ -69,17 +69,17 @@ class RolloutConfig(Section):
     """Of the random searches; reported log-probabilities are those of the policy itself."""
     ved: VedConfig = VedConfig()
     think: ThinkConfig = ThinkConfig()
-    batch_size: Positive = 64
+    batch_size: PositiveInt = 64
     """Prompts per request to an actor."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    threads: Positive = 2
-    gpus: Rate = 0.0
+    threads: PositiveInt = 2
+    gpus: NonNegativeFloat = 0.0
     """GPUs per actor; vLLM splits the policy over them (tensor parallelism)."""
     kv_cache_gib: Annotated[float, Field(gt=0.0)] = 1.0
     """vLLM's paged cache per actor: system memory on a CPU; a GPU takes `gpu_memory` instead."""
     gpu_memory: Share = 0.4
     """Share of a GPU that vLLM may take."""
-    max_restarts: NonNegative = 3
-    timeout_s: Duration = 300.0
+    max_restarts: NonNegativeInt = 3
+    timeout_s: PositiveFloat = 300.0
     """Longest wait for one batch of trees."""
-    start_timeout_s: Duration = 300.0
+    start_timeout_s: PositiveFloat = 300.0

@@ -2,26 +2,26 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from orchard.settings.section import Duration, NonNegative, Positive, Section
+from orchard.settings.section import Section
 
 
 class EvaluateConfig(Section):
     """Held-out evaluation by constrained beam search."""
 
-    beams: Positive = 50
+    beams: PositiveInt = 50
     engine: Literal["vllm", "torch"] = "torch"
     think: bool = False
     """Let the policy think, greedily and with `rollout.think.block_tokens`, before the beam."""
-    every: NonNegative = 50
+    every: NonNegativeInt = 50
     """Updates between two looks at the validation rows; 0 never looks."""
-    valid_rows: Positive = 1000
-    valid_beams: Positive = 20
-    test_rows: NonNegative = 0
+    valid_rows: PositiveInt = 1000
+    valid_beams: PositiveInt = 20
+    test_rows: NonNegativeInt = 0
     """Rows of the test split before and after; 0 takes all."""
-    batch_size: Positive = 256
-    resamples: Positive = 2000
+    batch_size: PositiveInt = 256
+    resamples: PositiveInt = 2000
     """Bootstrap resamples behind the 95 % intervals of an evaluation; differences between two take
     2,000."""
 
@@ -29,9 +29,9 @@ class EvaluateConfig(Section):
 class CheckpointConfig(Section):
     """What survives."""
 
-    every: Positive = 50
+    every: PositiveInt = 50
     """Updates between two checkpoints."""
-    keep: Positive = 2
+    keep: PositiveInt = 2
 
 
 class ClusterConfig(Section):
@@ -39,15 +39,15 @@ class ClusterConfig(Section):
 
     address: str | None = None
     """Ray cluster to join; by default RAY_ADDRESS, or a local cluster of this run's own."""
-    cpus: Positive | None = None
+    cpus: PositiveInt | None = None
     """CPUs of the local cluster; by default what the plan needs."""
-    max_lag: NonNegative = 0
+    max_lag: NonNegativeInt = 0
     """Updates that a rollout's policy may be behind the learner's; 0 is synchronous."""
-    publish_timeout_s: Duration = 60.0
-    probe_prompts: NonNegative = 2
+    publish_timeout_s: PositiveFloat = 60.0
+    probe_prompts: NonNegativeInt = 2
     """Prompts whose targets each rollout actor scores anew when it is given weights, to compare
     with the learner; 0 trusts the digest alone."""
-    probe_tolerance: Duration | None = None
+    probe_tolerance: PositiveFloat | None = None
     """Largest difference of one of them, in nats; by default 0.001, or 0.5 where rollout or learner
     computes in bfloat16."""
     tracker: Literal["wandb", "mlflow"] | None = None

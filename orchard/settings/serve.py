@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import parse_qs, urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from orchard.settings.section import Duration, Positive, Rate, Section, Share
+from orchard.settings.section import Section, Share
 
 
 def _tells_secrets(address: str) -> bool:
@@ -41,26 +41,26 @@ class ServeConfig(Section):
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
-    replicas: Positive = 1
+    replicas: PositiveInt = 1
     engine: Literal["vllm", "torch"] = "torch"
     """`vllm` falls back to `torch`, with a warning, where it cannot be had."""
-    threads: Positive = 1
+    threads: PositiveInt = 1
     """Of the engine in each replica."""
-    width: Positive = 50
+    width: PositiveInt = 50
     """Beam width where a request does not say."""
-    max_width: Positive = 512
-    max_k: Positive = 512
-    budget: Positive = 1024
+    max_width: PositiveInt = 512
+    max_k: PositiveInt = 512
+    budget: PositiveInt = 1024
     """Beam rows that one batch may hold."""
-    queue: Positive = 8192
+    queue: PositiveInt = 8192
     """Beam rows that may wait; beyond it requests are refused with 429."""
-    linger_ms: Rate = 0.0
+    linger_ms: NonNegativeFloat = 0.0
     """Time that a batch waits for company."""
-    deadline_ms: Rate = 0.0
+    deadline_ms: NonNegativeFloat = 0.0
     """Where a request does not say; 0 sets none."""
-    cache_s: Rate = 0.0
+    cache_s: NonNegativeFloat = 0.0
     """Life of a cached answer; 0 caches nothing."""
-    cache_size: Positive = 10_000
+    cache_size: PositiveInt = 10_000
     popularity: Path | None = None
     """Parquet columns item_id and count: what is shown where the policy cannot answer in time. A
     run without the file counts its training targets."""
@@ -88,9 +88,9 @@ class ServeConfig(Section):
     beside the policy."""
     exposure: Path | None = None
     """Folder of the exposure log; by default none is kept."""
-    follow_s: Duration = 0.5
+    follow_s: PositiveFloat = 0.5
     """Time between two looks at the policy folder and at the shared state."""
-    versions: Positive = 3
+    versions: PositiveInt = 3
     """Policies and catalogues kept for rollback."""
     probe_tolerance: Annotated[float, Field(gt=0.0)] = 1e-3
     """Largest difference between what a new policy's engine and its reference make of a probe."""

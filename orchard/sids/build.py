@@ -25,6 +25,7 @@ from orchard.sids.rqvae import quantise_learned
 from orchard.tables import read_table
 
 REPORT, PICTURE, EMBEDDINGS = "sids.json", "sids.png", "embeddings.parquet"
+MAX_LEVELS = 8
 Source = Literal["auto", "titles", "interactions"]
 QUANTISERS: Mapping[str, Callable[..., Quantised]] = {
     "kmeans": quantise,
@@ -86,6 +87,11 @@ def build(folder: Path, recipe: Recipe, *, overwrite: bool = False) -> Report:
         )
     if not recipe.levels or min(recipe.levels) < 2:
         raise ConfigError(f"--levels = {recipe.levels}; each codebook needs at least 2 codes")
+    if len(recipe.levels) > MAX_LEVELS:
+        raise ConfigError(
+            f"--levels has {len(recipe.levels)} codebooks, at most {MAX_LEVELS} make sense: every "
+            "level is a forward pass of each search; use fewer and larger ones"
+        )
     path = folder / "items.parquet"
     items = read_table(path, role="items", columns=("item_id",), remedy="the data folder")
     if "sid" in items.column_names and not overwrite:

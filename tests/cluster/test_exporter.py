@@ -36,7 +36,7 @@ STEP = {
 }
 
 
-class Seats:
+class Slots:
     """A pool as the exporter sees it."""
 
     def __init__(self, calls: int) -> None:
@@ -100,7 +100,7 @@ def test_counters_of_a_pool_go_on_where_an_earlier_one_ended(
     listening: tuple[Exporter, str],
 ) -> None:
     exporter, url = listening
-    pools: list[Any] = [Seats(5), Seats(1)]
+    pools: list[Any] = [Slots(5), Slots(1)]
     for pool in pools:
         exporter.attach("rollout", pool)
     shown = samples(scrape(url))
@@ -156,7 +156,7 @@ def test_promtool_finds_nothing_to_complain_about(listening: tuple[Exporter, str
         pytest.skip("promtool is not installed (Debian package prometheus)")
     exporter, url = listening
     exporter.log("train", 1, {m.logged.format(**_any(m.labels)): 1.0 for m in METRICS if m.logged})
-    pool: Any = Seats(5)
+    pool: Any = Slots(5)
     exporter.attach("rollout", pool)
     text = scrape(url)
     families = {f"orchard_{f.name.removeprefix('orchard_')}" for f in _families(text)}

@@ -91,9 +91,12 @@ def test_a_cluster_obeys_what_the_operator_asks_beyond_its_schema(name: str) -> 
         pod = group["template"]["spec"]
         assert pod.get("restartPolicy", "Never") == "Never"
         assert pod["securityContext"]["runAsNonRoot"]
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
         assert pod["terminationGracePeriodSeconds"] > 30  # Ray drains a node for 30 s
         assert "resources" not in group
         (container,) = pod["containers"]
+        assert container["securityContext"]["allowPrivilegeEscalation"] is False
+        assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
         version = re.search(r":(\d+\.\d+\.\d+)", container["image"])
         assert version is not None
         assert version[1] == spec["rayVersion"]

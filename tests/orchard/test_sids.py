@@ -296,6 +296,7 @@ def test_what_cannot_be_embedded_is_refused_and_the_folder_stays_as_it_was(tmp_p
         ({**small, "model": tmp_path / "model"}, ConfigError, "holds no config.json"),
         ({"levels": (256,)}, DataError, "lower --levels"),
         ({"levels": (1, 4)}, ConfigError, "at least 2 codes"),
+        ({"levels": (4,) * 9}, ConfigError, "has 9 codebooks, at most 8"),
         ({**small, "quantiser": "magic"}, ConfigError, "choose from kmeans, balanced, rqvae"),
         ({**small, "collisions": "pray"}, ConfigError, "choose from extra_level, reassign, keep"),
     ]

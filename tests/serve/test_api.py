@@ -19,9 +19,9 @@ from orchard.errors import CheckpointError, ConfigError
 from orchard.settings import FilterConfig, ServeConfig, VariantConfig
 from orchard.testing import World, tiny_world
 from serve.api import create_app
-from serve.desk import Desk
 from serve.meters import Tally
-from serve.opening import open_desk
+from serve.opening import open_service
+from serve.service import Service
 from serve.testing import export_policy
 from serve.variants import variant_of
 
@@ -71,19 +71,19 @@ def settings(folder: Path, **changes: Any) -> ServeConfig:
 
 
 def served(
-    folder: Path, work: Callable[[httpx.AsyncClient, Desk], Awaitable[T]], **changes: Any
+    folder: Path, work: Callable[[httpx.AsyncClient, Service], Awaitable[T]], **changes: Any
 ) -> T:
     """What `work` makes of an endpoint that is up."""
 
     async def run() -> T:
-        desk = open_desk(folder, settings(folder, **changes), Tally())
-        app = create_app(desk)
+        service = open_service(folder, settings(folder, **changes), Tally())
+        app = create_app(service)
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with (
             app.router.lifespan_context(app),
             httpx.AsyncClient(transport=transport, base_url="http://shop") as client,
         ):
-            return await work(client, desk)
+            return await work(client, service)
 
     return asyncio.run(run())
 
@@ -99,7 +99,7 @@ def shown(answer: dict[str, Any]) -> list[int]:
 
 
 def test_a_request_is_answered_with_items_versions_and_cost(folder: Path) -> None:
-    async def work(client: httpx.AsyncClient, desk: Desk) -> None:
+    async def work(client: httpx.AsyncClient, service: Service) -> None:
         response = await client.post(
             "/v1/recommend",
             json={"history": [3, 17, 5], "k": 5, "explain": "levels"},
@@ -109,7 +109,7 @@ def test_a_request_is_answered_with_items_versions_and_cost(folder: Path) -> Non
         assert response.headers["x-request-id"] == "mine-1"
         assert [item["rank"] for item in answer["items"]] == [1, 2, 3, 4, 5]
         assert (answer["returned"], answer["fewer"], answer["source"]) == (5, "", "policy")
-        assert answer["policy"] == str(desk.seats["main"].version)
+        assert answer["policy"] == str(service.seats["main"].version)
         assert answer["policy"].startswith("3-")
         assert answer["catalogue"].startswith("0-")
         assert answer["cost"]["forward_tokens"] > 0
@@ -127,7 +127,7 @@ def test_a_request_is_answered_with_items_versions_and_cost(folder: Path) -> Non
 
 
 def test_what_is_excluded_or_filtered_is_never_shown(folder: Path) -> None:
-    async def work(client: httpx.AsyncClient, desk: Desk) -> None:
+    async def work(client: httpx.AsyncClient, service: Service) -> None:
         everything = await recommend(client, history=[3, 17, 5], k=40)
         assert sorted(shown(everything)) == list(range(40))
         filtered = await recommend(
@@ -141,13 +141,13 @@ def test_what_is_excluded_or_filtered_is_never_shown(folder: Path) -> None:
         assert (nothing["items"], nothing["fewer"]) == ([], "exhausted")
         capped = await recommend(client, history=[1], k=40, per_prefix=1)
         assert len({item["sid"][0] for item in capped["items"]}) == len(capped["items"])
-        assert desk.meters.total("orchard_serve_illegal") == 0
+        assert service.meters.total("orchard_serve_illegal") == 0
 
     served(folder, work)
 
 
 def test_users_are_answered_from_the_history_store(folder: Path) -> None:
-    async def work(client: httpx.AsyncClient, desk: Desk) -> None:
+    async def work(client: httpx.AsyncClient, service: Service) -> None:
         known = await recommend(client, user="ann")
         assert shown(known) == shown(await recommend(client, history=[1, 2, 3]))
         response = await client.post("/v1/recommend", json={"user": "eve"})
@@ -158,7 +158,7 @@ def test_users_are_answered_from_the_history_store(folder: Path) -> None:
 
 
 def test_a_batch_answers_or_refuses_each_by_itself(folder: Path) -> None:
-    async def work(client: httpx.AsyncClient, desk: Desk) -> None:
+    async def work(client: httpx.AsyncClient, service: Service) -> None:
         body = {"requests": [{"history": [1]}, {"history": [2], "k": 1000}, {"history": [1]}]}
         answers = (await client.post("/v1/recommend:batch", json=body)).json()["responses"]
         assert shown(answers[0]) == shown(answers[2]) == shown(await recommend(client, history=[1]))
@@ -169,7 +169,7 @@ def test_a_batch_answers_or_refuses_each_by_itself(folder: Path) -> None:
 
 
 def test_items_catalogue_policy_and_health_can_be_looked_at(folder: Path) -> None:
-    async def work(client: httpx.AsyncClient, desk: Desk) -> None:
+    async def work(client: httpx.AsyncClient, service: Service) -> None:
         items = catalogues.load(folder / "catalogue")
         one = (await client.get("/v1/items/39")).json()
         assert one["sid"] == items.codes[39].tolist()
@@ -192,7 +192,7 @@ def test_items_catalogue_policy_and_health_can_be_looked_at(folder: Path) -> Non
 def test_deltas_and_activations_need_the_token(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def work(client: httpx.AsyncClient, desk: Desk) -> None:
+    async def work(client: httpx.AsyncClient, service: Service) -> None:
         for header in (
             "",
             "Bearer",
@@ -211,9 +211,9 @@ def test_deltas_and_activations_need_the_token(
                 )
                 assert response.status_code == 401
                 assert response.headers["www-authenticate"] == "Bearer"
-        assert desk.stock.shelf.version == 0
-        assert isinstance(desk.meters, Tally)
-        assert desk.meters.total("orchard_serve_refused") == 14
+        assert service.stock.shelf.version == 0
+        assert isinstance(service.meters, Tally)
+        assert service.meters.total("orchard_serve_refused") == 14
         monkeypatch.setenv("ORCHARD_SERVE_TOKEN", "")
         closed = await client.post(
             "/v1/catalog/delta", json={"remove": [1]}, headers={"authorization": "Bearer "}
@@ -229,7 +229,7 @@ def test_a_delta_shows_in_the_next_answer_and_can_be_taken_back(folder: Path) ->
         assert response.status_code == 200, response.text
         return response.json()
 
-    async def work(client: httpx.AsyncClient, desk: Desk) -> None:
+    async def work(client: httpx.AsyncClient, service: Service) -> None:
         first = shown(await recommend(client, history=[3], k=40))
         gone = first[0]
         dry = await change(client, remove=[gone], dry_run=True)
@@ -253,15 +253,15 @@ def test_a_delta_shows_in_the_next_answer_and_can_be_taken_back(folder: Path) ->
 
 
 def test_replicas_share_deltas_and_later_ones_read_them_all(folder: Path) -> None:
-    async def work(client: httpx.AsyncClient, desk: Desk) -> None:
-        other = open_desk(folder, settings(folder), Tally())
+    async def work(client: httpx.AsyncClient, service: Service) -> None:
+        other = open_service(folder, settings(folder), Tally())
         await other.start()
         for body in ({"remove": [1, 2]}, {"add": [{"item_id": 99, "sid": [0, 0, 0]}]},
                      {"rollback_to": 1}, {"remove": [3]}):  # fmt: skip
             response = await client.post("/v1/catalog/delta", json=body, headers=OPERATOR)
             assert response.status_code == 200
         await other.look()
-        late = open_desk(folder, settings(folder), Tally())
+        late = open_service(folder, settings(folder), Tally())
         await late.start()
         for desk_of in (other, late):
             assert desk_of.stock.shelf.version == 4
@@ -285,10 +285,10 @@ def trained_further(world: World, folder: Path, *, step: int, spoil: bool = Fals
 
 
 def test_the_endpoint_follows_training_pins_and_goes_back(folder: Path, shop_world: World) -> None:
-    async def work(client: httpx.AsyncClient, desk: Desk) -> None:
+    async def work(client: httpx.AsyncClient, service: Service) -> None:
         first = await recommend(client, history=[3, 4], k=40)
         trained_further(shop_world, folder, step=4)
-        await desk.look()
+        await service.look()
         second = await recommend(client, history=[3, 4], k=40)
         assert second["policy"].startswith("4-")
         assert [i["score"] for i in second["items"]] != [i["score"] for i in first["items"]]
@@ -299,15 +299,15 @@ def test_the_endpoint_follows_training_pins_and_goes_back(folder: Path, shop_wor
         assert again["policy"] == first["policy"]
         assert [i["score"] for i in again["items"]] == [i["score"] for i in first["items"]]
         trained_further(shop_world, folder, step=5)
-        await desk.look()
+        await service.look()
         assert (await recommend(client, history=[3]))["policy"] == first["policy"]  # pinned
-        other = open_desk(folder, settings(folder), Tally())
+        other = open_service(folder, settings(folder), Tally())
         await other.start()
         assert str(other.seats["main"].version) == first["policy"]
         await other.close()
         latest = {"version": "latest"}
         await client.post("/v1/policy:activate", json=latest, headers=OPERATOR)
-        await desk.look()
+        await service.look()
         assert (await recommend(client, history=[3]))["policy"].startswith("5-")
         unknown = {"version": "77-abc"}
         refused = await client.post("/v1/policy:activate", json=unknown, headers=OPERATOR)
@@ -317,19 +317,19 @@ def test_the_endpoint_follows_training_pins_and_goes_back(folder: Path, shop_wor
 
 
 def test_a_policy_that_is_not_what_it_says_is_not_followed(folder: Path, shop_world: World) -> None:
-    async def work(client: httpx.AsyncClient, desk: Desk) -> None:
+    async def work(client: httpx.AsyncClient, service: Service) -> None:
         first = (await recommend(client, history=[3]))["policy"]
         trained_further(shop_world, folder, step=4, spoil=True)
-        await desk.look()
+        await service.look()
         assert (await recommend(client, history=[3]))["policy"] == first
         (main,) = (await client.get("/v1/policy")).json()["variants"]
         assert "their folder names 00000000" in main["refused"]
         shutil.rmtree(folder)
-        await desk.look()
+        await service.look()
         assert (await recommend(client, history=[3]))["policy"] == first
         # An engine that scores otherwise than the model is taken back.
         trained_further(shop_world, folder, step=6)
-        seat = desk.seats["main"]
+        seat = service.seats["main"]
         install = seat.holder.install
 
         def broken(version: Any, values: Any) -> None:
@@ -341,7 +341,7 @@ def test_a_policy_that_is_not_what_it_says_is_not_followed(folder: Path, shop_wo
 
         seat.holder.install = broken  # type: ignore[method-assign]
         before = [i["score"] for i in (await recommend(client, history=[3]))["items"]]
-        await desk.look()
+        await service.look()
         after = await recommend(client, history=[3])
         assert after["policy"] == first
         assert [i["score"] for i in after["items"]] == before
@@ -360,7 +360,7 @@ def test_variants_split_users_and_shadows_only_log(
         "dark": VariantConfig(policy=tmp_path / "dark", shadow=True),
     }
 
-    async def work(client: httpx.AsyncClient, desk: Desk) -> None:
+    async def work(client: httpx.AsyncClient, service: Service) -> None:
         users = [f"user-{i}" for i in range(6)]
         answers = [await recommend(client, history=[3], user=user, k=2) for user in users]
         again = [await recommend(client, history=[3], user=user, k=2) for user in users]
@@ -393,17 +393,17 @@ def test_the_hash_of_users_keeps_to_the_shares() -> None:
 
 
 def test_late_answers_are_popular_items_and_say_so(folder: Path) -> None:
-    async def work(client: httpx.AsyncClient, desk: Desk) -> None:
+    async def work(client: httpx.AsyncClient, service: Service) -> None:
         late = await recommend(client, history=[3], k=4, exclude=[1], deadline_ms=1e-6)
         assert (late["source"], late["fallback"]) == ("popularity", "deadline")
         assert shown(late) == [0, 2, 3, 4]
         assert late["items"][0]["score"] is None
-        assert desk.meters.total("orchard_serve_fallbacks") == 1
+        assert service.meters.total("orchard_serve_fallbacks") == 1
         assert (await recommend(client, history=[3], deadline_ms=60_000))["source"] == "policy"
 
     served(folder, work)
 
-    async def without(client: httpx.AsyncClient, desk: Desk) -> None:
+    async def without(client: httpx.AsyncClient, service: Service) -> None:
         response = await client.post("/v1/recommend", json={"history": [3], "deadline_ms": 1e-6})
         assert response.status_code == 503
         assert int(response.headers["retry-after"]) >= 1
@@ -412,7 +412,7 @@ def test_late_answers_are_popular_items_and_say_so(folder: Path) -> None:
 
 
 def test_cached_answers_are_marked_and_end_with_their_versions(folder: Path) -> None:
-    async def work(client: httpx.AsyncClient, desk: Desk) -> None:
+    async def work(client: httpx.AsyncClient, service: Service) -> None:
         first = await recommend(client, history=[3])
         second = await recommend(client, history=[3])
         assert (first["source"], second["source"]) == ("policy", "cache")
@@ -425,13 +425,13 @@ def test_cached_answers_are_marked_and_end_with_their_versions(folder: Path) -> 
         third = await recommend(client, history=[3])
         assert third["source"] == "policy"
         assert shown(first)[0] not in shown(third)
-        assert desk.meters.total("orchard_serve_cache_hits") == 1
+        assert service.meters.total("orchard_serve_cache_hits") == 1
 
     served(folder, work, cache_s=60.0)
 
 
 def test_a_full_queue_answers_429_with_a_time_to_retry(folder: Path) -> None:
-    async def work(client: httpx.AsyncClient, desk: Desk) -> None:
+    async def work(client: httpx.AsyncClient, service: Service) -> None:
         body = {"history": [3], "width": 40}
         responses = await asyncio.gather(
             *(client.post("/v1/recommend", json=body) for _ in range(12))
@@ -450,8 +450,8 @@ def test_settings_that_do_not_fit_the_policy_are_refused(
 ) -> None:
     strange = {"odd": FilterConfig(column="size", value=1)}
     with pytest.raises(ConfigError, match=r"serve\.filters\.odd\.column = 'size'"):
-        open_desk(folder, settings(folder, filters=strange), Tally())
+        open_service(folder, settings(folder, filters=strange), Tally())
     export_policy(tiny_world(num_items=30), tmp_path / "foreign", step=1)
     foreign = {"b": VariantConfig(policy=tmp_path / "foreign", share=0.1)}
     with pytest.raises(CheckpointError, match="was trained on catalogue"):
-        open_desk(folder, settings(folder, variants=foreign), Tally())
+        open_service(folder, settings(folder, variants=foreign), Tally())

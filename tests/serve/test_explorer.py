@@ -15,7 +15,7 @@ from orchard.settings import ServeConfig
 from orchard.testing import World
 from serve.api import create_app
 from serve.meters import Tally
-from serve.opening import open_desk
+from serve.opening import open_service
 from serve.testing import export_policy
 
 PAGE = Path(__file__).parents[2] / "serve" / "explorer.html"
@@ -34,7 +34,7 @@ def test_a_browser_shows_recommendations_and_the_tree(shop_world: World, tmp_pat
         pytest.skip("no Chromium is installed")
     threads = torch.get_num_threads()
     folder = export_policy(shop_world, tmp_path / "policy", step=3)
-    app = create_app(open_desk(folder, ServeConfig(), Tally()))
+    app = create_app(open_service(folder, ServeConfig(), Tally()))
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", ws="none"))
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -19,7 +19,7 @@ from orchard.settings import FilterConfig, ServeConfig
 from orchard.testing import World
 from serve.api import create_app
 from serve.meters import Tally
-from serve.opening import open_desk
+from serve.opening import open_service
 from serve.schema import RecommendResponse
 from serve.testing import export_policy
 
@@ -42,7 +42,7 @@ class Served:
             follow_s=3600.0,
             state=beside / "state",
         )
-        app = create_app(open_desk(folder, config, self.meters))
+        app = create_app(open_service(folder, config, self.meters))
         self._lifespan = app.router.lifespan_context(app)
         self.client = httpx.AsyncClient(
             transport=httpx.ASGITransport(app, raise_app_exceptions=False),

@@ -1,4 +1,4 @@
-"""The front desk: takes requests one by one, and has them answered in batches.
+"""The service: takes requests one by one, and has them answered in batches.
 
     request -> variant -> cache -> queue -> batch -> search -> answer -> exposure log
 
@@ -41,7 +41,7 @@ _log = logging.getLogger("orchard.serve")
 T = TypeVar("T")
 
 
-class Desk:
+class Service:
     """Answers requests from several policies and one catalogue."""
 
     def __init__(
@@ -244,13 +244,13 @@ class Desk:
         try:
             answered = await self._line.submit(asked, deadline=deadline)
         except TooLateError as error:
-            return self._fallback(asked, "deadline", error)
+            return await self._fallback(asked, "deadline", error)
         except EngineError as error:
             _log.error("variant %s cannot search: %s", asked.variant, error)
-            return self._fallback(asked, "engine", error)
+            return await self._fallback(asked, "engine", error)
         return await self._respond(asked, answered)
 
-    def _fallback(
+    async def _fallback(
         self, asked: Asked, why: Literal["deadline", "engine"], error: Exception
     ) -> RecommendResponse:
         shelf = self.stock.shelf
@@ -261,7 +261,9 @@ class Desk:
                 else "the policy cannot search at the moment; try again"
             ) from error
         self.meters.count("orchard_serve_fallbacks", variant=asked.variant, reason=why)
-        found = popular(shelf, query_of(asked), tuple(asked.request.filters))
+        filters = tuple(asked.request.filters)
+        # A pass over the whole catalogue: other requests do not wait for it.
+        found = await asyncio.to_thread(popular, shelf, query_of(asked), filters)
         return self._response(
             asked, found, shelf,
             policy=str(self.seats[asked.variant].version), source="popularity", fallback=why,
