@@ -97,6 +97,13 @@ def test_weights_sum_over_tokens_as_each_estimator_says(score_random: Grow) -> N
     np.testing.assert_allclose(total["drgrpo"], length / (13 * length.max()), rtol=1e-6)
 
 
+def test_a_candidate_of_one_token_alone_in_the_batch_weighs_one(score_leaves: Grow) -> None:
+    scored = score_leaves([[0]])
+    short = replace(scored, trees=replace(scored.trees, candidate=np.array([1])))
+    for name in WHOLE:
+        assert ESTIMATORS[name](short, EPSILON).weight.tolist() == [[1.0]]
+
+
 @pytest.mark.parametrize("name", [*WHOLE, "blend"])
 def test_credit_is_zero_past_the_end_of_a_candidate_and_constant_before(
     score_random: Grow, name: str

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from learner.critic import TorchBackend, Walks, draw_walks, measure
+from learner.critic import NORM_RATE, NORM_START, TorchBackend, Walks, draw_walks, measure
 from orchard.catalogue import Catalogue
 from orchard.critic import Critic
 from orchard.prompts import Split
@@ -113,3 +113,22 @@ def test_a_critic_learns_what_follows_a_history(catalogue: Catalogue, split: Spl
     assert before["explained"] < 0.05
     assert after["explained"] > 0.5
     assert after["choice_loss"] < 0.7 * before["choice_loss"]
+
+
+@pytest.mark.parametrize(("beta", "value_weight"), [(0.5, 1.0), (0.5, 3.0), (2.0, 1.0)])
+def test_the_loss_weighs_imitation_by_advantage_and_adds_the_values(
+    catalogue: Catalogue, split: Split, beta: float, value_weight: float
+) -> None:
+    critic = critic_of(catalogue)
+    walks = walks_of(critic, split)
+    with torch.no_grad():
+        value, logit = critic(torch.from_numpy(walks.history), torch.from_numpy(walks.node))
+    inside = walks.node >= 0
+    advantage = (walks.outcome - value.numpy())[inside]
+    square = np.square(advantage).mean()
+    logprob = logit.log_softmax(-1).numpy()
+    taken = np.take_along_axis(logprob, walks.action[..., None], -1)[..., 0][inside]
+    norm = NORM_START + NORM_RATE * (square - NORM_START)
+    expected = -(np.exp(beta * advantage / norm**0.5) * taken).mean() + value_weight * square / 2
+    settings = CriticConfig(beta=beta, value_weight=value_weight, dropout=0.0)
+    assert TorchBackend(critic, settings).learn(walks) == pytest.approx(expected, rel=1e-4)

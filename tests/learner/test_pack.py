@@ -122,7 +122,10 @@ def test_flat_rows_hold_one_candidate_each(
     flat = flatten(scored, credits, catalogue, policy[1])
     packed = pack(scored, credits, catalogue, policy[1])
     assert len(flat.token) == sum(SIZES)
-    assert packed.forward_tokens < flat.forward_tokens < flat.flat_tokens == packed.flat_tokens
+    trees = scored.trees
+    prompt = np.diff(trees.prompts.token_start)[trees.prompt_of_candidate]
+    assert flat.flat_tokens == packed.flat_tokens == prompt.sum() + (trees.paths() >= 0).sum()
+    assert packed.forward_tokens < flat.forward_tokens < flat.flat_tokens
     for name in ("gain", "loss", "kl_weight"):
         assert getattr(flat, name).sum() == pytest.approx(getattr(packed, name).sum(), rel=1e-4)
 
@@ -139,21 +142,36 @@ def test_a_tree_without_a_choice_is_a_row_of_padding(
     assert (batch.row == 0).all()
 
 
+@pytest.mark.parametrize("values", [False, True])
+def test_a_tree_without_candidates_is_a_row_of_padding(
+    catalogue: Catalogue, policy: Policy, score_leaves: Grow, *, values: bool
+) -> None:
+    scored = score_leaves([[0, 1, 2], []])
+    step_reward = np.zeros(len(scored.trees.step), np.float32) if values else None
+    batch = pack(scored, credits_of(scored), catalogue, policy[1], step_reward=step_reward)
+    assert batch.subtree_end[0].any()
+    assert not batch.subtree_end[1].any()
+    only = score_leaves([[]])
+    nothing = pack(only, credits_of(only), catalogue, policy[1])
+    assert nothing.token.tolist() == [[policy[1].pad]]
+
+
 def thoughts(catalogue: Catalogue) -> ScoredTrees:
-    """Two candidates: a thought (one has an injected token), two codes in a span, a code."""
+    """Two candidates: a thought (one has an injected token), then two codes in a span and a code,
+    or all three in one span."""
     trees = SearchTrees(
         prompts=tiny_prompts(catalogue, [2]),
         policy=PolicyVersion(step=0, digest="0" * 64),
         catalogue=catalogue.digest,
-        node_start=np.array([0, 7]),
-        parent=np.array([-1, 0, 1, 2, 0, 4, 5]),
-        step=np.array([0, 1, 2, 3, 1, 2, 3], np.int32),
-        state=np.array([0, SearchTrees.FREE_TEXT, 3, 7, SearchTrees.FREE_TEXT, 6, 14]),
+        node_start=np.array([0, 6]),
+        parent=np.array([-1, 0, 1, 2, 0, 4]),
+        step=np.array([0, 1, 2, 3, 1, 2], np.int32),
+        state=np.array([0, SearchTrees.FREE_TEXT, 3, 7, SearchTrees.FREE_TEXT, 14]),
         token=np.array([3, 8, 5, 3, 5, 7, 4, 7, 4, 6, 8], np.int32),
-        token_start=np.array([0, 0, 3, 5, 6, 8, 10, 11]),
+        token_start=np.array([0, 0, 3, 5, 6, 8, 11]),
         logprob=np.zeros(11, np.float32),
         forced=np.arange(11) == 1,
-        candidate=np.array([3, 6]),
+        candidate=np.array([3, 5]),
         candidate_start=np.array([0, 2]),
         leaf=np.array([0, 7]),
         score=np.zeros(2, np.float32),
@@ -189,6 +207,9 @@ def test_spans_of_text_and_of_several_codes_are_predicted_token_by_token() -> No
 def test_trees_of_another_catalogue_are_refused(
     catalogue: Catalogue, policy: Policy, score_random: Grow
 ) -> None:
-    scored = score_random([2])
-    with pytest.raises(CatalogueError, match="same items file"):
-        pack(scored, credits_of(scored), tiny_catalogue(seed=9), policy[1])
+    scored, other = score_random([2]), tiny_catalogue(seed=9)
+    both = (
+        f"catalogue {catalogue.digest[:12]}, the learner holds {other.digest[:12]}; .* same items"
+    )
+    with pytest.raises(CatalogueError, match=both):
+        pack(scored, credits_of(scored), other, policy[1])

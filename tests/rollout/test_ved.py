@@ -131,7 +131,7 @@ class Plain:
         node.free = dict(zip(expansion.children.node.tolist(), logprob, strict=True))
         entropy = -sum(np.exp(one) * one for one in logprob)
         node.value, node.state = float(expansion.value), expansion.state
-        node.priority = node.value + self.config.entropy_weight * entropy
+        node.priority = self.config.value_weight * node.value + self.config.entropy_weight * entropy
 
     def visit(self, parent: Node, child: int) -> Node:
         below = int(self.trie.descend(torch.tensor([child])))
@@ -218,12 +218,21 @@ class Plain:
         return sorted(self.trie.leaf(torch.tensor(ends)).tolist())
 
 
-@pytest.mark.parametrize("exploration", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"exploration": 0.0},
+        {"exploration": 1.0},
+        {"value_weight": 0.0},
+        {"entropy_weight": 0.0, "exploration": 0.0},
+        {"value_weight": 0.3, "entropy_weight": 2.0},
+    ],
+)
 @pytest.mark.parametrize("budget", [17, 33])
 def test_it_visits_what_a_plain_search_of_one_prompt_at_a_time_visits(
-    wide: World, engine: TorchEngine, exploration: float, budget: int
+    wide: World, engine: TorchEngine, choice: dict[str, float], budget: int
 ) -> None:
-    config = VedConfig(budget=budget, width=4, exploration=exploration)
+    config = VedConfig.model_validate({"budget": budget, "width": 4} | choice)
     found = ved(engine, wide.prompts, config, count=1000, seed=1)
     for row in range(len(wide.prompts)):
         values = leaf_values(found, row)

@@ -316,6 +316,20 @@ def test_the_endpoint_follows_training_pins_and_goes_back(folder: Path, shop_wor
     served(folder, work)
 
 
+def test_the_newest_versions_are_kept_and_can_be_activated(folder: Path, shop_world: World) -> None:
+    async def work(client: httpx.AsyncClient, service: Service) -> None:
+        seat = service.seats["main"]
+        for step in (4, 5, 6):
+            trained_further(shop_world, folder, step=step)
+            await service.look()
+        assert [version.split("-")[0] for version in seat.kept] == ["5", "6"]
+        body = {"version": seat.kept[0]}
+        await client.post("/v1/policy:activate", json=body, headers=OPERATOR)
+        assert str(seat.version).startswith("5-")
+
+    served(folder, work, versions=2)
+
+
 def test_a_policy_that_is_not_what_it_says_is_not_followed(folder: Path, shop_world: World) -> None:
     async def work(client: httpx.AsyncClient, service: Service) -> None:
         first = (await recommend(client, history=[3]))["policy"]
@@ -428,6 +442,15 @@ def test_cached_answers_are_marked_and_end_with_their_versions(folder: Path) -> 
         assert service.meters.total("orchard_serve_cache_hits") == 1
 
     served(folder, work, cache_s=60.0)
+
+
+def test_a_full_cache_forgets_what_came_first(folder: Path) -> None:
+    async def work(client: httpx.AsyncClient, service: Service) -> None:
+        asked = [[3], [4], [4], [3]]
+        source = [(await recommend(client, history=history))["source"] for history in asked]
+        assert source == ["policy", "policy", "cache", "policy"]
+
+    served(folder, work, cache_s=60.0, cache_size=1)
 
 
 def test_a_full_queue_answers_429_with_a_time_to_retry(folder: Path) -> None:
