@@ -131,7 +131,8 @@ def test_prompts_that_share_codes_get_the_advantages_that_they_get_alone(
 
 
 def test_statistics_count_groups_hits_and_distinct_candidates(score_leaves: Grow) -> None:
-    scored = score_leaves([[0, 1], [2, 2], [0], [4, 0, 0]], [[1, 0], [0, 0], [0], [0, 1, 1]])
+    rewards = [[1, 0.5], [0, 0], [0], [0, 1, 1]]
+    scored = score_leaves([[0, 1], [2, 2], [0], [4, 0, 0]], rewards)
     statistics = group_statistics(scored)
     score = np.exp(scored.trees.score)
     distinct = score[[0, 1, 2, 4, 5, 6]]
@@ -139,7 +140,7 @@ def test_statistics_count_groups_hits_and_distinct_candidates(score_leaves: Grow
         {
             "zero_spread_share": 0.5,
             "hit_share": 0.5,
-            "reward_mean": 3 / 8,
+            "reward_mean": 3.5 / 8,
             "mean_rule": 3 / 8,
             "distinct_share": 6 / 8,
             "probability_mass": distinct.sum() / 4,

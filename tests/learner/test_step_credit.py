@@ -162,6 +162,7 @@ def test_a_sample_with_a_wrong_number_of_blocks_earns_nothing(cube: Catalogue) -
     assert credit.weight[~formed][0, 5] == pytest.approx(1 / (6 * 3))
     config = LearnerConfig.model_validate({"estimator": "step", "step": {"format_weight": 0.5}})
     step, form = assign(judged, config)
+    np.testing.assert_allclose(form.weight, ESTIMATORS["group"](judged, EPSILON).weight / 2)
     assert (form.advantage[~formed][path[~formed] >= 0] < 0).all()
     one, other = form.advantage[judged.trees.prompt_of_candidate == 0, 0], form.advantage
     assert np.unique(np.abs(one) > 0).size == 1

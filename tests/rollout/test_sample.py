@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from orchard.testing import World
+from orchard.trie import Children
 from rollout.candidates import Candidates
 from rollout.engine.torch import TorchEngine
 from rollout.search import beam, sample
+from rollout.search import draw as draw_children
 
 
 def draw(engine: TorchEngine, world: World, **options: object) -> Candidates:
@@ -53,6 +55,19 @@ def test_leaves_are_drawn_as_often_as_they_are_likely(
         # Chi-square has mean n and deviation sqrt(2 n); the seed is fixed, so this never flickers.
         freedom = len(expected) - 1
         assert square < freedom + 4 * np.sqrt(2 * freedom)
+
+
+def test_the_ends_of_the_unit_interval_draw_the_first_and_the_last_child_that_may_be() -> None:
+    children = Children(
+        node=torch.arange(1, 10), owner=torch.tensor([0, 0, 1, 1, 1, 2, 2, 2, 2]),
+        start=torch.tensor([0, 2, 5, 9]),
+    )  # fmt: skip
+    logprob = torch.tensor([0.6, 0.4, 0.2, 0.3, 0.5, 0.1, 0.2, 0.3, 0.4]).log()
+    may = torch.tensor([True, False, True, True, True, False, True, True, False])
+    uniform = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0, 0.3999, 0.4001], dtype=torch.float64)
+    at = torch.tensor([0, 1, 1, 2, 2, 2, 2])
+    drawn = draw_children(logprob, children, may, at, uniform, 1.0)
+    assert drawn.tolist() == [0, 2, 4, 6, 7, 6, 7]
 
 
 def test_scores_are_the_policys_own_at_any_temperature(world: World, engine: TorchEngine) -> None:
