@@ -70,6 +70,31 @@ def test_the_gradient_stops_where_a_clip_is_active_against_the_advantage() -> No
     assert parts.metrics()["clipped_fraction"] == pytest.approx(3 / 6)
 
 
+def test_the_log_says_what_became_of_each_choice() -> None:
+    logprob = torch.tensor([2.0, 0.5, 1.0]).log()
+    entropy, batch = torch.tensor([0.1, 0.3, 0.2]), choices([1, 0, 1], [0, -1, 0])
+    _, parts = policy_loss(logprob, entropy, logprob + 1, batch, **CLIPS, kl_weight=0.1)
+    divergence = 3 * (np.e - 2)
+    assert parts.metrics() == pytest.approx(
+        {
+            "surrogate": -(1.3 - 0.8 + 1), "kl": divergence, "entropy": 0.2,
+            "clipped_fraction": 2 / 3, "ratio_mean": 3.5 / 3, "ratio_max": 2.0,
+            "logprob_gap": np.log(2),
+        }
+    )  # fmt: skip
+    assert LossParts() + parts == parts
+    _, other = policy_loss(logprob[1:], entropy[1:], None, choices([0, 1], [-1, 0]), **CLIPS,
+                           kl_weight=0.1)  # fmt: skip
+    both = (parts + other).metrics()
+    assert both == pytest.approx(
+        {
+            "surrogate": -1.7, "kl": divergence, "entropy": 1.1 / 5, "clipped_fraction": 3 / 5,
+            "ratio_mean": 5 / 5, "ratio_max": 2.0, "logprob_gap": np.log(2),
+        }
+    )  # fmt: skip
+    assert not any(LossParts().metrics().values())
+
+
 def test_the_divergence_is_k3_and_pulls_towards_the_reference() -> None:
     logprob = torch.tensor([-1.0, -2.0, -0.5], requires_grad=True)
     reference = torch.tensor([-1.5, -1.0, -0.5])
