@@ -298,7 +298,7 @@ def _values(
         trees = grow(prompts.select(rows), part, at.catalogue, vocabulary, version)
         scored = ScoredTrees(trees=trees, reward=np.zeros(len(trees.leaf), np.float32), parts={})
         batch = pack(scored, [ESTIMATORS["group"](scored, 1e-4)], at.catalogue, vocabulary,
-                     step_reward=np.zeros(len(trees.step), np.float32))  # fmt: skip
+                     node_reward=np.zeros(len(trees.step), np.float32))  # fmt: skip
         with torch.inference_mode():
             of_state: Tensor = scorer(to_tensors(batch))[2]
         of_node = np.full(len(trees.step), np.nan)

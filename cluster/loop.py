@@ -20,7 +20,7 @@ from cluster.stream import Stream
 from learner.advantages import assign, group_statistics
 from learner.pack import pack
 from learner.step_credit import judged_by_steps, step_statistics
-from learner.value import outcome_rewards, step_rewards
+from learner.value import node_rewards, outcome_rewards
 from orchard.diagnostics import diagnose
 from orchard.errors import Stopped
 from orchard.types import PolicyVersion, ScoredTrees, TrainBatch, Update
@@ -94,7 +94,7 @@ def assemble(scored: ScoredTrees, run: Run) -> TrainBatch:
     if run.config.model.value_head and settings.value.outcome:
         reward = outcome_rewards(scored, settings.value.outcome)
     elif run.config.model.value_head:
-        reward = step_rewards(
+        reward = node_rewards(
             scored.trees,
             run.catalogue,
             level_weight=settings.value.level_weight,
@@ -105,7 +105,7 @@ def assemble(scored: ScoredTrees, run: Run) -> TrainBatch:
         assign(scored, settings),
         run.catalogue,
         run.vocabulary,
-        step_reward=reward,
+        node_reward=reward,
         discount=settings.value.discount,
         sequence_ratio=settings.ratio == "sequence",
     )

@@ -109,9 +109,11 @@ def assign(scored: ScoredTrees, config: LearnerConfig) -> list[Credit]:
 def _by_steps(scored: ScoredTrees, config: LearnerConfig) -> list[Credit]:
     """The credit of `step` as switched, and that of the format if it counts."""
     credits = [switched(scored, step(scored, config.std_epsilon), config.step)]
-    if config.step.format_weight and scored.step_reward is not None:
+    if config.step.format_weight:
+        assert scored.step_reward is not None
         formed = well_formed(scored.trees, scored.step_reward.shape[1]).astype(np.float32)
         form = group(replace(scored, reward=formed), config.std_epsilon)
+        form = switched(scored, form, config.step.model_copy(update={"sid_token_weight": 1.0}))
         credits.append(replace(form, weight=form.weight * np.float32(config.step.format_weight)))
     return credits
 

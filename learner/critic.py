@@ -3,7 +3,7 @@ r"""What the prefix critic is taught: walks down the trie, by MARWIL (arXiv 1806
 Of each logged row, one walk goes down to the item that followed. Contrasts follow it for a while,
 each a number of codes drawn evenly, and then take any child at each node: without walks that go
 wrong, a return would have nothing to tell. A walk of L codes visits the states s_0 .. s_L; entering
-s_l earns what it earns a value head (`learner.value.step_rewards`, by codes), and
+s_l earns what it earns a value head (`learner.value.node_rewards`, by codes), and
 
     G_l = r_l + gamma r_{l+1} + .. + gamma^{L-l} r_L,  r_0 = 0
     loss = mean( 1/2 w (G - V)^2 - exp(beta (G - V) / c) log pi(next code) ),  c^2 a moving mean

@@ -5,6 +5,7 @@ every order to write one again, too.
 """
 
 import asyncio
+import time
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -51,6 +52,9 @@ class Desk:
         self._orders: set[int] = set()
         """Jobs after which a checkpoint is to be written."""
         self._results: dict[int, Result] = {}
+        self._collected = -1
+        """Number of the newest result that was collected."""
+        self._delivered = time.monotonic()
         self._starts = 0
         self._newest = 0
         """Number of the newest job after which a checkpoint was written."""
@@ -82,7 +86,9 @@ class Desk:
         """Hand in a result; repeats after a restart change nothing."""
         async with self._changed:
             self._starts += not result.update.metrics
-            self._results.setdefault(result.number, result)
+            self._delivered = time.monotonic()
+            if result.number > self._collected:  # nobody asks again for what was collected
+                self._results.setdefault(result.number, result)
             self._changed.notify_all()
 
     async def collect(self, number: int) -> Result:
@@ -92,7 +98,12 @@ class Desk:
                 lambda: number in self._results or (number < 0 and bool(self._results))
             )
             found = self._results.pop(number if number >= 0 else min(self._results))
+            self._collected = max(self._collected, found.number)
             return replace(found, restarts=self._starts - 1)
+
+    async def idle_s(self) -> float:
+        """Seconds since anything was handed in, repeats included."""
+        return time.monotonic() - self._delivered
 
     async def order(self, number: int) -> str:
         """Have the state after that job written; why it cannot be, or "" once it is."""

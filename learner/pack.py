@@ -32,7 +32,7 @@ def pack(
     catalogue: Catalogue,
     vocabulary: Vocabulary,
     *,
-    step_reward: Float32[np.ndarray, " N"] | None = None,
+    node_reward: Float32[np.ndarray, " N"] | None = None,
     discount: float = 1.0,
     sequence_ratio: bool = False,
 ) -> TrainBatch:
@@ -57,7 +57,7 @@ def pack(
     through = np.bincount(path[path >= 0], minlength=len(trees.step))
     node = ragged.owners(trees.token_start)
     choice = np.flatnonzero((through[node] > 0) & ~trees.forced)
-    layout = _lay_out(trees, node, choice, states=step_reward is not None)
+    layout = _lay_out(trees, node, choice, states=node_reward is not None)
     at = node[choice]
     state, edge = _edges(trees, at, choice, catalogue.trie)
     earned = [credit.advantage * credit.weight for credit in credits]
@@ -78,8 +78,8 @@ def pack(
         policy=trees.policy,
         catalogue=trees.catalogue,
         values=None
-        if step_reward is None
-        else value_targets(trees, step_reward, _ends(trees, layout), discount=discount),
+        if node_reward is None
+        else value_targets(trees, node_reward, _ends(trees, layout), discount=discount),
         sequences=_sequences(trees, choice, earned, length) if sequence_ratio else None,
     )
 

@@ -6,7 +6,7 @@ ranks and micro-batches; DDP and FSDP average, hence the factor `world`.
 
 import copy
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, replace
 from typing import cast
@@ -139,31 +139,32 @@ class Learner:
             value = nll(self.scorer(part)[0], part.gain)
             return value, LossParts(surrogate=float(value.detach()))
 
-        parts, metrics = self._update(batch, loss)
-        self._follow()
+        parts, metrics = self._update(self._cut(batch), loss)
         return {"nll": parts.surrogate} | metrics
 
     def improve(self, batch: TrainBatch) -> dict[str, float]:
         """The configured number of updates on one batch of scored trees."""
         self.policy.eval()
         begin = time.perf_counter()
-        gap = self._gap(batch)
+        gap, mine = self._gap(batch), self._cut(batch)
         if self.config.dropout:
             self.policy.train()
         elif self.config.logprob == "full":
-            batch = replace(batch, behaviour_logprob=self._behaviour(batch))
+            # The search's log-probabilities are of another distribution, so that a ratio to them
+            # would be no importance ratio; published trainers compare with themselves, too.
+            mine = [replace(part, behaviour_logprob=self._own(part)) for part in mine]
         elif self.config.truncate:
-            batch, gap = truncated(batch, self._behaviour(batch), self.config.truncate)
+            both = [truncated(part, self._own(part), self.config.truncate) for part in mine]
+            mine, gap = [part for part, _ in both], self._largest(max(apart for _, apart in both))
         metrics: dict[str, float] = {}
         for _ in range(self.config.updates_per_batch):
-            parts, rates = self._update(batch, self._surrogate)
+            parts, rates = self._update(mine, self._surrogate)
             if self.config.kl.reference == "ema" and self.updates % self.config.kl.ema_every == 0:
                 self._move("reference", self.config.kl.ema_share)
             metrics = parts.metrics() | rates
             metrics |= {"value_loss": parts.value} if self._head else {}
             # Only the first update compares the same weights, as the gate wants.
             gap = metrics["logprob_gap"] if gap is None else gap
-        self._follow()
         return metrics | {
             "logprob_gap": gap or 0.0,
             "update_s": time.perf_counter() - begin,
@@ -197,13 +198,10 @@ class Learner:
         return float((logprob - part.behaviour_logprob).abs().max()) if len(logprob) else 0.0
 
     @torch.no_grad()
-    def _behaviour(self, batch: TrainBatch) -> Float32[np.ndarray, " E"]:
-        """The choices as they were before the first update.
-
-        Under `full` the search's log-probabilities are of another distribution, so that a ratio to
-        them would be no importance ratio; published trainers compare with themselves, too.
-        """
-        logprob: Tensor = self.scorer(to_tensors(batch, self.device))[0]
+    def _own(self, part: TrainBatch) -> Float32[np.ndarray, " E"]:
+        """Log-probabilities of a micro-batch's choices, as its first update will compute them."""
+        with self._precision():
+            logprob: Tensor = self.scorer(to_tensors(part, self.device))[0]
         return logprob.float().cpu().numpy()
 
     def _surrogate(self, part: BatchTensors) -> tuple[Tensor, LossParts]:
@@ -230,13 +228,20 @@ class Learner:
         error = value_loss(value, part.values, discount=own.discount, target=own.target)
         return loss + own.weight * error, replace(parts, value=float(error.detach()))
 
-    def _update(
-        self, batch: TrainBatch, loss: Callable[[BatchTensors], tuple[Tensor, LossParts]]
-    ) -> tuple[LossParts, dict[str, float]]:
-        """Accumulate over micro-batches, clip, step; the parts of all ranks and the rates."""
+    def _cut(self, batch: TrainBatch) -> list[TrainBatch]:
+        """This rank's micro-batches, as many as any other rank's."""
         mine = list(micro_batches(shard(batch, self.rank, self.world), self.config.max_tokens))
         # All ranks must run equally many backward passes, or their exchanges do not meet.
-        mine += [_without_choices(mine[-1])] * (self._most(len(mine)) - len(mine))
+        return mine + [_without_choices(mine[-1])] * (
+            int(self._largest(float(len(mine)))) - len(mine)
+        )
+
+    def _update(
+        self,
+        mine: Sequence[TrainBatch],
+        loss: Callable[[BatchTensors], tuple[Tensor, LossParts]],
+    ) -> tuple[LossParts, dict[str, float]]:
+        """Accumulate over micro-batches, clip, step; the parts of all ranks and the rates."""
         total = LossParts()
         self.optimizer.zero_grad(set_to_none=True)
         for index, part in enumerate(mine):
@@ -255,6 +260,7 @@ class Learner:
         rate = float(self.schedule.get_last_lr()[0])
         self.schedule.step()
         self.updates += 1
+        self._follow()
         return self._over_ranks(total), {"grad_norm": _number(norm), "lr": rate}
 
     def _precision(self) -> AbstractContextManager[object]:
@@ -271,13 +277,13 @@ class Learner:
         else:
             yield
 
-    def _most(self, count: int) -> int:
-        """The largest count of any rank."""
+    def _largest(self, value: float) -> float:
+        """The largest value of any rank."""
         if self.world == 1:
-            return count
-        most = torch.tensor(count, device=self.device)
+            return value
+        most = torch.tensor(float(value), device=self.device)
         dist.all_reduce(most, dist.ReduceOp.MAX)
-        return int(most)
+        return float(most)
 
     def _over_ranks(self, parts: LossParts) -> LossParts:
         if self.world == 1:

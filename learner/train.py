@@ -269,8 +269,16 @@ class RemoteLearner:
                     f"the learner stopped {at} after {self._config.learner.max_failures}"
                     f" restarts: {self._failure}; see what it printed below logs in the run folder"
                 ) from self._failure
-            if time.monotonic() > deadline:
+            # A group that was started again repeats jobs first: each has as long as a new one.
+            if time.monotonic() > deadline and (left := timeout_s - await self._idle_s()) > 0:
+                deadline = time.monotonic() + left
+            elif time.monotonic() > deadline:
                 raise ActorError(
                     f"the learner did not answer {at} within {timeout_s:.0f} s; raise {bound}, or "
                     "see what it printed below logs in the run folder"
                 )
+
+    async def _idle_s(self) -> float:
+        """Seconds since the workers handed in anything."""
+        answer = asyncio.wrap_future(self._desk.idle_s.remote().future())
+        return cast(float, await asyncio.wait_for(answer, self._config.learner.timeout_s))

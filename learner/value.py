@@ -34,7 +34,7 @@ from orchard.types import ScoredTrees, SearchTrees, ValueTargets
 from orchard.value import ValueHead
 
 
-def step_rewards(
+def node_rewards(
     trees: SearchTrees,
     catalogue: Catalogue,
     *,
@@ -149,7 +149,7 @@ def value_loss(
 def _common_codes(trees: SearchTrees, catalogue: Catalogue) -> Int64[np.ndarray, " N"]:
     """Number of codes that each prefix shares with its target from the first on."""
     trie, leaf = catalogue.trie, catalogue.leaf_of_item[trees.prompts.target]
-    wanted = trie.path(trie.leaf_node[torch.from_numpy(leaf)]).numpy()
+    wanted = trie.path(trie.node_of(torch.from_numpy(leaf))).numpy()
     # Nodes of the trie are prefixes: a node is on the target's path iff its whole prefix agrees.
     level = np.clip(trees.step - 1, 0, wanted.shape[1] - 1)
     agrees = (trees.step > 0) & (trees.state == wanted[trees.prompt_of_node, level])

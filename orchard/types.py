@@ -28,7 +28,7 @@ class PolicyVersion:
     """Which policy: comparable by age, verifiable by content."""
 
     step: int
-    """Number of updates since the warm start."""
+    """Number of batches learned from since the warm start."""
     digest: str = field(compare=False)
     """SHA-256 of the weights, computed once by whoever made them."""
 
@@ -98,7 +98,9 @@ class Cost:
     def __add__(self, other: "Cost") -> "Cost":
         names = [f.name for f in fields(self) if f.name != "counts"]
         sums = {name: getattr(self, name) + getattr(other, name) for name in names}
-        return Cost(**sums, counts=Counter(self.counts) + Counter(other.counts))
+        counts = Counter(self.counts)
+        counts.update(other.counts)  # `+` of counters would drop what was counted as zero
+        return Cost(**sums, counts=counts)
 
 
 def concatenate_known(

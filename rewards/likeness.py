@@ -7,6 +7,7 @@ Shapes:  B prompts   C candidates   D longest sequence
 """
 
 import numpy as np
+import torch
 from jaxtyping import Float32
 
 from orchard.types import SearchTrees
@@ -31,7 +32,7 @@ def diversity(trees: SearchTrees, known: Knowledge) -> Float32[np.ndarray, " C"]
     the mean over a group is `orchard.evaluation.diversity` of its list.
     """
     trie, prompt = known.catalogue.trie, trees.prompt_of_candidate
-    path = trie.path(trie.leaf_node).numpy()[trees.leaf]
+    path = trie.path(trie.node_of(torch.from_numpy(trees.leaf))).numpy()
     inside = path >= 0
     key = np.where(inside, path + (prompt * trie.num_nodes)[:, None], -1)
     _, place, count = np.unique(key, return_inverse=True, return_counts=True)

@@ -181,8 +181,19 @@ class Config(Section):
                 f"cluster.max_lag = 0, not {updates} and {lag}: the ratio of two passes under "
                 "different dropout is noise"
             )
-        if self.learner.truncate and (self.learner.dropout or self.learner.logprob == "full"):
-            raise ValueError('learner.truncate > 0 needs learner.dropout = 0 and logprob = "trie"')
+        learner = self.learner
+        if learner.truncate and (
+            learner.dropout or learner.logprob == "full" or learner.ratio == "sequence"
+        ):
+            raise ValueError(
+                'learner.truncate > 0 needs learner.dropout = 0, logprob = "trie" and ratio = '
+                '"token"'
+            )
+        if 0 < learner.truncate < 1:
+            raise ValueError(
+                f"learner.truncate = {learner.truncate} would shrink every advantage; take 1 or "
+                "more, or 0 to switch it off"
+            )
         if not any(self.rewards.weights.values()):
             raise ValueError("rewards.weights has no part with a weight; give one, e.g. rule = 1.0")
         return self

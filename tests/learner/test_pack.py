@@ -147,8 +147,8 @@ def test_a_tree_without_candidates_is_a_row_of_padding(
     catalogue: Catalogue, policy: Policy, score_leaves: Grow, *, values: bool
 ) -> None:
     scored = score_leaves([[0, 1, 2], []])
-    step_reward = np.zeros(len(scored.trees.step), np.float32) if values else None
-    batch = pack(scored, credits_of(scored), catalogue, policy[1], step_reward=step_reward)
+    node_reward = np.zeros(len(scored.trees.step), np.float32) if values else None
+    batch = pack(scored, credits_of(scored), catalogue, policy[1], node_reward=node_reward)
     assert batch.subtree_end[0].any()
     assert not batch.subtree_end[1].any()
     only = score_leaves([[]])

@@ -15,7 +15,7 @@ from learner.logprobs import ValueTensors, to_tensors, tree_mask
 from learner.pack import pack
 from learner.split import micro_batches, shard
 from learner.step import Learner
-from learner.value import outcome_rewards, state_values, step_rewards, value_loss
+from learner.value import node_rewards, outcome_rewards, state_values, value_loss
 from orchard import value
 from orchard.catalogue import Catalogue, from_codes
 from orchard.model import hidden_states
@@ -38,10 +38,10 @@ def packed(
     scored: ScoredTrees, catalogue: Catalogue, reward: np.ndarray | None = None
 ) -> TrainBatch:
     if reward is None:
-        reward = step_rewards(scored.trees, catalogue, level_weight=WEIGHT)
+        reward = node_rewards(scored.trees, catalogue, level_weight=WEIGHT)
     credits = [ESTIMATORS["group"](scored, 1e-4)]
     vocabulary = tiny_policy(catalogue)[1]
-    return pack(scored, credits, catalogue, vocabulary, step_reward=reward, discount=GAMMA)
+    return pack(scored, credits, catalogue, vocabulary, node_reward=reward, discount=GAMMA)
 
 
 def tensors(batch: TrainBatch) -> ValueTensors:
@@ -79,7 +79,7 @@ def test_step_rewards_compare_the_mean_embedding_of_a_bucket_with_the_target() -
     trees = grow(prompts, found, catalogue, vocabulary, version)
     # The bucket of (0, 1) points along (.8, .6), its first member along (.6, .8).
     embedding = np.array([[1, 0], [0.6, 0.8], [1, 0.4]], np.float32)
-    reward = step_rewards(trees, catalogue, level_weight=WEIGHT, embedding=embedding)
+    reward = node_rewards(trees, catalogue, level_weight=WEIGHT, embedding=embedding)
     trie = catalogue.trie
     of = {tuple(trie.path(torch.tensor([n]))[0].tolist()): r
           for n, r in zip(trees.state.tolist(), reward, strict=True)}  # fmt: skip
@@ -89,7 +89,7 @@ def test_step_rewards_compare_the_mean_embedding_of_a_bucket_with_the_target() -
     assert of[tuple(target)] == pytest.approx(1.0)
     assert of[(other[0], other[1], -1)] == pytest.approx(-0.1)
     assert of[tuple(other)] == pytest.approx(-0.4)
-    codes = step_rewards(trees, catalogue, level_weight=WEIGHT)
+    codes = node_rewards(trees, catalogue, level_weight=WEIGHT)
     assert codes[trees.state == other[1]] == pytest.approx(-0.25)  # one code of two agrees
     assert codes[trees.state == other[2]] == pytest.approx(-2 / 3)
 
@@ -133,7 +133,7 @@ def test_the_loss_is_the_mean_over_the_states_of_all_candidates(
     states = tensors(batch)
     guess = torch.randn(len(states.row), requires_grad=True)
     loss = value_loss(guess, states, discount=GAMMA, target=target)
-    reward = step_rewards(scored.trees, catalogue, level_weight=WEIGHT)
+    reward = node_rewards(scored.trees, catalogue, level_weight=WEIGHT)
     mine = torch.tensor(guess.tolist(), requires_grad=True)
     at = by_node(scored, list(mine))
     errors = []

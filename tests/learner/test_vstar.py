@@ -8,7 +8,7 @@ import pytest
 from learner.advantages import assign
 from learner.pack import pack
 from learner.step import Learner
-from learner.value import step_rewards
+from learner.value import node_rewards
 from orchard import value
 from orchard.diagnostics import diagnose
 from orchard.settings import LearnerConfig, ValueConfig, VedConfig
@@ -65,7 +65,7 @@ def test_guided_search_and_sibling_credit_raise_the_reward_and_the_head_learns_t
             assign(scored, SETTINGS),
             ITEMS,
             vocabulary,
-            step_reward=step_rewards(scored.trees, ITEMS, level_weight=(0.3, 0.5, 1.0)),
+            node_reward=node_rewards(scored.trees, ITEMS, level_weight=(0.3, 0.5, 1.0)),
             discount=0.99,
         )
         metrics = one.improve(batch)
