@@ -8,6 +8,7 @@ independent copy of the model are taken back before anyone is answered by them.
 """
 
 import json
+import logging
 import re
 import shutil
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 
@@ -32,6 +34,7 @@ from rollout.engine.torch import TorchEngine
 from rollout.search import beam
 from serve.problems import UnknownNameError
 
+_log = logging.getLogger("orchard.serve")
 LATEST = "latest"
 _PROBES, _PROBE_WIDTH = 4, 8
 _TRANSIENT = (OSError, OrchardError, ValueError, KeyError)
@@ -46,6 +49,8 @@ class Loaded:
     model: models.PreTrainedModel
     guided: bool
     """It has a value head."""
+    stamp: str
+    """Of the folder when the reading began."""
 
 
 def read_policy(folder: Path, vocabulary: Vocabulary, catalogue: str) -> Loaded:
@@ -56,7 +61,7 @@ def read_policy(folder: Path, vocabulary: Vocabulary, catalogue: str) -> Loaded:
         CheckpointError: the weights are not those that the folder names, or belong to another
             catalogue than the one with the given digest.
     """
-    about = read_facts(folder)
+    stamp, about = stamp_of(folder), read_facts(folder)
     if about is not None and about["catalogue"] != catalogue:
         raise CheckpointError(
             f"the policy was trained on catalogue {about['catalogue'][:12]}, the endpoint serves "
@@ -74,8 +79,18 @@ def read_policy(folder: Path, vocabulary: Vocabulary, catalogue: str) -> Loaded:
         )
     return Loaded(
         version=PolicyVersion(step=step, digest=found), weights=weights, model=model,
-        guided=value.head_of(model) is not None,
+        guided=value.head_of(model) is not None, stamp=stamp,
     )  # fmt: skip
+
+
+def stamp_of(folder: Path) -> str:
+    """What changes when a policy is exported; empty while there is none."""
+    try:
+        facts = folder / "policy.json"
+        at = facts.stat()
+        return f"{at.st_ino}-{at.st_mtime_ns}-{facts.read_text()}"
+    except OSError:
+        return ""
 
 
 def read_facts(folder: Path) -> dict[str, Any] | None:
@@ -142,8 +157,8 @@ class Seat:
         self._trie = catalogue.trie.catalogue
         self._weights = first.weights
         self._keep, self._versions, self._tolerance = keep / name, versions, tolerance
-        self._seen = self._stamp()
-        self._retain(folder, first.version)
+        self._seen = first.stamp  # an export since then is a new one
+        self.retain(first)
 
     @property
     def version(self) -> PolicyVersion:
@@ -165,8 +180,7 @@ class Seat:
 
     def look(self) -> Loaded | None:
         """A new policy in the folder, unless a version is pinned; notes why it was refused."""
-        stamp = self._stamp()
-        if self.pinned is not None or stamp == self._seen:
+        if self.pinned is not None or stamp_of(self._folder) == self._seen:
             return None
         try:
             loaded = read_policy(self._folder, self._vocabulary, self._base.digest)
@@ -174,15 +188,14 @@ class Seat:
             # Half a policy may be there while training writes: it is looked at again.
             self.refused = _sentence(error)
             return None
-        if self._stamp() != stamp:
+        if stamp_of(self._folder) != loaded.stamp:
             return None
-        self._seen, self.refused = stamp, ""
+        self._seen, self.refused = loaded.stamp, ""
         if (loaded.version.step, loaded.version.digest) == (
             self.version.step,
             self.version.digest,
         ):
             return None
-        self._retain(self._folder, loaded.version)
         return loaded
 
     def recall(self, version: str) -> Loaded:
@@ -195,12 +208,14 @@ class Seat:
             raise UnknownNameError(
                 f"policy {version!r} is not kept; there are {', '.join(self.kept) or 'none'}"
             )
+        damaged = f"policy {version} is kept but damaged; activate another of GET /v1/policy"
         try:
-            return read_policy(self._keep / version, self._vocabulary, self._base.digest)
+            loaded = read_policy(self._keep / version, self._vocabulary, self._base.digest)
         except _TRANSIENT as error:
-            raise UnknownNameError(
-                f"policy {version} is kept but damaged; activate another of GET /v1/policy"
-            ) from error
+            raise UnknownNameError(damaged) from error
+        if str(loaded.version) != version:
+            raise UnknownNameError(damaged)
+        return loaded
 
     def unpin(self) -> None:
         """Follow the folder again; what is there now counts as new."""
@@ -247,28 +262,22 @@ class Seat:
             self.holder.turn_to(catalogue.trie)
             self._trie = catalogue.digest
 
-    def _stamp(self) -> str:
-        """What changes when a policy is exported; empty while there is none."""
-        try:
-            facts = self._folder / "policy.json"
-            at = facts.stat()
-            return f"{at.st_ino}-{at.st_mtime_ns}-{facts.read_text()}"
-        except OSError:
-            return ""
-
-    def _retain(self, folder: Path, version: PolicyVersion) -> None:
-        """Copy an accepted policy, and drop the oldest copies."""
-        target = self._keep / str(version)
+    def retain(self, accepted: Loaded) -> None:
+        """Copy a policy that answers now, if it is still in the folder; drop the oldest copies."""
+        target = self._keep / str(accepted.version)
         if not target.is_dir():
-            partial_copy = target.with_name(f".{target.name}.partial")
-            shutil.rmtree(partial_copy, ignore_errors=True)
+            # Replicas share the folder of copies: each makes one of its own, the first is kept.
+            copy = target.with_name(f".{target.name}.{uuid4().hex}")
             try:
-                shutil.copytree(folder, partial_copy, ignore=shutil.ignore_patterns("catalogue"))
-                partial_copy.rename(target)
-            except OSError:  # another replica was first, or training swapped the folder meanwhile
-                shutil.rmtree(partial_copy, ignore_errors=True)
+                shutil.copytree(self._folder, copy, ignore=shutil.ignore_patterns("catalogue"))
+                if stamp_of(self._folder) == accepted.stamp:
+                    copy.rename(target)
+            except OSError as error:  # another was first, or training swapped the folder meanwhile
+                _log.info("policy %s is not kept: %s", accepted.version, error)
+            finally:
+                shutil.rmtree(copy, ignore_errors=True)
         for old in self.kept[: -self._versions]:
-            if old not in (self.pinned, str(version)):
+            if old not in (self.pinned, str(self.version), str(accepted.version)):
                 shutil.rmtree(self._keep / old, ignore_errors=True)
 
 

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.utils import logging as transformers_logging
@@ -10,7 +11,7 @@ from orchard import catalogue as catalogues
 from orchard import model as models
 from orchard import vocabulary
 from orchard.catalogue import Catalogue
-from orchard.errors import EngineError
+from orchard.errors import ConfigError, EngineError
 from orchard.settings import RolloutConfig, ServeConfig
 from orchard.tables import read_table
 from orchard.vocabulary import Vocabulary
@@ -61,18 +62,40 @@ def open_service(
         keep=config.versions,
     )  # fmt: skip
     seats = {MAIN: _seat(MAIN, folder, config, items, words, ledger)}
+    known = follow.read_facts(folder)
     for name in sorted(config.variants):
         one = config.variants[name]
         seats[name] = _seat(
             name, one.policy, config, items, words, ledger, share=one.share, shadow=one.shadow
         )
-    known = follow.read_facts(folder)
+        _check_prompts(name, one.policy, words, items, known)
     return Service(
         config, seats, stock, ledger, meters,
         max_history=max_history or (known["max_history"] if known else 10),
         histories=open_histories(config),
         exposure=ExposureLog(config.exposure) if config.exposure is not None else None,
     )  # fmt: skip
+
+
+def _check_prompts(
+    name: str, folder: Path, words: Vocabulary, items: Catalogue, main: dict[str, Any] | None
+) -> None:
+    """All variants read one prompt, that of the main policy."""
+    own = vocabulary.of_codes(vocabulary.read_tokenizer(folder), items)
+    facts = follow.read_facts(folder)
+    same = (own.size, own.bos, own.pad, own.tags, own.instruction) == (
+        words.size, words.bos, words.pad, words.tags, words.instruction,
+    ) and all(map(torch.equal, own.level_tokens, words.level_tokens))  # fmt: skip
+    if not same:
+        raise ConfigError(
+            f"serve.variants.{name}: the tokens of {folder} are not those of the main policy; "
+            "serve it from an endpoint of its own"
+        )
+    if main is not None and facts is not None and facts["max_history"] != main["max_history"]:
+        raise ConfigError(
+            f"serve.variants.{name} was trained with data.max_history = {facts['max_history']}, "
+            f"the main policy with {main['max_history']}; serve it from an endpoint of its own"
+        )
 
 
 def _seat(

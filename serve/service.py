@@ -187,7 +187,11 @@ class Service:
             for seat in self.seats.values():
                 await self._follow_pin(seat)
                 loaded = await self._load(seat.look)
-                if loaded is not None and not await self._switch(seat, loaded):
+                if loaded is None:
+                    continue
+                if await self._switch(seat, loaded):
+                    await self._load(seat.retain, loaded)
+                else:
                     _log.warning("variant %s keeps %s: %s", seat.name, seat.version, seat.refused)
 
     async def _follow(self) -> None:

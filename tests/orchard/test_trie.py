@@ -111,6 +111,7 @@ def test_walking_stops_at_the_first_illegal_code(codes: list[list[int]], walks: 
 def test_leaves_are_the_sequences_and_hold_their_items(codes: list[list[int]]) -> None:
     catalogue, trie, oracle = world(codes)
     leaves = [oracle.node[p] for p in oracle.paths if not oracle.after[p]]
+    assert trie.code[0] == -1
     assert trie.leaf_node.tolist() == leaves
     assert trie.leaf(trie.leaf_node).tolist() == list(range(trie.num_leaves))
     node, legal = trie.walk(torch.from_numpy(catalogue.codes))

@@ -1,6 +1,7 @@
 """The endpoint over HTTP, in this process and without Ray."""
 
 import asyncio
+import json
 import shutil
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from orchard import weights
 from orchard.errors import CheckpointError, ConfigError
 from orchard.settings import FilterConfig, ServeConfig, VariantConfig
 from orchard.testing import World, tiny_world
+from serve import opening
 from serve.api import create_app
 from serve.meters import Tally
 from serve.opening import open_service
@@ -316,6 +318,40 @@ def test_the_endpoint_follows_training_pins_and_goes_back(folder: Path, shop_wor
     served(folder, work)
 
 
+def test_a_policy_exported_while_the_endpoint_starts_is_found(
+    folder: Path, shop_world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = opening.engine_of
+
+    def slow(*args: Any) -> Any:
+        trained_further(shop_world, folder, step=4)
+        return make(*args)
+
+    async def work(client: httpx.AsyncClient, service: Service) -> None:
+        assert (await recommend(client, history=[3]))["policy"].startswith("3-")
+        assert service.seats["main"].kept == []  # what lies in the folder is another policy
+        await service.look()
+        assert (await recommend(client, history=[3]))["policy"].startswith("4-")
+        (kept,) = service.seats["main"].kept
+        assert kept.startswith("4-")
+
+    monkeypatch.setattr(opening, "engine_of", slow)
+    served(folder, work)
+
+
+def test_a_kept_policy_under_another_name_is_not_activated(folder: Path, shop_world: World) -> None:
+    async def work(client: httpx.AsyncClient, service: Service) -> None:
+        (first,) = service.seats["main"].kept
+        (copy,) = folder.parent.rglob(first)
+        copy.rename(copy.with_name("7-0123abcd"))
+        body = {"version": "7-0123abcd"}
+        response = await client.post("/v1/policy:activate", json=body, headers=OPERATOR)
+        assert response.status_code == 404
+        assert "damaged" in response.text
+
+    served(folder, work)
+
+
 def test_the_newest_versions_are_kept_and_can_be_activated(folder: Path, shop_world: World) -> None:
     async def work(client: httpx.AsyncClient, service: Service) -> None:
         seat = service.seats["main"]
@@ -478,3 +514,9 @@ def test_settings_that_do_not_fit_the_policy_are_refused(
     foreign = {"b": VariantConfig(policy=tmp_path / "foreign", share=0.1)}
     with pytest.raises(CheckpointError, match="was trained on catalogue"):
         open_service(folder, settings(folder, variants=foreign), Tally())
+    other = export_policy(shop_world, tmp_path / "other", step=1)
+    facts = json.loads((other / "policy.json").read_text())
+    (other / "policy.json").write_text(json.dumps(facts | {"max_history": 3}))
+    longer = {"b": VariantConfig(policy=other, share=0.1)}
+    with pytest.raises(ConfigError, match=r"max_history = 3, the main policy with 10"):
+        open_service(folder, settings(folder, variants=longer), Tally())
