@@ -5,9 +5,12 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int64
 
-from cluster.exported import exported_facts
+from cluster.exported import exported_facts, exported_step
 from cluster.folder import export
 from cluster.launch import House
+from orchard import model
+from orchard.types import PolicyVersion
+from orchard.weights import Weights, digest, snapshot
 
 SCORE = "ndcg@10/sid"
 
@@ -23,29 +26,41 @@ class Champion:
     best: float = float("-inf")
 
     @classmethod
-    def of(cls, house: House, *, num_rows: int, beams: int) -> "Champion":
-        """The champion of a phase, continued from the run folder where there is one."""
+    async def of(cls, house: House, *, num_rows: int, beams: int) -> "Champion":
+        """The champion of a phase, continued from the run folder where there is one.
+
+        One that was judged on other rows or by narrower searches is judged again.
+        """
         run = house.run
         generator = np.random.Generator(np.random.Philox(key=[run.config.seed, 2**32]))
         rows = np.sort(generator.permutation(len(run.valid))[:num_rows])
         champion = cls(house=house, rows=rows, beams=beams)
         facts = exported_facts(run.result)
         champion.best = facts.get("valid_score", float("-inf"))
+        by = {"valid_rows": float(len(rows)), "valid_beams": float(beams)}
+        if facts and any(facts.get(name, wanted) != wanted for name, wanted in by.items()):
+            values = snapshot(model.load(run.result, run.vocabulary))
+            version = PolicyVersion(step=exported_step(run.result), digest=digest(values))
+            champion.best, _ = await champion._judge(version, values)
         return champion
+
+    async def _judge(
+        self, policy: PolicyVersion, weights: Weights
+    ) -> tuple[float, dict[str, float]]:
+        """The score of a version, and the figures for the log."""
+        if len(self.rows) == 0:
+            return float(policy.step), {}
+        found = await self.house.evaluate(
+            self.house.run.valid, self.rows, policy=policy, weights=weights, beams=self.beams
+        )
+        figures = {f"evaluate/{name}": e.mean for name, e in found.metrics.items()}
+        figures |= {f"evaluate/{name}": value for name, value in found.extra.items()}
+        return found.metrics[SCORE].mean, figures
 
     async def consider(self) -> dict[str, float]:
         """Judge what the learner keeps and export it if it is the best; the figures for the log."""
         policy, weights = self.house.learner.kept
-        figures: dict[str, float] = {}
-        score = float(policy.step)
-        if len(self.rows):
-            run = self.house.run
-            found = await self.house.evaluate(
-                run.valid, self.rows, policy=policy, weights=weights, beams=self.beams
-            )
-            figures = {f"evaluate/{name}": e.mean for name, e in found.metrics.items()}
-            figures |= {f"evaluate/{name}": value for name, value in found.extra.items()}
-            score = found.metrics[SCORE].mean
+        score, figures = await self._judge(policy, weights)
         if score > self.best:
             self.best = score
             export(
@@ -55,5 +70,6 @@ class Champion:
                 weights,
                 valid_score=score,
                 valid_rows=float(len(self.rows)),
+                valid_beams=float(self.beams),
             )
         return figures

@@ -246,6 +246,7 @@ def bench(
             f"there is no bench {name!r}; choose from {', '.join(known) or 'none'} "
             "(benches run from the repository's root)"
         )
+    sys.path.insert(0, str(Path.cwd()))  # an installed package has no benches of its own
     result = importlib.import_module(f"benchmarks.{name}").run(quick=quick)
     text = json.dumps(result, indent=2)
     if json_file is not None:

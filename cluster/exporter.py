@@ -22,6 +22,7 @@ from prometheus_client import (
 )
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
+from ray.util import get_node_ip_address
 
 from cluster.telemetry import BY_NAME, METRICS, Metric, find
 from orchard.errors import ConfigError
@@ -115,7 +116,9 @@ class Exporter(Collector):
         self._server, port = server, int(server.server_port)
         self._targets = run_dir / TARGETS
         self._targets.parent.mkdir(parents=True, exist_ok=True)
-        target = {"targets": [f"{host}:{port}"], "labels": {"job": "orchard"}}
+        # Whoever scrapes from elsewhere needs an address of this machine, not "any".
+        address = get_node_ip_address() if host in ("", "0.0.0.0", "::") else host
+        target = {"targets": [f"{address}:{port}"], "labels": {"job": "orchard"}}
         self._targets.write_text(json.dumps([target]) + "\n")
         return port
 
@@ -137,7 +140,7 @@ class Exporter(Collector):
             families[name].add_metric([self._run, *labels], float(value))
 
         add("orchard_restarts_total", self._learner_restarts, "learner")
-        for name, pools in self._pools.items():
+        for name, pools in list(self._pools.items()):  # the event loop may add one meanwhile
             newest = pools[-1]
             add("orchard_restarts_total", sum(pool.restarts for pool in pools), name)
             add("orchard_pool_actors", len(newest.load()), name)

@@ -21,7 +21,7 @@ from cluster.records import records
 from cluster.session import cpus_needed, ray_session
 from learner.assignment import Assignment
 from learner.train import RemoteLearner
-from orchard.errors import ActorError
+from orchard.errors import ActorError, Stopped
 from orchard.evaluation import Evaluation
 from orchard.metrics import Logbook
 from orchard.prompts import Split, rows_of_step, sequences
@@ -196,6 +196,9 @@ class House:
             found: Candidates = await ranking.call("rank", prompts, beams, config.evaluate.think)
             if advance is not None:
                 advance()
+            # In the other phases a signal waits for the end of an update or an epoch.
+            if self.stopping.is_set() and self.run.phase == "evaluate":
+                raise Stopped(f"stopped while evaluating; {AGAIN}")
             return found
 
         found = await asyncio.gather(*(rank(prompts) for prompts in batches))
@@ -291,6 +294,7 @@ class House:
             retries=2,
             max_restarts=rollout.max_restarts,
             start_timeout_s=rollout.start_timeout_s,
+            section="rollout",
         )
 
         async def catch_up(actor: Any) -> None:

@@ -38,7 +38,7 @@ async def train(house: House) -> PolicyVersion:
     policy = await house.learner.start()
     house.logbook.rewind("train", policy.step)
     await house.publish(policy, house.learner.weights, house.learner.probed)
-    champion = Champion.of(
+    champion = await Champion.of(
         house,
         num_rows=run.config.evaluate.valid_rows if run.config.evaluate.every else 0,
         beams=run.config.evaluate.valid_beams,

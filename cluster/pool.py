@@ -52,6 +52,7 @@ class Pool:
         retries: int,
         max_restarts: int,
         start_timeout_s: float,
+        section: str = "",
     ) -> None:
         """Start `size` actors by `make(index)`.
 
@@ -64,8 +65,9 @@ class Pool:
             retries: how often a call is sent again after a death or a missed deadline.
             max_restarts: replacements over the pool's life.
             start_timeout_s: longest wait for a new actor.
+            section: of the settings that hold these bounds; by default it has the kind's name.
         """
-        self.name = name
+        self.name, self._section = name, section or name
         self.restarts = 0
         self.waiting = 0
         """Calls that wait for an actor with room."""
@@ -104,7 +106,7 @@ class Pool:
                 await self._give_back(slot)
         raise ActorError(
             f"{self.name}.{method} failed {self._retries + 1} times, last with "
-            f"{_brief(lost)}; {SEE} or raise {self.name}.timeout_s"
+            f"{_brief(lost)}; {SEE} or raise {self._section}.timeout_s"
         ) from lost
 
     async def broadcast(self, method: str, *args: object, timeout_s: float) -> list[Any]:
@@ -217,8 +219,8 @@ class Pool:
             if self.restarts >= self._max_restarts:
                 raise ActorError(
                     f"{self.name} actor {slot.index} was lost ({_brief(error)}) after "
-                    f"{self._max_restarts} replacements; raise {self.name}.max_restarts if that is "
-                    f"expected on this cluster; {SEE}"
+                    f"{self._max_restarts} replacements; raise {self._section}.max_restarts if that "
+                    f"is expected on this cluster; {SEE}"
                 ) from error
             self.restarts += 1
             ray.kill(slot.actor)

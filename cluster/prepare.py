@@ -31,7 +31,8 @@ from rollout.ved import check_budget
 
 Phase = Literal["sft", "train", "evaluate"]
 
-# What may differ between a run and its continuation: none of it changes what is computed.
+# What may differ between a run and its continuation: how long it goes on, who computes it and how
+# it is looked at, but not what an update is.
 MAY_CHANGE = (
     "output", "data.path", "sft.epochs", "sft.minutes", "sft.patience", "learner.steps",
     "rollout.actors", "rollout.max_restarts", "rollout.timeout_s", "rollout.start_timeout_s",
@@ -39,6 +40,8 @@ MAY_CHANGE = (
     "rewards.max_restarts", "learner.threads", "learner.max_failures", "learner.timeout_s",
     "learner.start_timeout_s", "evaluate.", "checkpoint.", "cluster.", "serve.",
 )  # fmt: skip
+# And what a warm start has no use for: it may still change until RL has left a checkpoint.
+OF_RL = ("learner.", "rollout.", "rewards.", "critic.")
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,7 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
     check_rewards(settings.rewards.weights)
     check_engines(settings, phase)
     if phase != "evaluate":
-        check_unchanged(settings)
+        check_unchanged(settings, phase)
     data = settings.data
     if not data.path.is_dir():
         raise ConfigError(f"data.path = {data.path} is not a folder; set it to where the data is")
@@ -271,18 +274,19 @@ def starting_policy(settings: Config, phase: Phase) -> Path | None:
     return None
 
 
-def check_unchanged(settings: Config) -> None:
+def check_unchanged(settings: Config, phase: Phase) -> None:
     """Refuse to continue a run under a configuration that computes something else."""
     path = settings.run_dir / "config.toml"
     if not path.is_file():
         return
+    begins = phase == "train" and not (settings.run_dir / "checkpoints" / "learner-train").exists()
+    may = MAY_CHANGE + OF_RL if begins else MAY_CHANGE
     changed = [
-        line
-        for line in config.differences(config.load(path), settings)
-        if not line.startswith(MAY_CHANGE)
+        line for line in config.differences(config.load(path), settings) if not line.startswith(may)
     ]
     if changed:
         raise ConfigError(
-            f"run {settings.name} exists with another configuration: {'; '.join(changed)}; "
-            f"choose another name, or remove {settings.run_dir} to start anew"
+            f"run {settings.name} exists with another configuration: {'; '.join(changed)}; choose "
+            "another name, to go on from what it has learned with model.path="
+            f"{settings.run_dir / 'warm_start'} (or its policy)"
         )

@@ -226,7 +226,7 @@ def _refuse_taken_port(serving: ServeConfig, cluster: ClusterConfig) -> None:
 
 
 async def _until_told() -> None:
-    """Return on SIGTERM; Ctrl-C raises."""
+    """Return on SIGTERM and on Ctrl-C."""
     told, loop = asyncio.Event(), asyncio.get_running_loop()
     for name in (signal.SIGTERM, signal.SIGINT):  # after ray.init, which sets its own
         loop.add_signal_handler(name, told.set)

@@ -164,7 +164,9 @@ METRICS = (
 )
 
 PHASES = {f"cluster/{phase}_s" for phase in ("wait", "pack", "learn", "publish", "save")}
-NOT_SHOWN = {"rewards/restarts", "rollout/restarts", "learner/restarts"}
+NOT_SHOWN = {
+    "rewards/restarts", "rollout/restarts", "learner/restarts", "rewards/step_signal_share",
+}  # fmt: skip
 """Logged names that the pools themselves show, or that only look like a family's."""
 
 BY_NAME = {metric.name: metric for metric in METRICS}
@@ -206,7 +208,7 @@ def find(logged: str) -> tuple[tuple[Metric, tuple[str, ...]], ...]:
 
     `cluster/publish_s` is both a histogram and one of the phases of a step.
     """
-    if logged in NOT_SHOWN:
+    if logged in NOT_SHOWN or logged.startswith("rewards/match_"):
         return ()
     found = [
         (metric, tuple(match[label] for label in metric.labels))

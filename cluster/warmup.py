@@ -22,7 +22,7 @@ async def sft(house: House) -> PolicyVersion:
     policy = await house.learner.start()
     house.logbook.rewind("sft", policy.step)
     since_best, elapsed_s = progress_so_far(run)
-    champion = Champion.of(house, num_rows=settings.valid_rows, beams=settings.valid_beams)
+    champion = await Champion.of(house, num_rows=settings.valid_rows, beams=settings.valid_beams)
     with Progress("warm start", total=settings.epochs, done=policy.step) as progress:
         while (
             policy.step < settings.epochs

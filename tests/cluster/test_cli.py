@@ -186,12 +186,17 @@ def test_a_policy_of_another_catalogue_is_refused(world: Path, refused: Callable
 def test_a_run_continues_only_under_its_own_configuration(
     world: Path, refused: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    saved_policy(world)
+    warm = saved_policy(world)
+    cli.main(["train", str(world), "learner.lr=0.5", "--dry-run"])  # RL has not begun
+    assert "model.layers" in refused("train", world, "model.layers=3")
+    (warm.parent / "checkpoints" / "learner-train").mkdir(parents=True)
     said = refused("train", world, "learner.lr=0.5")
     assert "learner.lr = 0.5 (was 0.0002)" in said
-    assert "choose another name" in said
+    assert f"choose another name, to go on from what it has learned with model.path={warm}" in said
     cli.main(["train", str(world), "learner.steps=999", "--dry-run"])
-    assert "everything checks out" in capsys.readouterr().out
+    cli.main(["train", str(world), "name=another", f"model.path='{warm}'", "learner.lr=0.5",
+              "--dry-run"])  # fmt: skip
+    assert capsys.readouterr().out.count("everything checks out") == 2
 
 
 def test_a_beam_wider_than_the_catalogue_is_announced(

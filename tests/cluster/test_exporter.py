@@ -71,6 +71,22 @@ def samples(text: str) -> dict[str, float]:
     return found
 
 
+def test_whoever_scrapes_from_elsewhere_is_given_an_address_of_this_machine(tmp_path: Path) -> None:
+    exporter = Exporter("toy")
+    port = exporter.listen(ClusterConfig(metrics_port=0, metrics_host="0.0.0.0"), tmp_path)
+    (target,) = json.loads((tmp_path / TARGETS).read_text())
+    exporter.close()
+    host, _, shown = target["targets"][0].rpartition(":")
+    assert host not in ("", "0.0.0.0")
+    assert int(shown) == port
+
+
+def test_matches_of_steps_are_no_parts_of_the_reward() -> None:
+    assert find("rewards/rule")
+    assert not find("rewards/match_3")
+    assert not find("rewards/step_signal_share")
+
+
 def test_a_step_is_shown_under_the_names_of_the_catalogue(
     listening: tuple[Exporter, str],
 ) -> None:

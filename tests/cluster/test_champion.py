@@ -1,0 +1,127 @@
+"""What is kept of a phase and how it is judged, without Ray."""
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cluster.champion import SCORE, Champion
+from cluster.evaluate import evaluation_file, look
+from cluster.exported import exported_facts, exported_step
+from cluster.folder import export, open_folder
+from cluster.launch import Held, House
+from cluster.pool import Pool
+from cluster.prepare import Run, prepare
+from orchard import config, evaluation, model
+from orchard.errors import Stopped
+from orchard.evaluation import Evaluation
+from orchard.types import PolicyVersion, Prompts
+from orchard.weights import Weights, digest, snapshot
+from rollout.candidates import Candidates
+from rollout.engine.torch import TorchEngine
+from rollout.search import beam
+
+
+class Here:
+    """A pool of one actor that is no actor."""
+
+    name = "ranking"
+
+    def __init__(self, engine: TorchEngine) -> None:
+        self.engine = engine
+
+    async def call(self, method: str, prompts: Prompts, beams: int, think: object) -> Candidates:
+        assert method == "rank"
+        return beam(self.engine, prompts, width=beams)
+
+
+@pytest.fixture
+def run(data: Path, tmp_path: Path) -> Run:
+    path = tmp_path / "toy.toml"
+    path.write_text(
+        f"""
+        name = "toy"
+        output = "{tmp_path / "runs"}"
+        data.path = "{data}"
+        model = {{hidden_size = 16, intermediate_size = 32, layers = 1, heads = 2, kv_heads = 1}}
+        evaluate = {{beams = 10, batch_size = 8, test_rows = 20}}
+        """
+    )
+    found = prepare(config.load(path), "sft")
+    open_folder(found)
+    return found
+
+
+@pytest.fixture
+def house(run: Run) -> House:
+    """Ranks in this process, whatever policy is asked for."""
+    policy = model.create(run.config.model, run.vocabulary, seed=0)
+    version = PolicyVersion(step=0, digest=digest(snapshot(policy)))
+    export(run, run.result, version, snapshot(policy), valid_score=0.5, valid_rows=8.0)
+    pool: Any = Here(TorchEngine(policy, run.catalogue.trie, run.vocabulary, version))
+    made = House.__new__(House)
+    made.run = run.then("evaluate", run.result)
+    made.stopping = asyncio.Event()
+    made.ranking = pool
+    held: dict[Pool, Held] = {pool: Held(policy=version, weights=None)}
+    made._held = held  # pyright: ignore[reportPrivateUsage]
+    learner: Any = SimpleNamespace(kept=(version, snapshot(policy)))
+    made.learner = learner
+    return made
+
+
+def test_a_signal_ends_an_evaluation_and_leaves_nothing_half(house: House) -> None:
+    house.stopping.set()
+    with pytest.raises(Stopped, match="stopped while evaluating; the same command resumes"):
+        asyncio.run(look(house, house.run.policy, "warm_start"))
+    assert not evaluation_file(house.run, "warm_start").exists()
+
+
+def test_an_evaluation_is_done_again_where_other_rows_are_asked_for(house: House) -> None:
+    first = asyncio.run(look(house, house.run.policy, "warm_start"))
+    assert asyncio.run(look(house, house.run.policy, "warm_start")).seconds == first.seconds
+    assert first.num_rows == 20
+    settings = house.run.config
+    fewer = settings.evaluate.model_copy(update={"test_rows": 12})
+    house.run = replace(house.run, config=settings.model_copy(update={"evaluate": fewer}))
+    assert asyncio.run(look(house, house.run.policy, "warm_start")).num_rows == 12
+    assert evaluation.read(evaluation_file(house.run, "warm_start")).num_rows == 12
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "score", "best", "asked"),
+    [(8, 0.3, 0.5, 0), (4, 0.3, 0.3, 1), (0, 0.3, 7.0, 0)],
+    ids=["as before", "on fewer rows", "on none"],
+)
+def test_a_champion_judged_otherwise_is_judged_again(
+    house: House, monkeypatch: pytest.MonkeyPatch, num_rows: int, score: float, best: float,
+    asked: int,
+) -> None:  # fmt: skip
+    run, calls = house.run, list[int]()
+    policy = snapshot(model.load(run.policy))
+    facts = {"valid_score": 0.5, "valid_rows": 8.0, "valid_beams": 10.0}
+    export(run, run.result, PolicyVersion(step=7, digest="x"), policy, **facts)
+
+    async def judged(_: object, rows: np.ndarray, **__: object) -> Evaluation:
+        calls.append(len(rows))
+        metrics: Mapping[str, Any] = {SCORE: SimpleNamespace(mean=score)}
+        found: Any = SimpleNamespace(metrics=metrics, extra={})
+        return found
+
+    monkeypatch.setattr(house, "evaluate", judged)
+    champion = asyncio.run(Champion.of(house, num_rows=num_rows, beams=10))
+    assert champion.best == best
+    assert len(calls) == asked
+
+    async def kept(version: PolicyVersion, weights: Weights) -> None:
+        house.learner.kept = version, weights
+        await champion.consider()
+
+    asyncio.run(kept(PolicyVersion(step=6, digest="y"), policy))
+    assert exported_step(run.result) == 7  # no better than it, by the new measure
+    assert exported_facts(run.result)["valid_score"] == 0.5
