@@ -219,8 +219,8 @@ class Pool:
             if self.restarts >= self._max_restarts:
                 raise ActorError(
                     f"{self.name} actor {slot.index} was lost ({_brief(error)}) after "
-                    f"{self._max_restarts} replacements; raise {self._section}.max_restarts if that "
-                    f"is expected on this cluster; {SEE}"
+                    f"{self._max_restarts} replacements; raise {self._section}.max_restarts if "
+                    f"that is expected on this cluster; {SEE}"
                 ) from error
             self.restarts += 1
             ray.kill(slot.actor)

@@ -24,8 +24,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
-from jaxtyping import Float64, Int64
+from jaxtyping import Float32, Float64, Int64
 
+from learner.groups import centred, standardised
 from learner.siblings import sibling
 from learner.step_credit import step, switched, well_formed
 from orchard.settings import LearnerConfig
@@ -43,28 +44,28 @@ def candidate_lengths(trees: SearchTrees) -> Int64[np.ndarray, " C"]:
 
 def group(scored: ScoredTrees, std_epsilon: float) -> Credit:
     """Standardised within the group; every candidate weighs the same."""
-    return alike(scored, _standardised(scored, std_epsilon), per_candidate(scored))
+    return alike(scored, standardised(*_by_group(scored), std_epsilon), per_candidate(scored))
 
 
 def dapo(scored: ScoredTrees, std_epsilon: float) -> Credit:
     """Standardised within the group; every token of the batch weighs the same."""
     length = candidate_lengths(scored.trees)
     weight = np.full(len(length), 1 / max(1, length.sum()))
-    return alike(scored, _standardised(scored, std_epsilon), weight)
+    return alike(scored, standardised(*_by_group(scored), std_epsilon), weight)
 
 
 def drgrpo(scored: ScoredTrees, std_epsilon: float) -> Credit:
     """Centred within the group but not divided by its spread; `std_epsilon` plays no part."""
     length = candidate_lengths(scored.trees)
     weight = np.full(len(length), 1 / max(1, len(length) * length.max(initial=0)))
-    return alike(scored, _centred(scored), weight)
+    return alike(scored, centred(*_by_group(scored)), weight)
 
 
 def leave_one_out(scored: ScoredTrees, std_epsilon: float) -> Credit:
     """Against the mean of the other candidates; `std_epsilon` plays no part."""
     size = np.diff(scored.trees.candidate_start)[scored.trees.prompt_of_candidate]
     # R - (sum - R) / (G - 1) = (R - mu) G / (G - 1); alone in its group R - mu is already 0.
-    advantage = _centred(scored) * size / np.maximum(size - 1, 1)
+    advantage = centred(*_by_group(scored)) * size / np.maximum(size - 1, 1)
     return alike(scored, advantage, per_candidate(scored))
 
 
@@ -148,22 +149,11 @@ def group_statistics(scored: ScoredTrees) -> dict[str, float]:
     return statistics | {f"mean_{name}": float(part.mean()) for name, part in scored.parts.items()}
 
 
-def _centred(scored: ScoredTrees) -> Float64[np.ndarray, " C"]:
-    """Reward minus the group's mean; exactly 0 where all rewards of a group are equal."""
-    prompt = scored.trees.prompt_of_candidate
-    reward = scored.reward.astype(np.float64)
-    size = np.bincount(prompt, minlength=len(scored.trees))
-    total = np.bincount(prompt, weights=reward, minlength=len(scored.trees))
-    return reward - (total / np.maximum(size, 1))[prompt]
-
-
-def _standardised(scored: ScoredTrees, std_epsilon: float) -> Float64[np.ndarray, " C"]:
-    """Centred reward over the group's unbiased standard deviation plus epsilon."""
-    prompt, centred = scored.trees.prompt_of_candidate, _centred(scored)
-    size = np.bincount(prompt, minlength=len(scored.trees))
-    square = np.bincount(prompt, weights=centred**2, minlength=len(scored.trees))
-    std = np.sqrt(square / np.maximum(size - 1, 1))
-    return centred / (std[prompt] + std_epsilon)
+def _by_group(
+    scored: ScoredTrees,
+) -> tuple[Float32[np.ndarray, " C"], Int64[np.ndarray, " C"], int]:
+    """Rewards, the group of each, and how many groups there are."""
+    return scored.reward, scored.trees.prompt_of_candidate, len(scored.trees)
 
 
 def per_candidate(scored: ScoredTrees) -> Float64[np.ndarray, " C"]:

@@ -82,7 +82,8 @@ def load(learner: Learner, folder: Path, *, catalogue: str) -> int:
         _restore(learner, state)
     except (RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(
-            f"checkpoint {folder} does not fit the model of this run: {error}"
+            f"checkpoint {folder} does not fit the model of this run: {error}; restore the "
+            "settings that it was made with, or choose another run name"
         ) from error
     learner.schedule.load_state_dict(state["schedule"])
     learner.updates = int(state["updates"])

@@ -19,8 +19,9 @@ Shapes:  C candidates   L codes of the longest item   P steps of the longest pat
 from dataclasses import replace
 
 import numpy as np
-from jaxtyping import Bool, Float32, Float64, Int64
+from jaxtyping import Bool, Float32, Int64
 
+from learner.groups import standardised
 from orchard.catalogue import Catalogue
 from orchard.settings import StepConfig
 from orchard.types import Credit, ScoredTrees, SearchTrees
@@ -58,7 +59,7 @@ def step(scored: ScoredTrees, std_epsilon: float) -> Credit:
     inside, num_steps = path >= 0, scored.step_reward.shape[1]
     judged = np.zeros((len(path), num_steps))
     for k in range(num_steps):
-        judged[:, k] = _standardised(
+        judged[:, k] = standardised(
             scored.step_reward[:, k], trees.prompt_of_candidate, len(trees), std_epsilon
         )
     tokens = np.where(inside, np.diff(trees.token_start)[path], 0)
@@ -120,17 +121,3 @@ def step_statistics(scored: ScoredTrees) -> dict[str, float]:
     spread = np.maximum.reduceat(match, first) - np.minimum.reduceat(match, first)
     shares = {f"match_{k}": float(rate) for k, rate in enumerate(match[:, :8].mean(0), 1)}
     return shares | {"step_signal_share": float((spread > 0).any(1).mean())}
-
-
-def _standardised(
-    value: Float32[np.ndarray, " C"],
-    group: Int64[np.ndarray, " C"],
-    num_groups: int,
-    std_epsilon: float,
-) -> Float64[np.ndarray, " C"]:
-    """Centred over the group's unbiased standard deviation; exactly 0 where all are equal."""
-    size = np.bincount(group, minlength=num_groups)
-    mean = np.bincount(group, value, num_groups) / np.maximum(size, 1)
-    centred = value - mean[group]
-    variance = np.bincount(group, centred**2, num_groups) / np.maximum(size - 1, 1)
-    return centred / (np.sqrt(variance)[group] + std_epsilon)

@@ -104,7 +104,8 @@ def check(
         row, level = (int(i) for i in np.argwhere(bad)[0])
         raise CatalogueError(
             f"row {row} of the items has code {table[row, level]} at level {level + 1}; "
-            f"codes there run from 0 to {limit[level] - 1} ({int(bad.any(1).sum())} such items)"
+            f"codes there run from 0 to {limit[level] - 1} ({int(bad.any(1).sum())} such items); "
+            "mend the items file, or make semantic IDs anew (orchard data sids --overwrite)"
         )
     # An end marker may still be added to each level.
     return table.astype(trie.code_type(limit))

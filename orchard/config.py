@@ -74,7 +74,9 @@ def _set(tree: dict[str, Any], override: str) -> None:
     for section in sections:
         branch = tree.setdefault(section, {})
         if not isinstance(branch, dict):
-            raise ConfigError(f"override {override!r}: {section} is a value, not a section")
+            raise ConfigError(
+                f"override {override!r}: {section} is a value, not a section; set that value itself"
+            )
         tree = cast(dict[str, Any], branch)
     tree[last] = value
 

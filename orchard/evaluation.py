@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float64, Int, Int64
 
 from orchard import ragged
 from orchard.errors import DataError
+from orchard.folders import write_whole
 from orchard.intervals import Estimate, estimates
 
 HIT_RATE_AT = (1, 3, 5, 10, 20, 50)
@@ -232,8 +233,7 @@ def write(evaluation: Evaluation, path: Path) -> None:
     partial = path.with_name(f".{path.name}.partial")
     pq.write_table(table, partial, compression="zstd")
     partial.replace(path.with_suffix(".parquet"))
-    partial.write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n")
-    partial.replace(path)
+    write_whole(path, json.dumps(facts, indent=2, allow_nan=False) + "\n")
 
 
 def read(path: Path) -> Evaluation:

@@ -16,6 +16,7 @@ from torch import nn
 
 from orchard.catalogue import Catalogue
 from orchard.errors import CatalogueError, CheckpointError, ConfigError
+from orchard.folders import write_whole
 
 WEIGHTS, ABOUT = "model.safetensors", "model.json"
 
@@ -40,9 +41,7 @@ def save(
         "sizes": dict(sizes),
         "facts": dict(facts),
     }
-    partial = folder / f".{ABOUT}.partial"
-    partial.write_text(json.dumps(about, indent=2) + "\n")
-    partial.replace(folder / ABOUT)
+    write_whole(folder / ABOUT, json.dumps(about, indent=2) + "\n")
 
 
 def sizes(

@@ -31,11 +31,14 @@ def read_table(path: Path, *, role: str, columns: Sequence[str], remedy: str) ->
     try:
         table = pq.read_table(path)
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{role} file {path} is not readable as Parquet: {error}") from error
+        raise DataError(
+            f"{role} file {path} is not readable as Parquet: {error}; write it again"
+        ) from error
     for column in columns:
         if column not in table.column_names:
             raise DataError(
-                f"{role} file {path} has columns {', '.join(table.column_names)} but no `{column}`"
+                f"{role} file {path} has columns {', '.join(table.column_names)} but no "
+                f"`{column}`; add it, or rename the one that is meant"
             )
         _check(table[column], column, f"{role} file {path}")
     return table

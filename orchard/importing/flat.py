@@ -122,7 +122,7 @@ def _parquet_names(path: Path) -> list[str]:
     try:
         return list(pq.read_schema(_parquet_files(path)[0]).names)
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} is not readable as Parquet: {error}") from error
+        raise DataError(f"{path} is not readable as Parquet: {error}; write it again") from error
 
 
 def _read_parquet(path: Path, names: Sequence[str], tick: Tick) -> Any:
@@ -131,7 +131,9 @@ def _read_parquet(path: Path, names: Sequence[str], tick: Tick) -> Any:
         try:
             parts.append(pq.read_table(file, columns=list(names)))
         except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(f"{file} is not readable as Parquet: {error}") from error
+            raise DataError(
+                f"{file} is not readable as Parquet: {error}; write it again"
+            ) from error
         if list(parts[-1].column_names) != list(names):
             raise DataError(
                 f"{file} lacks columns of {_parquet_files(path)[0].name}; all parts need "

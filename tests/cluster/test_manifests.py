@@ -108,7 +108,7 @@ def test_a_cluster_obeys_what_the_operator_asks_beyond_its_schema(name: str) -> 
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
 
 
-def test_rollouts_may_be_taken_away_and_the_learner_may_not() -> None:
+def test_one_group_of_workers_may_be_taken_away() -> None:
     market = {g["groupName"]: g["labels"] for g in cluster("rayjob")["workerGroupSpecs"]}
     assert market["spot"] == {"ray.io/market-type": "spot"}
     assert market["on-demand"] == {"ray.io/market-type": "on-demand"}
@@ -116,7 +116,9 @@ def test_rollouts_may_be_taken_away_and_the_learner_may_not() -> None:
 
 def test_the_job_runs_a_command_that_exists_and_resumes() -> None:
     spec = read("rayjob")["spec"]
-    python, flag, module, command, run, *overrides = spec["entrypoint"].split()
+    first, then = (part.split() for part in spec["entrypoint"].split(" && "))
+    assert first == [*then[:3], "sft", *then[4:]]  # a finished warm start is only evaluated
+    python, flag, module, command, run, *overrides = then
     assert (python, flag, module, command) == ("python", "-m", "cluster.cli", "train")
     settings = config.load(ROOT / run, overrides)
     assert settings.output.is_absolute()
@@ -133,7 +135,8 @@ def test_the_job_runs_a_command_that_exists_and_resumes() -> None:
     for group in groups("rayjob"):
         if group.get("groupName") != "spot":
             assert group["template"]["spec"]["terminationGracePeriodSeconds"] > grace
-    RuntimeEnv(env_vars=environment["env_vars"])
+    RuntimeEnv(**environment)
+    assert environment["working_dir"].startswith("file://")  # no path of the pod that submits
 
 
 def test_the_service_is_our_application_with_arguments_that_it_takes() -> None:

@@ -38,6 +38,33 @@ def test_jobs_are_kept_until_the_second_checkpoint_after_them() -> None:
     asyncio.run(scenario())
 
 
+def test_what_a_recovery_repeats_is_not_kept_and_shows_that_it_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("learner.desk.time.monotonic", lambda: now)
+
+    async def scenario() -> None:
+        nonlocal now
+        desk = Desk()
+        for number in range(4):
+            await desk.deliver(result(number, start=number == 0))
+            assert (await desk.collect(number)).update.policy.step == number
+        now = 160.0
+        assert await desk.idle_s() == 60.0
+        for number in range(4):  # the group came back from the start
+            await desk.deliver(result(number, start=number == 0))
+        assert await desk.idle_s() == 0.0
+        asked = asyncio.ensure_future(desk.collect(-1))
+        await asyncio.sleep(0)
+        assert not asked.done()
+        asked.cancel()
+        await desk.deliver(result(4))
+        assert (await desk.collect(4)).restarts == 1
+
+    asyncio.run(scenario())
+
+
 def test_an_order_to_save_comes_before_the_next_job_and_again_after_a_restart() -> None:
     async def scenario() -> None:
         desk = Desk()
