@@ -246,6 +246,12 @@ async def _changes(
 ) -> dict[str, float]:
     """Deltas and a policy switch under the steady load."""
     removed: dict[int, float] = {}
+    values = weights.snapshot(world.model)
+    name = next(iter(values))
+    weights.restore(world.model, values | {name: values[name] * 1.01})
+    # Written beforehand: who asks and who trains would not share a process, let alone its lock.
+    trained = export_policy(world, folder.with_name("trained"), step=2)
+    weights.restore(world.model, values)
 
     async def disturb(client: httpx.AsyncClient) -> None:
         header, draw = {"authorization": f"Bearer {TOKEN}"}, np.random.default_rng(3)
@@ -258,11 +264,8 @@ async def _changes(
             assert answer.status_code == 200, answer.text
             removed.update(dict.fromkeys(gone, time.time()))
             if step == 1:
-                values = weights.snapshot(world.model)
-                name = next(iter(values))
-                weights.restore(world.model, values | {name: values[name] * 1.01})
-                await asyncio.to_thread(export_policy, world, folder, step=2)
-                weights.restore(world.model, values)
+                folder.rename(folder.with_name("before"))
+                trained.rename(folder)
             await asyncio.sleep(seconds / 4)
 
     load = await _open_loop(setting, steady["rate"], seconds, beside=disturb)
