@@ -28,12 +28,16 @@ def ablation(report: Report, path: Path = ABLATION) -> None:
             if row["seed"] == 0:
                 axes.annotate(
                     way, (tokens, score), xytext=(6, -3), textcoords="offset points",
-                    color=INK, fontsize=8,
+                    color=INK, fontsize=8, bbox={
+                        "facecolor": axes.get_facecolor(), "edgecolor": "none", "pad": 0.4,
+                    },
                 )  # fmt: skip
         for row in report["rows"]:
             if row.get("policy") == "warm_start":
-                axes.axhline(float(row[METRIC]), color=FAINT, linewidth=0.8, linestyle="--")
+                axes.axhline(
+                    float(row[METRIC]), color=FAINT, linewidth=0.8, linestyle="--", zorder=0
+                )
         axes.set_xlabel("million tokens forwarded by 120 updates' searches, leaves included")
         axes.set_ylabel("NDCG@10, test rows")
-        axes.margins(x=0.12)
+        axes.margins(x=0.2)
         figure.savefig(path, metadata={"Date": None})
