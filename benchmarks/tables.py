@@ -13,12 +13,12 @@ from typing import cast
 
 from benchmarks.measure import Figure, Report, Row
 from benchmarks.plots import ablation
+from benchmarks.readme import TABLES, within
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 PAGE = ROOT / "docs" / "figures.md"
 README = ROOT / "README.md"
-BEGIN, END = "<!-- figures: made by `make figures` -->", "<!-- end of figures -->"
 
 
 def read(folder: Path = RESULTS) -> list[Report]:
@@ -46,20 +46,20 @@ def summary(reports: Sequence[Report]) -> str:
     return "\n".join(["| bench | figure | asked | measured |", "|---|---|---|---|", *lines])
 
 
-def within(text: str, made: str) -> str:
-    """The text with what lies between the marks replaced; raises ValueError without marks."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    if not rest or END not in rest:
-        raise ValueError(f"README.md lacks {BEGIN} or {END}; put the two marks where tables go")
-    return f"{before}{BEGIN}\n\n{made}\n\n{END}{after}"
+def filled(text: str, reports: Sequence[Report]) -> str:
+    """The README with its tables as the results make them; raises ValueError without marks."""
+    text = within(text, "figures", summary(reports))
+    for one in reports:
+        if one["bench"] in TABLES:
+            text = within(text, one["bench"], TABLES[one["bench"]](one))
+    return text
 
 
 def main() -> None:
     """Write both places anew."""
     reports = read()
     PAGE.write_text(page(reports))
-    README.write_text(within(README.read_text(), summary(reports)))
+    README.write_text(filled(README.read_text(), reports))
     for one in reports:
         if one["bench"] == "vstar":
             ablation(one)

@@ -237,8 +237,8 @@ def bench(
 ) -> None:
     """The published figures, measured side by side."""
     shared = {
-        "__init__", "flat_loop", "hugging_face", "measure", "plots", "recipe", "rival", "tables",
-        "trl_step",
+        "__init__", "flat_loop", "hugging_face", "measure", "plots", "readme", "recipe", "rival",
+        "tables", "trl_step",
     }  # fmt: skip
     known = sorted({p.stem for p in Path("benchmarks").glob("*.py")} - shared)
     if name not in known:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import plots, tables
+from benchmarks import plots, readme, tables
 from benchmarks.measure import Report, figure
 
 
@@ -32,17 +32,19 @@ def test_a_page_shows_misses_and_keeps_rows_of_one_shape_together() -> None:
 
 
 def test_only_what_lies_between_the_marks_is_replaced() -> None:
-    text = f"before {tables.BEGIN} old {tables.END} after"
-    assert tables.within(text, "new") == f"before {tables.BEGIN}\n\nnew\n\n{tables.END} after"
+    begin, end = readme.marks("toy")
+    text = f"before {begin} old {end} after"
+    assert readme.within(text, "toy", "new") == f"before {begin}\n\nnew\n\n{end} after"
     with pytest.raises(ValueError, match="put the two marks"):
-        tables.within("no marks", "new")
+        readme.within("no marks", "toy", "new")
 
 
 def test_what_is_published_is_what_was_measured() -> None:
     reports = tables.read()
     assert tables.PAGE.read_text() == tables.page(reports)
-    readme = tables.README.read_text()
-    assert tables.within(readme, tables.summary(reports)) == readme
+    text = tables.README.read_text()
+    assert tables.filled(text, reports) == text
+    assert readme.TABLES.keys() <= {one["bench"] for one in reports}
 
 
 def test_the_ablation_shows_every_way_and_is_the_same_twice(tmp_path: Path) -> None:

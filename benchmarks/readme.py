@@ -1,0 +1,101 @@
+"""The README's tables, each from the result of one bench, between two marks."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from benchmarks.measure import Report, Row
+
+DECODERS = {
+    "floor_s": "the floor: prefill and two forward passes of all beams, no search",
+    "worker_s": "**in vLLM's worker**",
+    "torch_s": "torch engine, tree attention",
+    "requests_s": "vLLM, one request per node",
+    "vllm_beam_search_s": "vLLM's own `LLM.beam_search`, unconstrained, faster of two block sizes",
+    "hf_strong_s": "Hugging Face, prompts computed once, dense masks",
+    "hf_generate_s": "Hugging Face `generate`, `prefix_allowed_tokens_fn`",
+    "hf_processor_s": "Hugging Face `generate`, masking logits processor",
+}
+STEPS = {
+    "orchard": "**Orchard**",
+    "trl_hook": "TRL 1.9.2's GRPOTrainer, constrained by `prefix_allowed_tokens_fn`",
+    "trl_processor": "the same, constrained by a logits processor",
+    "trl_search": "the same, handed Orchard's candidates, so that only its update counts",
+    "flat_loop": "a plain loop of sequences, as MiniOneRec describes it",
+    "orchard_whole_vocabulary": 'Orchard with `learner.logprob = "full"`',
+}
+
+
+def marks(name: str) -> tuple[str, str]:
+    """What a table stands between."""
+    return f"<!-- {name}: made by `make figures` -->", f"<!-- end of {name} -->"
+
+
+def within(text: str, name: str, made: str) -> str:
+    """The text with what lies between the marks replaced; raises ValueError without marks."""
+    begin, end = marks(name)
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    if not rest or end not in rest:
+        raise ValueError(f"README.md lacks {begin} or {end}; put the two marks where tables go")
+    return f"{before}{begin}\n\n{made}\n\n{end}{after}"
+
+
+def decode(report: Report) -> str:
+    """Seconds of each way to search, and how many times those of the search in the worker."""
+    rows = [_with_fastest(row) for row in report["rows"] if "worker_s" in row]
+    lines = [
+        [said, *(f"{row[key]:.3f} ({_times(row[key], row['worker_s'])})" for row in rows)]
+        for key, said in DECODERS.items()
+    ]
+    return _table(
+        [
+            "seconds (times the search in the worker)",
+            *(f"width {row['width']:.0f}" for row in rows),
+        ],
+        lines,
+    )
+
+
+def learner(report: Report) -> str:
+    """Packed trees against one sequence per candidate."""
+    lines = [
+        [
+            f"{row['prompt_tokens']}", f"{row['candidates']}", f"{float(row['token_ratio']):.1f}x",
+            f"{float(row['time_ratio']):.1f}x",
+            f"{float(row['loss_difference']):.2g}, {float(row['gradient_difference']):.2g}",
+        ]
+        for row in report["rows"]
+        if "time_ratio" in row
+    ]  # fmt: skip
+    head = ["prompt tokens", "candidates", "forward tokens flat / packed", "seconds flat / packed"]
+    return _table([*head, "loss, gradients: relative difference"], lines)
+
+
+def step(report: Report) -> str:
+    """A whole step of each way."""
+    rows = {str(row["way"]): row for row in report["rows"] if "way" in row}
+    lines = [
+        [said, f"{rows[way]['step_s']:.2f}", f"{rows[way]['over_orchard']:.1f}x"]
+        for way, said in STEPS.items()
+    ]
+    return _table(["a whole step", "seconds", "times Orchard's"], lines)
+
+
+TABLES: Mapping[str, Callable[[Report], str]] = {"decode": decode, "learner": learner, "step": step}
+"""By the name of the bench, which is also that of the marks."""
+
+
+def _with_fastest(row: Row) -> dict[str, float]:
+    """The numbers of a row; vLLM's own search with the better of its block sizes."""
+    numbers = {name: float(value) for name, value in row.items()}
+    own = [value for name, value in numbers.items() if name.startswith("vllm_beam_search_")]
+    return numbers | {"vllm_beam_search_s": min(own)}
+
+
+def _times(seconds: float, unit: float) -> str:
+    ratio = seconds / unit
+    return f"{ratio:.0f}x" if ratio >= 10 else f"{ratio:.1f}x"
+
+
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    made = [head, ["---"] * len(head), *lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in made)
