@@ -5,12 +5,11 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int64
 
-from cluster.exported import exported_facts, exported_step
-from cluster.folder import export
+from cluster.exported import exported_facts
+from cluster.folder import export, saved_policy
 from cluster.launch import House
-from orchard import model
 from orchard.types import PolicyVersion
-from orchard.weights import Weights, digest, snapshot
+from orchard.weights import Weights
 
 SCORE = "ndcg@10/sid"
 
@@ -39,9 +38,7 @@ class Champion:
         champion.best = facts.get("valid_score", float("-inf"))
         by = {"valid_rows": float(len(rows)), "valid_beams": float(beams)}
         if facts and any(facts.get(name, wanted) != wanted for name, wanted in by.items()):
-            values = snapshot(model.load(run.result, run.vocabulary))
-            version = PolicyVersion(step=exported_step(run.result), digest=digest(values))
-            champion.best, _ = await champion._judge(version, values)
+            champion.best, _ = await champion._judge(*saved_policy(run, run.result))
         return champion
 
     async def _judge(

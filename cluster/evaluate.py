@@ -9,13 +9,12 @@ import numpy as np
 from jaxtyping import Int64
 
 from cluster.console import Progress
-from cluster.exported import exported_step
+from cluster.folder import saved_policy
 from cluster.launch import House
 from cluster.prepare import Run
-from orchard import evaluation, model, weights
+from orchard import evaluation
 from orchard.evaluation import Evaluation
 from orchard.folders import write_whole
-from orchard.types import PolicyVersion
 
 SplitName = Literal["valid", "test"]
 
@@ -26,8 +25,7 @@ async def evaluate(
     """Evaluate a policy folder and keep the result as `evaluation/<name>.json`."""
     run = house.run
     rows = chosen_rows(run, split)
-    values = weights.snapshot(model.load(folder, run.vocabulary))
-    version = PolicyVersion(step=exported_step(folder), digest=weights.digest(values))
+    version, values = saved_policy(run, folder)
     batches = -(-len(rows) // run.config.evaluate.batch_size)
     with Progress(f"evaluating {name}", total=batches) as progress:
         found = await house.evaluate(

@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 
 from cluster import text
-from cluster.exported import FILE
+from cluster.exported import FILE, exported_step
 from cluster.prepare import Run
 from orchard import catalogue, config, model, value
 from orchard.errors import ConfigError
 from orchard.folders import whole, write_whole
 from orchard.types import PolicyVersion
-from orchard.weights import Weights, restore
+from orchard.weights import Weights, digest, restore, snapshot
 
 
 def open_folder(run: Run) -> None:
@@ -38,6 +38,12 @@ def export(run: Run, folder: Path, policy: PolicyVersion, weights: Weights, **fa
     value.fit(trained, weights)
     restore(trained, weights)
     _save(run, folder, trained, policy, facts)
+
+
+def saved_policy(run: Run, folder: Path) -> tuple[PolicyVersion, Weights]:
+    """The weights of a policy folder, and which version they are."""
+    values = snapshot(model.load(folder, run.vocabulary))
+    return PolicyVersion(step=exported_step(folder), digest=digest(values)), values
 
 
 def _save(

@@ -269,14 +269,15 @@ class RemoteLearner:
                     f"the learner stopped {at} after {self._config.learner.max_failures}"
                     f" restarts: {self._failure}; see what it printed below logs in the run folder"
                 ) from self._failure
-            # A group that was started again repeats jobs first: each has as long as a new one.
-            if time.monotonic() > deadline and (left := timeout_s - await self._idle_s()) > 0:
+            if time.monotonic() > deadline:
+                # A group that was started again repeats jobs first: each has as long as a new one.
+                left = timeout_s - await self._idle_s()
+                if left <= 0:
+                    raise ActorError(
+                        f"the learner did not answer {at} within {timeout_s:.0f} s; raise {bound}, "
+                        "or see what it printed below logs in the run folder"
+                    )
                 deadline = time.monotonic() + left
-            elif time.monotonic() > deadline:
-                raise ActorError(
-                    f"the learner did not answer {at} within {timeout_s:.0f} s; raise {bound}, or "
-                    "see what it printed below logs in the run folder"
-                )
 
     async def _idle_s(self) -> float:
         """Seconds since the workers handed in anything."""
