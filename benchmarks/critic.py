@@ -18,8 +18,11 @@ from benchmarks.measure import Figure, Report, Row, figure, report
 from cluster.fit import BACKENDS
 from cluster.prepare import Run, prepare
 from learner.critic import draw_walks, measure
-from orchard import config, critic, intervals, model, value
-from orchard.critic import Critic
+from orchard import config
+from orchard.evaluation import bootstrap
+from orchard.policy import model, value_head
+from orchard.scorers import prefix_critic
+from orchard.scorers.prefix_critic import Critic
 from orchard.settings import VedConfig
 from orchard.types import PolicyVersion
 from rollout.candidates import Candidates
@@ -39,7 +42,7 @@ def run(quick: bool) -> Report:
     settings = config.load(RUN)
     at = prepare(settings, "sft")
     rows, parity = _parity(at, updates=5 if quick else 150, seeds=1 if quick else 3)
-    judge = critic.load(settings.critic.path or at.dir / critic.KIND, at.catalogue)
+    judge = prefix_critic.load(settings.critic.path or at.dir / prefix_critic.KIND, at.catalogue)
     for name in ("warm_start", "policy"):
         begun = prepare(settings, "evaluate", policy=at.dir / name)
         for count, budget in SETS:
@@ -94,7 +97,7 @@ def _sets(at: Run, judge: Critic, count: int, budget: int, *, num_rows: int) -> 
         "ved, none": partial(guided, critic=unguided),  # values every prefix at 0
         "ved, critic": partial(guided, critic=judge),
     }
-    if value.head_of(policy) is not None:
+    if value_head.head_of(policy) is not None:
         searches["ved, head"] = guided
     prompts = at.form.prompts(at.test, np.arange(min(num_rows, len(at.test))))
     target = at.catalogue.leaf_of_item[prompts.target]
@@ -108,7 +111,7 @@ def _sets(at: Run, judge: Critic, count: int, budget: int, *, num_rows: int) -> 
         owner = np.repeat(np.arange(len(prompts)), np.diff(found.start))
         hit = np.bincount(owner[found.leaf == target[owner]], minlength=len(prompts)) > 0
         hits[name] = hit.astype(np.float64)
-        change = intervals.estimates(
+        change = bootstrap.estimates(
             ["hit"], (hits[name] - hits["beam"])[:, None], resamples=2000, seed=SEED
         )["hit"]
         rows.append({

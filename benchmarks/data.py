@@ -17,10 +17,11 @@ import pyarrow as pa
 import pyarrow.csv as csv
 
 from benchmarks.measure import Report, Row, figure, report
-from orchard import catalogue, config
-from orchard.sids.build import QUANTISERS, Recipe, build
-from orchard.sids.measure import Quality, measure
-from orchard.sids.quantise import quantise
+from orchard import config
+from orchard.catalog import catalog
+from orchard.data.semantic_ids.build import QUANTISERS, Recipe, build
+from orchard.data.semantic_ids.measure import Quality, measure
+from orchard.data.semantic_ids.quantize import quantise
 
 GIB = 1 << 30
 INDUSTRIAL = Path("cluster/runs/amazon_industrial.toml")
@@ -89,7 +90,7 @@ def beside_published(source: Path) -> list[Row]:
     """The semantic IDs of a data set, and those that each quantiser makes of its titles."""
     if not source.is_dir():
         return [{"sids": "published", "note": f"not run: there is no data set in {source}"}]
-    published = measure(catalogue.read(source / "items.parquet").codes)
+    published = measure(catalog.read(source / "items.parquet").codes)
     rows: list[Row] = [{"sids": "published", **_facts(published)}]
     for name in QUANTISERS:
         with tempfile.TemporaryDirectory() as made:

@@ -25,9 +25,9 @@ from transformers import DynamicCache, PreTrainedModel
 from benchmarks.hugging_face import Allowed, allowed_tokens, beams, legal_logits
 from benchmarks.learner import VERSION, Setting, default_setting, random_prompts
 from benchmarks.measure import Report, Row, figure, interleaved, report
+from orchard.policy.item_tokenizer import compact_tokenizer
 from orchard.settings import RolloutConfig
 from orchard.testing import save_policy
-from orchard.vocabulary import compact_tokenizer
 from rollout.candidates import Candidates
 from rollout.engine.paged import Pass
 from rollout.engine.requests import RequestEngine

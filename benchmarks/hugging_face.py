@@ -12,8 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
 
-from orchard.catalogue import Catalogue
-from orchard.vocabulary import Vocabulary
+from orchard.catalog.catalog import Catalogue
+from orchard.policy.item_tokenizer import Vocabulary
 
 Allowed = Mapping[tuple[int, ...], Sequence[int]]
 """Legal next tokens after each run of codes, as token ids."""

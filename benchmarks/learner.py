@@ -19,13 +19,13 @@ from learner.advantages import ESTIMATORS
 from learner.logprobs import BatchTensors, choice_logprobs, score_choices, to_tensors
 from learner.loss import policy_loss
 from learner.pack import flatten, pack
-from orchard import catalogue as catalogues
-from orchard import model as models
-from orchard.catalogue import Catalogue
-from orchard.model import head_weight
+from orchard.catalog import catalog as catalogues
+from orchard.catalog.catalog import Catalogue
+from orchard.policy import model as models
+from orchard.policy.item_tokenizer import Vocabulary, compact_tokenizer, of_codes
+from orchard.policy.model import head_weight
 from orchard.settings import LearnerConfig, ModelConfig
 from orchard.types import PolicyVersion, Prompts, ScoredTrees
-from orchard.vocabulary import Vocabulary, compact_tokenizer, of_codes
 from rewards.reward import score
 from rollout.engine.torch import TorchEngine
 from rollout.search import beam

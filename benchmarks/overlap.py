@@ -21,9 +21,9 @@ from benchmarks.measure import Figure, Report, Row, figure, report
 from benchmarks.recipe import ONE_THREAD, branch
 from cluster.commands import QUICKSTART, warm_start
 from orchard import config
-from orchard.metrics import FILE, read_metrics
+from orchard.data.synthetic import WorldParams, write_world
 from orchard.settings import Config
-from orchard.synth import WorldParams, write_world
+from orchard.tracking.metrics_log import FILE, read_metrics
 
 WAYS = {(actors, lag): f"{actors} actors, lag {lag}" for lag in (0, 1) for actors in (1, 2)}
 FIRST = 5

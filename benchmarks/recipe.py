@@ -14,11 +14,12 @@ import numpy as np
 
 from benchmarks.measure import Figure, Report, Row, figure, report
 from cluster.commands import TRAINED, WARM_START, improve, warm_start
-from orchard import config, evaluation
-from orchard.evaluation import Evaluation
-from orchard.intervals import Estimate
-from orchard.metrics import FILE, read_metrics
+from orchard import config
+from orchard.evaluation import ranking
+from orchard.evaluation.bootstrap import Estimate
+from orchard.evaluation.ranking import Evaluation
 from orchard.settings import Config
+from orchard.tracking.metrics_log import FILE, read_metrics
 
 ONE_THREAD = ("learner.threads=1", "rollout.threads=1")
 """For policies this small a second thread costs more than it gains, most of all beside others."""
@@ -130,7 +131,7 @@ def means(found: Evaluation, metrics: Sequence[str] = METRICS) -> dict[str, floa
 
 def read(settings: Config, name: str = TRAINED) -> Evaluation:
     """An evaluation that a run has kept."""
-    return evaluation.read(settings.run_dir / "evaluation" / f"{name}.json")
+    return ranking.read(settings.run_dir / "evaluation" / f"{name}.json")
 
 
 def _seconds(settings: Config) -> float:
@@ -143,7 +144,7 @@ def _mean(metric: str, found: list[Evaluation]) -> float:
 
 def over_seeds(ours: Sequence[Evaluation], theirs: Sequence[Evaluation]) -> dict[str, Estimate]:
     """The first evaluations minus the second, paired by row and averaged over the seeds."""
-    return evaluation.paired_over_seeds(
+    return ranking.paired_over_seeds(
         [one.ranks for one in ours], [one.ranks for one in theirs], width=ours[0].width
     )
 

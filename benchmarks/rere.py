@@ -17,10 +17,11 @@ from benchmarks.measure import Figure, Report, Row, figure, report
 from benchmarks.recipe import ONE_THREAD, branch, means, over_seeds, read
 from cluster.commands import WARM_START
 from cluster.fit import fit
-from orchard import config, evaluation
-from orchard.metrics import FILE, read_metrics
+from orchard import config
+from orchard.data.semantic_ids.embed import of_titles
+from orchard.evaluation import ranking
 from orchard.settings import Config
-from orchard.sids.embed import of_titles
+from orchard.tracking.metrics_log import FILE, read_metrics
 
 RUN = Path("cluster/runs/amazon_industrial.toml")
 SAMPLERS = ("beam", "dynamic", "sample")
@@ -109,7 +110,7 @@ def _order(
     second: tuple[str, str],
 ) -> Figure:
     """If the first is better than the second, as in the paper, on equal test rows."""
-    gain = evaluation.difference(read(found[first][0]), read(found[second][0]))["ndcg@10/sid"]
+    gain = ranking.difference(read(found[first][0]), read(found[second][0]))["ndcg@10/sid"]
     note = f"NDCG@10, one seed; paired 95 % [{gain.low:+.4f}, {gain.high:+.4f}]"
     name = f"{'/'.join(first)}_above_{'/'.join(second)}"
     return figure(name, gain.mean, "", asked="> 0", note=note)

@@ -13,16 +13,16 @@ import uvicorn
 from fastapi import FastAPI
 
 from benchmarks.hugging_face import allowed_tokens, beams, paths
-from orchard import catalogue as catalogues
-from orchard import model as models
-from orchard import vocabulary
-from orchard.prompts import PromptFormat
+from orchard.catalog import catalog as catalogues
+from orchard.data.prompts import PromptFormat
+from orchard.policy import item_tokenizer
+from orchard.policy import model as models
 
 
 def recommender(folder: Path, width: int) -> Callable[[list[int]], list[int]]:
     """Histories to the items of the beams, one request at a time."""
     items = catalogues.load(folder / "catalogue")
-    words = vocabulary.of_codes(vocabulary.read_tokenizer(folder), items)
+    words = item_tokenizer.of_codes(item_tokenizer.read_tokenizer(folder), items)
     model = models.load(folder, words)
     form, depth = PromptFormat(catalogue=items, vocabulary=words), items.trie.depth
     allowed = allowed_tokens(items, words)

@@ -24,14 +24,15 @@ from benchmarks.recipe import ONE_THREAD
 from cluster.commands import TRAINED, WARM_START, improve, warm_start
 from cluster.folder import open_folder
 from cluster.prepare import Run, prepare
-from orchard import config, evaluation
-from orchard.catalogue import Catalogue
-from orchard.metrics import FILE, read_metrics
+from orchard import config
+from orchard.catalog.catalog import Catalogue
+from orchard.catalog.trie import ROOT
+from orchard.data.synthetic import WorldParams, write_world
+from orchard.evaluation import ranking
+from orchard.policy.item_tokenizer import Vocabulary
 from orchard.settings import Config
-from orchard.synth import WorldParams, write_world
-from orchard.trie import ROOT
+from orchard.tracking.metrics_log import FILE, read_metrics
 from orchard.types import Prompts
-from orchard.vocabulary import Vocabulary
 from rollout.actor import Searcher
 
 WAYS = {
@@ -96,7 +97,7 @@ def _table(changes: list[str], *, seeds: int) -> tuple[list[Figure], list[Row]]:
 
 def _scores(settings: Config, name: str) -> dict[str, float]:
     path = settings.run_dir / "evaluation" / f"{name}.json"
-    return {metric: evaluation.read(path).metrics[metric].mean for metric in METRICS}
+    return {metric: ranking.read(path).metrics[metric].mean for metric in METRICS}
 
 
 def _course(settings: Config) -> dict[str, float]:

@@ -33,8 +33,8 @@ from benchmarks.learner import Setting, default_setting
 from benchmarks.measure import Report, Row, figure, report
 from cluster import serving
 from cluster.session import ray_session
-from orchard import catalogue as catalogues
-from orchard import weights
+from orchard.catalog import catalog as catalogues
+from orchard.policy import weights
 from orchard.settings import ClusterConfig, ServeConfig
 from orchard.testing import World, tiny_prompts
 from serve.app import Arguments

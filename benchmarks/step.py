@@ -42,13 +42,13 @@ from learner.advantages import assign
 from learner.pack import pack
 from learner.sft import pack_answers
 from learner.step import Learner
-from orchard.model import load
-from orchard.prompts import PromptFormat
+from orchard.data.prompts import PromptFormat
+from orchard.policy.item_tokenizer import compact_tokenizer
+from orchard.policy.model import load
+from orchard.policy.weights import digest, snapshot
 from orchard.settings import LearnerConfig, RolloutConfig
 from orchard.testing import save_policy
 from orchard.types import PolicyVersion, Prompts, SearchTrees
-from orchard.vocabulary import compact_tokenizer
-from orchard.weights import digest, snapshot
 from rewards.reward import score
 from rollout.actor import Searcher
 from rollout.engine.torch import TorchEngine

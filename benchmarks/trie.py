@@ -26,16 +26,16 @@ from torch import Tensor
 
 from benchmarks.learner import VERSION
 from benchmarks.measure import Report, Row, figure, report
-from orchard import catalogue as catalogues
-from orchard import index as indices
-from orchard import model as models
-from orchard import trie as tries
-from orchard.model import segment_log_softmax
+from orchard.catalog import catalog as catalogues
+from orchard.catalog import index as indices
+from orchard.catalog import trie as tries
+from orchard.catalog.trie import Trie
+from orchard.catalog.view import everything
+from orchard.policy import model as models
+from orchard.policy.item_tokenizer import Vocabulary
+from orchard.policy.model import segment_log_softmax
 from orchard.settings import ModelConfig
-from orchard.trie import Trie
 from orchard.types import Prompts
-from orchard.view import everything
-from orchard.vocabulary import Vocabulary
 from rollout.allowed import Allowed
 from rollout.engine import Engine, Expansion
 from rollout.engine.torch import TorchEngine

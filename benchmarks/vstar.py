@@ -28,11 +28,13 @@ from learner.advantages import ESTIMATORS
 from learner.logprobs import to_tensors
 from learner.pack import pack
 from learner.scorer import Scorer
-from orchard import config, evaluation, intervals, model, value
-from orchard.diagnostics import grouped_spearman
-from orchard.evaluation import Evaluation
-from orchard.metrics import FILE, read_metrics
+from orchard import config
+from orchard.evaluation import bootstrap, ranking
+from orchard.evaluation.diagnostics import grouped_spearman
+from orchard.evaluation.ranking import Evaluation
+from orchard.policy import model, value_head
 from orchard.settings import Config, VedConfig
+from orchard.tracking.metrics_log import FILE, read_metrics
 from orchard.types import PolicyVersion, Prompts, ScoredTrees
 from rollout.candidates import Candidates
 from rollout.engine import Engine, Runner
@@ -123,11 +125,11 @@ def _costs(*, repeats: int) -> tuple[list[Row], list[Figure]]:
     settings = config.load(RUN, ["name=vstar-costs"])
     at = prepare(settings, "sft")
     policy = model.create(settings.model, at.vocabulary, seed=0)
-    value.attach(policy, seed=0)
+    value_head.attach(policy, seed=0)
     version = PolicyVersion(step=0, digest="")
     folder = settings.run_dir / "policy"
     shutil.rmtree(folder, ignore_errors=True)
-    value.save(policy, folder)
+    value_head.save(policy, folder)
     rollout = settings.rollout.model_copy(update={"threads": 1})
     engines: dict[str, Runner] = {
         "vllm": VllmHolder(folder, policy, at.catalogue.trie, at.vocabulary, version, rollout,
@@ -244,7 +246,7 @@ def _sets(runs: list[Config], *, num_rows: int) -> tuple[list[Row], list[Figure]
             owner = np.repeat(rows, np.diff(found.start))
             hit = np.bincount(owner[found.leaf == target[owner]], minlength=len(rows)) > 0
             hits[name].append(hit.astype(np.float64))
-            diversity[name].append(evaluation.diversity(path=found.node, start=found.start))
+            diversity[name].append(ranking.diversity(path=found.node, start=found.start))
         draw = partial(sample, count=DRAWS, temperature=TEMPERATURE, seed=SEED)
         drawn = _look(draw, engine, prompts)
         owner = np.repeat(rows, np.diff(drawn.start))
@@ -257,7 +259,7 @@ def _sets(runs: list[Config], *, num_rows: int) -> tuple[list[Row], list[Figure]
             ranks.setdefault(kind, []).append(_rank_correlations(of, right, owner))
     mean = {name: np.mean(several, axis=0) for name, several in hits.items()}
     gap = (mean["ved"] - mean["beam"])[:, None]
-    change = intervals.estimates(["hit"], gap, resamples=2000, seed=SEED)["hit"]
+    change = bootstrap.estimates(["hit"], gap, resamples=2000, seed=SEED)["hit"]
     table: list[Row] = [
         {"set": name, "best_in_set": float(mean[name].mean()),
          "diversity": float(np.mean(diversity[name]))}

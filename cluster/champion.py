@@ -8,8 +8,8 @@ from jaxtyping import Int64
 from cluster.exported import exported_facts
 from cluster.folder import export, saved_policy
 from cluster.launch import House
+from orchard.policy.weights import Weights
 from orchard.types import PolicyVersion
-from orchard.weights import Weights
 
 SCORE = "ndcg@10/sid"
 

@@ -18,7 +18,7 @@ def synth(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder.")] = False,
 ) -> None:
     """A synthetic world with structure worth learning."""
-    from orchard.synth import WorldParams, write_world
+    from orchard.data.synthetic import WorldParams, write_world
 
     params = WorldParams(seed=seed)
     if items is not None:

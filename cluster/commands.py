@@ -19,11 +19,12 @@ from cluster.prepare import Run, check_engines, prepare
 from cluster.report import write_report
 from cluster.resources import MemoryWatch
 from cluster.warmup import sft
-from orchard import config, evaluation
+from orchard import config
+from orchard.data.synthetic import WorldParams, write_world
 from orchard.errors import ConfigError
-from orchard.evaluation import Evaluation
+from orchard.evaluation import ranking
+from orchard.evaluation.ranking import Evaluation
 from orchard.settings import Config
-from orchard.synth import WorldParams, write_world
 
 # Orchard's own bars tell how far a run is; those of single weight files only break them up.
 transformers_logging.disable_progress_bar()
@@ -92,7 +93,7 @@ def evaluate_policy(
     """One policy on one split, on the screen and as JSON."""
     trained = settings.run_dir / "policy"
     run = prepare(settings, "evaluate", policy=policy or (trained if trained.is_dir() else None))
-    earlier = evaluation.read(evaluation_file(run, against)) if against else None
+    earlier = ranking.read(evaluation_file(run, against)) if against else None
 
     async def work() -> Evaluation:
         async with launch(run) as house:

@@ -14,9 +14,9 @@ from cluster.figures import Curve, curves
 from cluster.report import Findings, document, gather
 from orchard.config import flatten
 from orchard.errors import DataError
-from orchard.evaluation import Evaluation, difference
+from orchard.evaluation.bootstrap import Estimate
+from orchard.evaluation.ranking import Evaluation, difference
 from orchard.folders import write_whole
-from orchard.intervals import Estimate
 
 UNCHANGED = {"name", "output", "seed"}
 """Settings that differ between runs as a matter of course; of these only the seed is shown."""

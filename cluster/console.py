@@ -26,8 +26,8 @@ from rich.table import Table
 from rich.text import Text
 
 from orchard.errors import DataError
-from orchard.evaluation import Evaluation, difference
-from orchard.intervals import Estimate
+from orchard.evaluation.bootstrap import Estimate
+from orchard.evaluation.ranking import Evaluation, difference
 
 SHOWN = (
     "evaluate/ndcg@10/sid",

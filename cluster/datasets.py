@@ -7,10 +7,10 @@ import typer
 
 from cluster.console import Progress
 from orchard import folders
+from orchard.data.importers.card import CARD
+from orchard.data.importers.read import Choices, read, size_of
+from orchard.data.importers.write import write
 from orchard.errors import ConfigError
-from orchard.importing.card import CARD
-from orchard.importing.read import Choices, read, size_of
-from orchard.importing.write import write
 
 _MIB = 1 << 20
 
@@ -77,7 +77,9 @@ def number(
     Raises:
         ConfigError, DataError: one sentence each; the folder is then as it was.
     """
-    from orchard.sids import build  # loads faiss and scikit-learn, which an import does not need
+    from orchard.data.semantic_ids import (
+        build,  # loads faiss and scikit-learn, which an import does not need
+    )
 
     if source not in ("auto", "titles", "interactions"):
         raise ConfigError(f"--source = {source!r}; choose auto, titles or interactions")

@@ -12,8 +12,8 @@ from cluster.console import Progress
 from cluster.folder import saved_policy
 from cluster.launch import House
 from cluster.prepare import Run
-from orchard import evaluation
-from orchard.evaluation import Evaluation
+from orchard.evaluation import ranking
+from orchard.evaluation.ranking import Evaluation
 from orchard.folders import write_whole
 
 SplitName = Literal["valid", "test"]
@@ -36,7 +36,7 @@ async def evaluate(
             beams=beams,
             advance=progress.advance,
         )
-    evaluation.write(found, evaluation_file(run, name))
+    ranking.write(found, evaluation_file(run, name))
     return found
 
 
@@ -44,7 +44,7 @@ async def look(house: House, folder: Path, name: str) -> Evaluation:
     """The test evaluation of a policy folder, from the run folder where it is done already."""
     path, beams = evaluation_file(house.run, name), house.run.config.evaluate.beams
     if path.is_file():
-        known = evaluation.read(path)
+        known = ranking.read(path)
         fresh = path.stat().st_mtime >= (folder / "config.json").stat().st_mtime
         same = np.array_equal(known.row, chosen_rows(house.run, "test"))
         if fresh and same and known.width == beams:

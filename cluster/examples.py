@@ -19,10 +19,10 @@ import torch
 from jaxtyping import Bool, Float64, Int64
 
 from cluster.launch import House
-from orchard.catalogue import Catalogue
+from orchard.catalog.catalog import Catalogue
 from orchard.folders import write_whole
+from orchard.policy.item_tokenizer import sid_token
 from orchard.types import ScoredTrees, SearchTrees
-from orchard.vocabulary import sid_token
 from rewards import Knowledge
 from rewards.rule import prefix
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from orchard.catalogue import Catalogue
+from orchard.catalog.catalog import Catalogue
 from orchard.errors import CheckpointError
 
 FILE = "policy.json"

@@ -21,8 +21,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, PercentFormatter
 
-from orchard.intervals import Estimate
-from orchard.metrics import Series
+from orchard.evaluation.bootstrap import Estimate
+from orchard.tracking.metrics_log import Series
 
 INK, FAINT, GRID = "#1c2733", "#66727f", "#e3e8ec"
 COLOURS = ("#1f6f54", "#c8553d", "#3d6fb4", "#b98a1d", "#7a5195")

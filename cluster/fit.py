@@ -14,10 +14,10 @@ from cluster.prepare import Run, prepare
 from cluster.rllib import RllibBackend
 from learner.critic import Backend, TorchBackend, Walks, draw_walks
 from learner.critic import measure as measure_critic
-from orchard import critic, stored
-from orchard.critic import Critic
+from orchard.data.prompts import Split
 from orchard.errors import ConfigError
-from orchard.prompts import Split
+from orchard.scorers import checkpoint, prefix_critic
+from orchard.scorers.prefix_critic import Critic
 from orchard.settings import Config, CriticConfig, ScorerConfig
 from rewards import evaluator, sasrec
 from rewards.fit import Tell, batches, best_epoch, fit_sasrec, metrics_of, sasrec_ranks
@@ -109,7 +109,7 @@ def fit_prefix_critic(run: Run) -> None:
             best_epoch(made, settings, learn=learn, judge=judge, tell=tell)
         return made, measure_critic(made, _all_walks(run, made, run.test))
 
-    _keep(run, critic.KIND, settings, "explained", work, {})
+    _keep(run, prefix_critic.KIND, settings, "explained", work, {})
 
 
 def _walks(
@@ -145,7 +145,7 @@ def _keep(
 
         model, facts = work(tell)
     folder = settings.path or run.dir / kind
-    stored.save(
+    checkpoint.save(
         model,
         folder,
         kind=kind,
@@ -168,7 +168,7 @@ def _keep(
 FITS: dict[str, Callable[[Run], None]] = {
     sasrec.KIND: fit_collaborative,
     evaluator.KIND: fit_listwise,
-    critic.KIND: fit_prefix_critic,
+    prefix_critic.KIND: fit_prefix_critic,
 }
 BACKENDS: dict[str, Callable[[Critic, CriticConfig], Backend]] = {
     "torch": TorchBackend,

@@ -6,11 +6,13 @@ from pathlib import Path
 from cluster import text
 from cluster.exported import FILE, exported_step
 from cluster.prepare import Run
-from orchard import catalogue, config, model, value
+from orchard import config
+from orchard.catalog import catalog
 from orchard.errors import ConfigError
 from orchard.folders import whole, write_whole
+from orchard.policy import model, value_head
+from orchard.policy.weights import Weights, digest, restore, snapshot
 from orchard.types import PolicyVersion
-from orchard.weights import Weights, digest, restore, snapshot
 
 
 def open_folder(run: Run) -> None:
@@ -35,7 +37,7 @@ def open_folder(run: Run) -> None:
 def export(run: Run, folder: Path, policy: PolicyVersion, weights: Weights, **facts: float) -> None:
     """Write a policy as a Hugging Face folder with its tokenizer, catalogue and facts."""
     trained = model.load(run.policy, run.vocabulary)
-    value.fit(trained, weights)
+    value_head.fit(trained, weights)
     restore(trained, weights)
     _save(run, folder, trained, policy, facts)
 
@@ -61,7 +63,7 @@ def _save(
         "facts": facts,
     }
     with whole(folder) as partial:
-        value.save(trained, partial)
+        value_head.save(trained, partial)
         run.tokenizer.save_pretrained(partial)
-        catalogue.write(run.catalogue, partial / "catalogue")
+        catalog.write(run.catalogue, partial / "catalogue")
         write_whole(partial / FILE, json.dumps(about, indent=2) + "\n")

@@ -12,10 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from cluster.prepare import Run
-from orchard import adapters, catalogue, config, evaluation, folders, model, value
+from orchard import config, folders
+from orchard.catalog import catalog
+from orchard.data.importers.card import CARD
 from orchard.errors import CheckpointError, ConfigError, DataError
-from orchard.evaluation import Evaluation
-from orchard.importing.card import CARD
+from orchard.evaluation import ranking
+from orchard.evaluation.ranking import Evaluation
+from orchard.policy import adapters, model, value_head
 from orchard.settings import Config
 
 _SHOWN = ("hr@1", "hr@3", "hr@10", "hr@50", "ndcg@3", "ndcg@10")
@@ -48,17 +51,17 @@ def hand_over(run: Run, out: Path, *, overwrite: bool = False, adapter: bool = F
         if adapter:
             _save_adapters(run, policy, partial)
         else:
-            value.save(policy, partial)
+            value_head.save(policy, partial)
             # Every policy has one: who reads the folder to generate text would else invent it.
             assert policy.generation_config is not None
             policy.generation_config.save_pretrained(partial)
         run.tokenizer.save_pretrained(partial)
-        catalogue.write(run.catalogue, partial / "catalogue")
+        catalog.write(run.catalogue, partial / "catalogue")
         shutil.copy2(run.policy / _MARK, partial / _MARK)
         (partial / "run.toml").write_text(config.dump(run.config))
         found = evaluations_of(run)
         for name, one in found.items():
-            evaluation.write(one, partial / "evaluation" / f"{name}.json")
+            ranking.write(one, partial / "evaluation" / f"{name}.json")
         (partial / MODEL_CARD).write_text(
             model_card(run, found, parameters=policy.num_parameters(), adapter=adapter)
         )
@@ -72,16 +75,16 @@ def base_of(settings: Config) -> Path:
 def _save_adapters(run: Run, policy: model.PreTrainedModel, folder: Path) -> None:
     base = model.load(base_of(run.config))
     for one in (policy, base):
-        value.detach(one)
+        value_head.detach(one)
     adapters.write(policy, base, run.config.model.lora, folder)
-    if (run.policy / value.FILE).is_file():
-        shutil.copy2(run.policy / value.FILE, folder / value.FILE)
+    if (run.policy / value_head.FILE).is_file():
+        shutil.copy2(run.policy / value_head.FILE, folder / value_head.FILE)
 
 
 def evaluations_of(run: Run) -> dict[str, Evaluation]:
     """Every evaluation of this catalogue that the run has kept, by name."""
     paths = sorted((run.dir / "evaluation").glob("*.json"))
-    found = {path.stem: evaluation.read(path) for path in paths}
+    found = {path.stem: ranking.read(path) for path in paths}
     return {name: one for name, one in found.items() if one.catalogue == run.catalogue.digest}
 
 
@@ -110,7 +113,9 @@ def model_card(
         (_of_adapters(run) if adapter else "Load it by `AutoModelForCausalLM.from_pretrained`")
         + "; it is a policy over the items of "
         "`catalogue/` only where decoding is constrained to their codes."
-        + (f" `{value.FILE}` is Orchard's own." if (run.policy / value.FILE).is_file() else ""),
+        + (
+            f" `{value.FILE}` is Orchard's own." if (run.policy / value_head.FILE).is_file() else ""
+        ),
     ]
     return "\n\n".join(parts) + "\n"
 

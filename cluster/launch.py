@@ -21,13 +21,13 @@ from cluster.records import records
 from cluster.session import cpus_needed, ray_session
 from learner.assignment import Assignment
 from learner.train import RemoteLearner
+from orchard.data.prompts import Split, rows_of_step, sequences
 from orchard.errors import ActorError, Stopped
-from orchard.evaluation import Evaluation
-from orchard.metrics import Logbook
-from orchard.prompts import Split, rows_of_step, sequences
+from orchard.evaluation.ranking import Evaluation
+from orchard.policy.weights import Weights
 from orchard.settings import Config
+from orchard.tracking.metrics_log import Logbook
 from orchard.types import PolicyVersion, Prompts, ScoredTrees, SearchTrees
-from orchard.weights import Weights
 from rewards.actor import RewardActor
 from rollout.actor import RolloutActor
 from rollout.candidates import Candidates

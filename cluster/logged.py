@@ -10,13 +10,15 @@ import pyarrow as pa
 import typer
 from jaxtyping import Float64, Int64
 
-from orchard import catalogue as catalogues
-from orchard import logged, model, ragged, vocabulary, weights
-from orchard.catalogue import Catalogue
+from orchard import ragged
+from orchard.catalog import catalog as catalogues
+from orchard.catalog.catalog import Catalogue
+from orchard.data.prompts import PromptFormat
 from orchard.errors import DataError
+from orchard.evaluation import off_policy
 from orchard.folders import write_whole
-from orchard.prompts import PromptFormat
-from orchard.tables import read_table
+from orchard.parquet import read_table
+from orchard.policy import item_tokenizer, model, weights
 from orchard.types import PolicyVersion, Prompts
 from rollout.engine.torch import TorchEngine
 from rollout.rescore import rescore
@@ -87,7 +89,9 @@ def read_log(log: Path, rewards: Path, items: Catalogue) -> Log:
     )
 
 
-def judge_log(folder: Path, log: Path, rewards: Path, json_file: Path | None) -> logged.Judgement:
+def judge_log(
+    folder: Path, log: Path, rewards: Path, json_file: Path | None
+) -> off_policy.Judgement:
     """Judge the policy in `folder`; prints what was found.
 
     Raises:
@@ -95,7 +99,7 @@ def judge_log(folder: Path, log: Path, rewards: Path, json_file: Path | None) ->
     """
     model.check_folder(folder)
     items = catalogues.load(folder / "catalogue")
-    words = vocabulary.of_codes(vocabulary.read_tokenizer(folder), items)
+    words = item_tokenizer.of_codes(item_tokenizer.read_tokenizer(folder), items)
     policy = model.load(folder, words)
     version = PolicyVersion(step=0, digest=weights.digest(weights.snapshot(policy)))
     engine = TorchEngine(policy, items.trie, words, version)
@@ -114,9 +118,9 @@ def judge_log(folder: Path, log: Path, rewards: Path, json_file: Path | None) ->
     codes = items.trie.code[items.trie.children(items.trie.level_start[:1]).node].numpy()
     place = np.searchsorted(codes, items.codes[read.row, 0])
     fold = np.arange(len(place)) % _FOLDS
-    q, v = logged.first_code_model(place, reward, fold, np.concatenate(root))
-    found = logged.judge(
-        logged.Decisions(behaviour=behaviour, target=target, reward=reward, q=q, v=v)
+    q, v = off_policy.first_code_model(place, reward, fold, np.concatenate(root))
+    found = off_policy.judge(
+        off_policy.Decisions(behaviour=behaviour, target=target, reward=reward, q=q, v=v)
     )
     for name in ("logged", "is", "snips", "pdis", "dr"):
         one = found.value[name]

@@ -21,8 +21,8 @@ from learner.advantages import assign, group_statistics
 from learner.pack import pack
 from learner.step_credit import judged_by_steps, step_statistics
 from learner.value import node_rewards, outcome_rewards
-from orchard.diagnostics import diagnose
 from orchard.errors import Stopped
+from orchard.evaluation.diagnostics import diagnose
 from orchard.types import PolicyVersion, ScoredTrees, TrainBatch, Update
 
 

@@ -9,9 +9,9 @@ import numpy as np
 from jaxtyping import Int64
 
 from cluster.prepare import Run
-from orchard import evaluation
-from orchard.evaluation import Evaluation
-from orchard.prompts import Split
+from orchard.data.prompts import Split
+from orchard.evaluation import ranking
+from orchard.evaluation.ranking import Evaluation
 from orchard.types import PolicyVersion
 from rollout.candidates import Candidates
 
@@ -27,7 +27,7 @@ def measure(
     """Ranks of the targets among the candidates, their metrics, and what the search cost."""
     items = run.catalogue
     leaf_items = np.diff(items.leaf_start)
-    ranks = evaluation.target_ranks(
+    ranks = ranking.target_ranks(
         leaf=found.leaf,
         start=found.start,
         leaf_items=leaf_items[found.leaf],
@@ -35,10 +35,10 @@ def measure(
         target_position=items.place_in_leaf[split.target[rows]],
     )
     extra = {
-        "coverage@10": evaluation.coverage(
+        "coverage@10": ranking.coverage(
             leaf=found.leaf, num_leaves=items.trie.num_leaves, start=found.start, k=10
         ),
-        "diversity": evaluation.diversity(path=found.node, start=found.start),
+        "diversity": ranking.diversity(path=found.node, start=found.start),
         "short_lists": float((np.diff(found.start) < beams).mean()),
         **{
             f.name: float(getattr(found.cost, f.name))
@@ -48,7 +48,7 @@ def measure(
         **{name: float(count) for name, count in found.cost.counts.items()},
     }
     return Evaluation(
-        metrics=evaluation.metrics(
+        metrics=ranking.metrics(
             ranks, width=beams, resamples=run.config.evaluate.resamples, seed=run.config.seed
         ),
         ranks=ranks,

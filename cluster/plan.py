@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from cluster.prepare import Run
 from cluster.session import address_of, cpus_needed
-from orchard import model, value
+from orchard.policy import model, value_head
 from orchard.settings import Config
 
 GIB = 1 << 30
@@ -234,7 +234,7 @@ def skeleton(run: Run) -> PreTrainedModel:
         else:
             made = model.create(run.config.model, run.vocabulary, seed=0)
         if run.config.model.value_head:
-            made.add_module(value.NAME, value.ValueHead(int(made.config.hidden_size)))
+            made.add_module(value_head.NAME, value_head.ValueHead(int(made.config.hidden_size)))
     return made
 
 

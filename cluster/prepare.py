@@ -13,15 +13,19 @@ from transformers import PreTrainedTokenizerBase
 from cluster import text
 from cluster.exported import check_policy
 from cluster.session import address_of
-from orchard import catalogue, config, critic, model, rationales, titles, vocabulary
-from orchard.catalogue import Catalogue
-from orchard.critic import Critic
+from orchard import config
+from orchard.catalog import catalog
+from orchard.catalog.catalog import Catalogue
+from orchard.data import rationales
+from orchard.data.prompts import PromptFormat, Split, read_split
+from orchard.data.rationales import Blocks, Traces
+from orchard.data.sft_tasks import Tasks
 from orchard.errors import ConfigError
-from orchard.prompts import PromptFormat, Split, read_split
-from orchard.rationales import Blocks, Traces
+from orchard.policy import item_tokenizer, model, titles
+from orchard.policy.item_tokenizer import Vocabulary
+from orchard.scorers import prefix_critic
+from orchard.scorers.prefix_critic import Critic
 from orchard.settings import Config, DataConfig
-from orchard.tasks import Tasks
-from orchard.vocabulary import Vocabulary
 from rewards.counted import Transitions, count_transitions
 from rewards.knowledge import Knowledge
 from rewards.reward import check as check_rewards
@@ -81,7 +85,7 @@ class Run:
         data = self.config.data
         if data.embeddings is None:
             return None
-        return catalogue.read_embeddings(data.path / data.embeddings, self.catalogue)
+        return catalog.read_embeddings(data.path / data.embeddings, self.catalogue)
 
     @cached_property
     def knowledge(self) -> Knowledge:
@@ -119,7 +123,9 @@ class Run:
             or settings.rollout.ved.guide != "critic"
         ):
             return None
-        return critic.load(settings.critic.path or self.dir / critic.KIND, self.catalogue)
+        return prefix_critic.load(
+            settings.critic.path or self.dir / prefix_critic.KIND, self.catalogue
+        )
 
     @cached_property
     def form(self) -> PromptFormat:
@@ -168,7 +174,7 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
     tokenizer: PreTrainedTokenizerBase | None = None
     if policy is not None:
         model.check_folder(policy)
-        tokenizer = vocabulary.read_tokenizer(policy)
+        tokenizer = item_tokenizer.read_tokenizer(policy)
     if tokenizer is None and data.titles and data.title_tokens is not None:
         tokenizer = titles.tokenizer_of(
             titles.read_titles(data.path / data.items), data.title_tokens
@@ -193,9 +199,9 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
     if tokenizer is None:
         tokenizer = new_tokenizer(settings, items, reasons)
     grows = text.instruct(settings, tokenizer, items, policy)
-    tokens, traces = vocabulary.of_codes(tokenizer, items), None
+    tokens, traces = item_tokenizer.of_codes(tokenizer, items), None
     if settings.thinks:
-        tokens = replace(tokens, tags=vocabulary.think_tags(tokenizer))
+        tokens = replace(tokens, tags=item_tokenizer.think_tags(tokenizer))
     if reasons is not None:
         traces = rationales.encode(reasons, tokenizer, cap=settings.rollout.think.block_tokens)
     text.check_adapters(settings, tokens, policy)
@@ -235,10 +241,10 @@ def new_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Of a new policy; one that knows text keeps what it was made with when its run goes on."""
     if reasons is None and settings.prompt.history is None:
-        return vocabulary.compact_tokenizer(items)
+        return item_tokenizer.compact_tokenizer(items)
     scratch = settings.run_dir / "scratch"
     if scratch.is_dir():
-        return vocabulary.read_tokenizer(scratch)
+        return item_tokenizer.read_tokenizer(scratch)
     asked = settings.prompt
     texts = [block for blocks in reasons or [items.title] for block in blocks]
     if asked.history is not None:
@@ -250,7 +256,7 @@ def read_items(data: DataConfig, tokenizer: PreTrainedTokenizerBase | None) -> C
     """The items, as semantic IDs or as titles in the tokens of the policy to start from."""
     path = data.path / data.items
     if not data.titles:
-        return catalogue.read(path, level_size=data.level_size, varying_depth=data.varying_depth)
+        return catalog.read(path, level_size=data.level_size, varying_depth=data.varying_depth)
     if tokenizer is None:
         raise ConfigError(
             "data.titles = true needs a policy whose tokens the titles are written in; "

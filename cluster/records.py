@@ -5,8 +5,8 @@ from contextlib import ExitStack, closing, contextmanager
 
 from cluster.exporter import Exporter
 from cluster.prepare import Run
-from orchard.metrics import Listener, Logbook
-from orchard.trackers import open_tracker
+from orchard.tracking.metrics_log import Listener, Logbook
+from orchard.tracking.trackers import open_tracker
 
 
 @contextmanager

@@ -18,10 +18,10 @@ from cluster import sections
 from cluster.console import comparisons, duration, in_order
 from cluster.examples import read_examples
 from orchard.errors import DataError
-from orchard.evaluation import Evaluation, difference, read
+from orchard.evaluation.bootstrap import Estimate
+from orchard.evaluation.ranking import Evaluation, difference, read
 from orchard.folders import write_whole
-from orchard.intervals import Estimate
-from orchard.metrics import FILE, Series, read_metrics
+from orchard.tracking.metrics_log import FILE, Series, read_metrics
 
 REPORT = "report.html"
 

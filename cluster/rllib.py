@@ -13,8 +13,8 @@ import numpy as np
 
 from learner.critic import NORM_RATE, NORM_START, Walks
 from learner.optim import optimiser
-from orchard.critic import Critic
 from orchard.errors import ConfigError
+from orchard.scorers.prefix_critic import Critic
 from orchard.settings import CriticConfig
 
 _NEEDS = ("gymnasium", "tree", "lz4", "ormsgpack")

@@ -9,9 +9,9 @@ import numpy as np
 
 from cluster.console import duration, interval, metrics_of
 from cluster.figures import Curve, curves, forest, tree
-from orchard.evaluation import Evaluation
-from orchard.intervals import Estimate
-from orchard.metrics import Series
+from orchard.evaluation.bootstrap import Estimate
+from orchard.evaluation.ranking import Evaluation
+from orchard.tracking.metrics_log import Series
 
 HEADLINES = ("ndcg@10/sid", "hr@10/sid")
 

@@ -29,10 +29,11 @@ from ray.serve.schema import (
 
 from cluster.exported import about
 from cluster.session import address_of, ray_session
-from orchard import config, model
+from orchard import config
 from orchard.errors import ConfigError, DataError
+from orchard.parquet import read_table
+from orchard.policy import model
 from orchard.settings import ClusterConfig, Config, ServeConfig
-from orchard.tables import read_table
 from serve.app import Arguments, build, options
 
 APPLICATION = "orchard"

@@ -11,13 +11,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from orchard import frames, growth, lora, model, tasks, vocabulary
-from orchard.catalogue import Catalogue
+from orchard.catalog.catalog import Catalogue
+from orchard.data import sft_tasks
+from orchard.data.prompts import PromptFormat, Split
+from orchard.data.sft_tasks import Tasks
 from orchard.errors import ConfigError
-from orchard.prompts import PromptFormat, Split
+from orchard.policy import item_tokenizer, lora, model, prompt_template, token_embeddings
+from orchard.policy.item_tokenizer import Vocabulary
 from orchard.settings import Config
-from orchard.tasks import Tasks
-from orchard.vocabulary import Vocabulary
 
 
 def instruct(
@@ -31,7 +32,7 @@ def instruct(
     template = settings.prompt.history
     if template is None:
         return False
-    added = growth.add_tokens(tokenizer, items, tags=settings.thinks)
+    added = token_embeddings.add_tokens(tokenizer, items, tags=settings.thinks)
     room = positions(policy) - items.trie.depth
     if settings.thinks:  # a block for each code, with both tags
         room -= items.trie.depth * (settings.rollout.think.block_tokens + 1)
@@ -41,8 +42,8 @@ def instruct(
             "lower rollout.think.block_tokens, or take a model with more"
         )
     limit = min(room, settings.prompt.max_tokens or room)
-    frame = frames.encode(template, "{history}", tokenizer, settings.prompt, limit=limit)
-    frames.give(tokenizer, frame)
+    frame = prompt_template.encode(template, "{history}", tokenizer, settings.prompt, limit=limit)
+    prompt_template.give(tokenizer, frame)
     return added > 0
 
 
@@ -57,7 +58,7 @@ def lessons(
     """What the warm start of a text model teaches; None where it is shown rationales instead."""
     if settings.prompt.history is None or settings.teaches_thinking:
         return None
-    return tasks.prepare(
+    return sft_tasks.prepare(
         train,
         PromptFormat(catalogue=items, vocabulary=words),
         tokenizer,
@@ -90,6 +91,6 @@ def positions(policy: Path | None) -> int:
 def grown(base: Path, words: Vocabulary, *, seed: int) -> PreTrainedModel:
     """The text model of a folder with a row of its embeddings for each token of the policy."""
     policy = model.load(base)
-    known = len(vocabulary.read_tokenizer(base))
-    growth.grow(policy, known=known, size=words.size, seed=seed)
+    known = len(item_tokenizer.read_tokenizer(base))
+    token_embeddings.grow(policy, known=known, size=words.size, seed=seed)
     return policy

@@ -9,7 +9,7 @@ from cluster.console import Progress
 from cluster.launch import AGAIN, House
 from cluster.prepare import Run
 from orchard.errors import Stopped
-from orchard.metrics import FILE, read_metrics
+from orchard.tracking.metrics_log import FILE, read_metrics
 from orchard.types import PolicyVersion
 
 

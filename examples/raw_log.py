@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.csv as csv
 
 from orchard import ragged
-from orchard.synth import titles
-from orchard.taste import WorldParams, live, make_world
+from orchard.data.synthetic import titles
+from orchard.data.synthetic_world import WorldParams, live, make_world
 
 
 def write(out: Path) -> None:

@@ -10,13 +10,13 @@ from jaxtyping import Int64
 
 from learner import sft
 from learner.step import Learner
-from orchard.catalogue import Catalogue
-from orchard.prompts import PromptFormat, Sequences, Split
-from orchard.rationales import Traces
+from orchard.catalog.catalog import Catalogue
+from orchard.data.prompts import PromptFormat, Sequences, Split
+from orchard.data.rationales import Traces
+from orchard.data.sft_tasks import Tasks
+from orchard.policy.item_tokenizer import Vocabulary
 from orchard.settings import Config, LearnerConfig
-from orchard.tasks import Tasks
 from orchard.types import PolicyVersion, Prompts, TrainBatch
-from orchard.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from learner.optim import optimiser
 from orchard import ragged
-from orchard.critic import Critic
-from orchard.prompts import Split
+from orchard.data.prompts import Split
+from orchard.scorers.prefix_critic import Critic
 from orchard.settings import CriticConfig
 
 NORM_START, NORM_RATE = 1.0, 0.01

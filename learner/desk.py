@@ -12,8 +12,8 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float32
 
+from orchard.policy.weights import Weights
 from orchard.types import PolicyVersion, Update
-from orchard.weights import Weights
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,10 +12,10 @@ from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from orchard.model import child_logprobs, head_weight, hidden_states
-from orchard.trie import Trie
+from orchard.catalog.trie import Trie
+from orchard.policy.item_tokenizer import Vocabulary
+from orchard.policy.model import child_logprobs, head_weight, hidden_states
 from orchard.types import SearchTrees, SequenceTargets, TrainBatch, ValueTargets
-from orchard.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,11 +19,11 @@ from jaxtyping import Bool, Float32, Int64
 from learner.advantages import candidate_lengths
 from learner.value import value_targets
 from orchard import ragged
-from orchard.catalogue import Catalogue
+from orchard.catalog.catalog import Catalogue
+from orchard.catalog.trie import Trie
 from orchard.errors import CatalogueError
-from orchard.trie import Trie
+from orchard.policy.item_tokenizer import Vocabulary
 from orchard.types import Credit, ScoredTrees, SearchTrees, SequenceTargets, TrainBatch
-from orchard.vocabulary import Vocabulary
 
 
 def pack(

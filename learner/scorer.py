@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 
 from learner.logprobs import BatchTensors, choice_logprobs, score_choices, tree_mask
 from learner.value import state_values
-from orchard.model import head_weight, hidden_states
-from orchard.trie import Trie
-from orchard.value import head_of
-from orchard.vocabulary import Vocabulary
+from orchard.catalog.trie import Trie
+from orchard.policy.item_tokenizer import Vocabulary
+from orchard.policy.model import head_weight, hidden_states
+from orchard.policy.value_head import head_of
 
 
 class Scorer(nn.Module):

@@ -18,9 +18,9 @@ from jaxtyping import Float32, Int32, Int64
 from torch import Tensor
 
 from orchard import ragged
-from orchard.prompts import PromptFormat, Sequences, Split, code_states
-from orchard.rationales import Traces
-from orchard.tasks import Examples
+from orchard.data.prompts import PromptFormat, Sequences, Split, code_states
+from orchard.data.rationales import Traces
+from orchard.data.sft_tasks import Examples
 from orchard.types import PolicyVersion, Prompts, SearchTrees, TrainBatch
 
 

@@ -29,11 +29,11 @@ from learner.scorer import Scorer
 from learner.sft import nll
 from learner.split import micro_batches, shard
 from learner.value import value_loss
+from orchard.catalog.trie import Trie
+from orchard.policy.item_tokenizer import Vocabulary
+from orchard.policy.value_head import detach, head_of
 from orchard.settings import LearnerConfig
-from orchard.trie import Trie
 from orchard.types import SequenceTargets, TrainBatch, ValueTargets
-from orchard.value import detach, head_of
-from orchard.vocabulary import Vocabulary
 
 
 def truncated(

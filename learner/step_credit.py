@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int64
 
 from learner.groups import standardised
-from orchard.catalogue import Catalogue
+from orchard.catalog.catalog import Catalogue
 from orchard.settings import StepConfig
 from orchard.types import Credit, ScoredTrees, SearchTrees
 

@@ -30,10 +30,10 @@ from learner import checkpoint
 from learner.assignment import Assignment, epoch, learner_config, probe_of
 from learner.desk import Desk, Job, Result
 from learner.step import Learner
-from orchard import lora, model, value, weights
 from orchard.errors import ActorError, CheckpointError
+from orchard.policy import lora, model, value_head, weights
+from orchard.policy.weights import Weights
 from orchard.types import PolicyVersion, TrainBatch, Update
-from orchard.weights import Weights
 
 DeskActor: Any = ray.remote(Desk)
 
@@ -52,9 +52,9 @@ def work(task: dict[str, Any]) -> None:
     supervised = assignment.phase == "sft"
     lora.attach(policy, config.model.lora, seed=config.seed)
     if config.model.value_head and not supervised:
-        value.attach(policy, seed=config.seed)
+        value_head.attach(policy, seed=config.seed)
     else:
-        value.detach(policy)
+        value_head.detach(policy)
     model.add_dropout(policy, config.model.dropout if supervised else config.learner.dropout)
     learner = Learner(
         policy,

@@ -29,9 +29,9 @@ from torch import Tensor
 
 from learner.logprobs import ValueTensors
 from orchard import ragged
-from orchard.catalogue import Catalogue
+from orchard.catalog.catalog import Catalogue
+from orchard.policy.value_head import ValueHead
 from orchard.types import ScoredTrees, SearchTrees, ValueTargets
-from orchard.value import ValueHead
 
 
 def node_rewards(

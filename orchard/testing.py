@@ -17,16 +17,15 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split, WhitespaceSplit
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from orchard import catalogue as catalogues
-from orchard import evaluation, ragged, value, weights
-from orchard import model as models
-from orchard.catalogue import Catalogue
-from orchard.evaluation import Evaluation, TargetRanks
-from orchard.prompts import PromptFormat
-from orchard.settings import ModelConfig
-from orchard.titles import from_titles
-from orchard.types import PolicyVersion, Prompts
-from orchard.vocabulary import (
+from orchard import ragged
+from orchard.catalog import catalog as catalogues
+from orchard.catalog.catalog import Catalogue
+from orchard.data.prompts import PromptFormat
+from orchard.evaluation import ranking
+from orchard.evaluation.ranking import Evaluation, TargetRanks
+from orchard.policy import model as models
+from orchard.policy import value_head, weights
+from orchard.policy.item_tokenizer import (
     BOS,
     EOS,
     PAD,
@@ -38,6 +37,9 @@ from orchard.vocabulary import (
     sid_token,
     think_tags,
 )
+from orchard.policy.titles import from_titles
+from orchard.settings import ModelConfig
+from orchard.types import PolicyVersion, Prompts
 
 
 def tiny_catalogue(
@@ -129,7 +131,7 @@ def brute_force(
 
 def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write a Hugging Face folder that `orchard.model.load` and vLLM can read."""
-    value.save(model, folder)
+    value_head.save(model, folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -229,7 +231,7 @@ def an_evaluation(hit: float, *, num_rows: int = 500) -> Evaluation:
     rank = np.where(draw.random(num_rows) < hit, draw.integers(0, 20, num_rows), TargetRanks.MISS)
     ranks = TargetRanks(sid=rank, item=rank)
     return Evaluation(
-        metrics=evaluation.metrics(ranks, width=20, resamples=100),
+        metrics=ranking.metrics(ranks, width=20, resamples=100),
         ranks=ranks,
         row=np.arange(num_rows),
         width=20,

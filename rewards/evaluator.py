@@ -16,9 +16,10 @@ import torch
 from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor, nn
 
-from orchard import ragged, stored
-from orchard.catalogue import Catalogue
-from orchard.encoder import encoder
+from orchard import ragged
+from orchard.catalog.catalog import Catalogue
+from orchard.scorers import checkpoint
+from orchard.scorers.encoder import encoder
 
 KIND = "listwise"
 
@@ -126,6 +127,6 @@ def load(folder: Path, catalogue: Catalogue) -> ListEvaluator:
         CatalogueError: it was fitted for another catalogue.
         CheckpointError: it is something else, or damaged.
     """
-    model = ListEvaluator(**stored.sizes(folder, kind=KIND, catalogue=catalogue))
-    stored.restore(model, folder)
+    model = ListEvaluator(**checkpoint.sizes(folder, kind=KIND, catalogue=catalogue))
+    checkpoint.restore(model, folder)
     return model

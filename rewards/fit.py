@@ -13,10 +13,11 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
-from orchard import evaluation, ragged
-from orchard.catalogue import Catalogue
-from orchard.evaluation import TargetRanks
-from orchard.prompts import Sequences, Split, sequences
+from orchard import ragged
+from orchard.catalog.catalog import Catalogue
+from orchard.data.prompts import Sequences, Split, sequences
+from orchard.evaluation import ranking
+from orchard.evaluation.ranking import TargetRanks
 from orchard.settings import CollaborativeConfig, ScorerConfig
 from rewards.sasrec import SasRec
 
@@ -129,9 +130,7 @@ def sasrec_ranks(
 
 def metrics_of(ranks: TargetRanks) -> dict[str, float]:
     """The means of `orchard.evaluation.metrics`."""
-    return {
-        name: one.mean for name, one in evaluation.metrics(ranks, width=50, resamples=1).items()
-    }
+    return {name: one.mean for name, one in ranking.metrics(ranks, width=50, resamples=1).items()}
 
 
 def _learn(

@@ -13,9 +13,9 @@ from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
 from orchard import ragged
-from orchard.catalogue import Catalogue
+from orchard.catalog.catalog import Catalogue
+from orchard.data.prompts import Split
 from orchard.errors import DataError
-from orchard.prompts import Split
 from orchard.settings import ListwiseConfig
 from rewards.evaluator import ListEvaluator
 from rewards.fit import Tell, batches, best_epoch

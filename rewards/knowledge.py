@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
-from orchard.catalogue import Catalogue
+from orchard.catalog.catalog import Catalogue
 from orchard.errors import ConfigError, DataError
 from orchard.settings import RewardsConfig
 from rewards import evaluator, sasrec

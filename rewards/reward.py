@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Float32
 
-from orchard.catalogue import Catalogue
+from orchard.catalog.catalog import Catalogue
 from orchard.errors import CatalogueError, ConfigError, DataError
 from orchard.types import ScoredTrees, SearchTrees
 from rewards import NEEDS, REWARDS, Knowledge

@@ -14,9 +14,10 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int, Int64
 from torch import Tensor, nn
 
-from orchard import ragged, stored
-from orchard.catalogue import Catalogue
-from orchard.encoder import encoder
+from orchard import ragged
+from orchard.catalog.catalog import Catalogue
+from orchard.scorers import checkpoint
+from orchard.scorers.encoder import encoder
 
 KIND = "collaborative"
 
@@ -85,8 +86,8 @@ def load(folder: Path, catalogue: Catalogue) -> SasRec:
         CatalogueError: it was fitted for another catalogue.
         CheckpointError: it is something else, or damaged.
     """
-    model = SasRec(**stored.sizes(folder, kind=KIND, catalogue=catalogue))
-    stored.restore(model, folder)
+    model = SasRec(**checkpoint.sizes(folder, kind=KIND, catalogue=catalogue))
+    checkpoint.restore(model, folder)
     return model
 
 

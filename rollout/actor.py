@@ -11,14 +11,14 @@ import ray
 import torch
 from torch import nn
 
-from orchard.catalogue import Catalogue
-from orchard.critic import Critic
+from orchard.catalog.catalog import Catalogue
 from orchard.errors import EngineError, UnfitError
-from orchard.model import load
+from orchard.policy.item_tokenizer import Vocabulary
+from orchard.policy.model import load
+from orchard.policy.weights import Weights, digest, snapshot
+from orchard.scorers.prefix_critic import Critic
 from orchard.settings import RolloutConfig
 from orchard.types import PolicyVersion, Prompts, SearchTrees
-from orchard.vocabulary import Vocabulary
-from orchard.weights import Weights, digest, snapshot
 from rollout.candidates import Candidates
 from rollout.engine import Holder
 from rollout.engine.torch import TorchEngine

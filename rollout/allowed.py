@@ -15,9 +15,9 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from orchard import ragged
+from orchard.catalog.trie import ROOT, Trie
+from orchard.catalog.view import View
 from orchard.errors import CatalogueError
-from orchard.trie import ROOT, Trie
-from orchard.view import View
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from orchard import ragged
-from orchard.catalogue import Catalogue
+from orchard.catalog.catalog import Catalogue
 from orchard.types import Prompts
 from rollout.allowed import Allowed
 from rollout.candidates import Candidates

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int64
 
 from orchard import ragged
-from orchard.trie import Trie
+from orchard.catalog.trie import Trie
 from orchard.types import Cost
 from rollout.candidates import Candidates
 from rollout.search import collect

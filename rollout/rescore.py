@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Int64
 
-from orchard.trie import ROOT
+from orchard.catalog.trie import ROOT
 from orchard.types import Prompts
 from rollout.engine import Engine
 from rollout.search import sound, spans

@@ -14,8 +14,8 @@ from jaxtyping import Bool, Float32, Float64, Int64
 from torch import Tensor
 
 from orchard import ragged
+from orchard.catalog.trie import ROOT, Children, Trie
 from orchard.errors import EngineError
-from orchard.trie import ROOT, Children, Trie
 from orchard.types import Cost, Prompts
 from rollout.allowed import Allowed, Gate, gate
 from rollout.candidates import Candidates

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from orchard.catalogue import Catalogue
-from orchard.critic import Critic
+from orchard.catalog.catalog import Catalogue
+from orchard.scorers.prefix_critic import Critic
 from orchard.settings import RolloutConfig
 from orchard.types import Prompts
 from rollout.candidates import Candidates

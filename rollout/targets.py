@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Int64
 
 from orchard import ragged
-from orchard.catalogue import Catalogue
-from orchard.trie import ROOT
+from orchard.catalog.catalog import Catalogue
+from orchard.catalog.trie import ROOT
 from orchard.types import Cost, Prompts
 from rollout.candidates import Candidates
 from rollout.engine import Engine

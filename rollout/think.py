@@ -16,8 +16,8 @@ import numpy as np
 from jaxtyping import Int64
 
 from orchard import ragged
+from orchard.policy.item_tokenizer import Tags
 from orchard.types import Cost, Prompts
-from orchard.vocabulary import Tags
 from rollout.engine import Texts, Writing
 from rollout.thoughts import Thoughts
 

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int32, Int64
 
 from orchard import ragged
-from orchard.trie import ROOT
+from orchard.catalog.trie import ROOT
 from orchard.types import Cost, Prompts, SearchTrees
 
 

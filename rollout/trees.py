@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Float32, Int64
 
 from orchard import ragged
-from orchard.catalogue import Catalogue
-from orchard.trie import ROOT
+from orchard.catalog.catalog import Catalogue
+from orchard.catalog.trie import ROOT
+from orchard.policy.item_tokenizer import Vocabulary
 from orchard.types import PolicyVersion, Prompts, SearchTrees
-from orchard.vocabulary import Vocabulary
 from rollout.candidates import Candidates
 
 

@@ -26,10 +26,10 @@ import torch
 from jaxtyping import Bool, Float32, Float64, Int64
 
 from orchard import ragged
-from orchard.critic import Critic, Values
+from orchard.catalog.trie import Children, Trie
 from orchard.errors import ConfigError
+from orchard.scorers.prefix_critic import Critic, Values
 from orchard.settings import VedConfig
-from orchard.trie import Children, Trie
 from orchard.types import Prompts
 from rollout.allowed import Allowed, Gate, gate
 from rollout.candidates import Candidates

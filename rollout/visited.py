@@ -16,9 +16,9 @@ from jaxtyping import Bool, Float32, Float64, Int64
 from torch import Tensor
 
 from orchard import ragged
-from orchard.critic import Values
+from orchard.catalog.trie import ROOT
 from orchard.errors import EngineError
-from orchard.trie import ROOT
+from orchard.scorers.prefix_critic import Values
 from orchard.types import Cost, Prompts
 from rollout.allowed import Gate
 from rollout.engine import Engine, Expansion

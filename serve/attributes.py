@@ -14,8 +14,8 @@ import pyarrow as pa
 from jaxtyping import Bool, Int, Int64, Shaped
 
 from orchard.errors import ConfigError
+from orchard.parquet import read_table
 from orchard.settings import FilterConfig
-from orchard.tables import read_table
 
 Value = bool | int | float | str | None
 _COMPARE: dict[str, Callable[[Any, Any], Any]] = {

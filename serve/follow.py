@@ -20,14 +20,15 @@ from uuid import uuid4
 
 import numpy as np
 
-from orchard import model as models
-from orchard import ragged, value
-from orchard.catalogue import Catalogue
+from orchard import ragged
+from orchard.catalog.catalog import Catalogue
+from orchard.data.prompts import PromptFormat
 from orchard.errors import CheckpointError, DataError, EngineError, OrchardError
-from orchard.prompts import PromptFormat
+from orchard.policy import model as models
+from orchard.policy import value_head
+from orchard.policy.item_tokenizer import Vocabulary
+from orchard.policy.weights import Weights, digest, snapshot
 from orchard.types import PolicyVersion, Prompts
-from orchard.vocabulary import Vocabulary
-from orchard.weights import Weights, digest, snapshot
 from rollout.candidates import Candidates
 from rollout.engine import Holder
 from rollout.engine.torch import TorchEngine
@@ -79,7 +80,7 @@ def read_policy(folder: Path, vocabulary: Vocabulary, catalogue: str) -> Loaded:
         )
     return Loaded(
         version=PolicyVersion(step=step, digest=found), weights=weights, model=model,
-        guided=value.head_of(model) is not None, stamp=stamp,
+        guided=value_head.head_of(model) is not None, stamp=stamp,
     )  # fmt: skip
 
 

@@ -14,8 +14,8 @@ from jaxtyping import Int64
 
 from orchard import ragged
 from orchard.errors import ConfigError, DataError
+from orchard.parquet import read_table
 from orchard.settings import ServeConfig
-from orchard.tables import read_table
 from serve.problems import UnavailableError, UnknownNameError
 
 MOST_ITEMS = 10_000

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from orchard import catalogue as catalogues
-from orchard import model as models
-from orchard import vocabulary
-from orchard.catalogue import Catalogue
+from orchard.catalog import catalog as catalogues
+from orchard.catalog.catalog import Catalogue
 from orchard.errors import ConfigError, EngineError
+from orchard.parquet import read_table
+from orchard.policy import item_tokenizer
+from orchard.policy import model as models
+from orchard.policy.item_tokenizer import Vocabulary
 from orchard.settings import RolloutConfig, ServeConfig
-from orchard.tables import read_table
-from orchard.vocabulary import Vocabulary
 from rollout.engine import Holder
 from rollout.engine.torch import TorchEngine
 from rollout.engine.vllm import VllmHolder
@@ -50,7 +50,7 @@ def open_service(
     torch.set_num_threads(config.threads)
     models.check_folder(folder)
     items = catalogues.load(folder / "catalogue")
-    words = vocabulary.of_codes(vocabulary.read_tokenizer(folder), items)
+    words = item_tokenizer.of_codes(item_tokenizer.read_tokenizer(folder), items)
     attributes = NOTHING
     if config.attributes is not None:
         attributes = read_attributes(config.attributes, config.filters)
@@ -81,7 +81,7 @@ def _check_prompts(
     name: str, folder: Path, words: Vocabulary, items: Catalogue, main: dict[str, Any] | None
 ) -> None:
     """All variants read one prompt, that of the main policy."""
-    own = vocabulary.of_codes(vocabulary.read_tokenizer(folder), items)
+    own = item_tokenizer.of_codes(item_tokenizer.read_tokenizer(folder), items)
     facts = follow.read_facts(folder)
     same = (own.size, own.bos, own.pad, own.tags, own.instruction) == (
         words.size, words.bos, words.pad, words.tags, words.instruction,

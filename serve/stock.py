@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int64
 
-from orchard import view as views
-from orchard.catalogue import Catalogue
+from orchard.catalog import view as views
+from orchard.catalog.catalog import Catalogue
+from orchard.catalog.versioned import LiveCatalogue, Snapshot
+from orchard.catalog.view import View
+from orchard.data.prompts import PromptFormat
 from orchard.errors import CatalogueError, ConfigError, DataError
-from orchard.live import LiveCatalogue, Snapshot
-from orchard.prompts import PromptFormat
+from orchard.policy.item_tokenizer import Vocabulary
 from orchard.settings import FilterConfig
-from orchard.view import View
-from orchard.vocabulary import Vocabulary
 from serve.attributes import Attributes
 from serve.problems import ConflictError, UnknownNameError, UnsuitableError
 from serve.schema import DeltaRequest

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from orchard import catalogue as catalogues
+from orchard.catalog import catalog as catalogues
 from orchard.settings import FilterConfig
 from orchard.testing import World
 from rollout.engine.torch import TorchEngine

@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
-from orchard.trie import ROOT, Trie
+from orchard.catalog.trie import ROOT, Trie
+from orchard.policy.item_tokenizer import Vocabulary
 from orchard.types import PolicyVersion, Prompts
-from orchard.vocabulary import Vocabulary
 from rollout.candidates import Candidates
 from rollout.engine import Engine, Expansion
 from rollout.engine.parcel import part_of

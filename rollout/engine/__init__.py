@@ -15,11 +15,11 @@ import numpy as np
 from jaxtyping import Float32, Int32, Int64
 from torch import Tensor
 
+from orchard.catalog.trie import Children, Trie
 from orchard.errors import EngineError
-from orchard.trie import Children, Trie
+from orchard.policy.item_tokenizer import Vocabulary
+from orchard.policy.weights import Weights, digest
 from orchard.types import PolicyVersion, Prompts
-from orchard.vocabulary import Vocabulary
-from orchard.weights import Weights, digest
 from rollout.candidates import Candidates
 
 

@@ -20,11 +20,11 @@ import torch
 from jaxtyping import Float, Float32, Int32, Int64
 from torch import Tensor
 
-from orchard.model import child_logprobs
-from orchard.trie import ROOT, Trie
+from orchard.catalog.trie import ROOT, Trie
+from orchard.policy.item_tokenizer import Vocabulary
+from orchard.policy.model import child_logprobs
+from orchard.policy.value_head import ValueHead
 from orchard.types import PolicyVersion, Prompts
-from orchard.value import ValueHead
-from orchard.vocabulary import Vocabulary
 from rollout.engine import Expansion, check_length
 
 

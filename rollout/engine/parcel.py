@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from jaxtyping import Int64
 
-from orchard.catalogue import Catalogue
+from orchard.catalog.catalog import Catalogue
+from orchard.catalog.view import View
 from orchard.types import Prompts
-from orchard.view import View
 from rollout.allowed import Allowed
 from rollout.candidates import Candidates
 from rollout.engine import Engine

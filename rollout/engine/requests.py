@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
-from orchard.trie import ROOT, Children, Trie
+from orchard.catalog.trie import ROOT, Children, Trie
+from orchard.policy.item_tokenizer import Vocabulary
 from orchard.types import PolicyVersion, Prompts
-from orchard.vocabulary import Vocabulary
 from rollout.engine import Expansion, check_length
 
 if TYPE_CHECKING:

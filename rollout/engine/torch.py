@@ -18,12 +18,13 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from orchard import ragged, value
-from orchard.model import child_logprobs, head_weight
-from orchard.trie import ROOT, Trie
+from orchard import ragged
+from orchard.catalog.trie import ROOT, Trie
+from orchard.policy import value_head
+from orchard.policy.item_tokenizer import Vocabulary
+from orchard.policy.model import child_logprobs, head_weight
+from orchard.policy.weights import Weights, restore
 from orchard.types import PolicyVersion, Prompts
-from orchard.vocabulary import Vocabulary
-from orchard.weights import Weights, restore
 from rollout.candidates import Candidates
 from rollout.engine import Engine, Expansion, Texts, Writing, check_length, check_weights
 from rollout.engine.write import write
@@ -53,7 +54,7 @@ class TorchEngine:
     def install(self, version: PolicyVersion, weights: Weights) -> None:
         """Answer with these weights from now on; see `Holder.install`."""
         check_weights(version, weights)
-        value.fit(self._model, weights)
+        value_head.fit(self._model, weights)
         restore(self._model, weights)
         self.version, self._cache = version, DynamicCache()
 
@@ -120,7 +121,7 @@ class TorchEngine:
         self._above = torch.cat([self._above, above], 1)
         self._position = torch.cat([self._position, position], 1)
         hidden = self._forward(tokens, position, self._tree_mask(new))
-        if value.head_of(self._model) is not None:
+        if value_head.head_of(self._model) is not None:
             self._hidden = torch.cat([self._hidden, hidden], 1)
         end = place[start[1:] - 1]
         return self._expand((row << _SLOT_BITS) + used + end, hidden[row, end], node)
@@ -179,7 +180,7 @@ class TorchEngine:
 
     def _value(self, state: Int64[Tensor, " F"]) -> Float32[Tensor, " F"] | None:
         """Value of each state, if the policy has a head for it."""
-        head = value.head_of(self._model)
+        head = value_head.head_of(self._model)
         if head is None:
             return None
         prompt_end, slots = self._padding.shape[1] - 1, self._hidden.shape[1]

@@ -21,15 +21,16 @@ from jaxtyping import Int64
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from orchard import ragged, value
+from orchard import ragged
+from orchard.catalog.trie import Trie
 from orchard.errors import EngineError
-from orchard.model import head_weight
+from orchard.policy import value_head as value_heads
+from orchard.policy.item_tokenizer import Vocabulary
+from orchard.policy.model import head_weight
+from orchard.policy.value_head import ValueHead
+from orchard.policy.weights import Weights, restore, snapshot
 from orchard.settings import RolloutConfig
-from orchard.trie import Trie
 from orchard.types import PolicyVersion, Prompts
-from orchard.value import ValueHead
-from orchard.vocabulary import Vocabulary
-from orchard.weights import Weights, restore, snapshot
 from rollout.candidates import Candidates
 from rollout.engine import Engine, Texts, Writing, check_room, check_weights
 from rollout.engine.parcel import Sender
@@ -76,7 +77,7 @@ class VllmHolder:
         self.version = version
         head = head_weight(model)
         self._width = head.shape[1]
-        weights, value_head = value.split(snapshot(model), self._width)
+        weights, value_head = value_heads.split(snapshot(model), self._width)
         self._head = next(name for name, weight in model.named_parameters() if weight is head)
         with torch.device("meta"):
             self._shapes = AutoModelForCausalLM.from_config(model.config)
@@ -98,7 +99,7 @@ class VllmHolder:
     def install(self, version: PolicyVersion, weights: Weights) -> None:
         """Answer with these weights from now on; see `Holder.install`."""
         check_weights(version, weights)
-        weights, value_head = value.split(weights, self._width)
+        weights, value_head = value_heads.split(weights, self._width)
         self._check_values(value_head)
         restore(self._shapes, weights)  # raises before vLLM has loaded half of them
         tensors = ((name, torch.from_numpy(np.array(part))) for name, part in weights.items())

@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
+from orchard.catalog.trie import Trie
 from orchard.errors import EngineError
-from orchard.trie import Trie
+from orchard.policy.item_tokenizer import Vocabulary
+from orchard.policy.value_head import ValueHead
 from orchard.types import PolicyVersion, Prompts
-from orchard.value import ValueHead
-from orchard.vocabulary import Vocabulary
 from rollout.candidates import Candidates
 from rollout.engine.paged import CacheFullError, PagedEngine, Pass
 from rollout.engine.parcel import Parcel, Receiver, Search, part_of

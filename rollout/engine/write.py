@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from orchard import ragged
-from orchard.model import head_weight
+from orchard.policy.model import head_weight
 from rollout.engine import Texts, Writing, check_room
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from orchard.synth import WorldParams, write_world
+from orchard.data.synthetic import WorldParams, write_world
 
 Ask = Callable[..., dict[str, Any]]
 

@@ -17,11 +17,13 @@ from cluster.folder import export, open_folder
 from cluster.launch import Held, House
 from cluster.pool import Pool
 from cluster.prepare import Run, prepare
-from orchard import config, evaluation, model
+from orchard import config
 from orchard.errors import Stopped
-from orchard.evaluation import Evaluation
+from orchard.evaluation import ranking
+from orchard.evaluation.ranking import Evaluation
+from orchard.policy import model
+from orchard.policy.weights import Weights, digest, snapshot
 from orchard.types import PolicyVersion, Prompts
-from orchard.weights import Weights, digest, snapshot
 from rollout.candidates import Candidates
 from rollout.engine.torch import TorchEngine
 from rollout.search import beam
@@ -90,7 +92,7 @@ def test_an_evaluation_is_done_again_where_other_rows_are_asked_for(house: House
     fewer = settings.evaluate.model_copy(update={"test_rows": 12})
     house.run = replace(house.run, config=settings.model_copy(update={"evaluate": fewer}))
     assert asyncio.run(look(house, house.run.policy, "warm_start")).num_rows == 12
-    assert evaluation.read(evaluation_file(house.run, "warm_start")).num_rows == 12
+    assert ranking.read(evaluation_file(house.run, "warm_start")).num_rows == 12
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,14 @@ import ray
 from cluster import cli
 from cluster.folder import export, open_folder
 from cluster.prepare import check_engines, prepare
-from orchard import config, model
+from orchard import config
+from orchard.data.synthetic import WorldParams, write_world
 from orchard.errors import EngineError
-from orchard.synth import WorldParams, write_world
+from orchard.policy import model
+from orchard.policy.titles import from_titles
+from orchard.policy.weights import snapshot
 from orchard.testing import save_policy, tiny_policy, tiny_title_tokenizer
-from orchard.titles import from_titles
 from orchard.types import PolicyVersion
-from orchard.weights import snapshot
 
 TINY = WorldParams(num_items=60, num_users=60, level_size=(4, 5, 6))
 

@@ -7,10 +7,10 @@ import pytest
 
 from cluster import cli
 from cluster.compared import write_comparison
-from orchard import evaluation
 from orchard.errors import DataError
-from orchard.metrics import Logbook
+from orchard.evaluation import ranking
 from orchard.testing import an_evaluation
+from orchard.tracking.metrics_log import Logbook
 
 
 def a_run(folder: Path, *, rate: float, hit: float, num_rows: int = 500) -> Path:
@@ -22,7 +22,7 @@ def a_run(folder: Path, *, rate: float, hit: float, num_rows: int = 500) -> Path
         for step in (1, 2):
             logbook.log("train", step, {"rewards/mean": hit * step, "learner/kl": 0.1})
     found = an_evaluation(hit, num_rows=num_rows)
-    evaluation.write(found, folder / "evaluation" / "trained.json")
+    ranking.write(found, folder / "evaluation" / "trained.json")
     return folder
 
 

@@ -7,8 +7,8 @@ import pytest
 from rich.console import Console
 
 from cluster.console import Progress, closing_table, comparisons, duration, in_order
-from orchard import evaluation
-from orchard.evaluation import Evaluation, TargetRanks
+from orchard.evaluation import ranking
+from orchard.evaluation.ranking import Evaluation, TargetRanks
 
 
 class Clock:
@@ -24,7 +24,7 @@ class Clock:
 def an_evaluation(hit: float, num_rows: int = 200) -> Evaluation:
     rank = np.where(np.random.default_rng(0).random(num_rows) < hit, 0, TargetRanks.MISS)
     ranks = TargetRanks(sid=rank, item=rank)
-    found = evaluation.metrics(ranks, width=10, resamples=50)
+    found = ranking.metrics(ranks, width=10, resamples=50)
     return Evaluation(
         metrics=found, ranks=ranks, row=np.arange(num_rows), width=10, seconds=1.0, policy="0-a",
         catalogue="c",

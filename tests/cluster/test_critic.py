@@ -14,13 +14,14 @@ from cluster import cli, rllib
 from cluster.prepare import prepare
 from cluster.rllib import RllibBackend
 from learner.critic import TorchBackend, draw_walks, measure
-from orchard import config, model
-from orchard.catalogue import Catalogue
-from orchard.critic import Critic
+from orchard import config
+from orchard.catalog.catalog import Catalogue
+from orchard.data.prompts import Split
+from orchard.data.synthetic import WorldParams, write_world
 from orchard.errors import ConfigError
-from orchard.prompts import Split
+from orchard.policy import model
+from orchard.scorers.prefix_critic import Critic
 from orchard.settings import Config, CriticConfig, VedConfig
-from orchard.synth import WorldParams, write_world
 from orchard.testing import tiny_catalogue
 from rollout.actor import Searcher
 from rollout.engine.parcel import Receiver, Sender
@@ -58,8 +59,8 @@ def file(data: Path, tmp_path: Path) -> Path:
 def start(settings: Config) -> None:
     """A warm start without a value head."""
     from cluster.folder import export, open_folder
+    from orchard.policy.weights import digest, snapshot
     from orchard.types import PolicyVersion
-    from orchard.weights import digest, snapshot
 
     first = prepare(settings, "sft")
     open_folder(first)

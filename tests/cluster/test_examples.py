@@ -8,7 +8,7 @@ import pytest
 
 from cluster.examples import describe, telling
 from cluster.sections import examples
-from orchard import value
+from orchard.policy import value_head
 from orchard.settings import VedConfig
 from orchard.testing import tiny_catalogue, tiny_policy, tiny_prompts
 from orchard.types import PolicyVersion, ScoredTrees
@@ -27,7 +27,7 @@ WEIGHTS = {"rule": 1.0, "ranking": 1.0}
 def found() -> tuple[ScoredTrees, ScoredTrees]:
     """What a guided search and a beam find."""
     model, vocabulary = tiny_policy(ITEMS)
-    value.attach(model, seed=0)
+    value_head.attach(model, seed=0)
     version = PolicyVersion(step=0, digest="")
     engine = TorchEngine(model, ITEMS.trie, vocabulary, version)
     guided = ved(engine, PROMPTS, VedConfig(budget=17, width=4), count=8, seed=0)

@@ -27,13 +27,14 @@ from cluster.launch import House, launch
 from cluster.loop import train
 from cluster.pool import Pool
 from cluster.prepare import Run, prepare
-from orchard import config, model
+from orchard import config
+from orchard.data.synthetic import WorldParams, write_world
 from orchard.errors import ActorError, CheckpointError, ConfigError, DataError, Stopped
-from orchard.metrics import read_metrics
+from orchard.policy import model
+from orchard.policy.weights import digest, snapshot
 from orchard.settings import Config
-from orchard.synth import WorldParams, write_world
+from orchard.tracking.metrics_log import read_metrics
 from orchard.types import PolicyVersion, SearchTrees
-from orchard.weights import digest, snapshot
 from rollout.actor import Searcher
 
 T = TypeVar("T")

@@ -8,7 +8,7 @@ import pytest
 from cluster import cli
 from cluster.prepare import prepare
 from orchard import config
-from orchard.synth import WorldParams, write_world
+from orchard.data.synthetic import WorldParams, write_world
 from rewards import Knowledge
 from rewards.reward import look_up
 

@@ -11,11 +11,12 @@ import pytest
 from cluster.folder import export, open_folder
 from cluster.loop import assemble, describe
 from cluster.prepare import Run, prepare
-from orchard import config, model, value
+from orchard import config
 from orchard.errors import ConfigError
+from orchard.policy import model, value_head
+from orchard.policy.weights import digest, snapshot
 from orchard.settings import Config
 from orchard.types import PolicyVersion, ScoredTrees, Update
-from orchard.weights import digest, snapshot
 from rewards.reward import score
 from rollout.actor import Searcher
 
@@ -64,7 +65,7 @@ def guided(settings: Config) -> Run:
     first = prepare(settings, "sft")
     open_folder(first)
     policy = model.create(first.config.model, first.vocabulary, seed=0)
-    value.attach(policy, seed=1)
+    value_head.attach(policy, seed=1)
     weights = snapshot(policy)
     export(first, first.result, PolicyVersion(step=0, digest=digest(weights)), weights)
     return prepare(settings, "train")
@@ -79,7 +80,7 @@ def search(run: Run, *, kind: str | None = None) -> ScoredTrees:
 def test_an_exported_head_is_loaded_with_its_policy(settings: Callable[..., Config]) -> None:
     run = guided(settings())
     loaded = model.load(run.policy, run.vocabulary)
-    assert value.head_of(loaded) is not None
+    assert value_head.head_of(loaded) is not None
     assert sorted(path.name for path in run.policy.glob("*.safetensors")) == [
         "model.safetensors",
         "value_head.safetensors",

@@ -16,11 +16,14 @@ from cluster import cli
 from cluster.folder import export, open_folder
 from cluster.handover import MODEL_CARD
 from cluster.prepare import Run, prepare
-from orchard import catalogue, config, evaluation, model, value
-from orchard.evaluation import Evaluation, TargetRanks
-from orchard.synth import WorldParams, write_world
+from orchard import config
+from orchard.catalog import catalog
+from orchard.data.synthetic import WorldParams, write_world
+from orchard.evaluation import ranking
+from orchard.evaluation.ranking import Evaluation, TargetRanks
+from orchard.policy import model, value_head
+from orchard.policy.weights import digest, snapshot
 from orchard.types import PolicyVersion
-from orchard.weights import digest, snapshot
 
 
 @pytest.fixture
@@ -48,10 +51,10 @@ def evaluated(run: Run) -> None:
         sid=np.array([0, 3, TargetRanks.MISS]), item=np.array([0, 4, TargetRanks.MISS])
     )
     found = Evaluation(
-        metrics=evaluation.metrics(ranks, width=10), ranks=ranks, row=np.arange(3), width=10,
+        metrics=ranking.metrics(ranks, width=10), ranks=ranks, row=np.arange(3), width=10,
         seconds=1.0, policy="0", catalogue=run.catalogue.digest, extra={},
     )  # fmt: skip
-    evaluation.write(found, run.dir / "evaluation" / "warm_start.json")
+    ranking.write(found, run.dir / "evaluation" / "warm_start.json")
 
 
 def logprobs(folder: Path, prompts: list[list[int]]) -> list[list[float]]:
@@ -68,8 +71,8 @@ def logprobs(folder: Path, prompts: list[list[int]]) -> list[list[float]]:
 def test_the_folder_has_everything_and_computes_the_same(run_file: Path, tmp_path: Path) -> None:
     run = started(run_file)
     policy = model.load(run.policy, run.vocabulary)
-    value.attach(policy, seed=3)
-    value.save(policy, run.policy)
+    value_head.attach(policy, seed=3)
+    value_head.save(policy, run.policy)
     evaluated(run)
     cli.main(["export", str(run_file), str(tmp_path / "out")])
     out = tmp_path / "out"
@@ -81,11 +84,11 @@ def test_the_folder_has_everything_and_computes_the_same(run_file: Path, tmp_pat
     rows = [row.tolist() for row in np.split(prompts.token, prompts.token_start[1:-1])]
     assert logprobs(out, rows) == logprobs(run.policy, rows)
     assert len(AutoTokenizer.from_pretrained(out)) == run.vocabulary.size
-    assert catalogue.load(out / "catalogue").digest == run.catalogue.digest
-    head = value.head_of(model.load(out, run.vocabulary))
+    assert catalog.load(out / "catalogue").digest == run.catalogue.digest
+    head = value_head.head_of(model.load(out, run.vocabulary))
     assert head is not None
     card = (out / MODEL_CARD).read_text()
-    known = evaluation.read(out / "evaluation" / "warm_start.json").metrics["ndcg@10/sid"]
+    known = ranking.read(out / "evaluation" / "warm_start.json").metrics["ndcg@10/sid"]
     for part in ("## Data", "## Limits", "60", f"{known.mean:.4f} [{known.low:.4f}", "3 rows"):
         assert part in card
     cli.main(["export", str(run_file), str(out), "--overwrite"])

@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.logged import judge_log
-from orchard import weights
+from orchard.data.prompts import PromptFormat
 from orchard.errors import DataError
-from orchard.prompts import PromptFormat
+from orchard.policy import weights
 from orchard.testing import World, brute_force, tiny_world
 from orchard.types import Prompts
 from rollout.engine.torch import TorchEngine

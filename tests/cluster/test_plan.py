@@ -12,8 +12,8 @@ import ray
 from cluster import cli
 from cluster.plan import GIB, Machine, Sizes, Speed, layout, plan
 from orchard import config
+from orchard.data.synthetic import WorldParams, write_world
 from orchard.settings import Config
-from orchard.synth import WorldParams, write_world
 
 SIZES = Sizes(
     parameters=10_000_000, hidden=256, inner=1024, layers=4, longest=4096, train_rows=1000,

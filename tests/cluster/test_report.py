@@ -10,10 +10,10 @@ import pytest
 
 from cluster.figures import Curve, curves, running_mean
 from cluster.report import gather, page, write_report
-from orchard import evaluation
 from orchard.errors import DataError
-from orchard.metrics import FILE, Logbook, Series
+from orchard.evaluation import ranking
 from orchard.testing import an_evaluation
+from orchard.tracking.metrics_log import FILE, Logbook, Series
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 PARTS = ("config.toml", FILE, "evaluation")
@@ -67,8 +67,8 @@ def run_dir(tmp_path: Path) -> Path:
                 "made_up/<thing>": 1.0,
             }
             logbook.log("train", step, values)
-    evaluation.write(an_evaluation(0.3), tmp_path / "evaluation" / "warm_start.json")
-    evaluation.write(an_evaluation(0.6), tmp_path / "evaluation" / "trained.json")
+    ranking.write(an_evaluation(0.3), tmp_path / "evaluation" / "warm_start.json")
+    ranking.write(an_evaluation(0.6), tmp_path / "evaluation" / "trained.json")
     return tmp_path
 
 
@@ -155,7 +155,7 @@ def test_broken_files_cost_their_part_and_no_more(run_dir: Path) -> None:
 
 
 def test_evaluations_of_other_rows_are_shown_but_not_compared(run_dir: Path) -> None:
-    evaluation.write(an_evaluation(0.5, num_rows=300), run_dir / "evaluation" / "quick.json")
+    ranking.write(an_evaluation(0.5, num_rows=300), run_dir / "evaluation" / "quick.json")
     found = gather(run_dir)
     assert list(found.evaluations) == ["warm_start", "trained", "quick"]
     assert len(found.changes) == 1

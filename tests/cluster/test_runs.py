@@ -19,16 +19,17 @@ from cluster.launch import House, launch
 from cluster.loop import train
 from cluster.prepare import Run, prepare
 from cluster.warmup import sft
-from orchard import config, model
-from orchard.catalogue import load
-from orchard.evaluation import Evaluation, difference, read
-from orchard.metrics import read_metrics
+from orchard import config
+from orchard.catalog.catalog import load
+from orchard.data.synthetic import WorldParams, write_world
+from orchard.evaluation.ranking import Evaluation, difference, read
+from orchard.policy import model
+from orchard.policy.titles import from_titles
+from orchard.policy.weights import digest, snapshot
 from orchard.settings import Config
-from orchard.synth import WorldParams, write_world
 from orchard.testing import save_policy, tiny_policy, tiny_title_tokenizer
-from orchard.titles import from_titles
+from orchard.tracking.metrics_log import read_metrics
 from orchard.types import PolicyVersion
-from orchard.weights import digest, snapshot
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 

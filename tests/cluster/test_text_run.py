@@ -15,14 +15,15 @@ from cluster.loop import assemble
 from cluster.prepare import Run, prepare
 from learner.sft import pack_answers, pack_examples
 from learner.step import Learner
-from orchard import config, frames, model, vocabulary
+from orchard import config
 from orchard.errors import CatalogueError, ConfigError, DataError
+from orchard.policy import item_tokenizer, model, prompt_template
+from orchard.policy.item_tokenizer import sid_token
+from orchard.policy.titles import tokenizer_of
+from orchard.policy.weights import digest, snapshot
 from orchard.settings import Config, ModelConfig
 from orchard.testing import save_policy
-from orchard.titles import tokenizer_of
 from orchard.types import PolicyVersion, SearchTrees
-from orchard.vocabulary import sid_token
-from orchard.weights import digest, snapshot
 from rewards.reward import score
 from rollout.actor import Searcher
 from rollout.engine.torch import TorchEngine
@@ -38,7 +39,7 @@ def language(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("language")
     titles = pq.read_table(data / "items.parquet")["title"].to_pylist()
     tokenizer = tokenizer_of([*titles, TEMPLATE], 400)
-    words = vocabulary.Vocabulary(
+    words = item_tokenizer.Vocabulary(
         level_tokens=(torch.tensor([0]),), bos=1, pad=0, size=len(tokenizer) + 16
     )
     sizes = ModelConfig(hidden_size=32, intermediate_size=48, layers=1, heads=2, kv_heads=1)
@@ -90,7 +91,7 @@ def test_a_text_model_gets_a_row_for_each_code_near_the_mean_of_its_own(
     opened: Run, language: Path
 ) -> None:
     before, after = model.load(language), model.load(opened.policy, opened.vocabulary)
-    known = len(vocabulary.read_tokenizer(language))
+    known = len(item_tokenizer.read_tokenizer(language))
     old, new = model.head_weight(before), model.head_weight(after)
     assert new.shape[0] == opened.vocabulary.size == known + 5 + 6 + 7
     assert after.get_input_embeddings().weight is new
@@ -125,7 +126,7 @@ def test_a_prompt_that_is_too_long_loses_its_oldest_items_and_keeps_the_instruct
 
 
 def test_the_instruction_travels_with_the_tokenizer(opened: Run) -> None:
-    again = vocabulary.of_codes(vocabulary.read_tokenizer(opened.policy), opened.catalogue)
+    again = item_tokenizer.of_codes(item_tokenizer.read_tokenizer(opened.policy), opened.catalogue)
     assert again.instruction == opened.vocabulary.instruction
     assert again.instruction is not None
 
@@ -224,15 +225,15 @@ def test_a_new_text_model_is_made_from_the_titles(settings: Callable[..., Config
 
 
 def test_a_chat_template_wraps_the_instruction(opened: Run) -> None:
-    tokenizer = vocabulary.read_tokenizer(opened.policy)
+    tokenizer = item_tokenizer.read_tokenizer(opened.policy)
     asked = opened.config.prompt.model_copy(update={"chat": True})
     with pytest.raises(ConfigError, match="has no chat template"):
-        frames.encode(TEMPLATE, "{history}", tokenizer, asked, limit=100)
+        prompt_template.encode(TEMPLATE, "{history}", tokenizer, asked, limit=100)
     tokenizer.chat_template = (
         "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
         "{% if add_generation_prompt %} [assistant] {% endif %}"
     )
-    frame = frames.encode(TEMPLATE, "{history}", tokenizer, asked, limit=100)
+    frame = prompt_template.encode(TEMPLATE, "{history}", tokenizer, asked, limit=100)
     assert tokenizer.decode(frame.before) == "[user] Bought: "
     assert tokenizer.decode(frame.after) == ". Next is  [assistant] "
 
@@ -297,7 +298,7 @@ def test_a_tokenizer_that_cuts_a_code_is_refused(
     known = inner["model"]["vocab"]
     known["<a_0>"] = len(known)  # a word of the vocabulary that no merge ever makes
     (tmp_path / "tokenizer.json").write_text(json.dumps(inner))
-    tokenizer: PreTrainedTokenizerBase = vocabulary.read_tokenizer(tmp_path)
+    tokenizer: PreTrainedTokenizerBase = item_tokenizer.read_tokenizer(tmp_path)
     assert "<a_0>" in tokenizer.get_vocab()
     with pytest.raises(CatalogueError, match=r"cuts <a_0> into \d tokens \(1 of 18 codes\)"):
         prepare(settings(f"model.path={tmp_path}", "name=cut"), "sft")

@@ -14,12 +14,13 @@ from learner.logprobs import choice_logprobs, to_tensors
 from learner.sft import pack_traces
 from learner.step import Learner
 from learner.step_credit import judged_by_steps
-from orchard import config, model
+from orchard import config
 from orchard.errors import ConfigError, DataError
-from orchard.evaluation import diversity
+from orchard.evaluation.ranking import diversity
+from orchard.policy import model
+from orchard.policy.weights import digest, snapshot
 from orchard.settings import Config
 from orchard.types import PolicyVersion, SearchTrees, Update
-from orchard.weights import digest, snapshot
 from rewards.reward import score
 from rollout.actor import Searcher
 

@@ -9,8 +9,8 @@ from torch import nn
 from cluster.launch import EXACT, ROUNDED, tolerance
 from learner.sft import pack_answers
 from learner.step import Learner
+from orchard.data.prompts import PromptFormat
 from orchard.errors import UnfitError
-from orchard.prompts import PromptFormat
 from orchard.settings import ClusterConfig, Config, DataConfig, LearnerConfig, RolloutConfig
 from orchard.testing import World, tiny_policy, tiny_world
 from rollout.engine.torch import TorchEngine

@@ -8,10 +8,10 @@ import torch
 from transformers import PreTrainedModel
 
 from orchard import ragged
-from orchard.catalogue import Catalogue
+from orchard.catalog.catalog import Catalogue
+from orchard.policy.item_tokenizer import Vocabulary
 from orchard.testing import tiny_catalogue, tiny_policy, tiny_prompts
 from orchard.types import Cost, PolicyVersion, ScoredTrees
-from orchard.vocabulary import Vocabulary
 from rollout.candidates import Candidates
 from rollout.trees import grow
 

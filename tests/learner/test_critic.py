@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from learner.critic import NORM_RATE, NORM_START, TorchBackend, Walks, draw_walks, measure
-from orchard.catalogue import Catalogue
-from orchard.critic import Critic
-from orchard.prompts import Split
+from orchard.catalog.catalog import Catalogue
+from orchard.data.prompts import Split
+from orchard.scorers.prefix_critic import Critic
 from orchard.settings import CriticConfig
 from orchard.testing import tiny_catalogue
 

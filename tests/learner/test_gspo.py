@@ -14,13 +14,13 @@ from learner.loss import LossParts, policy_loss
 from learner.pack import flatten, pack
 from learner.split import micro_batches, shard
 from learner.step import Learner
-from orchard.catalogue import Catalogue
+from orchard.catalog.catalog import Catalogue
 from orchard.config import parse
 from orchard.errors import ConfigError
+from orchard.policy.item_tokenizer import Vocabulary
 from orchard.settings import LearnerConfig
 from orchard.testing import tiny_policy
 from orchard.types import ScoredTrees, TrainBatch
-from orchard.vocabulary import Vocabulary
 
 Grow = Callable[..., ScoredTrees]
 Policy = tuple[PreTrainedModel, Vocabulary]

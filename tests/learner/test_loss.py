@@ -16,10 +16,10 @@ from learner.logprobs import BatchTensors, choice_logprobs, to_tensors
 from learner.loss import LossParts, policy_loss
 from learner.pack import flatten, pack
 from learner.split import micro_batches, shard
-from orchard.catalogue import Catalogue
+from orchard.catalog.catalog import Catalogue
+from orchard.policy.item_tokenizer import Vocabulary
 from orchard.testing import tiny_policy
 from orchard.types import ScoredTrees, TrainBatch
-from orchard.vocabulary import Vocabulary
 
 Grow = Callable[..., ScoredTrees]
 Policy = tuple[PreTrainedModel, Vocabulary]

@@ -13,13 +13,13 @@ from transformers import PreTrainedModel
 from learner.advantages import ESTIMATORS
 from learner.logprobs import choice_logprobs, to_tensors, tree_mask
 from learner.pack import flatten, pack
-from orchard import catalogue as catalogues
 from orchard import ragged
-from orchard.catalogue import Catalogue
+from orchard.catalog import catalog as catalogues
+from orchard.catalog.catalog import Catalogue
 from orchard.errors import CatalogueError
+from orchard.policy.item_tokenizer import Vocabulary
 from orchard.testing import brute_force, tiny_catalogue, tiny_policy, tiny_prompts
 from orchard.types import Cost, Credit, PolicyVersion, ScoredTrees, SearchTrees
-from orchard.vocabulary import Vocabulary
 
 Grow = Callable[..., ScoredTrees]
 Policy = tuple[PreTrainedModel, Vocabulary]

@@ -12,13 +12,13 @@ from torch.multiprocessing.spawn import spawn
 from learner import checkpoint
 from learner.sft import pack_examples
 from learner.step import Learner
-from orchard import lora
-from orchard.prompts import PromptFormat
+from orchard.data.prompts import PromptFormat
+from orchard.data.sft_tasks import Examples
+from orchard.policy import lora
+from orchard.policy.weights import Weights
 from orchard.settings import LearnerConfig, LoraConfig
-from orchard.tasks import Examples
 from orchard.testing import tiny_world
 from orchard.types import PolicyVersion
-from orchard.weights import Weights
 
 ON = LoraConfig(rank=3, targets=("q_proj", "down_proj"))
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from learner.advantages import ESTIMATORS, assign
 from learner.pack import pack
 from learner.siblings import node_advantages, sibling
-from orchard.catalogue import from_codes
+from orchard.catalog.catalog import from_codes
 from orchard.settings import LearnerConfig
 from orchard.testing import tiny_policy, tiny_prompts
 from orchard.types import PolicyVersion, ScoredTrees

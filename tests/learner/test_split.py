@@ -9,9 +9,9 @@ from transformers import PreTrainedModel
 from learner.advantages import ESTIMATORS
 from learner.pack import pack
 from learner.split import micro_batches, row_lengths, shard
-from orchard.catalogue import Catalogue
+from orchard.catalog.catalog import Catalogue
+from orchard.policy.item_tokenizer import Vocabulary
 from orchard.types import ScoredTrees, TrainBatch
-from orchard.vocabulary import Vocabulary
 
 
 @pytest.fixture(scope="module")

@@ -9,14 +9,14 @@ from learner import checkpoint, sft
 from learner.advantages import ESTIMATORS
 from learner.pack import pack
 from learner.step import Learner, truncated
-from orchard.catalogue import Catalogue
+from orchard.catalog.catalog import Catalogue
+from orchard.data.prompts import PromptFormat, Sequences
 from orchard.errors import CheckpointError
-from orchard.model import add_dropout
-from orchard.prompts import PromptFormat, Sequences
+from orchard.policy.model import add_dropout
+from orchard.policy.weights import digest, snapshot
 from orchard.settings import KlConfig, LearnerConfig
 from orchard.testing import tiny_catalogue, tiny_policy, tiny_prompts
 from orchard.types import PolicyVersion, Prompts, ScoredTrees, TrainBatch
-from orchard.weights import digest, snapshot
 from rewards.reward import score
 from rollout import search
 from rollout.engine.torch import TorchEngine

@@ -19,8 +19,8 @@ from learner.step_credit import (
     step_statistics,
     well_formed,
 )
-from orchard import catalogue as catalogues
-from orchard.catalogue import Catalogue
+from orchard.catalog import catalog as catalogues
+from orchard.catalog.catalog import Catalogue
 from orchard.settings import LearnerConfig
 from orchard.testing import tiny_policy, tiny_prompts
 from orchard.types import Cost, PolicyVersion, ScoredTrees, SearchTrees

@@ -16,15 +16,15 @@ from learner.pack import pack
 from learner.split import micro_batches, shard
 from learner.step import Learner
 from learner.value import node_rewards, outcome_rewards, state_values, value_loss
-from orchard import value
-from orchard.catalogue import Catalogue, from_codes
-from orchard.model import hidden_states
+from orchard.catalog.catalog import Catalogue, from_codes
+from orchard.policy import value_head
+from orchard.policy.item_tokenizer import Vocabulary
+from orchard.policy.model import hidden_states
+from orchard.policy.value_head import ValueHead
+from orchard.policy.weights import digest, snapshot
 from orchard.settings import LearnerConfig, ValueConfig
 from orchard.testing import tiny_policy, tiny_prompts
 from orchard.types import PolicyVersion, ScoredTrees, TrainBatch
-from orchard.value import ValueHead
-from orchard.vocabulary import Vocabulary
-from orchard.weights import digest, snapshot
 from rollout.engine.torch import TorchEngine
 from rollout.search import beam
 from rollout.trees import grow
@@ -63,9 +63,9 @@ def by_node(scored: ScoredTrees, states: Sequence[float]) -> dict[int, float]:
 def policy_with_head(catalogue: Catalogue, *, seed: int = 0) -> tuple[PreTrainedModel, Vocabulary]:
     """A policy whose value head is far from constant."""
     model, vocabulary = tiny_policy(catalogue, seed=seed)
-    value.attach(model, seed=seed)
+    value_head.attach(model, seed=seed)
     draw = torch.Generator().manual_seed(seed)
-    for parameter in model.get_submodule(value.NAME).parameters():
+    for parameter in model.get_submodule(value_head.NAME).parameters():
         parameter.data.normal_(0.0, 0.3, generator=draw)
     return model, vocabulary
 
@@ -163,7 +163,7 @@ def test_losses_of_shards_and_micro_batches_add_up(
         assert part.values is not None
         visible = tree_mask(part.subtree_end)
         hidden = hidden_states(model, part.token, part.position, visible)
-        guess = state_values(model.get_submodule(value.NAME), hidden, part.values)
+        guess = state_values(model.get_submodule(value_head.NAME), hidden, part.values)
         return value_loss(guess, part.values, discount=GAMMA, target="td").item()
 
     whole = packed(score_random([5, 3, 1, 4]), catalogue)
@@ -177,7 +177,7 @@ def test_a_state_is_worth_the_same_in_a_tree_as_in_a_sequence_that_ends_there(
     score_random: Grow, catalogue: Catalogue
 ) -> None:
     model, _ = policy_with_head(catalogue)
-    head, scored = model.get_submodule(value.NAME), score_random([6, 4])
+    head, scored = model.get_submodule(value_head.NAME), score_random([6, 4])
     assert isinstance(head, ValueHead)
     batch, trees = to_tensors(packed(scored, catalogue)), scored.trees
     assert batch.values is not None
@@ -201,7 +201,7 @@ def test_the_head_learns_what_its_states_are_worth(
     score_random: Grow, catalogue: Catalogue, target: str
 ) -> None:
     model, vocabulary = tiny_policy(catalogue)
-    value.attach(model, seed=0)
+    value_head.attach(model, seed=0)
     config = BRISK.model_copy(update={"value": ValueConfig(lr=3e-3, target=target)})
     one = Learner(model, catalogue.trie, vocabulary, config, total_steps=100)
     # One candidate to a group: what follows a state is certain, and its error can vanish.
@@ -252,7 +252,7 @@ def test_a_part_without_states_still_takes_part_in_the_backward_pass(
     score_random: Grow, catalogue: Catalogue
 ) -> None:
     model, _ = policy_with_head(catalogue)
-    head = model.get_submodule(value.NAME)
+    head = model.get_submodule(value_head.NAME)
     assert isinstance(head, ValueHead)
     states = tensors(packed(score_random([2]), catalogue))
     none = ValueTensors(**{f.name: getattr(states, f.name)[:0] for f in fields(ValueTensors)})

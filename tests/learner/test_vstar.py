@@ -9,8 +9,8 @@ from learner.advantages import assign
 from learner.pack import pack
 from learner.step import Learner
 from learner.value import node_rewards
-from orchard import value
-from orchard.diagnostics import diagnose
+from orchard.evaluation.diagnostics import diagnose
+from orchard.policy import value_head
 from orchard.settings import LearnerConfig, ValueConfig, VedConfig
 from orchard.testing import tiny_catalogue, tiny_policy, tiny_prompts
 from orchard.types import PolicyVersion, ScoredTrees
@@ -49,7 +49,7 @@ def correlation(scored: ScoredTrees) -> float:
 @pytest.mark.slow
 def test_guided_search_and_sibling_credit_raise_the_reward_and_the_head_learns_to_rank() -> None:
     model, vocabulary = tiny_policy(ITEMS)
-    value.attach(model, seed=0)
+    value_head.attach(model, seed=0)
     one = Learner(model, ITEMS.trie, vocabulary, SETTINGS, total_steps=100)
     engine = TorchEngine(model, ITEMS.trie, vocabulary, FIRST)
 

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchard import catalogue as catalogues
-from orchard.catalogue import from_codes, load, read, read_embeddings, write
+from orchard.catalog import catalog as catalogues
+from orchard.catalog.catalog import from_codes, load, read, read_embeddings, write
 from orchard.errors import CatalogueError, DataError
 from orchard.testing import tiny_catalogue
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from orchard.diagnostics import diagnose, grouped_spearman
+from orchard.evaluation.diagnostics import diagnose, grouped_spearman
 from orchard.testing import World, tiny_world
 from orchard.types import Cost, ScoredTrees
 from rollout.engine.torch import TorchEngine

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchard import evaluation, ragged
+from orchard import ragged
 from orchard.errors import DataError
-from orchard.evaluation import Evaluation, TargetRanks
-from orchard.intervals import estimates
+from orchard.evaluation import ranking
+from orchard.evaluation.bootstrap import estimates
+from orchard.evaluation.ranking import Evaluation, TargetRanks
 
 MISS = TargetRanks.MISS
 examples = settings(max_examples=60)
@@ -47,7 +48,7 @@ def test_a_target_ranks_where_it_stands_in_the_written_out_list(
     target = [data.draw(st.integers(0, 7)) for _ in rows]
     position = [data.draw(st.integers(0, size[leaf] - 1)) for leaf in target]
     leaf, start = flat(rows)
-    ranks = evaluation.target_ranks(
+    ranks = ranking.target_ranks(
         leaf=leaf,
         start=start,
         leaf_items=np.asarray(size)[leaf],
@@ -64,7 +65,7 @@ def test_a_target_ranks_where_it_stands_in_the_written_out_list(
 
 def test_metrics_equal_a_plain_loop_at_both_levels() -> None:
     ranks = random_ranks(0)
-    found = evaluation.metrics(ranks, width=50, resamples=20)
+    found = ranking.metrics(ranks, width=50, resamples=20)
     for level, rank in (("sid", ranks.sid.tolist()), ("item", ranks.item.tolist())):
         for k in (1, 3, 5, 10, 20, 50):
             hit_rate, ndcg = plain_metrics(rank, k)
@@ -77,7 +78,7 @@ def test_metrics_equal_a_plain_loop_at_both_levels() -> None:
 
 @pytest.mark.parametrize(("width", "largest"), [(1, 1), (9, 5), (10, 10), (49, 20), (50, 50)])
 def test_a_metric_that_looks_beyond_the_beam_is_left_out(width: int, largest: int) -> None:
-    found = evaluation.metrics(random_ranks(0), width=width, resamples=5)
+    found = ranking.metrics(random_ranks(0), width=width, resamples=5)
     assert max(int(name.split("@")[1].split("/")[0]) for name in found) == largest
     assert f"hr@{largest}/sid" in found
 
@@ -95,7 +96,7 @@ def test_the_bootstrap_interval_is_the_normal_one_where_both_hold() -> None:
 
 def test_the_bootstrap_equals_resampling_row_by_row() -> None:
     ranks = random_ranks(2, num_rows=300)
-    found = evaluation.metrics(ranks, width=50, resamples=20_000)["ndcg@10/sid"]
+    found = ranking.metrics(ranks, width=50, resamples=20_000)["ndcg@10/sid"]
     gain = np.where(ranks.sid < 10, 1 / np.log2(ranks.sid + 2.0), 0.0)
     draw = np.random.default_rng(9)
     means = gain[draw.integers(300, size=(20_000, 300))].mean(axis=1)
@@ -117,16 +118,16 @@ def test_about_nineteen_of_twenty_intervals_hold_the_truth() -> None:
 
 def test_equal_seeds_give_equal_intervals_and_other_seeds_others() -> None:
     ranks = random_ranks(4)
-    one, same, other = (evaluation.metrics(ranks, width=20, seed=seed) for seed in (0, 0, 1))
+    one, same, other = (ranking.metrics(ranks, width=20, seed=seed) for seed in (0, 0, 1))
     assert one == same
     assert one != other
 
 
 def test_a_paired_difference_is_the_difference_of_the_means() -> None:
     a, b = random_ranks(5), random_ranks(6)
-    change = evaluation.paired(a, b, width=50)
-    back = evaluation.paired(b, a, width=50)
-    means = [evaluation.metrics(ranks, width=50) for ranks in (a, b)]
+    change = ranking.paired(a, b, width=50)
+    back = ranking.paired(b, a, width=50)
+    means = [ranking.metrics(ranks, width=50) for ranks in (a, b)]
     for name, estimate in change.items():
         assert estimate.mean == pytest.approx(means[0][name].mean - means[1][name].mean)
         assert estimate.low <= estimate.mean <= estimate.high
@@ -135,7 +136,7 @@ def test_a_paired_difference_is_the_difference_of_the_means() -> None:
 
 def test_a_policy_differs_from_itself_by_exactly_nothing() -> None:
     ranks = random_ranks(7)
-    for estimate in evaluation.paired(ranks, ranks, width=50).values():
+    for estimate in ranking.paired(ranks, ranks, width=50).values():
         assert (estimate.mean, estimate.low, estimate.high) == (0.0, 0.0, 0.0)
         assert not estimate.clear
 
@@ -145,37 +146,35 @@ def test_pairing_sees_a_small_gain_that_separate_intervals_do_not() -> None:
     sid = worse.sid.copy()
     sid[np.flatnonzero(sid == MISS)[:12]] = 0  # 12 of 400 rows are found at last
     better = TargetRanks(sid=sid, item=sid)
-    apart = [evaluation.metrics(r, width=50)["hr@10/sid"] for r in (better, worse)]
+    apart = [ranking.metrics(r, width=50)["hr@10/sid"] for r in (better, worse)]
     assert apart[0].low < apart[1].high
-    assert evaluation.paired(better, worse, width=50)["hr@10/sid"].low > 0
+    assert ranking.paired(better, worse, width=50)["hr@10/sid"].low > 0
 
 
 def test_seeds_are_averaged_row_by_row_before_rows_are_resampled() -> None:
     a, b = [random_ranks(seed) for seed in (1, 2, 3)], [random_ranks(seed) for seed in (4, 5)]
-    found = evaluation.paired_over_seeds(a, b, width=20)
+    found = ranking.paired_over_seeds(a, b, width=20)
     hits = [np.mean([r.sid < 10 for r in side], axis=0) for side in (a, b)]
     expected = estimates(["x"], (hits[0] - hits[1])[:, None], resamples=2000, seed=1)["x"]
     error = (hits[0] - hits[1]).std() / math.sqrt(400)
     assert found["hr@10/sid"].mean == pytest.approx(expected.mean)
     assert found["hr@10/sid"].low == pytest.approx(expected.low, abs=0.2 * error)
     assert found["hr@10/sid"].high == pytest.approx(expected.high, abs=0.2 * error)
-    assert evaluation.paired_over_seeds(a[:1], b[:1], width=20) == evaluation.paired(
-        a[0], b[0], width=20
-    )
+    assert ranking.paired_over_seeds(a[:1], b[:1], width=20) == ranking.paired(a[0], b[0], width=20)
 
 
 def test_different_rows_are_not_paired() -> None:
     with pytest.raises(DataError, match=r"\[300, 400\] rows; evaluate both sides on the same"):
-        evaluation.paired(random_ranks(0), random_ranks(0, num_rows=300), width=10)
+        ranking.paired(random_ranks(0), random_ranks(0, num_rows=300), width=10)
     with pytest.raises(DataError, match="cannot pair 1 with 0"):
-        evaluation.paired_over_seeds([random_ranks(0)], [], width=10)
+        ranking.paired_over_seeds([random_ranks(0)], [], width=10)
 
 
 def test_nothing_is_estimated_from_no_rows_or_no_candidates() -> None:
     with pytest.raises(DataError, match="0 rows"):
-        evaluation.metrics(random_ranks(0, num_rows=0), width=10)
+        ranking.metrics(random_ranks(0, num_rows=0), width=10)
     with pytest.raises(DataError, match="width = 0"):
-        evaluation.metrics(random_ranks(0), width=0)
+        ranking.metrics(random_ranks(0), width=0)
 
 
 @examples
@@ -185,7 +184,7 @@ def test_coverage_counts_the_leaves_that_some_list_shows_on_top(
 ) -> None:
     leaf, start = flat(rows)
     shown = {leaf for row in rows for leaf in list(dict.fromkeys(row))[:k]}
-    found = evaluation.coverage(leaf=leaf, num_leaves=8, start=start, k=k)
+    found = ranking.coverage(leaf=leaf, num_leaves=8, start=start, k=k)
     assert found == pytest.approx(len(shown) / 8)
 
 
@@ -201,13 +200,13 @@ def test_diversity_equals_a_loop_over_all_pairs(rows: list[list[tuple[int, int, 
     path = np.asarray([path for row in rows for path in row], dtype=np.int64).reshape(-1, 3)
     start = ragged.starts(np.asarray([len(row) for row in rows]))
     expected = float(np.mean(means)) if means else 0.0
-    assert evaluation.diversity(path=path, start=start) == pytest.approx(expected)
+    assert ranking.diversity(path=path, start=start) == pytest.approx(expected)
 
 
 def an_evaluation(seed: int = 0, *, width: int = 20, num_rows: int = 400) -> Evaluation:
     ranks = random_ranks(seed, num_rows=num_rows)
     return Evaluation(
-        metrics=evaluation.metrics(ranks, width=width, resamples=50),
+        metrics=ranking.metrics(ranks, width=width, resamples=50),
         ranks=ranks,
         row=np.arange(num_rows) * 3,
         width=width,
@@ -220,8 +219,8 @@ def an_evaluation(seed: int = 0, *, width: int = 20, num_rows: int = 400) -> Eva
 
 def test_an_evaluation_comes_back_from_its_files_unchanged(tmp_path: Path) -> None:
     before = an_evaluation()
-    evaluation.write(before, tmp_path / "evaluation" / "trained.json")
-    after = evaluation.read(tmp_path / "evaluation" / "trained.json")
+    ranking.write(before, tmp_path / "evaluation" / "trained.json")
+    after = ranking.read(tmp_path / "evaluation" / "trained.json")
     for name in ("metrics", "width", "seconds", "policy", "catalogue", "extra", "num_rows"):
         assert getattr(after, name) == getattr(before, name)
     for name in ("sid", "item"):
@@ -239,31 +238,31 @@ def test_the_file_of_an_evaluation_is_plain_json(tmp_path: Path) -> None:
         **{name: getattr(found, name) for name in Evaluation.__slots__ if name != "extra"},
         extra={"nothing": math.nan},
     )
-    evaluation.write(odd, tmp_path / "a.json")
+    ranking.write(odd, tmp_path / "a.json")
 
     def refuse(constant: str) -> None:
         raise AssertionError(constant)
 
     facts = json.loads((tmp_path / "a.json").read_text(), parse_constant=refuse)
     assert facts["metrics"]["hr@10/sid"].keys() == {"mean", "low", "high", "n"}
-    assert math.isnan(evaluation.read(tmp_path / "a.json").extra["nothing"])
+    assert math.isnan(ranking.read(tmp_path / "a.json").extra["nothing"])
 
 
 def test_two_evaluations_are_compared_up_to_the_narrower_beam() -> None:
     wide, narrow = an_evaluation(0, width=50), an_evaluation(1, width=10)
-    change = evaluation.difference(wide, narrow)
+    change = ranking.difference(wide, narrow)
     assert "hr@10/sid" in change
     assert "hr@20/sid" not in change
     with pytest.raises(DataError, match="400 and 300 rows are not of the same rows"):
-        evaluation.difference(wide, an_evaluation(2, num_rows=300))
+        ranking.difference(wide, an_evaluation(2, num_rows=300))
 
 
 @pytest.mark.parametrize("broken", ["a.json", "a.parquet"])
 def test_a_broken_or_missing_file_is_named(tmp_path: Path, broken: str) -> None:
-    evaluation.write(an_evaluation(), tmp_path / "a.json")
+    ranking.write(an_evaluation(), tmp_path / "a.json")
     (tmp_path / broken).write_text('{"metrics"')
     with pytest.raises(DataError, match=r"a\.json .* evaluate again"):
-        evaluation.read(tmp_path / "a.json")
+        ranking.read(tmp_path / "a.json")
     (tmp_path / broken).unlink()
     with pytest.raises(DataError, match=r"a\.json .* evaluate again"):
-        evaluation.read(tmp_path / "a.json")
+        ranking.read(tmp_path / "a.json")

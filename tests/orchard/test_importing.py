@@ -15,14 +15,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchard import catalogue as catalogues
+from orchard.catalog import catalog as catalogues
+from orchard.data.importers.card import CARD, check_leaks
+from orchard.data.importers.examples import PARTS, Examples, leaks, of_log
+from orchard.data.importers.log import Items, Log, core
+from orchard.data.importers.read import Choices, format_of, read, size_of
+from orchard.data.importers.write import write
+from orchard.data.prompts import read_split
 from orchard.errors import ConfigError, DataError
-from orchard.importing.card import CARD, check_leaks
-from orchard.importing.examples import PARTS, Examples, leaks, of_log
-from orchard.importing.log import Items, Log, core
-from orchard.importing.read import Choices, format_of, read, size_of
-from orchard.importing.write import write
-from orchard.prompts import read_split
 
 Row = tuple[Any, ...]
 

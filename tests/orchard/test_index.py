@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchard import index
-from orchard.catalogue import Catalogue, from_codes
+from orchard.catalog import index
+from orchard.catalog.catalog import Catalogue, from_codes
 from orchard.errors import DataError
 from orchard.testing import tiny_catalogue
 

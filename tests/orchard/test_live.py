@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchard.catalogue import Catalogue, from_codes
+from orchard.catalog.catalog import Catalogue, from_codes
+from orchard.catalog.versioned import Compaction, LiveCatalogue, Snapshot
 from orchard.errors import CatalogueError, DataError
-from orchard.live import Compaction, LiveCatalogue, Snapshot
 
 # An end marker at levels 2 and 3 from the start.
 BASE = [[0], [0, 0], [0, 0, 0], [1, 2, 0], [1, 2, 0], [2, 1]]

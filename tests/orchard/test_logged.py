@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from orchard.errors import DataError
-from orchard.logged import Decisions, first_code_model, judge
+from orchard.evaluation.off_policy import Decisions, first_code_model, judge
 
 BEHAVIOUR = np.array([[0.5, 0.3, 0.2], [0.2, 0.5, 0.3], [0.6, 0.2, 0.2]])
 TARGET = np.array([[0.1, 0.2, 0.7], [0.6, 0.2, 0.2], [0.3, 0.3, 0.4]])

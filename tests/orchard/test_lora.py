@@ -9,14 +9,14 @@ import torch
 
 from learner.sft import pack_examples
 from learner.step import Learner
-from orchard import adapters, lora, model
+from orchard.data.prompts import PromptFormat
+from orchard.data.sft_tasks import Examples
 from orchard.errors import CheckpointError, ConfigError
-from orchard.prompts import PromptFormat
+from orchard.policy import adapters, lora, model
+from orchard.policy.weights import restore, snapshot
 from orchard.settings import LearnerConfig, LoraConfig
-from orchard.tasks import Examples
 from orchard.testing import tiny_world
 from orchard.types import PolicyVersion
-from orchard.weights import restore, snapshot
 
 ON = LoraConfig(rank=4, targets=("q_proj", "down_proj"))
 

@@ -9,7 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from orchard.errors import DataError
-from orchard.metrics import FILE, TENSORBOARD, Logbook, read_metrics
+from orchard.tracking.metrics_log import FILE, TENSORBOARD, Logbook, read_metrics
 
 
 def log_steps(run_dir: Path, phase: str, steps: range) -> None:

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchard import ragged
-from orchard.errors import DataError
-from orchard.prompts import (
+from orchard.data.prompts import (
     PromptFormat,
     Split,
     code_states,
@@ -18,8 +17,9 @@ from orchard.prompts import (
     rows_of_step,
     sequences,
 )
+from orchard.errors import DataError
+from orchard.policy.item_tokenizer import compact_tokenizer, of_codes
 from orchard.testing import tiny_catalogue
-from orchard.vocabulary import compact_tokenizer, of_codes
 
 ITEMS = tiny_catalogue(num_items=40)
 

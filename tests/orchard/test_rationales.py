@@ -7,12 +7,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from orchard import catalogue as catalogues
-from orchard import rationales
-from orchard.catalogue import Catalogue
+from orchard.catalog import catalog as catalogues
+from orchard.catalog.catalog import Catalogue
+from orchard.data import rationales
+from orchard.data.prompts import Split
 from orchard.errors import DataError
-from orchard.prompts import Split
-from orchard.vocabulary import of_codes, sid_token, think_tags
+from orchard.policy.item_tokenizer import of_codes, sid_token, think_tags
 
 TEMPLATE = "seen {seen}, next {next}"
 WORDS = [["Lamp", "Tent"], ["Oak", "Steel"], ["Slim", "Royal"]]

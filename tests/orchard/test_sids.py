@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 pytest.importorskip("faiss", reason="faiss is not installed; `make env` brings it")
 pytest.importorskip("sklearn", reason="scikit-learn is not installed; `make env` brings it")
 
-from orchard import catalogue as catalogues
 from orchard import ragged
+from orchard.catalog import catalog as catalogues
+from orchard.data.semantic_ids import embed, rqvae
+from orchard.data.semantic_ids.build import EMBEDDINGS, PICTURE, QUANTISERS, REPORT, Recipe, build
+from orchard.data.semantic_ids.collisions import POLICIES, Settled, extra_level, keep, reassign
+from orchard.data.semantic_ids.measure import measure
+from orchard.data.semantic_ids.quantize import Quantised, distances, match, quantise
 from orchard.errors import ConfigError, DataError
-from orchard.sids import embed, rqvae
-from orchard.sids.build import EMBEDDINGS, PICTURE, QUANTISERS, REPORT, Recipe, build
-from orchard.sids.collisions import POLICIES, Settled, extra_level, keep, reassign
-from orchard.sids.measure import measure
-from orchard.sids.quantise import Quantised, distances, match, quantise
 
 
 def blobs(per: int = 10, *, seed: int = 0) -> np.ndarray[Any, Any]:

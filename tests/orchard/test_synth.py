@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchard import catalogue as catalogues
+from orchard.catalog import catalog as catalogues
+from orchard.data.prompts import read_split
+from orchard.data.synthetic import CARD, WorldCard, likelihood, titles, write_world
+from orchard.data.synthetic_world import WorldParams, live, make_world
 from orchard.errors import ConfigError, DataError
-from orchard.prompts import read_split
-from orchard.synth import CARD, WorldCard, likelihood, titles, write_world
-from orchard.taste import WorldParams, live, make_world
 
 SMALL = WorldParams(num_items=200, num_users=300)
 PARTS = ("train", "valid", "test")

@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from orchard.catalogue import load, write
+from orchard.catalog.catalog import load, write
 from orchard.errors import CatalogueError
+from orchard.policy.item_tokenizer import compact_tokenizer, of_codes, read_tokenizer
+from orchard.policy.titles import from_titles, read, read_titles, tokenizer_of
 from orchard.testing import tiny_catalogue, tiny_title_tokenizer
-from orchard.titles import from_titles, read, read_titles, tokenizer_of
-from orchard.vocabulary import compact_tokenizer, of_codes, read_tokenizer
 
 TITLES = ["red pen", "red", "blue pen", "red pen", "red pencil"]
 

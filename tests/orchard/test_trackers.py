@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from orchard.errors import ConfigError
-from orchard.metrics import Logbook, read_metrics
-from orchard.trackers import open_tracker
+from orchard.tracking.metrics_log import Logbook, read_metrics
+from orchard.tracking.trackers import open_tracker
 
 CONFIG = {"seed": 3, "learner": {"lr": 0.1, "path": None}}
 

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchard.catalogue import Catalogue, from_codes
-from orchard.trie import Trie, offset_type, sort_rows
+from orchard.catalog.catalog import Catalogue, from_codes
+from orchard.catalog.trie import Trie, offset_type, sort_rows
 
 Path = tuple[int, ...]
 

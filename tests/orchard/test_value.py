@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from orchard import value
 from orchard.errors import CheckpointError
-from orchard.model import load
+from orchard.policy import value_head
+from orchard.policy.model import load
+from orchard.policy.value_head import ValueHead
+from orchard.policy.weights import digest, restore, snapshot
 from orchard.testing import World, tiny_world
-from orchard.value import ValueHead
-from orchard.weights import digest, restore, snapshot
 
 
 def trained_head(width: int = 8) -> ValueHead:
@@ -25,7 +25,7 @@ def trained_head(width: int = 8) -> ValueHead:
 
 def valued_world() -> World:
     world = tiny_world()
-    value.attach(world.model, seed=3)
+    value_head.attach(world.model, seed=3)
     return world
 
 
@@ -50,7 +50,7 @@ def test_a_value_is_the_same_alone_as_among_longer_paths() -> None:
 def test_a_fresh_head_has_nothing_to_say_and_equal_seeds_make_equal_heads() -> None:
     first, second = valued_world().model, valued_world().model
     assert digest(snapshot(first)) == digest(snapshot(second))
-    head = value.head_of(first)
+    head = value_head.head_of(first)
     assert head is not None
     assert not head(torch.randn(3, 32), torch.tensor([[0, 1, 2]])).any()
 
@@ -59,11 +59,11 @@ def test_a_head_travels_with_the_weights_of_its_policy() -> None:
     ours, theirs = valued_world().model, tiny_world(seed=1).model
     sent = snapshot(ours)
     assert any(name.startswith("value_head.") for name in sent)
-    value.fit(theirs, sent)
+    value_head.fit(theirs, sent)
     restore(theirs, sent)
     assert digest(snapshot(theirs)) == digest(sent)
     plain = snapshot(tiny_world().model)
-    value.fit(theirs, plain)
+    value_head.fit(theirs, plain)
     restore(theirs, plain)
     assert digest(snapshot(theirs)) == digest(plain)
 
@@ -71,21 +71,21 @@ def test_a_head_travels_with_the_weights_of_its_policy() -> None:
 def test_the_head_is_split_from_the_weights_of_its_policy() -> None:
     world = valued_world()
     weights, plain = snapshot(world.model), snapshot(tiny_world().model)
-    attached = value.head_of(world.model)
+    attached = value_head.head_of(world.model)
     assert attached is not None
     attached.scalar.bias.data.fill_(0.25)
     random = torch.get_rng_state()
-    policy, head = value.split(snapshot(world.model), 32)
+    policy, head = value_head.split(snapshot(world.model), 32)
     assert torch.equal(torch.get_rng_state(), random)
     assert policy.keys() == plain.keys()
     assert head is not None
     assert digest(snapshot(head)) == digest(snapshot(attached)) != digest(weights)
-    assert value.split(plain, 32)[1] is None
+    assert value_head.split(plain, 32)[1] is None
     with pytest.raises(CheckpointError, match="belong to another model"):
-        value.split(weights, 16)
+        value_head.split(weights, 16)
     del weights["value_head.gate.bias"]
     with pytest.raises(CheckpointError, match=r"gate\.bias among them"):
-        value.split(weights, 32)
+        value_head.split(weights, 32)
 
 
 @pytest.mark.parametrize("shard", ["1GB", "20KB"])
@@ -95,30 +95,30 @@ def test_an_index_keeps_the_head_from_those_who_would_load_every_file(
     world = valued_world()
     write = world.model.save_pretrained
     monkeypatch.setattr(world.model, "save_pretrained", partial(write, max_shard_size=shard))
-    value.save(world.model, tmp_path)
+    value_head.save(world.model, tmp_path)
     place = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
     files = {path.name for path in tmp_path.glob("*.safetensors")}
-    assert files == {*place.values(), value.FILE}
+    assert files == {*place.values(), value_head.FILE}
     assert (len(files) > 2) == (shard == "20KB")
-    assert not any(name.startswith(value.NAME) for name in place)
+    assert not any(name.startswith(value_head.NAME) for name in place)
     assert digest(snapshot(load(tmp_path))) == world.version.digest
 
 
 def test_a_saved_policy_keeps_its_head_in_a_file_of_its_own(tmp_path: Path) -> None:
     world = valued_world()
     with torch.no_grad():
-        for parameter in world.model.get_submodule(value.NAME).parameters():
+        for parameter in world.model.get_submodule(value_head.NAME).parameters():
             parameter.normal_()
     folder = world.save(tmp_path / "policy")
     assert digest(snapshot(load(folder))) == world.version.digest
-    assert value.head_of(world.model) is not None
-    (folder / value.FILE).unlink()
+    assert value_head.head_of(world.model) is not None
+    (folder / value_head.FILE).unlink()
     plain = tiny_world()
     assert digest(snapshot(load(folder))) == plain.version.digest
 
 
 def test_a_damaged_or_foreign_head_is_refused(tmp_path: Path) -> None:
     folder = valued_world().save(tmp_path / "policy")
-    (folder / value.FILE).write_bytes(b"not tensors")
+    (folder / value_head.FILE).write_bytes(b"not tensors")
     with pytest.raises(CheckpointError, match="is no value head of this policy"):
         load(folder)

@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchard.catalogue import from_codes
+from orchard.catalog.catalog import from_codes
+from orchard.catalog.view import everything, of_items, of_leaves
 from orchard.testing import tiny_catalogue
-from orchard.view import everything, of_items, of_leaves
 
 sequences = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=4), min_size=1, max_size=12)
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from orchard import ragged
-from orchard.catalogue import Catalogue
+from orchard.catalog.catalog import Catalogue
+from orchard.policy.item_tokenizer import compact_tokenizer, of_codes
 from orchard.testing import tiny_prompts
 from orchard.types import Cost, PolicyVersion, SearchTrees
-from orchard.vocabulary import compact_tokenizer, of_codes
 from rollout.candidates import Candidates
 from rollout.trees import grow
 

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from orchard import catalogue as catalogues
-from orchard import ragged, stored
+from orchard import ragged
+from orchard.catalog import catalog as catalogues
+from orchard.data.prompts import Split
 from orchard.errors import CatalogueError, CheckpointError, ConfigError
-from orchard.evaluation import TargetRanks
-from orchard.prompts import Split
+from orchard.evaluation.ranking import TargetRanks
+from orchard.scorers import checkpoint
 from orchard.settings import CollaborativeConfig, RewardsConfig
 from orchard.testing import tiny_catalogue
 from orchard.types import SearchTrees
@@ -37,7 +38,7 @@ def model_of(*, unknown: tuple[int, ...] = (), seed: int = 0) -> SasRec:
 
 
 def saved(model: SasRec, folder: Path) -> Knowledge:
-    stored.save(model, folder, kind="collaborative", catalogue=ITEMS, sizes=SIZES, facts={})
+    checkpoint.save(model, folder, kind="collaborative", catalogue=ITEMS, sizes=SIZES, facts={})
     settings = RewardsConfig(collaborative=CollaborativeConfig(path=folder))
     return Knowledge(catalogue=ITEMS, settings=settings)
 
@@ -118,13 +119,13 @@ def test_a_missing_foreign_or_damaged_model_is_refused_before_anything_starts(
     other = Knowledge(catalogue=tiny_catalogue(), settings=known.settings)
     with pytest.raises(CatalogueError, match="was fitted on catalogue"):
         look_up(weights, other)
-    (tmp_path / stored.WEIGHTS).write_bytes(b"nothing")
+    (tmp_path / checkpoint.WEIGHTS).write_bytes(b"nothing")
     with pytest.raises(CheckpointError, match="fit it again"):
         look_up(weights, Knowledge(catalogue=ITEMS, settings=known.settings))
-    stored.save(model_of(), tmp_path, kind="other", catalogue=ITEMS, sizes=SIZES, facts={})
+    checkpoint.save(model_of(), tmp_path, kind="other", catalogue=ITEMS, sizes=SIZES, facts={})
     with pytest.raises(CheckpointError, match="a model for other"):
         look_up(weights, Knowledge(catalogue=ITEMS, settings=known.settings))
-    (tmp_path / stored.ABOUT).write_text("{}")
+    (tmp_path / checkpoint.ABOUT).write_text("{}")
     with pytest.raises(CheckpointError, match="no description of a fitted model"):
         look_up(weights, Knowledge(catalogue=ITEMS, settings=known.settings))
 

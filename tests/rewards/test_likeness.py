@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchard import catalogue as catalogues
-from orchard.evaluation import diversity as list_diversity
+from orchard.catalog import catalog as catalogues
+from orchard.evaluation.ranking import diversity as list_diversity
 from orchard.testing import tiny_catalogue
 from orchard.types import SearchTrees
 from rewards import Knowledge

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from orchard import catalogue as catalogues
-from orchard import ragged, stored
+from orchard import ragged
+from orchard.catalog import catalog as catalogues
+from orchard.data.prompts import Split
 from orchard.errors import CatalogueError, ConfigError, DataError
-from orchard.prompts import Split
+from orchard.scorers import checkpoint
 from orchard.settings import ListwiseConfig, RewardsConfig
 from orchard.testing import tiny_catalogue
 from orchard.types import SearchTrees
@@ -39,7 +40,7 @@ def model_of(*, unknown: tuple[int, ...] = ()) -> ListEvaluator:
 
 
 def saved(model: ListEvaluator, folder: Path) -> Knowledge:
-    stored.save(model, folder, kind="listwise", catalogue=ITEMS, sizes=SIZES, facts={})
+    checkpoint.save(model, folder, kind="listwise", catalogue=ITEMS, sizes=SIZES, facts={})
     return Knowledge(catalogue=ITEMS, settings=RewardsConfig(listwise=ListwiseConfig(path=folder)))
 
 

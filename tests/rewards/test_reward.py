@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from orchard import stored
-from orchard.catalogue import Catalogue
+from orchard.catalog.catalog import Catalogue
 from orchard.errors import CatalogueError, ConfigError, DataError
+from orchard.scorers import checkpoint
 from orchard.testing import tiny_catalogue, tiny_policy, tiny_prompts
 from orchard.types import PolicyVersion, SearchTrees
 from rewards import REWARDS, Knowledge, evaluator, sasrec
@@ -49,7 +49,7 @@ def everything(catalogue: Catalogue, folder: Path) -> Knowledge:
         (evaluator.KIND, evaluator.ListEvaluator(**sizes, **leaves), leaves),
     ):
         model.trained[:] = True
-        stored.save(
+        checkpoint.save(
             model, folder / kind, kind=kind, catalogue=catalogue, sizes=sizes | own, facts={}
         )
     return Knowledge(

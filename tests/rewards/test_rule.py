@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchard import catalogue as catalogues
 from orchard import ragged
-from orchard.catalogue import Catalogue
+from orchard.catalog import catalog as catalogues
+from orchard.catalog.catalog import Catalogue
+from orchard.policy.item_tokenizer import compact_tokenizer, of_codes
 from orchard.settings import RewardsConfig
 from orchard.testing import tiny_catalogue, tiny_prompts
 from orchard.types import Cost, PolicyVersion, SearchTrees
-from orchard.vocabulary import compact_tokenizer, of_codes
 from rewards import Knowledge
 from rewards.rule import prefix, ranking, rule
 from rollout.candidates import Candidates

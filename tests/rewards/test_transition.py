@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchard import catalogue as catalogues
 from orchard import ragged
+from orchard.catalog import catalog as catalogues
 from orchard.errors import ConfigError
 from orchard.settings import RewardsConfig, TransitionConfig
 from orchard.types import SearchTrees

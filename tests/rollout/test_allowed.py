@@ -8,11 +8,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from orchard import ragged, value
+from orchard import ragged
+from orchard.catalog.view import everything, of_items, of_leaves
 from orchard.errors import CatalogueError
+from orchard.policy import value_head
 from orchard.settings import VedConfig
 from orchard.testing import World, tiny_catalogue, tiny_world
-from orchard.view import everything, of_items, of_leaves
 from rollout.allowed import Allowed
 from rollout.draws import beam_sample
 from rollout.engine.torch import TorchEngine
@@ -191,7 +192,7 @@ def test_distinct_draws_are_of_the_allowed_leaves(
 @given(seed=st.integers(0, 2**16), budget=st.sampled_from([20, 80]))
 def test_a_guided_search_visits_allowed_leaves_only(seed: int, budget: int) -> None:
     guided = tiny_world(level_size=(4, 4, 5), num_items=40)
-    value.attach(guided.model, seed=seed)
+    value_head.attach(guided.model, seed=seed)
     engine = TorchEngine(guided.model, guided.catalogue.trie, guided.vocabulary, guided.version)
     allowed, leaves = drawn(guided, seed)
     ways = VedConfig(budget=budget, width=4)

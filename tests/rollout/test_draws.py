@@ -8,7 +8,7 @@ from itertools import combinations, permutations, product
 import numpy as np
 import pytest
 
-from orchard.catalogue import from_codes
+from orchard.catalog.catalog import from_codes
 from orchard.testing import World, tiny_policy, tiny_prompts, tiny_world
 from orchard.types import Prompts
 from rollout.candidates import Candidates

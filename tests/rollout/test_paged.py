@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from orchard import value
+from orchard.catalog.view import everything, of_leaves
 from orchard.errors import EngineError
-from orchard.model import head_weight
+from orchard.policy import value_head
+from orchard.policy.model import head_weight
+from orchard.policy.value_head import ValueHead
 from orchard.settings import VedConfig
 from orchard.testing import World, tiny_title_world, tiny_world
-from orchard.value import ValueHead
-from orchard.view import everything, of_leaves
 from rollout.allowed import Allowed
 from rollout.candidates import Candidates
 from rollout.engine.paged import CacheFullError, PagedEngine, Pass
@@ -72,7 +72,7 @@ def paged(world: World, **options: int) -> PagedEngine:
         world.vocabulary,
         world.version,
         head_weight(world.model).detach(),
-        value.head_of(world.model),
+        value_head.head_of(world.model),
     )
 
 
@@ -113,8 +113,8 @@ def test_a_state_may_be_extended_again_after_its_children() -> None:
 
 def guided(world: World, *, scale: float = 0.3) -> ValueHead:
     """Give the world's policy a value head with something to say."""
-    value.attach(world.model, seed=0)
-    head = value.head_of(world.model)
+    value_head.attach(world.model, seed=0)
+    head = value_head.head_of(world.model)
     assert head is not None
     for parameter in head.parameters():
         parameter.data.normal_(0.0, scale)

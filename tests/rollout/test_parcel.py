@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from orchard.catalogue import from_codes
+from orchard.catalog.catalog import from_codes
+from orchard.catalog.view import View, of_leaves
 from orchard.testing import World, tiny_world
-from orchard.view import View, of_leaves
 from rollout.allowed import Allowed
 from rollout.draws import dynamic
 from rollout.engine.parcel import CAPACITY, Receiver, Sender

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import ray
 
-from orchard import weights
 from orchard.errors import DataError, EngineError, UnfitError
+from orchard.policy import weights
 from orchard.settings import RolloutConfig
 from orchard.testing import World, tiny_world
 from orchard.types import PolicyVersion

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from orchard.catalog.trie import Children
 from orchard.testing import World
-from orchard.trie import Children
 from rollout.candidates import Candidates
 from rollout.engine.torch import TorchEngine
 from rollout.search import beam, sample

@@ -14,10 +14,10 @@ from learner.pack import pack
 from learner.step_credit import judged_by_steps, well_formed
 from orchard import ragged
 from orchard.errors import DataError, EngineError
+from orchard.policy.item_tokenizer import THINK, compact_tokenizer, think_tags
 from orchard.settings import LearnerConfig, RolloutConfig
 from orchard.testing import World, tiny_thinking_world, tiny_title_tokenizer
 from orchard.types import ScoredTrees, SearchTrees
-from orchard.vocabulary import THINK, compact_tokenizer, think_tags
 from rollout.actor import Searcher
 from rollout.engine import Texts, Writing
 from rollout.engine.torch import TorchEngine

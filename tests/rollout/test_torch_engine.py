@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from orchard import value, weights
 from orchard.errors import CheckpointError, EngineError
-from orchard.model import hidden_states
+from orchard.policy import value_head, weights
+from orchard.policy.model import hidden_states
 from orchard.testing import World, tiny_world
 from orchard.types import PolicyVersion
 from rollout.engine import Engine, Expansion
@@ -110,8 +110,8 @@ def test_values_are_those_of_the_whole_prefix_read_at_once(
     world = tiny_world()
     plain = torch_engine(world)
     assert plain.prefill(world.prompts).value is None
-    value.attach(world.model, seed=0)
-    head = value.head_of(world.model)
+    value_head.attach(world.model, seed=0)
+    head = value_head.head_of(world.model)
     assert head is not None
     for parameter in head.parameters():
         parameter.data.normal_(0.0, 0.5)

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchard import value
 from orchard.errors import ConfigError, EngineError
+from orchard.policy import value_head
 from orchard.settings import VedConfig
 from orchard.testing import World, tiny_world
 from rollout.engine import Expansion
@@ -21,9 +21,9 @@ from rollout.ved import TRAVERSALS_PER_TOKEN, ved
 
 def guided(world: World, *, seed: int = 0, scale: float = 0.3) -> TorchEngine:
     """An engine whose policy has a value head with something to say."""
-    value.attach(world.model, seed=seed)
+    value_head.attach(world.model, seed=seed)
     draw = torch.Generator().manual_seed(seed)
-    for parameter in world.model.get_submodule(value.NAME).parameters():
+    for parameter in world.model.get_submodule(value_head.NAME).parameters():
         parameter.data.normal_(0.0, scale, generator=draw)
     return TorchEngine(world.model, world.catalogue.trie, world.vocabulary, world.version)
 

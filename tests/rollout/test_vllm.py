@@ -11,12 +11,12 @@ import pytest
 import ray
 import torch
 
-from orchard import value, weights
+from orchard.catalog.view import of_leaves
 from orchard.errors import EngineError
+from orchard.policy import value_head, weights
 from orchard.settings import RolloutConfig, VedConfig
 from orchard.testing import World, tiny_world
 from orchard.types import PolicyVersion
-from orchard.view import of_leaves
 from rollout.allowed import Allowed
 from rollout.candidates import Candidates
 from rollout.engine.torch import TorchEngine
@@ -79,8 +79,8 @@ class Owner:
 @pytest.fixture(scope="module")
 def world() -> World:
     world = tiny_world(lengths=(0, 12, 3, 15, 10, 7), num_items=200, level_size=(9, 8, 7))
-    value.attach(world.model, seed=0)
-    for parameter in world.model.get_submodule(value.NAME).parameters():
+    value_head.attach(world.model, seed=0)
+    for parameter in world.model.get_submodule(value_head.NAME).parameters():
         parameter.data.normal_(0.0, 0.3)
     return world
 
@@ -144,7 +144,7 @@ def test_guided_searches_follow_the_weights_that_were_pushed(
     first = weights.snapshot(world.model)
     before = guided(reference, handle, world, tolerance=tolerance)
     new = {name: part[::-1].copy() for name, part in first.items()}
-    plain = {name: part for name, part in first.items() if not name.startswith(value.NAME)}
+    plain = {name: part for name, part in first.items() if not name.startswith(value_head.NAME)}
     for step, content in enumerate((new, plain, first), 1):
         version = PolicyVersion(step=step, digest=weights.digest(content))
         ray.get(handle.install.remote(version, content))

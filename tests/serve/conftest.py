@@ -5,8 +5,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from orchard import value
-from orchard.prompts import PromptFormat
+from orchard.data.prompts import PromptFormat
+from orchard.policy import value_head
 from orchard.testing import World, brute_force, tiny_world
 from rollout.engine.torch import TorchEngine
 from serve.testing import Shop, make_stock
@@ -15,7 +15,7 @@ from serve.testing import Shop, make_stock
 @pytest.fixture(scope="session")
 def shop_world() -> World:
     world = tiny_world(level_size=(5, 4, 6), num_items=40)
-    value.attach(world.model, seed=0)
+    value_head.attach(world.model, seed=0)
     return world
 
 

@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from orchard import catalogue as catalogues
-from orchard import weights
+from orchard.catalog import catalog as catalogues
 from orchard.errors import CheckpointError, ConfigError
+from orchard.policy import weights
 from orchard.settings import FilterConfig, ServeConfig, VariantConfig
 from orchard.testing import World, tiny_world
 from serve import opening

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from orchard.catalogue import from_codes
+from orchard.catalog.catalog import from_codes
 from orchard.errors import ConfigError
 from orchard.settings import FilterConfig
 from orchard.testing import World

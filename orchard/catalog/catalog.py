@@ -1,0 +1,262 @@
+"""Items, their code sequences, and the trie that says which sequences exist.
+
+A sequence is a semantic ID (one code per level), or any token sequence such as a title. Items that
+share a sequence share a leaf; a leaf lists its items in catalogue order.
+
+Shapes:  I items   D longest sequence   K leaves   K1 = K + 1
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Bool, Float32, Int
+
+from orchard import ragged
+from orchard.catalog import codes as tables
+from orchard.catalog import embeddings, trie
+from orchard.catalog.trie import Trie
+from orchard.errors import CatalogueError, DataError
+from orchard.parquet import read_table
+
+_DIGEST_ROWS = 1 << 20
+"""Rows that are widened to 64 bits at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Catalogue:
+    """The items that may be recommended. Immutable; `digest` names its content."""
+
+    item_id: Int[np.ndarray, " I"]
+    """The user's own identifiers; everywhere else an item is its row here."""
+    codes: Int[np.ndarray, "I D"]
+    """Codes of each item, -1 past its end, the end marker included where it was needed."""
+    title: tuple[str, ...]
+    """Empty strings where a title is unknown."""
+    level_size: tuple[int, ...]
+    """Number of codes at each level, the end marker included."""
+    trie: Trie
+    leaf_of_item: Int[np.ndarray, " I"]
+    item_of_leaf: Int[np.ndarray, " I"]
+    """Items grouped by leaf; those of leaf k are `leaf_start[k] : leaf_start[k + 1]`."""
+    leaf_start: Int[np.ndarray, " K1"]
+    end_code: tuple[int, ...]
+    """Per level the code that marks an end, or -1 where no sequence needs one."""
+    code_token: tuple[int, ...]
+    """Title mode (see `titles`): the token id of each code, the same at every level, and last that
+    of the end marker. Empty for semantic IDs, whose codes mean something else at each level."""
+    digest: str
+
+    def __len__(self) -> int:
+        return len(self.item_id)
+
+    @property
+    def place_in_leaf(self) -> Int[np.ndarray, " I"]:
+        """Place of each item among those that share its leaf."""
+        place = np.empty(len(self), dtype=np.int64)
+        place[self.item_of_leaf] = ragged.places(self.leaf_start)
+        return place
+
+    @property
+    def plain_codes(self) -> Int[np.ndarray, "I D"]:
+        """Codes of each item, -1 past its end, without end markers."""
+        return np.where(self.codes == np.asarray(self.end_code), -1, self.codes)
+
+    @property
+    def plain_level_size(self) -> list[int]:
+        """Number of codes at each level, end markers not counted."""
+        sizes = zip(self.level_size, self.end_code, strict=True)
+        return [size - (end >= 0) for size, end in sizes]
+
+    @property
+    def varying_depth(self) -> bool:
+        """If sequences differ in length."""
+        return max(self.end_code) >= 0 or bool((self.codes[:, -1] < 0).any())
+
+    @cached_property
+    def _by_id(self) -> Int[np.ndarray, " I"]:
+        return np.argsort(self.item_id, kind="stable")
+
+    def find(
+        self, item_id: Int[np.ndarray, " R"]
+    ) -> tuple[Int[np.ndarray, " R"], Bool[np.ndarray, " R"]]:
+        """Row of each identifier, and if it is in the catalogue; if not, the row is any."""
+        place = np.searchsorted(self.item_id, item_id, sorter=self._by_id)
+        row = self._by_id[place.clip(max=len(self) - 1)]
+        return row, self.item_id[row] == item_id
+
+    def rows(self, item_id: Int[np.ndarray, " R"]) -> Int[np.ndarray, " R"]:
+        """Rows of the given identifiers; raises DataError on one that is not in the catalogue."""
+        row, known = self.find(item_id)
+        unknown = np.flatnonzero(~known)
+        if len(unknown):
+            raise DataError(
+                f"item {item_id[unknown[0]]} is not in the catalogue of {len(self)} items "
+                f"({len(unknown)} such references); add it to the items file or drop the rows"
+            )
+        return row
+
+
+def from_codes(
+    codes: Sequence[Sequence[int]] | Int[np.ndarray, "I D"],
+    *,
+    item_id: Int[np.ndarray, " I"] | None = None,
+    title: Sequence[str] | None = None,
+    level_size: Sequence[int] | None = None,
+    varying_depth: bool = False,
+    code_token: Sequence[int] = (),
+) -> Catalogue:
+    """A catalogue of items given their code sequences.
+
+    Args:
+        codes: one sequence of non-negative codes per item; as an array, of any width and with
+            -1 past the end of shorter ones, it is taken without a loop over items.
+        item_id: distinct identifiers; 0, 1, 2, ... by default.
+        title: one per item.
+        level_size: codes per level; the largest code in use plus one by default.
+        varying_depth: allow sequences of different lengths. Where one is a prefix of another, an
+            end marker is appended to it, so that the trie's leaves are exactly the sequences.
+        code_token: token id of each code and, last, of the end marker, where all levels share
+            their codes; every sequence then gets that marker. By default the codes are those of
+            semantic IDs.
+
+    Raises:
+        CatalogueError: no items, an item without codes, wrong depth, a code out of range.
+    """
+    table, length = tables.pad(codes)
+    last = len(code_token) - 1
+    if code_token:
+        table, length = tables.close(table, length, last)
+    table = tables.check(table, length, level_size, varying_depth)
+    sizes = list(level_size) if level_size else [int(c) + 1 for c in table.max(0)]
+    end_code = [-1] * len(sizes)
+    if code_token:
+        sizes = [len(code_token)] * len(sizes)
+        end_code = [last if ends else -1 for ends in (table == last).any(0)]
+    elif varying_depth:
+        table = tables.mark_ends(table, sizes, end_code)
+    if item_id is None:
+        item_id = np.arange(len(table))
+    # By sorting: NumPy's `unique` hashes integers, in half a gigabyte for ten million.
+    ranked = np.sort(item_id)
+    repeats = int((ranked[1:] == ranked[:-1]).sum())
+    if repeats:
+        raise CatalogueError(
+            f"{len(table)} items carry {len(table) - repeats} distinct identifiers; "
+            "each item needs one of its own"
+        )
+    digest = _digest(table, (table.shape, sizes, *code_token), item_id)
+    built, leaf_of_item = trie.build(table, catalogue=digest)
+    return Catalogue(
+        item_id=np.asarray(item_id, dtype=np.int64),
+        codes=table,
+        title=tuple(title) if title is not None else ("",) * len(table),
+        level_size=tuple(sizes),
+        trie=built,
+        leaf_of_item=leaf_of_item,
+        item_of_leaf=np.argsort(leaf_of_item, kind="stable"),
+        leaf_start=ragged.starts(np.bincount(leaf_of_item, minlength=built.num_leaves)),
+        end_code=tuple(end_code),
+        code_token=tuple(code_token),
+        digest=digest,
+    )
+
+
+def read(
+    path: Path,
+    *,
+    level_size: Sequence[int] | None = None,
+    varying_depth: bool = False,
+    code_token: Sequence[int] = (),
+) -> Catalogue:
+    """The catalogue of an items file: Parquet columns `item_id`, `sid`, and `title` if known.
+
+    Raises:
+        DataError: the file or a column is missing, or unreadable.
+        CatalogueError: as `from_codes`.
+    """
+    table = read_table(
+        path, role="items", columns=("item_id", "sid"), remedy="data.path and data.items"
+    )
+    titles = (
+        [title or "" for title in table["title"].to_pylist()]
+        if "title" in table.column_names
+        else None
+    )
+    ids = table["item_id"].to_numpy().astype(np.int64)
+    codes = tables.of_lists(table["sid"], ids)
+    # Of ten million items Arrow holds as much as the whole catalogue will, and would keep it.
+    del table
+    pa.default_memory_pool().release_unused()
+    return from_codes(
+        codes,
+        item_id=ids,
+        title=titles,
+        level_size=level_size,
+        varying_depth=varying_depth,
+        code_token=code_token,
+    )
+
+
+def write(catalogue: Catalogue, folder: Path) -> None:
+    """Save beside a policy, so that the policy can be served on its own (see `load`)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    codes = catalogue.plain_codes
+    start = pa.array(ragged.starts((codes >= 0).sum(1)).astype(np.int32))
+    sids = pa.ListArray.from_arrays(start, pa.array(codes[codes >= 0].astype(np.int32)))
+    table = pa.table(
+        {
+            "item_id": pa.array(catalogue.item_id),
+            "title": pa.array(list(catalogue.title), pa.string()),
+            "sid": sids,
+        },
+        metadata={
+            "level_size": ",".join(str(size) for size in catalogue.plain_level_size),
+            "varying_depth": str(int(catalogue.varying_depth)),
+            "code_token": ",".join(str(token) for token in catalogue.code_token),
+            "digest": catalogue.digest,
+        },
+    )
+    pq.write_table(table, folder / "items.parquet", compression="zstd")
+
+
+def load(folder: Path) -> Catalogue:
+    """The catalogue that `write` saved; raises DataError where its content was changed."""
+    path = folder / "items.parquet"
+    if not path.is_file():
+        raise DataError(f"{folder} holds no items.parquet; it is not a saved catalogue")
+    facts = {k.decode(): v.decode() for k, v in (pq.read_schema(path).metadata or {}).items()}
+    tokens = [int(token) for token in facts.get("code_token", "").split(",") if token]
+    sizes = [int(size) for size in facts["level_size"].split(",")]
+    catalogue = read(
+        path,
+        level_size=None if tokens else sizes,
+        varying_depth=facts["varying_depth"] == "1",
+        code_token=tokens,
+    )
+    if catalogue.digest != facts["digest"]:
+        raise DataError(f"{path} was changed after it was sealed; export the policy again")
+    return catalogue
+
+
+def read_embeddings(path: Path, catalogue: Catalogue) -> Float32[np.ndarray, "I E"]:
+    """The embedding of each item; others are passed over. Raises as `orchard.embeddings.read`."""
+    remedy = "data.path and data.embeddings"
+    return embeddings.read(path, catalogue.item_id, remedy=remedy)
+
+
+def _digest(
+    table: Int[np.ndarray, "I D"], facts: tuple[object, ...], item_id: Int[np.ndarray, " I"]
+) -> str:
+    """SHA-256 of shape, sizes and the like, the codes and the identifiers."""
+    seal = hashlib.sha256(repr(facts).encode())
+    for part in (table, item_id):
+        for low in range(0, len(part), _DIGEST_ROWS):
+            piece = part[low : low + _DIGEST_ROWS]
+            seal.update(np.ascontiguousarray(piece, dtype=np.int64).tobytes())
+    return seal.hexdigest()

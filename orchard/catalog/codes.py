@@ -1,0 +1,132 @@
+"""Code sequences as a table: one row per item, -1 past its end. No loop over items.
+
+Shapes:  I items   D longest sequence
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Int
+
+from orchard import ragged
+from orchard.catalog import trie
+from orchard.errors import CatalogueError
+
+
+def of_lists(column: Any, item_id: Int[np.ndarray, " I"]) -> Int[np.ndarray, "I D"]:
+    """The table of a Parquet column of lists; zero-copy where it is of one piece and one length.
+
+    Raises:
+        CatalogueError: no lists of integers, or an item without codes or with a negative one.
+    """
+    kind = column.type
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_integer(
+        kind.value_type
+    ):
+        raise CatalogueError(f"column `sid` holds {kind}; it must hold lists of integers")
+    lists = column.combine_chunks()
+    length = lists.value_lengths().fill_null(0).to_numpy().astype(np.int64)
+    missing = np.flatnonzero(length == 0)
+    if len(missing):
+        raise CatalogueError(
+            f"item {item_id[missing[0]]} has no semantic ID ({len(missing)} of {len(length)} "
+            "items); give every item a non-empty `sid` or leave it out of the items file"
+        )
+    flat, start = lists.flatten().to_numpy(zero_copy_only=False), ragged.starts(length)
+    bad = np.flatnonzero(~(flat >= 0))  # null is not a number here
+    if len(bad):
+        item = item_id[np.searchsorted(start, bad[0], side="right") - 1]
+        raise CatalogueError(
+            f"item {item} has code {flat[bad[0]]:g} in its semantic ID ({len(bad)} such codes); "
+            "codes start at 0: give every item one per level"
+        )
+    depth = int(length.max(initial=0))
+    if (length == depth).all():
+        return flat.reshape(len(length), depth)
+    table = np.full((len(length), depth), -1, dtype=flat.dtype)
+    for level in range(depth):
+        here = np.flatnonzero(length > level)
+        table[here, level] = flat[start[here] + level]
+    return table
+
+
+def pad(
+    codes: Sequence[Sequence[int]] | Int[np.ndarray, "I D"],
+) -> tuple[Int[np.ndarray, "I D"], Int[np.ndarray, " I"]]:
+    """The sequences as a table, -1 past their ends, and the length of each."""
+    if len(codes) == 0:
+        raise CatalogueError("the catalogue has no items; at least one is needed")
+    if isinstance(codes, np.ndarray):
+        length = np.full(len(codes), codes.shape[1])
+        for level in reversed(range(codes.shape[1])):
+            ended = (length == level + 1) & (codes[:, level] == -1)
+            if not ended.any():
+                break
+            length[ended] = level
+        return codes, length
+    length = np.fromiter((len(c) for c in codes), dtype=np.int64, count=len(codes))
+    flat = np.concatenate([np.asarray(c, dtype=np.int64) for c in codes])
+    return ragged.pad(flat, ragged.starts(length), fill=-1), length
+
+
+def close(
+    table: Int[np.ndarray, "I D"], length: Int[np.ndarray, " I"], code: int
+) -> tuple[Int[np.ndarray, "I D+1"], Int[np.ndarray, " I"]]:
+    """The sequences with one more code at the end of each."""
+    closed = np.pad(table.astype(np.int64), ((0, 0), (0, 1)), constant_values=-1)
+    closed[np.arange(len(table)), length] = code
+    return closed, length + 1
+
+
+def check(
+    table: Int[np.ndarray, "I D"],
+    length: Int[np.ndarray, " I"],
+    level_size: Sequence[int] | None,
+    varying_depth: bool,
+) -> Int[np.ndarray, "I D2"]:
+    """The table with a column per level, as narrow as its codes allow."""
+    depth = len(level_size) if level_size else int(length.max())
+    wrong = (length > depth) | (length == 0) if varying_depth else length != depth
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        raise CatalogueError(
+            f"row {row} of the items has a semantic ID of depth {length[row]} where {depth} was "
+            f"expected ({int(wrong.sum())} such items); repair it, or set data.varying_depth = true"
+        )
+    if table.shape[1] < depth:
+        table = np.pad(table, ((0, 0), (0, depth - table.shape[1])), constant_values=-1)
+    table = table[:, :depth]
+    limit = np.asarray(level_size) if level_size else table.max(0).astype(np.int64) + 1
+    inside = np.arange(depth) < length[:, None]
+    bad = inside & ((table < 0) | (table >= limit))
+    if bad.any():
+        row, level = (int(i) for i in np.argwhere(bad)[0])
+        raise CatalogueError(
+            f"row {row} of the items has code {table[row, level]} at level {level + 1}; "
+            f"codes there run from 0 to {limit[level] - 1} ({int(bad.any(1).sum())} such items); "
+            "mend the items file, or make semantic IDs anew (orchard data sids --overwrite)"
+        )
+    # An end marker may still be added to each level.
+    return table.astype(trie.code_type(limit))
+
+
+def mark_ends(
+    table: Int[np.ndarray, "I D"], sizes: list[int], end_code: list[int]
+) -> Int[np.ndarray, "I D"]:
+    """Append the end marker to each sequence that is a proper prefix of another."""
+    order, column = trie.sort_rows(table)
+    differs = (column[:, 1:] != column[:, :-1]).any(0)
+    # Sorted with the padding smallest, a prefix of anything is a prefix of its successor.
+    prefix = differs & ((column[:, 1:] == column[:, :-1]) | (column[:, :-1] < 0)).all(0)
+    group = np.concatenate([[0], np.cumsum(differs)])  # equal rows share a fate
+    rows = order[np.isin(group, group[:-1][prefix])]
+    if len(rows) == 0:
+        return table
+    table, level = table.copy(), (table[rows] >= 0).sum(1)
+    for at in np.unique(level):
+        end_code[at] = sizes[at]
+        sizes[at] += 1
+    table[rows, level] = np.asarray(end_code)[level]
+    return table

@@ -1,0 +1,1 @@
+"""Training rows: prompts, supervised tasks, rationales, synthetic data, importers."""

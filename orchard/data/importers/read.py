@@ -1,0 +1,124 @@
+"""From a source of any known format to examples."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from orchard.data.importers import amazon, flat, minionerec
+from orchard.data.importers.examples import Examples, of_log
+from orchard.data.importers.flat import Tick
+from orchard.data.importers.log import Log, core, titled, with_titles
+from orchard.errors import ConfigError, DataError
+
+Format = Literal["log", "amazon", "recbole", "minionerec"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """What to make of a source."""
+
+    columns: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Column of each role, where it is not called as in `flat.COLUMNS`."""
+    core: int | None = None
+    """Fewest events of each user and item; 5 for Amazon reviews, else any."""
+    title_words: int | None = None
+    """Most words of a title, at least one; 20 for Amazon reviews, else any and none."""
+    split: Literal["chronological", "leave_one_out"] = "chronological"
+    max_history: int = 50
+
+
+def format_of(source: Path) -> Format:
+    """What a file or folder is, by the names in it; raises DataError where it does not exist."""
+    if not source.exists():
+        raise DataError(f"{source} does not exist; give a file or a folder that does")
+    if source.is_dir():
+        if any(any(source.glob(f"**/{name}")) for name in ("*.index.json", "info/*.txt")):
+            return "minionerec"
+        return "recbole" if any(source.glob("*.inter")) else "log"
+    suffixes = [s for s in source.suffixes if s != ".gz"]
+    last = suffixes[-1] if suffixes else ""
+    if last in (".json", ".jsonl"):
+        return "amazon"
+    if last == ".inter":
+        return "recbole"
+    if last in (".csv", ".tsv", ".parquet") and source.suffix != ".gz":
+        return "log"
+    raise DataError(
+        f"{source.name} is none of *.csv, *.tsv, *.parquet, *.inter, *.json[l][.gz] or a folder of "
+        "them; convert it to one"
+    )
+
+
+def read(source: Path, items: Path | None, choices: Choices, tick: Tick) -> Examples:
+    """The examples of a source.
+
+    Args:
+        source: file or folder.
+        items: list of items with titles, or Amazon's metadata.
+        choices: what to make of it; a MiniOneRec folder is split already and takes none.
+        tick: is told of bytes as they are read.
+
+    Raises:
+        ConfigError, DataError: one sentence each; see the readers.
+    """
+    kind = format_of(source)
+    if kind == "minionerec":
+        given = [items, choices.core, choices.title_words, choices.columns or None]
+        if any(one is not None for one in given) or choices.split != "chronological":
+            raise ConfigError(
+                f"{source} is a MiniOneRec folder with items and splits of its own; leave --items, "
+                "--column, --core, --title-words and --split out"
+            )
+        return minionerec.read_folder(source, tick)
+    log = _LOGS[kind](source, items, choices.columns, tick)
+    words = choices.title_words if kind != "amazon" else choices.title_words or 20
+    fewest = choices.core if kind != "amazon" else choices.core or 5
+    if words is not None:
+        log = titled(log, most_words=words)
+    if fewest is not None:
+        log = core(log, fewest)
+    return of_log(log, split=choices.split, max_history=choices.max_history)
+
+
+def _plain(source: Path, items: Path | None, columns: Mapping[str, str], tick: Tick) -> Log:
+    log = flat.read_log(source, columns, tick)
+    if items is None:
+        return log
+    return replace(log, items=with_titles(log.items, *flat.read_titles(items, columns, tick)))
+
+
+def _amazon(source: Path, items: Path | None, columns: Mapping[str, str], tick: Tick) -> Log:
+    if columns:
+        raise ConfigError("the fields of Amazon reviews are known; leave --column out")
+    if items is None:
+        raise ConfigError(
+            f"{source.name} holds reviews without titles; give the metadata with --items FILE"
+        )
+    log = amazon.read_reviews(source, tick)
+    return replace(log, items=with_titles(log.items, *amazon.read_metadata(items, tick)))
+
+
+def _recbole(source: Path, items: Path | None, columns: Mapping[str, str], tick: Tick) -> Log:
+    """The `.inter` file, and the `.item` file beside it where there is one."""
+    files = sorted(source.glob("*.inter")) if source.is_dir() else [source]
+    if len(files) != 1:
+        raise DataError(
+            f"{source} holds {len(files)} files *.inter ({', '.join(f.name for f in files)}); "
+            "give the one to import"
+        )
+    beside = files[0].with_suffix(".item")
+    return _plain(files[0], items or (beside if beside.is_file() else None), columns, tick)
+
+
+_LOGS: Mapping[str, Callable[[Path, Path | None, Mapping[str, str], Tick], Log]] = {
+    "log": _plain,
+    "amazon": _amazon,
+    "recbole": _recbole,
+}
+
+
+def size_of(*paths: Path | None) -> int:
+    """Bytes of the given files and folders, which is what the ticks add up to."""
+    files = [f for path in paths if path for f in (path.rglob("*") if path.is_dir() else [path])]
+    return sum(file.stat().st_size for file in files if file.is_file())

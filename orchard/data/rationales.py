@@ -1,0 +1,192 @@
+"""Rationales: what a policy is shown of thinking before it has to think itself.
+
+A rationale is one text per code of the target, its blocks. `<think> block </think>` for each, and
+then the codes, is what a thinking policy writes (SAPO, arXiv 2605.17648); it is warm-started on it.
+Rationales come with the data, or are made here from titles: block k names what code k of the
+recent items and of the target stands for, so that block and code of a step belong together.
+
+Shapes:  R rows   N blocks of all rows   N1 = N + 1   T tokens of all blocks
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import log
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int32, Int64
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from orchard import ragged
+from orchard.catalog.catalog import Catalogue
+from orchard.data.prompts import Split
+from orchard.errors import DataError
+from orchard.parquet import read_table
+from orchard.policy.item_tokenizer import BOS, EOS, PAD, THINK, THOUGHT, sid_token, think_tags
+
+Blocks = Sequence[str]
+"""A rationale, cut."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traces:
+    """The rationales of a split as tokens, a block for each code of each row, tags included."""
+
+    num_blocks: int
+    """Of each row."""
+    token: Int32[np.ndarray, " T"]
+    token_start: Int64[np.ndarray, " N1"]
+
+    def __len__(self) -> int:
+        return (len(self.token_start) - 1) // self.num_blocks
+
+    def of(self, rows: Int64[np.ndarray, " R"]) -> tuple[Int32[np.ndarray, " T2"], np.ndarray]:
+        """The blocks of the given rows, in the order asked for, ragged by row."""
+        return ragged.take(self.token, self.token_start[:: self.num_blocks], rows)
+
+
+def read(paths: Sequence[Path], column: str, num_blocks: int) -> list[Blocks]:
+    """The rationales of one or more Parquet files, in the order of their rows.
+
+    A cell is a list of blocks, or one text with the blocks between `<think>` and `</think>`.
+
+    Raises:
+        DataError: the column is missing, or a rationale has another number of blocks.
+    """
+    found: list[Blocks] = []
+    for path in paths:
+        table = read_table(path, role="split", columns=(column,), remedy="data.rationales")
+        for row, cell in enumerate(table[column].to_pylist()):
+            blocks = cut(cell) if isinstance(cell, str) else [str(b) for b in cell or []]
+            if len(blocks) != num_blocks:
+                raise DataError(
+                    f"the rationale of row {row} of {path.name} has {len(blocks)} blocks, an item "
+                    f"has {num_blocks} codes; give one block for each code"
+                )
+            found.append(blocks)
+    return found
+
+
+def cut(text: str) -> list[str]:
+    """The texts between the tags; a block that is not closed is none."""
+    return [part.split(THOUGHT)[0].strip() for part in text.split(THINK)[1:] if THOUGHT in part]
+
+
+def encode(rationales: Sequence[Blocks], tokenizer: PreTrainedTokenizerBase, *, cap: int) -> Traces:
+    """Rationales as tokens.
+
+    Raises:
+        DataError: the tokenizer has no tags of one token each, a block contains a tag or the end of
+            text, or it has, with its closing tag, more than `cap` tokens.
+    """
+    tags = think_tags(tokenizer)
+    known: dict[str, list[int]] = {}
+    for text in dict.fromkeys(block for blocks in rationales for block in blocks):
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+        if {tags.open, tags.close, tags.end} & set(ids):
+            raise DataError(f"the block {text!r} contains a tag or the end of text; remove it")
+        if len(ids) >= cap:
+            raise DataError(
+                f"the block {text[:60]!r} has {len(ids)} tokens and its closing tag, more than "
+                f"rollout.think.block_tokens = {cap}; shorten it or raise that"
+            )
+        known[text] = [tags.open, *ids, tags.close]
+    parts = [known[block] for blocks in rationales for block in blocks]
+    return Traces(
+        num_blocks=len(rationales[0]),
+        token=np.concatenate([np.array(part, np.int32) for part in parts]),
+        token_start=ragged.starts(np.array([len(part) for part in parts])),
+    )
+
+
+def text_tokenizer(
+    catalogue: Catalogue, texts: Sequence[str], *, size: int
+) -> PreTrainedTokenizerFast:
+    """A BPE tokenizer of up to `size` tokens for the texts, with a token for each tag and code."""
+    codes = [
+        sid_token(level, code) for level, n in enumerate(catalogue.level_size) for code in range(n)
+    ]
+    special = [PAD, BOS, EOS, THINK, THOUGHT, *codes]
+    inner = Tokenizer(BPE())
+    inner.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    inner.decoder = ByteLevelDecoder()
+    alphabet = sorted(ByteLevel.alphabet())
+    trainer = BpeTrainer(
+        vocab_size=len(special) + max(size, len(alphabet)),
+        special_tokens=special,
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    inner.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token=PAD, bos_token=BOS, eos_token=EOS
+    )
+
+
+def code_words(catalogue: Catalogue) -> list[list[str]]:
+    """For each code of each level a word that its items' titles share and others lack.
+
+    The word with the largest count times log-lift, the first in the alphabet among equals; the
+    code's own token where no title is known.
+    """
+    titles = [sorted(set(title.split())) for title in catalogue.title]
+    overall = Counter(word for words in titles for word in words)
+    result: list[list[str]] = []
+    for level, size in enumerate(catalogue.level_size):
+        within: list[Counter[str]] = [Counter() for _ in range(size)]
+        count = np.bincount(catalogue.codes[:, level].clip(min=0), minlength=size)
+        for code, words in zip(catalogue.codes[:, level].tolist(), titles, strict=True):
+            if code >= 0:
+                within[code].update(words)
+        result.append([])
+        for code, found in enumerate(within):
+            total, share = len(titles), count[code]
+            gain = {w: n * log(n * total / (share * overall[w])) for w, n in found.items()}
+            best = min(gain, key=lambda w: (-gain[w], w), default=sid_token(level, code))
+            result[-1].append(best)
+    return result
+
+
+def from_titles(
+    catalogue: Catalogue, split: Split, *, template: str, recent: int = 3
+) -> list[Blocks]:
+    """A rationale for each row, from what codes stand for in titles (`code_words`).
+
+    Args:
+        catalogue: items of one length, with titles.
+        split: histories and targets. A rationale names the target: it is for training alone.
+        template: of a block; `{seen}` becomes the words of the recent items, oldest first, and
+            `{next}` that of the target.
+        recent: items of the history that a block names.
+
+    Raises:
+        DataError: the template has another place than those two.
+    """
+    try:
+        template.format(seen="", next="")
+    except (IndexError, KeyError, ValueError) as error:
+        raise DataError(
+            f"data.rationale_template = {template!r} has another place than {{seen}} and {{next}} "
+            f"({type(error).__name__}: {error}); use those two"
+        ) from error
+    words, codes = code_words(catalogue), catalogue.codes
+    result: list[Blocks] = []
+    bounds = zip(split.history_start[:-1], split.history_start[1:], split.target, strict=True)
+    for low, high, target in bounds:
+        seen = split.history[max(low, high - recent) : high]
+        result.append(
+            [
+                template.format(
+                    seen=" ".join(words[level][codes[item, level]] for item in seen),
+                    next=words[level][codes[target, level]],
+                )
+                for level in range(codes.shape[1])
+            ]
+        )
+    return result

@@ -1,0 +1,91 @@
+"""How good a set of semantic IDs is, in numbers and in a picture.
+
+Shapes:  I items   L levels
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+from jaxtyping import Int
+from matplotlib.figure import Figure
+
+from orchard.data.semantic_ids.collisions import groups
+
+
+class Level(TypedDict):
+    """One level of the codes."""
+
+    codes_used: int
+    perplexity: float
+    """Exponential of the entropy of code use: as many codes in equal use would be as hard to
+    guess."""
+    prefixes: int
+    """Distinct beginnings that this level continues."""
+    children_mean: float
+    children_max: int
+    single_child_share: float
+    """Prefixes with one continuation: forced, and free to decode."""
+
+
+class Quality(TypedDict):
+    """What `measure` finds."""
+
+    items: int
+    distinct: int
+    colliding_items: int
+    largest_collision: int
+    levels: list[Level]
+
+
+def measure(codes: Int[np.ndarray, "I L"]) -> Quality:
+    """Use of the codes, branching and collisions; codes are -1 past the end of shorter ones."""
+    levels: list[Level] = []
+    for level in range(codes.shape[1]):
+        here = codes[codes[:, level] >= 0]
+        used, count = np.unique(here[:, level], return_counts=True)
+        share = count / count.sum()
+        below = np.unique(here[:, : level + 1], axis=0)
+        children = np.diff(groups(below[:, :level])[1]) if level else np.array([len(used)])
+        levels.append(
+            Level(
+                codes_used=len(used),
+                perplexity=float(np.exp(-(share * np.log(share)).sum())),
+                prefixes=len(children),
+                children_mean=float(children.mean()),
+                children_max=int(children.max()),
+                single_child_share=float((children == 1).mean()),
+            )
+        )
+    sharing = np.diff(groups(codes)[1])
+    return Quality(
+        items=len(codes),
+        distinct=len(sharing),
+        colliding_items=int(sharing[sharing > 1].sum()),
+        largest_collision=int(sharing.max()),
+        levels=levels,
+    )
+
+
+def draw(codes: Int[np.ndarray, "I L"], error: Sequence[float], path: Path) -> None:
+    """A picture: use of each level's codes, children of its prefixes, and what is left over."""
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    axes: Any = figure.subplots(1, 3)
+    for level in range(codes.shape[1]):
+        here = codes[codes[:, level] >= 0]
+        count = np.sort(np.bincount(here[:, level]))[::-1]
+        axes[0].plot(count[count > 0], label=f"level {level + 1}")
+        if level:
+            below = np.unique(here[:, : level + 1], axis=0)
+            children = np.sort(np.diff(groups(below[:, :level])[1]))[::-1]
+            axes[1].plot(np.linspace(0, 1, len(children)), children, color=f"C{level}")
+    axes[0].set(xlabel="code, by use", ylabel="items", yscale="log", title="Use of codes")
+    axes[1].set(xlabel="share of prefixes", ylabel="children", yscale="log", title="Branching")
+    axes[2].plot(range(len(error) + 1), [1.0, *error], marker="o", color="C7")
+    axes[2].set(xlabel="levels", ylabel="share of variance", ylim=(0, 1.05), title="Residual")
+    axes[2].set_xticks(range(len(error) + 1))
+    axes[0].legend()
+    for one in axes:
+        one.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, format="png", dpi=120)

@@ -1,0 +1,269 @@
+"""A synthetic data set in the Parquet schema of real ones, with a card of what there is to learn.
+
+The world behind it is `orchard.taste`.
+
+Shapes:  I items   L levels   E events   R rows   H history items   K tastes of a user
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Bool, Float64, Int, Int64
+
+from orchard import folders, ragged
+from orchard.data.synthetic_world import Events, World, WorldParams, live, make_world
+from orchard.evaluation.ranking import Estimate, TargetRanks, metrics
+
+CARD = "card.json"
+SPLITS = (("train", 0.0, 0.8), ("valid", 0.8, 0.9), ("test", 0.9, 1.0))
+"""Shares of all rows in time order."""
+
+_YARDSTICK_ROWS = 4000
+"""Test rows that the yardsticks look at."""
+_SMOOTHING = 5.0
+"""Weight of popularity beside the counts of pairs."""
+_SHOWN = ("ndcg@10/sid", "ndcg@10/item", "hr@10/sid", "hr@10/item")
+
+_WORDS = tuple(
+    words.split()
+    for words in (
+        """Lamp Kettle Tent Backpack Drill Guitar Camera Chair Blanket Notebook Bicycle Teapot
+        Mirror Clock Speaker Basket Knife Bottle Keyboard Helmet Rug Candle Puzzle Telescope""",
+        """Brass Oak Linen Ceramic Steel Bamboo Leather Glass Wool Copper Walnut Cotton Marble
+        Felt Titanium Cork Granite Canvas Silk Birch Enamel Rattan Carbon Slate""",
+        """Folding Compact Classic Travel Silent Garden Winter Studio Rustic Slim Nordic Vintage
+        Mini Heavy-Duty Portable Coastal Modular Everyday Royal Outdoor Pocket Urban Alpine Soft""",
+    )
+)
+"""What the codes of a level stand for: a thing, its material, its kind. Further codes and levels
+get coined names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorldCard:
+    """What was written, and how much there is to learn."""
+
+    params: WorldParams
+    facts: Mapping[str, float]
+    """Counts, shares and lengths."""
+    yardsticks: Mapping[str, Mapping[str, Estimate]]
+    """By name, then by metric, on test rows: `oracle` knows the world and each user's tastes of the
+    moment, which no model can; `transitions` counts pairs of last item and target in train, with
+    popularity for the rest; `popularity` counts targets in train."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Rows:
+    """Examples; `event` is the interaction to predict."""
+
+    user: Int64[np.ndarray, " R"]
+    event: Int64[np.ndarray, " R"]
+    length: Int64[np.ndarray, " R"]
+    """Items in the history, which are the events right before."""
+
+    def cut(self, low: float, high: float) -> "_Rows":
+        """The rows of a range of shares."""
+        part = slice(int(low * len(self.event)), int(high * len(self.event)))
+        return _Rows(user=self.user[part], event=self.event[part], length=self.length[part])
+
+
+def write_world(out: Path, params: WorldParams, *, overwrite: bool = False) -> WorldCard:
+    """Write items, train, valid and test rows and the card to `out`, all of it or nothing.
+
+    Rows of all users are sorted by time and cut 80/10/10, so that a user may be in all parts. Equal
+    parameters give equal data.
+
+    Raises:
+        DataError: `out` holds something already, and is not a world that may be overwritten.
+    """
+    folders.check_vacant(out, mark=CARD, kind="synthetic world", overwrite=overwrite)
+    maker, nature = np.random.default_rng(params.seed).spawn(2)
+    world = make_world(params, maker)
+    events = live(world, nature)
+    rows = _rows(events, params.max_history)
+    card = WorldCard(
+        params=params,
+        facts=_facts(world, events, rows),
+        yardsticks=_yardsticks(world, events, rows),
+    )
+    with folders.whole(out) as partial:
+        _write(_item_columns(world), partial / "items.parquet")
+        for name, low, high in SPLITS:
+            _write(_row_columns(events, rows.cut(low, high)), partial / f"{name}.parquet")
+        (partial / CARD).write_text(json.dumps(asdict(card), indent=2) + "\n")
+    return card
+
+
+def _rows(events: Events, max_history: int) -> _Rows:
+    """Every event but a user's first, in time order."""
+    place = ragged.places(events.start)
+    event = np.flatnonzero(place > 0)
+    user = ragged.owners(events.start)[event]
+    order = np.lexsort((user, events.timestamp[event]))
+    event = event[order]
+    return _Rows(user=user[order], event=event, length=np.minimum(place[event], max_history))
+
+
+def _write(columns: Mapping[str, Any], path: Path) -> None:
+    pq.write_table(pa.table(dict(columns)), path, compression="zstd")
+
+
+def _row_columns(events: Events, rows: _Rows) -> dict[str, Any]:
+    history = events.item[ragged.ranges(rows.event - rows.length, rows.length)].astype(np.int32)
+    offsets = ragged.starts(rows.length).astype(np.int32)
+    return {
+        "user_id": rows.user.astype(np.int32),
+        "history": pa.ListArray.from_arrays(offsets, history),
+        "target": events.item[rows.event].astype(np.int32),
+        "timestamp": events.timestamp[rows.event],
+    }
+
+
+def _item_columns(world: World) -> dict[str, Any]:
+    text = [
+        "".join(f"<{chr(97 + level)}_{code}>" for level, code in enumerate(codes))
+        for codes in world.code.tolist()
+    ]
+    return {
+        "item_id": np.arange(len(world.code), dtype=np.int32),
+        "title": titles(world.code),
+        "sid": pa.array(world.code.tolist(), pa.list_(pa.int16())),
+        "sid_text": text,
+    }
+
+
+def titles(code: Int[np.ndarray, "I L"]) -> list[str]:
+    """A title of one word per code, deepest level first; items of one semantic ID are numbered."""
+    seen: dict[str, int] = {}
+    result: list[str] = []
+    for codes in code.tolist():
+        title = " ".join(_word(level, c) for level, c in reversed(list(enumerate(codes))))
+        seen[title] = seen.get(title, 0) + 1
+        result.append(title if seen[title] == 1 else f"{title} No. {seen[title]}")
+    return result
+
+
+def _word(level: int, code: int) -> str:
+    known = _WORDS[level] if level < len(_WORDS) else []
+    if code < len(known):
+        return known[code]
+    # Syllables that spell a number of the level and code alone; two of them make 70 * 70 names,
+    # and a step prime to that keeps names of neighbouring codes apart.
+    rest, number = divmod(5 * (code - len(known)) + level % 5, 70 * 70)
+    number, name = (1931 * number) % (70 * 70) + 70 * 70 * rest, ""
+    while number or len(name) < 4:
+        number, syllable = divmod(number, 70)
+        name += "bdfgklmnprstvz"[syllable // 5] + "aeiou"[syllable % 5]
+    return name.capitalize()
+
+
+def _facts(world: World, events: Events, rows: _Rows) -> dict[str, float]:
+    """Measured on what is written."""
+    target = {name: events.item[rows.cut(low, high).event] for name, low, high in SPLITS}
+    codes, count = np.unique(world.code, axis=0, return_counts=True)
+    prefixes = np.unique(codes[:, :-1], axis=0, return_counts=True)[1]
+    seen = np.unique(events.item + len(world.code) * ragged.owners(events.start))
+    facts = {
+        "num_items": len(world.code),
+        "num_sids": len(codes),
+        "items_sharing_a_sid": int(count[count > 1].sum()),
+        "single_child_share": float((prefixes == 1).mean()),
+        "num_users": len(events.start) - 1,
+        "num_events": len(events.item),
+        **{f"{name}_rows": len(items) for name, items in target.items()},
+        "sparsity": 1 - len(seen) / len(world.code) / (len(events.start) - 1),
+        "history_mean": float(rows.length.mean()),
+        "history_median": float(np.median(rows.length)),
+        "history_max": int(rows.length.max()),
+        "test_targets_in_history": float(_repeated(events, rows.cut(*SPLITS[-1][1:])).mean()),
+        "test_targets_seen_in_train": float(np.isin(target["test"], target["train"]).mean()),
+    }
+    return {name: float(value) for name, value in facts.items()}
+
+
+def _repeated(events: Events, rows: _Rows) -> Bool[np.ndarray, " R"]:
+    """The target is in the history already."""
+    owner = ragged.owners(ragged.starts(rows.length))
+    history = events.item[ragged.ranges(rows.event - rows.length, rows.length)]
+    same = history == events.item[rows.event][owner]
+    return np.bincount(owner, same, minlength=len(rows.event)) > 0
+
+
+def _yardsticks(world: World, events: Events, rows: _Rows) -> dict[str, dict[str, Estimate]]:
+    """What knowing everything, and knowing next to nothing, is worth on the test rows."""
+    (_, *train_part), _, (_, *test_part) = SPLITS
+    train, test = rows.cut(*train_part).event, rows.cut(*test_part).event
+    test = test[np.unique(np.linspace(0, len(test) - 1, _YARDSTICK_ROWS).astype(np.int64))]
+    pairs = np.stack([events.item[train - 1], events.item[train]])
+    pairs = pairs[:, np.argsort(pairs[0], kind="stable")]
+    popular = np.bincount(pairs[1], minlength=len(world.code)) / len(train)
+    first = np.searchsorted(pairs[0], np.arange(len(world.code) + 1))
+
+    def transitions(event: Int64[np.ndarray, " R"]) -> Float64[np.ndarray, "R I"]:
+        last = events.item[event - 1]
+        count = np.diff(first)[last]
+        score = np.tile(_SMOOTHING * popular, (len(event), 1))
+        place = ragged.ranges(first[last], count)
+        np.add.at(score, (np.repeat(np.arange(len(event)), count), pairs[1, place]), 1.0)
+        return score
+
+    scores: dict[str, Callable[[Int64[np.ndarray, " R"]], Float64[np.ndarray, "R I"]]] = {
+        "oracle": lambda event: likelihood(world, events.item[event - 1], events.taste[event]),
+        "transitions": transitions,
+        "popularity": lambda event: np.tile(popular, (len(event), 1)),
+    }
+    return {name: _measured(world, events.item[test], test, by) for name, by in scores.items()}
+
+
+def _measured(
+    world: World,
+    target: Int64[np.ndarray, " R"],
+    event: Int64[np.ndarray, " R"],
+    score: Callable[[Int64[np.ndarray, " R"]], Float64[np.ndarray, "R I"]],
+) -> dict[str, Estimate]:
+    """The metrics of ranking all items by score, and all semantic IDs by the sum over theirs."""
+    leaf, order = world.node(world.code.shape[1]), world.order
+    first = np.searchsorted(leaf[order], np.arange(leaf.max() + 1))
+    chunk = max(1, (1 << 22) // len(leaf))  # 32 MiB of scores
+    sid, item = np.zeros((2, len(event)), dtype=np.int64)
+    for low in range(0, len(event), chunk):
+        part = slice(low, low + chunk)
+        table = score(event[part])
+        item[part] = _place(table, target[part])
+        sid[part] = _place(np.add.reduceat(table[:, order], first, axis=1), leaf[target[part]])
+    found = metrics(TargetRanks(sid=sid, item=item), width=len(leaf))
+    return {name: found[name] for name in _SHOWN}
+
+
+def _place(
+    score: Float64[np.ndarray, "R I"], target: Int64[np.ndarray, " R"]
+) -> Int64[np.ndarray, " R"]:
+    """Rank of the target by descending score; among equals the lower number goes first."""
+    own = score[np.arange(len(score)), target][:, None]
+    earlier = np.arange(score.shape[1]) < target[:, None]
+    return ((score > own) | ((score == own) & earlier)).sum(axis=1)
+
+
+def likelihood(
+    world: World, last: Int[np.ndarray, " R"], taste: Int[np.ndarray, "R K"]
+) -> Float64[np.ndarray, "R I"]:
+    """Chance of every item to come next, for one who knows the world and the user's tastes."""
+    params = world.params
+    driven = (1 - params.transition_share - params.noise_share) / taste.shape[1]
+    chance = np.tile(params.noise_share * world.popularity, (len(last), 1))
+    follows = (np.arange(len(last))[:, None], world.successor[last])
+    np.add.at(chance, follows, params.transition_share * world.successor_share)
+    for node_of_item, held, share in (
+        (world.taste, taste, params.focus),
+        (world.department, world.department_of_taste[taste], 1 - params.focus),
+    ):
+        within = world.popularity / np.bincount(node_of_item, world.popularity)[node_of_item]
+        for node in held.T:
+            chance += np.where(node_of_item == node[:, None], driven * share * within, 0.0)
+    return chance

@@ -1,0 +1,1 @@
+"""Ranking metrics, bootstrap intervals, off-policy estimates, diagnostics."""

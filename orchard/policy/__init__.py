@@ -1,0 +1,1 @@
+"""The policy: model, tokens, prompt template, weights, adapters and its folder."""

@@ -1,0 +1,195 @@
+"""Which token stands for which code.
+
+Compact policies own a word-level tokenizer with one token per code; text policies carry the code
+tokens among their words. The codes of title catalogues are text tokens, whatever their level.
+
+Shapes:  V codes of one level   F nodes
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import cast
+
+import torch
+from jaxtyping import Int
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from orchard.catalog.catalog import Catalogue
+from orchard.catalog.trie import Trie
+from orchard.errors import CatalogueError, DataError
+from orchard.policy import prompt_template
+from orchard.policy.prompt_template import Frame
+
+PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
+THINK, THOUGHT = "<think>", "</think>"
+
+
+def sid_token(level: int, code: int) -> str:
+    """The token of a code, as published data sets spell it: `<a_5>` is code 5 of level 0."""
+    return f"<{chr(ord('a') + level)}_{code}>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tags:
+    """Token ids that cut a policy's text into blocks of thought."""
+
+    open: int
+    close: int
+    end: int
+    """Ends a text altogether; a policy that writes it within a block has stopped too early."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """Token ids of the codes of every level; in title mode one slice that all levels share."""
+
+    level_tokens: tuple[Int[Tensor, " _"], ...]
+    bos: int
+    pad: int
+    size: int
+    """Number of token ids, hence of rows of the model's head."""
+    tags: Tags | None = None
+    """Of a policy that thinks before it names an item."""
+    instruction: Frame | None = None
+    """Around the items of a text policy's prompt."""
+
+    @property
+    def frame(self) -> Frame:
+        """Around the items of a prompt; of a compact policy `<bos>` alone."""
+        return self.instruction or Frame(before=(self.bos,))
+
+    def slice_of(self, level: Int[Tensor, " F"]) -> Int[Tensor, " F"]:
+        """Index into `level_tokens` for the codes chosen at each 0-based level."""
+        return level.clamp(max=len(self.level_tokens) - 1)
+
+    def tokens_at(self, level: int) -> Int[Tensor, " V"]:
+        """Token id of each code of a level."""
+        return self.level_tokens[min(level, len(self.level_tokens) - 1)]
+
+    @cached_property
+    def _table(self) -> tuple[Int[Tensor, " V"], Int[Tensor, " levels"]]:
+        sizes = torch.tensor([0, *(len(t) for t in self.level_tokens)])
+        return torch.cat(self.level_tokens), sizes.cumsum(0)[:-1]
+
+    def token_of(self, trie: Trie, node: Int[Tensor, " F"]) -> Int[Tensor, " F"]:
+        """Token id of the code that leads into each node (none of them the root)."""
+        table, first = self._table
+        level = self.slice_of(trie.depth_of(node) - 1)
+        return table.to(node.device)[first.to(node.device)[level] + trie.code[node]]
+
+    def to(self, device: torch.device | str) -> "Vocabulary":
+        """The same vocabulary on another device."""
+        return replace(self, level_tokens=tuple(tokens.to(device) for tokens in self.level_tokens))
+
+
+def compact_tokenizer(catalogue: Catalogue) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer with the special tokens and one token per code.
+
+    Raises:
+        CatalogueError: more levels than there are names for, or codes that are tokens already.
+    """
+    if catalogue.code_token:
+        raise CatalogueError(
+            "a catalogue of titles has a tokenizer, the one that made it; use that instead"
+        )
+    if len(catalogue.level_size) > 26:
+        raise CatalogueError(
+            f"semantic IDs have {len(catalogue.level_size)} levels; compact policies name up to 26"
+        )
+    words = [PAD, BOS, EOS]
+    for level, size in enumerate(catalogue.level_size):
+        words += [sid_token(level, code) for code in range(size)]
+    inner = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token=PAD))
+    inner.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token=PAD, bos_token=BOS, eos_token=EOS
+    )
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer saved in a policy folder; raises DataError where there is none to load."""
+    if not (folder / "tokenizer.json").is_file():
+        raise DataError(f"{folder} holds no tokenizer.json; it is not a saved policy")
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # the libraries raise whatever they come across in the file
+        reason = str(error).partition("\n")[0]
+        raise DataError(f"{folder} holds no loadable tokenizer: {reason}; save it again") from error
+
+
+def think_tags(tokenizer: PreTrainedTokenizerBase) -> Tags:
+    """Look up the tags of thinking blocks; each must be a single token.
+
+    Raises:
+        DataError: a tag is missing or is cut into several tokens, or there is no `eos_token`.
+    """
+    known, found = tokenizer.get_vocab(), list[int]()
+    for tag in (THINK, THOUGHT):
+        pieces: list[int] = tokenizer.encode(tag, add_special_tokens=False)
+        if pieces != [known.get(tag)]:
+            raise DataError(
+                f"the policy's tokenizer reads {tag} as {len(pieces)} tokens"
+                f"{'' if tag in known else ' and has none for it'}; thinking needs a token for it: "
+                "add one to the tokenizer as a special token and warm-start the policy with it"
+            )
+        found += pieces
+    end = cast(int | None, tokenizer.eos_token_id)
+    if end is None:
+        raise DataError("the policy's tokenizer has no eos_token, which ends a text; give it one")
+    return Tags(open=found[0], close=found[1], end=end)
+
+
+def of_codes(tokenizer: PreTrainedTokenizerBase, catalogue: Catalogue) -> Vocabulary:
+    """Look up the token of every code.
+
+    Raises:
+        CatalogueError: a code has no token of its own, as when the policy was made for another
+            catalogue.
+    """
+    known = tokenizer.get_vocab()
+    if catalogue.code_token:
+        return _of_titles(tokenizer, known, catalogue)
+    levels: list[Tensor] = []
+    for level, size in enumerate(catalogue.level_size):
+        words = [sid_token(level, code) for code in range(size)]
+        missing = [word for word in words if word not in known]
+        if missing:
+            raise CatalogueError(
+                f"the policy's tokenizer has no token {missing[0]} ({len(missing)} of {size} codes "
+                f"of level {level + 1} are missing); it was made for another catalogue"
+            )
+        levels.append(torch.tensor([known[word] for word in words]))
+    return _with_specials(tokenizer, known, tuple(levels))
+
+
+def _of_titles(
+    tokenizer: PreTrainedTokenizerBase, known: dict[str, int], catalogue: Catalogue
+) -> Vocabulary:
+    """The one slice of a title catalogue, if it is this tokenizer's."""
+    token = torch.tensor(catalogue.code_token)
+    if int(token.max()) >= len(tokenizer) or int(token[-1]) != tokenizer.eos_token_id:
+        raise CatalogueError(
+            f"the titles end with token {int(token[-1])} and use tokens up to {int(token.max())}, "
+            f"the policy's tokenizer ends with {tokenizer.eos_token_id} and has {len(tokenizer)}; "
+            "tokenise the titles with the policy's own tokenizer"
+        )
+    return _with_specials(tokenizer, known, (token,))
+
+
+def _with_specials(
+    tokenizer: PreTrainedTokenizerBase, known: dict[str, int], levels: tuple[Tensor, ...]
+) -> Vocabulary:
+    pad = known.get(str(tokenizer.pad_token), 0)
+    bos = known.get(str(tokenizer.bos_token), pad)
+    return Vocabulary(
+        level_tokens=levels,
+        bos=bos,
+        pad=pad,
+        size=len(tokenizer),
+        instruction=prompt_template.of(tokenizer),
+    )

@@ -1,0 +1,219 @@
+"""The policy: a Hugging Face causal language model read through the trie.
+
+`child_logprobs` is the one definition of the policy's distribution: the softmax over the legal
+children of a trie node. Search, learner and serving all call it.
+
+Shapes:  F nodes   M legal children of them   D hidden width   R rows   S slots   F1 = F + 1
+"""
+
+import json
+from pathlib import Path
+from typing import cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from orchard.catalog.trie import Children, Trie
+from orchard.errors import CheckpointError, DataError
+from orchard.policy import value_head
+from orchard.policy.item_tokenizer import Vocabulary
+from orchard.settings import ModelConfig
+
+POSITIONS = 4096
+"""Of a policy made from scratch."""
+
+
+def create(config: ModelConfig, vocabulary: Vocabulary, *, seed: int) -> PreTrainedModel:
+    """A small Qwen3 with tied embeddings from scratch; equal seeds give equal weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen3ForCausalLM(
+            Qwen3Config(
+                vocab_size=vocabulary.size,
+                hidden_size=config.hidden_size,
+                intermediate_size=config.intermediate_size,
+                num_hidden_layers=config.layers,
+                num_attention_heads=config.heads,
+                num_key_value_heads=config.kv_heads,
+                head_dim=max(32, config.hidden_size // config.heads),
+                max_position_embeddings=POSITIONS,
+                tie_word_embeddings=True,
+                bos_token_id=vocabulary.bos,
+                pad_token_id=vocabulary.pad,
+                eos_token_id=None,
+            )
+        )
+    return model.float().eval()
+
+
+def load(folder: Path, vocabulary: Vocabulary | None = None) -> PreTrainedModel:
+    """The policy of a Hugging Face folder, in float32, with its value head if one was saved.
+
+    Raises:
+        DataError: the folder holds no model.
+        CheckpointError: the model's vocabulary is smaller than the catalogue needs, or the value
+            head is another policy's.
+    """
+    check_folder(folder)
+    try:
+        model = cast(
+            PreTrainedModel,
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise DataError(f"{folder} holds no loadable weights: {reason}") from error
+    rows = head_weight(model).shape[0]
+    if vocabulary is not None and rows < vocabulary.size:
+        raise CheckpointError(
+            f"the policy in {folder} knows {rows} tokens, its tokenizer {vocabulary.size}; "
+            "export the policy again with its own tokenizer"
+        )
+    value_head.load(model, folder)
+    return model.eval()
+
+
+def check_folder(folder: Path) -> None:
+    """Raise DataError unless the folder looks like a saved policy: configuration and weights."""
+    facts = folder / "config.json"
+    if not facts.is_file():
+        raise DataError(f"{folder} holds no config.json; give the folder of a saved policy")
+    try:
+        kind = json.loads(facts.read_text()).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise DataError(f"{facts} is no JSON object: {error}; save the policy again") from error
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise DataError(
+            f"{facts} has model_type {kind!r}, which transformers knows no causal language model "
+            "of; give the folder of one"
+        )
+    whole = [file for file in folder.glob("*.safetensors") if file.name != value_head.FILE]
+    if not whole and not any(folder.glob("*.bin")):
+        raise DataError(f"{folder} holds no weights (*.safetensors); save the policy again")
+    for file in whole:
+        try:
+            with safe_open(file, "pt"):
+                pass  # reads where each tensor lies, and whether the file goes on to the last one
+        except (SafetensorError, OSError) as error:
+            raise DataError(
+                f"the weights in {file} are damaged or cut short: {error}; save the policy again"
+            ) from error
+
+
+def head_weight(model: PreTrainedModel) -> Float[Tensor, "tokens D"]:
+    """The rows that turn a hidden state into logits, one per token id."""
+    return cast(Tensor, cast(nn.Module, model.get_output_embeddings()).weight)
+
+
+def hidden_states(
+    model: PreTrainedModel,
+    token: Int[Tensor, "R S"],
+    position: Int[Tensor, "R S"],
+    visible: Bool[Tensor, "R S S"],
+) -> Float[Tensor, "R S D"]:
+    """Last hidden states of packed rows; slot i of a row sees slot j where `visible[i, j]`."""
+    dtype = head_weight(model).dtype
+    # A padding slot must see something: 0/0 in its softmax would poison all gradients.
+    lonely = ~visible.any(-1, keepdim=True)
+    eye = torch.eye(visible.shape[-1], dtype=torch.bool, device=visible.device)
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    mask.masked_fill_(~(visible | (lonely & eye)), torch.finfo(dtype).min)
+    output = model.base_model(
+        input_ids=token, position_ids=position, attention_mask=mask[:, None], use_cache=False
+    )
+    return output.last_hidden_state
+
+
+def child_logprobs(
+    hidden: Float[Tensor, "F D"],
+    node: Int[Tensor, " F"],
+    head: Float[Tensor, "tokens D"],
+    trie: Trie,
+    vocabulary: Vocabulary,
+) -> tuple[Float[Tensor, " M"], Children]:
+    """Log-probability of every legal child of each node, in float32: the policy itself.
+
+    Only the head's rows of the node's level are evaluated, or in title mode those that all levels
+    share. A single child has log-probability 0.
+    """
+    children = trie.children(node)
+    level = vocabulary.slice_of(trie.depth_of(node))
+    code = trie.code.index_select(0, children.node)
+    pieces: list[Tensor] = []
+    places: list[Tensor] = []
+    slices = cast(list[int], level.unique().tolist())
+    if len(slices) == 1:
+        tokens = vocabulary.tokens_at(slices[0])
+        pieces.append(_code_logits(hidden, head[tokens], children.owner, code))
+        slices = []
+    for at in slices:
+        rows = (level == at).nonzero().squeeze(1)
+        place = (level[children.owner] == at).nonzero().squeeze(1)
+        local = torch.full_like(node, -1)
+        local[rows] = torch.arange(len(rows), device=node.device)
+        tokens, owner = vocabulary.tokens_at(at), local[children.owner[place]]
+        pieces.append(_code_logits(hidden[rows], head[tokens], owner, code[place]))
+        places.append(place)
+    if not pieces:
+        # Empty, but attached to the graph: a worker without choices must still take part in the
+        # gradient exchange.
+        return (hidden @ head[:0].T.to(hidden.dtype)).float().reshape(-1), children
+    logit = pieces[0] if len(pieces) == 1 else torch.cat(pieces)[torch.cat(places).argsort()]
+    return segment_log_softmax(logit, children.owner, children.start), children
+
+
+def _code_logits(
+    hidden: Float[Tensor, "R D"],
+    head: Float[Tensor, "V D"],
+    owner: Int[Tensor, " M"],
+    code: Int[Tensor, " M"],
+) -> Float[Tensor, " M"]:
+    """The logit of each code at its owner, an index into `hidden`, in float32."""
+    logit = hidden @ head.T.to(hidden.dtype)
+    return logit.reshape(-1).index_select(0, owner * len(head) + code).float()
+
+
+def segment_log_softmax(
+    logit: Float[Tensor, " M"], owner: Int[Tensor, " M"], start: Int[Tensor, " F1"]
+) -> Float[Tensor, " M"]:
+    """Log-softmax within each segment of a ragged array.
+
+    Segment f is `start[f] : start[f + 1]`, and `owner` is the segment of each entry.
+    """
+    peak = logit.new_full((len(start) - 1,), float("-inf"))
+    peak = peak.scatter_reduce(0, owner, logit.detach(), "amax")
+    shifted = logit - peak.index_select(0, owner)
+    total = torch.segment_reduce(shifted.exp(), "sum", offsets=start, initial=0.0)
+    return shifted - total.log().index_select(0, owner)
+
+
+def add_dropout(model: PreTrainedModel, share: float) -> list[RemovableHandle]:
+    """Dropout after the embeddings and after each attention and MLP block, while training.
+
+    Decoder families disagree on where they offer dropout, and recent ones offer none; hooks on the
+    modules that all of them share leave the saved model untouched. Remove the handles to undo.
+    """
+    if share == 0:
+        return []
+    drop = nn.Dropout(share)
+
+    def hook(module: nn.Module, _: object, output: object) -> object:
+        drop.train(module.training)
+        if isinstance(output, tuple):
+            return (drop(cast(Tensor, output[0])), *cast(tuple[object, ...], output[1:]))
+        return drop(cast(Tensor, output))
+
+    named = dict(model.base_model.named_modules())
+    blocks = [m for name, m in named.items() if name.endswith((".self_attn", ".mlp"))]
+    if not blocks:
+        raise DataError(
+            f"{type(model).__name__} has no self_attn or mlp modules to apply dropout to; "
+            "set model.dropout = 0"
+        )
+    modules = [model.get_input_embeddings(), *blocks]
+    return [module.register_forward_hook(hook) for module in modules]

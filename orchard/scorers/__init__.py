@@ -1,0 +1,1 @@
+"""Auxiliary models that score items or prefixes, and how they are fitted."""

@@ -1,0 +1,1 @@
+"""Metrics of a run: the log file, TensorBoard, W&B and MLflow."""
