@@ -17,11 +17,11 @@ import torch
 from benchmarks.measure import Figure, Report, Row, figure, report
 from cluster.fit import BACKENDS
 from cluster.prepare import Run, prepare
-from learner.critic import draw_walks, measure
 from orchard import config
 from orchard.evaluation import bootstrap
 from orchard.policy import model, value_head
 from orchard.scorers import prefix_critic
+from orchard.scorers.fit_critic import draw_walks, measure
 from orchard.scorers.prefix_critic import Critic
 from orchard.settings import VedConfig
 from orchard.types import PolicyVersion

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from benchmarks.hugging_face import Allowed, beams, legal_logits
-from learner.optim import optimiser
+from orchard.optim import optimiser
 from orchard.settings import LearnerConfig
 
 

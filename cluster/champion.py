@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int64
 
-from cluster.exported import exported_facts
 from cluster.folder import export, saved_policy
 from cluster.launch import House
+from orchard.policy.store import exported_facts
 from orchard.policy.weights import Weights
 from orchard.types import PolicyVersion
 

@@ -12,16 +12,22 @@ from torch import nn
 from cluster.console import Progress
 from cluster.prepare import Run, prepare
 from cluster.rllib import RllibBackend
-from learner.critic import Backend, TorchBackend, Walks, draw_walks
-from learner.critic import measure as measure_critic
 from orchard.data.prompts import Split
 from orchard.errors import ConfigError
-from orchard.scorers import checkpoint, prefix_critic
+from orchard.scorers import checkpoint, listwise_ranker, prefix_critic, sasrec
+from orchard.scorers.fit_critic import Backend, TorchBackend, Walks, draw_walks
+from orchard.scorers.fit_critic import measure as measure_critic
+from orchard.scorers.fit_listwise import fit_evaluator, measure
+from orchard.scorers.fit_sasrec import (
+    Tell,
+    batches,
+    best_epoch,
+    fit_sasrec,
+    metrics_of,
+    sasrec_ranks,
+)
 from orchard.scorers.prefix_critic import Critic
 from orchard.settings import Config, CriticConfig, ScorerConfig
-from rewards import evaluator, sasrec
-from rewards.fit import Tell, batches, best_epoch, fit_sasrec, metrics_of, sasrec_ranks
-from rewards.fit_listwise import fit_evaluator, measure
 
 SHOWN = ("ndcg@10/item", "hr@10/item", "ndcg@10/sid", "hr@10/sid", "hit@1/list", "chance",
          "explained", "value_loss", "choice_loss")  # fmt: skip
@@ -65,7 +71,7 @@ def fit_listwise(run: Run) -> None:
         return model, measure(model, run.train, run.test, settings, run.config.seed)
 
     counts = {"num_items": len(run.catalogue), "num_leaves": run.catalogue.trie.num_leaves}
-    _keep(run, evaluator.KIND, settings, "hit@1", work, counts)
+    _keep(run, listwise_ranker.KIND, settings, "hit@1", work, counts)
 
 
 def fit_prefix_critic(run: Run) -> None:
@@ -167,7 +173,7 @@ def _keep(
 
 FITS: dict[str, Callable[[Run], None]] = {
     sasrec.KIND: fit_collaborative,
-    evaluator.KIND: fit_listwise,
+    listwise_ranker.KIND: fit_listwise,
     prefix_critic.KIND: fit_prefix_critic,
 }
 BACKENDS: dict[str, Callable[[Critic, CriticConfig], Backend]] = {

@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 
 from cluster import text
-from cluster.exported import FILE, exported_step
 from cluster.prepare import Run
 from orchard import config
 from orchard.catalog import catalog
 from orchard.errors import ConfigError
 from orchard.folders import whole, write_whole
 from orchard.policy import model, value_head
+from orchard.policy.store import FILE, exported_step
 from orchard.policy.weights import Weights, digest, restore, snapshot
 from orchard.types import PolicyVersion
 

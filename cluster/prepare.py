@@ -11,7 +11,6 @@ from jaxtyping import Float32
 from transformers import PreTrainedTokenizerBase
 
 from cluster import text
-from cluster.exported import check_policy
 from cluster.session import address_of
 from orchard import config
 from orchard.catalog import catalog
@@ -23,6 +22,7 @@ from orchard.data.sft_tasks import Tasks
 from orchard.errors import ConfigError
 from orchard.policy import item_tokenizer, model, titles
 from orchard.policy.item_tokenizer import Vocabulary
+from orchard.policy.store import check_policy
 from orchard.scorers import prefix_critic
 from orchard.scorers.prefix_critic import Critic
 from orchard.settings import Config, DataConfig

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from learner.critic import NORM_RATE, NORM_START, Walks
-from learner.optim import optimiser
 from orchard.errors import ConfigError
+from orchard.optim import optimiser
+from orchard.scorers.fit_critic import NORM_RATE, NORM_START, Walks
 from orchard.scorers.prefix_critic import Critic
 from orchard.settings import CriticConfig
 

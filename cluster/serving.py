@@ -27,12 +27,12 @@ from ray.serve.schema import (
     ServeDeploySchema,
 )
 
-from cluster.exported import about
 from cluster.session import address_of, ray_session
 from orchard import config
 from orchard.errors import ConfigError, DataError
 from orchard.parquet import read_table
 from orchard.policy import model
+from orchard.policy.store import about
 from orchard.settings import ClusterConfig, Config, ServeConfig
 from serve.app import Arguments, build, options
 

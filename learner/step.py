@@ -24,12 +24,12 @@ from transformers import PreTrainedModel
 
 from learner.logprobs import BatchTensors, to_tensors
 from learner.loss import LossParts, policy_loss
-from learner.optim import optimiser, schedule
 from learner.scorer import Scorer
 from learner.sft import nll
 from learner.split import micro_batches, shard
 from learner.value import value_loss
 from orchard.catalog.trie import Trie
+from orchard.optim import optimiser, schedule
 from orchard.policy.item_tokenizer import Vocabulary
 from orchard.policy.value_head import detach, head_of
 from orchard.settings import LearnerConfig

@@ -6,9 +6,9 @@ Shapes:  C candidates
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
+from orchard.scorers.sasrec import leaf_logits
 from orchard.types import SearchTrees
 from rewards.knowledge import Knowledge
-from rewards.sasrec import leaf_logits
 
 
 def collaborative(trees: SearchTrees, known: Knowledge) -> Float32[np.ndarray, " C"]:

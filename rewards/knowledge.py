@@ -12,11 +12,11 @@ from jaxtyping import Float32, Float64, Int64
 
 from orchard.catalog.catalog import Catalogue
 from orchard.errors import ConfigError, DataError
+from orchard.scorers import listwise_ranker, sasrec
+from orchard.scorers.listwise_ranker import ListEvaluator
+from orchard.scorers.sasrec import SasRec
 from orchard.settings import RewardsConfig
-from rewards import evaluator, sasrec
 from rewards.counted import Transitions
-from rewards.evaluator import ListEvaluator
-from rewards.sasrec import SasRec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +45,8 @@ class Knowledge:
     @cached_property
     def evaluator(self) -> ListEvaluator:
         """The model behind `listwise`; raises as `rewards.evaluator.load`."""
-        path = self.settings.listwise.path or self.folder / evaluator.KIND
-        return evaluator.load(path, self.catalogue)
+        path = self.settings.listwise.path or self.folder / listwise_ranker.KIND
+        return listwise_ranker.load(path, self.catalogue)
 
     @cached_property
     def leaf_embedding(self) -> Float64[np.ndarray, "K E"]:

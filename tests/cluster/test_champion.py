@@ -12,7 +12,6 @@ import pytest
 
 from cluster.champion import SCORE, Champion
 from cluster.evaluate import evaluation_file, look
-from cluster.exported import exported_facts, exported_step
 from cluster.folder import export, open_folder
 from cluster.launch import Held, House
 from cluster.pool import Pool
@@ -22,6 +21,7 @@ from orchard.errors import Stopped
 from orchard.evaluation import ranking
 from orchard.evaluation.ranking import Evaluation
 from orchard.policy import model
+from orchard.policy.store import exported_facts, exported_step
 from orchard.policy.weights import Weights, digest, snapshot
 from orchard.types import PolicyVersion, Prompts
 from rollout.candidates import Candidates

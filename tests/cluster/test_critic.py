@@ -13,13 +13,13 @@ import torch
 from cluster import cli, rllib
 from cluster.prepare import prepare
 from cluster.rllib import RllibBackend
-from learner.critic import TorchBackend, draw_walks, measure
 from orchard import config
 from orchard.catalog.catalog import Catalogue
 from orchard.data.prompts import Split
 from orchard.data.synthetic import WorldParams, write_world
 from orchard.errors import ConfigError
 from orchard.policy import model
+from orchard.scorers.fit_critic import TorchBackend, draw_walks, measure
 from orchard.scorers.prefix_critic import Critic
 from orchard.settings import Config, CriticConfig, VedConfig
 from orchard.testing import tiny_catalogue

@@ -21,7 +21,6 @@ import ray
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.exported import exported_facts
 from cluster.folder import export, open_folder
 from cluster.launch import House, launch
 from cluster.loop import train
@@ -31,6 +30,7 @@ from orchard import config
 from orchard.data.synthetic import WorldParams, write_world
 from orchard.errors import ActorError, CheckpointError, ConfigError, DataError, Stopped
 from orchard.policy import model
+from orchard.policy.store import exported_facts
 from orchard.policy.weights import digest, snapshot
 from orchard.settings import Config
 from orchard.tracking.metrics_log import read_metrics

@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from cluster.reference import page
+from orchard.settings.reference import page
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 

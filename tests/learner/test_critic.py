@@ -4,9 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from learner.critic import NORM_RATE, NORM_START, TorchBackend, Walks, draw_walks, measure
 from orchard.catalog.catalog import Catalogue
 from orchard.data.prompts import Split
+from orchard.scorers.fit_critic import (
+    NORM_RATE,
+    NORM_START,
+    TorchBackend,
+    Walks,
+    draw_walks,
+    measure,
+)
 from orchard.scorers.prefix_critic import Critic
 from orchard.settings import CriticConfig
 from orchard.testing import tiny_catalogue

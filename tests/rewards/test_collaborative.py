@@ -14,14 +14,14 @@ from orchard.data.prompts import Split
 from orchard.errors import CatalogueError, CheckpointError, ConfigError
 from orchard.evaluation.ranking import TargetRanks
 from orchard.scorers import checkpoint
+from orchard.scorers.fit_sasrec import fit_sasrec, sasrec_ranks
+from orchard.scorers.sasrec import SasRec, leaf_logits
 from orchard.settings import CollaborativeConfig, RewardsConfig
 from orchard.testing import tiny_catalogue
 from orchard.types import SearchTrees
 from rewards import Knowledge
 from rewards.collaborative import collaborative
-from rewards.fit import fit_sasrec, sasrec_ranks
 from rewards.reward import look_up
-from rewards.sasrec import SasRec, leaf_logits
 
 Grow = Callable[..., SearchTrees]
 ITEMS = catalogues.from_codes([[0, 1], [0, 2], [1, 0], [0, 1], [1, 3], [2, 0]])

@@ -13,12 +13,12 @@ from orchard.catalog import catalog as catalogues
 from orchard.data.prompts import Split
 from orchard.errors import CatalogueError, ConfigError, DataError
 from orchard.scorers import checkpoint
+from orchard.scorers.fit_listwise import fit_evaluator, measure
+from orchard.scorers.listwise_ranker import ListEvaluator
 from orchard.settings import ListwiseConfig, RewardsConfig
 from orchard.testing import tiny_catalogue
 from orchard.types import SearchTrees
 from rewards import Knowledge
-from rewards.evaluator import ListEvaluator
-from rewards.fit_listwise import fit_evaluator, measure
 from rewards.listwise import listwise
 from rewards.reward import look_up
 

@@ -8,10 +8,10 @@ import pytest
 
 from orchard.catalog.catalog import Catalogue
 from orchard.errors import CatalogueError, ConfigError, DataError
-from orchard.scorers import checkpoint
+from orchard.scorers import checkpoint, listwise_ranker, sasrec
 from orchard.testing import tiny_catalogue, tiny_policy, tiny_prompts
 from orchard.types import PolicyVersion, SearchTrees
-from rewards import REWARDS, Knowledge, evaluator, sasrec
+from rewards import REWARDS, Knowledge
 from rewards.counted import count_transitions
 from rewards.reward import look_up, score
 from rollout.engine.torch import TorchEngine
@@ -46,7 +46,7 @@ def everything(catalogue: Catalogue, folder: Path) -> Knowledge:
     leaves = {"num_leaves": catalogue.trie.num_leaves}
     for kind, model, own in (
         (sasrec.KIND, sasrec.SasRec(**sizes), {}),
-        (evaluator.KIND, evaluator.ListEvaluator(**sizes, **leaves), leaves),
+        (listwise_ranker.KIND, listwise_ranker.ListEvaluator(**sizes, **leaves), leaves),
     ):
         model.trained[:] = True
         checkpoint.save(

@@ -16,9 +16,9 @@ from orchard import ragged
 from orchard.catalog.catalog import Catalogue
 from orchard.data.prompts import Split
 from orchard.errors import DataError
+from orchard.scorers.fit_sasrec import Tell, batches, best_epoch
+from orchard.scorers.listwise_ranker import ListEvaluator
 from orchard.settings import ListwiseConfig
-from rewards.evaluator import ListEvaluator
-from rewards.fit import Tell, batches, best_epoch
 
 _VALID, _TEST = 1 << 20, 1 << 21
 """Epoch numbers that stand for the lists of the validation and the test rows."""

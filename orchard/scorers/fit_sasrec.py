@@ -18,8 +18,8 @@ from orchard.catalog.catalog import Catalogue
 from orchard.data.prompts import Sequences, Split, sequences
 from orchard.evaluation import ranking
 from orchard.evaluation.ranking import TargetRanks
+from orchard.scorers.sasrec import SasRec
 from orchard.settings import CollaborativeConfig, ScorerConfig
-from rewards.sasrec import SasRec
 
 Tell = Callable[[int, float, float], None]
 """Called after each epoch with its number, its loss and its figure on the validation rows."""

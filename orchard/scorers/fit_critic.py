@@ -25,9 +25,9 @@ import torch
 from jaxtyping import Bool, Float, Float32, Float64, Int64
 from torch import Tensor
 
-from learner.optim import optimiser
 from orchard import ragged
 from orchard.data.prompts import Split
+from orchard.optim import optimiser
 from orchard.scorers.prefix_critic import Critic
 from orchard.settings import CriticConfig
 
