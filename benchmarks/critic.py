@@ -27,8 +27,8 @@ from orchard.settings import VedConfig
 from orchard.types import PolicyVersion
 from rollout.candidates import Candidates
 from rollout.engine.torch import TorchEngine
-from rollout.search import beam
-from rollout.ved import ved
+from rollout.search.beam import beam
+from rollout.search.ved.search import ved
 
 RUN = Path("cluster/runs/critic_synthetic.toml")
 SETS = ((16, 33), (32, 65))

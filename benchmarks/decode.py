@@ -34,7 +34,7 @@ from rollout.engine.requests import RequestEngine
 from rollout.engine.torch import TorchEngine
 from rollout.engine.vllm import VllmHolder
 from rollout.engine.worker import VllmModel
-from rollout.search import beam
+from rollout.search.beam import beam
 
 BATCH, LENGTH, LEVELS = 32, 128, 3
 """Prompts, tokens of each, codes of an item: of the figures that were asked for."""

@@ -28,8 +28,8 @@ from orchard.settings import LearnerConfig, ModelConfig
 from orchard.types import PolicyVersion, Prompts, ScoredTrees
 from rewards.reward import score
 from rollout.engine.torch import TorchEngine
-from rollout.search import beam
-from rollout.trees import grow
+from rollout.search.beam import beam
+from rollout.search_trees import grow
 
 VERSION = PolicyVersion(step=0, digest="0" * 64)
 LENGTH, GROUP = 128, 16

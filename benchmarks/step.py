@@ -53,8 +53,8 @@ from rewards.reward import score
 from rollout.actor import Searcher
 from rollout.engine.torch import TorchEngine
 from rollout.probe import Probe
-from rollout.search import beam
-from rollout.trees import grow
+from rollout.search.beam import beam
+from rollout.search_trees import grow
 
 BATCH, LENGTH, GROUP, LEVELS, ROWS = 32, 128, 16, 3, 32
 """Prompts, tokens of each, candidates, codes; sequences of a rival's micro-batch."""

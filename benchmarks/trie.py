@@ -36,10 +36,10 @@ from orchard.policy.item_tokenizer import Vocabulary
 from orchard.policy.model import segment_log_softmax
 from orchard.settings import ModelConfig
 from orchard.types import Prompts
-from rollout.allowed import Allowed
-from rollout.engine import Engine, Expansion
+from rollout.engine.protocol import Engine, Expansion
 from rollout.engine.torch import TorchEngine
-from rollout.search import beam
+from rollout.item_filter import Allowed
+from rollout.search.beam import beam
 
 CODES, LEVELS, WIDTH, LENGTH = 8192, 3, 64, 128
 """Codes of a level, levels, beams and prompt tokens of the figures that were asked for."""

@@ -37,12 +37,12 @@ from orchard.settings import Config, VedConfig
 from orchard.tracking.metrics_log import FILE, read_metrics
 from orchard.types import PolicyVersion, Prompts, ScoredTrees
 from rollout.candidates import Candidates
-from rollout.engine import Engine, Runner
+from rollout.engine.protocol import Engine, Runner
 from rollout.engine.torch import TorchEngine
 from rollout.engine.vllm import VllmHolder
-from rollout.search import beam, sample
-from rollout.trees import grow
-from rollout.ved import ved
+from rollout.search.beam import beam, sample
+from rollout.search.ved.search import ved
+from rollout.search_trees import grow
 
 Search = Callable[[Engine, Prompts], Candidates]
 RUN = Path("cluster/runs/vstar_industrial.toml")

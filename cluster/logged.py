@@ -21,7 +21,7 @@ from orchard.parquet import read_table
 from orchard.policy import item_tokenizer, model, weights
 from orchard.types import PolicyVersion, Prompts
 from rollout.engine.torch import TorchEngine
-from rollout.rescore import rescore
+from rollout.search.score_items import rescore
 
 _NEEDED = (
     "request_id", "item_id", "decoder", "width", "temperature", "restricted", "source", "shadow",

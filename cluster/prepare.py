@@ -30,8 +30,8 @@ from rewards.counted import Transitions, count_transitions
 from rewards.knowledge import Knowledge
 from rewards.reward import check as check_rewards
 from rewards.reward import look_up
-from rollout.engine.usable import check_vllm
-from rollout.ved import check_budget
+from rollout.engine.availability import check_vllm
+from rollout.search.ved.search import check_budget
 
 Phase = Literal["sft", "train", "evaluate"]
 

@@ -20,15 +20,15 @@ from orchard.scorers.prefix_critic import Critic
 from orchard.settings import RolloutConfig
 from orchard.types import PolicyVersion, Prompts, SearchTrees
 from rollout.candidates import Candidates
-from rollout.engine import Holder
+from rollout.engine.protocol import Holder
 from rollout.engine.torch import TorchEngine
 from rollout.engine.vllm import VllmHolder
 from rollout.probe import Probe, check
-from rollout.search import beam, sample
-from rollout.searches import Find, Given, search_of
-from rollout.think import think
-from rollout.thoughts import Thoughts, graft
-from rollout.trees import grow
+from rollout.search.beam import beam, sample
+from rollout.search.registry import Find, Given, search_of
+from rollout.search.think import think
+from rollout.search.thoughts import Thoughts, graft
+from rollout.search_trees import grow
 
 
 class Searcher:

@@ -17,8 +17,8 @@ from jaxtyping import Float32, Int64
 from orchard.errors import UnfitError
 from orchard.types import Prompts
 from rollout.candidates import Candidates
-from rollout.engine import Engine, Runner
-from rollout.targets import follow
+from rollout.engine.protocol import Engine, Runner
+from rollout.search.add_target import follow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,9 +30,9 @@ from orchard.policy.item_tokenizer import Vocabulary
 from orchard.policy.weights import Weights, digest, snapshot
 from orchard.types import PolicyVersion, Prompts
 from rollout.candidates import Candidates
-from rollout.engine import Holder
+from rollout.engine.protocol import Holder
 from rollout.engine.torch import TorchEngine
-from rollout.search import beam
+from rollout.search.beam import beam
 from serve.problems import UnknownNameError
 
 _log = logging.getLogger("orchard.serve")

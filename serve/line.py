@@ -17,7 +17,7 @@ import numpy as np
 from orchard.settings import ServeConfig
 from orchard.types import Prompts
 from rollout.candidates import Candidates
-from rollout.engine import Engine, Runner
+from rollout.engine.protocol import Engine, Runner
 from serve.batching import Batcher, Pace, Plan
 from serve.follow import Seat
 from serve.meters import Meters

@@ -15,7 +15,7 @@ from orchard.policy import item_tokenizer
 from orchard.policy import model as models
 from orchard.policy.item_tokenizer import Vocabulary
 from orchard.settings import RolloutConfig, ServeConfig
-from rollout.engine import Holder
+from rollout.engine.protocol import Holder
 from rollout.engine.torch import TorchEngine
 from rollout.engine.vllm import VllmHolder
 from serve import follow

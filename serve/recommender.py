@@ -17,12 +17,12 @@ from jaxtyping import Float, Float32, Int, Int64
 from orchard import ragged
 from orchard.settings import VedConfig
 from orchard.types import Prompts
-from rollout.allowed import Allowed
 from rollout.candidates import Candidates
-from rollout.draws import beam_sample
-from rollout.engine import Engine, Runner
-from rollout.search import beam
-from rollout.ved import ved
+from rollout.engine.protocol import Engine, Runner
+from rollout.item_filter import Allowed
+from rollout.search.beam import beam
+from rollout.search.sampling import beam_sample
+from rollout.search.ved.search import ved
 from serve.schema import Decoder, Item, Level
 from serve.stock import Offer, Shelf
 

@@ -17,8 +17,8 @@ from orchard.catalog.trie import ROOT, Trie
 from orchard.policy.item_tokenizer import Vocabulary
 from orchard.types import PolicyVersion, Prompts
 from rollout.candidates import Candidates
-from rollout.engine import Engine, Expansion
-from rollout.engine.parcel import part_of
+from rollout.engine.payload import part_of
+from rollout.engine.protocol import Engine, Expansion
 from serve.schema import Node
 from serve.stock import Shelf
 

@@ -11,10 +11,10 @@ from learner import advantages
 from orchard.settings import RolloutConfig
 from orchard.testing import tiny_world
 from rewards.reward import score
-from rollout import searches
 from rollout.engine.torch import TorchEngine
-from rollout.search import beam
-from rollout.trees import grow
+from rollout.search import registry
+from rollout.search.beam import beam
+from rollout.search_trees import grow
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
 SEARCH, ESTIMATOR = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
@@ -27,13 +27,13 @@ def as_written(code: str) -> None:
 
 
 def test_the_search_keeps_every_second_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rollout.searches.SEARCHES", dict(searches.SEARCHES))
+    monkeypatch.setattr("rollout.searches.SEARCHES", dict(registry.SEARCHES))
     as_written(SEARCH)
     world = tiny_world()
     engine = TorchEngine(world.model, world.catalogue.trie, world.vocabulary, world.version)
     config = RolloutConfig(candidates=3)
-    given = searches.Given(config=config, catalogue=world.catalogue, seed=0)
-    found = searches.search_of("spread", given)(engine, world.prompts)
+    given = registry.Given(config=config, catalogue=world.catalogue, seed=0)
+    found = registry.search_of("spread", given)(engine, world.prompts)
     whole = beam(engine, world.prompts, width=6)
     for b in range(len(world.prompts)):
         ours = found.leaf[found.start[b] : found.start[b + 1]]

@@ -25,7 +25,7 @@ from orchard.policy.item_tokenizer import Vocabulary
 from orchard.policy.model import child_logprobs
 from orchard.policy.value_head import ValueHead
 from orchard.types import PolicyVersion, Prompts
-from rollout.engine import Expansion, check_length
+from rollout.engine.protocol import Expansion, check_length
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

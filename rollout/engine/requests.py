@@ -19,7 +19,7 @@ from torch import Tensor
 from orchard.catalog.trie import ROOT, Children, Trie
 from orchard.policy.item_tokenizer import Vocabulary
 from orchard.types import PolicyVersion, Prompts
-from rollout.engine import Expansion, check_length
+from rollout.engine.protocol import Expansion, check_length
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams, TokensPrompt

@@ -26,8 +26,8 @@ from orchard.policy.model import child_logprobs, head_weight
 from orchard.policy.weights import Weights, restore
 from orchard.types import PolicyVersion, Prompts
 from rollout.candidates import Candidates
-from rollout.engine import Engine, Expansion, Texts, Writing, check_length, check_weights
-from rollout.engine.write import write
+from rollout.engine.generate import write
+from rollout.engine.protocol import Engine, Expansion, Texts, Writing, check_length, check_weights
 
 _SLOT_BITS = 32
 """A state is a row and, in its lower bits, the slot of the last token there."""

@@ -32,10 +32,10 @@ from orchard.policy.weights import Weights, restore, snapshot
 from orchard.settings import RolloutConfig
 from orchard.types import PolicyVersion, Prompts
 from rollout.candidates import Candidates
-from rollout.engine import Engine, Texts, Writing, check_room, check_weights
-from rollout.engine.parcel import Sender
+from rollout.engine.availability import check_vllm
+from rollout.engine.payload import Sender
+from rollout.engine.protocol import Engine, Texts, Writing, check_room, check_weights
 from rollout.engine.requests import RequestEngine
-from rollout.engine.usable import check_vllm
 
 if TYPE_CHECKING:
     from vllm import LLM, TokensPrompt

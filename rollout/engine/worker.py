@@ -21,7 +21,7 @@ from orchard.policy.value_head import ValueHead
 from orchard.types import PolicyVersion, Prompts
 from rollout.candidates import Candidates
 from rollout.engine.paged import CacheFullError, PagedEngine, Pass
-from rollout.engine.parcel import Parcel, Receiver, Search, part_of
+from rollout.engine.payload import Parcel, Receiver, Search, part_of
 
 _log = logging.getLogger(__name__)
 

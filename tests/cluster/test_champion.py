@@ -26,7 +26,7 @@ from orchard.policy.weights import Weights, digest, snapshot
 from orchard.types import PolicyVersion, Prompts
 from rollout.candidates import Candidates
 from rollout.engine.torch import TorchEngine
-from rollout.search import beam
+from rollout.search.beam import beam
 
 
 class Here:

@@ -24,8 +24,8 @@ from orchard.scorers.prefix_critic import Critic
 from orchard.settings import Config, CriticConfig, VedConfig
 from orchard.testing import tiny_catalogue
 from rollout.actor import Searcher
-from rollout.engine.parcel import Receiver, Sender
-from rollout.ved import ved
+from rollout.engine.payload import Receiver, Sender
+from rollout.search.ved.search import ved
 
 
 @pytest.fixture(scope="module")

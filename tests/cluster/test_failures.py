@@ -213,7 +213,7 @@ def numb(mark: Path) -> Any:
     class Numb(Searcher):
         def install(self, *arguments: Any) -> PolicyVersion:
             if not mark.exists():
-                from rollout.engine import torch as engine
+                from rollout.engine.protocol import torch as engine
 
                 mark.touch()
                 engine.restore = lambda *_: None

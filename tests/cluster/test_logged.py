@@ -14,7 +14,7 @@ from orchard.policy import weights
 from orchard.testing import World, brute_force, tiny_world
 from orchard.types import Prompts
 from rollout.engine.torch import TorchEngine
-from rollout.search import sample
+from rollout.search.beam import sample
 from serve.exposure import SCHEMA
 from serve.testing import export_policy
 

@@ -27,7 +27,7 @@ from orchard.types import PolicyVersion, SearchTrees
 from rewards.reward import score
 from rollout.actor import Searcher
 from rollout.engine.torch import TorchEngine
-from rollout.targets import follow
+from rollout.search.add_target import follow
 
 VERSION = PolicyVersion(step=0, digest="")
 TEMPLATE = "Bought: {history}. Next is "

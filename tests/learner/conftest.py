@@ -13,7 +13,7 @@ from orchard.policy.item_tokenizer import Vocabulary
 from orchard.testing import tiny_catalogue, tiny_policy, tiny_prompts
 from orchard.types import Cost, PolicyVersion, ScoredTrees
 from rollout.candidates import Candidates
-from rollout.trees import grow
+from rollout.search_trees import grow
 
 
 @pytest.fixture(scope="session")

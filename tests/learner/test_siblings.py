@@ -16,8 +16,8 @@ from orchard.settings import LearnerConfig
 from orchard.testing import tiny_policy, tiny_prompts
 from orchard.types import PolicyVersion, ScoredTrees
 from rollout.engine.torch import TorchEngine
-from rollout.search import beam
-from rollout.trees import grow
+from rollout.search.beam import beam
+from rollout.search_trees import grow
 
 Grow = Callable[..., ScoredTrees]
 EPSILON = 1e-4

@@ -18,10 +18,10 @@ from orchard.settings import KlConfig, LearnerConfig
 from orchard.testing import tiny_catalogue, tiny_policy, tiny_prompts
 from orchard.types import PolicyVersion, Prompts, ScoredTrees, TrainBatch
 from rewards.reward import score
-from rollout import search
 from rollout.engine.torch import TorchEngine
-from rollout.targets import follow
-from rollout.trees import grow
+from rollout.search import beam
+from rollout.search.add_target import follow
+from rollout.search_trees import grow
 
 ITEMS = tiny_catalogue(num_items=40)
 FIRST = PolicyVersion(step=0, digest="")
@@ -36,7 +36,7 @@ def learner(config: LearnerConfig = BRISK, *, total_steps: int = 100) -> Learner
 def scored(one: Learner, prompts: Prompts, catalogue: Catalogue = ITEMS) -> ScoredTrees:
     vocabulary = tiny_policy(catalogue)[1]
     engine = TorchEngine(one.policy, catalogue.trie, vocabulary, FIRST)
-    found = search.beam(engine, prompts, width=8)
+    found = beam.beam(engine, prompts, width=8)
     trees = grow(prompts, found, catalogue, vocabulary, FIRST)
     return score(trees, catalogue, {"rule": 1.0, "ranking": 1.0, "prefix": 0.5})
 

@@ -25,8 +25,8 @@ from orchard.settings import LearnerConfig
 from orchard.testing import tiny_policy, tiny_prompts
 from orchard.types import Cost, PolicyVersion, ScoredTrees, SearchTrees
 from rollout.candidates import Candidates
-from rollout.thoughts import Thoughts, graft
-from rollout.trees import grow
+from rollout.search.thoughts import Thoughts, graft
+from rollout.search_trees import grow
 
 EPSILON = 1e-6
 MATCHES = [(1, 1, 0), (1, 0, 0), (0, 0, 0), (0, 0, 0)]

@@ -26,8 +26,8 @@ from orchard.settings import LearnerConfig, ValueConfig
 from orchard.testing import tiny_policy, tiny_prompts
 from orchard.types import PolicyVersion, ScoredTrees, TrainBatch
 from rollout.engine.torch import TorchEngine
-from rollout.search import beam
-from rollout.trees import grow
+from rollout.search.beam import beam
+from rollout.search_trees import grow
 
 Grow = Callable[..., ScoredTrees]
 WEIGHT, GAMMA = (0.3, 0.5, 1.0), 0.99

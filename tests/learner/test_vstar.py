@@ -16,9 +16,9 @@ from orchard.testing import tiny_catalogue, tiny_policy, tiny_prompts
 from orchard.types import PolicyVersion, ScoredTrees
 from rewards.reward import score
 from rollout.engine.torch import TorchEngine
-from rollout.search import beam
-from rollout.trees import grow
-from rollout.ved import ved
+from rollout.search.beam import beam
+from rollout.search.ved.search import ved
+from rollout.search_trees import grow
 
 ITEMS = tiny_catalogue(num_items=60, level_size=(6, 5, 6))
 PROMPTS = tiny_prompts(ITEMS, [1, 3, 2, 2, 4, 1, 5, 2, 3, 1])

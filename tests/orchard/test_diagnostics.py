@@ -9,8 +9,8 @@ from orchard.evaluation.diagnostics import diagnose, grouped_spearman
 from orchard.testing import World, tiny_world
 from orchard.types import Cost, ScoredTrees
 from rollout.engine.torch import TorchEngine
-from rollout.search import beam
-from rollout.trees import grow
+from rollout.search.beam import beam
+from rollout.search_trees import grow
 
 
 def plain_ranks(values: np.ndarray) -> np.ndarray:

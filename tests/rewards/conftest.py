@@ -12,7 +12,7 @@ from orchard.policy.item_tokenizer import compact_tokenizer, of_codes
 from orchard.testing import tiny_prompts
 from orchard.types import Cost, PolicyVersion, SearchTrees
 from rollout.candidates import Candidates
-from rollout.trees import grow
+from rollout.search_trees import grow
 
 
 def trees_of(

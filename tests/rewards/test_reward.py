@@ -15,8 +15,8 @@ from rewards import REWARDS, Knowledge
 from rewards.counted import count_transitions
 from rewards.reward import look_up, score
 from rollout.engine.torch import TorchEngine
-from rollout.search import beam
-from rollout.trees import grow
+from rollout.search.beam import beam
+from rollout.search_trees import grow
 
 VERSION = PolicyVersion(step=0, digest="0" * 64)
 

@@ -13,8 +13,8 @@ from rewards import Knowledge
 from rewards.actor import RewardActor
 from rewards.reward import score
 from rollout.engine.torch import TorchEngine
-from rollout.search import beam
-from rollout.trees import grow
+from rollout.search.beam import beam
+from rollout.search_trees import grow
 
 pytestmark = pytest.mark.ray
 

@@ -19,7 +19,7 @@ from orchard.types import Cost, PolicyVersion, SearchTrees
 from rewards import Knowledge
 from rewards.rule import prefix, ranking, rule
 from rollout.candidates import Candidates
-from rollout.trees import grow
+from rollout.search_trees import grow
 
 
 def trees_of(

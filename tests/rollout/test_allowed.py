@@ -14,12 +14,12 @@ from orchard.errors import CatalogueError
 from orchard.policy import value_head
 from orchard.settings import VedConfig
 from orchard.testing import World, tiny_catalogue, tiny_world
-from rollout.allowed import Allowed
-from rollout.draws import beam_sample
 from rollout.engine.torch import TorchEngine
-from rollout.noise import GumbelNoise
-from rollout.search import beam, sample
-from rollout.ved import ved
+from rollout.item_filter import Allowed
+from rollout.search.beam import beam, sample
+from rollout.search.gumbel import GumbelNoise
+from rollout.search.sampling import beam_sample
+from rollout.search.ved.search import ved
 
 examples = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

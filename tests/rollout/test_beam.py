@@ -10,7 +10,7 @@ from orchard.testing import World, tiny_prompts, tiny_world
 from orchard.types import Prompts
 from rollout.candidates import Candidates
 from rollout.engine.torch import TorchEngine
-from rollout.search import beam
+from rollout.search.beam import beam
 
 
 def found(candidates: Candidates, prompt: int) -> dict[int, float]:

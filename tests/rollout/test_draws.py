@@ -12,9 +12,9 @@ from orchard.catalog.catalog import from_codes
 from orchard.testing import World, tiny_policy, tiny_prompts, tiny_world
 from orchard.types import Prompts
 from rollout.candidates import Candidates
-from rollout.draws import beam_sample, dynamic
 from rollout.engine.torch import TorchEngine
-from rollout.search import beam, sample
+from rollout.search.beam import beam, sample
+from rollout.search.sampling import beam_sample, dynamic
 
 
 def draw(engine: TorchEngine, prompts: Prompts, **options: object) -> Candidates:

@@ -15,14 +15,14 @@ from orchard.policy.model import head_weight
 from orchard.policy.value_head import ValueHead
 from orchard.settings import VedConfig
 from orchard.testing import World, tiny_title_world, tiny_world
-from rollout.allowed import Allowed
 from rollout.candidates import Candidates
 from rollout.engine.paged import CacheFullError, PagedEngine, Pass
-from rollout.engine.parcel import Receiver, Sender
+from rollout.engine.payload import Receiver, Sender
 from rollout.engine.torch import TorchEngine
 from rollout.engine.worker import SearchExtension, missing
-from rollout.search import beam, sample
-from rollout.ved import ved
+from rollout.item_filter import Allowed
+from rollout.search.beam import beam, sample
+from rollout.search.ved.search import ved
 
 
 class TokenPages:

@@ -10,11 +10,11 @@ import torch
 from orchard.catalog.catalog import from_codes
 from orchard.catalog.view import View, of_leaves
 from orchard.testing import World, tiny_world
-from rollout.allowed import Allowed
-from rollout.draws import dynamic
-from rollout.engine.parcel import CAPACITY, Receiver, Sender
+from rollout.engine.payload import CAPACITY, Receiver, Sender
 from rollout.engine.torch import TorchEngine
-from rollout.search import beam
+from rollout.item_filter import Allowed
+from rollout.search.beam import beam
+from rollout.search.sampling import dynamic
 
 
 @pytest.fixture(scope="module")

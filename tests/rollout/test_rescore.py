@@ -2,8 +2,8 @@ import numpy as np
 
 from orchard.testing import World
 from rollout.engine.torch import TorchEngine
-from rollout.rescore import rescore
-from rollout.search import beam
+from rollout.search.beam import beam
+from rollout.search.score_items import rescore
 
 
 def test_given_items_have_the_log_probabilities_that_a_search_gives_them(

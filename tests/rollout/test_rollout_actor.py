@@ -17,10 +17,10 @@ from orchard.testing import World, tiny_world
 from orchard.types import PolicyVersion
 from rollout.actor import RolloutActor, Searcher
 from rollout.candidates import Candidates
-from rollout.draws import beam_sample, dynamic
 from rollout.engine.torch import TorchEngine
 from rollout.probe import Probe
-from rollout.search import beam, sample
+from rollout.search.beam import beam, sample
+from rollout.search.sampling import beam_sample, dynamic
 
 # More codes at the root than vLLM takes in one list of allowed tokens, and prompts of 1 to 46
 # tokens, which end anywhere in its pages of 32.

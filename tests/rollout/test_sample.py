@@ -10,8 +10,8 @@ from orchard.catalog.trie import Children
 from orchard.testing import World
 from rollout.candidates import Candidates
 from rollout.engine.torch import TorchEngine
-from rollout.search import beam, sample
-from rollout.search import draw as draw_children
+from rollout.search.beam import beam, sample
+from rollout.search.beam import draw as draw_children
 
 
 def draw(engine: TorchEngine, world: World, **options: object) -> Candidates:

@@ -13,11 +13,11 @@ from orchard.testing import World, tiny_title_world, tiny_world
 from orchard.types import Prompts
 from rollout.actor import Searcher
 from rollout.candidates import Candidates
-from rollout.draws import beam_sample, dynamic
-from rollout.engine import Engine
+from rollout.engine.protocol import Engine
 from rollout.engine.torch import TorchEngine
-from rollout.search import beam, sample
-from rollout.targets import follow, with_target
+from rollout.search.add_target import follow, with_target
+from rollout.search.beam import beam, sample
+from rollout.search.sampling import beam_sample, dynamic
 
 Find = Callable[[Engine, Prompts], Candidates]
 SEARCHES = ("beam", "beam_sample", "sample", "dynamic")

@@ -19,10 +19,10 @@ from orchard.settings import LearnerConfig, RolloutConfig
 from orchard.testing import World, tiny_thinking_world, tiny_title_tokenizer
 from orchard.types import ScoredTrees, SearchTrees
 from rollout.actor import Searcher
-from rollout.engine import Texts, Writing
+from rollout.engine.protocol import Texts, Writing
 from rollout.engine.torch import TorchEngine
-from rollout.search import beam
-from rollout.think import think
+from rollout.search.beam import beam
+from rollout.search.think import think
 
 THINKING = {"search": "think", "engine": "torch", "candidates": 4, "threads": 1}
 

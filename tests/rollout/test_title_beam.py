@@ -8,8 +8,8 @@ import torch
 
 from orchard.testing import World, tiny_title_world
 from rollout.engine.torch import TorchEngine
-from rollout.search import beam, sample
-from rollout.trees import grow
+from rollout.search.beam import beam, sample
+from rollout.search_trees import grow
 
 TITLES = ["ab", "abc", "abd", "b", "ba ba", "ba bc", "ab", "cab", "c", "cc"]
 

@@ -11,9 +11,9 @@ from orchard.policy import value_head, weights
 from orchard.policy.model import hidden_states
 from orchard.testing import World, tiny_world
 from orchard.types import PolicyVersion
-from rollout.engine import Engine, Expansion
+from rollout.engine.protocol import Engine, Expansion
 from rollout.engine.torch import TorchEngine
-from rollout.search import beam
+from rollout.search.beam import beam
 
 
 def extend(engine: Engine, state: torch.Tensor, paths: list[list[int]]) -> Expansion:

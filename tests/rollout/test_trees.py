@@ -10,8 +10,8 @@ from orchard.testing import World
 from orchard.types import Prompts, SearchTrees
 from rollout.candidates import Candidates
 from rollout.engine.torch import TorchEngine
-from rollout.search import beam, sample
-from rollout.trees import grow
+from rollout.search.beam import beam, sample
+from rollout.search_trees import grow
 
 
 @pytest.fixture(scope="session", params=["beam", "sample"])

@@ -6,7 +6,7 @@ from importlib import metadata
 import pytest
 
 from orchard.errors import EngineError
-from rollout.engine import usable
+from rollout.engine import availability
 
 
 def without_library(name: str) -> ctypes.CDLL:
@@ -19,7 +19,7 @@ def test_a_missing_library_of_the_system_is_named_with_its_package(
     monkeypatch.setattr(metadata, "version", lambda name: "0.32.0")
     monkeypatch.setattr(ctypes, "CDLL", without_library)
     with pytest.raises(EngineError, match="apt-get install libnuma1"):
-        usable.check_vllm()
+        availability.check_vllm()
 
 
 def test_the_build_for_gpus_needs_no_such_library(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,12 +28,12 @@ def test_the_build_for_gpus_needs_no_such_library(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(metadata, "version", unknown)
     monkeypatch.setattr(ctypes, "CDLL", without_library)
-    usable.check_vllm()
+    availability.check_vllm()
 
 
 def test_without_vllm_the_remedy_is_its_requirements_or_the_other_engine(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(usable, "find_spec", lambda name: None)
+    monkeypatch.setattr(availability, "find_spec", lambda name: None)
     with pytest.raises(EngineError, match=r"requirements/cpu\.txt .* \"torch\""):
-        usable.check_vllm()
+        availability.check_vllm()

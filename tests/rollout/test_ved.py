@@ -12,11 +12,11 @@ from orchard.errors import ConfigError, EngineError
 from orchard.policy import value_head
 from orchard.settings import VedConfig
 from orchard.testing import World, tiny_world
-from rollout.engine import Expansion
+from rollout.engine.protocol import Expansion
 from rollout.engine.torch import TorchEngine
-from rollout.search import Candidates, beam, uniforms
-from rollout.trees import grow
-from rollout.ved import TRAVERSALS_PER_TOKEN, ved
+from rollout.search.beam import Candidates, beam, uniforms
+from rollout.search.ved.search import TRAVERSALS_PER_TOKEN, ved
+from rollout.search_trees import grow
 
 
 def guided(world: World, *, seed: int = 0, scale: float = 0.3) -> TorchEngine:

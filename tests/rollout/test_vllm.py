@@ -17,12 +17,12 @@ from orchard.policy import value_head, weights
 from orchard.settings import RolloutConfig, VedConfig
 from orchard.testing import World, tiny_world
 from orchard.types import PolicyVersion
-from rollout.allowed import Allowed
 from rollout.candidates import Candidates
 from rollout.engine.torch import TorchEngine
 from rollout.engine.vllm import VllmHolder
-from rollout.search import beam
-from rollout.ved import ved
+from rollout.item_filter import Allowed
+from rollout.search.beam import beam
+from rollout.search.ved.search import ved
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow]
 

@@ -11,7 +11,7 @@ from orchard.settings import RolloutConfig
 from orchard.testing import World, tiny_world
 from orchard.types import Prompts
 from rollout.candidates import Candidates
-from rollout.engine import Engine
+from rollout.engine.protocol import Engine
 from rollout.engine.torch import TorchEngine
 from rollout.engine.vllm import VllmHolder
 from serve.recommender import Found, recommend

@@ -22,9 +22,9 @@ from jaxtyping import Int64
 from orchard.catalog.catalog import Catalogue
 from orchard.catalog.view import View
 from orchard.types import Prompts
-from rollout.allowed import Allowed
 from rollout.candidates import Candidates
-from rollout.engine import Engine
+from rollout.engine.protocol import Engine
+from rollout.item_filter import Allowed
 
 Search = Callable[[Engine, Prompts], Candidates]
 

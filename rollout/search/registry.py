@@ -13,11 +13,11 @@ from orchard.scorers.prefix_critic import Critic
 from orchard.settings import RolloutConfig
 from orchard.types import Prompts
 from rollout.candidates import Candidates
-from rollout.draws import beam_sample, dynamic
-from rollout.engine import Engine
-from rollout.search import beam, sample
-from rollout.targets import with_target
-from rollout.ved import ved
+from rollout.engine.protocol import Engine
+from rollout.search.add_target import with_target
+from rollout.search.beam import beam, sample
+from rollout.search.sampling import beam_sample, dynamic
+from rollout.search.ved.search import ved
 
 Find = Callable[[Engine, Prompts], Candidates]
 """Asks an engine for log-probabilities below a batch of prompts, and returns what it found."""

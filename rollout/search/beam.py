@@ -17,11 +17,11 @@ from orchard import ragged
 from orchard.catalog.trie import ROOT, Children, Trie
 from orchard.errors import EngineError
 from orchard.types import Cost, Prompts
-from rollout.allowed import Allowed, Gate, gate
 from rollout.candidates import Candidates
-from rollout.engine import Engine, Expansion
-from rollout.noise import GumbelNoise
-from rollout.survivors import best, in_order, starts
+from rollout.engine.protocol import Engine, Expansion
+from rollout.item_filter import Allowed, Gate, gate
+from rollout.search.gumbel import GumbelNoise
+from rollout.search.topk import best, in_order, starts
 
 
 def beam(

@@ -14,11 +14,11 @@ from jaxtyping import Int64
 from orchard import ragged
 from orchard.catalog.catalog import Catalogue
 from orchard.types import Prompts
-from rollout.allowed import Allowed
 from rollout.candidates import Candidates
-from rollout.engine import Engine
-from rollout.noise import GumbelNoise
-from rollout.search import beam, sample
+from rollout.engine.protocol import Engine
+from rollout.item_filter import Allowed
+from rollout.search.beam import beam, sample
+from rollout.search.gumbel import GumbelNoise
 
 
 def beam_sample(

@@ -9,8 +9,8 @@ from jaxtyping import Float32, Int64
 
 from orchard.catalog.trie import ROOT
 from orchard.types import Prompts
-from rollout.engine import Engine
-from rollout.search import sound, spans
+from rollout.engine.protocol import Engine
+from rollout.search.beam import sound, spans
 
 
 def rescore(

@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from orchard import ragged
 from orchard.policy.model import head_weight
-from rollout.engine import Texts, Writing, check_room
+from rollout.engine.protocol import Texts, Writing, check_room
 
 
 @torch.inference_mode()

@@ -18,8 +18,8 @@ from jaxtyping import Int64
 from orchard import ragged
 from orchard.policy.item_tokenizer import Tags
 from orchard.types import Cost, Prompts
-from rollout.engine import Texts, Writing
-from rollout.thoughts import Thoughts
+from rollout.engine.protocol import Texts, Writing
+from rollout.search.thoughts import Thoughts
 
 Write = Callable[[Sequence[Sequence[int]], np.ndarray, Writing], Texts]
 """As `rollout.engine.Holder.write`."""

@@ -13,9 +13,9 @@ from orchard import ragged
 from orchard.catalog.trie import Trie
 from orchard.types import Cost
 from rollout.candidates import Candidates
-from rollout.search import collect
-from rollout.survivors import in_order
-from rollout.visited import Visited
+from rollout.search.beam import collect
+from rollout.search.topk import in_order
+from rollout.search.ved.tree import Visited
 
 
 def harvest(trie: Trie, tree: Visited, count: int, num_prompts: int, cost: Cost) -> Candidates:

@@ -19,8 +19,8 @@ from orchard.catalog.catalog import Catalogue
 from orchard.catalog.trie import ROOT
 from orchard.types import Cost, Prompts
 from rollout.candidates import Candidates
-from rollout.engine import Engine
-from rollout.search import collect, sound, spans
+from rollout.engine.protocol import Engine
+from rollout.search.beam import collect, sound, spans
 
 
 def with_target(

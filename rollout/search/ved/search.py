@@ -31,13 +31,13 @@ from orchard.errors import ConfigError
 from orchard.scorers.prefix_critic import Critic, Values
 from orchard.settings import VedConfig
 from orchard.types import Prompts
-from rollout.allowed import Allowed, Gate, gate
 from rollout.candidates import Candidates
-from rollout.engine import Engine
-from rollout.harvest import harvest
-from rollout.search import draw, uniforms
-from rollout.survivors import best
-from rollout.visited import visit, visit_roots
+from rollout.engine.protocol import Engine
+from rollout.item_filter import Allowed, Gate, gate
+from rollout.search.beam import draw, uniforms
+from rollout.search.topk import best
+from rollout.search.ved.select import harvest
+from rollout.search.ved.tree import visit, visit_roots
 
 TRAVERSALS_PER_TOKEN = 4
 """Bound on the traversals of a prompt: one that grows nothing costs nothing."""

@@ -20,9 +20,9 @@ from orchard.catalog.trie import ROOT
 from orchard.errors import EngineError
 from orchard.scorers.prefix_critic import Values
 from orchard.types import Cost, Prompts
-from rollout.allowed import Gate
-from rollout.engine import Engine, Expansion
-from rollout.search import sound, spans
+from rollout.engine.protocol import Engine, Expansion
+from rollout.item_filter import Gate
+from rollout.search.beam import sound, spans
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

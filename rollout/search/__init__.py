@@ -1,0 +1,1 @@
+"""Search algorithms: functions from an engine and prompts to candidates."""

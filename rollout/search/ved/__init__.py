@@ -1,0 +1,1 @@
+"""Value-guided efficient decoding (V-STAR)."""
