@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks.measure import Report, Row, figure, interleaved, report
-from learner.advantages import ESTIMATORS
+from learner.advantage.estimators import ESTIMATORS
+from learner.batch.pack import flatten, pack
 from learner.logprobs import BatchTensors, choice_logprobs, score_choices, to_tensors
 from learner.loss import policy_loss
-from learner.pack import flatten, pack
 from orchard.catalog import catalog as catalogues
 from orchard.catalog.catalog import Catalogue
 from orchard.policy import model as models
@@ -26,7 +26,7 @@ from orchard.policy.item_tokenizer import Vocabulary, compact_tokenizer, of_code
 from orchard.policy.model import head_weight
 from orchard.settings import LearnerConfig, ModelConfig
 from orchard.types import PolicyVersion, Prompts, ScoredTrees
-from rewards.reward import score
+from rewards.score import score
 from rollout.engine.torch import TorchEngine
 from rollout.search.beam import beam
 from rollout.search_trees import grow

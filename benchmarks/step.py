@@ -38,10 +38,10 @@ from benchmarks.learner import VERSION, Setting, default_setting, random_prompts
 from benchmarks.measure import Figure, Report, Row, figure, interleaved, report
 from cluster.launch import EXACT
 from cluster.loop import Clock
-from learner.advantages import assign
-from learner.pack import pack
-from learner.sft import pack_answers
-from learner.step import Learner
+from learner.advantage.estimators import assign
+from learner.batch.pack import pack
+from learner.batch.sft import pack_answers
+from learner.trainer import Learner
 from orchard.data.prompts import PromptFormat
 from orchard.policy.item_tokenizer import compact_tokenizer
 from orchard.policy.model import load
@@ -49,7 +49,7 @@ from orchard.policy.weights import digest, snapshot
 from orchard.settings import LearnerConfig, RolloutConfig
 from orchard.testing import save_policy
 from orchard.types import PolicyVersion, Prompts, SearchTrees
-from rewards.reward import score
+from rewards.score import score
 from rollout.actor import Searcher
 from rollout.engine.torch import TorchEngine
 from rollout.probe import Probe

@@ -24,10 +24,10 @@ from benchmarks.measure import Figure, Report, Row, figure, interleaved, report
 from benchmarks.recipe import ONE_THREAD, branch, control_of, means, over_seeds, read, spelt
 from cluster.commands import WARM_START
 from cluster.prepare import Run, prepare
-from learner.advantages import ESTIMATORS
+from learner.advantage.estimators import ESTIMATORS
+from learner.batch.pack import pack
+from learner.logprob_model import Scorer
 from learner.logprobs import to_tensors
-from learner.pack import pack
-from learner.scorer import Scorer
 from orchard import config
 from orchard.evaluation import bootstrap, ranking
 from orchard.evaluation.diagnostics import grouped_spearman

@@ -23,7 +23,7 @@ from orchard.catalog.catalog import Catalogue
 from orchard.folders import write_whole
 from orchard.policy.item_tokenizer import sid_token
 from orchard.types import ScoredTrees, SearchTrees
-from rewards import Knowledge
+from rewards.registry import Knowledge
 from rewards.rule import prefix
 
 FILE = "examples.json"

@@ -19,8 +19,8 @@ from cluster.pool import Pool
 from cluster.prepare import Run
 from cluster.records import records
 from cluster.session import cpus_needed, ray_session
-from learner.assignment import Assignment
-from learner.train import RemoteLearner
+from learner.ray_trainer import RemoteLearner
+from learner.spec import Assignment
 from orchard.data.prompts import Split, rows_of_step, sequences
 from orchard.errors import ActorError, Stopped
 from orchard.evaluation.ranking import Evaluation

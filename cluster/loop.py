@@ -17,9 +17,9 @@ from cluster.examples import illustrate
 from cluster.launch import AGAIN, House
 from cluster.prepare import Run
 from cluster.stream import Stream
-from learner.advantages import assign, group_statistics
-from learner.pack import pack
-from learner.step_credit import judged_by_steps, step_statistics
+from learner.advantage.estimators import assign, group_statistics
+from learner.advantage.sapo import judged_by_steps, step_statistics
+from learner.batch.pack import pack
 from learner.value import node_rewards, outcome_rewards
 from orchard.errors import Stopped
 from orchard.evaluation.diagnostics import diagnose

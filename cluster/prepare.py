@@ -26,10 +26,10 @@ from orchard.policy.store import check_policy
 from orchard.scorers import prefix_critic
 from orchard.scorers.prefix_critic import Critic
 from orchard.settings import Config, DataConfig
-from rewards.counted import Transitions, count_transitions
-from rewards.knowledge import Knowledge
-from rewards.reward import check as check_rewards
-from rewards.reward import look_up
+from rewards.context import Knowledge
+from rewards.score import check as check_rewards
+from rewards.score import look_up
+from rewards.transition_counts import Transitions, count_transitions
 from rollout.engine.availability import check_vllm
 from rollout.search.ved.search import check_budget
 

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from learner.step import Learner
+from learner.trainer import Learner
 from orchard.errors import CheckpointError
 
 FILE = "learner.pt"

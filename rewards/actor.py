@@ -5,8 +5,8 @@ from typing import Any
 import ray
 
 from orchard.types import ScoredTrees, SearchTrees
-from rewards.knowledge import Knowledge
-from rewards.reward import look_up, score
+from rewards.context import Knowledge
+from rewards.score import look_up, score
 
 
 class Judge:

@@ -8,7 +8,7 @@ from jaxtyping import Float32, Float64, Int64
 
 from orchard.scorers.sasrec import leaf_logits
 from orchard.types import SearchTrees
-from rewards.knowledge import Knowledge
+from rewards.context import Knowledge
 
 
 def collaborative(trees: SearchTrees, known: Knowledge) -> Float32[np.ndarray, " C"]:

@@ -10,7 +10,7 @@ from jaxtyping import Float32
 from orchard import ragged
 from orchard.types import SearchTrees
 from rewards.collaborative import undecided
-from rewards.knowledge import Knowledge
+from rewards.context import Knowledge
 
 
 def listwise(trees: SearchTrees, known: Knowledge) -> Float32[np.ndarray, " C"]:

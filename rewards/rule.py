@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int64
 
 from orchard.types import SearchTrees
-from rewards.knowledge import Knowledge
+from rewards.context import Knowledge
 
 
 def rule(trees: SearchTrees, known: Knowledge) -> Float32[np.ndarray, " C"]:

@@ -11,8 +11,8 @@ from jaxtyping import Float32
 
 from orchard import ragged
 from orchard.types import SearchTrees
-from rewards.counted import recency
-from rewards.knowledge import Knowledge
+from rewards.context import Knowledge
+from rewards.transition_counts import recency
 
 
 def transition(trees: SearchTrees, known: Knowledge) -> Float32[np.ndarray, " C"]:

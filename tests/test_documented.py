@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from learner import advantages
+from learner.advantage import estimators
 from orchard.settings import RolloutConfig
 from orchard.testing import tiny_world
-from rewards.reward import score
+from rewards.score import score
 from rollout.engine.torch import TorchEngine
 from rollout.search import registry
 from rollout.search.beam import beam
@@ -42,14 +42,14 @@ def test_the_search_keeps_every_second_candidate(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_estimator_compares_with_the_median(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("learner.advantages.ESTIMATORS", dict(advantages.ESTIMATORS))
+    monkeypatch.setattr("learner.advantages.ESTIMATORS", dict(estimators.ESTIMATORS))
     as_written(ESTIMATOR)
     world = tiny_world()
     engine = TorchEngine(world.model, world.catalogue.trie, world.vocabulary, world.version)
     found = beam(engine, world.prompts, width=5)
     trees = grow(world.prompts, found, world.catalogue, world.vocabulary, world.version)
     scored = score(trees, world.catalogue, {"prefix": 1.0})
-    credit = advantages.ESTIMATORS["median"](scored, 1e-4)
+    credit = estimators.ESTIMATORS["median"](scored, 1e-4)
     inside = scored.trees.paths() >= 0
     prompt = scored.trees.prompt_of_candidate
     for b in range(len(scored.trees)):

@@ -15,14 +15,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import learner.train
 import ray
 import ray.train
 from ray.train import Checkpoint
 
 import cluster.launch
-import learner.train
 from cluster import cli
-from learner.step import Learner
+from learner.trainer import Learner
 from orchard.types import PolicyVersion, Prompts, ScoredTrees, SearchTrees
 from rewards.actor import Judge
 from rollout.actor import Searcher
@@ -57,7 +57,7 @@ class DyingJudge(Judge):
 
 
 def dying_work(task: dict[str, Any]) -> None:
-    from learner.train import work
+    from learner.ray_trainer import work
 
     update: Callable[..., Any] = Learner._update  # pyright: ignore[reportPrivateUsage]
     report: Callable[..., None] = ray.train.report

@@ -12,7 +12,7 @@ from orchard.policy import value_head
 from orchard.settings import VedConfig
 from orchard.testing import tiny_catalogue, tiny_policy, tiny_prompts
 from orchard.types import PolicyVersion, ScoredTrees
-from rewards.reward import score
+from rewards.score import score
 from rollout.engine.torch import TorchEngine
 from rollout.search.beam import beam
 from rollout.search.ved.search import ved

@@ -9,8 +9,8 @@ from cluster import cli
 from cluster.prepare import prepare
 from orchard import config
 from orchard.data.synthetic import WorldParams, write_world
-from rewards import Knowledge
-from rewards.reward import look_up
+from rewards.registry import Knowledge
+from rewards.score import look_up
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from orchard.policy import model, value_head
 from orchard.policy.weights import digest, snapshot
 from orchard.settings import Config
 from orchard.types import PolicyVersion, ScoredTrees, Update
-from rewards.reward import score
+from rewards.score import score
 from rollout.actor import Searcher
 
 ROOT = Path(__file__).parents[2]

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from cluster.folder import export, open_folder
 from cluster.loop import assemble
 from cluster.prepare import Run, prepare
-from learner.sft import pack_answers, pack_examples
-from learner.step import Learner
+from learner.batch.sft import pack_answers, pack_examples
+from learner.trainer import Learner
 from orchard import config
 from orchard.errors import CatalogueError, ConfigError, DataError
 from orchard.policy import item_tokenizer, model, prompt_template
@@ -24,7 +24,7 @@ from orchard.policy.weights import digest, snapshot
 from orchard.settings import Config, ModelConfig
 from orchard.testing import save_policy
 from orchard.types import PolicyVersion, SearchTrees
-from rewards.reward import score
+from rewards.score import score
 from rollout.actor import Searcher
 from rollout.engine.torch import TorchEngine
 from rollout.search.add_target import follow

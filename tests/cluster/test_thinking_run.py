@@ -10,10 +10,10 @@ import torch
 from cluster.folder import export, open_folder
 from cluster.loop import assemble, describe
 from cluster.prepare import Run, prepare
+from learner.advantage.sapo import judged_by_steps
+from learner.batch.sft import pack_traces
 from learner.logprobs import choice_logprobs, to_tensors
-from learner.sft import pack_traces
-from learner.step import Learner
-from learner.step_credit import judged_by_steps
+from learner.trainer import Learner
 from orchard import config
 from orchard.errors import ConfigError, DataError
 from orchard.evaluation.ranking import diversity
@@ -21,7 +21,7 @@ from orchard.policy import model
 from orchard.policy.weights import digest, snapshot
 from orchard.settings import Config
 from orchard.types import PolicyVersion, SearchTrees, Update
-from rewards.reward import score
+from rewards.score import score
 from rollout.actor import Searcher
 
 ROOT = Path(__file__).parents[2]

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from cluster.launch import EXACT, ROUNDED, tolerance
-from learner.sft import pack_answers
-from learner.step import Learner
+from learner.batch.sft import pack_answers
+from learner.trainer import Learner
 from orchard.data.prompts import PromptFormat
 from orchard.errors import UnfitError
 from orchard.settings import ClusterConfig, Config, DataConfig, LearnerConfig, RolloutConfig

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner.advantages import ESTIMATORS, candidate_lengths, group_statistics
+from learner.advantage.estimators import ESTIMATORS, candidate_lengths, group_statistics
 from orchard.types import ScoredTrees
 
 Grow = Callable[..., ScoredTrees]

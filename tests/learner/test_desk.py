@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from learner.desk import Desk, Job, Result
+from learner.job_queue import Desk, Job, Result
 from orchard.types import PolicyVersion, Update
 
 

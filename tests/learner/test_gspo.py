@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from learner.advantages import ESTIMATORS, candidate_lengths
+from learner.advantage.estimators import ESTIMATORS, candidate_lengths
+from learner.batch.microbatch import micro_batches, shard
+from learner.batch.pack import flatten, pack
 from learner.logprobs import choice_logprobs, to_tensors
 from learner.loss import LossParts, policy_loss
-from learner.pack import flatten, pack
-from learner.split import micro_batches, shard
-from learner.step import Learner
+from learner.trainer import Learner
 from orchard.catalog.catalog import Catalogue
 from orchard.config import parse
 from orchard.errors import ConfigError

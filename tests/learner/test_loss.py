@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from learner.advantages import ESTIMATORS
+from learner.advantage.estimators import ESTIMATORS
+from learner.batch.microbatch import micro_batches, shard
+from learner.batch.pack import flatten, pack
 from learner.logprobs import BatchTensors, choice_logprobs, to_tensors
 from learner.loss import LossParts, policy_loss
-from learner.pack import flatten, pack
-from learner.split import micro_batches, shard
 from orchard.catalog.catalog import Catalogue
 from orchard.policy.item_tokenizer import Vocabulary
 from orchard.testing import tiny_policy

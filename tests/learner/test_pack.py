@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from learner.advantages import ESTIMATORS
+from learner.advantage.estimators import ESTIMATORS
+from learner.batch.pack import flatten, pack
 from learner.logprobs import choice_logprobs, to_tensors, tree_mask
-from learner.pack import flatten, pack
 from orchard import ragged
 from orchard.catalog import catalog as catalogues
 from orchard.catalog.catalog import Catalogue

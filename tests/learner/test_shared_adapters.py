@@ -10,8 +10,8 @@ from safetensors.numpy import load_file, save_file
 from torch.multiprocessing.spawn import spawn
 
 from learner import checkpoint
-from learner.sft import pack_examples
-from learner.step import Learner
+from learner.batch.sft import pack_examples
+from learner.trainer import Learner
 from orchard.data.prompts import PromptFormat
 from orchard.data.sft_tasks import Examples
 from orchard.policy import lora

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner.advantages import ESTIMATORS, assign
-from learner.pack import pack
-from learner.siblings import node_advantages, sibling
+from learner.advantage.estimators import ESTIMATORS, assign
+from learner.advantage.sibling import node_advantages, sibling
+from learner.batch.pack import pack
 from orchard.catalog.catalog import from_codes
 from orchard.settings import LearnerConfig
 from orchard.testing import tiny_policy, tiny_prompts

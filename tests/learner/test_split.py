@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from transformers import PreTrainedModel
 
-from learner.advantages import ESTIMATORS
-from learner.pack import pack
-from learner.split import micro_batches, row_lengths, shard
+from learner.advantage.estimators import ESTIMATORS
+from learner.batch.microbatch import micro_batches, row_lengths, shard
+from learner.batch.pack import pack
 from orchard.catalog.catalog import Catalogue
 from orchard.policy.item_tokenizer import Vocabulary
 from orchard.types import ScoredTrees, TrainBatch

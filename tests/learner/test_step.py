@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 import torch
 
-from learner import checkpoint, sft
-from learner.advantages import ESTIMATORS
-from learner.pack import pack
-from learner.step import Learner, truncated
+from learner import checkpoint
+from learner.advantage.estimators import ESTIMATORS
+from learner.batch import sft
+from learner.batch.pack import pack
+from learner.trainer import Learner, truncated
 from orchard.catalog.catalog import Catalogue
 from orchard.data.prompts import PromptFormat, Sequences
 from orchard.errors import CheckpointError
@@ -17,7 +18,7 @@ from orchard.policy.weights import digest, snapshot
 from orchard.settings import KlConfig, LearnerConfig
 from orchard.testing import tiny_catalogue, tiny_policy, tiny_prompts
 from orchard.types import PolicyVersion, Prompts, ScoredTrees, TrainBatch
-from rewards.reward import score
+from rewards.score import score
 from rollout.engine.torch import TorchEngine
 from rollout.search import beam
 from rollout.search.add_target import follow

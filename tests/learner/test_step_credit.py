@@ -9,16 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from learner.advantages import ESTIMATORS, assign
+from learner.advantage.estimators import ESTIMATORS, assign
+from learner.advantage.sapo import judged_by_steps, step_matches, step_statistics, well_formed
+from learner.batch.pack import flatten, pack
 from learner.logprobs import choice_logprobs, to_tensors
 from learner.loss import policy_loss
-from learner.pack import flatten, pack
-from learner.step_credit import (
-    judged_by_steps,
-    step_matches,
-    step_statistics,
-    well_formed,
-)
 from orchard.catalog import catalog as catalogues
 from orchard.catalog.catalog import Catalogue
 from orchard.settings import LearnerConfig

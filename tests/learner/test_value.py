@@ -10,11 +10,11 @@ import torch
 from transformers import PreTrainedModel
 
 from learner import checkpoint
-from learner.advantages import ESTIMATORS
+from learner.advantage.estimators import ESTIMATORS
+from learner.batch.microbatch import micro_batches, shard
+from learner.batch.pack import pack
 from learner.logprobs import ValueTensors, to_tensors, tree_mask
-from learner.pack import pack
-from learner.split import micro_batches, shard
-from learner.step import Learner
+from learner.trainer import Learner
 from learner.value import node_rewards, outcome_rewards, state_values, value_loss
 from orchard.catalog.catalog import Catalogue, from_codes
 from orchard.policy import value_head

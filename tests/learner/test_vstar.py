@@ -5,16 +5,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from learner.advantages import assign
-from learner.pack import pack
-from learner.step import Learner
+from learner.advantage.estimators import assign
+from learner.batch.pack import pack
+from learner.trainer import Learner
 from learner.value import node_rewards
 from orchard.evaluation.diagnostics import diagnose
 from orchard.policy import value_head
 from orchard.settings import LearnerConfig, ValueConfig, VedConfig
 from orchard.testing import tiny_catalogue, tiny_policy, tiny_prompts
 from orchard.types import PolicyVersion, ScoredTrees
-from rewards.reward import score
+from rewards.score import score
 from rollout.engine.torch import TorchEngine
 from rollout.search.beam import beam
 from rollout.search.ved.search import ved

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from learner.sft import pack_examples
-from learner.step import Learner
+from learner.batch.sft import pack_examples
+from learner.trainer import Learner
 from orchard.data.prompts import PromptFormat
 from orchard.data.sft_tasks import Examples
 from orchard.errors import CheckpointError, ConfigError

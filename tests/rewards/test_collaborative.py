@@ -19,9 +19,9 @@ from orchard.scorers.sasrec import SasRec, leaf_logits
 from orchard.settings import CollaborativeConfig, RewardsConfig
 from orchard.testing import tiny_catalogue
 from orchard.types import SearchTrees
-from rewards import Knowledge
 from rewards.collaborative import collaborative
-from rewards.reward import look_up
+from rewards.registry import Knowledge
+from rewards.score import look_up
 
 Grow = Callable[..., SearchTrees]
 ITEMS = catalogues.from_codes([[0, 1], [0, 2], [1, 0], [0, 1], [1, 3], [2, 0]])

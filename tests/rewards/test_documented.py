@@ -11,8 +11,8 @@ import pytest
 
 from orchard.testing import tiny_catalogue
 from orchard.types import SearchTrees
-from rewards import REWARDS
-from rewards.reward import score
+from rewards.registry import REWARDS
+from rewards.score import score
 
 PAGE = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text()
 

@@ -11,8 +11,8 @@ from orchard.catalog import catalog as catalogues
 from orchard.evaluation.ranking import diversity as list_diversity
 from orchard.testing import tiny_catalogue
 from orchard.types import SearchTrees
-from rewards import Knowledge
-from rewards.likeness import diversity, popularity_debias, semantic
+from rewards.registry import Knowledge
+from rewards.similarity import diversity, popularity_debias, semantic
 
 Grow = Callable[..., SearchTrees]
 PAIRS = catalogues.from_codes([[0, 1], [0, 2], [1, 0], [0, 1]])  # items 0 and 3 share a leaf

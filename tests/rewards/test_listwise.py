@@ -18,9 +18,9 @@ from orchard.scorers.listwise_ranker import ListEvaluator
 from orchard.settings import ListwiseConfig, RewardsConfig
 from orchard.testing import tiny_catalogue
 from orchard.types import SearchTrees
-from rewards import Knowledge
 from rewards.listwise import listwise
-from rewards.reward import look_up
+from rewards.registry import Knowledge
+from rewards.score import look_up
 
 Grow = Callable[..., SearchTrees]
 ITEMS = catalogues.from_codes([[0, 1], [0, 2], [1, 0], [0, 1], [1, 3], [2, 0]])

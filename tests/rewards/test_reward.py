@@ -11,9 +11,9 @@ from orchard.errors import CatalogueError, ConfigError, DataError
 from orchard.scorers import checkpoint, listwise_ranker, sasrec
 from orchard.testing import tiny_catalogue, tiny_policy, tiny_prompts
 from orchard.types import PolicyVersion, SearchTrees
-from rewards import REWARDS, Knowledge
-from rewards.counted import count_transitions
-from rewards.reward import look_up, score
+from rewards.registry import REWARDS, Knowledge
+from rewards.score import look_up, score
+from rewards.transition_counts import count_transitions
 from rollout.engine.torch import TorchEngine
 from rollout.search.beam import beam
 from rollout.search_trees import grow

@@ -9,9 +9,9 @@ from orchard.errors import ConfigError
 from orchard.settings import RewardsConfig
 from orchard.testing import tiny_catalogue, tiny_policy, tiny_prompts
 from orchard.types import PolicyVersion, ScoredTrees
-from rewards import Knowledge
 from rewards.actor import RewardActor
-from rewards.reward import score
+from rewards.registry import Knowledge
+from rewards.score import score
 from rollout.engine.torch import TorchEngine
 from rollout.search.beam import beam
 from rollout.search_trees import grow

@@ -16,7 +16,7 @@ from orchard.policy.item_tokenizer import compact_tokenizer, of_codes
 from orchard.settings import RewardsConfig
 from orchard.testing import tiny_catalogue, tiny_prompts
 from orchard.types import Cost, PolicyVersion, SearchTrees
-from rewards import Knowledge
+from rewards.registry import Knowledge
 from rewards.rule import prefix, ranking, rule
 from rollout.candidates import Candidates
 from rollout.search_trees import grow

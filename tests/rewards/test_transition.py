@@ -14,9 +14,9 @@ from orchard.catalog import catalog as catalogues
 from orchard.errors import ConfigError
 from orchard.settings import RewardsConfig, TransitionConfig
 from orchard.types import SearchTrees
-from rewards import Knowledge
-from rewards.counted import count_transitions
+from rewards.registry import Knowledge
 from rewards.transition import transition
+from rewards.transition_counts import count_transitions
 
 Grow = Callable[..., SearchTrees]
 Rows = list[tuple[list[int], int]]

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from learner.advantages import assign
+from learner.advantage.estimators import assign
+from learner.advantage.sapo import judged_by_steps, well_formed
+from learner.batch.pack import pack
 from learner.logprobs import choice_logprobs, to_tensors
-from learner.pack import pack
-from learner.step_credit import judged_by_steps, well_formed
 from orchard import ragged
 from orchard.errors import DataError, EngineError
 from orchard.policy.item_tokenizer import THINK, compact_tokenizer, think_tags

@@ -9,10 +9,10 @@ import pytest
 import ray
 import torch
 
-from learner.advantages import assign
+from learner.advantage.estimators import assign
+from learner.advantage.sapo import judged_by_steps
+from learner.batch.pack import pack
 from learner.logprobs import choice_logprobs, to_tensors
-from learner.pack import pack
-from learner.step_credit import judged_by_steps
 from orchard.settings import LearnerConfig, RolloutConfig
 from orchard.testing import World, tiny_thinking_world
 from orchard.types import ScoredTrees, SearchTrees

@@ -21,7 +21,7 @@ from dataclasses import replace
 import numpy as np
 from jaxtyping import Bool, Float32, Int64
 
-from learner.groups import standardised
+from learner.advantage.groups import standardised
 from orchard.catalog.catalog import Catalogue
 from orchard.settings import StepConfig
 from orchard.types import Credit, ScoredTrees, SearchTrees

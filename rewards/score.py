@@ -12,7 +12,7 @@ from jaxtyping import Float32
 from orchard.catalog.catalog import Catalogue
 from orchard.errors import CatalogueError, ConfigError, DataError
 from orchard.types import ScoredTrees, SearchTrees
-from rewards import NEEDS, REWARDS, Knowledge
+from rewards.registry import NEEDS, REWARDS, Knowledge
 
 
 def check(weights: Mapping[str, float]) -> None:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float32
 
 from orchard.types import SearchTrees
-from rewards.knowledge import Knowledge
+from rewards.context import Knowledge
 
 
 def semantic(trees: SearchTrees, known: Knowledge) -> Float32[np.ndarray, " C"]:

@@ -16,7 +16,7 @@ from orchard.scorers import listwise_ranker, sasrec
 from orchard.scorers.listwise_ranker import ListEvaluator
 from orchard.scorers.sasrec import SasRec
 from orchard.settings import RewardsConfig
-from rewards.counted import Transitions
+from rewards.transition_counts import Transitions
 
 
 @dataclass(frozen=True, kw_only=True)

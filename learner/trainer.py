@@ -22,11 +22,11 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
+from learner.batch.microbatch import micro_batches, shard
+from learner.batch.sft import nll
+from learner.logprob_model import Scorer
 from learner.logprobs import BatchTensors, to_tensors
 from learner.loss import LossParts, policy_loss
-from learner.scorer import Scorer
-from learner.sft import nll
-from learner.split import micro_batches, shard
 from learner.value import value_loss
 from orchard.catalog.trie import Trie
 from orchard.optim import optimiser, schedule

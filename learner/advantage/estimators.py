@@ -26,9 +26,9 @@ from dataclasses import replace
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
-from learner.groups import centred, standardised
-from learner.siblings import sibling
-from learner.step_credit import step, switched, well_formed
+from learner.advantage.groups import centred, standardised
+from learner.advantage.sapo import step, switched, well_formed
+from learner.advantage.sibling import sibling
 from orchard.settings import LearnerConfig
 from orchard.types import Credit, ScoredTrees, SearchTrees
 

@@ -8,8 +8,8 @@ from typing import Literal, cast
 import numpy as np
 from jaxtyping import Int64
 
-from learner import sft
-from learner.step import Learner
+from learner.batch import sft
+from learner.trainer import Learner
 from orchard.catalog.catalog import Catalogue
 from orchard.data.prompts import PromptFormat, Sequences, Split
 from orchard.data.rationales import Traces

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float32, Int64
 
-from learner.advantages import candidate_lengths
+from learner.advantage.estimators import candidate_lengths
 from learner.value import value_targets
 from orchard import ragged
 from orchard.catalog.catalog import Catalogue

@@ -27,9 +27,9 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from learner import checkpoint
-from learner.assignment import Assignment, epoch, learner_config, probe_of
-from learner.desk import Desk, Job, Result
-from learner.step import Learner
+from learner.job_queue import Desk, Job, Result
+from learner.spec import Assignment, epoch, learner_config, probe_of
+from learner.trainer import Learner
 from orchard.errors import ActorError, CheckpointError
 from orchard.policy import lora, model, value_head, weights
 from orchard.policy.weights import Weights

@@ -1,0 +1,1 @@
+"""Advantage estimators: group, sibling and step-aligned."""

@@ -1,0 +1,1 @@
+"""Training batches: packing trees into rows, supervised batches, micro-batches."""
