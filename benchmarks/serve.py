@@ -38,8 +38,8 @@ from orchard.policy import weights
 from orchard.settings import ClusterConfig, ServeConfig
 from orchard.testing import World, tiny_prompts
 from serve.app import Arguments
-from serve.meters import Tally
-from serve.opening import open_service
+from serve.factory import open_service
+from serve.metrics import Tally
 from serve.schema import RecommendRequest
 from serve.service import Service
 from serve.testing import export_policy
@@ -163,7 +163,7 @@ def _histories(setting: Setting, number: int) -> list[list[int]]:
 
 async def _overhead(folder: Path, number: int) -> dict[str, float]:
     """What application and service add to a search, in milliseconds."""
-    from serve.api import create_app
+    from serve.http.routes import create_app
 
     meters = Tally()
     service: Service = open_service(folder, ServeConfig(width=WIDTH, follow_s=3600.0), meters)

@@ -31,9 +31,9 @@ from schemathesis.core.failures import Failure, FailureGroup
 from benchmarks.measure import Report, Row, figure, report
 from orchard.settings import ServeConfig
 from orchard.testing import World, tiny_world
-from serve.api import create_app
-from serve.meters import Tally
-from serve.opening import open_service
+from serve.factory import open_service
+from serve.http.routes import create_app
+from serve.metrics import Tally
 from serve.service import Service
 from serve.testing import export_policy
 

@@ -13,9 +13,9 @@ from ray import serve as ray_serve
 from ray.serve import metrics
 
 from orchard.settings import ServeConfig
-from serve.api import create_app
-from serve.meters import COUNTERS, GAUGES, HISTOGRAMS, SECONDS, SHARES
-from serve.opening import open_service
+from serve.factory import open_service
+from serve.http.routes import create_app
+from serve.metrics import COUNTERS, GAUGES, HISTOGRAMS, SECONDS, SHARES
 from serve.service import Service
 
 DEPLOYMENT = "Endpoint"

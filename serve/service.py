@@ -16,16 +16,17 @@ from cachetools import TTLCache
 
 from orchard.errors import EngineError
 from orchard.settings import ServeConfig
-from serve.batching import TooLateError
-from serve.exposure import ExposureLog
-from serve.follow import LATEST, Loaded, Seat
-from serve.history import Histories
-from serve.ledger import Ledger
-from serve.line import Answered, Line
-from serve.meters import Meters
-from serve.problems import ConflictError, UnavailableError, UnknownNameError
-from serve.recommender import Found, popular
-from serve.request import Asked, cache_key, query_of, settle
+from serve.catalog.store import Shelf, Stock
+from serve.decoding.batching import TooLateError
+from serve.decoding.recommender import Found, popular
+from serve.decoding.request import Asked, cache_key, query_of, settle
+from serve.decoding.scheduler import Answered, Line
+from serve.decoding.trace import draw_tree
+from serve.errors import ConflictError, UnavailableError, UnknownNameError
+from serve.exposure_log import ExposureLog
+from serve.metrics import Meters
+from serve.policies.ab_test import MAIN, variant_of
+from serve.policies.slot import LATEST, Loaded, Seat
 from serve.schema import (
     ActivateRequest,
     Cost,
@@ -33,9 +34,8 @@ from serve.schema import (
     RecommendRequest,
     RecommendResponse,
 )
-from serve.stock import Shelf, Stock
-from serve.tree import draw_tree
-from serve.variants import MAIN, variant_of
+from serve.shared_state import Ledger
+from serve.user_history import Histories
 
 _log = logging.getLogger("orchard.serve")
 T = TypeVar("T")

@@ -11,9 +11,9 @@ from orchard.catalog import catalog as catalogues
 from orchard.settings import FilterConfig
 from orchard.testing import World
 from rollout.engine.torch import TorchEngine
-from serve.attributes import Attributes
-from serve.recommender import Kind, Query
-from serve.stock import Stock
+from serve.catalog.attributes import Attributes
+from serve.catalog.store import Stock
+from serve.decoding.recommender import Kind, Query
 
 FILTERS = {
     "cheap": FilterConfig(column="price", op="<", value=5),

@@ -12,7 +12,7 @@ import yaml
 
 from cluster.dashboards.boards import BOARDS, WIDTH
 from cluster.telemetry import BY_NAME, METRICS, OTHERS
-from serve import meters
+from serve import metrics
 
 ROOT = Path(__file__).parents[2]
 MONITORING = ROOT / "cluster" / "monitoring"
@@ -33,12 +33,12 @@ def expressions(file: Path) -> list[str]:
 def known(name: str) -> bool:
     """Is it a series of the catalogue, or of Ray, histograms included?"""
     whole = {m.name for m in METRICS if m.kind != "histogram"} | OTHERS.keys()
-    whole |= {f"ray_{n}_total" for n in meters.COUNTERS} | {f"ray_{n}" for n in meters.GAUGES}
+    whole |= {f"ray_{n}_total" for n in metrics.COUNTERS} | {f"ray_{n}" for n in metrics.GAUGES}
     parts = re.fullmatch(r"(.*)_(bucket|sum|count)", name)
     histograms = {m.name for m in METRICS if m.kind == "histogram"} | {
         "ray_serve_http_request_latency_ms",
         "ray_serve_deployment_processing_latency_ms",
-        *(f"ray_{n}" for n in meters.HISTOGRAMS),
+        *(f"ray_{n}" for n in metrics.HISTOGRAMS),
     }
     return name in whole or (parts is not None and parts[1] in histograms)
 
@@ -96,9 +96,9 @@ def test_panels_ask_for_metrics_that_exist_by_labels_that_they_have(file: Path) 
 
 def test_the_serving_board_shows_all_of_the_endpoint_by_labels_that_it_has() -> None:
     tags = {
-        **{f"ray_{name}_total": labels for name, labels in meters.COUNTERS.items()},
-        **{f"ray_{name}": labels for name, labels in meters.GAUGES.items()},
-        **{f"ray_{name}_bucket": labels for name, labels in meters.HISTOGRAMS.items()},
+        **{f"ray_{name}_total": labels for name, labels in metrics.COUNTERS.items()},
+        **{f"ray_{name}": labels for name, labels in metrics.GAUGES.items()},
+        **{f"ray_{name}_bucket": labels for name, labels in metrics.HISTOGRAMS.items()},
     }
     shown: set[str] = set()
     for expression in expressions(ROOT / "cluster" / "dashboards" / "orchard-serving.json"):

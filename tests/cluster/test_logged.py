@@ -15,7 +15,7 @@ from orchard.testing import World, brute_force, tiny_world
 from orchard.types import Prompts
 from rollout.engine.torch import TorchEngine
 from rollout.search.beam import sample
-from serve.exposure import SCHEMA
+from serve.exposure_log import SCHEMA
 from serve.testing import export_policy
 
 HISTORY = [3, 17, 5]

@@ -20,7 +20,7 @@ from cluster import cli, serving
 from orchard.errors import CheckpointError, ConfigError, DataError
 from orchard.testing import tiny_world
 from serve.app import DEPLOYMENT, build
-from serve.meters import COUNTERS, GAUGES, HISTOGRAMS
+from serve.metrics import COUNTERS, GAUGES, HISTOGRAMS
 from serve.testing import export_policy
 
 

@@ -19,13 +19,13 @@ from orchard.errors import CheckpointError, ConfigError
 from orchard.policy import weights
 from orchard.settings import FilterConfig, ServeConfig, VariantConfig
 from orchard.testing import World, tiny_world
-from serve import opening
-from serve.api import create_app
-from serve.meters import Tally
-from serve.opening import open_service
+from serve import factory
+from serve.factory import open_service
+from serve.http.routes import create_app
+from serve.metrics import Tally
+from serve.policies.ab_test import variant_of
 from serve.service import Service
 from serve.testing import export_policy
-from serve.variants import variant_of
 
 T = TypeVar("T")
 TOKEN = "a-token-of-the-operator"
@@ -321,7 +321,7 @@ def test_the_endpoint_follows_training_pins_and_goes_back(folder: Path, shop_wor
 def test_a_policy_exported_while_the_endpoint_starts_is_found(
     folder: Path, shop_world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make = opening.engine_of
+    make = factory.engine_of
 
     def slow(*args: Any) -> Any:
         trained_further(shop_world, folder, step=4)
@@ -335,7 +335,7 @@ def test_a_policy_exported_while_the_endpoint_starts_is_found(
         (kept,) = service.seats["main"].kept
         assert kept.startswith("4-")
 
-    monkeypatch.setattr(opening, "engine_of", slow)
+    monkeypatch.setattr(factory, "engine_of", slow)
     served(folder, work)
 
 

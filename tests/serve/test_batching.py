@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.batching import Batcher, Pace, Plan, TooLateError
-from serve.problems import OverloadedError, UnavailableError
+from serve.decoding.batching import Batcher, Pace, Plan, TooLateError
+from serve.errors import OverloadedError, UnavailableError
 
 
 class Line:

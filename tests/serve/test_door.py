@@ -10,9 +10,9 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
-from serve import door
-from serve.door import Door
-from serve.problems import Refusal
+from serve.errors import Refusal
+from serve.http import middleware
+from serve.http.middleware import Door
 from serve.schema import DeltaRequest, RecommendRequest
 
 TOKEN = "a-token"
@@ -60,13 +60,13 @@ def test_a_body_is_read_up_to_the_bound_of_its_route(path: str, mebibytes: int) 
 
 
 def test_a_client_that_dawdles_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(door, "_BODY_S", 0.05)
+    monkeypatch.setattr(middleware, "_BODY_S", 0.05)
     late = post("/v1/recommend", pieces(1000, 10, pause_s=0.01))
     assert late.status_code == 408
     assert late.json()["type"] == "urn:orchard:problem:too-late"
 
 
-@pytest.mark.parametrize("path", sorted(door.OPERATOR))
+@pytest.mark.parametrize("path", sorted(middleware.OPERATOR))
 def test_nobody_without_the_token_has_a_body_read(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

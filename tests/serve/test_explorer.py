@@ -13,9 +13,9 @@ import uvicorn
 
 from orchard.settings import ServeConfig
 from orchard.testing import World
-from serve.api import create_app
-from serve.meters import Tally
-from serve.opening import open_service
+from serve.factory import open_service
+from serve.http.routes import create_app
+from serve.metrics import Tally
 from serve.testing import export_policy
 
 PAGE = Path(__file__).parents[2] / "serve" / "explorer.html"

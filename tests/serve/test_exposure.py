@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from serve.exposure import ExposureLog
+from serve.exposure_log import ExposureLog
 from serve.schema import Cost, Item, RecommendResponse
 
 

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from orchard.settings import FilterConfig, ServeConfig
 from orchard.testing import World
-from serve.api import create_app
-from serve.meters import Tally
-from serve.opening import open_service
+from serve.factory import open_service
+from serve.http.routes import create_app
+from serve.metrics import Tally
 from serve.schema import RecommendResponse
 from serve.testing import export_policy
 

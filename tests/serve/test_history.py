@@ -14,9 +14,9 @@ from pydantic import ValidationError
 from orchard import config
 from orchard.errors import ConfigError
 from orchard.settings import ServeConfig
-from serve import history
-from serve.history import MOST_ITEMS, Histories, RedisHistories, TableHistories
-from serve.problems import UnavailableError, UnknownNameError
+from serve import user_history
+from serve.errors import UnavailableError, UnknownNameError
+from serve.user_history import MOST_ITEMS, Histories, RedisHistories, TableHistories
 
 T = TypeVar("T")
 PASSWORD = "a-password-of-the-store"
@@ -162,7 +162,7 @@ def test_an_address_that_is_refused_for_its_password_is_not_repeated(tmp_path: P
 
 def test_settings_choose_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UnknownNameError, match="no history store"):
-        asyncio.run(history.open_histories(ServeConfig()).of("ann"))
+        asyncio.run(user_history.open_histories(ServeConfig()).of("ann"))
     table = TableHistories({"ann": np.array([3, 17])})
     assert asyncio.run(table.of("ann")) == [3, 17]
     with pytest.raises(UnknownNameError):
@@ -171,4 +171,4 @@ def test_settings_choose_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
         ServeConfig.model_validate({"redis": "redis://host", "histories": "file.parquet"})
     monkeypatch.setitem(sys.modules, "redis.asyncio", None)
     with pytest.raises(ConfigError, match="install the extra `redis`"):
-        history.open_histories(ServeConfig(redis="redis://host"))
+        user_history.open_histories(ServeConfig(redis="redis://host"))

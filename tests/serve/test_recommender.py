@@ -8,10 +8,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from serve.problems import UnsuitableError
-from serve.recommender import places_among, popular, recommend
+from serve.decoding.recommender import places_among, popular, recommend
+from serve.decoding.trace import Watched, draw_tree
+from serve.errors import UnsuitableError
 from serve.testing import FILTERS, Shop, kind, query
-from serve.tree import Watched, draw_tree
 
 HISTORY = [3, 17, 5]
 some = st.lists(st.integers(0, 45), max_size=60)

@@ -7,11 +7,11 @@ from orchard.catalog.catalog import from_codes
 from orchard.errors import ConfigError
 from orchard.settings import FilterConfig
 from orchard.testing import World
-from serve.attributes import check_filters
-from serve.problems import ConflictError, UnknownNameError, UnsuitableError
-from serve.recommender import recommend
+from serve.catalog.attributes import check_filters
+from serve.catalog.store import Shelf, Stock
+from serve.decoding.recommender import recommend
+from serve.errors import ConflictError, UnknownNameError, UnsuitableError
 from serve.schema import DeltaRequest
-from serve.stock import Shelf, Stock
 from serve.testing import Shop, attributes_of, kind, make_stock, query
 
 

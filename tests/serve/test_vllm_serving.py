@@ -14,9 +14,9 @@ from rollout.candidates import Candidates
 from rollout.engine.protocol import Engine
 from rollout.engine.torch import TorchEngine
 from rollout.engine.vllm import VllmHolder
-from serve.recommender import Found, recommend
+from serve.decoding.recommender import Found, recommend
+from serve.decoding.trace import Watched
 from serve.testing import kind, make_stock, query
-from serve.tree import Watched
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow]
 

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from serve.problems import OverloadedError, UnavailableError
+from serve.errors import OverloadedError, UnavailableError
 
 K = TypeVar("K", bound=Hashable)
 Q = TypeVar("Q")

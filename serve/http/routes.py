@@ -17,9 +17,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
 
-from serve.door import Door, check_token, problem, refuse, respond
-from serve.info import catalogue_info, item_info, policy_info
-from serve.problems import (
+from serve.errors import (
     ConflictError,
     OverloadedError,
     Refusal,
@@ -28,6 +26,8 @@ from serve.problems import (
     UnknownNameError,
     UnsuitableError,
 )
+from serve.http.info import catalogue_info, item_info, policy_info
+from serve.http.middleware import Door, check_token, problem, refuse, respond
 from serve.schema import (
     ActivateRequest,
     BatchRequest,

@@ -10,9 +10,9 @@ import os
 import uuid
 from pathlib import Path
 
-from serve.problems import ConflictError
+from serve.catalog.store import Shelf, Stock
+from serve.errors import ConflictError
 from serve.schema import DeltaRequest
-from serve.stock import Shelf, Stock
 
 
 class Ledger:

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from orchard.settings import ServeConfig
-from serve.problems import UnsuitableError
-from serve.recommender import Kind, Query
+from serve.catalog.store import Shelf
+from serve.decoding.recommender import Kind, Query
+from serve.errors import UnsuitableError
 from serve.schema import RecommendRequest
-from serve.stock import Shelf
 
 _NUMBERS = itertools.count()
 

@@ -18,16 +18,16 @@ from orchard.settings import RolloutConfig, ServeConfig
 from rollout.engine.protocol import Holder
 from rollout.engine.torch import TorchEngine
 from rollout.engine.vllm import VllmHolder
-from serve import follow
-from serve.attributes import NOTHING, check_filters, read_attributes
-from serve.exposure import ExposureLog
-from serve.follow import Loaded, Seat
-from serve.history import open_histories
-from serve.ledger import Ledger
-from serve.meters import Meters
+from serve.catalog.attributes import NOTHING, check_filters, read_attributes
+from serve.catalog.store import Stock
+from serve.exposure_log import ExposureLog
+from serve.metrics import Meters
+from serve.policies import slot
+from serve.policies.ab_test import MAIN
+from serve.policies.slot import Loaded, Seat
 from serve.service import Service
-from serve.stock import Stock
-from serve.variants import MAIN
+from serve.shared_state import Ledger
+from serve.user_history import open_histories
 
 _log = logging.getLogger("orchard.serve")
 
@@ -62,7 +62,7 @@ def open_service(
         keep=config.versions,
     )  # fmt: skip
     seats = {MAIN: _seat(MAIN, folder, config, items, words, ledger)}
-    known = follow.read_facts(folder)
+    known = slot.read_facts(folder)
     for name in sorted(config.variants):
         one = config.variants[name]
         seats[name] = _seat(
@@ -82,7 +82,7 @@ def _check_prompts(
 ) -> None:
     """All variants read one prompt, that of the main policy."""
     own = item_tokenizer.of_codes(item_tokenizer.read_tokenizer(folder), items)
-    facts = follow.read_facts(folder)
+    facts = slot.read_facts(folder)
     same = (own.size, own.bos, own.pad, own.tags, own.instruction) == (
         words.size, words.bos, words.pad, words.tags, words.instruction,
     ) and all(map(torch.equal, own.level_tokens, words.level_tokens))  # fmt: skip
@@ -109,7 +109,7 @@ def _seat(
     share: float = 0.0,
     shadow: bool = False,
 ) -> Seat:
-    first = follow.read_policy(folder, words, items.digest)
+    first = slot.read_policy(folder, words, items.digest)
 
     def make(loaded: Loaded) -> Holder:
         return engine_of(folder, loaded, items, words, config)

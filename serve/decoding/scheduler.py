@@ -18,13 +18,13 @@ from orchard.settings import ServeConfig
 from orchard.types import Prompts
 from rollout.candidates import Candidates
 from rollout.engine.protocol import Engine, Runner
-from serve.batching import Batcher, Pace, Plan
-from serve.follow import Seat
-from serve.meters import Meters
-from serve.recommender import Found, Kind, Query, recommend
-from serve.request import Asked, kind_of, query_of
-from serve.stock import Shelf, Stock
-from serve.tree import Watched
+from serve.catalog.store import Shelf, Stock
+from serve.decoding.batching import Batcher, Pace, Plan
+from serve.decoding.recommender import Found, Kind, Query, recommend
+from serve.decoding.request import Asked, kind_of, query_of
+from serve.decoding.trace import Watched
+from serve.metrics import Meters
+from serve.policies.slot import Seat
 
 _log = logging.getLogger("orchard.serve")
 T = TypeVar("T")

@@ -33,7 +33,7 @@ from rollout.candidates import Candidates
 from rollout.engine.protocol import Holder
 from rollout.engine.torch import TorchEngine
 from rollout.search.beam import beam
-from serve.problems import UnknownNameError
+from serve.errors import UnknownNameError
 
 _log = logging.getLogger("orchard.serve")
 LATEST = "latest"

@@ -19,8 +19,8 @@ from orchard.types import PolicyVersion, Prompts
 from rollout.candidates import Candidates
 from rollout.engine.payload import part_of
 from rollout.engine.protocol import Engine, Expansion
+from serve.catalog.store import Shelf
 from serve.schema import Node
-from serve.stock import Shelf
 
 PRUNED = 5
 """Dropped children shown of a prefix, the likeliest."""

@@ -23,8 +23,8 @@ from rollout.item_filter import Allowed
 from rollout.search.beam import beam
 from rollout.search.sampling import beam_sample
 from rollout.search.ved.search import ved
+from serve.catalog.store import Offer, Shelf
 from serve.schema import Decoder, Item, Level
-from serve.stock import Offer, Shelf
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

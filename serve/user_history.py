@@ -16,7 +16,7 @@ from orchard import ragged
 from orchard.errors import ConfigError, DataError
 from orchard.parquet import read_table
 from orchard.settings import ServeConfig
-from serve.problems import UnavailableError, UnknownNameError
+from serve.errors import UnavailableError, UnknownNameError
 
 MOST_ITEMS = 10_000
 """Of a history: as many as a request may hold."""

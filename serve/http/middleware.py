@@ -15,7 +15,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.problems import Refusal, UnauthorisedError
+from serve.errors import Refusal, UnauthorisedError
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,100}")
 _MIB = 1 << 20

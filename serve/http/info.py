@@ -2,12 +2,12 @@
 
 import numpy as np
 
-from serve.follow import Seat
-from serve.problems import UnknownNameError
+from serve.catalog.store import Shelf
+from serve.errors import UnknownNameError
+from serve.policies.ab_test import MAIN
+from serve.policies.slot import Seat
 from serve.schema import CatalogueInfo, ItemInfo, PolicyInfo, VariantInfo
 from serve.service import Service
-from serve.stock import Shelf
-from serve.variants import MAIN
 
 
 def item_info(shelf: Shelf, item_id: int) -> ItemInfo:

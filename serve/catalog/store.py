@@ -24,8 +24,8 @@ from orchard.data.prompts import PromptFormat
 from orchard.errors import CatalogueError, ConfigError, DataError
 from orchard.policy.item_tokenizer import Vocabulary
 from orchard.settings import FilterConfig
-from serve.attributes import Attributes
-from serve.problems import ConflictError, UnknownNameError, UnsuitableError
+from serve.catalog.attributes import Attributes
+from serve.errors import ConflictError, UnknownNameError, UnsuitableError
 from serve.schema import DeltaRequest
 
 _VIEWS = 32

@@ -1,0 +1,1 @@
+"""The served catalog: versions, deltas, attributes and filters."""

@@ -1,0 +1,1 @@
+"""Served policies: hot reload and A/B assignment."""
