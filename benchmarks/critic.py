@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from benchmarks.measure import Figure, Report, Row, figure, report
-from cluster.fit import BACKENDS
-from cluster.prepare import Run, prepare
+from cluster.cli.fit import BACKENDS
+from cluster.training.run import Run, prepare
 from orchard import config
 from orchard.evaluation import bootstrap
 from orchard.policy import model, value_head

@@ -19,7 +19,7 @@ import psutil
 
 from benchmarks.measure import Figure, Report, Row, figure, report
 from benchmarks.recipe import ONE_THREAD, branch
-from cluster.commands import QUICKSTART, warm_start
+from cluster.cli.commands import QUICKSTART, warm_start
 from orchard import config
 from orchard.data.synthetic import WorldParams, write_world
 from orchard.settings import Config

@@ -6,7 +6,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from benchmarks.measure import Report
-from cluster.figures import COLOURS, FAINT, INK, look
+from cluster.report.plots import COLOURS, FAINT, INK, look
 
 ABLATION = Path(__file__).parents[1] / "docs" / "vstar.svg"
 METRIC = "ndcg@10/sid"

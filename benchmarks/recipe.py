@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.measure import Figure, Report, Row, figure, report
-from cluster.commands import TRAINED, WARM_START, improve, warm_start
+from cluster.cli.commands import TRAINED, WARM_START, improve, warm_start
 from orchard import config
 from orchard.evaluation import ranking
 from orchard.evaluation.bootstrap import Estimate

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 
 from benchmarks.measure import Figure, Report, Row, figure, report
 from benchmarks.recipe import ONE_THREAD, branch, means, over_seeds, read
-from cluster.commands import WARM_START
-from cluster.fit import fit
+from cluster.cli.commands import WARM_START
+from cluster.cli.fit import fit
 from orchard import config
 from orchard.data.semantic_ids.embed import of_titles
 from orchard.evaluation import ranking

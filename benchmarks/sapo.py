@@ -21,9 +21,9 @@ import torch
 
 from benchmarks.measure import Figure, Report, Row, figure, interleaved, report
 from benchmarks.recipe import ONE_THREAD
-from cluster.commands import TRAINED, WARM_START, improve, warm_start
-from cluster.folder import open_folder
-from cluster.prepare import Run, prepare
+from cluster.cli.commands import TRAINED, WARM_START, improve, warm_start
+from cluster.training.run import Run, prepare
+from cluster.training.run_dir import open_folder
 from orchard import config
 from orchard.catalog.catalog import Catalogue
 from orchard.catalog.trie import ROOT

@@ -31,8 +31,8 @@ from ray import serve as ray_serve
 
 from benchmarks.learner import Setting, default_setting
 from benchmarks.measure import Report, Row, figure, report
-from cluster import serving
-from cluster.session import ray_session
+from cluster.actors.session import ray_session
+from cluster.cli import serving
 from orchard.catalog import catalog as catalogues
 from orchard.policy import weights
 from orchard.settings import ClusterConfig, ServeConfig

@@ -36,8 +36,8 @@ from benchmarks.flat_loop import FlatLoop, advantages, rewards
 from benchmarks.hugging_face import allowed_tokens, beams
 from benchmarks.learner import VERSION, Setting, default_setting, random_prompts
 from benchmarks.measure import Figure, Report, Row, figure, interleaved, report
-from cluster.launch import EXACT
-from cluster.loop import Clock
+from cluster.training.controller import EXACT
+from cluster.training.loop import Clock
 from learner.advantage.estimators import assign
 from learner.batch.pack import pack
 from learner.batch.sft import pack_answers

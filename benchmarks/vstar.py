@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 from benchmarks.decode import LENGTH
 from benchmarks.measure import Figure, Report, Row, figure, interleaved, report
 from benchmarks.recipe import ONE_THREAD, branch, control_of, means, over_seeds, read, spelt
-from cluster.commands import WARM_START
-from cluster.prepare import Run, prepare
+from cluster.cli.commands import WARM_START
+from cluster.training.run import Run, prepare
 from learner.advantage.estimators import ESTIMATORS
 from learner.batch.pack import pack
 from learner.logprob_model import Scorer

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster import cli
-from cluster.folder import open_folder
-from cluster.prepare import prepare
+from cluster.cli import app as cli
+from cluster.training.run import prepare
+from cluster.training.run_dir import open_folder
 from orchard import config
 
 pytest.importorskip("faiss", reason="faiss is not installed; `make env` brings it")

@@ -15,13 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cluster.launch
 import learner.train
 import ray
 import ray.train
 from ray.train import Checkpoint
 
-import cluster.launch
-from cluster import cli
+from cluster.cli import app as cli
 from learner.trainer import Learner
 from orchard.types import PolicyVersion, Prompts, ScoredTrees, SearchTrees
 from rewards.actor import Judge

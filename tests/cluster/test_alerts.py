@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from cluster.exporter import TARGETS, Exporter
-from cluster.telemetry import METRICS
+from cluster.monitoring.exporter import TARGETS, Exporter
+from cluster.monitoring.prometheus_metrics import METRICS
 from orchard.settings import ClusterConfig
 
 pytestmark = pytest.mark.slow

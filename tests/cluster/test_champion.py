@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluster.champion import SCORE, Champion
-from cluster.evaluate import evaluation_file, look
-from cluster.folder import export, open_folder
-from cluster.launch import Held, House
-from cluster.pool import Pool
-from cluster.prepare import Run, prepare
+from cluster.actors.pool import Pool
+from cluster.training.best_checkpoint import SCORE, Champion
+from cluster.training.controller import Held, House
+from cluster.training.evaluate import evaluation_file, look
+from cluster.training.run import Run, prepare
+from cluster.training.run_dir import export, open_folder
 from orchard import config
 from orchard.errors import Stopped
 from orchard.evaluation import ranking

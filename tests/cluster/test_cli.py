@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
-from cluster import cli
-from cluster.folder import export, open_folder
-from cluster.prepare import check_engines, prepare
+from cluster.cli import app as cli
+from cluster.training.run import check_engines, prepare
+from cluster.training.run_dir import export, open_folder
 from orchard import config
 from orchard.data.synthetic import WorldParams, write_world
 from orchard.errors import EngineError

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster import cli
-from cluster.compared import write_comparison
+from cluster.cli import app as cli
+from cluster.report.comparison import write_comparison
 from orchard.errors import DataError
 from orchard.evaluation import ranking
 from orchard.testing import an_evaluation

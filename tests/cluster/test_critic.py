@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from cluster import cli, rllib
-from cluster.prepare import prepare
-from cluster.rllib import RllibBackend
+from cluster.cli import app as cli
+from cluster.cli import rllib
+from cluster.cli.rllib import RllibBackend
+from cluster.training.run import prepare
 from orchard import config
 from orchard.catalog.catalog import Catalogue
 from orchard.data.prompts import Split
@@ -58,7 +59,7 @@ def file(data: Path, tmp_path: Path) -> Path:
 
 def start(settings: Config) -> None:
     """A warm start without a value head."""
-    from cluster.folder import export, open_folder
+    from cluster.training.run_dir import export, open_folder
     from orchard.policy.weights import digest, snapshot
     from orchard.types import PolicyVersion
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.dashboards.boards import BOARDS, WIDTH
-from cluster.telemetry import BY_NAME, METRICS, OTHERS
+from cluster.monitoring.dashboards.boards import BOARDS, WIDTH
+from cluster.monitoring.prometheus_metrics import BY_NAME, METRICS, OTHERS
 from serve import metrics
 
 ROOT = Path(__file__).parents[2]
@@ -194,7 +194,7 @@ def test_regenerating_gives_the_same_files_and_grafanas_model_loses_nothing() ->
     from grafana_foundation_sdk.cog.plugins import register_default_plugins
     from grafana_foundation_sdk.models.dashboard import Dashboard
 
-    from cluster.dashboards.generate import as_json
+    from cluster.monitoring.dashboards.generate import as_json
 
     register_default_plugins()
     for board in BOARDS:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.cli import main
+from cluster.cli.app import main
 
 
 def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:

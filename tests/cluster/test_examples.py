@@ -6,8 +6,8 @@ import re
 import numpy as np
 import pytest
 
-from cluster.examples import describe, telling
-from cluster.sections import examples
+from cluster.report.sections import examples
+from cluster.training.search_examples import describe, telling
 from orchard.policy import value_head
 from orchard.settings import VedConfig
 from orchard.testing import tiny_catalogue, tiny_policy, tiny_prompts

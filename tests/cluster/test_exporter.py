@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from cluster.exporter import READ_AT_SCRAPE, TARGETS, Exporter
-from cluster.telemetry import METRICS, find
+from cluster.monitoring.exporter import READ_AT_SCRAPE, TARGETS, Exporter
+from cluster.monitoring.prometheus_metrics import METRICS, find
 from orchard.errors import ConfigError
 from orchard.settings import ClusterConfig
 

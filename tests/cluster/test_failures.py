@@ -21,11 +21,11 @@ import ray
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.folder import export, open_folder
-from cluster.launch import House, launch
-from cluster.loop import train
-from cluster.pool import Pool
-from cluster.prepare import Run, prepare
+from cluster.actors.pool import Pool
+from cluster.training.controller import House, launch
+from cluster.training.loop import train
+from cluster.training.run import Run, prepare
+from cluster.training.run_dir import export, open_folder
 from orchard import config
 from orchard.data.synthetic import WorldParams, write_world
 from orchard.errors import ActorError, CheckpointError, ConfigError, DataError, Stopped

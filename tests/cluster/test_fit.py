@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster import cli
-from cluster.prepare import prepare
+from cluster.cli import app as cli
+from cluster.training.run import prepare
 from orchard import config
 from orchard.data.synthetic import WorldParams, write_world
 from rewards.registry import Knowledge

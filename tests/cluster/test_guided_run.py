@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.folder import export, open_folder
-from cluster.loop import assemble, describe
-from cluster.prepare import Run, prepare
+from cluster.training.loop import assemble, describe
+from cluster.training.run import Run, prepare
+from cluster.training.run_dir import export, open_folder
 from orchard import config
 from orchard.errors import ConfigError
 from orchard.policy import model, value_head

@@ -12,10 +12,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cluster import cli
-from cluster.folder import export, open_folder
-from cluster.handover import MODEL_CARD
-from cluster.prepare import Run, prepare
+from cluster.cli import app as cli
+from cluster.cli.export import MODEL_CARD
+from cluster.training.run import Run, prepare
+from cluster.training.run_dir import export, open_folder
 from orchard import config
 from orchard.catalog import catalog
 from orchard.data.synthetic import WorldParams, write_world

@@ -16,8 +16,8 @@ from urllib.request import urlopen
 import pytest
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from cluster import jobs
-from cluster.jobs import Order, request
+from cluster.actors import jobs
+from cluster.actors.jobs import Order, request
 from orchard import config
 from orchard.errors import ActorError, ConfigError
 from orchard.settings import Config

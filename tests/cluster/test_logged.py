@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.logged import judge_log
+from cluster.cli.off_policy import judge_log
 from orchard.data.prompts import PromptFormat
 from orchard.errors import DataError
 from orchard.policy import weights

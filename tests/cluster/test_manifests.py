@@ -10,7 +10,7 @@ import pytest
 import yaml
 from ray.runtime_env import RuntimeEnv
 
-from cluster.serving import IMPORT_PATH, check_config
+from cluster.cli.serving import IMPORT_PATH, check_config
 from orchard import config
 
 ROOT = Path(__file__).parents[2]

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import ray
 
-from cluster import cli
-from cluster.plan import GIB, Machine, Sizes, Speed, layout, plan
+from cluster.cli import app as cli
+from cluster.planning.plan import GIB, Machine, Sizes, Speed, layout, plan
 from orchard import config
 from orchard.data.synthetic import WorldParams, write_world
 from orchard.settings import Config

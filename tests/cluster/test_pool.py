@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import ray
 
-from cluster.pool import Pool
+from cluster.actors.pool import Pool
 from orchard.errors import ActorError, DataError, UnfitError
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]

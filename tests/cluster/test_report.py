@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster.figures import Curve, curves, running_mean
-from cluster.report import gather, page, write_report
+from cluster.report.plots import Curve, curves, running_mean
+from cluster.report.report import gather, page, write_report
 from orchard.errors import DataError
 from orchard.evaluation import ranking
 from orchard.testing import an_evaluation

@@ -1,7 +1,7 @@
 import subprocess
 import sys
 
-from cluster.resources import MemoryWatch, resident_bytes
+from cluster.actors.memory import MemoryWatch, resident_bytes
 
 HOLD = "x = bytearray(80 << 20); print('held', flush=True); input()"
 

@@ -12,13 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
-from cluster.evaluate import evaluate, evaluation_file
-from cluster.examples import read_examples
-from cluster.folder import export, open_folder
-from cluster.launch import House, launch
-from cluster.loop import train
-from cluster.prepare import Run, prepare
-from cluster.warmup import sft
+from cluster.training.controller import House, launch
+from cluster.training.evaluate import evaluate, evaluation_file
+from cluster.training.loop import train
+from cluster.training.run import Run, prepare
+from cluster.training.run_dir import export, open_folder
+from cluster.training.search_examples import read_examples
+from cluster.training.sft import sft
 from orchard import config
 from orchard.catalog.catalog import load
 from orchard.data.synthetic import WorldParams, write_world

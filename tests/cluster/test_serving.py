@@ -16,7 +16,8 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from ray import serve as ray_serve
 
-from cluster import cli, serving
+from cluster.cli import app as cli
+from cluster.cli import serving
 from orchard.errors import CheckpointError, ConfigError, DataError
 from orchard.testing import tiny_world
 from serve.app import DEPLOYMENT, build

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.session import keep_logs, link_logs
+from cluster.actors.session import keep_logs, link_logs
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster import cli
-from cluster.simulate import GPUS, STAGES, Model, simulate, times
+from cluster.cli import app as cli
+from cluster.planning.simulate import GPUS, STAGES, Model, simulate, times
 from orchard.data.synthetic import WorldParams, write_world
 
 CALM = Model(spread=0.0, prompts_per_step=512.0, max_lag=0.0, reward_actors=512.0)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from cluster.stream import Stream
+from cluster.training.rollout_stream import Stream
 from orchard.types import PolicyVersion
 
 

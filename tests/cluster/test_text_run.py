@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from cluster.folder import export, open_folder
-from cluster.loop import assemble
-from cluster.prepare import Run, prepare
+from cluster.training.loop import assemble
+from cluster.training.run import Run, prepare
+from cluster.training.run_dir import export, open_folder
 from learner.batch.sft import pack_answers, pack_examples
 from learner.trainer import Learner
 from orchard import config

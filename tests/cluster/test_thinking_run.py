@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.folder import export, open_folder
-from cluster.loop import assemble, describe
-from cluster.prepare import Run, prepare
+from cluster.training.loop import assemble, describe
+from cluster.training.run import Run, prepare
+from cluster.training.run_dir import export, open_folder
 from learner.advantage.sapo import judged_by_steps
 from learner.batch.sft import pack_traces
 from learner.logprobs import choice_logprobs, to_tensors

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from cluster.launch import EXACT, ROUNDED, tolerance
+from cluster.training.controller import EXACT, ROUNDED, tolerance
 from learner.batch.sft import pack_answers
 from learner.trainer import Learner
 from orchard.data.prompts import PromptFormat

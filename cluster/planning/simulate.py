@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cluster import figures
-from cluster.plan import Sizes
+from cluster.planning.plan import Sizes
+from cluster.report import plots
 from orchard.errors import ConfigError
 from orchard.settings import Config
 
@@ -214,7 +214,7 @@ def draw(path: Path, panels: Mapping[str, Model]) -> None:
     for title, model in panels.items():
         found = [simulate(model, gpus) for gpus in GPUS]
         drawn[title] = GPUS, {stage: [one.busy[stage] for one in found] for stage in STAGES}
-    figures.stages(path, drawn)
+    plots.stages(path, drawn)
 
 
 def lines(found: Sequence[Simulated], model: Model) -> list[str]:

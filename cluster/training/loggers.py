@@ -3,8 +3,8 @@
 from collections.abc import Generator
 from contextlib import ExitStack, closing, contextmanager
 
-from cluster.exporter import Exporter
-from cluster.prepare import Run
+from cluster.monitoring.exporter import Exporter
+from cluster.training.run import Run
 from orchard.tracking.metrics_log import Listener, Logbook
 from orchard.tracking.trackers import open_tracker
 

@@ -4,10 +4,10 @@ import time
 
 import numpy as np
 
-from cluster.champion import SCORE, Champion
 from cluster.console import Progress
-from cluster.launch import AGAIN, House
-from cluster.prepare import Run
+from cluster.training.best_checkpoint import SCORE, Champion
+from cluster.training.controller import AGAIN, House
+from cluster.training.run import Run
 from orchard.errors import Stopped
 from orchard.tracking.metrics_log import FILE, read_metrics
 from orchard.types import PolicyVersion

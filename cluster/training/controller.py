@@ -12,13 +12,13 @@ import numpy as np
 import ray
 from jaxtyping import Float32, Int64
 
-from cluster.exporter import Exporter
-from cluster.folder import open_folder
-from cluster.measure import measure
-from cluster.pool import Pool
-from cluster.prepare import Run
-from cluster.records import records
-from cluster.session import cpus_needed, ray_session
+from cluster.actors.pool import Pool
+from cluster.actors.session import cpus_needed, ray_session
+from cluster.monitoring.exporter import Exporter
+from cluster.training.loggers import records
+from cluster.training.measure import measure
+from cluster.training.run import Run
+from cluster.training.run_dir import open_folder
 from learner.ray_trainer import RemoteLearner
 from learner.spec import Assignment
 from orchard.data.prompts import Split, rows_of_step, sequences

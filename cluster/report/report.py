@@ -14,9 +14,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from cluster import sections
 from cluster.console import comparisons, duration, in_order
-from cluster.examples import read_examples
+from cluster.report import sections
+from cluster.training.search_examples import read_examples
 from orchard.errors import DataError
 from orchard.evaluation.bootstrap import Estimate
 from orchard.evaluation.ranking import Evaluation, difference, read

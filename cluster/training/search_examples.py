@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float64, Int64
 
-from cluster.launch import House
+from cluster.training.controller import House
 from orchard.catalog.catalog import Catalogue
 from orchard.folders import write_whole
 from orchard.policy.item_tokenizer import sid_token

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from cluster import text
-from cluster.prepare import Run
+from cluster.training import text_policy
+from cluster.training.run import Run
 from orchard import config
 from orchard.catalog import catalog
 from orchard.errors import ConfigError
@@ -28,7 +28,7 @@ def open_folder(run: Run) -> None:
         ) from error
     if run.policy == run.dir / "scratch" and not run.policy.is_dir():
         if run.base is not None:
-            fresh = text.grown(run.base, run.vocabulary, seed=run.config.seed)
+            fresh = text_policy.grown(run.base, run.vocabulary, seed=run.config.seed)
         else:
             fresh = model.create(run.config.model, run.vocabulary, seed=run.config.seed)
         _save(run, run.policy, fresh, PolicyVersion(step=0, digest=""), {})

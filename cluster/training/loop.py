@@ -11,12 +11,12 @@ replaces its own dead, so that the loop reads as if nothing ever failed.
 import logging
 import time
 
-from cluster.champion import Champion
 from cluster.console import Progress
-from cluster.examples import illustrate
-from cluster.launch import AGAIN, House
-from cluster.prepare import Run
-from cluster.stream import Stream
+from cluster.training.best_checkpoint import Champion
+from cluster.training.controller import AGAIN, House
+from cluster.training.rollout_stream import Stream
+from cluster.training.run import Run
+from cluster.training.search_examples import illustrate
 from learner.advantage.estimators import assign, group_statistics
 from learner.advantage.sapo import judged_by_steps, step_statistics
 from learner.batch.pack import pack

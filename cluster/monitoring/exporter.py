@@ -24,7 +24,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 from ray.util import get_node_ip_address
 
-from cluster.telemetry import BY_NAME, METRICS, Metric, find
+from cluster.monitoring.prometheus_metrics import BY_NAME, METRICS, Metric, find
 from orchard.errors import ConfigError
 from orchard.settings import ClusterConfig
 

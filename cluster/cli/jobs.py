@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cluster.options import DryRun, Overrides, RunFile
+from cluster.cli.options import DryRun, Overrides, RunFile
 from orchard import config
 
 job = typer.Typer(help="Look after submitted runs.", no_args_is_help=True)
@@ -35,7 +35,7 @@ def submit(
 ) -> None:
     """A run as a job of a Ray cluster; submitting it again resumes."""
     settings = config.load(run, overrides or [])
-    from cluster import jobs
+    from cluster.actors import jobs
 
     order = jobs.Order(
         command=command,
@@ -60,7 +60,7 @@ def submit(
 @job.command()
 def status(number: JobId, address: Address = None) -> None:
     """Whether a job runs, and what it said last."""
-    from cluster import jobs
+    from cluster.actors import jobs
 
     found = jobs.find(jobs.client(address), number)
     typer.echo(f"{number}: {found.status.value} {found.message or ''}")
@@ -73,7 +73,7 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", help="Until the job ends.")] = False,
 ) -> None:
     """What a job printed."""
-    from cluster import jobs
+    from cluster.actors import jobs
 
     server = jobs.client(address)
     jobs.find(server, number)
@@ -90,6 +90,6 @@ def stop(
     timeout: Annotated[float, typer.Option(min=1, help="Seconds to wait for it.")] = 180.0,
 ) -> None:
     """Let a job save and end; submitting the run again resumes."""
-    from cluster import jobs
+    from cluster.actors import jobs
 
     typer.echo(f"{number}: {jobs.stop(jobs.client(address), number, timeout_s=timeout)}")

@@ -59,7 +59,7 @@ def import_(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a data set.")] = False,
 ) -> None:
     """Interactions of your own as a data set, with a card of what it holds."""
-    from cluster import datasets
+    from cluster.cli import datasets
 
     datasets.bring(
         source,
@@ -94,7 +94,7 @@ def sids(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace semantic IDs.")] = False,
 ) -> None:
     """Semantic IDs by residual quantisation, with a report of their quality."""
-    from cluster import datasets
+    from cluster.cli import datasets
 
     datasets.number(
         folder,

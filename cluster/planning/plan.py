@@ -16,8 +16,8 @@ import psutil
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from cluster.prepare import Run
-from cluster.session import address_of, cpus_needed
+from cluster.actors.session import address_of, cpus_needed
+from cluster.training.run import Run
 from orchard.policy import model, value_head
 from orchard.settings import Config
 

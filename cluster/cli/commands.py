@@ -9,16 +9,16 @@ from typing import Literal
 import typer
 from transformers.utils import logging as transformers_logging
 
-from cluster import plan as plans
-from cluster import simulate as simulation
+from cluster.actors.memory import MemoryWatch
 from cluster.console import closing_table
-from cluster.evaluate import evaluate, evaluation_file, look, write_metrics
-from cluster.launch import House, launch
-from cluster.loop import Clock, train
-from cluster.prepare import Run, check_engines, prepare
-from cluster.report import write_report
-from cluster.resources import MemoryWatch
-from cluster.warmup import sft
+from cluster.planning import plan as plans
+from cluster.planning import simulate as simulation
+from cluster.report.report import write_report
+from cluster.training.controller import House, launch
+from cluster.training.evaluate import evaluate, evaluation_file, look, write_metrics
+from cluster.training.loop import Clock, train
+from cluster.training.run import Run, check_engines, prepare
+from cluster.training.sft import sft
 from orchard import config
 from orchard.data.synthetic import WorldParams, write_world
 from orchard.errors import ConfigError

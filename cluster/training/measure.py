@@ -8,7 +8,7 @@ import dataclasses
 import numpy as np
 from jaxtyping import Int64
 
-from cluster.prepare import Run
+from cluster.training.run import Run
 from orchard.data.prompts import Split
 from orchard.evaluation import ranking
 from orchard.evaluation.ranking import Evaluation

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from cluster.prepare import Run
+from cluster.training.run import Run
 from orchard import config, folders
 from orchard.catalog import catalog
 from orchard.data.importers.card import CARD

@@ -9,9 +9,9 @@ import numpy as np
 from jaxtyping import Int64
 
 from cluster.console import Progress
-from cluster.folder import saved_policy
-from cluster.launch import House
-from cluster.prepare import Run
+from cluster.training.controller import House
+from cluster.training.run import Run
+from cluster.training.run_dir import saved_policy
 from orchard.evaluation import ranking
 from orchard.evaluation.ranking import Evaluation
 from orchard.folders import write_whole

@@ -27,7 +27,7 @@ from ray.serve.schema import (
     ServeDeploySchema,
 )
 
-from cluster.session import address_of, ray_session
+from cluster.actors.session import address_of, ray_session
 from orchard import config
 from orchard.errors import ConfigError, DataError
 from orchard.parquet import read_table

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int64
 
-from cluster.folder import export, saved_policy
-from cluster.launch import House
+from cluster.training.controller import House
+from cluster.training.run_dir import export, saved_policy
 from orchard.policy.store import exported_facts
 from orchard.policy.weights import Weights
 from orchard.types import PolicyVersion

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from cluster.console import duration, interval, metrics_of
-from cluster.figures import Curve, curves, forest, tree
+from cluster.report.plots import Curve, curves, forest, tree
 from orchard.evaluation.bootstrap import Estimate
 from orchard.evaluation.ranking import Evaluation
 from orchard.tracking.metrics_log import Series

@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Float32
 from transformers import PreTrainedTokenizerBase
 
-from cluster import text
-from cluster.session import address_of
+from cluster.actors.session import address_of
+from cluster.training import text_policy
 from orchard import config
 from orchard.catalog import catalog
 from orchard.catalog.catalog import Catalogue
@@ -198,16 +198,16 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
     reasons = read_rationales(data, items, splits["train"]) if phase == "sft" else None
     if tokenizer is None:
         tokenizer = new_tokenizer(settings, items, reasons)
-    grows = text.instruct(settings, tokenizer, items, policy)
+    grows = text_policy.instruct(settings, tokenizer, items, policy)
     tokens, traces = item_tokenizer.of_codes(tokenizer, items), None
     if settings.thinks:
         tokens = replace(tokens, tags=item_tokenizer.think_tags(tokenizer))
     if reasons is not None:
         traces = rationales.encode(reasons, tokenizer, cap=settings.rollout.think.block_tokens)
-    text.check_adapters(settings, tokens, policy)
+    text_policy.check_adapters(settings, tokens, policy)
     lessons = None
     if phase == "sft":
-        lessons = text.lessons(settings, tokenizer, items, tokens, splits["train"], policy)
+        lessons = text_policy.lessons(settings, tokenizer, items, tokens, splits["train"], policy)
     run = Run(
         config=settings,
         phase=phase,

@@ -9,9 +9,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from cluster import sections
-from cluster.figures import Curve, curves
-from cluster.report import Findings, document, gather
+from cluster.report import sections
+from cluster.report.plots import Curve, curves
+from cluster.report.report import Findings, document, gather
 from orchard.config import flatten
 from orchard.errors import DataError
 from orchard.evaluation.bootstrap import Estimate

@@ -9,9 +9,9 @@ import typer
 from jaxtyping import Int64
 from torch import nn
 
+from cluster.cli.rllib import RllibBackend
 from cluster.console import Progress
-from cluster.prepare import Run, prepare
-from cluster.rllib import RllibBackend
+from cluster.training.run import Run, prepare
 from orchard.data.prompts import Split
 from orchard.errors import ConfigError
 from orchard.scorers import checkpoint, listwise_ranker, prefix_critic, sasrec

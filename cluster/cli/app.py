@@ -13,9 +13,9 @@ from typing import Annotated
 
 import typer
 
-from cluster.cli_data import data
-from cluster.cli_jobs import job, submit
-from cluster.options import DryRun, Overrides, RunFile
+from cluster.cli.data import data
+from cluster.cli.jobs import job, submit
+from cluster.cli.options import DryRun, Overrides, RunFile
 from orchard import config
 from orchard.errors import ConfigError, DataError, OrchardError, Stopped
 
@@ -48,7 +48,7 @@ def plan(
     settings = config.load(run, overrides or [])
     if (assume or plot) and not simulate:
         raise ConfigError("--assume and --plot are for --simulate; add it")
-    from cluster import commands
+    from cluster.cli import commands
 
     if simulate:
         commands.show_simulation(settings, assume or [], plot)
@@ -60,7 +60,7 @@ def plan(
 def sft(run: RunFile, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Supervised warm start; run the same command again to resume."""
     settings = config.load(run, overrides or [])
-    from cluster import commands
+    from cluster.cli import commands
 
     commands.warm_start(settings, dry_run=dry_run)
 
@@ -69,7 +69,7 @@ def sft(run: RunFile, overrides: Overrides = None, dry_run: DryRun = False) -> N
 def train(run: RunFile, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Reinforcement learning from the warm start; run the same command again to resume."""
     settings = config.load(run, overrides or [])
-    from cluster import commands
+    from cluster.cli import commands
 
     commands.improve(settings, dry_run=dry_run)
 
@@ -104,11 +104,11 @@ def evaluate(
     if logged is not None:
         if rewards is None:
             raise ConfigError("--logged needs --rewards, a Parquet file of what was earned")
-        from cluster.logged import judge_log
+        from cluster.cli.off_policy import judge_log
 
         judge_log(policy or settings.run_dir / "policy", logged, rewards, json_file)
         return
-    from cluster import commands
+    from cluster.cli import commands
 
     commands.evaluate_policy(
         settings,
@@ -129,7 +129,7 @@ def fit(
 ) -> None:
     """Fit a model that a reward or a search asks, from the rows of a run."""
     settings = config.load(run, overrides or [])
-    from cluster.fit import fit as fit_model
+    from cluster.cli.fit import fit as fit_model
 
     fit_model(kind, settings)
 
@@ -149,7 +149,7 @@ def serve(
     dry_run: DryRun = False,
 ) -> None:
     """Recommendations over HTTP, from a trained policy, on this machine."""
-    from cluster import serving
+    from cluster.cli import serving
 
     if check_config is not None:
         serving.read_config(check_config)
@@ -180,12 +180,12 @@ def export(
 ) -> None:
     """A policy as a Hugging Face folder with catalogue, value head and model card."""
     settings = config.load(run, overrides or [])
-    from cluster import handover
-    from cluster.prepare import prepare
+    from cluster.cli import export as exports
+    from cluster.training.run import prepare
 
-    source = policy or handover.policy_of(settings)
+    source = policy or exports.policy_of(settings)
     found = prepare(settings, "evaluate", policy=source)
-    handover.hand_over(found, out, overwrite=overwrite, adapter=adapter)
+    exports.hand_over(found, out, overwrite=overwrite, adapter=adapter)
     typer.echo(f"policy: {out}")
 
 
@@ -206,11 +206,11 @@ def report(
                 "the folder below runs/"
             )
     if len(runs) == 1 and output is None:
-        from cluster.report import write_report
+        from cluster.report.report import write_report
 
         typer.echo(f"report: {write_report(runs[0])}")
         return
-    from cluster.compared import write_comparison
+    from cluster.report.comparison import write_comparison
 
     page = output or runs[0].parent / "comparison.html"
     typer.echo(f"report: {write_comparison(runs, page)}")
@@ -222,7 +222,7 @@ def quickstart(
     overrides: Overrides = None,
 ) -> None:
     """The whole job on synthetic data: world, warm start, RL with vLLM rollouts, evaluation."""
-    from cluster import commands
+    from cluster.cli import commands
 
     commands.quickstart(output, overrides or [])
 

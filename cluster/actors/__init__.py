@@ -1,0 +1,1 @@
+"""Ray actors and sessions: pools, jobs, memory."""

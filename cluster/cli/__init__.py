@@ -1,0 +1,1 @@
+"""The command line; `cluster.cli:main` is the entry point."""

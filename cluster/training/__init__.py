@@ -1,0 +1,1 @@
+"""Training runs: the controller, the main loop and the run folder."""
