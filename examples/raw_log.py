@@ -2,7 +2,8 @@
 
     python examples/raw_log.py OUT
 
-The shop is made up (`orchard.taste`): 500 products, 1,000 customers, identifiers of its own, dates.
+The shop is made up (`orchard.data.synthetic_world`): 500 products, 1,000 customers, identifiers of
+its own, dates.
 """
 
 import sys

@@ -1,4 +1,6 @@
-"""Jobs for the learner's workers and what becomes of them, by number. An actor in `learner.train`.
+"""Jobs for the learner's workers and what becomes of them, by number.
+
+An actor in `learner.ray_trainer`.
 
 A worker group that is started again asks for the jobs since its checkpoint once more, and so meets
 every order to write one again, too.

@@ -130,7 +130,7 @@ def brute_force(
 
 
 def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a Hugging Face folder that `orchard.model.load` and vLLM can read."""
+    """Write a Hugging Face folder that `orchard.policy.model.load` and vLLM can read."""
     value_head.save(model, folder)
     tokenizer.save_pretrained(folder)
 

@@ -23,7 +23,7 @@ class Judge:
         look_up(self._weights, known)
 
     def score(self, trees: SearchTrees) -> ScoredTrees:
-        """As `rewards.reward.score`."""
+        """As `rewards.score.score`."""
         return score(trees, self._known, self._weights)
 
 

@@ -38,13 +38,13 @@ class Knowledge:
 
     @cached_property
     def sasrec(self) -> SasRec:
-        """The model behind `collaborative`; raises as `rewards.sasrec.load`."""
+        """The model behind `collaborative`; raises as `orchard.scorers.sasrec.load`."""
         path = self.settings.collaborative.path or self.folder / sasrec.KIND
         return sasrec.load(path, self.catalogue)
 
     @cached_property
     def evaluator(self) -> ListEvaluator:
-        """The model behind `listwise`; raises as `rewards.evaluator.load`."""
+        """The model behind `listwise`; raises as `orchard.scorers.listwise_ranker.load`."""
         path = self.settings.listwise.path or self.folder / listwise_ranker.KIND
         return listwise_ranker.load(path, self.catalogue)
 

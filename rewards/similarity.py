@@ -29,7 +29,7 @@ def diversity(trees: SearchTrees, known: Knowledge) -> Float32[np.ndarray, " C"]
 
     1 - LCP / length, with LCP the number of leading codes in common; 1 where all others begin
     otherwise, 0 where all are copies or there is no other. Where all sequences are of one length,
-    the mean over a group is `orchard.evaluation.diversity` of its list.
+    the mean over a group is `orchard.evaluation.ranking.diversity` of its list.
     """
     trie, prompt = known.catalogue.trie, trees.prompt_of_candidate
     path = trie.path(trie.node_of(torch.from_numpy(trees.leaf))).numpy()

@@ -1,4 +1,4 @@
-"""The Ray shell of the room: a Serve deployment around the application of `serve.api`.
+"""The Ray shell of the room: a Serve deployment around the application of `serve.http.routes`.
 
 `build` is what a Serve config names: `import_path: serve.app:build`.
 """

@@ -1,7 +1,7 @@
 """The exposure log: what was shown to whom, by which policy, and how likely that was.
 
 One row per shown item, in Parquet files of their own below a folder, each there whole or not at
-all. Rewards are joined later by `request_id` and `item_id` (see `orchard.logged`).
+all. Rewards are joined later by `request_id` and `item_id` (see `orchard.evaluation.off_policy`).
 """
 
 import threading

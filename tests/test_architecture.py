@@ -22,7 +22,7 @@ MAY_IMPORT = {
 RAY_SHELLS = {
     "rollout": {"actor.py"},
     "rewards": {"actor.py"},
-    "learner": {"train.py"},
+    "learner": {"ray_trainer.py"},
     "serve": {"app.py"},
 }
 LONGEST_FILE = 350

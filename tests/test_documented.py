@@ -27,7 +27,7 @@ def as_written(code: str) -> None:
 
 
 def test_the_search_keeps_every_second_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rollout.searches.SEARCHES", dict(registry.SEARCHES))
+    monkeypatch.setattr("rollout.search.registry.SEARCHES", dict(registry.SEARCHES))
     as_written(SEARCH)
     world = tiny_world()
     engine = TorchEngine(world.model, world.catalogue.trie, world.vocabulary, world.version)
@@ -42,7 +42,7 @@ def test_the_search_keeps_every_second_candidate(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_estimator_compares_with_the_median(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("learner.advantages.ESTIMATORS", dict(estimators.ESTIMATORS))
+    monkeypatch.setattr("learner.advantage.estimators.ESTIMATORS", dict(estimators.ESTIMATORS))
     as_written(ESTIMATOR)
     world = tiny_world()
     engine = TorchEngine(world.model, world.catalogue.trie, world.vocabulary, world.version)

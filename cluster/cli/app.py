@@ -282,7 +282,3 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         show()
         sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

@@ -30,7 +30,7 @@ from orchard.settings import Config
 transformers_logging.disable_progress_bar()
 
 WARM_START, TRAINED = "warm_start", "trained"
-QUICKSTART = Path(__file__).parent / "runs" / "quickstart.toml"
+QUICKSTART = Path(__file__).parents[1] / "runs" / "quickstart.toml"
 
 
 def warm_start(settings: Config, *, dry_run: bool) -> None:

@@ -114,7 +114,9 @@ def model_card(
         + "; it is a policy over the items of "
         "`catalogue/` only where decoding is constrained to their codes."
         + (
-            f" `{value.FILE}` is Orchard's own." if (run.policy / value_head.FILE).is_file() else ""
+            f" `{value_head.FILE}` is Orchard's own."
+            if (run.policy / value_head.FILE).is_file()
+            else ""
         ),
     ]
     return "\n\n".join(parts) + "\n"

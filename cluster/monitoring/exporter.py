@@ -47,7 +47,7 @@ READ_AT_SCRAPE = (
 
 @runtime_checkable
 class Watched(Protocol):
-    """A pool, as far as it is shown; `cluster.pool.Pool` says what each means."""
+    """A pool, as far as it is shown; `cluster.actors.pool.Pool` says what each means."""
 
     restarts: int
     waiting: int
@@ -60,7 +60,10 @@ class Watched(Protocol):
 
 
 class Exporter(Collector):
-    """The metrics of `cluster.telemetry` for one run. `listen` opens the port, if there is one."""
+    """The metrics of `cluster.monitoring.prometheus_metrics` for one run.
+
+    `listen` opens the port, if there is one.
+    """
 
     def __init__(self, run: str) -> None:
         """Begin at zero; nothing listens yet."""

@@ -1,10 +1,10 @@
 """How a run would scale over GPUs, by a model of its queues: which room does a step wait for?
 
-Not measured. The layout of a step is that of `cluster.loop` and `cluster.stream`: requests to
-rollout actors, each judged by a reward actor; then, one after another in the driver, packing, the
-update, and the push, which every rollout actor takes after the requests in its hands. Service times
-follow from the constants of `Model`, all of which may be overridden; docs/operations.md says where
-they are weak.
+Not measured. The layout of a step is that of `cluster.training.loop` and
+`cluster.training.rollout_stream`: requests to rollout actors, each judged by a reward actor; then,
+one after another in the driver, packing, the update, and the push, which every rollout actor takes
+after the requests in its hands. Service times follow from the constants of `Model`, all of which
+may be overridden; docs/operations.md says where they are weak.
 
 The batch does not grow with the machine (strong scaling), because the algorithm sees its size.
 """
@@ -235,7 +235,7 @@ def lines(found: Sequence[Simulated], model: Model) -> list[str]:
 
 
 def main() -> None:
-    """Draw the figure of docs/operations.md: `python -m cluster.simulate docs/simulated.svg`."""
+    """Draw the figure of docs/operations.md: `python -m cluster.planning.simulate OUT.svg`."""
     built = Model()
     fast = replace(built, network_gb_s=100.0, load_gb_s=50.0, digest_gb_s=1000.0)
     titles = "As built: push through the object store", "With a push by collectives (not built)"

@@ -136,7 +136,7 @@ def forest(changes: Mapping[str, Mapping[str, Estimate]], metrics: Sequence[str]
 
 
 def tree(example: Mapping[str, Any]) -> str:
-    """A search tree from left to right, candidates at the end (see `cluster.examples`).
+    """A search tree from left to right, candidates at the end (see `search_examples`).
 
     Thick edges are likely choices; nodes are coloured by value, where there is one, else by
     log-probability; what a beam of as many candidates would not hold is drawn hollow and dashed.

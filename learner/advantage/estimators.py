@@ -13,9 +13,9 @@ candidates in the batch, |y| tokens in a candidate and mu, sigma of its group:
 length must not depend on how bushy the catalogue is around it. N is that of the whole batch before
 it is cut for workers or micro-batches, so the parts' losses add up.
 
-`sibling` compares below the group, node by node (`learner.siblings`), and two estimators combine it
-with `group`: `group_sibling` adds the two losses, `blend` averages the two advantages. `step`
-compares step by step (`learner.step_credit`).
+`sibling` compares below the group, node by node (`learner.advantage.sibling`), and two estimators
+combine it with `group`: `group_sibling` adds the two losses, `blend` averages the two advantages.
+`step` compares step by step (`learner.advantage.sapo`).
 
 Shapes:  B prompts   N nodes   C candidates   K steps of the longest candidate
 """

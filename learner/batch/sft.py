@@ -7,7 +7,8 @@ the whole vocabulary.
 
 Other policies are shown questions and learn the answers alone: one that is to think a row of the
 split with its rationale, of which it learns what it would choose in a rollout (the text of each
-block, its closing tag, and the codes of the target), a text model the tasks of `orchard.tasks`.
+block, its closing tag, and the codes of the target), a text model the tasks of
+`orchard.data.sft_tasks`.
 
 Shapes:  B rows   Q1 entries of starts   T tokens   E choices
 """

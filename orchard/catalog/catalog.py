@@ -245,7 +245,10 @@ def load(folder: Path) -> Catalogue:
 
 
 def read_embeddings(path: Path, catalogue: Catalogue) -> Float32[np.ndarray, "I E"]:
-    """The embedding of each item; others are passed over. Raises as `orchard.embeddings.read`."""
+    """The embedding of each item; others are passed over.
+
+    Raises as `orchard.catalog.embeddings.read`.
+    """
     remedy = "data.path and data.embeddings"
     return embeddings.read(path, catalogue.item_id, remedy=remedy)
 

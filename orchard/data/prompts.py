@@ -1,7 +1,8 @@
 """Data splits, and what the policy reads of them.
 
 A row of a split is a history of items and the item that followed. A policy reads the codes of the
-history, oldest item first, within the frame of its vocabulary (see `orchard.frames`).
+history, oldest item first, within the frame of its vocabulary (see
+`orchard.policy.prompt_template`).
 
 Shapes:  R rows   H history items   B prompts   Q sequences   T tokens   (R1 = R + 1, and so on)
 """

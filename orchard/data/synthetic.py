@@ -1,6 +1,6 @@
 """A synthetic data set in the Parquet schema of real ones, with a card of what there is to learn.
 
-The world behind it is `orchard.taste`.
+The world behind it is `orchard.data.synthetic_world`.
 
 Shapes:  I items   L levels   E events   R rows   H history items   K tastes of a user
 """

@@ -14,12 +14,12 @@ def diagnose(scored: ScoredTrees) -> dict[str, float]:
     """Diversity, reach and rank correlations, by name for the log.
 
     `rewards/best`: the best reward of a group, averaged over groups. `rollout/diversity`: as
-    `orchard.evaluation.diversity`. `rollout/prefixes_L`: distinct prefixes of L steps per prompt.
-    `rollout/NAME`: what the search counted (see `rollout.ved`), per prompt.
-    `rollout/logprob_spearman_L`, `rollout/value_spearman_L`: rank correlation of the prefixes'
-    log-probability and value with the hit of the part "rule" (where it is not scored, the reward),
-    averaged over the prompts where both vary; left out where there is none. A ranking penalty
-    would set likelihood against itself.
+    `orchard.evaluation.ranking.diversity`. `rollout/prefixes_L`: distinct prefixes of L steps per
+    prompt. `rollout/NAME`: what the search counted (see `rollout.ved`), per prompt.
+    `rollout/logprob_spearman_L`, `rollout/value_spearman_L`: rank correlation of the prefixes' log-
+    probability and value with the hit of the part "rule" (where it is not scored, the reward),
+    averaged over the prompts where both vary; left out where there is none. A ranking penalty would
+    set likelihood against itself.
     """
     trees = scored.trees
     num_prompts, path = len(trees), trees.paths()

@@ -1,7 +1,7 @@
 """A policy's adapters apart from its weights, as a folder that `peft` loads onto the base model.
 
-Policies are kept with their adapters merged (`orchard.lora`). A merged weight differs from the
-base's by a matrix of low rank, and the factors of that matrix are an adapter again.
+Policies are kept with their adapters merged (`orchard.policy.lora`). A merged weight differs from
+the base's by a matrix of low rank, and the factors of that matrix are an adapter again.
 
 Shapes:  M rows of a weight   N columns   R rank
 """

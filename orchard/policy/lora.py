@@ -70,7 +70,7 @@ def check(model: nn.Module, settings: LoraConfig) -> None:
 
 
 def snapshot(model: nn.Module) -> dict[str, np.ndarray]:
-    """As `orchard.weights.snapshot`, with adapters merged.
+    """As `orchard.policy.weights.snapshot`, with adapters merged.
 
     Collective where the parameters are sharded over workers: what is merged was gathered first.
     """

@@ -129,7 +129,7 @@ def sasrec_ranks(
 
 
 def metrics_of(ranks: TargetRanks) -> dict[str, float]:
-    """The means of `orchard.evaluation.metrics`."""
+    """The means of `orchard.evaluation.ranking.metrics`."""
     return {name: one.mean for name, one in ranking.metrics(ranks, width=50, resamples=1).items()}
 
 

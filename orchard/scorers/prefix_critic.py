@@ -1,9 +1,9 @@
 """The prefix critic: what a prefix of codes promises after a history, without asking the policy.
 
 A small network of its own reads the history and the codes so far. It says two things of the state:
-V(s), the discounted step rewards from s on as `orchard.value` has them, and how likely each legal
-next code is. It needs none of the policy's hidden states, so that it can be trained before there is
-a policy (`learner.critic`), and guides a search by any engine.
+V(s), the discounted step rewards from s on as `orchard.policy.value_head` has them, and how likely
+each legal next code is. It needs none of the policy's hidden states, so that it can be trained
+before there is a policy (`learner.critic`), and guides a search by any engine.
 
 Codes have one embedding each, in histories and prefixes alike, so that the critic has an opinion of
 items that it never met.

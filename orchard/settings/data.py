@@ -30,7 +30,7 @@ class DataConfig(Section):
     """Allow semantic IDs of different lengths."""
     rationales: str | None = None
     """Column of the train files with a rationale for each row, one block for each code: the warm
-    start then teaches to think (see `orchard.rationales`)."""
+    start then teaches to think (see `orchard.data.rationales`)."""
     rationale_template: str | None = None
     """Instead of a column, a template of a block such as "seen {seen}, next {next}", filled in with
     words that the codes stand for in the items' titles."""

@@ -1,6 +1,7 @@
 """The configuration reference, from the settings themselves.
 
-`python -m cluster.reference > docs/configuration.md`; a test holds the page to the settings.
+`python -m orchard.settings.reference > docs/configuration.md`; a test holds the page to the
+settings.
 """
 
 import typing

@@ -31,7 +31,7 @@ class Expansion:
     """Opaque handles, valid until the next `prefill`; any state may be extended any number of
     times."""
     logprob: Float32[Tensor, " M"]
-    """Log-probability of each legal child, as `orchard.model.child_logprobs` defines it."""
+    """Log-probability of each legal child, as `orchard.policy.model.child_logprobs` defines it."""
     children: Children
     value: Float32[Tensor, " F"] | None = None
     """Value of the frontier's states, where the policy has a value head that the engine runs; at

@@ -4,7 +4,7 @@ A sample is `<think> text </think>` K times, and then K codes. The opening tags 
 is the closing tag of a block that has reached its cap. Those tokens are read but teach nothing. A
 policy that ends its text within a block has stopped: its block is closed by force and no other
 follows. Its codes are searched all the same, so that it has an item, but it has too few blocks and
-earns nothing for them (`learner.step_credit`).
+earns nothing for them (`learner.advantage.sapo`).
 
 Shapes:  B prompts   S samples
 """

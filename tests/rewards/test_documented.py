@@ -27,7 +27,7 @@ def test_the_example_is_short_and_is_a_reward(
 ) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     assert len(code.splitlines()) <= 30
-    monkeypatch.setattr("rewards.REWARDS", dict(REWARDS))
+    monkeypatch.setattr("rewards.registry.REWARDS", dict(REWARDS))
     names: dict[str, Any] = {}
     exec(code, names)  # what the page tells a reader to write
     catalogue = tiny_catalogue()

@@ -1,4 +1,4 @@
-"""Writes the JSON beside it from `boards.py`: `python -m cluster.dashboards.generate`.
+"""Writes the JSON beside it from `boards.py`: `python -m cluster.monitoring.dashboards.generate`.
 
 Needs the Grafana foundation SDK (the extra `dashboards`), which nothing else does.
 """

@@ -130,7 +130,7 @@ def test_every_panel_shows_something_or_it_is_known_why_not(
     exporter, searching = runs["good"]
     asked = {
         target["expr"]
-        for file in (ROOT / "cluster" / "dashboards").glob("*.json")
+        for file in (ROOT / "cluster" / "monitoring" / "dashboards").glob("*.json")
         for panel in json.loads(file.read_text())["panels"]
         for target in panel["targets"]
     }

@@ -22,7 +22,7 @@ from orchard import config
 from orchard.errors import ActorError, ConfigError
 from orchard.settings import Config
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 QUICKSTART = ROOT / "cluster" / "runs" / "quickstart.toml"
 ABSOLUTE = ("output=/mnt/runs", "data.path=/mnt/data")
 
@@ -138,11 +138,11 @@ def test_a_young_cluster_is_asked_again_and_an_idle_one_not_for_ever(
     def refuse(**_: Any) -> str:
         raise RuntimeError("403")
 
-    monkeypatch.setattr("cluster.jobs.time.sleep", sleep)
+    monkeypatch.setattr("cluster.actors.jobs.time.sleep", sleep)
     server.submit_job = submit_job
     assert jobs.submit(server, asked) == asked["submission_id"]
     refusals = iter([True] * 1000)
-    monkeypatch.setattr("cluster.jobs.START_S", 0.0)
+    monkeypatch.setattr("cluster.actors.jobs.START_S", 0.0)
     with pytest.raises(ActorError, match="no agent to run a job for 0 s"):
         jobs.submit(server, asked)
     server.submit_job = refuse

@@ -164,8 +164,8 @@ def test_each_dashboard_is_a_config_map_of_less_than_a_megabyte() -> None:
     made = yaml.safe_load((ROOT / "cluster" / "kustomization.yaml").read_text())
     assert made["generatorOptions"]["labels"] == {"grafana_dashboard": "1"}
     files = {file for one in made["configMapGenerator"] for file in one["files"]}
-    dashboards = sorted((ROOT / "cluster" / "dashboards").glob("*.json"))
-    assert files == {f"dashboards/{file.name}" for file in dashboards}
+    dashboards = sorted((ROOT / "cluster" / "monitoring" / "dashboards").glob("*.json"))
+    assert files == {f"monitoring/dashboards/{file.name}" for file in dashboards}
     assert all(file.stat().st_size < 900_000 for file in dashboards)
     assert all((ROOT / "cluster" / name).is_file() for name in made["resources"])
 

@@ -16,7 +16,7 @@ from serve import metrics
 
 ROOT = Path(__file__).parents[2]
 MONITORING = ROOT / "cluster" / "monitoring"
-FILES = sorted((ROOT / "cluster" / "dashboards").glob("*.json"))
+FILES = sorted((ROOT / "cluster" / "monitoring" / "dashboards").glob("*.json"))
 
 BUILT_IN = {"__rate_interval", "datasource"}
 WORDS = re.compile(r"\b(?:orchard|ray)_[a-z0-9_]+")
@@ -46,7 +46,7 @@ def known(name: str) -> bool:
 def test_there_is_a_file_for_each_board() -> None:
     assert {f.stem for f in FILES} == {board.uid for board in BOARDS}
     for board in BOARDS:
-        file = ROOT / "cluster" / "dashboards" / f"{board.uid}.json"
+        file = ROOT / "cluster" / "monitoring" / "dashboards" / f"{board.uid}.json"
         found = {target["expr"] for panel in panels(file) for target in panel["targets"]}
         drawn = [graph for row in board.rows for graph in row]
         assert found == {curve for graph in drawn for curve, _ in graph.curves}
@@ -101,7 +101,7 @@ def test_the_serving_board_shows_all_of_the_endpoint_by_labels_that_it_has() -> 
         **{f"ray_{name}_bucket": labels for name, labels in metrics.HISTOGRAMS.items()},
     }
     shown: set[str] = set()
-    for expression in expressions(ROOT / "cluster" / "dashboards" / "orchard-serving.json"):
+    for expression in expressions(ROOT / "cluster" / "monitoring" / "dashboards" / "orchard-serving.json"):
         names = [name for name in WORDS.findall(expression) if name in tags]
         shown.update(names)
         for name in names:
@@ -139,7 +139,7 @@ def rules() -> list[dict[str, Any]]:
 
 
 def test_every_alert_has_a_severity_a_runbook_a_test_and_known_metrics() -> None:
-    tests = yaml.safe_load((ROOT / "tests/cluster/rules_test.yml").read_text())["tests"]
+    tests = yaml.safe_load((ROOT / "tests/deploy/rules_test.yml").read_text())["tests"]
     tested = {
         one["alertname"] for test in tests for one in test["alert_rule_test"] if one["exp_alerts"]
     }
@@ -198,7 +198,7 @@ def test_regenerating_gives_the_same_files_and_grafanas_model_loses_nothing() ->
 
     register_default_plugins()
     for board in BOARDS:
-        text = (ROOT / "cluster" / "dashboards" / f"{board.uid}.json").read_text()
+        text = (ROOT / "cluster" / "monitoring" / "dashboards" / f"{board.uid}.json").read_text()
         assert text == as_json(board)
         again = json.loads(JSONEncoder().encode(Dashboard.from_json(json.loads(text))))
         for panel in again["panels"]:  # the model adds an empty section of its own

@@ -9,7 +9,7 @@ import pytest
 
 from cluster.actors.session import keep_logs, link_logs
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ OPEN = """
 import subprocess, sys
 from pathlib import Path
 import ray
-from cluster.session import ray_session
+from cluster.actors.session import ray_session
 from orchard.settings import ClusterConfig
 
 join = "import sys, ray; ray.init(address=sys.argv[1]); print('joined')"

@@ -322,7 +322,7 @@ class TestOnRay:
         tmp_path: Path,
     ) -> None:
         run = begin(run_file, "name=numb")
-        monkeypatch.setattr("cluster.launch.RolloutActor", numb(tmp_path / "mark"))
+        monkeypatch.setattr("cluster.training.controller.RolloutActor", numb(tmp_path / "mark"))
 
         async def scenario(house: House) -> PolicyVersion:
             last = await train(house)
@@ -431,7 +431,7 @@ class TestOnRay:
         # Each launch resumes what the one before it left. Its policy has so many updates then.
         deaths = (("rollout", 1), ("rewards", 2), ("learn", 3), ("publish", 4), ("save", 4))
         for phase, step in deaths:
-            ended = elsewhere.run("tests/cluster/dying.py", phase, str(step), *command)
+            ended = elsewhere.run("tests/integration/dying.py", phase, str(step), *command)
             assert ended.returncode == -signal.SIGKILL, ended.stderr
             logged = read_metrics(run.dir / "metrics.jsonl")["train"]["learner/surrogate"]
             assert logged.step.tolist()[-1] == (4 if phase == "save" else min(step, 3))

@@ -15,12 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import cluster.launch
-import learner.train
 import ray
 import ray.train
 from ray.train import Checkpoint
 
+import cluster.training.controller
+import learner.ray_trainer
 from cluster.cli import app as cli
 from learner.trainer import Learner
 from orchard.types import PolicyVersion, Prompts, ScoredTrees, SearchTrees
@@ -86,7 +86,7 @@ def dying_work(task: dict[str, Any]) -> None:
     work(task)
 
 
-class DyingHouse(cluster.launch.House):
+class DyingHouse(cluster.training.controller.House):
     async def publish(self, policy: PolicyVersion, *rest: Any) -> None:
         if at("publish", policy.step):
             die()
@@ -94,8 +94,8 @@ class DyingHouse(cluster.launch.House):
 
 
 if __name__ == "__main__":
-    cluster.launch.RolloutActor = ray.remote(DyingSearcher)
-    cluster.launch.RewardActor = ray.remote(DyingJudge)
-    cluster.launch.House = DyingHouse
-    learner.train.work = dying_work
+    cluster.training.controller.RolloutActor = ray.remote(DyingSearcher)
+    cluster.training.controller.RewardActor = ray.remote(DyingJudge)
+    cluster.training.controller.House = DyingHouse
+    learner.ray_trainer.work = dying_work
     cli.main(sys.argv[3:])

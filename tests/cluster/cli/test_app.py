@@ -140,7 +140,7 @@ def test_a_machine_without_vllm_is_told_so_at_once(
     def unusable() -> None:
         raise EngineError("vLLM is not there")
 
-    monkeypatch.setattr("cluster.prepare.check_vllm", unusable)
+    monkeypatch.setattr("cluster.training.run.check_vllm", unusable)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     asked = config.load(world, ["rollout.engine=vllm", "evaluate.engine=torch"])
     prepare(asked, "sft")  # which searches nothing by vLLM

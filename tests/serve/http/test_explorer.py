@@ -18,7 +18,7 @@ from serve.http.routes import create_app
 from serve.metrics import Tally
 from serve.testing import export_policy
 
-PAGE = Path(__file__).parents[2] / "serve" / "explorer.html"
+PAGE = Path(__file__).parents[3] / "serve" / "http" / "explorer.html"
 
 
 def test_the_page_needs_nothing_from_elsewhere() -> None:

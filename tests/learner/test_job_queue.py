@@ -42,7 +42,7 @@ def test_what_a_recovery_repeats_is_not_kept_and_shows_that_it_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = 100.0
-    monkeypatch.setattr("learner.desk.time.monotonic", lambda: now)
+    monkeypatch.setattr("learner.job_queue.time.monotonic", lambda: now)
 
     async def scenario() -> None:
         nonlocal now
