@@ -21,8 +21,8 @@ from orchard import config
 from orchard.evaluation import bootstrap
 from orchard.policy import model, value_head
 from orchard.scorers import prefix_critic
-from orchard.scorers.fit_critic import draw_walks, measure
-from orchard.scorers.prefix_critic import Critic
+from orchard.scorers.fit_critic import measure_critic, sample_trajectories
+from orchard.scorers.prefix_critic import PrefixCritic
 from orchard.settings import VedConfig
 from orchard.types import PolicyVersion
 from rollout.candidates import Candidates
@@ -42,7 +42,7 @@ def run(quick: bool) -> Report:
     settings = config.load(RUN)
     at = prepare(settings, "sft")
     rows, parity = _parity(at, updates=5 if quick else 150, seeds=1 if quick else 3)
-    judge = prefix_critic.load(settings.critic.path or at.dir / prefix_critic.KIND, at.catalogue)
+    judge = prefix_critic.load(settings.critic.path or at.dir / prefix_critic.KIND, at.catalog)
     for name in ("warm_start", "policy"):
         begun = prepare(settings, "evaluate", policy=at.dir / name)
         for count, budget in SETS:
@@ -58,14 +58,15 @@ def _parity(at: Run, *, updates: int, seeds: int) -> tuple[list[Row], Figure]:
         loss: list[float] = []
         for name, backend in BACKENDS.items():
             torch.manual_seed(seed)
-            made = Critic(
-                at.catalogue, max_history=at.config.data.max_history,
+            made = PrefixCritic(
+                at.catalog, max_history=at.config.data.max_history,
                 hidden_size=settings.hidden_size, layers=settings.layers, heads=settings.heads,
                 dropout=settings.dropout,
             )  # fmt: skip
             walks = partial(
-                draw_walks, made, contrasts=settings.contrasts, level_weight=rewards.level_weight,
-                discount=rewards.discount, draw=np.random.default_rng(seed),
+                sample_trajectories, made, contrasts=settings.contrasts,
+                level_weight=rewards.level_weight, discount=rewards.discount,
+                draw=np.random.default_rng(seed),
             )  # fmt: skip
             held_out = [walks(at.valid, np.arange(min(1000, len(at.valid))))]
             learner, order = backend(made, settings), np.random.default_rng(seed)
@@ -76,7 +77,7 @@ def _parity(at: Run, *, updates: int, seeds: int) -> tuple[list[Row], Figure]:
                 began = time.process_time()
                 learner.learn(batch)
                 seconds.append(time.process_time() - began)
-            found = measure(made, held_out)
+            found = measure_critic(made, held_out)
             loss.append(found["value_loss"])
             rows.append({"backend": name, "seed": seed, "updates": updates, **found,
                          "cpu_ms_per_update": 1000 * float(np.median(seconds))})  # fmt: skip
@@ -85,11 +86,11 @@ def _parity(at: Run, *, updates: int, seeds: int) -> tuple[list[Row], Figure]:
                         note=f"validation loss, {updates} updates, {seeds} seeds")  # fmt: skip
 
 
-def _sets(at: Run, judge: Critic, count: int, budget: int, *, num_rows: int) -> list[Row]:
+def _sets(at: Run, judge: PrefixCritic, count: int, budget: int, *, num_rows: int) -> list[Row]:
     """Hits among `count` candidates of held-out prompts, by who guides."""
     policy = model.load(at.policy, at.vocabulary)
-    engine = TorchEngine(policy, at.catalogue.trie, at.vocabulary, PolicyVersion(step=0, digest=""))
-    unguided = Critic(at.catalogue, max_history=1, hidden_size=2, layers=1, heads=1).eval()
+    engine = TorchEngine(policy, at.catalog.trie, at.vocabulary, PolicyVersion(step=0, digest=""))
+    unguided = PrefixCritic(at.catalog, max_history=1, hidden_size=2, layers=1, heads=1).eval()
     settings = VedConfig(budget=budget, width=count // 2, traversals=4)
     guided = partial(ved, settings=settings, count=count, seed=SEED)
     searches: dict[str, Callable[..., Candidates]] = {
@@ -97,10 +98,10 @@ def _sets(at: Run, judge: Critic, count: int, budget: int, *, num_rows: int) -> 
         "ved, none": partial(guided, critic=unguided),  # values every prefix at 0
         "ved, critic": partial(guided, critic=judge),
     }
-    if value_head.head_of(policy) is not None:
+    if value_head.value_head_of(policy) is not None:
         searches["ved, head"] = guided
     prompts = at.form.prompts(at.test, np.arange(min(num_rows, len(at.test))))
-    target = at.catalogue.leaf_of_item[prompts.target]
+    target = at.catalog.leaf_of_item[prompts.target]
     rows, hits = list[Row](), dict[str, np.ndarray]()
     for name, find in searches.items():
         parts = [

@@ -19,9 +19,9 @@ import pyarrow.csv as csv
 from benchmarks.measure import Report, Row, figure, report
 from orchard import config
 from orchard.catalog import catalog
-from orchard.data.semantic_ids.build import QUANTISERS, Recipe, build
-from orchard.data.semantic_ids.measure import Quality, measure
-from orchard.data.semantic_ids.quantize import quantise
+from orchard.data.semantic_ids.build import QUANTIZERS, SemanticIdConfig, build
+from orchard.data.semantic_ids.measure import CodeQuality, measure_codes
+from orchard.data.semantic_ids.quantize import quantize
 
 GIB = 1 << 30
 INDUSTRIAL = Path("cluster/runs/amazon_industrial.toml")
@@ -82,7 +82,7 @@ def quantised(items: int) -> float:
     noise = draw.standard_normal((items, 256), dtype=np.float32)
     points = centre[draw.integers(len(centre), size=items)] + 0.5 * noise
     begin = time.perf_counter()
-    quantise(points, (256, 256, 256))
+    quantize(points, (256, 256, 256))
     return time.perf_counter() - begin
 
 
@@ -90,14 +90,14 @@ def beside_published(source: Path) -> list[Row]:
     """The semantic IDs of a data set, and those that each quantiser makes of its titles."""
     if not source.is_dir():
         return [{"sids": "published", "note": f"not run: there is no data set in {source}"}]
-    published = measure(catalog.read(source / "items.parquet").codes)
+    published = measure_codes(catalog.read(source / "items.parquet").codes)
     rows: list[Row] = [{"sids": "published", **_facts(published)}]
-    for name in QUANTISERS:
+    for name in QUANTIZERS:
         with tempfile.TemporaryDirectory() as made:
             for file in ("items.parquet", "train.parquet"):
                 shutil.copyfile(source / file, Path(made) / file)
             begin = time.perf_counter()
-            found = build(Path(made), Recipe(quantiser=name), overwrite=True)
+            found = build(Path(made), SemanticIdConfig(quantiser=name), overwrite=True)
         rows.append(
             {
                 "sids": name,
@@ -110,7 +110,7 @@ def beside_published(source: Path) -> list[Row]:
     return rows
 
 
-def _facts(found: Quality) -> Row:
+def _facts(found: CodeQuality) -> Row:
     """What is compared of one set of semantic IDs."""
     facts: dict[str, str | int | float | bool] = {"colliding": found["colliding_items"]}
     for number, level in enumerate(found["levels"], start=1):

@@ -27,12 +27,12 @@ from benchmarks.learner import VERSION, Setting, default_setting, random_prompts
 from benchmarks.measure import Report, Row, figure, interleaved, report
 from orchard.policy.item_tokenizer import compact_tokenizer
 from orchard.settings import RolloutConfig
-from orchard.testing import save_policy
+from orchard.testing import save_model_folder
 from rollout.candidates import Candidates
-from rollout.engine.paged import Pass
-from rollout.engine.requests import RequestEngine
+from rollout.engine.paged import ForwardBatch
+from rollout.engine.requests import RequestBackend
 from rollout.engine.torch import TorchEngine
-from rollout.engine.vllm import VllmHolder
+from rollout.engine.vllm import VllmEngine
 from rollout.engine.worker import VllmModel
 from rollout.search.beam import beam
 
@@ -50,7 +50,7 @@ class Rivals:
     setting: Setting
     model: PreTrainedModel
     """A copy for this process; the setting's own went to vLLM."""
-    holder: VllmHolder
+    holder: VllmEngine
     stock: dict[int, Any]
     """vLLM engines as they come, by block size."""
     allowed: Allowed
@@ -88,10 +88,10 @@ def run(quick: bool) -> Report:
 def _rivals() -> Rivals:
     setting = default_setting()
     folder = Path(tempfile.mkdtemp(prefix="orchard-decode-"))
-    save_policy(setting.model, compact_tokenizer(setting.catalogue), folder)
-    trie, vocabulary = setting.catalogue.trie, setting.vocabulary
+    save_model_folder(setting.model, compact_tokenizer(setting.catalog), folder)
+    trie, vocabulary = setting.catalog.trie, setting.vocabulary
     config = RolloutConfig(threads=1, kv_cache_gib=1.0)
-    holder = VllmHolder(folder, setting.model, trie, vocabulary, VERSION, config, seed=0)
+    holder = VllmEngine(folder, setting.model, trie, vocabulary, VERSION, config, seed=0)
     from vllm import LLM
 
     stock = {
@@ -108,19 +108,19 @@ def _rivals() -> Rivals:
         model=setting.model,
         holder=holder,
         stock=stock,
-        allowed=allowed_tokens(setting.catalogue, vocabulary),
+        allowed=allowed_tokens(setting.catalog, vocabulary),
     )
 
 
 def _compare(rivals: Rivals, batch: int, width: int, repeats: int) -> tuple[Row, float]:
     """Median seconds of every way, its work, and the share of prompts with equal beams."""
     setting = rivals.setting
-    trie, vocabulary = setting.catalogue.trie, setting.vocabulary
+    trie, vocabulary = setting.catalog.trie, setting.vocabulary
     prompts = random_prompts(setting, batch, LENGTH, np.random.default_rng(batch))
     token = torch.from_numpy(prompts.token.astype(np.int64)).view(batch, LENGTH)
     find = partial(beam, width=width)
     reference = TorchEngine(rivals.model, trie, vocabulary, VERSION)
-    requests = RequestEngine(rivals.holder.llm, trie, vocabulary, VERSION)
+    requests = RequestBackend(rivals.holder.llm, trie, vocabulary, VERSION)
 
     def by_requests() -> Candidates:
         rivals.holder.llm.reset_prefix_cache()
@@ -159,7 +159,7 @@ def _compare(rivals: Rivals, batch: int, width: int, repeats: int) -> tuple[Row,
 
 def _found(setting: Setting, candidates: Candidates) -> list[Codes]:
     """The token ids of each prompt's candidates."""
-    trie, node = setting.catalogue.trie, torch.from_numpy(candidates.node)
+    trie, node = setting.catalog.trie, torch.from_numpy(candidates.node)
     token = setting.vocabulary.token_of(trie, node.reshape(-1)).view(node.shape).tolist()
     bounds = candidates.start.tolist()
     return [{tuple(t) for t in token[a:b]} for a, b in pairwise(bounds)]
@@ -227,12 +227,12 @@ def _slices(total: int, most: int) -> Iterable[slice]:
     return (slice(at, min(at + most, total)) for at in range(0, total, most))
 
 
-def _pass(pages: Tensor, token: Tensor, done: int, size: int) -> Pass:
+def _pass(pages: Tensor, token: Tensor, done: int, size: int) -> ForwardBatch:
     """Spans of equal length behind `done` tokens."""
     rows, span = token.shape
     position = (done + torch.arange(span)).repeat(rows)
     row = torch.arange(rows).repeat_interleave(span)
-    return Pass(
+    return ForwardBatch(
         token=token.reshape(-1),
         position=position,
         slot=pages[row, position // size].long() * size + position % size,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from benchmarks.hugging_face import Allowed, beams, legal_logits
-from orchard.optim import optimiser
+from orchard.optim import make_optimizer
 from orchard.settings import LearnerConfig
 
 
@@ -40,7 +40,7 @@ class FlatLoop:
         self.policy, self.reference = policy, copy.deepcopy(policy).requires_grad_(False)
         self._allowed, self._config = allowed, config
         self._group, self._levels, self._rows = group, levels, rows
-        self._optimizer = optimiser(policy, lr=config.lr, weight_decay=config.weight_decay)
+        self._optimizer = make_optimizer(policy, lr=config.lr, weight_decay=config.weight_decay)
 
     def step(self, prompt: Int[Tensor, "B P"], target: Int[Tensor, "B L"]) -> float:
         """Search, score and learn; returns the loss."""

@@ -12,14 +12,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
 
-from orchard.catalog.catalog import Catalogue
+from orchard.catalog.catalog import Catalog
 from orchard.policy.item_tokenizer import Vocabulary
 
 Allowed = Mapping[tuple[int, ...], Sequence[int]]
 """Legal next tokens after each run of codes, as token ids."""
 
 
-def paths(items: Catalogue, words: Vocabulary) -> list[tuple[int, ...]]:
+def paths(items: Catalog, words: Vocabulary) -> list[tuple[int, ...]]:
     """The token ids of every item's codes, all items having equally many."""
     levels = [
         words.tokens_at(level).numpy()[items.codes[:, level]] for level in range(items.trie.depth)
@@ -27,7 +27,7 @@ def paths(items: Catalogue, words: Vocabulary) -> list[tuple[int, ...]]:
     return [tuple(path) for path in np.stack(levels, 1).tolist()]
 
 
-def allowed_tokens(items: Catalogue, words: Vocabulary) -> Allowed:
+def allowed_tokens(items: Catalog, words: Vocabulary) -> Allowed:
     """The legal sequences as the dictionary that public codes keep."""
     allowed: dict[tuple[int, ...], set[int]] = {}
     for path in paths(items, words):

@@ -19,17 +19,17 @@ from learner.advantage.estimators import ESTIMATORS
 from learner.batch.pack import flatten, pack
 from learner.logprobs import BatchTensors, choice_logprobs, score_choices, to_tensors
 from learner.loss import policy_loss
-from orchard.catalog import catalog as catalogues
-from orchard.catalog.catalog import Catalogue
+from orchard.catalog import catalog as catalogs
+from orchard.catalog.catalog import Catalog
 from orchard.policy import model as models
-from orchard.policy.item_tokenizer import Vocabulary, compact_tokenizer, of_codes
+from orchard.policy.item_tokenizer import Vocabulary, compact_tokenizer, from_tokenizer
 from orchard.policy.model import head_weight
 from orchard.settings import LearnerConfig, ModelConfig
 from orchard.types import PolicyVersion, Prompts, ScoredTrees
-from rewards.score import score
+from rewards.score import score_trees
 from rollout.engine.torch import TorchEngine
 from rollout.search.beam import beam
-from rollout.search_trees import grow
+from rollout.search_trees import build_search_trees
 
 VERSION = PolicyVersion(step=0, digest="0" * 64)
 LENGTH, GROUP = 128, 16
@@ -38,9 +38,9 @@ LENGTH, GROUP = 128, 16
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """A policy and the catalogue that it recommends from."""
+    """A policy and the catalog that it recommends from."""
 
-    catalogue: Catalogue
+    catalog: Catalog
     vocabulary: Vocabulary
     model: PreTrainedModel
 
@@ -82,10 +82,10 @@ def run(quick: bool) -> Report:
 def default_setting(num_items: int = 20_000, num_codes: int = 64) -> Setting:
     """A fresh policy of the default sizes over random items."""
     codes = np.random.default_rng(0).integers(num_codes, size=(num_items, 3))
-    catalogue = catalogues.from_codes(codes.tolist(), level_size=(256, 256, 256))
-    vocabulary = of_codes(compact_tokenizer(catalogue), catalogue)
+    catalog = catalogs.from_codes(codes.tolist(), level_size=(256, 256, 256))
+    vocabulary = from_tokenizer(compact_tokenizer(catalog), catalog)
     model = models.create(ModelConfig(), vocabulary, seed=0)
-    return Setting(catalogue=catalogue, vocabulary=vocabulary, model=model)
+    return Setting(catalog=catalog, vocabulary=vocabulary, model=model)
 
 
 def random_prompts(
@@ -95,7 +95,7 @@ def random_prompts(
     start = np.arange(num_prompts + 1) * length
     return Prompts(
         id=np.arange(num_prompts),
-        target=draw.integers(len(setting.catalogue), size=num_prompts),
+        target=draw.integers(len(setting.catalog), size=num_prompts),
         history=np.zeros(0, np.int64),
         history_start=np.zeros(num_prompts + 1, np.int64),
         token=draw.integers(3, setting.vocabulary.size, int(start[-1])).astype(np.int32),
@@ -107,15 +107,17 @@ def _trees(setting: Setting, length: int, group: int, num_prompts: int) -> Score
     """Scored beams, half of them with a hit, whose behaviour is some way off the policy."""
     draw = np.random.default_rng(length)
     prompts = random_prompts(setting, num_prompts, length, draw)
-    catalogue, vocabulary = setting.catalogue, setting.vocabulary
-    engine = TorchEngine(setting.model, catalogue.trie, vocabulary, VERSION)
-    trees = grow(prompts, beam(engine, prompts, width=group), catalogue, vocabulary, VERSION)
+    catalog, vocabulary = setting.catalog, setting.vocabulary
+    engine = TorchEngine(setting.model, catalog.trie, vocabulary, VERSION)
+    trees = build_search_trees(
+        prompts, beam(engine, prompts, width=group), catalog, vocabulary, VERSION
+    )
     hit = trees.candidate_start[:-1:2] + draw.integers(group, size=len(prompts.id[::2]))
     target = prompts.target.copy()
-    target[::2] = catalogue.item_of_leaf[catalogue.leaf_start[trees.leaf[hit]]]
+    target[::2] = catalog.item_of_leaf[catalog.leaf_start[trees.leaf[hit]]]
     moved = trees.logprob + draw.normal(0, 0.3, len(trees.logprob)).astype(np.float32)
     trees = replace(trees, prompts=replace(prompts, target=target), logprob=moved)
-    return score(trees, catalogue, {"rule": 1.0, "ranking": 1.0})
+    return score_trees(trees, catalog, {"rule": 1.0, "ranking": 1.0})
 
 
 def _compare(
@@ -124,8 +126,8 @@ def _compare(
     """Both layouts of the same trees: how equal, how large, how fast."""
     scored = _trees(setting, length, group, num_prompts)
     credits = [ESTIMATORS["group"](scored, 1e-4)]
-    packed = pack(scored, credits, setting.catalogue, setting.vocabulary)
-    flat = flatten(scored, credits, setting.catalogue, setting.vocabulary)
+    packed = pack(scored, credits, setting.catalog, setting.vocabulary)
+    flat = flatten(scored, credits, setting.catalog, setting.vocabulary)
     tree_batch, flat_batch = to_tensors(packed), to_tensors(flat)
     cases: dict[str, Callable[[], Outcome]] = {
         "packed": lambda: _update(setting, tree_batch, _packed_logprobs),
@@ -158,7 +160,7 @@ def _packing_rows(setting: Setting, quick: bool) -> list[Row]:
     for num_prompts in (128,) if quick else (128, 1024):
         scored = _trees(setting, 32, GROUP, num_prompts)
         credits = [ESTIMATORS["group"](scored, 1e-4)]
-        given = (scored, credits, setting.catalogue, setting.vocabulary)
+        given = (scored, credits, setting.catalog, setting.vocabulary)
         seconds = interleaved({"pack": lambda given=given: pack(*given)}, repeats=5)
         rows.append({"prompts": num_prompts, "candidates": GROUP, "pack_s": seconds["pack"]})
     return rows
@@ -170,7 +172,7 @@ Logprobs = Callable[[Setting, BatchTensors], tuple[Float32[Tensor, " E"], Float3
 def _packed_logprobs(
     setting: Setting, batch: BatchTensors
 ) -> tuple[Float32[Tensor, " E"], Float32[Tensor, " E"]]:
-    return choice_logprobs(setting.model, batch, setting.catalogue.trie, setting.vocabulary)
+    return choice_logprobs(setting.model, batch, setting.catalog.trie, setting.vocabulary)
 
 
 def _flat_logprobs(
@@ -179,7 +181,7 @@ def _flat_logprobs(
     """By the causal kernel; padding, if any, is behind the tokens that could see it."""
     hidden = setting.model.base_model(input_ids=batch.token, use_cache=False).last_hidden_state
     return score_choices(
-        hidden, head_weight(setting.model), batch, setting.catalogue.trie, setting.vocabulary
+        hidden, head_weight(setting.model), batch, setting.catalog.trie, setting.vocabulary
     )
 
 

@@ -6,7 +6,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from benchmarks.measure import Report
-from cluster.report.plots import COLOURS, FAINT, INK, look
+from cluster.report.plots import COLOURS, FAINT, INK, apply_style
 
 ABLATION = Path(__file__).parents[1] / "docs" / "vstar.svg"
 METRIC = "ndcg@10/sid"
@@ -18,7 +18,7 @@ def ablation(report: Report, path: Path = ABLATION) -> None:
     Dashed lines are the warm starts. Equal reports give equal files.
     """
     rows = [row for row in report["rows"] if "way" in row]
-    with mpl.rc_context(look(path.name)):
+    with mpl.rc_context(apply_style(path.name)):
         figure = Figure(figsize=(7.2, 3.6))
         axes = figure.subplots()
         for row in rows:

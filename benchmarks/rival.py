@@ -13,7 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from benchmarks.hugging_face import allowed_tokens, beams, paths
-from orchard.catalog import catalog as catalogues
+from orchard.catalog import catalog as catalogs
 from orchard.data.prompts import PromptFormat
 from orchard.policy import item_tokenizer
 from orchard.policy import model as models
@@ -21,10 +21,10 @@ from orchard.policy import model as models
 
 def recommender(folder: Path, width: int) -> Callable[[list[int]], list[int]]:
     """Histories to the items of the beams, one request at a time."""
-    items = catalogues.load(folder / "catalogue")
-    words = item_tokenizer.of_codes(item_tokenizer.read_tokenizer(folder), items)
+    items = catalogs.load(folder / "catalogue")
+    words = item_tokenizer.from_tokenizer(item_tokenizer.read_tokenizer(folder), items)
     model = models.load(folder, words)
-    form, depth = PromptFormat(catalogue=items, vocabulary=words), items.trie.depth
+    form, depth = PromptFormat(catalog=items, vocabulary=words), items.trie.depth
     allowed = allowed_tokens(items, words)
     found: dict[tuple[int, ...], list[int]] = {}
     for row, path in enumerate(paths(items, words)):

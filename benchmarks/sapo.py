@@ -23,9 +23,9 @@ from benchmarks.measure import Figure, Report, Row, figure, interleaved, report
 from benchmarks.recipe import ONE_THREAD
 from cluster.cli.commands import TRAINED, WARM_START, improve, warm_start
 from cluster.training.run import Run, prepare
-from cluster.training.run_dir import open_folder
+from cluster.training.run_dir import open_run_dir
 from orchard import config
-from orchard.catalog.catalog import Catalogue
+from orchard.catalog.catalog import Catalog
 from orchard.catalog.trie import ROOT
 from orchard.data.synthetic import WorldParams, write_world
 from orchard.evaluation import ranking
@@ -33,7 +33,7 @@ from orchard.policy.item_tokenizer import Vocabulary
 from orchard.settings import Config
 from orchard.tracking.metrics_log import FILE, read_metrics
 from orchard.types import Prompts
-from rollout.actor import Searcher
+from rollout.actor import RolloutWorker
 
 WAYS = {
     "grpo_exact": ("learner.estimator=group",),
@@ -126,11 +126,13 @@ def _speed(
     own = [f"output={folder}", "rollout.engine=vllm", f"rollout.candidates={samples}"]
     settings = _settings("speed", 0, [*changes, *own, "rollout.threads=1"])
     made = prepare(settings, "sft")
-    open_folder(made)
-    searcher = Searcher(settings.rollout, made.policy, made.catalogue, made.vocabulary, seed=0)
+    open_run_dir(made)
+    rollout_worker = RolloutWorker(
+        settings.rollout, made.policy, made.catalog, made.vocabulary, seed=0
+    )
     torch.set_num_threads(1)  # vLLM sets its own
     asked = made.form.prompts(made.train, np.arange(prompts))
-    llm: Any = searcher._holder.llm  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+    llm: Any = rollout_worker._holder.llm  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
     cap = settings.rollout.think.block_tokens
 
     def fresh(work: Callable[[], object]) -> Callable[[], object]:
@@ -142,7 +144,7 @@ def _speed(
 
     seconds = interleaved(
         {
-            "think": fresh(lambda: searcher.search(asked, 0)),
+            "think": fresh(lambda: rollout_worker.search(asked, 0)),
             "batched_loop": fresh(lambda: _loop(llm, made, asked, samples, cap, batched=True)),
             "plain_loop": fresh(lambda: _loop(llm, made, asked, samples, cap, batched=False)),
         },
@@ -185,7 +187,7 @@ def _finish(
     special = made.vocabulary.tags
     assert special is not None
     text = SamplingParams(max_tokens=cap, stop_token_ids=[special.close], detokenize=False)
-    for _ in range(made.catalogue.trie.depth):
+    for _ in range(made.catalog.trie.depth):
         if tags:
             ask([SamplingParams(max_tokens=1, allowed_token_ids=[special.open])] * len(contexts))
         else:
@@ -196,14 +198,14 @@ def _finish(
             if one[-1] != special.close:
                 one.append(special.close)
     node = torch.full((len(contexts),), ROOT)
-    for _ in range(made.catalogue.trie.depth):
-        legal = _legal(made.catalogue, made.vocabulary, node)
+    for _ in range(made.catalog.trie.depth):
+        legal = _legal(made.catalog, made.vocabulary, node)
         ask([SamplingParams(max_tokens=1, allowed_token_ids=list(one)) for one in legal])
         node = torch.tensor([one[c[-1]] for one, c in zip(legal, contexts, strict=True)])
     return contexts
 
 
-def _legal(items: Catalogue, vocabulary: Vocabulary, node: torch.Tensor) -> list[dict[int, int]]:
+def _legal(items: Catalog, vocabulary: Vocabulary, node: torch.Tensor) -> list[dict[int, int]]:
     """For each trie node its legal tokens and where they lead."""
     children = items.trie.children(node)
     token = vocabulary.token_of(items.trie, children.node).tolist()

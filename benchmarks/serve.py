@@ -33,13 +33,13 @@ from benchmarks.learner import Setting, default_setting
 from benchmarks.measure import Report, Row, figure, report
 from cluster.actors.session import ray_session
 from cluster.cli import serving
-from orchard.catalog import catalog as catalogues
+from orchard.catalog import catalog as catalogs
 from orchard.policy import weights
 from orchard.settings import ClusterConfig, ServeConfig
-from orchard.testing import World, tiny_prompts
+from orchard.testing import TinySetup, tiny_prompts
 from serve.app import Arguments
 from serve.factory import open_service
-from serve.metrics import Tally
+from serve.metrics import InMemoryMetrics
 from serve.schema import RecommendRequest
 from serve.service import Service
 from serve.testing import export_policy
@@ -78,9 +78,9 @@ def run(quick: bool) -> Report:
     setting = default_setting()
     folder = Path(tempfile.mkdtemp(prefix="orchard-serve-"))
     os.environ["ORCHARD_SERVE_TOKEN"] = TOKEN
-    world = World(
-        catalogue=setting.catalogue, model=setting.model, vocabulary=setting.vocabulary,
-        prompts=tiny_prompts(setting.catalogue, [1]),
+    world = TinySetup(
+        catalog=setting.catalog, model=setting.model, vocabulary=setting.vocabulary,
+        prompts=tiny_prompts(setting.catalog, [1]),
     )  # fmt: skip
     export_policy(world, folder / "policy", step=1)
     try:
@@ -108,7 +108,7 @@ def run(quick: bool) -> Report:
             ray_serve.shutdown()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    at = f"W={WIDTH}, {HISTORY} items of history, {len(setting.catalogue)} items, torch engine"
+    at = f"W={WIDTH}, {HISTORY} items of history, {len(setting.catalog)} items, torch engine"
     many = _many(100_000 if quick else 1_000_000, 20 if quick else 200)
     figures = [
         figure("overhead_p50_of_many_items", many["overhead_ms"], "ms", asked="<= 5",
@@ -140,16 +140,16 @@ def run(quick: bool) -> Report:
 
 
 def _many(items: int, number: int) -> dict[str, float]:
-    """Opening and overhead with a catalogue of that size."""
+    """Opening and overhead with a catalog of that size."""
     setting = default_setting(items, 256)
-    world = World(
-        catalogue=setting.catalogue, model=setting.model, vocabulary=setting.vocabulary,
-        prompts=tiny_prompts(setting.catalogue, [1]),
+    world = TinySetup(
+        catalog=setting.catalog, model=setting.model, vocabulary=setting.vocabulary,
+        prompts=tiny_prompts(setting.catalog, [1]),
     )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="orchard-serve-") as folder:
         policy = export_policy(world, Path(folder) / "policy", step=1)
         began = time.perf_counter()
-        open_service(policy, ServeConfig(), Tally())
+        open_service(policy, ServeConfig(), InMemoryMetrics())
         opened = time.perf_counter() - began
         found = asyncio.run(_overhead(policy, number))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -158,17 +158,17 @@ def _many(items: int, number: int) -> dict[str, float]:
 
 def _histories(setting: Setting, number: int) -> list[list[int]]:
     draw = np.random.default_rng(number)
-    return draw.integers(len(setting.catalogue), size=(number, HISTORY)).tolist()
+    return draw.integers(len(setting.catalog), size=(number, HISTORY)).tolist()
 
 
 async def _overhead(folder: Path, number: int) -> dict[str, float]:
     """What application and service add to a search, in milliseconds."""
     from serve.http.routes import create_app
 
-    meters = Tally()
+    meters = InMemoryMetrics()
     service: Service = open_service(folder, ServeConfig(width=WIDTH, follow_s=3600.0), meters)
     app, draw = create_app(service), np.random.default_rng(0)
-    items = len(catalogues.load(folder / "catalogue"))
+    items = len(catalogs.load(folder / "catalogue"))
     totals: list[float] = []
     searches: list[float] = []
     transport = httpx.ASGITransport(app)
@@ -247,12 +247,12 @@ async def _capacity(setting: Setting, seconds: float) -> float:
 
 
 async def _loads(
-    setting: Setting, world: World, folder: Path, seconds: float, rate: float
+    setting: Setting, world: TinySetup, folder: Path, seconds: float, rate: float
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Latencies in an open loop, in turns without and with deltas and a policy switch."""
     steady, changed, removed = Load(), Load(), dict[int, float]()
     draw = np.random.default_rng(3)
-    some = iter(draw.permutation(len(setting.catalogue))[: 60 * TURNS].tolist())
+    some = iter(draw.permutation(len(setting.catalog))[: 60 * TURNS].tolist())
     values = weights.snapshot(world.model)
     name = next(iter(values))
     for turn in range(TURNS):
@@ -267,8 +267,8 @@ async def _loads(
         ) -> None:
             header = {"authorization": f"Bearer {TOKEN}"}
             for step in range(3):
-                gone = [int(setting.catalogue.item_id[i]) for i in islice(some, 20)]
-                fresh = {"item_id": 10**9 + turn, "sid": setting.catalogue.codes[0].tolist()}
+                gone = [int(setting.catalog.item_id[i]) for i in islice(some, 20)]
+                fresh = {"item_id": 10**9 + turn, "sid": setting.catalog.codes[0].tolist()}
                 body = {"remove": gone, "add": [fresh] if step == 1 else []}
                 answer = await client.post("/v1/catalog/delta", json=body, headers=header)
                 assert answer.status_code == 200, answer.text

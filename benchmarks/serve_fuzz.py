@@ -3,7 +3,7 @@
 Schemathesis draws the requests from the document: half of them fit it, half break it in one place.
 They reach the application in this process, one after another, some with the operator's token, so
 that deltas and pins happen among the recommendations. Counted is what must not be: an answer of
-5xx, an answer that its own schema does not describe, an item that the request or the catalogue
+5xx, an answer that its own schema does not describe, an item that the request or the catalog
 forbids, and text that tells of files or code.
 """
 
@@ -30,10 +30,10 @@ from schemathesis.core.failures import Failure, FailureGroup
 
 from benchmarks.measure import Report, Row, figure, report
 from orchard.settings import ServeConfig
-from orchard.testing import World, tiny_world
+from orchard.testing import TinySetup, tiny_setup
 from serve.factory import open_service
 from serve.http.routes import create_app
-from serve.metrics import Tally
+from serve.metrics import InMemoryMetrics
 from serve.service import Service
 from serve.testing import export_policy
 
@@ -56,7 +56,7 @@ def run(quick: bool) -> Report:
     """10,000 requests; 500 with `quick`."""
     number = 500 if quick else 10_000
     with tempfile.TemporaryDirectory(prefix="orchard-fuzz-") as folder:
-        found = attack(tiny_world(level_size=(5, 4, 6), num_items=40), Path(folder), number)
+        found = attack(tiny_setup(level_size=(5, 4, 6), num_items=40), Path(folder), number)
     note = f"{sum(found.status.values())} requests from the OpenAPI document"
     names = ("server_error", "illegal_items", "leak", "schema")
     figures = [figure(n, found.wrong[n], "answers", asked="== 0", note=note) for n in names]
@@ -67,16 +67,16 @@ def run(quick: bool) -> Report:
     return report("serve_fuzz", figures, rows)
 
 
-def attack(world: World, folder: Path, number: int) -> Findings:
+def attack(world: TinySetup, folder: Path, number: int) -> Findings:
     """Send so many requests to an endpoint of its own."""
     os.environ["ORCHARD_SERVE_TOKEN"] = TOKEN
     export_policy(world, folder / "policy", step=1)
     # As `orchard serve` has it: what is shown where the drawn deadline is shorter than any search.
     popularity = folder / "popularity.parquet"
-    item_id = world.catalogue.item_id
+    item_id = world.catalog.item_id
     pq.write_table(pa.table({"item_id": item_id, "count": np.arange(len(item_id))}), popularity)
     config = ServeConfig(follow_s=3600.0, state=folder / "state", popularity=popularity)
-    service = open_service(folder / "policy", config, meters := Tally())
+    service = open_service(folder / "policy", config, meters := InMemoryMetrics())
     found = send(create_app(service), number, service)
     found.wrong["illegal_items"] += meters.total("orchard_serve_illegal")
     return found
@@ -149,11 +149,11 @@ def judge(
 
 
 def _legal(request: httpx.Request, answer: dict[str, Any], service: Service) -> bool:
-    """Only items of the catalogue are shown, each once, and none that was excluded."""
-    asked, shelf = json.loads(request.content), service.stock.shelf
+    """Only items of the catalog are shown, each once, and none that was excluded."""
+    asked, catalog_version = json.loads(request.content), service.catalog_store.current
     shown = [item["item_id"] for item in answer["items"]]
     gone = {*asked.get("exclude", []), *(asked["history"] if asked.get("exclude_seen") else [])}
-    live = shelf.catalogue.item_id[shelf.snapshot.live]
+    live = catalog_version.catalog.item_id[catalog_version.snapshot.live]
     return (
         len(set(shown)) == len(shown) <= asked.get("k", 10)
         and not gone & set(shown)

@@ -37,24 +37,24 @@ from benchmarks.hugging_face import allowed_tokens, beams
 from benchmarks.learner import VERSION, Setting, default_setting, random_prompts
 from benchmarks.measure import Figure, Report, Row, figure, interleaved, report
 from cluster.training.controller import EXACT
-from cluster.training.loop import Clock
-from learner.advantage.estimators import assign
+from cluster.training.loop import PhaseTimer
+from learner.advantage.estimators import compute_advantages
 from learner.batch.pack import pack
 from learner.batch.sft import pack_answers
-from learner.trainer import Learner
+from learner.trainer import Trainer
 from orchard.data.prompts import PromptFormat
 from orchard.policy.item_tokenizer import compact_tokenizer
 from orchard.policy.model import load
 from orchard.policy.weights import digest, snapshot
 from orchard.settings import LearnerConfig, RolloutConfig
-from orchard.testing import save_policy
+from orchard.testing import save_model_folder
 from orchard.types import PolicyVersion, Prompts, SearchTrees
-from rewards.score import score
-from rollout.actor import Searcher
+from rewards.score import score_trees
+from rollout.actor import RolloutWorker
 from rollout.engine.torch import TorchEngine
-from rollout.probe import Probe
+from rollout.probe import LogprobProbe
 from rollout.search.beam import beam
-from rollout.search_trees import grow
+from rollout.search_trees import build_search_trees
 
 BATCH, LENGTH, GROUP, LEVELS, ROWS = 32, 128, 16, 3, 32
 """Prompts, tokens of each, candidates, codes; sequences of a rival's micro-batch."""
@@ -81,11 +81,11 @@ class Task:
         """The policy that all begin with, loaded anew."""
         return load(self.folder, self.setting.vocabulary)
 
-    def searcher(self) -> Searcher:
+    def rollout_worker(self) -> RolloutWorker:
         """What a rollout actor holds, with that policy."""
         config = RolloutConfig(engine="torch", candidates=GROUP, threads=self.threads)
-        given = (self.setting.catalogue, self.setting.vocabulary)
-        return Searcher(config, self.folder, *given, seed=0)
+        given = (self.setting.catalog, self.setting.vocabulary)
+        return RolloutWorker(config, self.folder, *given, seed=0)
 
 
 class Orchard:
@@ -95,11 +95,11 @@ class Orchard:
         """Start with the task's policy."""
         setting = task.setting
         self._task, self._config = task, config
-        self._searcher = task.searcher()
-        context = (setting.catalogue.trie, setting.vocabulary, config)
-        self._learner = Learner(task.policy(), *context, total_steps=1000)
+        self._rollout_worker = task.rollout_worker()
+        context = (setting.catalog.trie, setting.vocabulary, config)
+        self._learner = Trainer(task.policy(), *context, total_steps=1000)
         probed = task.prompts.select(np.arange(min(PROBED, len(task.prompts))))
-        form = PromptFormat(catalogue=setting.catalogue, vocabulary=setting.vocabulary)
+        form = PromptFormat(catalog=setting.catalog, vocabulary=setting.vocabulary)
         self._probed, self._answers = probed, pack_answers(probed, form, VERSION)
         self.laps: list[dict[str, float]] = []
         """Seconds of the phases of each step."""
@@ -108,31 +108,31 @@ class Orchard:
 
     def step(self) -> None:
         """Search, score, pack, learn, push."""
-        setting, clock = self._task.setting, Clock()
-        trees = self._searcher.search(self._task.prompts, len(self.laps))
-        clock.lap("search_s")
-        scored = score(trees, setting.catalogue, WEIGHTS)
-        credits = assign(scored, self._config)
-        batch = pack(scored, credits, setting.catalogue, setting.vocabulary)
-        clock.lap("score_and_pack_s")
-        self.metrics = self._learner.improve(batch)
-        clock.lap("learn_s")
+        setting, clock = self._task.setting, PhaseTimer()
+        trees = self._rollout_worker.search(self._task.prompts, len(self.laps))
+        clock.mark("search_s")
+        scored = score_trees(trees, setting.catalog, WEIGHTS)
+        credits = compute_advantages(scored, self._config)
+        batch = pack(scored, credits, setting.catalog, setting.vocabulary)
+        clock.mark("score_and_pack_s")
+        self.metrics = self._learner.rl_step(batch)
+        clock.mark("learn_s")
         weights = snapshot(self._learner.result)
         version = PolicyVersion(step=len(self.laps) + 1, digest=digest(weights))
-        target = setting.catalogue.leaf_of_item[self._probed.target]
-        probe = Probe(
+        target = setting.catalog.leaf_of_item[self._probed.target]
+        probe = LogprobProbe(
             prompts=self._probed, leaf=target, score=self._learner.score(self._answers),
             tolerance=EXACT,
         )  # fmt: skip
-        self._searcher.install(version, weights, probe)
-        clock.lap("push_s")
+        self._rollout_worker.load_weights(version, weights, probe)
+        clock.mark("push_s")
         self.laps.append(clock.laps)
 
 
 def run(quick: bool) -> Report:
     """Equal candidates, advantages, loss and gradients; then time.
 
-    `quick` takes two prompts, a smaller catalogue and one thread.
+    `quick` takes two prompts, a smaller catalog and one thread.
     """
     batch, repeats, threads, items = (2, 1, 1, 2_000) if quick else (BATCH, 10, 2, 20_000)
     torch.set_num_threads(threads)
@@ -169,17 +169,17 @@ def _over_trl(ratios: dict[str, float], at: str) -> list[Figure]:
 def _task(num_items: int, batch: int, folder: Path, threads: int) -> Task:
     """Random prompts, of which every other one has its target among the first beams."""
     setting = default_setting(num_items)
-    catalogue, vocabulary = setting.catalogue, setting.vocabulary
-    tokenizer = compact_tokenizer(catalogue)
-    save_policy(setting.model, tokenizer, folder)
+    catalog, vocabulary = setting.catalog, setting.vocabulary
+    tokenizer = compact_tokenizer(catalog)
+    save_model_folder(setting.model, tokenizer, folder)
     draw = np.random.default_rng(batch)
     prompts = random_prompts(setting, batch, LENGTH, draw)
     prompt = torch.from_numpy(prompts.token.astype(np.int64)).view(batch, LENGTH)
-    allowed = allowed_tokens(catalogue, vocabulary)
+    allowed = allowed_tokens(catalog, vocabulary)
     found = beams(setting.model, prompt, allowed, width=GROUP, levels=LEVELS)
     codes = np.stack([vocabulary.tokens_at(n).numpy() for n in range(LEVELS)])
     target = prompts.target.copy()
-    paths = codes[np.arange(LEVELS), catalogue.codes]
+    paths = codes[np.arange(LEVELS), catalog.codes]
     for row in range(0, batch, 2):
         one = found[row, draw.integers(GROUP)].numpy()
         target[row] = np.flatnonzero((paths == one).all(1))[0]
@@ -196,22 +196,22 @@ def _compare(task: Task) -> dict[str, float]:
     clip and divergence all count; the rate is 0.
     """
     setting, still = task.setting, LEARNER.model_copy(update={"lr": 0.0, "grad_clip": 0.0})
-    catalogue, vocabulary = setting.catalogue, setting.vocabulary
-    trees = task.searcher().search(task.prompts, 0)
+    catalog, vocabulary = setting.catalog, setting.vocabulary
+    trees = task.rollout_worker().search(task.prompts, 0)
     draw = np.random.default_rng(0)
     moved = trees.logprob + draw.normal(0, 0.3, len(trees.logprob)).astype(np.float32)
     trees = replace(trees, logprob=np.where(trees.forced, trees.logprob, moved))
-    scored = score(trees, catalogue, WEIGHTS)
-    credits = assign(scored, still)
-    learner = Learner(task.policy(), catalogue.trie, vocabulary, still, total_steps=1)
-    allowed = allowed_tokens(catalogue, vocabulary)
+    scored = score_trees(trees, catalog, WEIGHTS)
+    credits = compute_advantages(scored, still)
+    learner = Trainer(task.policy(), catalog.trie, vocabulary, still, total_steps=1)
+    allowed = allowed_tokens(catalog, vocabulary)
     loop = FlatLoop(task.policy(), allowed, still, group=GROUP, levels=LEVELS, rows=ROWS)
     for model in (learner.policy, loop.policy):
         _shake(model)
     codes, behaviour = _as_sequences(trees)
     found = beams(setting.model, task.prompt, allowed, width=GROUP, levels=LEVELS)
     earned = advantages(rewards(codes, task.target))
-    metrics = learner.improve(pack(scored, credits, catalogue, vocabulary))
+    metrics = learner.rl_step(pack(scored, credits, catalog, vocabulary))
     packed = metrics["surrogate"] + still.kl.weight * metrics["kl"]
     flat = loop.update(task.prompt, codes, earned, behaviour)
     same = [
@@ -253,7 +253,7 @@ def _apart(one: PreTrainedModel, other: PreTrainedModel) -> float:
 def _time(task: Task, repeats: int) -> tuple[list[Row], dict[str, float]]:
     """Median seconds of every way, and how many of Orchard's each takes."""
     setting = task.setting
-    allowed = allowed_tokens(setting.catalogue, setting.vocabulary)
+    allowed = allowed_tokens(setting.catalog, setting.vocabulary)
     ours = Orchard(task)
     whole = Orchard(task, LEARNER.model_copy(update={"logprob": "full"}))
     loop = FlatLoop(task.policy(), allowed, LEARNER, group=GROUP, levels=LEVELS, rows=ROWS)
@@ -292,8 +292,8 @@ def _time(task: Task, repeats: int) -> tuple[list[Row], dict[str, float]]:
 def _trl(task: Task) -> dict[str, trl_step.TrlSteps]:
     """A training by TRL in each of the ways."""
     setting = task.setting
-    allowed = allowed_tokens(setting.catalogue, setting.vocabulary)
-    tokenizer = compact_tokenizer(setting.catalogue)
+    allowed = allowed_tokens(setting.catalog, setting.vocabulary)
+    tokenizer = compact_tokenizer(setting.catalog)
     begin = partial(
         trl_step.TrlSteps, tokenizer=tokenizer, prompt=task.prompt, target=task.target,
         allowed=allowed, config=LEARNER, folder=task.folder / "trl", group=GROUP,
@@ -312,9 +312,9 @@ def _search(
     """Orchard's search with TRL's policy, for prompts in TRL's order."""
     setting = task.setting
     training = policy.training
-    engine = TorchEngine(policy, setting.catalogue.trie, setting.vocabulary, VERSION)
+    engine = TorchEngine(policy, setting.catalog.trie, setting.vocabulary, VERSION)
     prompts = replace(task.prompts, token=prompt.numpy().astype(np.int32).ravel())
     found = beam(engine, prompts, width=GROUP)
     policy.train(training)  # by which TRL tells a step from an evaluation
-    trees = grow(prompts, found, setting.catalogue, setting.vocabulary, VERSION)
+    trees = build_search_trees(prompts, found, setting.catalog, setting.vocabulary, VERSION)
     return _as_sequences(trees)[0]

@@ -26,19 +26,19 @@ from torch import Tensor
 
 from benchmarks.learner import VERSION
 from benchmarks.measure import Report, Row, figure, report
-from orchard.catalog import catalog as catalogues
+from orchard.catalog import catalog as catalogs
 from orchard.catalog import index as indices
 from orchard.catalog import trie as tries
 from orchard.catalog.trie import Trie
-from orchard.catalog.view import everything
+from orchard.catalog.view import full_view
 from orchard.policy import model as models
 from orchard.policy.item_tokenizer import Vocabulary
 from orchard.policy.model import segment_log_softmax
 from orchard.settings import ModelConfig
 from orchard.types import Prompts
-from rollout.engine.protocol import Engine, Expansion
+from rollout.engine.protocol import DecodingBackend, NextCodeLogprobs
 from rollout.engine.torch import TorchEngine
-from rollout.item_filter import Allowed
+from rollout.item_filter import ItemFilter
 from rollout.search.beam import beam
 
 CODES, LEVELS, WIDTH, LENGTH = 8192, 3, 64, 128
@@ -121,11 +121,11 @@ def _write_items(num_items: int, items: Path, _: Path) -> dict[str, float]:
 def _measure_build(_: int, items: Path, path: Path) -> dict[str, float]:
     torch.set_num_threads(1)
     begin = time.perf_counter()
-    catalogue = catalogues.read(items, level_size=(CODES,) * LEVELS)
+    catalog = catalogs.read(items, level_size=(CODES,) * LEVELS)
     read = time.perf_counter() - begin
-    indices.save(indices.of_catalogue(catalogue), path)
+    indices.save(indices.from_catalog(catalog), path)
     done, peak = time.perf_counter() - begin, _memory("VmHWM")
-    seconds = _median(lambda: tries.build(catalogue.codes, catalogue=catalogue.digest))
+    seconds = _median(lambda: tries.build(catalog.codes, catalog=catalog.digest))
     return {
         "build_s": seconds,
         "parquet_to_catalogue_s": read,
@@ -137,12 +137,12 @@ def _measure_build(_: int, items: Path, path: Path) -> dict[str, float]:
 
 def _measure_load(_: int, items: Path, path: Path) -> dict[str, float]:
     torch.set_num_threads(1)
-    everything(catalogues.from_codes([[0], [1]]).trie)  # what torch loads at first use
+    full_view(catalogs.from_codes([[0], [1]]).trie)  # what torch loads at first use
     before, begin = _memory("VmRSS"), time.perf_counter()
     loaded = indices.load(path)
     seconds, mapped = time.perf_counter() - begin, _memory("VmRSS") - before
     begin = time.perf_counter()
-    view = everything(loaded.trie)
+    view = full_view(loaded.trie)
     return {
         "load_s": seconds,
         "view_s": time.perf_counter() - begin,
@@ -175,7 +175,7 @@ class FreeEngine:
         self.trie, self.vocabulary, self.version = trie, _vocabulary(), VERSION
         self._logit = torch.randn(CODES, generator=torch.Generator().manual_seed(0))
 
-    def prefill(self, prompts: Prompts) -> Expansion:
+    def prefill(self, prompts: Prompts) -> NextCodeLogprobs:
         """Score the children of the root."""
         return self._expand(torch.zeros(len(prompts), dtype=torch.long))
 
@@ -185,28 +185,28 @@ class FreeEngine:
         token: Int64[Tensor, " S"],
         start: Int64[Tensor, " F1"],
         node: Int64[Tensor, " F"],
-    ) -> Expansion:
+    ) -> NextCodeLogprobs:
         """Score the children of the nodes."""
         return self._expand(node)
 
-    def _expand(self, node: Int64[Tensor, " F"]) -> Expansion:
+    def _expand(self, node: Int64[Tensor, " F"]) -> NextCodeLogprobs:
         children = self.trie.children(node)
         code = self.trie.code.index_select(0, children.node).long()
         logit: Float32[Tensor, " M"] = self._logit.index_select(0, code)
         logprob = segment_log_softmax(logit, children.owner, children.start)
-        return Expansion(state=node, logprob=logprob, children=children)
+        return NextCodeLogprobs(state=node, logprob=logprob, children=children)
 
 
 class Stopwatch:
     """An engine that notes when it was asked."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: DecodingBackend) -> None:
         """Stand in for `engine`."""
         self.trie, self.vocabulary, self.version = engine.trie, engine.vocabulary, engine.version
         self._engine = engine
         self.asked: list[float] = []
 
-    def prefill(self, prompts: Prompts) -> Expansion:
+    def prefill(self, prompts: Prompts) -> NextCodeLogprobs:
         """Note the time and pass on."""
         self.asked.append(time.perf_counter())
         return self._engine.prefill(prompts)
@@ -217,7 +217,7 @@ class Stopwatch:
         token: Int64[Tensor, " S"],
         start: Int64[Tensor, " F1"],
         node: Int64[Tensor, " F"],
-    ) -> Expansion:
+    ) -> NextCodeLogprobs:
         """Note the time and pass on."""
         self.asked.append(time.perf_counter())
         return self._engine.extend(state, token, start, node)
@@ -242,7 +242,7 @@ def _prompts(count: int) -> Prompts:
 
 
 def _timed(
-    cases: Mapping[str, Engine], prompts: Prompts, repeats: int = 2 * REPEATS
+    cases: Mapping[str, DecodingBackend], prompts: Prompts, repeats: int = 2 * REPEATS
 ) -> dict[str, Float64[np.ndarray, "repeats steps"]]:
     """Seconds of each level step of each case, one row for each search; the cases take turns."""
     seconds: dict[str, list[list[float]]] = {name: [] for name in cases}
@@ -296,8 +296,8 @@ def _beside_a_policy(trie: Trie) -> list[Row]:
 def _viewed(trie: Trie) -> list[Row]:
     """What a view and a hundred excluded leaves add to a search of one prompt."""
     engine, prompts = FreeEngine(trie), _prompts(1)
-    allowed = Allowed(
-        view=everything(trie),
+    allowed = ItemFilter(
+        view=full_view(trie),
         excluded=np.random.default_rng(0).integers(trie.num_leaves, size=100),
         excluded_start=np.array([0, 100]),
     )

@@ -26,7 +26,7 @@ from cluster.cli.commands import WARM_START
 from cluster.training.run import Run, prepare
 from learner.advantage.estimators import ESTIMATORS
 from learner.batch.pack import pack
-from learner.logprob_model import Scorer
+from learner.logprob_model import LogprobModel
 from learner.logprobs import to_tensors
 from orchard import config
 from orchard.evaluation import bootstrap, ranking
@@ -37,14 +37,14 @@ from orchard.settings import Config, VedConfig
 from orchard.tracking.metrics_log import FILE, read_metrics
 from orchard.types import PolicyVersion, Prompts, ScoredTrees
 from rollout.candidates import Candidates
-from rollout.engine.protocol import Engine, Runner
+from rollout.engine.protocol import DecodingBackend, SearchRunner
 from rollout.engine.torch import TorchEngine
-from rollout.engine.vllm import VllmHolder
+from rollout.engine.vllm import VllmEngine
 from rollout.search.beam import beam, sample
 from rollout.search.ved.search import ved
-from rollout.search_trees import grow
+from rollout.search_trees import build_search_trees
 
-Search = Callable[[Engine, Prompts], Candidates]
+Search = Callable[[DecodingBackend, Prompts], Candidates]
 RUN = Path("cluster/runs/vstar_industrial.toml")
 BEAM = ("rollout.search=beam", "model.value_head=false")
 WAYS: Mapping[str, tuple[str, ...]] = {
@@ -68,7 +68,7 @@ INSTRUMENTS = (
     "data.path=../shared/data/amazon_instruments", "data.train=[\"train.parquet\"]",
     "data.max_history=20", "sft.epochs=12",
 )  # fmt: skip
-"""What the recipe of Industrial becomes on the other catalogue, as in amazon_instruments.toml."""
+"""What the recipe of Industrial becomes on the other catalog, as in amazon_instruments.toml."""
 METRICS = ("ndcg@10/sid", "hr@1/sid", "hr@3/sid", "hr@10/sid", "hr@50/sid")
 BATCH, WIDTH, BUDGET = 32, 16, 33
 SET, SET_BUDGET = 64, 129
@@ -131,10 +131,10 @@ def _costs(*, repeats: int) -> tuple[list[Row], list[Figure]]:
     shutil.rmtree(folder, ignore_errors=True)
     value_head.save(policy, folder)
     rollout = settings.rollout.model_copy(update={"threads": 1})
-    engines: dict[str, Runner] = {
-        "vllm": VllmHolder(folder, policy, at.catalogue.trie, at.vocabulary, version, rollout,
+    engines: dict[str, SearchRunner] = {
+        "vllm": VllmEngine(folder, policy, at.catalog.trie, at.vocabulary, version, rollout,
                            seed=0),
-        "torch": TorchEngine(policy, at.catalogue.trie, at.vocabulary, version),
+        "torch": TorchEngine(policy, at.catalog.trie, at.vocabulary, version),
     }  # fmt: skip
     prompts, rows, figures = _prompts(at), list[Row](), list[Figure]()
     for name, engine in engines.items():
@@ -236,10 +236,10 @@ def _sets(runs: list[Config], *, num_rows: int) -> tuple[list[Row], list[Figure]
         at = prepare(settings, "train", policy=settings.run_dir / "policy")
         policy = model.load(at.policy, at.vocabulary)
         version = PolicyVersion(step=0, digest="")
-        engine = TorchEngine(policy, at.catalogue.trie, at.vocabulary, version)
+        engine = TorchEngine(policy, at.catalog.trie, at.vocabulary, version)
         rows = np.arange(min(num_rows, len(at.test)))
         prompts = at.form.prompts(at.test, rows)
-        target = at.catalogue.leaf_of_item[prompts.target]
+        target = at.catalog.leaf_of_item[prompts.target]
 
         for name, find in searches.items():
             found = _look(find, engine, prompts)
@@ -280,7 +280,7 @@ def _sets(runs: list[Config], *, num_rows: int) -> tuple[list[Row], list[Figure]
     ]  # fmt: skip
 
 
-def _look(find: Search, engine: Engine, prompts: Prompts) -> Candidates:
+def _look(find: Search, engine: DecodingBackend, prompts: Prompts) -> Candidates:
     rows = np.arange(len(prompts))
     return Candidates.concatenate(
         [find(engine, prompts.select(rows[i : i + SET])) for i in rows[::SET]]
@@ -291,15 +291,15 @@ def _values(
     policy: PreTrainedModel, at: Run, prompts: Prompts, found: Candidates
 ) -> Float64[np.ndarray, "C L"]:
     """What the head says of every prefix of every candidate, as in an update."""
-    trie, vocabulary = at.catalogue.trie, at.vocabulary
-    scorer, values = Scorer(policy, trie, vocabulary, "trie"), list[np.ndarray]()
+    trie, vocabulary = at.catalog.trie, at.vocabulary
+    scorer, values = LogprobModel(policy, trie, vocabulary, "trie"), list[np.ndarray]()
     for first in range(0, len(prompts), BATCH):
         rows = np.arange(first, min(first + BATCH, len(prompts)))
         part = found.select(rows)
         version = PolicyVersion(step=0, digest="")
-        trees = grow(prompts.select(rows), part, at.catalogue, vocabulary, version)
+        trees = build_search_trees(prompts.select(rows), part, at.catalog, vocabulary, version)
         scored = ScoredTrees(trees=trees, reward=np.zeros(len(trees.leaf), np.float32), parts={})
-        batch = pack(scored, [ESTIMATORS["group"](scored, 1e-4)], at.catalogue, vocabulary,
+        batch = pack(scored, [ESTIMATORS["group"](scored, 1e-4)], at.catalog, vocabulary,
                      node_reward=np.zeros(len(trees.step), np.float32))  # fmt: skip
         with torch.inference_mode():
             of_state: Tensor = scorer(to_tensors(batch))[2]

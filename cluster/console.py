@@ -236,5 +236,5 @@ def _change(estimate: Estimate | None) -> Text:
     """A difference, coloured where its interval leaves zero out."""
     if estimate is None:
         return Text()
-    style = ("green" if estimate.mean > 0 else "red") if estimate.clear else ""
+    style = ("green" if estimate.mean > 0 else "red") if estimate.significant else ""
     return Text(interval(estimate, signed=True), style=style)

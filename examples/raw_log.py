@@ -15,14 +15,14 @@ import pyarrow.csv as csv
 
 from orchard import ragged
 from orchard.data.synthetic import titles
-from orchard.data.synthetic_world import WorldParams, live, make_world
+from orchard.data.synthetic_world import WorldParams, make_world, simulate_users
 
 
 def write(out: Path) -> None:
     """Write `log.csv` (customer, sku, bought) and `products.csv` (sku, name)."""
     maker, nature = np.random.default_rng(0).spawn(2)
     world = make_world(WorldParams(num_items=500, num_users=1000), maker)
-    events = live(world, nature)
+    events = simulate_users(world, nature)
     sku = np.array([f"SKU-{number:04d}" for number in range(len(world.code))])
     customer = np.array([f"C{number:05d}" for number in range(len(events.start) - 1)])
     order = np.argsort(events.timestamp, kind="stable")  # as a shop's till writes it

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from learner.trainer import Learner
+from learner.trainer import Trainer
 from orchard.errors import CheckpointError
 
 FILE = "learner.pt"
@@ -27,12 +27,12 @@ def folder_of(number: int) -> str:
     return f"job_{number:06d}"
 
 
-def save(learner: Learner, folder: Path, *, number: int, catalogue: str, write: bool) -> None:
+def save(learner: Trainer, folder: Path, *, number: int, catalog: str, write: bool) -> None:
     """Write the state after job `number`; collective under FSDP, only `write` touches the disk."""
     state = {
         "number": number,
         "updates": learner.updates,
-        "catalogue": catalogue,
+        "catalogue": catalog,
         "schedule": learner.schedule.state_dict(),
         **_tensors(learner),
     }
@@ -63,20 +63,20 @@ def torn(storage: Path) -> bool:
     return False
 
 
-def load(learner: Learner, folder: Path, *, catalogue: str) -> int:
+def load(learner: Trainer, folder: Path, *, catalog: str) -> int:
     """Restore in place; returns the number of the last job done.
 
     Raises:
-        CheckpointError: the file is missing, or was made with another catalogue or model.
+        CheckpointError: the file is missing, or was made with another catalog or model.
     """
     path = folder / FILE
     if not path.is_file():
         raise CheckpointError(f"{folder} holds no {FILE}; remove the folder to start anew")
     state = torch.load(path, map_location=learner.device, weights_only=True)
-    if state["catalogue"] != catalogue:
+    if state["catalogue"] != catalog:
         raise CheckpointError(
-            f"checkpoint {folder} was made with catalogue {state['catalogue'][:12]}, the run has "
-            f"{catalogue[:12]}; restore the items file or choose another run name"
+            f"checkpoint {folder} was made with catalog {state['catalogue'][:12]}, the run has "
+            f"{catalog[:12]}; restore the items file or choose another run name"
         )
     try:
         _restore(learner, state)
@@ -90,11 +90,11 @@ def load(learner: Learner, folder: Path, *, catalogue: str) -> int:
     return int(state["number"])
 
 
-def _sharded(learner: Learner) -> bool:
+def _sharded(learner: Trainer) -> bool:
     return learner.world > 1 and not isinstance(learner.scorer, DistributedDataParallel)
 
 
-def _tensors(learner: Learner) -> dict[str, Any]:
+def _tensors(learner: Trainer) -> dict[str, Any]:
     if not _sharded(learner):
         return {
             "policy": learner.policy.state_dict(),
@@ -112,7 +112,7 @@ def _tensors(learner: Learner) -> dict[str, Any]:
     return {"policy": policy, "optimizer": optimizer, "copies": copies}
 
 
-def _restore(learner: Learner, state: dict[str, Any]) -> None:
+def _restore(learner: Trainer, state: dict[str, Any]) -> None:
     if not _sharded(learner):
         learner.policy.load_state_dict(state["policy"])
         learner.optimizer.load_state_dict(state["optimizer"])

@@ -25,7 +25,7 @@ class Job:
     kind: Literal["epoch", "update", "save", "stop"]
     batch: tuple[Any, ...] = ()
     """The object reference of an update's batch, in a tuple: a bare one would be fetched here."""
-    judged: bool = True
+    needs_eval: bool = True
     """Also hand back the weights that are evaluated and kept."""
 
 
@@ -37,15 +37,15 @@ class Result:
     update: Update
     weights: Weights
     """To search with from now on."""
-    kept: tuple[PolicyVersion, Weights] | None
+    eval_weights: tuple[PolicyVersion, Weights] | None
     """To evaluate and keep, where those are others and were asked for."""
-    probed: Float32[np.ndarray, " B"] | None = None
+    probe_logprobs: Float32[np.ndarray, " B"] | None = None
     """Log-probabilities of the probe's answers under `weights`, where there is a probe."""
     restarts: int = 0
     """Times that the group was started again, as the desk has counted them."""
 
 
-class Desk:
+class JobQueue:
     """Where jobs wait for the workers and results for the driver."""
 
     def __init__(self) -> None:
@@ -63,13 +63,13 @@ class Desk:
         self._refusal = ""
         self._changed = asyncio.Condition()
 
-    async def post(self, number: int, job: Job) -> None:
+    async def put_job(self, number: int, job: Job) -> None:
         """Offer a job."""
         async with self._changed:
             self._jobs[number] = job
             self._changed.notify_all()
 
-    async def fetch(self, number: int, *, saved: int) -> Job:
+    async def get_job(self, number: int, *, saved: int) -> Job:
         """The job of that number, as soon as there is one; lives no longer than the driver.
 
         Before it comes the order to save, if there was one after the job before and the group's
@@ -84,7 +84,7 @@ class Desk:
             await self._changed.wait_for(lambda: ordered() or number in self._jobs)
             return Job(kind="save") if ordered() else self._jobs[number]
 
-    async def deliver(self, result: Result) -> None:
+    async def put_result(self, result: Result) -> None:
         """Hand in a result; repeats after a restart change nothing."""
         async with self._changed:
             self._starts += not result.update.metrics
@@ -93,7 +93,7 @@ class Desk:
                 self._results.setdefault(result.number, result)
             self._changed.notify_all()
 
-    async def collect(self, number: int) -> Result:
+    async def get_result(self, number: int) -> Result:
         """The result of that number, once; `-1` asks for the oldest there is (the start)."""
         async with self._changed:
             await self._changed.wait_for(
@@ -107,7 +107,7 @@ class Desk:
         """Seconds since anything was handed in, repeats included."""
         return time.monotonic() - self._delivered
 
-    async def order(self, number: int) -> str:
+    async def request_checkpoint(self, number: int) -> str:
         """Have the state after that job written; why it cannot be, or "" once it is."""
         async with self._changed:
             self._orders.add(number)
@@ -115,7 +115,7 @@ class Desk:
             await self._changed.wait_for(lambda: self._newest >= number or bool(self._refusal))
             return self._refusal
 
-    async def saved(self, number: int) -> None:
+    async def checkpoint_done(self, number: int) -> None:
         """Tell that the state after that job is written."""
         async with self._changed:
             # A group that dies right after a checkpoint may come back from the one before it.
@@ -125,7 +125,7 @@ class Desk:
                 self._newest = number
             self._changed.notify_all()
 
-    async def refuse(self, reason: str) -> None:
+    async def checkpoint_failed(self, reason: str) -> None:
         """Tell that the state cannot be written."""
         async with self._changed:
             self._refusal = reason

@@ -14,10 +14,10 @@ from learner.value import state_values
 from orchard.catalog.trie import Trie
 from orchard.policy.item_tokenizer import Vocabulary
 from orchard.policy.model import head_weight, hidden_states
-from orchard.policy.value_head import head_of
+from orchard.policy.value_head import value_head_of
 
 
-class Scorer(nn.Module):
+class LogprobModel(nn.Module):
     """A policy whose forward gives choices' log-probabilities, so that DDP and FSDP can wrap it."""
 
     def __init__(
@@ -49,7 +49,7 @@ class Scorer(nn.Module):
         There is none without a value head, or where the batch has nothing for it to learn. Another
         `distribution` than the configured one may be asked for.
         """
-        head, heat = head_of(self.policy), self._temperature
+        head, heat = value_head_of(self.policy), self._temperature
         trie, vocabulary, own = self._context
         context = (trie, vocabulary, distribution or own)
         if head is None or batch.values is None:

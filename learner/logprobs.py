@@ -50,12 +50,12 @@ class BatchTensors:
     position: Int64[Tensor, "B S"]
     subtree_end: Int64[Tensor, "B S"]
     row: Int64[Tensor, " E"]
-    slot: Int64[Tensor, " E"]
+    query_slot: Int64[Tensor, " E"]
     state: Int64[Tensor, " E"]
-    edge: Int64[Tensor, " E"]
+    chosen: Int64[Tensor, " E"]
     behaviour_logprob: Float32[Tensor, " E"]
-    gain: Float32[Tensor, " E"]
-    loss: Float32[Tensor, " E"]
+    advantage_pos: Float32[Tensor, " E"]
+    advantage_neg: Float32[Tensor, " E"]
     kl_weight: Float32[Tensor, " E"]
     values: ValueTensors | None = None
     sequences: SequenceTensors | None = None
@@ -132,14 +132,14 @@ def score_choices(
     at, state, query = _predictors(hidden, batch, in_trie)
     logprob, children = child_logprobs(at, state, head, trie, vocabulary)
     # Children are consecutive nodes, so a child's place among them is a difference.
-    chosen = children.start[query] + batch.edge[in_trie] - trie.child_start[batch.state[in_trie]]
+    chosen = children.start[query] + batch.chosen[in_trie] - trie.child_start[batch.state[in_trie]]
     surprise = -(logprob.exp() * logprob).detach()
     entropy = surprise.new_zeros(len(state)).index_add(0, children.owner, surprise)[query]
     logprob = logprob[chosen]
 
     at, before, query = _predictors(hidden, batch, in_vocabulary)
-    token = batch.edge.clone()
-    token[~text] = vocabulary.token_of(trie, batch.edge[~text])
+    token = batch.chosen.clone()
+    token[~text] = vocabulary.token_of(trie, batch.chosen[~text])
     logit = (at @ head.T.to(at.dtype)).float()
     if temperature != 1:
         heat = torch.where(before == SearchTrees.FREE_TEXT, temperature, 1.0)
@@ -160,7 +160,7 @@ def _predictors(
     Siblings share one, so that their distribution is evaluated once.
     """
     state = batch.state[choice]
-    slot = batch.row[choice] * hidden.shape[1] + batch.slot[choice]
+    slot = batch.row[choice] * hidden.shape[1] + batch.query_slot[choice]
     span = state.max() + 2 if len(choice) else 1
     key, query = torch.unique(slot * span + state + 1, return_inverse=True)
     return hidden.flatten(0, 1)[key // span], key % span - 1, query

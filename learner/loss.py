@@ -29,7 +29,7 @@ from learner.logprobs import BatchTensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LossParts:
+class LossStats:
     """Sums and extremes over choices; `+` joins micro-batches and workers."""
 
     surrogate: float = 0.0
@@ -49,10 +49,10 @@ class LossParts:
     logprob_gap: float = 0.0
     """Largest |current - behaviour| log-probability."""
 
-    def __add__(self, other: "LossParts") -> "LossParts":
+    def __add__(self, other: "LossStats") -> "LossStats":
         """Of both together."""
         largest = ("ratio_max", "logprob_gap")
-        return LossParts(
+        return LossStats(
             **{
                 f.name: max(a, b) if f.name in largest else a + b
                 for f in fields(self)
@@ -84,7 +84,7 @@ def policy_loss(
     clip_high: float,
     dual_clip: float,
     kl_weight: float,
-) -> tuple[Float32[Tensor, ""], LossParts]:
+) -> tuple[Float32[Tensor, ""], LossStats]:
     """Negative clipped surrogate plus `kl_weight` times the k3 divergence from the reference.
 
     Args:
@@ -99,7 +99,7 @@ def policy_loss(
         kl_weight: coefficient of sum kl_weight_e k3_e, k3 = e^d - d - 1 with d = reference -
             current (Schulman 2020, "Approximating KL divergence").
     """
-    log_ratio, gain, loss = _terms(logprob, batch)
+    log_ratio, gain, loss = _ratio_terms(logprob, batch)
     ratio = log_ratio.exp()
     ceiling = dual_clip if dual_clip > 0 else float("inf")
     gained = gain * ratio.clamp(max=1 + clip_high)
@@ -116,13 +116,13 @@ def policy_loss(
     return surrogate + kl_weight * divergence, parts
 
 
-def _terms(
+def _ratio_terms(
     logprob: Float32[Tensor, " E"], batch: BatchTensors
 ) -> tuple[Float32[Tensor, " R"], Float32[Tensor, " R"], Float32[Tensor, " R"]]:
     """Log-ratio, A+ and A- of each choice, or of each candidate where the batch lists them."""
     log_ratio, whole = logprob - batch.behaviour_logprob, batch.sequences
     if whole is None:
-        return log_ratio, batch.gain, batch.loss
+        return log_ratio, batch.advantage_pos, batch.advantage_neg
     total = log_ratio.new_zeros(len(whole.row))
     total = total.index_add(0, whole.candidate, log_ratio.index_select(0, whole.choice))
     return total / whole.length, whole.advantage.clamp(min=0), whole.advantage.clamp(max=0)
@@ -136,7 +136,7 @@ def _parts(
     entropy: Float32[Tensor, " E"],
     ratio: Float32[Tensor, " R"],
     clipped: Bool[Tensor, " R"],
-) -> LossParts:
+) -> LossStats:
     nothing = log_ratio.new_zeros(1)
     values: list[Float[Tensor, ""]] = [
         surrogate,
@@ -149,7 +149,7 @@ def _parts(
     ]
     # One transfer for all: on a GPU each read waits for everything before it.
     a, b, c, d, e, f, g = torch.stack(values).tolist()
-    return LossParts(
+    return LossStats(
         surrogate=a,
         kl=b,
         choices=float(len(log_ratio)),

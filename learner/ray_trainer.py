@@ -2,8 +2,8 @@
 
 The driver posts jobs 1, 2, 3, ... at a `Desk`; every worker asks for the job after its last one,
 does it, and the first worker hands in the result. After a failure Ray Train restarts the group from
-the newest checkpoint, and the group asks again for the jobs that it lost: the desk keeps them until
-the second checkpoint after them.
+the newest checkpoint, and the group asks again for the jobs that it lost: the queue keeps them
+until the second checkpoint after them.
 """
 
 import asyncio
@@ -27,23 +27,23 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from learner import checkpoint
-from learner.job_queue import Desk, Job, Result
-from learner.spec import Assignment, epoch, learner_config, probe_of
-from learner.trainer import Learner
+from learner.job_queue import Job, JobQueue, Result
+from learner.spec import LearnerSpec, learner_config, probe_of, sft_epoch
+from learner.trainer import Trainer
 from orchard.errors import ActorError, CheckpointError
 from orchard.policy import lora, model, value_head, weights
 from orchard.policy.weights import Weights
 from orchard.types import PolicyVersion, TrainBatch, Update
 
-DeskActor: Any = ray.remote(Desk)
+JobQueueActor: Any = ray.remote(JobQueue)
 
 
-def work(task: dict[str, Any]) -> None:
-    """What each Ray Train worker runs, given its `assignment` and the `desk`.
+def worker_loop(task: dict[str, Any]) -> None:
+    """What each Ray Train worker runs, given its `assignment` and the `queue`.
 
     `unlisted` is the checkpoint to begin with where Ray Train knows of none.
     """
-    assignment, desk = cast(Assignment, task["assignment"]), task["desk"]
+    assignment, queue = cast(LearnerSpec, task["assignment"]), task["queue"]
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     config = assignment.config
@@ -56,9 +56,9 @@ def work(task: dict[str, Any]) -> None:
     else:
         value_head.detach(policy)
     model.add_dropout(policy, config.model.dropout if supervised else config.learner.dropout)
-    learner = Learner(
+    learner = Trainer(
         policy,
-        assignment.catalogue.trie,
+        assignment.catalog.trie,
         assignment.vocabulary,
         learner_config(config, assignment.phase),
         total_steps=assignment.total_steps,
@@ -68,12 +68,12 @@ def work(task: dict[str, Any]) -> None:
         rank=rank,
         world=world,
     )
-    digest, number = assignment.catalogue.digest, 0
+    digest, number = assignment.catalog.digest, 0
     if (saved := ray.train.get_checkpoint()) is not None:
         with saved.as_directory() as folder:
-            number = checkpoint.load(learner, Path(folder), catalogue=digest)
+            number = checkpoint.load(learner, Path(folder), catalog=digest)
     elif (unlisted := cast(Path | None, task["unlisted"])) is not None:
-        number = checkpoint.load(learner, unlisted, catalogue=digest)
+        number = checkpoint.load(learner, unlisted, catalog=digest)
 
     def deliver(metrics: Mapping[str, float], *, judged: bool = True) -> None:
         searching = learner.result if supervised else learner.policy
@@ -87,40 +87,46 @@ def work(task: dict[str, Any]) -> None:
             kept = None
             if average is not None:
                 kept = PolicyVersion(step=number, digest=weights.digest(average)), average
-            result = Result(number=number, update=update, weights=values, kept=kept, probed=probed)
-            ray.get(desk.deliver.remote(result))
+            result = Result(
+                number=number,
+                update=update,
+                weights=values,
+                eval_weights=kept,
+                probe_logprobs=probed,
+            )
+            ray.get(queue.put_result.remote(result))
 
     probe = None if assignment.probe is None else probe_of(assignment, assignment.probe)
     saved_job = number
     deliver({})
-    while (job := _next(desk, number, saved_job)).kind != "stop":
+    while (job := _next(queue, number, saved_job)).kind != "stop":
         if job.kind == "save":
             if (reason := _save(learner, number, digest, rank)) is not None:
-                ray.get(desk.refuse.remote(reason))
+                ray.get(queue.checkpoint_failed.remote(reason))
                 return
             saved_job = number
-            ray.get(desk.saved.remote(number))
+            ray.get(queue.checkpoint_done.remote(number))
             continue
         number += 1
         torch.manual_seed(hash((config.seed, number, rank)) % 2**63)
         if job.kind == "epoch":
-            metrics = epoch(learner, assignment, number)
+            metrics = sft_epoch(learner, assignment, number)
         else:
-            metrics = learner.improve(cast(TrainBatch, ray.get(job.batch[0])))
-        deliver(metrics, judged=job.judged)
+            metrics = learner.rl_step(cast(TrainBatch, ray.get(job.batch[0])))
+        deliver(metrics, judged=job.needs_eval)
 
 
-def _next(desk: Any, number: int, saved: int) -> Job:
+def _next(queue: Any, number: int, saved: int) -> Job:
     """What to do after job `number`, when the newest checkpoint is that of job `saved`."""
-    return ray.get(desk.fetch.remote(number + 1, saved=saved))
+    return ray.get(queue.get_job.remote(number + 1, saved=saved))
 
 
-def _save(learner: Learner, number: int, catalogue: str, rank: int) -> str | None:
+def _save(learner: Trainer, number: int, catalog: str, rank: int) -> str | None:
     """Write a checkpoint; what the storage has against it, in which case there is none."""
     try:
         with tempfile.TemporaryDirectory() as folder:
             write = rank == 0
-            checkpoint.save(learner, Path(folder), number=number, catalogue=catalogue, write=write)
+            checkpoint.save(learner, Path(folder), number=number, catalog=catalog, write=write)
             mine = ray.train.Checkpoint.from_directory(folder) if write else None
             ray.train.report(
                 {"number": number},
@@ -134,15 +140,15 @@ def _save(learner: Learner, number: int, catalogue: str, rank: int) -> str | Non
     return None
 
 
-class RemoteLearner:
+class TrainerHandle:
     """The driver's handle: `await update(batch)` as if the learner were here."""
 
-    def __init__(self, assignment: Assignment, *, storage: Path) -> None:
+    def __init__(self, assignment: LearnerSpec, *, storage: Path) -> None:
         """Prepare; nothing runs before `start`."""
         self._config, self._storage = assignment.config, storage.resolve()
         self._assignment = assignment
         self._folder = self._storage / f"learner-{assignment.phase}"
-        self._desk: Any = None
+        self._queue: Any = None
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._number = self._saved = 0
@@ -150,16 +156,16 @@ class RemoteLearner:
         """Times that the worker group was started again."""
         self.weights: Weights = {}
         """Of the newest version, to search with."""
-        self.probed: Float32[np.ndarray, " B"] | None = None
+        self.probe_logprobs: Float32[np.ndarray, " B"] | None = None
         """Log-probabilities of the probe's answers under `weights`."""
-        self.kept: tuple[PolicyVersion, Weights] = (PolicyVersion(step=-1, digest=""), {})
+        self.eval_weights: tuple[PolicyVersion, Weights] = (PolicyVersion(step=-1, digest=""), {})
         """To evaluate and keep, of the newest job that was to hand them back."""
 
     async def start(self) -> PolicyVersion:
         """Start the workers; the version they begin with, from a checkpoint if there is one."""
         # Beside the driver: the loss of any other node must not take the jobs along.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self._desk = DeskActor.options(
+        self._queue = JobQueueActor.options(
             num_cpus=0, max_concurrency=1000, scheduling_strategy=here
         ).remote()
         learner, checkpoints = self._config.learner, self._config.checkpoint
@@ -167,9 +173,9 @@ class RemoteLearner:
         if checkpoint.torn(self._folder):
             unlisted = checkpoint.newest_whole(self._folder)
             (self._folder / checkpoint.RECORD).unlink()
-        task = {"assignment": self._assignment, "desk": self._desk, "unlisted": unlisted}
+        task = {"assignment": self._assignment, "queue": self._queue, "unlisted": unlisted}
         trainer = TorchTrainer(
-            work,
+            worker_loop,
             train_loop_config=task,
             torch_config=TorchConfig(backend="nccl" if learner.gpus else "gloo"),
             scaling_config=ScalingConfig(
@@ -199,7 +205,7 @@ class RemoteLearner:
 
     async def update(self, batch: TrainBatch, *, judged: bool = True) -> Update:
         """One RL step on a batch; `kept` is up to date afterwards if it is to be `judged`."""
-        return await self._do(Job(kind="update", batch=(ray.put(batch),), judged=judged))
+        return await self._do(Job(kind="update", batch=(ray.put(batch),), needs_eval=judged))
 
     async def epoch(self) -> Update:
         """One supervised pass over the training sequences."""
@@ -214,7 +220,7 @@ class RemoteLearner:
         number, begun = self._number, self._saved
         if begun == number:
             return
-        refused = cast(str, await self._wait(self._desk.order.remote(number), number))
+        refused = cast(str, await self._wait(self._queue.request_checkpoint.remote(number), number))
         if refused:
             # Half a checkpoint, which no record names, would only keep the disk full.
             shutil.rmtree(self._folder / checkpoint.folder_of(number), ignore_errors=True)
@@ -234,22 +240,24 @@ class RemoteLearner:
             return
         if save:
             await self.save()
-        await self._wait(self._desk.post.remote(self._number + 1, Job(kind="stop")), self._number)
+        await self._wait(
+            self._queue.put_job.remote(self._number + 1, Job(kind="stop")), self._number
+        )
         await asyncio.to_thread(self._thread.join, 10.0)
 
     async def _do(self, job: Job) -> Update:
         self._number += 1
-        await self._wait(self._desk.post.remote(self._number, job), self._number)
+        await self._wait(self._queue.put_job.remote(self._number, job), self._number)
         result = await self._collect(self._number, self._config.learner.timeout_s)
         return result.update
 
     async def _collect(self, number: int, timeout_s: float) -> Result:
         """The result of a job, of which it takes note."""
-        answer = await self._wait(self._desk.collect.remote(number), number, timeout_s)
+        answer = await self._wait(self._queue.get_result.remote(number), number, timeout_s)
         result = cast(Result, answer)
         self.weights, self.restarts = result.weights, result.restarts
-        self.probed = result.probed
-        self.kept = result.kept or (result.update.policy, result.weights)
+        self.probe_logprobs = result.probe_logprobs
+        self.eval_weights = result.eval_weights or (result.update.policy, result.weights)
         return result
 
     async def _wait(self, answer: Any, number: int, timeout_s: float | None = None) -> object:
@@ -281,5 +289,5 @@ class RemoteLearner:
 
     async def _idle_s(self) -> float:
         """Seconds since the workers handed in anything."""
-        answer = asyncio.wrap_future(self._desk.idle_s.remote().future())
+        answer = asyncio.wrap_future(self._queue.idle_s.remote().future())
         return cast(float, await asyncio.wait_for(answer, self._config.learner.timeout_s))

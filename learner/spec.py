@@ -9,31 +9,31 @@ import numpy as np
 from jaxtyping import Int64
 
 from learner.batch import sft
-from learner.trainer import Learner
-from orchard.catalog.catalog import Catalogue
-from orchard.data.prompts import PromptFormat, Sequences, Split
-from orchard.data.rationales import Traces
-from orchard.data.sft_tasks import Tasks
+from learner.trainer import Trainer
+from orchard.catalog.catalog import Catalog
+from orchard.data.prompts import PromptFormat, Split, TrainingWindows
+from orchard.data.rationales import TokenizedRationales
+from orchard.data.sft_tasks import SftTasks
 from orchard.policy.item_tokenizer import Vocabulary
 from orchard.settings import Config, LearnerConfig
 from orchard.types import PolicyVersion, Prompts, TrainBatch
 
 
 @dataclass(frozen=True, kw_only=True)
-class Assignment:
+class LearnerSpec:
     """All that a worker needs; identical on every rank."""
 
     config: Config
     phase: Literal["sft", "train"]
     policy: Path
     """Hugging Face folder of the policy to start from."""
-    catalogue: Catalogue
+    catalog: Catalog
     vocabulary: Vocabulary
-    sequences: Sequences | None
+    sequences: TrainingWindows | None
     """Of the warm start."""
-    traces: tuple[Split, Traces] | None
+    traces: tuple[Split, TokenizedRationales] | None
     """What it has instead where it teaches to think: rows and their rationales."""
-    tasks: Tasks | None
+    tasks: SftTasks | None
     """What it has instead where it teaches a text model."""
     total_steps: int
     probe: Prompts | None = None
@@ -58,11 +58,11 @@ def learner_config(config: Config, phase: str) -> LearnerConfig:
     )
 
 
-def epoch(learner: Learner, assignment: Assignment, number: int) -> dict[str, float]:
+def sft_epoch(learner: Trainer, assignment: LearnerSpec, number: int) -> dict[str, float]:
     """One pass over the sequences in an order drawn from (seed, epoch)."""
     begin, config = time.perf_counter(), assignment.config
     traces, tasks, windows = assignment.traces, assignment.tasks, assignment.sequences
-    form = PromptFormat(catalogue=assignment.catalogue, vocabulary=assignment.vocabulary)
+    form = PromptFormat(catalog=assignment.catalog, vocabulary=assignment.vocabulary)
     version, forced = PolicyVersion(step=number, digest=""), config.sft.logprob == "full"
 
     def batch(rows: Int64[np.ndarray, " R"]) -> TrainBatch:
@@ -70,17 +70,19 @@ def epoch(learner: Learner, assignment: Assignment, number: int) -> dict[str, fl
             return sft.pack_examples(tasks.examples(rows, form), form, version, forced=forced)
         if traces is not None:
             return sft.pack_traces(*traces, rows, form, version, forced=forced)
-        return sft.pack_sequences(cast(Sequences, windows), rows, form, version, forced=forced)
+        return sft.pack_sequences(
+            cast(TrainingWindows, windows), rows, form, version, forced=forced
+        )
 
     if tasks is not None:
         order = tasks.epoch(number, seed=config.seed)
     else:
         order = np.random.Generator(np.random.Philox(key=[config.seed, number])).permutation(
-            len(cast(Sequences, windows) if traces is None else traces[1])
+            len(cast(TrainingWindows, windows) if traces is None else traces[1])
         )
     size = config.sft.batch_size
     batches = [order[at : at + size] for at in range(0, len(order), size)]
-    measured = [learner.supervise(batch(rows)) for rows in batches]
+    measured = [learner.sft_step(batch(rows)) for rows in batches]
     return {
         "loss": float(np.mean([m["nll"] for m in measured])),
         "grad_norm": float(np.mean([m["grad_norm"] for m in measured])),
@@ -89,7 +91,7 @@ def epoch(learner: Learner, assignment: Assignment, number: int) -> dict[str, fl
     }
 
 
-def probe_of(assignment: Assignment, prompts: Prompts) -> TrainBatch:
+def probe_of(assignment: LearnerSpec, prompts: Prompts) -> TrainBatch:
     """The prompts and their targets as a batch that a learner can score."""
-    form = PromptFormat(catalogue=assignment.catalogue, vocabulary=assignment.vocabulary)
+    form = PromptFormat(catalog=assignment.catalog, vocabulary=assignment.vocabulary)
     return sft.pack_answers(prompts, form, PolicyVersion(step=0, digest=""))

@@ -23,20 +23,20 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from learner.batch.microbatch import micro_batches, shard
-from learner.batch.sft import nll
-from learner.logprob_model import Scorer
+from learner.batch.sft import weighted_nll
+from learner.logprob_model import LogprobModel
 from learner.logprobs import BatchTensors, to_tensors
-from learner.loss import LossParts, policy_loss
+from learner.loss import LossStats, policy_loss
 from learner.value import value_loss
 from orchard.catalog.trie import Trie
-from orchard.optim import optimiser, schedule
+from orchard.optim import make_optimizer, make_schedule
 from orchard.policy.item_tokenizer import Vocabulary
-from orchard.policy.value_head import detach, head_of
+from orchard.policy.value_head import detach, value_head_of
 from orchard.settings import LearnerConfig
 from orchard.types import SequenceTargets, TrainBatch, ValueTargets
 
 
-def truncated(
+def apply_tis(
     batch: TrainBatch, own: Float32[np.ndarray, " E"], bound: float
 ) -> tuple[TrainBatch, float]:
     """Truncated importance sampling (TIS): a batch as if this learner had searched it.
@@ -50,12 +50,15 @@ def truncated(
     apart = own - batch.behaviour_logprob
     weight = np.minimum(np.exp(apart), np.float32(bound))
     corrected = replace(
-        batch, behaviour_logprob=own, gain=batch.gain * weight, loss=batch.loss * weight
+        batch,
+        behaviour_logprob=own,
+        advantage_pos=batch.advantage_pos * weight,
+        advantage_neg=batch.advantage_neg * weight,
     )
     return corrected, float(np.abs(apart).max(initial=0.0))
 
 
-class Learner:
+class Trainer:
     """Weights, reference and optimiser of one rank."""
 
     def __init__(
@@ -91,7 +94,7 @@ class Learner:
         context = (trie.to(self.device), vocabulary.to(self.device), config.logprob)
         self.policy = policy
         cast(nn.Module, policy).to(self.device)
-        self.copies: dict[str, Scorer] = {}
+        self.copies: dict[str, LogprobModel] = {}
         """Frozen models beside the policy: `reference` of the KL, `average` of its own course."""
         self._decay = average
         for name, wanted in (("reference", config.kl.weight > 0), ("average", average > 0)):
@@ -99,8 +102,8 @@ class Learner:
                 frozen = copy.deepcopy(self.policy).eval().requires_grad_(False)
                 if name == "reference":
                     detach(frozen)  # it only scores; an average is what is kept, its head included
-                self.copies[name] = Scorer(frozen, *context, temperature=temperature)
-        self.scorer: nn.Module = Scorer(
+                self.copies[name] = LogprobModel(frozen, *context, temperature=temperature)
+        self.scorer: nn.Module = LogprobModel(
             self.policy, *context, detach=config.value.detach, temperature=temperature
         )
         if world > 1 and config.parallel == "ddp":
@@ -109,16 +112,16 @@ class Learner:
             _shard_parameters(self.scorer, self.policy)
             for one in self.copies.values():
                 _shard_parameters(one, one.policy)
-        head = head_of(self.policy)
+        head = value_head_of(self.policy)
         self._head = list(head.parameters()) if head is not None else []
-        self.optimizer: AdamW = optimiser(
+        self.optimizer: AdamW = make_optimizer(
             self.scorer,
             lr=config.lr,
             weight_decay=config.weight_decay,
             own=self._head,
             own_lr=config.value.lr,
         )
-        self.schedule: LambdaLR = schedule(
+        self.schedule: LambdaLR = make_schedule(
             self.optimizer,
             total_steps=total_steps,
             warmup=config.warmup,
@@ -131,18 +134,18 @@ class Learner:
         """The weights worth keeping: the average where there is one, else the policy's own."""
         return self.copies["average"].policy if "average" in self.copies else self.policy
 
-    def supervise(self, batch: TrainBatch) -> dict[str, float]:
+    def sft_step(self, batch: TrainBatch) -> dict[str, float]:
         """One update towards the choices of the batch (maximum likelihood)."""
         self.policy.train()
 
-        def loss(part: BatchTensors) -> tuple[Tensor, LossParts]:
-            value = nll(self.scorer(part)[0], part.gain)
-            return value, LossParts(surrogate=float(value.detach()))
+        def loss(part: BatchTensors) -> tuple[Tensor, LossStats]:
+            value = weighted_nll(self.scorer(part)[0], part.advantage_pos)
+            return value, LossStats(surrogate=float(value.detach()))
 
         parts, metrics = self._update(self._cut(batch), loss)
         return {"nll": parts.surrogate} | metrics
 
-    def improve(self, batch: TrainBatch) -> dict[str, float]:
+    def rl_step(self, batch: TrainBatch) -> dict[str, float]:
         """The configured number of updates on one batch of scored trees."""
         self.policy.eval()
         begin = time.perf_counter()
@@ -154,13 +157,13 @@ class Learner:
             # would be no importance ratio; published trainers compare with themselves, too.
             mine = [replace(part, behaviour_logprob=self._own(part)) for part in mine]
         elif self.config.truncate:
-            both = [truncated(part, self._own(part), self.config.truncate) for part in mine]
+            both = [apply_tis(part, self._own(part), self.config.truncate) for part in mine]
             mine, gap = [part for part, _ in both], self._largest(max(apart for _, apart in both))
         metrics: dict[str, float] = {}
         for _ in range(self.config.updates_per_batch):
             parts, rates = self._update(mine, self._surrogate)
             if self.config.kl.reference == "ema" and self.updates % self.config.kl.ema_every == 0:
-                self._move("reference", self.config.kl.ema_share)
+                self._update_ema("reference", self.config.kl.ema_share)
             metrics = parts.metrics() | rates
             metrics |= {"value_loss": parts.value} if self._head else {}
             # Only the first update compares the same weights, as the gate wants.
@@ -204,7 +207,7 @@ class Learner:
             logprob: Tensor = self.scorer(to_tensors(part, self.device))[0]
         return logprob.float().cpu().numpy()
 
-    def _surrogate(self, part: BatchTensors) -> tuple[Tensor, LossParts]:
+    def _surrogate(self, part: BatchTensors) -> tuple[Tensor, LossStats]:
         reference: Tensor | None = None
         if "reference" in self.copies:
             with torch.no_grad():
@@ -239,10 +242,10 @@ class Learner:
     def _update(
         self,
         mine: Sequence[TrainBatch],
-        loss: Callable[[BatchTensors], tuple[Tensor, LossParts]],
-    ) -> tuple[LossParts, dict[str, float]]:
+        loss: Callable[[BatchTensors], tuple[Tensor, LossStats]],
+    ) -> tuple[LossStats, dict[str, float]]:
         """Accumulate over micro-batches, clip, step; the parts of all ranks and the rates."""
-        total = LossParts()
+        total = LossStats()
         self.optimizer.zero_grad(set_to_none=True)
         for index, part in enumerate(mine):
             with self._exchange(last=index == len(mine) - 1), self._precision():
@@ -260,7 +263,7 @@ class Learner:
         rate = float(self.schedule.get_last_lr()[0])
         self.schedule.step()
         self.updates += 1
-        self._follow()
+        self._update_average()
         return self._over_ranks(total), {"grad_norm": _number(norm), "lr": rate}
 
     def _precision(self) -> AbstractContextManager[object]:
@@ -285,19 +288,19 @@ class Learner:
         dist.all_reduce(most, dist.ReduceOp.MAX)
         return float(most)
 
-    def _over_ranks(self, parts: LossParts) -> LossParts:
+    def _over_ranks(self, parts: LossStats) -> LossStats:
         if self.world == 1:
             return parts
-        everyone: list[LossParts] = [parts] * self.world
+        everyone: list[LossStats] = [parts] * self.world
         dist.all_gather_object(everyone, parts)
-        return sum(everyone, LossParts())
+        return sum(everyone, LossStats())
 
-    def _follow(self) -> None:
+    def _update_average(self) -> None:
         """Move the average, if there is one, after an update."""
         # Shorter at first, or the random start would linger.
-        self._move("average", 1 - min(self._decay, (1 + self.updates) / (10 + self.updates)))
+        self._update_ema("average", 1 - min(self._decay, (1 + self.updates) / (10 + self.updates)))
 
-    def _move(self, name: str, share: float) -> None:
+    def _update_ema(self, name: str, share: float) -> None:
         """Move a copy towards the policy by a share of the way."""
         if name not in self.copies:
             return
@@ -322,7 +325,10 @@ def _without_choices(batch: TrainBatch) -> TrainBatch:
         position=batch.position[:1],
         subtree_end=batch.subtree_end[:1],
     )
-    per_choice = ("row", "slot", "state", "edge", "behaviour_logprob", "gain", "loss", "kl_weight")
+    per_choice = (
+        "row", "query_slot", "state", "chosen", "behaviour_logprob", "advantage_pos",
+        "advantage_neg", "kl_weight",
+    )  # fmt: skip
     values = batch.values
     if values is not None:
         values = ValueTargets(**{f.name: getattr(values, f.name)[:0] for f in fields(values)})

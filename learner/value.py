@@ -29,14 +29,14 @@ from torch import Tensor
 
 from learner.logprobs import ValueTensors
 from orchard import ragged
-from orchard.catalog.catalog import Catalogue
+from orchard.catalog.catalog import Catalog
 from orchard.policy.value_head import ValueHead
 from orchard.types import ScoredTrees, SearchTrees, ValueTargets
 
 
 def node_rewards(
     trees: SearchTrees,
-    catalogue: Catalogue,
+    catalog: Catalog,
     *,
     level_weight: Sequence[float],
     embedding: Float32[np.ndarray, "I E"] | None = None,
@@ -45,17 +45,17 @@ def node_rewards(
 
     Args:
         trees: whose nodes are judged; all candidates through a node are its bucket.
-        catalogue: that they were grown on.
+        catalog: that they were grown on.
         level_weight: w of steps 1, 2, ...; the last one also of all deeper steps.
         embedding: of each item; without it, codes are compared.
     """
     step = trees.step
     bound = (step > 0) & (trees.state != SearchTrees.FREE_TEXT)
-    common = _common_codes(trees, catalogue)
+    common = _common_codes(trees, catalog)
     if embedding is None:
         similarity = common / np.maximum(step, 1)
     else:
-        similarity = _similarities(trees, catalogue, embedding)
+        similarity = _similarities(trees, catalog, embedding)
     weight = np.asarray(level_weight)[np.clip(step - 1, 0, len(level_weight) - 1)]
     reward = np.where(common == step, weight, -weight * (1 - similarity))
     return np.where(bound, reward, 0).astype(np.float32)
@@ -146,9 +146,9 @@ def value_loss(
     return (continued + ended).sum()
 
 
-def _common_codes(trees: SearchTrees, catalogue: Catalogue) -> Int64[np.ndarray, " N"]:
+def _common_codes(trees: SearchTrees, catalog: Catalog) -> Int64[np.ndarray, " N"]:
     """Number of codes that each prefix shares with its target from the first on."""
-    trie, leaf = catalogue.trie, catalogue.leaf_of_item[trees.prompts.target]
+    trie, leaf = catalog.trie, catalog.leaf_of_item[trees.prompts.target]
     wanted = trie.path(trie.node_of(torch.from_numpy(leaf))).numpy()
     # Nodes of the trie are prefixes: a node is on the target's path iff its whole prefix agrees.
     level = np.clip(trees.step - 1, 0, wanted.shape[1] - 1)
@@ -161,15 +161,15 @@ def _common_codes(trees: SearchTrees, catalogue: Catalogue) -> Int64[np.ndarray,
 
 
 def _similarities(
-    trees: SearchTrees, catalogue: Catalogue, embedding: Float32[np.ndarray, "I E"]
+    trees: SearchTrees, catalog: Catalog, embedding: Float32[np.ndarray, "I E"]
 ) -> Float64[np.ndarray, " N"]:
     """Cosine between the mean embedding of the candidates behind a node and the target's.
 
     Items that share a semantic ID cannot be told apart: a leaf has the mean of their embeddings.
     """
-    first = catalogue.leaf_start[trees.leaf]
-    size = catalogue.leaf_start[trees.leaf + 1] - first
-    member, owner = catalogue.item_of_leaf[ragged.ranges(first, size)], np.arange(len(size))
+    first = catalog.leaf_start[trees.leaf]
+    size = catalog.leaf_start[trees.leaf + 1] - first
+    member, owner = catalog.item_of_leaf[ragged.ranges(first, size)], np.arange(len(size))
     of_leaf = np.zeros((len(size), embedding.shape[1]))
     np.add.at(of_leaf, np.repeat(owner, size), embedding[member])
     of_leaf /= size[:, None]

@@ -1,1 +1,1 @@
-"""The nouns of Orchard: types, configuration, catalogue, policy, data, metrics, errors."""
+"""The nouns of Orchard: types, configuration, catalog, policy, data, metrics, errors."""

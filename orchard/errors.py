@@ -3,7 +3,7 @@
     OrchardError
     ├── ConfigError        a run that cannot work as written
     ├── DataError          a file or row that cannot be used
-    │   └── CatalogueError     items or semantic IDs that do not fit together
+    │   └── CatalogError     items or semantic IDs that do not fit together
     ├── CheckpointError    a checkpoint or policy that belongs to something else
     ├── EngineError        a decoder that cannot serve the request
     │   └── UnfitError         a decoder that computes something else than its weights say
@@ -26,19 +26,19 @@ class DataError(OrchardError):
     """A data file is missing, unreadable, or holds a row that cannot be used."""
 
 
-class CatalogueError(DataError):
-    """Items, semantic IDs or titles do not form a catalogue."""
+class CatalogError(DataError):
+    """Items, semantic IDs or titles do not form a catalog."""
 
 
 class CheckpointError(OrchardError):
-    """A checkpoint or exported policy does not belong to this run, model or catalogue."""
+    """A checkpoint or exported policy does not belong to this run, model or catalog."""
 
 
 class EngineError(OrchardError):
     """A decoding engine cannot be built, or a request does not fit it."""
 
 
-class UnfitError(EngineError):
+class WeightMismatchError(EngineError):
     """A holder of weights answers a probe otherwise than the learner; its pool replaces it."""
 
 
@@ -46,5 +46,5 @@ class ActorError(OrchardError):
     """A rollout, reward or learner actor died, missed its deadline or answered wrongly."""
 
 
-class Stopped(OrchardError):
+class RunInterrupted(OrchardError):
     """The run was told to stop (SIGTERM); what it has done is saved."""

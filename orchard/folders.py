@@ -8,7 +8,7 @@ from pathlib import Path
 from orchard.errors import DataError
 
 
-def check_vacant(out: Path, *, mark: str, kind: str, overwrite: bool) -> None:
+def check_output_dir(out: Path, *, mark: str, kind: str, overwrite: bool) -> None:
     """Raise DataError unless `out` is new, empty, or a folder of ours that may be replaced.
 
     Args:
@@ -26,7 +26,7 @@ def check_vacant(out: Path, *, mark: str, kind: str, overwrite: bool) -> None:
 
 
 @contextmanager
-def whole(out: Path) -> Generator[Path]:
+def atomic_dir(out: Path) -> Generator[Path]:
     """A temporary folder that takes the place of `out` when the block ends well."""
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -43,7 +43,7 @@ def whole(out: Path) -> Generator[Path]:
     shutil.rmtree(retired, ignore_errors=True)
 
 
-def write_whole(path: Path, text: str) -> None:
+def atomic_write(path: Path, text: str) -> None:
     """Write a file whole: a reader finds the old text or the new one, never a part."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")

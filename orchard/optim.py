@@ -8,7 +8,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 
-def optimiser(
+def make_optimizer(
     model: nn.Module,
     *,
     lr: float,
@@ -30,7 +30,9 @@ def optimiser(
     return AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95))
 
 
-def schedule(optimizer: AdamW, *, total_steps: int, warmup: float, final_lr: float) -> LambdaLR:
+def make_schedule(
+    optimizer: AdamW, *, total_steps: int, warmup: float, final_lr: float
+) -> LambdaLR:
     """Linear rise over a share of the steps, then a cosine down to a share of the peak rate."""
     rise = max(1, round(total_steps * warmup))
 

@@ -1,4 +1,4 @@
-"""Tiny worlds for tests and benchmarks: catalogues, policies, prompts, and brute force.
+"""Tiny worlds for tests and benchmarks: catalogs, policies, prompts, and brute force.
 
 Shapes:  K leaves   B prompts
 """
@@ -18,8 +18,8 @@ from tokenizers.pre_tokenizers import Split, WhitespaceSplit
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from orchard import ragged
-from orchard.catalog import catalog as catalogues
-from orchard.catalog.catalog import Catalogue
+from orchard.catalog import catalog as catalogs
+from orchard.catalog.catalog import Catalog
 from orchard.data.prompts import PromptFormat
 from orchard.evaluation import ranking
 from orchard.evaluation.ranking import Evaluation, TargetRanks
@@ -33,22 +33,22 @@ from orchard.policy.item_tokenizer import (
     THOUGHT,
     Vocabulary,
     compact_tokenizer,
-    of_codes,
+    from_tokenizer,
     sid_token,
-    think_tags,
+    think_tokens,
 )
 from orchard.policy.titles import from_titles
 from orchard.settings import ModelConfig
 from orchard.types import PolicyVersion, Prompts
 
 
-def tiny_catalogue(
+def tiny_catalog(
     *,
     seed: int = 0,
     level_size: Sequence[int] = (5, 4, 6),
     num_items: int = 30,
     varying_depth: bool = False,
-) -> Catalogue:
+) -> Catalog:
     """Random semantic IDs with what real ones have: collisions, lone children and whole chains.
 
     Below an odd first code the second is always 0, so that chains also occur inside a sequence.
@@ -60,7 +60,7 @@ def tiny_catalogue(
     codes[-1] = codes[0]  # one collision for certain
     short = draw.random(num_items) < (1 / 3 if varying_depth else 0)
     length = np.where(short, draw.integers(1, len(level_size) + 1, num_items), len(level_size))
-    return catalogues.from_codes(
+    return catalogs.from_codes(
         [row[:n].tolist() for row, n in zip(codes, length, strict=True)],
         level_size=level_size,
         varying_depth=varying_depth,
@@ -68,10 +68,10 @@ def tiny_catalogue(
 
 
 def tiny_policy(
-    catalogue: Catalogue, *, seed: int = 0, tokenizer: PreTrainedTokenizerBase | None = None
+    catalog: Catalog, *, seed: int = 0, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> tuple[PreTrainedModel, Vocabulary]:
     """A policy of two layers and width 32 whose distributions are far from uniform."""
-    vocabulary = of_codes(tokenizer or compact_tokenizer(catalogue), catalogue)
+    vocabulary = from_tokenizer(tokenizer or compact_tokenizer(catalog), catalog)
     sizes = ModelConfig(hidden_size=32, intermediate_size=64, layers=2, heads=2, kv_heads=1)
     model = models.create(sizes, vocabulary, seed=seed)
     draw = torch.Generator().manual_seed(seed)
@@ -83,7 +83,7 @@ def tiny_policy(
 
 
 def tiny_prompts(
-    catalogue: Catalogue,
+    catalog: Catalog,
     lengths: Sequence[int],
     *,
     seed: int = 0,
@@ -91,14 +91,14 @@ def tiny_prompts(
 ) -> Prompts:
     """One prompt per history length, with random items as history and target."""
     draw = np.random.default_rng(seed)
-    vocabulary = of_codes(tokenizer or compact_tokenizer(catalogue), catalogue)
+    vocabulary = from_tokenizer(tokenizer or compact_tokenizer(catalog), catalog)
     history_start = ragged.starts(np.asarray(lengths, dtype=np.int64))
-    history = draw.integers(len(catalogue), size=int(history_start[-1]))
-    form = PromptFormat(catalogue=catalogue, vocabulary=vocabulary)
+    history = draw.integers(len(catalog), size=int(history_start[-1]))
+    form = PromptFormat(catalog=catalog, vocabulary=vocabulary)
     token, token_start = form.tokens(history, history_start)
     return Prompts(
         id=np.arange(len(lengths)),
-        target=draw.integers(len(catalogue), size=len(lengths)),
+        target=draw.integers(len(catalog), size=len(lengths)),
         history=history,
         history_start=history_start,
         token=token,
@@ -109,13 +109,13 @@ def tiny_prompts(
 def brute_force(
     model: PreTrainedModel,
     vocabulary: Vocabulary,
-    catalogue: Catalogue,
+    catalog: Catalog,
     prompt: Int32[np.ndarray, " T"],
 ) -> Float64[np.ndarray, " K"]:
     """Log-probability of every leaf, by one ordinary forward pass per leaf and plain Python."""
     leaf_codes = {
         tuple(int(c) for c in row if c >= 0): int(leaf)
-        for row, leaf in zip(catalogue.codes, catalogue.leaf_of_item, strict=True)
+        for row, leaf in zip(catalog.codes, catalog.leaf_of_item, strict=True)
     }
     result = np.zeros(len(leaf_codes))
     for codes, leaf in leaf_codes.items():
@@ -129,17 +129,19 @@ def brute_force(
     return result
 
 
-def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_model_folder(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
     """Write a Hugging Face folder that `orchard.policy.model.load` and vLLM can read."""
     value_head.save(model, folder)
     tokenizer.save_pretrained(folder)
 
 
 @dataclass(frozen=True, kw_only=True)
-class World:
-    """A catalogue, a policy over it, some prompts, and what brute force says of them."""
+class TinySetup:
+    """A catalog, a policy over it, some prompts, and what brute force says of them."""
 
-    catalogue: Catalogue
+    catalog: Catalog
     model: PreTrainedModel
     vocabulary: Vocabulary
     prompts: Prompts
@@ -153,36 +155,36 @@ class World:
     def leaf_logprob(self) -> list[Float64[np.ndarray, " K"]]:
         """For each prompt the log-probability of every leaf."""
         rows = np.split(self.prompts.token, self.prompts.token_start[1:-1])
-        return [brute_force(self.model, self.vocabulary, self.catalogue, row) for row in rows]
+        return [brute_force(self.model, self.vocabulary, self.catalog, row) for row in rows]
 
     @cached_property
     def leaf_path(self) -> list[tuple[int, ...]]:
         """For each leaf its trie nodes from depth 1 on."""
-        trie = self.catalogue.trie
+        trie = self.catalog.trie
         return [tuple(n for n in row if n >= 0) for row in trie.path(trie.leaf_node).tolist()]
 
     def save(self, folder: Path) -> Path:
         """Write the policy to a folder."""
         make = tiny_text_tokenizer if self.vocabulary.tags else compact_tokenizer
-        save_policy(self.model, make(self.catalogue), folder)
+        save_model_folder(self.model, make(self.catalog), folder)
         return folder
 
 
-def tiny_world(
+def tiny_setup(
     *,
     seed: int = 0,
     level_size: Sequence[int] = (5, 4, 6),
     num_items: int = 30,
     varying_depth: bool = False,
     lengths: Sequence[int] = (0, 3, 1, 7),
-) -> World:
+) -> TinySetup:
     """The above, of one seed; `lengths` are those of the prompts' histories, in items."""
-    catalogue = tiny_catalogue(
+    catalog = tiny_catalog(
         seed=seed, level_size=level_size, num_items=num_items, varying_depth=varying_depth
     )
-    model, vocabulary = tiny_policy(catalogue, seed=seed)
-    prompts = tiny_prompts(catalogue, lengths, seed=seed)
-    return World(catalogue=catalogue, model=model, vocabulary=vocabulary, prompts=prompts)
+    model, vocabulary = tiny_policy(catalog, seed=seed)
+    prompts = tiny_prompts(catalog, lengths, seed=seed)
+    return TinySetup(catalog=catalog, model=model, vocabulary=vocabulary, prompts=prompts)
 
 
 def tiny_title_tokenizer() -> PreTrainedTokenizerBase:
@@ -193,30 +195,30 @@ def tiny_title_tokenizer() -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="<eos>")
 
 
-def tiny_title_world(
+def tiny_title_setup(
     title: Sequence[str], *, seed: int = 0, lengths: Sequence[int] = (0, 3, 1)
-) -> World:
+) -> TinySetup:
     """A world whose items are titles of lower-case letters and spaces."""
     tokenizer = tiny_title_tokenizer()
-    catalogue = from_titles(title, tokenizer)
-    model, vocabulary = tiny_policy(catalogue, seed=seed, tokenizer=tokenizer)
-    prompts = tiny_prompts(catalogue, lengths, seed=seed, tokenizer=tokenizer)
-    return World(catalogue=catalogue, model=model, vocabulary=vocabulary, prompts=prompts)
+    catalog = from_titles(title, tokenizer)
+    model, vocabulary = tiny_policy(catalog, seed=seed, tokenizer=tokenizer)
+    prompts = tiny_prompts(catalog, lengths, seed=seed, tokenizer=tokenizer)
+    return TinySetup(catalog=catalog, model=model, vocabulary=vocabulary, prompts=prompts)
 
 
-def tiny_thinking_world(*, seed: int = 0, lengths: Sequence[int] = (1, 3, 2)) -> World:
+def tiny_thinking_setup(*, seed: int = 0, lengths: Sequence[int] = (1, 3, 2)) -> TinySetup:
     """A world whose policy can think: a few words, the tags, and codes of three levels."""
-    catalogue = tiny_catalogue(seed=seed)
-    tokenizer = tiny_text_tokenizer(catalogue)
-    model, vocabulary = tiny_policy(catalogue, seed=seed, tokenizer=tokenizer)
-    prompts = tiny_prompts(catalogue, lengths, seed=seed, tokenizer=tokenizer)
-    vocabulary = replace(vocabulary, tags=think_tags(tokenizer))
-    return World(catalogue=catalogue, model=model, vocabulary=vocabulary, prompts=prompts)
+    catalog = tiny_catalog(seed=seed)
+    tokenizer = tiny_text_tokenizer(catalog)
+    model, vocabulary = tiny_policy(catalog, seed=seed, tokenizer=tokenizer)
+    prompts = tiny_prompts(catalog, lengths, seed=seed, tokenizer=tokenizer)
+    vocabulary = replace(vocabulary, tags=think_tokens(tokenizer))
+    return TinySetup(catalog=catalog, model=model, vocabulary=vocabulary, prompts=prompts)
 
 
-def tiny_text_tokenizer(catalogue: Catalogue) -> PreTrainedTokenizerBase:
-    """Whole words, the tags of thinking, and the codes of a catalogue."""
-    codes = [sid_token(at, c) for at, size in enumerate(catalogue.level_size) for c in range(size)]
+def tiny_text_tokenizer(catalog: Catalog) -> PreTrainedTokenizerBase:
+    """Whole words, the tags of thinking, and the codes of a catalog."""
+    codes = [sid_token(at, c) for at, size in enumerate(catalog.level_size) for c in range(size)]
     words = [PAD, BOS, EOS, THINK, THOUGHT, *codes, "seen", "next", "oak", "steel", "lamp", "tent"]
     inner = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token=PAD))
     inner.pre_tokenizer = WhitespaceSplit()
@@ -225,7 +227,7 @@ def tiny_text_tokenizer(catalogue: Catalogue) -> PreTrainedTokenizerBase:
     )
 
 
-def an_evaluation(hit: float, *, num_rows: int = 500) -> Evaluation:
+def make_evaluation(hit: float, *, num_rows: int = 500) -> Evaluation:
     """Ranks of random rows, of which a share `hit` has its target among the first twenty."""
     draw = np.random.default_rng(0)
     rank = np.where(draw.random(num_rows) < hit, draw.integers(0, 20, num_rows), TargetRanks.MISS)
@@ -237,6 +239,6 @@ def an_evaluation(hit: float, *, num_rows: int = 500) -> Evaluation:
         width=20,
         seconds=2.0,
         policy="3-feedbeef",
-        catalogue="cafe",
+        catalog="cafe",
         extra={"diversity": 0.5},
     )

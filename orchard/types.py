@@ -43,9 +43,9 @@ class Prompts:
     id: Int64[np.ndarray, " B"]
     """Row number in the split; the key of everything that is drawn at random for the prompt."""
     target: Int64[np.ndarray, " B"]
-    """Catalogue item that followed the history."""
+    """Catalog item that followed the history."""
     history: Int64[np.ndarray, " H"]
-    """Catalogue items, oldest first."""
+    """Catalog items, oldest first."""
     history_start: Int64[np.ndarray, " B+1"]
     token: Int32[np.ndarray, " T"]
     """What the policy sees: the history (and instruction) as token ids."""
@@ -103,7 +103,7 @@ class Cost:
         return Cost(**sums, counts=counts)
 
 
-def concatenate_known(
+def concatenate_optional(
     parts: Sequence[Float32[np.ndarray, "..."] | None],
 ) -> Float32[np.ndarray, "..."] | None:
     """Arrays one after another; None where any of them is."""
@@ -126,8 +126,8 @@ class SearchTrees:
 
     prompts: Prompts
     policy: PolicyVersion
-    catalogue: str
-    """Digest of the catalogue whose trie constrained the search."""
+    catalog: str
+    """Digest of the catalog whose trie constrained the search."""
     node_start: Int64[np.ndarray, " B1"]
     parent: Int64[np.ndarray, " N"]
     """Index of the parent in these arrays; NO_PARENT at a root."""
@@ -144,7 +144,7 @@ class SearchTrees:
     """Node that ends each candidate, best first within its prompt; i.i.d. draws may repeat one."""
     candidate_start: Int64[np.ndarray, " B1"]
     leaf: Int64[np.ndarray, " C"]
-    """Catalogue leaf (distinct semantic ID) of each candidate."""
+    """Catalog leaf (distinct semantic ID) of each candidate."""
     score: Float32[np.ndarray, " C"]
     """Log-probability of the whole candidate given its prompt, free of sampling noise."""
     cost: Cost
@@ -171,7 +171,7 @@ class SearchTrees:
         return ragged.places(self.candidate_start) + 1
 
     @property
-    def thinks(self) -> bool:
+    def is_reasoning(self) -> bool:
         """If there is a block of thought before codes."""
         return bool((self.state == self.FREE_TEXT).any())
 
@@ -201,7 +201,7 @@ class SearchTrees:
         return SearchTrees(
             prompts=self.prompts.select(rows),
             policy=self.policy,
-            catalogue=self.catalogue,
+            catalog=self.catalog,
             node_start=node_start,
             parent=np.where(parent == self.NO_PARENT, self.NO_PARENT, parent + shift),
             step=self.step[nodes],
@@ -221,13 +221,13 @@ class SearchTrees:
 
     @staticmethod
     def concatenate(parts: "Sequence[SearchTrees]") -> "SearchTrees":
-        """Several batches on one catalogue as one; costs add up.
+        """Several batches on one catalog as one; costs add up.
 
         No tree mixes policies, but a batch may: it counts as old as its oldest tree. Behaviour
         log-probabilities are stored with the tokens, so the update stays exact.
         """
         first = parts[0]
-        assert all(p.catalogue == first.catalogue for p in parts)
+        assert all(p.catalog == first.catalog for p in parts)
         shift = np.cumsum([0, *(len(p.step) for p in parts)])
         token, token_start = ragged.concatenate([(p.token, p.token_start) for p in parts])
         _, node_start = ragged.concatenate([(p.step, p.node_start) for p in parts])
@@ -235,7 +235,7 @@ class SearchTrees:
         return SearchTrees(
             prompts=Prompts.concatenate([p.prompts for p in parts]),
             policy=min(p.policy for p in parts),
-            catalogue=first.catalogue,
+            catalog=first.catalog,
             node_start=node_start,
             parent=np.concatenate(
                 [
@@ -256,7 +256,7 @@ class SearchTrees:
             leaf=np.concatenate([p.leaf for p in parts]),
             score=np.concatenate([p.score for p in parts]),
             cost=sum((p.cost for p in parts), Cost()),
-            value=concatenate_known([p.value for p in parts]),
+            value=concatenate_optional([p.value for p in parts]),
         )
 
 
@@ -279,12 +279,12 @@ class ScoredTrees:
             trees=SearchTrees.concatenate([p.trees for p in parts]),
             reward=np.concatenate([p.reward for p in parts]),
             parts={name: np.concatenate([p.parts[name] for p in parts]) for name in parts[0].parts},
-            step_reward=concatenate_known([p.step_reward for p in parts]),
+            step_reward=concatenate_optional([p.step_reward for p in parts]),
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Credit:
+class Advantages:
     """An estimator's verdict: advantage and loss weight of each candidate at each step.
 
     Several credits of one batch add up in the loss. Weights are zero past a candidate's end.
@@ -311,13 +311,13 @@ class TrainBatch:
     subtree_end: Int32[np.ndarray, "B S"]
     """One past the last slot of the subtree of the token; 0 at padding."""
     row: Int64[np.ndarray, " E"]
-    slot: Int32[np.ndarray, " E"]
+    query_slot: Int32[np.ndarray, " E"]
     state: Int64[np.ndarray, " E"]
-    edge: Int64[np.ndarray, " E"]
+    chosen: Int64[np.ndarray, " E"]
     behaviour_logprob: Float32[np.ndarray, " E"]
-    gain: Float32[np.ndarray, " E"]
+    advantage_pos: Float32[np.ndarray, " E"]
     """A+: sum of the positive weighted advantages of the candidates through the choice."""
-    loss: Float32[np.ndarray, " E"]
+    advantage_neg: Float32[np.ndarray, " E"]
     """A-: sum of the negative ones."""
     kl_weight: Float32[np.ndarray, " E"]
     forward_tokens: int
@@ -326,7 +326,7 @@ class TrainBatch:
     """Tokens of the same candidates laid out one sequence each."""
     policy: PolicyVersion
     """Which policy grew the trees."""
-    catalogue: str
+    catalog: str
     values: ValueTargets | None = None
     """What the value head learns, where there is one to teach."""
     sequences: SequenceTargets | None = None

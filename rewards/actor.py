@@ -5,26 +5,26 @@ from typing import Any
 import ray
 
 from orchard.types import ScoredTrees, SearchTrees
-from rewards.context import Knowledge
-from rewards.score import look_up, score
+from rewards.context import RewardContext
+from rewards.score import preload, score_trees
 
 
-class Judge:
+class RewardWorker:
     """Scores trees with fixed weights; without state, so that any call may be repeated anywhere."""
 
-    def __init__(self, known: Knowledge) -> None:
+    def __init__(self, known: RewardContext) -> None:
         """Load what the weighted rewards need.
 
         Raises:
-            ConfigError, DataError, CatalogueError: a reward is unknown, or what it needs is missing
-                or another catalogue's.
+            ConfigError, DataError, CatalogError: a reward is unknown, or what it needs is missing
+                or another catalog's.
         """
         self._known, self._weights = known, dict(known.settings.weights)
-        look_up(self._weights, known)
+        preload(self._weights, known)
 
     def score(self, trees: SearchTrees) -> ScoredTrees:
         """As `rewards.score.score`."""
-        return score(trees, self._known, self._weights)
+        return score_trees(trees, self._known, self._weights)
 
 
-RewardActor: Any = ray.remote(Judge)
+RewardActor: Any = ray.remote(RewardWorker)

@@ -8,10 +8,10 @@ from jaxtyping import Float32, Float64, Int64
 
 from orchard.scorers.sasrec import leaf_logits
 from orchard.types import SearchTrees
-from rewards.context import Knowledge
+from rewards.context import RewardContext
 
 
-def collaborative(trees: SearchTrees, known: Knowledge) -> Float32[np.ndarray, " C"]:
+def collaborative(trees: SearchTrees, known: RewardContext) -> Float32[np.ndarray, " C"]:
     """Raw logit of each candidate given its prompt's history (ReRe, arXiv 2510.12211).
 
     A candidate that the scorer does not know gets the mean of those of its group that it knows, so
@@ -20,12 +20,12 @@ def collaborative(trees: SearchTrees, known: Knowledge) -> Float32[np.ndarray, "
     """
     prompts, prompt = trees.prompts, trees.prompt_of_candidate
     logit = leaf_logits(
-        known.sasrec, known.catalogue, prompts.history, prompts.history_start, prompt, trees.leaf
+        known.sasrec, known.catalog, prompts.history, prompts.history_start, prompt, trees.leaf
     )
-    return undecided(logit, prompt, len(trees))
+    return no_signal(logit, prompt, len(trees))
 
 
-def undecided(
+def no_signal(
     opinion: Float64[np.ndarray, " C"], prompt: Int64[np.ndarray, " C"], num_prompts: int
 ) -> Float32[np.ndarray, " C"]:
     """Opinions, with the mean of the finite ones of a prompt, or 0, in the place of the others."""

@@ -10,27 +10,27 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
-from orchard.catalog.catalog import Catalogue
+from orchard.catalog.catalog import Catalog
 from orchard.errors import ConfigError, DataError
 from orchard.scorers import listwise_ranker, sasrec
-from orchard.scorers.listwise_ranker import ListEvaluator
+from orchard.scorers.listwise_ranker import ListwiseRanker
 from orchard.scorers.sasrec import SasRec
 from orchard.settings import RewardsConfig
-from rewards.transition_counts import Transitions
+from rewards.transition_counts import TransitionCounts
 
 
 @dataclass(frozen=True, kw_only=True)
-class Knowledge:
-    """The catalogue, the settings of the rewards, and what the data set says of its items."""
+class RewardContext:
+    """The catalog, the settings of the rewards, and what the data set says of its items."""
 
-    catalogue: Catalogue
+    catalog: Catalog
     settings: RewardsConfig = field(default_factory=RewardsConfig)
     embedding: Float32[np.ndarray, "I E"] | None = None
     """Of each item, where the data set has embeddings."""
     popularity: Int64[np.ndarray, " I"] | None = None
     """How often each item is a target of the training rows, where there are such rows."""
 
-    transitions: Transitions | None = None
+    transitions: TransitionCounts | None = None
     """What followed what in the training rows, where a reward asks for it."""
 
     folder: Path = Path()
@@ -40,13 +40,13 @@ class Knowledge:
     def sasrec(self) -> SasRec:
         """The model behind `collaborative`; raises as `orchard.scorers.sasrec.load`."""
         path = self.settings.collaborative.path or self.folder / sasrec.KIND
-        return sasrec.load(path, self.catalogue)
+        return sasrec.load(path, self.catalog)
 
     @cached_property
-    def evaluator(self) -> ListEvaluator:
+    def listwise_ranker(self) -> ListwiseRanker:
         """The model behind `listwise`; raises as `orchard.scorers.listwise_ranker.load`."""
         path = self.settings.listwise.path or self.folder / listwise_ranker.KIND
-        return listwise_ranker.load(path, self.catalogue)
+        return listwise_ranker.load(path, self.catalog)
 
     @cached_property
     def leaf_embedding(self) -> Float64[np.ndarray, "K E"]:
@@ -61,7 +61,7 @@ class Knowledge:
                 "the reward semantic compares item embeddings and the data set has none; "
                 "set data.embeddings, or take semantic out of rewards.weights"
             )
-        items = self.catalogue
+        items = self.catalog
         unit = self.embedding.astype(np.float64)
         length = np.linalg.norm(unit, axis=1)
         unusable = np.flatnonzero(~(np.isfinite(length) & (length > 0)))
@@ -94,11 +94,11 @@ class Knowledge:
                 "the reward popularity_debias needs how often each item is a target of the "
                 "training rows; give these counts, or take it out of rewards.weights"
             )
-        items = self.catalogue
+        items = self.catalog
         return np.add.reduceat(self.popularity[items.item_of_leaf], items.leaf_start[:-1])
 
     @property
-    def counted_transitions(self) -> Transitions:
+    def counted_transitions(self) -> TransitionCounts:
         """What followed what in the training rows.
 
         Raises:

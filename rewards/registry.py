@@ -2,7 +2,7 @@
 
 To add a reward, write a function of the type `Reward` in a module of this package and give it a
 name in `REWARDS`; the name is then a key of `rewards.weights` in a run file. What it looks up
-beyond trees and catalogue is a property of `Knowledge`, named in `NEEDS` so that its absence is
+beyond trees and catalog is a property of `Knowledge`, named in `NEEDS` so that its absence is
 found before anything starts. `docs/rewards.md` has an example.
 """
 
@@ -13,13 +13,13 @@ from jaxtyping import Float32
 
 from orchard.types import SearchTrees
 from rewards.collaborative import collaborative
-from rewards.context import Knowledge
+from rewards.context import RewardContext
 from rewards.listwise import listwise
 from rewards.rule import prefix, ranking, rule
 from rewards.similarity import diversity, popularity_debias, semantic
 from rewards.transition import transition
 
-Reward = Callable[[SearchTrees, Knowledge], Float32[np.ndarray, " C"]]
+Reward = Callable[[SearchTrees, RewardContext], Float32[np.ndarray, " C"]]
 """One finite number per candidate, larger for better; all candidates of a batch at once."""
 
 REWARDS: dict[str, Reward] = {
@@ -34,13 +34,13 @@ REWARDS: dict[str, Reward] = {
     "popularity_debias": popularity_debias,
 }
 
-NEEDS: dict[str, Callable[[Knowledge], object]] = {
+REQUIREMENTS: dict[str, Callable[[RewardContext], object]] = {
     "semantic": lambda known: known.leaf_embedding,
     "collaborative": lambda known: known.sasrec,
     "transition": lambda known: known.counted_transitions,
-    "listwise": lambda known: known.evaluator,
+    "listwise": lambda known: known.listwise_ranker,
     "popularity_debias": lambda known: known.leaf_popularity,
 }
 """What a reward looks up, for those that do; raises a sentence where it is not there."""
 
-__all__ = ["NEEDS", "REWARDS", "Knowledge", "Reward"]
+__all__ = ["REQUIREMENTS", "REWARDS", "Reward", "RewardContext"]

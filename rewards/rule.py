@@ -10,15 +10,15 @@ import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int64
 
 from orchard.types import SearchTrees
-from rewards.context import Knowledge
+from rewards.context import RewardContext
 
 
-def rule(trees: SearchTrees, known: Knowledge) -> Float32[np.ndarray, " C"]:
+def rule(trees: SearchTrees, known: RewardContext) -> Float32[np.ndarray, " C"]:
     """1 for a candidate that is the target, else 0."""
     return _hit(trees, known).astype(np.float32)
 
 
-def ranking(trees: SearchTrees, known: Knowledge) -> Float32[np.ndarray, " C"]:
+def ranking(trees: SearchTrees, known: RewardContext) -> Float32[np.ndarray, " C"]:
     """A penalty for each miss, largest for the best ranked (ReRe, arXiv 2510.12211).
 
     With G candidates, the miss at rank k gets -(1 / log2(k + 1)) / Z, and the target 0. There are
@@ -41,20 +41,20 @@ def ranking(trees: SearchTrees, known: Knowledge) -> Float32[np.ndarray, " C"]:
     return np.where(has_hit[prompt] & ~hit, -share / total[prompt], 0).astype(np.float32)
 
 
-def prefix(trees: SearchTrees, known: Knowledge) -> Float32[np.ndarray, " C"]:
+def prefix(trees: SearchTrees, known: RewardContext) -> Float32[np.ndarray, " C"]:
     """Share of the target's codes that the candidate has in common from the first code on.
 
     An end marker counts as a code, so 1 means a hit and nothing else.
     """
-    catalogue = known.catalogue
-    target = catalogue.codes[trees.prompts.target[trees.prompt_of_candidate]]
-    candidate = catalogue.codes[catalogue.item_of_leaf[catalogue.leaf_start[trees.leaf]]]
+    catalog = known.catalog
+    target = catalog.codes[trees.prompts.target[trees.prompt_of_candidate]]
+    candidate = catalog.codes[catalog.item_of_leaf[catalog.leaf_start[trees.leaf]]]
     same = (candidate == target) & (target >= 0)
     common = np.logical_and.accumulate(same, axis=1).sum(1)
     return (common / (target >= 0).sum(1)).astype(np.float32)
 
 
-def _hit(trees: SearchTrees, known: Knowledge) -> Bool[np.ndarray, " C"]:
+def _hit(trees: SearchTrees, known: RewardContext) -> Bool[np.ndarray, " C"]:
     """Candidates that are the target; copies drawn more than once all count."""
-    target: Int64[np.ndarray, " B"] = known.catalogue.leaf_of_item[trees.prompts.target]
+    target: Int64[np.ndarray, " B"] = known.catalog.leaf_of_item[trees.prompts.target]
     return trees.leaf == target[trees.prompt_of_candidate]

@@ -9,13 +9,13 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Float32
 
-from orchard.catalog.catalog import Catalogue
-from orchard.errors import CatalogueError, ConfigError, DataError
+from orchard.catalog.catalog import Catalog
+from orchard.errors import CatalogError, ConfigError, DataError
 from orchard.types import ScoredTrees, SearchTrees
-from rewards.registry import NEEDS, REWARDS, Knowledge
+from rewards.registry import REQUIREMENTS, REWARDS, RewardContext
 
 
-def check(weights: Mapping[str, float]) -> None:
+def check_rewards(weights: Mapping[str, float]) -> None:
     """Refuse weights of rewards that do not exist; raises ConfigError with the nearest name."""
     for name in weights:
         if name not in REWARDS:
@@ -24,37 +24,37 @@ def check(weights: Mapping[str, float]) -> None:
             raise ConfigError(f"rewards.weights names an unknown reward {name}; {hint}")
 
 
-def look_up(weights: Mapping[str, float], known: Knowledge) -> None:
+def preload(weights: Mapping[str, float], known: RewardContext) -> None:
     """Load what the rewards need, so that what is missing is found before anything is scored.
 
     Raises:
-        ConfigError, DataError, CatalogueError: one sentence on what is missing or does not fit.
+        ConfigError, DataError, CatalogError: one sentence on what is missing or does not fit.
     """
-    check(weights)
+    check_rewards(weights)
     for name in weights:
-        if name in NEEDS:
-            NEEDS[name](known)
+        if name in REQUIREMENTS:
+            REQUIREMENTS[name](known)
 
 
-def score(
-    trees: SearchTrees, known: Knowledge | Catalogue, weights: Mapping[str, float]
+def score_trees(
+    trees: SearchTrees, known: RewardContext | Catalog, weights: Mapping[str, float]
 ) -> ScoredTrees:
     """Judge every candidate; a part of weight 0 is computed for the log alone.
 
-    A bare catalogue will do for rewards that look up nothing else.
+    A bare catalog will do for rewards that look up nothing else.
 
     Raises:
         ConfigError: a weight of an unknown reward.
-        CatalogueError: the trees were grown on another catalogue, so that leaves mean other items.
+        CatalogError: the trees were grown on another catalog, so that leaves mean other items.
         DataError: a reward is not finite.
     """
-    check(weights)
-    if isinstance(known, Catalogue):
-        known = Knowledge(catalogue=known)
-    if trees.catalogue != known.catalogue.digest:
-        raise CatalogueError(
-            f"the trees were grown on catalogue {trees.catalogue[:12]}, the rewards hold "
-            f"{known.catalogue.digest[:12]}; start both from the same items file"
+    check_rewards(weights)
+    if isinstance(known, Catalog):
+        known = RewardContext(catalog=known)
+    if trees.catalog != known.catalog.digest:
+        raise CatalogError(
+            f"the trees were grown on catalog {trees.catalog[:12]}, the rewards hold "
+            f"{known.catalog.digest[:12]}; start both from the same items file"
         )
     parts = {name: REWARDS[name](trees, known) for name in weights}
     for name, part in parts.items():

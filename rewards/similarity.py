@@ -11,27 +11,27 @@ import torch
 from jaxtyping import Float32
 
 from orchard.types import SearchTrees
-from rewards.context import Knowledge
+from rewards.context import RewardContext
 
 
-def semantic(trees: SearchTrees, known: Knowledge) -> Float32[np.ndarray, " C"]:
+def semantic(trees: SearchTrees, known: RewardContext) -> Float32[np.ndarray, " C"]:
     """Cosine between the embeddings of candidate and target, -1 to 1 (ReRe, arXiv 2510.12211).
 
     The embedding of a leaf is the mean direction of its items, so the target's own leaf gets 1.
     """
-    embedding, target = known.leaf_embedding, known.catalogue.leaf_of_item[trees.prompts.target]
+    embedding, target = known.leaf_embedding, known.catalog.leaf_of_item[trees.prompts.target]
     other = embedding[target][trees.prompt_of_candidate]
     return np.einsum("ce,ce->c", embedding[trees.leaf], other).astype(np.float32)
 
 
-def diversity(trees: SearchTrees, known: Knowledge) -> Float32[np.ndarray, " C"]:
+def diversity(trees: SearchTrees, known: RewardContext) -> Float32[np.ndarray, " C"]:
     """Mean share of a candidate's codes that each other candidate of its group does not share.
 
     1 - LCP / length, with LCP the number of leading codes in common; 1 where all others begin
     otherwise, 0 where all are copies or there is no other. Where all sequences are of one length,
     the mean over a group is `orchard.evaluation.ranking.diversity` of its list.
     """
-    trie, prompt = known.catalogue.trie, trees.prompt_of_candidate
+    trie, prompt = known.catalog.trie, trees.prompt_of_candidate
     path = trie.path(trie.node_of(torch.from_numpy(trees.leaf))).numpy()
     inside = path >= 0
     key = np.where(inside, path + (prompt * trie.num_nodes)[:, None], -1)
@@ -42,7 +42,7 @@ def diversity(trees: SearchTrees, known: Knowledge) -> Float32[np.ndarray, " C"]
     return np.where(others > 0, 1 - sharing / pairs, 0).astype(np.float32)
 
 
-def popularity_debias(trees: SearchTrees, known: Knowledge) -> Float32[np.ndarray, " C"]:
+def popularity_debias(trees: SearchTrees, known: RewardContext) -> Float32[np.ndarray, " C"]:
     """How rare a candidate is among the targets of training: 1 if it never was one, 0 if the most.
 
     1 - log(1 + n) / log(1 + max n) with n its leaf's count: self-information, a measure of novelty

@@ -11,11 +11,11 @@ from jaxtyping import Float32
 
 from orchard import ragged
 from orchard.types import SearchTrees
-from rewards.context import Knowledge
+from rewards.context import RewardContext
 from rewards.transition_counts import recency
 
 
-def transition(trees: SearchTrees, known: Knowledge) -> Float32[np.ndarray, " C"]:
+def transition(trees: SearchTrees, known: RewardContext) -> Float32[np.ndarray, " C"]:
     """log(floor + s): s is how strongly the history's items were followed by the candidate.
 
     s(y | h) = sum over the items a of h, j before its last, of decay^j n(a, y) / (1 + n(a)), with
@@ -24,7 +24,7 @@ def transition(trees: SearchTrees, known: Knowledge) -> Float32[np.ndarray, " C"
     a training row would hear of its own target, which no row does that is new.
     """
     counted, floor = known.counted_transitions, known.settings.transition.floor
-    prompts, of_item = trees.prompts, known.catalogue.leaf_of_item
+    prompts, of_item = trees.prompts, known.catalog.leaf_of_item
     before, target = of_item[prompts.history], of_item[prompts.target]
     start, weight = prompts.history_start, recency(prompts.history_start, counted.decay)
     owner = ragged.owners(start)

@@ -12,7 +12,7 @@ from orchard import ragged
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Transitions:
+class TransitionCounts:
     """How often, by weight, a leaf was the target behind a leaf in the history of a row."""
 
     num_leaves: int
@@ -39,12 +39,12 @@ def count_transitions(
     *,
     num_leaves: int,
     decay: float,
-) -> Transitions:
+) -> TransitionCounts:
     """Count rows whose histories and targets are given as leaves."""
     own = target[ragged.owners(history_start)]
     pair, place = np.unique(history * num_leaves + own, return_inverse=True)
     weight = recency(history_start, decay)
-    return Transitions(
+    return TransitionCounts(
         num_leaves=num_leaves,
         decay=decay,
         pair=pair,

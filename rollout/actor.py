@@ -11,37 +11,37 @@ import ray
 import torch
 from torch import nn
 
-from orchard.catalog.catalog import Catalogue
-from orchard.errors import EngineError, UnfitError
+from orchard.catalog.catalog import Catalog
+from orchard.errors import EngineError, WeightMismatchError
 from orchard.policy.item_tokenizer import Vocabulary
 from orchard.policy.model import load
 from orchard.policy.weights import Weights, digest, snapshot
-from orchard.scorers.prefix_critic import Critic
+from orchard.scorers.prefix_critic import PrefixCritic
 from orchard.settings import RolloutConfig
 from orchard.types import PolicyVersion, Prompts, SearchTrees
 from rollout.candidates import Candidates
-from rollout.engine.protocol import Holder
+from rollout.engine.protocol import InferenceEngine
 from rollout.engine.torch import TorchEngine
-from rollout.engine.vllm import VllmHolder
-from rollout.probe import Probe, check
+from rollout.engine.vllm import VllmEngine
+from rollout.probe import LogprobProbe, verify
 from rollout.search.beam import beam, sample
-from rollout.search.registry import Find, Given, search_of
+from rollout.search.registry import SearchContext, SearchFn, make_search
 from rollout.search.think import think
-from rollout.search.thoughts import Thoughts, graft
-from rollout.search_trees import grow
+from rollout.search.thoughts import Thoughts, attach_thoughts
+from rollout.search_trees import build_search_trees
 
 
-class Searcher:
+class RolloutWorker:
     """Searches with one engine. What it returns depends on its policy and the arguments alone."""
 
     def __init__(
         self,
         config: RolloutConfig,
         folder: Path,
-        catalogue: Catalogue,
+        catalog: Catalog,
         vocabulary: Vocabulary,
         seed: int,
-        critic: Critic | None = None,
+        critic: PrefixCritic | None = None,
     ) -> None:
         """Start with the policy saved in `folder`, as step 0, until another is installed.
 
@@ -51,25 +51,25 @@ class Searcher:
             DataError: the folder holds no policy.
             EngineError: the engine cannot be had on this machine.
         """
-        self._config, self._catalogue, self._vocabulary = config, catalogue, vocabulary
+        self._config, self._catalog, self._vocabulary = config, catalog, vocabulary
         self._critic = critic
         torch.set_num_threads(config.threads)
         model = load(folder, vocabulary)
         version = PolicyVersion(step=0, digest=digest(snapshot(model)))
-        self._holder: Holder
+        self._holder: InferenceEngine
         if config.engine == "vllm":
-            self._holder = VllmHolder(
-                folder, model, catalogue.trie, vocabulary, version, config, seed=seed
+            self._holder = VllmEngine(
+                folder, model, catalog.trie, vocabulary, version, config, seed=seed
             )
         else:
             device = "cuda" if config.gpus else "cpu"
             nn.Module.to(model, device=device, dtype=getattr(torch, config.dtype))
-            self._holder = TorchEngine(model, catalogue.trie, vocabulary, version)
+            self._holder = TorchEngine(model, catalog.trie, vocabulary, version)
         self._fit = True
         """False from when weights are installed until their probe is answered rightly."""
 
-    def install(
-        self, version: PolicyVersion, weights: Weights, probe: Probe | None = None
+    def load_weights(
+        self, version: PolicyVersion, weights: Weights, probe: LogprobProbe | None = None
     ) -> PolicyVersion:
         """Search with these weights from now on; returns the version held then.
 
@@ -77,10 +77,10 @@ class Searcher:
             UnfitError: the probe is answered otherwise than the learner does. Nothing is searched
                 from then on, until an installation succeeds.
         """
-        self._holder.install(version, weights)
+        self._holder.load_weights(version, weights)
         self._fit = False
         if probe is not None:
-            check(self._holder, probe)
+            verify(self._holder, probe)
         self._fit = True
         return self._holder.version
 
@@ -93,12 +93,14 @@ class Searcher:
         wanted = kind or self._config.search
         if wanted == "think":
             return self._think_and_search(prompts, seed)
-        given = Given(
-            config=self._config, catalogue=self._catalogue, seed=seed, critic=self._critic
+        given = SearchContext(
+            config=self._config, catalog=self._catalog, seed=seed, critic=self._critic
         )
-        find = search_of(wanted, given)
+        find = make_search(wanted, given)
         found = self._in_batches(prompts, find)
-        return grow(prompts, found, self._catalogue, self._vocabulary, self._holder.version)
+        return build_search_trees(
+            prompts, found, self._catalog, self._vocabulary, self._holder.version
+        )
 
     def rank(self, prompts: Prompts, beams: int, thinking: bool = False) -> Candidates:
         """The best `beams` leaves of each prompt, whatever the configured search.
@@ -118,13 +120,13 @@ class Searcher:
         began, config = perf_counter(), self._config
         heat = config.temperature
         thoughts = self._thoughts(prompts, count=config.candidates, temperature=heat, seed=seed)
-        find: Find = partial(sample, count=config.think.width, temperature=heat, seed=seed)
+        find: SearchFn = partial(sample, count=config.think.width, temperature=heat, seed=seed)
         if config.think.codes == "beam":
             find = partial(beam, width=config.think.width)
         contexts, version = thoughts.contexts(prompts), self._holder.version
         found = self._in_batches(contexts, find)
-        codes = grow(contexts, found, self._catalogue, self._vocabulary, version)
-        trees = graft(prompts, thoughts, codes, self._catalogue.trie.depth)
+        codes = build_search_trees(contexts, found, self._catalog, self._vocabulary, version)
+        trees = attach_thoughts(prompts, thoughts, codes, self._catalog.trie.depth)
         return replace(trees, cost=replace(trees.cost, seconds=perf_counter() - began))
 
     def _thoughts(self, prompts: Prompts, *, count: int, temperature: float, seed: int) -> Thoughts:
@@ -134,20 +136,20 @@ class Searcher:
                 "(data.rationales), or choose a search without thoughts"
             )
         return think(
-            self._holder.write,
+            self._holder.generate,
             prompts,
             tags,
             count=count,
-            blocks=self._catalogue.trie.depth,
+            blocks=self._catalog.trie.depth,
             cap=self._config.think.block_tokens,
             temperature=temperature,
             seed=seed,
         )
 
-    def _in_batches(self, prompts: Prompts, find: Find) -> Candidates:
+    def _in_batches(self, prompts: Prompts, find: SearchFn) -> Candidates:
         """What `find` finds, in batches of the configured size."""
         if not self._fit:
-            raise UnfitError(
+            raise WeightMismatchError(
                 f"policy {self._holder.version} failed its probe here; install a version first"
             )
         began = perf_counter()
@@ -162,4 +164,4 @@ class Searcher:
         return replace(found.select(np.argsort(order)), cost=cost)
 
 
-RolloutActor: Any = ray.remote(Searcher)
+RolloutActor: Any = ray.remote(RolloutWorker)

@@ -10,12 +10,12 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from orchard import ragged
-from orchard.types import Cost, concatenate_known
+from orchard.types import Cost, concatenate_optional
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidates:
-    """Catalogue leaves found for each prompt, best first within it."""
+    """Catalog leaves found for each prompt, best first within it."""
 
     start: Int64[np.ndarray, " B1"]
     node: Int64[np.ndarray, "C D"]
@@ -60,5 +60,5 @@ class Candidates:
             score=np.concatenate([p.score for p in parts]),
             leaf=leaf,
             cost=sum((p.cost for p in parts), Cost()),
-            value=concatenate_known([p.value for p in parts]),
+            value=concatenate_optional([p.value for p in parts]),
         )

@@ -14,15 +14,15 @@ from functools import partial
 import numpy as np
 from jaxtyping import Float32, Int64
 
-from orchard.errors import UnfitError
+from orchard.errors import WeightMismatchError
 from orchard.types import Prompts
 from rollout.candidates import Candidates
-from rollout.engine.protocol import Engine, Runner
-from rollout.search.add_target import follow
+from rollout.engine.protocol import DecodingBackend, SearchRunner
+from rollout.search.add_target import score_leaf
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Probe:
+class LogprobProbe:
     """What a holder is asked, and what it must answer."""
 
     prompts: Prompts
@@ -35,7 +35,7 @@ class Probe:
     """Largest difference of one answer, in nats."""
 
 
-def check(holder: Runner, probe: Probe) -> float:
+def verify(holder: SearchRunner, probe: LogprobProbe) -> float:
     """The largest difference between holder and learner, in nats.
 
     Raises:
@@ -45,7 +45,7 @@ def check(holder: Runner, probe: Probe) -> float:
     found = holder.run(partial(_answer, leaf=probe.leaf), probe.prompts)
     apart = float(np.abs(found.score - probe.score).max(initial=0.0))
     if not apart <= probe.tolerance:
-        raise UnfitError(
+        raise WeightMismatchError(
             f"the answers to the probe are {apart:.2g} nats from the learner's where "
             f"{probe.tolerance:g} are allowed: the weights have the right digest and the model "
             "computes something else; try rollout.engine = torch, or raise cluster.probe_tolerance "
@@ -54,6 +54,8 @@ def check(holder: Runner, probe: Probe) -> float:
     return apart
 
 
-def _answer(engine: Engine, prompts: Prompts, *, leaf: Int64[np.ndarray, " B"]) -> Candidates:
+def _answer(
+    engine: DecodingBackend, prompts: Prompts, *, leaf: Int64[np.ndarray, " B"]
+) -> Candidates:
     """A batch may be cut; the ids still say which answers are whose."""
-    return follow(engine, prompts, leaf[prompts.id])
+    return score_leaf(engine, prompts, leaf[prompts.id])

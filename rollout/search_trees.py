@@ -8,17 +8,17 @@ import torch
 from jaxtyping import Float32, Int64
 
 from orchard import ragged
-from orchard.catalog.catalog import Catalogue
+from orchard.catalog.catalog import Catalog
 from orchard.catalog.trie import ROOT
 from orchard.policy.item_tokenizer import Vocabulary
 from orchard.types import PolicyVersion, Prompts, SearchTrees
 from rollout.candidates import Candidates
 
 
-def grow(
+def build_search_trees(
     prompts: Prompts,
     candidates: Candidates,
-    catalogue: Catalogue,
+    catalog: Catalog,
     vocabulary: Vocabulary,
     policy: PolicyVersion,
 ) -> SearchTrees:
@@ -38,15 +38,15 @@ def grow(
     return SearchTrees(
         prompts=prompts,
         policy=policy,
-        catalogue=catalogue.digest,
+        catalog=catalog.digest,
         node_start=ragged.starts(np.bincount(path[row, 0], minlength=len(prompts))),
         parent=parent,
         step=step.astype(np.int32),
         state=state,
-        token=vocabulary.token_of(catalogue.trie, here).numpy().astype(np.int32),
+        token=vocabulary.token_of(catalog.trie, here).numpy().astype(np.int32),
         token_start=ragged.starts(inner.astype(np.int64)),
         logprob=candidates.logprob[order][row[inner], step[inner] - 1],
-        forced=(catalogue.trie.num_children(above) == 1).numpy(),
+        forced=(catalog.trie.num_children(above) == 1).numpy(),
         candidate=candidate,
         candidate_start=candidates.start,
         leaf=candidates.leaf,

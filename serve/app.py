@@ -32,7 +32,7 @@ class Arguments(BaseModel):
     serve: ServeConfig = ServeConfig()
 
 
-class RayMeters:
+class RayMetrics:
     """Figures on Ray's own metrics port; Serve adds deployment and replica."""
 
     def __init__(self) -> None:
@@ -67,7 +67,7 @@ class Endpoint:
     def __init__(self, arguments: Arguments) -> None:
         """Load everything; Serve sends no request before the application has started."""
         self._service: Service = open_service(
-            arguments.policy, arguments.serve, RayMeters(), max_history=arguments.max_history
+            arguments.policy, arguments.serve, RayMetrics(), max_history=arguments.max_history
         )
         # A full collection of what torch and Ray have imported takes hundreds of milliseconds,
         # in which nobody is answered; nothing of it will ever be garbage.

@@ -3,7 +3,7 @@
 from orchard.errors import OrchardError
 
 
-class Refusal(OrchardError):
+class ApiError(OrchardError):
     """A request that is not answered, and why. The detail names no path and no code."""
 
     status = 400
@@ -12,31 +12,31 @@ class Refusal(OrchardError):
     retry_after_s: float | None = None
 
 
-class UnknownNameError(Refusal):
+class UnknownNameError(ApiError):
     """A filter, user, item or version that does not exist."""
 
     status, title, kind = 404, "There is no such thing", "unknown"
 
 
-class UnsuitableError(Refusal):
-    """A request that this catalogue or policy cannot satisfy as written."""
+class UnprocessableError(ApiError):
+    """A request that this catalog or policy cannot satisfy as written."""
 
     status, title, kind = 422, "The request does not fit", "unsuitable"
 
 
-class ConflictError(Refusal):
+class ConflictError(ApiError):
     """The state has changed since the caller looked."""
 
     status, title, kind = 409, "The state has changed", "conflict"
 
 
-class UnauthorisedError(Refusal):
+class UnauthorisedError(ApiError):
     """A missing or wrong token."""
 
     status, title, kind = 401, "A bearer token is needed", "unauthorised"
 
 
-class OverloadedError(Refusal):
+class OverloadedError(ApiError):
     """The queue is full."""
 
     status, title, kind = 429, "Too many requests wait", "overloaded"
@@ -47,7 +47,7 @@ class OverloadedError(Refusal):
         self.retry_after_s = retry_after_s
 
 
-class UnavailableError(Refusal):
+class UnavailableError(ApiError):
     """Not ready, or nothing can answer in time."""
 
     status, title, kind = 503, "The service cannot answer now", "unavailable"

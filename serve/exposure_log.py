@@ -66,7 +66,7 @@ class ExposureLog:
         shared: dict[str, object] = {
             "request_id": request_id, "time": time.time(), "user": user,
             "variant": answer.variant, "shadow": shadow, "policy": answer.policy,
-            "catalogue": answer.catalogue, "source": answer.source, "decoder": answer.decoder,
+            "catalogue": answer.catalog, "source": answer.source, "decoder": answer.decoder,
             "width": answer.width, "temperature": temperature, "seed": answer.seed,
             "restricted": restricted, "history": list(history),
         }  # fmt: skip

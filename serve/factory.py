@@ -7,38 +7,38 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from orchard.catalog import catalog as catalogues
-from orchard.catalog.catalog import Catalogue
+from orchard.catalog import catalog as catalogs
+from orchard.catalog.catalog import Catalog
 from orchard.errors import ConfigError, EngineError
 from orchard.parquet import read_table
 from orchard.policy import item_tokenizer
 from orchard.policy import model as models
 from orchard.policy.item_tokenizer import Vocabulary
 from orchard.settings import RolloutConfig, ServeConfig
-from rollout.engine.protocol import Holder
+from rollout.engine.protocol import InferenceEngine
 from rollout.engine.torch import TorchEngine
-from rollout.engine.vllm import VllmHolder
+from rollout.engine.vllm import VllmEngine
 from serve.catalog.attributes import NOTHING, check_filters, read_attributes
-from serve.catalog.store import Stock
+from serve.catalog.store import CatalogStore
 from serve.exposure_log import ExposureLog
-from serve.metrics import Meters
+from serve.metrics import ServeMetrics
 from serve.policies import slot
 from serve.policies.ab_test import MAIN
-from serve.policies.slot import Loaded, Seat
+from serve.policies.slot import LoadedPolicy, PolicySlot
 from serve.service import Service
-from serve.shared_state import Ledger
+from serve.shared_state import SharedState
 from serve.user_history import open_histories
 
 _log = logging.getLogger("orchard.serve")
 
 
 def open_service(
-    folder: Path, config: ServeConfig, meters: Meters, *, max_history: int | None = None
+    folder: Path, config: ServeConfig, meters: ServeMetrics, *, max_history: int | None = None
 ) -> Service:
     """A service for the policy in `folder`; reads and checks everything that the settings name.
 
     Args:
-        folder: of an exported policy; its catalogue is what is served.
+        folder: of an exported policy; its catalog is what is served.
         config: the settings.
         meters: where figures go.
         max_history: items that the policy reads; by default what it was exported with.
@@ -49,28 +49,28 @@ def open_service(
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(config.threads)
     models.check_folder(folder)
-    items = catalogues.load(folder / "catalogue")
-    words = item_tokenizer.of_codes(item_tokenizer.read_tokenizer(folder), items)
+    items = catalogs.load(folder / "catalogue")
+    words = item_tokenizer.from_tokenizer(item_tokenizer.read_tokenizer(folder), items)
     attributes = NOTHING
     if config.attributes is not None:
         attributes = read_attributes(config.attributes, config.filters)
     check_filters(attributes, config.filters)
     popularity = read_popularity(config.popularity) if config.popularity is not None else {}
-    ledger = Ledger(config.state or folder.parent / "serve", items.digest)
-    stock = Stock(
+    shared_state = SharedState(config.state or folder.parent / "serve", items.digest)
+    catalog_store = CatalogStore(
         items, words, attributes=attributes, filters=config.filters, popularity=popularity,
         keep=config.versions,
     )  # fmt: skip
-    seats = {MAIN: _seat(MAIN, folder, config, items, words, ledger)}
+    slots = {MAIN: _slot(MAIN, folder, config, items, words, shared_state)}
     known = slot.read_facts(folder)
     for name in sorted(config.variants):
         one = config.variants[name]
-        seats[name] = _seat(
-            name, one.policy, config, items, words, ledger, share=one.share, shadow=one.shadow
+        slots[name] = _slot(
+            name, one.policy, config, items, words, shared_state, share=one.share, shadow=one.shadow
         )
         _check_prompts(name, one.policy, words, items, known)
     return Service(
-        config, seats, stock, ledger, meters,
+        config, slots, catalog_store, shared_state, meters,
         max_history=max_history or (known["max_history"] if known else 10),
         histories=open_histories(config),
         exposure=ExposureLog(config.exposure) if config.exposure is not None else None,
@@ -78,10 +78,10 @@ def open_service(
 
 
 def _check_prompts(
-    name: str, folder: Path, words: Vocabulary, items: Catalogue, main: dict[str, Any] | None
+    name: str, folder: Path, words: Vocabulary, items: Catalog, main: dict[str, Any] | None
 ) -> None:
     """All variants read one prompt, that of the main policy."""
-    own = item_tokenizer.of_codes(item_tokenizer.read_tokenizer(folder), items)
+    own = item_tokenizer.from_tokenizer(item_tokenizer.read_tokenizer(folder), items)
     facts = slot.read_facts(folder)
     same = (own.size, own.bos, own.pad, own.tags, own.instruction) == (
         words.size, words.bos, words.pad, words.tags, words.instruction,
@@ -98,37 +98,37 @@ def _check_prompts(
         )
 
 
-def _seat(
+def _slot(
     name: str,
     folder: Path,
     config: ServeConfig,
-    items: Catalogue,
+    items: Catalog,
     words: Vocabulary,
-    ledger: Ledger,
+    shared_state: SharedState,
     *,
     share: float = 0.0,
     shadow: bool = False,
-) -> Seat:
+) -> PolicySlot:
     first = slot.read_policy(folder, words, items.digest)
 
-    def make(loaded: Loaded) -> Holder:
+    def make(loaded: LoadedPolicy) -> InferenceEngine:
         return engine_of(folder, loaded, items, words, config)
 
-    return Seat(
+    return PolicySlot(
         name, folder, first, words, items, make,
-        keep=ledger.policies, versions=config.versions, tolerance=config.probe_tolerance,
+        keep=shared_state.policies, versions=config.versions, tolerance=config.probe_tolerance,
         share=share, shadow=shadow,
     )  # fmt: skip
 
 
 def engine_of(
-    folder: Path, loaded: Loaded, items: Catalogue, words: Vocabulary, config: ServeConfig
-) -> Holder:
+    folder: Path, loaded: LoadedPolicy, items: Catalog, words: Vocabulary, config: ServeConfig
+) -> InferenceEngine:
     """The configured engine; torch, with a warning, where vLLM cannot be had."""
     if config.engine == "vllm":
         rollout = RolloutConfig(engine="vllm", threads=config.threads)
         try:
-            return VllmHolder(
+            return VllmEngine(
                 folder, loaded.model, items.trie, words, loaded.version, rollout, seed=0
             )
         except EngineError as error:

@@ -39,7 +39,7 @@ SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 @runtime_checkable
-class Meters(Protocol):
+class ServeMetrics(Protocol):
     """Where figures go."""
 
     def count(self, name: str, by: float = 1.0, **tags: str) -> None:
@@ -55,7 +55,7 @@ class Meters(Protocol):
         ...
 
 
-class Tally:
+class InMemoryMetrics:
     """Figures kept in memory, for tests and benchmarks."""
 
     def __init__(self) -> None:

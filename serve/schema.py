@@ -8,6 +8,7 @@ from pydantic import (
     Field,
     StrictBool,
     StrictInt,
+    computed_field,
     model_validator,
 )
 
@@ -18,7 +19,7 @@ Name = Annotated[str, Field(min_length=1, max_length=100)]
 Count = Annotated[StrictInt, Field(ge=1, le=100_000)]
 
 
-class Message(BaseModel):
+class ResponseModel(BaseModel):
     """A request or a response."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -27,7 +28,22 @@ class Message(BaseModel):
 _MOST_FIELDS = 64
 
 
-class Question(Message):
+class _NamesCatalog(ResponseModel):
+    """Responses that name the catalog, under the old spelling `catalogue` for one more release."""
+
+    model_config = ConfigDict(extra="ignore")  # its own JSON can be read back
+
+    catalog: str
+    """Version number and digest of the catalog."""
+
+    @computed_field(json_schema_extra={"deprecated": True})
+    @property
+    def catalogue(self) -> str:
+        """The value of `catalog`."""
+        return self.catalog
+
+
+class RequestModel(ResponseModel):
     """A request, or a part of one.
 
     Lists are judged up to their first fault, objects up to a size: a body full of faults must not
@@ -42,7 +58,7 @@ class Question(Message):
         return data
 
 
-class RecommendRequest(Question):
+class RecommendRequest(RequestModel):
     """Whose next items, how many, and which not."""
 
     history: Ids | None = None
@@ -78,13 +94,13 @@ class RecommendRequest(Question):
         return self
 
 
-class BatchRequest(Question):
+class BatchRequest(RequestModel):
     """Several requests, answered in their order."""
 
     requests: Annotated[list[RecommendRequest], Field(min_length=1, max_length=256, fail_fast=True)]
 
 
-class Level(Message):
+class Level(ResponseModel):
     """One code of an item."""
 
     code: int
@@ -94,7 +110,7 @@ class Level(Message):
     """What the value head makes of the prefix that ends here, where the decoder asked."""
 
 
-class Item(Message):
+class Item(ResponseModel):
     """A recommended item."""
 
     rank: int
@@ -107,7 +123,7 @@ class Item(Message):
     levels: list[Level] | None = None
 
 
-class Node(Message):
+class Node(ResponseModel):
     """A prefix that the search saw."""
 
     id: int
@@ -124,7 +140,7 @@ class Node(Message):
     """The best of its items, where the prefix is a whole semantic ID."""
 
 
-class Cost(Message):
+class Cost(ResponseModel):
     """What the search of the batch that the request was in spent."""
 
     prefill_tokens: int
@@ -135,7 +151,7 @@ class Cost(Message):
     seconds: float
 
 
-class RecommendResponse(Message):
+class RecommendResponse(_NamesCatalog):
     """Items, best first, and what made them."""
 
     items: list[Item]
@@ -149,26 +165,24 @@ class RecommendResponse(Message):
     fallback: Literal["", "deadline", "engine"] = ""
     variant: str
     policy: str
-    catalogue: str
-    """Version number and digest of the catalogue."""
     decoder: Decoder
     width: int
     """The width that was searched with, which a deadline may have narrowed."""
     seed: int | None = None
     unknown: int = 0
-    """Items of the history that the catalogue does not know; they were passed over."""
+    """Items of the history that the catalog does not know; they were passed over."""
     cost: Cost
     tree: list[Node] | None = None
 
 
-class BatchResponse(Message):
+class BatchResponse(ResponseModel):
     """One answer or problem per request, in their order."""
 
     responses: list["RecommendResponse | Problem"]
 
 
-class NewItem(Question):
-    """An item to put into the catalogue."""
+class NewItem(RequestModel):
+    """An item to put into the catalog."""
 
     item_id: ItemId
     sid: Annotated[list[Annotated[StrictInt, Field(ge=0, lt=2**31)]], Field(max_length=64)]
@@ -178,7 +192,7 @@ class NewItem(Question):
     )
 
 
-class ChangedItem(Question):
+class ChangedItem(RequestModel):
     """What changes of an item; what is left out stays."""
 
     item_id: ItemId
@@ -191,8 +205,8 @@ class ChangedItem(Question):
     )
 
 
-class DeltaRequest(Question):
-    """A change of the catalogue: all of it happens, or nothing."""
+class DeltaRequest(RequestModel):
+    """A change of the catalog: all of it happens, or nothing."""
 
     add: Annotated[list[NewItem], Field(max_length=100_000, fail_fast=True)] = Field(
         default_factory=list[NewItem]
@@ -218,8 +232,8 @@ class DeltaRequest(Question):
         return self
 
 
-class CatalogueInfo(Message):
-    """The catalogue that answers now."""
+class CatalogInfo(ResponseModel):
+    """The catalog that answers now."""
 
     version: int
     digest: str
@@ -234,8 +248,8 @@ class CatalogueInfo(Message):
     dry_run: bool = False
 
 
-class ItemInfo(Message):
-    """One item of the catalogue."""
+class ItemInfo(_NamesCatalog):
+    """One item of the catalog."""
 
     item_id: int
     sid: list[int]
@@ -243,10 +257,9 @@ class ItemInfo(Message):
     shares_sid_with: list[int]
     filters: list[str]
     """Views that the item is in."""
-    catalogue: str
 
 
-class VariantInfo(Message):
+class VariantInfo(ResponseModel):
     """One policy behind the endpoint."""
 
     name: str
@@ -264,13 +277,13 @@ class VariantInfo(Message):
     """Why the newest policy that was found is not the one that answers."""
 
 
-class PolicyInfo(Message):
+class PolicyInfo(ResponseModel):
     """The policies that answer now."""
 
     variants: list[VariantInfo]
 
 
-class ActivateRequest(Question):
+class ActivateRequest(RequestModel):
     """Which version is to answer."""
 
     version: Annotated[str, Field(min_length=1, max_length=100)]

@@ -1,8 +1,8 @@
-"""What the replicas of an endpoint share: catalogue deltas and pins, as files in one folder.
+"""What the replicas of an endpoint share: catalog deltas and pins, as files in one folder.
 
 Delta n makes version n of version n - 1. Its file appears whole or not at all, and only once: of
 two replicas that write the same number, one is told to look again. Whoever starts later reads them
-all, and so arrives at the same catalogue.
+all, and so arrives at the same catalog.
 """
 
 import json
@@ -10,17 +10,17 @@ import os
 import uuid
 from pathlib import Path
 
-from serve.catalog.store import Shelf, Stock
+from serve.catalog.store import CatalogStore, CatalogVersion
 from serve.errors import ConflictError
 from serve.schema import DeltaRequest
 
 
-class Ledger:
-    """The shared folder of the endpoints of one base catalogue."""
+class SharedState:
+    """The shared folder of the endpoints of one base catalog."""
 
-    def __init__(self, folder: Path, catalogue: str) -> None:
-        """`catalogue` is the digest of the catalogue that version 0 is."""
-        self._folder = folder / catalogue[:16]
+    def __init__(self, folder: Path, catalog: str) -> None:
+        """`catalog` is the digest of the catalog that version 0 is."""
+        self._folder = folder / catalog[:16]
         self._deltas = self._folder / "deltas"
         self._deltas.mkdir(parents=True, exist_ok=True)
 
@@ -46,17 +46,19 @@ class Ledger:
             os.link(whole, self._path(version))
         except FileExistsError as error:
             raise ConflictError(
-                f"catalogue version {version} was made elsewhere at the same time; look at the "
-                "catalogue again and send the delta anew"
+                f"catalog version {version} was made elsewhere at the same time; look at the "
+                "catalog again and send the delta anew"
             ) from error
         finally:
             whole.unlink()
 
-    def catch_up(self, stock: Stock) -> Shelf:
-        """Put every delta that the stock has not seen; returns the shelf then in use."""
-        while (delta := self.next_after(stock.shelf.version)) is not None:
-            stock.put(stock.after(delta.model_copy(update={"base_version": None})))
-        return stock.shelf
+    def catch_up(self, catalog_store: CatalogStore) -> CatalogVersion:
+        """Apply every delta that the store has not seen; return the catalog version then in use."""
+        while (delta := self.next_after(catalog_store.current.version)) is not None:
+            catalog_store.activate(
+                catalog_store.apply(delta.model_copy(update={"base_version": None}))
+            )
+        return catalog_store.current
 
     def pin(self, variant: str, version: str | None) -> None:
         """Note which version of a variant all replicas are to hold; None follows training."""

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from orchard.catalog import catalog as catalogues
+from orchard.catalog import catalog as catalogs
 from orchard.settings import FilterConfig
-from orchard.testing import World
+from orchard.testing import TinySetup
 from rollout.engine.torch import TorchEngine
 from serve.catalog.attributes import Attributes
-from serve.catalog.store import Stock
-from serve.decoding.recommender import Kind, Query
+from serve.catalog.store import CatalogStore
+from serve.decoding.recommender import BatchKey, Query
 
 FILTERS = {
     "cheap": FilterConfig(column="price", op="<", value=5),
@@ -23,16 +23,16 @@ FILTERS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shop:
+class TinyShop:
     """What answers, and what it answers from."""
 
-    world: World
+    world: TinySetup
     engine: TorchEngine
-    stock: Stock
+    catalog_store: CatalogStore
 
 
 def attributes_of(num_items: int) -> Attributes:
-    """Prices and colours of most items, stock of all."""
+    """Prices and colours of most items, catalog_store of all."""
     draw, ids = np.random.default_rng(5), np.arange(num_items)
     known = draw.random(num_items) < 0.9
     return Attributes(
@@ -45,12 +45,12 @@ def attributes_of(num_items: int) -> Attributes:
     )
 
 
-def make_stock(world: World, keep: int = 3) -> Stock:
-    """The catalogue of a world as it is served."""
-    return Stock(
-        world.catalogue,
+def make_catalog_store(world: TinySetup, keep: int = 3) -> CatalogStore:
+    """The catalog of a world as it is served."""
+    return CatalogStore(
+        world.catalog,
         world.vocabulary,
-        attributes=attributes_of(len(world.catalogue)),
+        attributes=attributes_of(len(world.catalog)),
         filters=FILTERS,
         popularity={3: 9.0, 1: 7.0, 4: 7.0},
         keep=keep,
@@ -66,20 +66,20 @@ def query(history: list[int], **changes: object) -> Query:
     return Query(**(settled | changes))  # pyright: ignore[reportArgumentType]
 
 
-def kind(**changes: object) -> Kind:
-    """A beam wider than the catalogue, with changes."""
+def kind(**changes: object) -> BatchKey:
+    """A beam wider than the catalog, with changes."""
     settled: dict[str, object] = {"decoder": "beam", "width": 50, "filters": ()}
-    return Kind(**(settled | changes))  # pyright: ignore[reportArgumentType]
+    return BatchKey(**(settled | changes))  # pyright: ignore[reportArgumentType]
 
 
-def export_policy(world: World, folder: Path, *, step: int, digest: str | None = None) -> Path:
+def export_policy(world: TinySetup, folder: Path, *, step: int, digest: str | None = None) -> Path:
     """Write a world's policy as training exports it; `digest` may lie about the weights."""
     partial = folder.with_name(f".{folder.name}.partial")
     world.save(partial)
-    catalogues.write(world.catalogue, partial / "catalogue")
+    catalogs.write(world.catalog, partial / "catalogue")
     about = {
         "version": {"step": step, "digest": digest or world.version.digest},
-        "catalogue": world.catalogue.digest,
+        "catalogue": world.catalog.digest,
         "max_history": 10,
         "facts": {},
     }

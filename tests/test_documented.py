@@ -9,12 +9,12 @@ import pytest
 
 from learner.advantage import estimators
 from orchard.settings import RolloutConfig
-from orchard.testing import tiny_world
-from rewards.score import score
+from orchard.testing import tiny_setup
+from rewards.score import score_trees
 from rollout.engine.torch import TorchEngine
 from rollout.search import registry
 from rollout.search.beam import beam
-from rollout.search_trees import grow
+from rollout.search_trees import build_search_trees
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
 SEARCH, ESTIMATOR = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
@@ -29,11 +29,11 @@ def as_written(code: str) -> None:
 def test_the_search_keeps_every_second_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rollout.search.registry.SEARCHES", dict(registry.SEARCHES))
     as_written(SEARCH)
-    world = tiny_world()
-    engine = TorchEngine(world.model, world.catalogue.trie, world.vocabulary, world.version)
+    world = tiny_setup()
+    engine = TorchEngine(world.model, world.catalog.trie, world.vocabulary, world.version)
     config = RolloutConfig(candidates=3)
-    given = registry.Given(config=config, catalogue=world.catalogue, seed=0)
-    found = registry.search_of("spread", given)(engine, world.prompts)
+    given = registry.SearchContext(config=config, catalog=world.catalog, seed=0)
+    found = registry.make_search("spread", given)(engine, world.prompts)
     whole = beam(engine, world.prompts, width=6)
     for b in range(len(world.prompts)):
         ours = found.leaf[found.start[b] : found.start[b + 1]]
@@ -44,11 +44,11 @@ def test_the_search_keeps_every_second_candidate(monkeypatch: pytest.MonkeyPatch
 def test_the_estimator_compares_with_the_median(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("learner.advantage.estimators.ESTIMATORS", dict(estimators.ESTIMATORS))
     as_written(ESTIMATOR)
-    world = tiny_world()
-    engine = TorchEngine(world.model, world.catalogue.trie, world.vocabulary, world.version)
+    world = tiny_setup()
+    engine = TorchEngine(world.model, world.catalog.trie, world.vocabulary, world.version)
     found = beam(engine, world.prompts, width=5)
-    trees = grow(world.prompts, found, world.catalogue, world.vocabulary, world.version)
-    scored = score(trees, world.catalogue, {"prefix": 1.0})
+    trees = build_search_trees(world.prompts, found, world.catalog, world.vocabulary, world.version)
+    scored = score_trees(trees, world.catalog, {"prefix": 1.0})
     credit = estimators.ESTIMATORS["median"](scored, 1e-4)
     inside = scored.trees.paths() >= 0
     prompt = scored.trees.prompt_of_candidate

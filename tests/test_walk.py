@@ -10,7 +10,7 @@ import pytest
 
 from cluster.cli import app as cli
 from cluster.training.run import prepare
-from cluster.training.run_dir import open_folder
+from cluster.training.run_dir import open_run_dir
 from orchard import config
 
 pytest.importorskip("faiss", reason="faiss is not installed; `make env` brings it")
@@ -49,7 +49,7 @@ def test_its_commands_and_settings_are_those_of_orchard(
     assert "items_without_title  0" in capsys.readouterr().out
     cli.main([*steps["sft"], "--dry-run"])
     run = prepare(config.load(Path(steps["sft"][1]), steps["sft"][2:]), "sft")
-    open_folder(run)
+    open_run_dir(run)
     run.policy.rename(run.result)  # as the warm start would leave it, but untrained
     cli.main([*steps["train"], "--dry-run"])
     cli.main(steps["export"])

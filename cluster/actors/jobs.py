@@ -29,7 +29,7 @@ GRACE_KEY = "RAY_JOB_STOP_WAIT_TIME_S"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Order:
+class JobRequest:
     """What is to be submitted, beside the run itself."""
 
     command: str = "train"
@@ -45,7 +45,9 @@ class Order:
     """Bytes for the driver, as the two above are its own."""
 
 
-def request(settings: Config, run: Path, overrides: Sequence[str], order: Order) -> dict[str, Any]:
+def request(
+    settings: Config, run: Path, overrides: Sequence[str], order: JobRequest
+) -> dict[str, Any]:
     """The arguments of Ray's `submit_job`.
 
     Raises:

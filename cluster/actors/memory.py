@@ -6,7 +6,7 @@ from types import TracebackType
 import psutil
 
 
-class MemoryWatch:
+class MemoryMonitor:
     """Samples the resident memory of this process and all that it started, Ray's included.
 
     Pages that processes share count once for each, so the peak is an upper bound.
@@ -19,7 +19,7 @@ class MemoryWatch:
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="memory", daemon=True)
 
-    def __enter__(self) -> "MemoryWatch":
+    def __enter__(self) -> "MemoryMonitor":
         self._thread.start()
         return self
 

@@ -15,16 +15,16 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from orchard.errors import ActorError, OrchardError, UnfitError
+from orchard.errors import ActorError, OrchardError, WeightMismatchError
 
-LOST = (RayActorError, TimeoutError, UnfitError)
+LOST = (RayActorError, TimeoutError, WeightMismatchError)
 """What an actor is replaced for."""
 
 SEE = "see what it printed below logs in the run folder"
 
 
 @dataclass
-class Slot:
+class ActorSlot:
     """A place in the pool and whoever sits there now."""
 
     actor: Any
@@ -80,7 +80,7 @@ class Pool:
         self._make = make
         self._queue, self._timeout_s, self._retries = queue, timeout_s, retries
         self._max_restarts, self._start_timeout_s = max_restarts, start_timeout_s
-        self._slots = [Slot(make(index), index) for index in range(size)]
+        self._slots = [ActorSlot(make(index), index) for index in range(size)]
         self._room = asyncio.Condition()
 
     async def ready(self) -> None:
@@ -112,7 +112,7 @@ class Pool:
     async def broadcast(self, method: str, *args: object, timeout_s: float) -> list[Any]:
         """The answers of all actors; one that fails is replaced, and brought up to date by that."""
 
-        async def one(slot: Slot) -> Any:
+        async def one(slot: ActorSlot) -> Any:
             generation = slot.generation
             try:
                 return await self._ask(slot, timeout_s, method, *args)
@@ -140,7 +140,7 @@ class Pool:
         now = time.monotonic()
         return [(s.busy, s.busy_s + (now - s.since if s.busy else 0.0)) for s in self._slots]
 
-    async def _take(self) -> Slot:
+    async def _take(self) -> ActorSlot:
         async with self._room:
             self.waiting += 1
             try:
@@ -153,14 +153,14 @@ class Pool:
             slot.busy += 1
             return slot
 
-    async def _give_back(self, slot: Slot) -> None:
+    async def _give_back(self, slot: ActorSlot) -> None:
         async with self._room:
             slot.busy -= 1
             if not slot.busy:
                 slot.busy_s += time.monotonic() - slot.since
             self._room.notify()
 
-    async def _ask(self, slot: Slot, timeout_s: float, method: str, *args: object) -> Any:
+    async def _ask(self, slot: ActorSlot, timeout_s: float, method: str, *args: object) -> Any:
         reference = getattr(slot.actor, method).remote(*args)
         try:
             answer = await asyncio.wait_for(asyncio.wrap_future(reference.future()), timeout_s)
@@ -169,7 +169,9 @@ class Pool:
             raise
         except RayTaskError as error:
             told = self._told(error, method)
-            self.failures[method, "unfit" if isinstance(told, UnfitError) else "raised"] += 1
+            self.failures[
+                method, "unfit" if isinstance(told, WeightMismatchError) else "raised"
+            ] += 1
             raise told from error
         self.calls[slot.index, method] += 1
         return answer
@@ -211,7 +213,7 @@ class Pool:
                 f"{self.name} actor {index} died while starting: {_brief(error)}; {SEE}"
             ) from error
 
-    async def _replace(self, slot: Slot, generation: int, error: Exception) -> None:
+    async def _replace(self, slot: ActorSlot, generation: int, error: Exception) -> None:
         """Put a new actor into the slot, unless another caller already has."""
         async with slot.replacing:
             if slot.generation != generation:
@@ -232,7 +234,7 @@ class Pool:
                 except RayTaskError as problem:
                     raise self._told(problem, "on_start") from problem
                 except (RayActorError, TimeoutError) as again:
-                    raise self._lost_again(slot.index, "install", again) from again
+                    raise self._lost_again(slot.index, "load_weights", again) from again
             slot.actor, slot.generation = actor, slot.generation + 1
 
 

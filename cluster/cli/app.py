@@ -17,7 +17,7 @@ from cluster.cli.data import data
 from cluster.cli.jobs import job, submit
 from cluster.cli.options import DryRun, Overrides, RunFile
 from orchard import config
-from orchard.errors import ConfigError, DataError, OrchardError, Stopped
+from orchard.errors import ConfigError, DataError, OrchardError, RunInterrupted
 
 app = typer.Typer(
     help="Reinforcement learning for generative recommendation, on Ray.",
@@ -104,9 +104,9 @@ def evaluate(
     if logged is not None:
         if rewards is None:
             raise ConfigError("--logged needs --rewards, a Parquet file of what was earned")
-        from cluster.cli.off_policy import judge_log
+        from cluster.cli.off_policy import evaluate_log
 
-        judge_log(policy or settings.run_dir / "policy", logged, rewards, json_file)
+        evaluate_log(policy or settings.run_dir / "policy", logged, rewards, json_file)
         return
     from cluster.cli import commands
 
@@ -178,14 +178,14 @@ def export(
         bool, typer.Option("--adapter", help="Instead: its LoRA adapters, for peft.")
     ] = False,
 ) -> None:
-    """A policy as a Hugging Face folder with catalogue, value head and model card."""
+    """A policy as a Hugging Face folder with catalog, value head and model card."""
     settings = config.load(run, overrides or [])
     from cluster.cli import export as exports
     from cluster.training.run import prepare
 
     source = policy or exports.policy_of(settings)
     found = prepare(settings, "evaluate", policy=source)
-    exports.hand_over(found, out, overwrite=overwrite, adapter=adapter)
+    exports.export_policy(found, out, overwrite=overwrite, adapter=adapter)
     typer.echo(f"policy: {out}")
 
 
@@ -259,7 +259,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run a command and exit: 0 when it worked, 2 for an error that the user can act on."""
     try:
         app(args=arguments, standalone_mode=False)
-    except Stopped as stopped:
+    except RunInterrupted as stopped:
         typer.echo(str(stopped), err=True)
         sys.exit(143)  # as a shell reports SIGTERM
     except OrchardError as error:

@@ -9,14 +9,14 @@ from typing import Literal
 import typer
 from transformers.utils import logging as transformers_logging
 
-from cluster.actors.memory import MemoryWatch
+from cluster.actors.memory import MemoryMonitor
 from cluster.console import closing_table
 from cluster.planning import plan as plans
 from cluster.planning import simulate as simulation
 from cluster.report.report import write_report
-from cluster.training.controller import House, launch
-from cluster.training.evaluate import evaluate, evaluation_file, look, write_metrics
-from cluster.training.loop import Clock, train
+from cluster.training.controller import Controller, start_controller
+from cluster.training.evaluate import evaluate, evaluate_split, evaluation_file, write_metrics
+from cluster.training.loop import PhaseTimer, train
 from cluster.training.run import Run, check_engines, prepare
 from cluster.training.sft import sft
 from orchard import config
@@ -40,13 +40,13 @@ def warm_start(settings: Config, *, dry_run: bool) -> None:
         return tell(run)
 
     async def work() -> None:
-        clock = Clock()
-        async with launch(run) as house:
-            await sft(house)
-            clock.lap("warm start")
-            await house.turn_to(run.then("evaluate", run.result))
-            found = await look(house, run.result, WARM_START)
-            clock.lap("evaluation")
+        clock = PhaseTimer()
+        async with start_controller(run) as controller:
+            await sft(controller)
+            clock.mark("warm start")
+            await controller.start_phase(run.with_phase("evaluate", run.result))
+            found = await evaluate_split(controller, run.result, WARM_START)
+            clock.mark("evaluation")
         closing_table({WARM_START: found}, seconds=clock.laps)
 
     asyncio.run(work())
@@ -60,23 +60,25 @@ def improve(settings: Config, *, dry_run: bool) -> None:
         return tell(run)
 
     async def work() -> None:
-        clock = Clock()
-        async with launch(run) as house:
-            before, after = await train_and_compare(house, clock)
+        clock = PhaseTimer()
+        async with start_controller(run) as controller:
+            before, after = await train_and_compare(controller, clock)
         conclude(run, before, after, clock.laps)
 
     asyncio.run(work())
 
 
-async def train_and_compare(house: House, clock: Clock) -> tuple[Evaluation, Evaluation]:
-    """RL in a house that is ready for it; the test evaluations before and after."""
-    run = house.run
-    await train(house)
-    clock.lap("training")
-    await house.turn_to(run.then("evaluate", run.result))
-    before = await look(house, run.policy, WARM_START)
-    after = await look(house, run.result, TRAINED)
-    clock.lap("evaluation")
+async def train_and_compare(
+    controller: Controller, clock: PhaseTimer
+) -> tuple[Evaluation, Evaluation]:
+    """RL in a controller that is ready for it; the test evaluations before and after."""
+    run = controller.run
+    await train(controller)
+    clock.mark("training")
+    await controller.start_phase(run.with_phase("evaluate", run.result))
+    before = await evaluate_split(controller, run.policy, WARM_START)
+    after = await evaluate_split(controller, run.result, TRAINED)
+    clock.mark("evaluation")
     return before, after
 
 
@@ -96,8 +98,8 @@ def evaluate_policy(
     earlier = ranking.read(evaluation_file(run, against)) if against else None
 
     async def work() -> Evaluation:
-        async with launch(run) as house:
-            return await evaluate(house, run.policy, split=split, beams=beams, name=name)
+        async with start_controller(run) as controller:
+            return await evaluate(controller, run.policy, split=split, beams=beams, name=name)
 
     found = asyncio.run(work())
     if json_file is not None:
@@ -107,7 +109,7 @@ def evaluate_policy(
 
 
 def quickstart(output: Path, overrides: list[str]) -> None:
-    """World, warm start, RL, evaluation, table and report, in one house."""
+    """World, warm start, RL, evaluation, table and report, in one controller."""
     folder = output / "quickstart-data"
     settings = config.load(QUICKSTART, [f"output='{output}'", f"data.path='{folder}'", *overrides])
     everything = time.perf_counter()
@@ -116,17 +118,17 @@ def quickstart(output: Path, overrides: list[str]) -> None:
         write_world(folder, WorldParams())
 
     async def work() -> None:
-        clock, begin = Clock(), prepare(settings, "sft")
-        async with launch(begin) as house:
-            await sft(house)
-            clock.lap("warm start")
-            run = begin.then("train", begin.result)
-            await house.turn_to(run)
-            before, after = await train_and_compare(house, clock)
+        clock, begin = PhaseTimer(), prepare(settings, "sft")
+        async with start_controller(begin) as controller:
+            await sft(controller)
+            clock.mark("warm start")
+            run = begin.with_phase("train", begin.result)
+            await controller.start_phase(run)
+            before, after = await train_and_compare(controller, clock)
         total = {"everything": time.perf_counter() - everything}
         conclude(run, before, after, clock.laps | total)
 
-    with MemoryWatch() as memory:
+    with MemoryMonitor() as memory:
         asyncio.run(work())
     typer.echo(f"peak resident memory, all processes: {memory.peak_bytes / 2**30:.1f} GiB")
 
@@ -178,11 +180,11 @@ def _startable(settings: Config) -> Run:
     return prepare(settings, "train" if known else "sft")
 
 
-def plan_lines(run: Run, sizes: plans.Sizes, found: plans.Plan) -> list[str]:
+def plan_lines(run: Run, sizes: plans.Sizes, found: plans.CapacityPlan) -> list[str]:
     """A plan in words."""
     steps = run.config.learner.steps
     lines = [
-        f"{len(run.catalogue)} items, {sizes.nodes_per_level} nodes per level; "
+        f"{len(run.catalog)} items, {sizes.nodes_per_level} nodes per level; "
         f"{len(run.train)} train, {len(run.valid)} valid, {len(run.test)} test rows",
         f"{sizes.parameters:,} parameters; prompts of {sizes.prompt_tokens:.1f} tokens, at most "
         f"{sizes.prompt_tokens_max}",
@@ -190,7 +192,7 @@ def plan_lines(run: Run, sizes: plans.Sizes, found: plans.Plan) -> list[str]:
     lines += [
         f"{room.count} x {room.name}: {room.cpus} CPU, {room.gpus:g} GPU, "
         f"{room.memory / plans.GIB:.2f} GiB each"
-        for room in found.rooms
+        for room in found.groups
     ]
     return [
         *lines,
@@ -207,9 +209,9 @@ def plan_lines(run: Run, sizes: plans.Sizes, found: plans.Plan) -> list[str]:
 def tell(run: Run) -> None:
     """A dry run's findings: the resolved configuration and what was found in the data."""
     typer.echo(config.dump(run.config))
-    trie = run.catalogue.trie
+    trie = run.catalog.trie
     facts = {
-        "items": len(run.catalogue),
+        "items": len(run.catalog),
         "distinct sequences": trie.num_leaves,
         "levels": trie.depth,
         "train rows": len(run.train),

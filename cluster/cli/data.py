@@ -61,7 +61,7 @@ def import_(
     """Interactions of your own as a data set, with a card of what it holds."""
     from cluster.cli import datasets
 
-    datasets.bring(
+    datasets.import_dataset(
         source,
         out,
         items=items,
@@ -96,7 +96,7 @@ def sids(
     """Semantic IDs by residual quantisation, with a report of their quality."""
     from cluster.cli import datasets
 
-    datasets.number(
+    datasets.assign_semantic_ids(
         folder,
         levels=levels,
         quantiser=quantiser,

@@ -8,14 +8,14 @@ import typer
 from cluster.console import Progress
 from orchard import folders
 from orchard.data.importers.card import CARD
-from orchard.data.importers.read import Choices, read, size_of
+from orchard.data.importers.read import ImportOptions, read, size_of
 from orchard.data.importers.write import write
 from orchard.errors import ConfigError
 
 _MIB = 1 << 20
 
 
-def bring(
+def import_dataset(
     source: Path,
     out: Path,
     *,
@@ -34,14 +34,14 @@ def bring(
     """
     if split not in ("chronological", "leave_one_out"):
         raise ConfigError(f"--split = {split!r}; choose chronological or leave_one_out")
-    choices = Choices(
+    choices = ImportOptions(
         columns=_mapping(column),
         core=core,
         title_words=title_words,
         split="leave_one_out" if split == "leave_one_out" else "chronological",
         max_history=max_history,
     )
-    folders.check_vacant(out, mark=CARD, kind="data set", overwrite=overwrite)
+    folders.check_output_dir(out, mark=CARD, kind="data set", overwrite=overwrite)
     seen = 0
     with Progress("reading, MiB", total=max(1, size_of(source, items) // _MIB)) as progress:
 
@@ -53,13 +53,13 @@ def bring(
             )
 
         examples = read(source, items, choices, tick)
-    show(write(out, examples, source=source.name, overwrite=overwrite))
+    print_facts(write(out, examples, source=source.name, overwrite=overwrite))
     typer.echo(f"data set: {out}")
     if examples.items.sid is None:
         typer.echo(f"it has no semantic IDs yet: orchard data sids {out}")
 
 
-def number(
+def assign_semantic_ids(
     folder: Path,
     *,
     levels: str,
@@ -86,7 +86,7 @@ def number(
     sizes = levels.split(",")
     if not all(size.strip().isdigit() for size in sizes):
         raise ConfigError(f"--levels = {levels!r} is no list of sizes such as 256,256,256")
-    recipe = build.Recipe(
+    recipe = build.SemanticIdConfig(
         levels=tuple(int(size) for size in sizes),
         quantiser=quantiser,
         collisions=collisions,
@@ -114,7 +114,7 @@ def number(
     typer.echo(f"report: {folder / build.REPORT}, picture: {folder / build.PICTURE}")
 
 
-def show(facts: Mapping[str, float]) -> None:
+def print_facts(facts: Mapping[str, float]) -> None:
     """Facts, one to a line."""
     width = max(len(fact) for fact in facts)
     for fact, value in facts.items():

@@ -2,7 +2,7 @@
 
 Or the adapters of a policy with LoRA alone, for those who have its base model.
 
-Beside weights, configuration and tokenizer: the value head, the catalogue, the run's configuration
+Beside weights, configuration and tokenizer: the value head, the catalog, the run's configuration
 and evaluations, and `README.md`, which says what the policy is, what it reached, and its limits.
 """
 
@@ -26,7 +26,7 @@ _MARK = "policy.json"
 MODEL_CARD = "README.md"
 
 
-def hand_over(run: Run, out: Path, *, overwrite: bool = False, adapter: bool = False) -> None:
+def export_policy(run: Run, out: Path, *, overwrite: bool = False, adapter: bool = False) -> None:
     """Write the run's policy to `out`, or what it adds to its base; whole or not at all.
 
     Raises:
@@ -40,14 +40,14 @@ def hand_over(run: Run, out: Path, *, overwrite: bool = False, adapter: bool = F
             "model.lora.rank = 0: the run trains every weight and has no adapters; leave out "
             "--adapter"
         )
-    folders.check_vacant(out, mark=_MARK, kind="policy", overwrite=overwrite)
+    folders.check_output_dir(out, mark=_MARK, kind="policy", overwrite=overwrite)
     if not (run.policy / _MARK).is_file():
         raise CheckpointError(
             f"{run.policy} is no policy of a run; warm-start or train one first, or name its "
             "folder with --policy"
         )
     policy = model.load(run.policy, run.vocabulary)
-    with folders.whole(out) as partial:
+    with folders.atomic_dir(out) as partial:
         if adapter:
             _save_adapters(run, policy, partial)
         else:
@@ -56,7 +56,7 @@ def hand_over(run: Run, out: Path, *, overwrite: bool = False, adapter: bool = F
             assert policy.generation_config is not None
             policy.generation_config.save_pretrained(partial)
         run.tokenizer.save_pretrained(partial)
-        catalog.write(run.catalogue, partial / "catalogue")
+        catalog.write(run.catalog, partial / "catalogue")
         shutil.copy2(run.policy / _MARK, partial / _MARK)
         (partial / "run.toml").write_text(config.dump(run.config))
         found = evaluations_of(run)
@@ -82,10 +82,10 @@ def _save_adapters(run: Run, policy: model.PreTrainedModel, folder: Path) -> Non
 
 
 def evaluations_of(run: Run) -> dict[str, Evaluation]:
-    """Every evaluation of this catalogue that the run has kept, by name."""
+    """Every evaluation of this catalog that the run has kept, by name."""
     paths = sorted((run.dir / "evaluation").glob("*.json"))
     found = {path.stem: ranking.read(path) for path in paths}
-    return {name: one for name, one in found.items() if one.catalogue == run.catalogue.digest}
+    return {name: one for name, one in found.items() if one.catalog == run.catalog.digest}
 
 
 def model_card(
@@ -133,7 +133,7 @@ def _of_adapters(run: Run) -> str:
 
 
 def _data(run: Run) -> str:
-    items, trie = run.catalogue, run.catalogue.trie
+    items, trie = run.catalog, run.catalog.trie
     facts: dict[str, str] = {
         "items": str(len(items)),
         "distinct sequences": str(trie.num_leaves),
@@ -166,13 +166,13 @@ def _metrics(found: Mapping[str, Evaluation]) -> str:
 
 
 def _limits(run: Run) -> str:
-    trie, items = run.catalogue.trie, run.catalogue
-    sharing = len(items) - int((run.catalogue.place_in_leaf == 0).sum())
+    trie, items = run.catalog.trie, run.catalog
+    sharing = len(items) - int((run.catalog.place_in_leaf == 0).sum())
     lines = [
-        f"It knows the {len(items)} items of its catalogue and no others; new items need new "
+        f"It knows the {len(items)} items of its catalog and no others; new items need new "
         "semantic IDs and more training.",
         f"{sharing} items share the sequence of an earlier one; within {trie.num_leaves} sequences "
-        "it cannot tell such items apart, and lists them in catalogue order.",
+        "it cannot tell such items apart, and lists them in catalog order.",
         "Metrics are of offline prediction of logged interactions, which favours what was shown "
         "and popular; effects on users were not measured.",
         "Biases of the interaction log, such as towards popular items, were neither measured nor "

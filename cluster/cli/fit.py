@@ -15,9 +15,14 @@ from cluster.training.run import Run, prepare
 from orchard.data.prompts import Split
 from orchard.errors import ConfigError
 from orchard.scorers import checkpoint, listwise_ranker, prefix_critic, sasrec
-from orchard.scorers.fit_critic import Backend, TorchBackend, Walks, draw_walks
-from orchard.scorers.fit_critic import measure as measure_critic
-from orchard.scorers.fit_listwise import fit_evaluator, measure
+from orchard.scorers.fit_critic import (
+    CriticBackend,
+    TorchCriticBackend,
+    Trajectories,
+    sample_trajectories,
+)
+from orchard.scorers.fit_critic import measure_critic as measure_critic
+from orchard.scorers.fit_listwise import fit_listwise_ranker, measure
 from orchard.scorers.fit_sasrec import (
     Tell,
     batches,
@@ -26,7 +31,7 @@ from orchard.scorers.fit_sasrec import (
     metrics_of,
     sasrec_ranks,
 )
-from orchard.scorers.prefix_critic import Critic
+from orchard.scorers.prefix_critic import PrefixCritic
 from orchard.settings import Config, CriticConfig, ScorerConfig
 
 SHOWN = ("ndcg@10/item", "hr@10/item", "ndcg@10/sid", "hr@10/sid", "hit@1/list", "chance",
@@ -51,12 +56,12 @@ def fit_collaborative(run: Run) -> None:
 
     def work(tell: Tell) -> tuple[nn.Module, dict[str, float]]:
         model = fit_sasrec(
-            run.train, run.valid, run.catalogue, settings,
+            run.train, run.valid, run.catalog, settings,
             max_history=length, seed=run.config.seed, tell=tell,
         )  # fmt: skip
-        return model, metrics_of(sasrec_ranks(model, run.test, run.catalogue))
+        return model, metrics_of(sasrec_ranks(model, run.test, run.catalog))
 
-    _keep(run, sasrec.KIND, settings, "ndcg@10", work, {"num_items": len(run.catalogue)})
+    _keep(run, sasrec.KIND, settings, "ndcg@10", work, {"num_items": len(run.catalog)})
 
 
 def fit_listwise(run: Run) -> None:
@@ -64,13 +69,13 @@ def fit_listwise(run: Run) -> None:
     settings, length = run.config.rewards.listwise, run.config.data.max_history
 
     def work(tell: Tell) -> tuple[nn.Module, dict[str, float]]:
-        model = fit_evaluator(
-            run.train, run.valid, run.catalogue, settings,
+        model = fit_listwise_ranker(
+            run.train, run.valid, run.catalog, settings,
             max_history=length, seed=run.config.seed, tell=tell,
         )  # fmt: skip
         return model, measure(model, run.train, run.test, settings, run.config.seed)
 
-    counts = {"num_items": len(run.catalogue), "num_leaves": run.catalogue.trie.num_leaves}
+    counts = {"num_items": len(run.catalog), "num_leaves": run.catalog.trie.num_leaves}
     _keep(run, listwise_ranker.KIND, settings, "hit@1", work, counts)
 
 
@@ -81,7 +86,7 @@ def fit_prefix_critic(run: Run) -> None:
         ConfigError: items are named by titles, or what the backend needs is not installed.
     """
     settings = run.config.critic
-    if run.catalogue.code_token:
+    if run.catalog.code_token:
         raise ConfigError(
             "the critic has an embedding for each code of each level, and titles have too many; "
             "set data.titles = false"
@@ -90,22 +95,22 @@ def fit_prefix_critic(run: Run) -> None:
     def work(tell: Tell) -> tuple[nn.Module, dict[str, float]]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.config.seed)
-            made = Critic(
-                run.catalogue,
+            made = PrefixCritic(
+                run.catalog,
                 max_history=run.config.data.max_history,
                 hidden_size=settings.hidden_size,
                 layers=settings.layers,
                 heads=settings.heads,
                 dropout=settings.dropout,
             )
-            backend: Backend = BACKENDS[settings.backend](made, settings)
+            backend: CriticBackend = BACKENDS[settings.backend](made, settings)
             draw = np.random.default_rng(run.config.seed)
-            held_out = _all_walks(run, made, run.valid)
+            held_out = _all_trajectories(run, made, run.valid)
 
             def learn() -> list[float]:
                 order = draw.permutation(len(run.train))
                 return [
-                    backend.learn(_walks(run, made, run.train, rows, draw))
+                    backend.learn(_trajectories(run, made, run.train, rows, draw))
                     for rows in batches(order, settings.batch_size)
                 ]
 
@@ -113,25 +118,31 @@ def fit_prefix_critic(run: Run) -> None:
                 return measure_critic(made, held_out)["explained"]
 
             best_epoch(made, settings, learn=learn, judge=judge, tell=tell)
-        return made, measure_critic(made, _all_walks(run, made, run.test))
+        return made, measure_critic(made, _all_trajectories(run, made, run.test))
 
     _keep(run, prefix_critic.KIND, settings, "explained", work, {})
 
 
-def _walks(
-    run: Run, made: Critic, split: Split, rows: Int64[np.ndarray, " R"], draw: np.random.Generator
-) -> Walks:
+def _trajectories(
+    run: Run,
+    made: PrefixCritic,
+    split: Split,
+    rows: Int64[np.ndarray, " R"],
+    draw: np.random.Generator,
+) -> Trajectories:
     value = run.config.learner.value
-    return draw_walks(
+    return sample_trajectories(
         made, split, rows, contrasts=run.config.critic.contrasts, draw=draw,
         level_weight=value.level_weight, discount=value.discount,
     )  # fmt: skip
 
 
-def _all_walks(run: Run, made: Critic, split: Split) -> list[Walks]:
+def _all_trajectories(run: Run, made: PrefixCritic, split: Split) -> list[Trajectories]:
     """Of every row of a split, the same whenever they are drawn."""
     draw = np.random.default_rng(run.config.seed)
-    return [_walks(run, made, split, rows, draw) for rows in batches(np.arange(len(split)), 512)]
+    return [
+        _trajectories(run, made, split, rows, draw) for rows in batches(np.arange(len(split)), 512)
+    ]
 
 
 def _keep(
@@ -155,7 +166,7 @@ def _keep(
         model,
         folder,
         kind=kind,
-        catalogue=run.catalogue,
+        catalog=run.catalog,
         sizes=counts
         | {
             "max_history": run.config.data.max_history,
@@ -176,7 +187,7 @@ FITS: dict[str, Callable[[Run], None]] = {
     listwise_ranker.KIND: fit_listwise,
     prefix_critic.KIND: fit_prefix_critic,
 }
-BACKENDS: dict[str, Callable[[Critic, CriticConfig], Backend]] = {
-    "torch": TorchBackend,
+BACKENDS: dict[str, Callable[[PrefixCritic, CriticConfig], CriticBackend]] = {
+    "torch": TorchCriticBackend,
     "rllib": RllibBackend,
 }

@@ -37,7 +37,7 @@ def submit(
     settings = config.load(run, overrides or [])
     from cluster.actors import jobs
 
-    order = jobs.Order(
+    order = jobs.JobRequest(
         command=command,
         working_dir=working_dir,
         runtime_env=jobs.read_runtime_env(runtime_env),

@@ -11,17 +11,17 @@ import typer
 from jaxtyping import Float64, Int64
 
 from orchard import ragged
-from orchard.catalog import catalog as catalogues
-from orchard.catalog.catalog import Catalogue
+from orchard.catalog import catalog as catalogs
+from orchard.catalog.catalog import Catalog
 from orchard.data.prompts import PromptFormat
 from orchard.errors import DataError
 from orchard.evaluation import off_policy
-from orchard.folders import write_whole
+from orchard.folders import atomic_write
 from orchard.parquet import read_table
 from orchard.policy import item_tokenizer, model, weights
 from orchard.types import PolicyVersion, Prompts
 from rollout.engine.torch import TorchEngine
-from rollout.search.score_items import rescore
+from rollout.search.score_items import score_items
 
 _NEEDED = (
     "request_id", "item_id", "decoder", "width", "temperature", "restricted", "source", "shadow",
@@ -31,11 +31,11 @@ _BATCH, _FOLDS = 128, 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Log:
+class LoggedRows:
     """The decisions of an exposure log that can be judged by."""
 
     row: Int64[np.ndarray, " B"]
-    """Catalogue row of the drawn item."""
+    """Catalog row of the drawn item."""
     history: list[list[int]]
     logprob: list[list[float]]
     reward: Float64[np.ndarray, " B"]
@@ -43,7 +43,7 @@ class Log:
     """Rows of the log that were no single unrestricted draw."""
 
 
-def read_log(log: Path, rewards: Path, items: Catalogue) -> Log:
+def read_log(log: Path, rewards: Path, items: Catalog) -> LoggedRows:
     """Single draws of the exposure log, joined with their rewards; no reward is a reward of 0.
 
     A slate of several items, a beam, a draw among fewer items than all or at another temperature
@@ -80,7 +80,7 @@ def read_log(log: Path, rewards: Path, items: Catalogue) -> Log:
     }
     found, known = items.find(np.array([one["item_id"] for one in drawn], dtype=np.int64))
     kept = [one for one, there in zip(drawn, known, strict=True) if there]
-    return Log(
+    return LoggedRows(
         row=found[known],
         history=[one["history"] for one in kept],
         logprob=[one["logprob"] for one in kept],
@@ -89,28 +89,28 @@ def read_log(log: Path, rewards: Path, items: Catalogue) -> Log:
     )
 
 
-def judge_log(
+def evaluate_log(
     folder: Path, log: Path, rewards: Path, json_file: Path | None
-) -> off_policy.Judgement:
+) -> off_policy.OffPolicyEstimate:
     """Judge the policy in `folder`; prints what was found.
 
     Raises:
         DataError: the policy or the log cannot be used.
     """
     model.check_folder(folder)
-    items = catalogues.load(folder / "catalogue")
-    words = item_tokenizer.of_codes(item_tokenizer.read_tokenizer(folder), items)
+    items = catalogs.load(folder / "catalogue")
+    words = item_tokenizer.from_tokenizer(item_tokenizer.read_tokenizer(folder), items)
     policy = model.load(folder, words)
     version = PolicyVersion(step=0, digest=weights.digest(weights.snapshot(policy)))
     engine = TorchEngine(policy, items.trie, words, version)
-    form, read = PromptFormat(catalogue=items, vocabulary=words), read_log(log, rewards, items)
+    form, read = PromptFormat(catalog=items, vocabulary=words), read_log(log, rewards, items)
     target = np.zeros((len(read.row), items.trie.depth))
     behaviour, reward = np.zeros_like(target), np.zeros_like(target)
     root: list[np.ndarray] = []
     for at in range(0, len(read.row), _BATCH):
         rows = slice(at, min(at + _BATCH, len(read.row)))
         prompts = prompts_of(read.history[rows], items, form)
-        target[rows], first = rescore(engine, prompts, items.leaf_of_item[read.row[rows]])
+        target[rows], first = score_items(engine, prompts, items.leaf_of_item[read.row[rows]])
         root.append(np.exp(first.astype(np.float64)))
     for row, logprob in enumerate(read.logprob):
         behaviour[row, : len(logprob)] = logprob
@@ -119,8 +119,8 @@ def judge_log(
     place = np.searchsorted(codes, items.codes[read.row, 0])
     fold = np.arange(len(place)) % _FOLDS
     q, v = off_policy.first_code_model(place, reward, fold, np.concatenate(root))
-    found = off_policy.judge(
-        off_policy.Decisions(behaviour=behaviour, target=target, reward=reward, q=q, v=v)
+    found = off_policy.estimate(
+        off_policy.LoggedDecisions(behaviour=behaviour, target=target, reward=reward, q=q, v=v)
     )
     for name in ("logged", "is", "snips", "pdis", "dr"):
         one = found.value[name]
@@ -132,11 +132,11 @@ def judge_log(
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         metrics = {name: asdict(one) for name, one in found.value.items()}
-        write_whole(json_file, json.dumps(metrics, indent=2) + "\n")
+        atomic_write(json_file, json.dumps(metrics, indent=2) + "\n")
     return found
 
 
-def prompts_of(history: list[list[int]], items: Catalogue, form: PromptFormat) -> Prompts:
+def prompts_of(history: list[list[int]], items: Catalog, form: PromptFormat) -> Prompts:
     """What the policy reads of logged histories; items that are gone are passed over."""
     rows: list[np.ndarray] = []
     for one in history:

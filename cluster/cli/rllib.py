@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from orchard.errors import ConfigError
-from orchard.optim import optimiser
-from orchard.scorers.fit_critic import NORM_RATE, NORM_START, Walks
-from orchard.scorers.prefix_critic import Critic
+from orchard.optim import make_optimizer
+from orchard.scorers.fit_critic import NORM_RATE, NORM_START, Trajectories
+from orchard.scorers.prefix_critic import PrefixCritic
 from orchard.settings import CriticConfig
 
 _NEEDS = ("gymnasium", "tree", "lz4", "ormsgpack")
@@ -24,7 +24,7 @@ _MODULE = "critic"
 class RllibBackend:
     """Updates a critic by `MARWILTorchLearner`; see `learner.critic.Backend`."""
 
-    def __init__(self, critic: Critic, settings: CriticConfig) -> None:
+    def __init__(self, critic: PrefixCritic, settings: CriticConfig) -> None:
         """Update `critic` in place.
 
         Raises:
@@ -40,7 +40,7 @@ class RllibBackend:
         self.critic = critic
         self._learner = _learner(critic, settings)
 
-    def learn(self, walks: Walks) -> float:
+    def learn(self, walks: Trajectories) -> float:
         """One update; its loss."""
         from ray.rllib.core.columns import Columns
         from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
@@ -59,7 +59,7 @@ class RllibBackend:
         return float(result[_MODULE][self._learner.TOTAL_LOSS_KEY].peek())
 
 
-def _learner(critic: Critic, settings: CriticConfig) -> Any:
+def _learner(critic: PrefixCritic, settings: CriticConfig) -> Any:
     """A learner whose only module is the critic itself, not a copy of it."""
     from ray.rllib.algorithms.marwil import MARWILConfig
     from ray.rllib.algorithms.marwil.torch.marwil_torch_learner import MARWILTorchLearner
@@ -91,12 +91,14 @@ def _learner(critic: Critic, settings: CriticConfig) -> Any:
         def configure_optimizers_for_module(self, module_id: str, config: Any = None) -> None:
             self.register_optimizer(
                 module_id=module_id,
-                optimizer=optimiser(critic, lr=settings.lr, weight_decay=settings.weight_decay),
+                optimizer=make_optimizer(
+                    critic, lr=settings.lr, weight_decay=settings.weight_decay
+                ),
                 params=list(critic.parameters()),
                 lr_or_lr_schedule=settings.lr,
             )
 
-    trie, spaces = critic.catalogue.trie, import_module("gymnasium.spaces")
+    trie, spaces = critic.catalog.trie, import_module("gymnasium.spaces")
     spec = RLModuleSpec(
         module_class=CriticModule,
         observation_space=spaces.Box(-1, trie.num_nodes, (critic.max_history + 1,), int),

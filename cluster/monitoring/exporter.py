@@ -1,4 +1,4 @@
-"""Shows a run to Prometheus: what its logbook is told, and its pools as they are at each scrape.
+"""Show a run to Prometheus: its logged metrics, and its pools as they are at each scrape.
 
 Runs in the driver, where all the numbers meet. A sample once shown stays until the process ends.
 """
@@ -46,7 +46,7 @@ READ_AT_SCRAPE = (
 
 
 @runtime_checkable
-class Watched(Protocol):
+class PoolStats(Protocol):
     """A pool, as far as it is shown; `cluster.actors.pool.Pool` says what each means."""
 
     restarts: int
@@ -70,7 +70,7 @@ class Exporter(Collector):
         disable_created_metrics()  # a timestamp for each counter, which nobody reads
         self._run, self._registry = run, CollectorRegistry()
         self._made = {m.name: self._make(m) for m in METRICS if m.name not in READ_AT_SCRAPE}
-        self._pools: dict[str, list[Watched]] = {}
+        self._pools: dict[str, list[PoolStats]] = {}
         self._learner_restarts = 0
         self._server: Any = None
         self._targets: Path | None = None
@@ -78,16 +78,16 @@ class Exporter(Collector):
         for name in ("orchard_start_timestamp_seconds", "orchard_checkpoint_timestamp_seconds"):
             self.set(name, time.time())
 
-    def attach(self, name: str, pool: Watched) -> None:
+    def attach(self, name: str, pool: PoolStats) -> None:
         """Show a pool; counters go on from those of earlier pools of that name."""
         self._pools.setdefault(name, []).append(pool)
 
     def set(self, name: str, value: SupportsFloat, *labels: str) -> None:
-        """Set a gauge of the catalogue."""
+        """Set a gauge of the catalog."""
         self._made[name].labels(self._run, *labels).set(float(value))
 
     def log(self, phase: str, step: int, values: Mapping[str, float]) -> None:
-        """Take what the logbook was given for one step; names outside the catalogue are left."""
+        """Take the logged metrics of one step; names outside `METRICS` are left out."""
         now = time.time()
         if step:
             self._made["orchard_steps_total"].labels(self._run, phase).inc()

@@ -1,8 +1,8 @@
-"""The catalogue of metrics: everything that a run shows to Prometheus, with unit and meaning.
+"""The catalog of metrics: everything that a run shows to Prometheus, with unit and meaning.
 
-A metric with `logged` takes its values from the run's logbook, under that name; `{label}` in it
-stands for one part of the name and becomes the label's value. The others are read from the pools
-and the house at each scrape. Every sample carries the label `run` beside its own.
+A metric with `logged` takes its values from the run's metrics logger, under that name; `{label}` in
+it stands for one part of the name and becomes the label's value. The others are read from the pools
+and the controller at each scrape. Every sample carries the label `run` beside its own.
 
 To add a metric, log the number and add a line here; dashboards, rules and tests know it by that.
 """
@@ -28,7 +28,7 @@ class Metric:
     help: str
     labels: tuple[str, ...] = ()
     logged: str | None = None
-    """Name in the logbook: a counter adds what a step logged, a gauge takes it."""
+    """Name in the metrics logger: a counter adds what a step logged, a gauge takes it."""
     buckets: tuple[float, ...] = ()
 
 
@@ -204,7 +204,7 @@ def _patterns() -> tuple[tuple[re.Pattern[str], Metric], ...]:
 
 @cache
 def find(logged: str) -> tuple[tuple[Metric, tuple[str, ...]], ...]:
-    """The metrics that a logbook name feeds, with their labels' values; most names feed none.
+    """The metrics that a logged name feeds, with their labels' values; most names feed none.
 
     `cluster/publish_s` is both a histogram and one of the phases of a step.
     """

@@ -44,7 +44,7 @@ class Sizes:
     """Of a mean prompt."""
     prompt_tokens_max: int
     nodes_per_level: tuple[int, ...]
-    """Of the catalogue's trie."""
+    """Of the catalog's trie."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +60,7 @@ class Machine:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Room:
+class ProcessGroup:
     """One kind of process."""
 
     name: str
@@ -83,10 +83,10 @@ class Speed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class CapacityPlan:
     """The layout, the cost of a step, and why it cannot work, if so."""
 
-    rooms: tuple[Room, ...]
+    groups: tuple[ProcessGroup, ...]
     disk: int
     """Bytes of checkpoints and policies."""
     prefill_tokens: float
@@ -101,10 +101,10 @@ class Plan:
     @property
     def memory(self) -> int:
         """Bytes of all rooms."""
-        return sum(room.count * room.memory for room in self.rooms)
+        return sum(room.count * room.memory for room in self.groups)
 
 
-def plan(config: Config, sizes: Sizes, machine: Machine, speed: Speed) -> Plan:
+def plan(config: Config, sizes: Sizes, machine: Machine, speed: Speed) -> CapacityPlan:
     """Lay out the training phase of a run."""
     learner, rollout = config.learner, config.rollout
     rooms = layout(config, sizes)
@@ -116,9 +116,9 @@ def plan(config: Config, sizes: Sizes, machine: Machine, speed: Speed) -> Plan:
     prefill = learner.prompts_per_step * sizes.prompt_tokens
     search = float(learner.prompts_per_step * expanded)
     update = prefill + search + learner.prompts_per_step * leaves
-    found = Plan(
-        rooms=rooms,
-        disk=saved + 3 * weights,  # scratch or warm start, champion, and the result
+    found = CapacityPlan(
+        groups=rooms,
+        disk=saved + 3 * weights,  # scratch or warm start, best checkpoint, and the result
         prefill_tokens=prefill,
         search_tokens=search,
         update_tokens=update,
@@ -129,7 +129,7 @@ def plan(config: Config, sizes: Sizes, machine: Machine, speed: Speed) -> Plan:
     return replace(found, refusals=tuple(refusals_of(config, sizes, machine, found)))
 
 
-def layout(config: Config, sizes: Sizes) -> tuple[Room, ...]:
+def layout(config: Config, sizes: Sizes) -> tuple[ProcessGroup, ...]:
     """Every kind of process of the training phase, and what one of them takes."""
     learner, rollout = config.learner, config.rollout
     weights = 4 * sizes.parameters
@@ -144,22 +144,24 @@ def layout(config: Config, sizes: Sizes) -> tuple[Room, ...]:
     if rollout.engine == "vllm":
         cache = int(rollout.kv_cache_gib * GIB) + _PROCESS  # its engine is a process of its own
     return (
-        Room(
+        ProcessGroup(
             name="driver", count=1, cpus=2, gpus=0.0, memory=_PROCESS + 2 * weights
         ),
-        Room(
+        ProcessGroup(
             name="rollout", count=rollout.actors, cpus=1, gpus=rollout.gpus,
             memory=_PROCESS + served + cache,
         ),
-        Room(name="rewards", count=config.rewards.actors, cpus=1, gpus=0.0, memory=_PROCESS),
-        Room(
+        ProcessGroup(
+            name="rewards", count=config.rewards.actors, cpus=1, gpus=0.0, memory=_PROCESS,
+        ),
+        ProcessGroup(
             name="learner", count=learner.workers, cpus=1, gpus=learner.gpus,
             memory=_PROCESS + own * weights + kept,
         ),
     )  # fmt: skip
 
 
-def refusals_of(config: Config, sizes: Sizes, machine: Machine, found: Plan) -> list[str]:
+def refusals_of(config: Config, sizes: Sizes, machine: Machine, found: CapacityPlan) -> list[str]:
     """One sentence for each thing that cannot work: value, bound, remedy."""
     said: list[str] = []
     learner, rollout = config.learner, config.rollout
@@ -193,7 +195,7 @@ def refusals_of(config: Config, sizes: Sizes, machine: Machine, found: Plan) -> 
             f"rollout.gpus and learner.gpus ask for {gpus:g} GPUs, this machine has "
             f"{machine.gpus}; lower them or set cluster.address"
         )
-    system = sum(room.count * room.memory for room in found.rooms if not room.gpus)
+    system = sum(room.count * room.memory for room in found.groups if not room.gpus)
     if system > machine.memory:
         said.append(
             f"the rooms take {system / GIB:.1f} GiB, this machine has {machine.memory / GIB:.1f}; "
@@ -207,7 +209,7 @@ def sizes_of(run: Run) -> Sizes:
     policy = skeleton(run)
     hidden = int(policy.config.hidden_size)
     count = np.diff(run.form.prompts(run.train, np.arange(len(run.train))).token_start)
-    trie = run.catalogue.trie
+    trie = run.catalog.trie
     depth = trie.path(trie.leaf_node)
     nodes = [int(torch.unique(column[column >= 0]).numel()) for column in depth.T]
     return Sizes(

@@ -11,12 +11,12 @@ from typing import Any
 
 from cluster.report import sections
 from cluster.report.plots import Curve, curves
-from cluster.report.report import Findings, document, gather
+from cluster.report.report import RunFindings, document, gather
 from orchard.config import flatten
 from orchard.errors import DataError
 from orchard.evaluation.bootstrap import Estimate
 from orchard.evaluation.ranking import Evaluation, difference
-from orchard.folders import write_whole
+from orchard.folders import atomic_write
 
 UNCHANGED = {"name", "output", "seed"}
 """Settings that differ between runs as a matter of course; of these only the seed is shown."""
@@ -33,11 +33,11 @@ def write_comparison(folders: Sequence[Path], path: Path) -> Path:
             raise DataError(f"run folder {folder} does not exist; give folders of runs")
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise DataError("a run folder is given twice; give each run once")
-    write_whole(path, comparison([gather(folder) for folder in folders]))
+    atomic_write(path, comparison([gather(folder) for folder in folders]))
     return path
 
 
-def comparison(runs: Sequence[Findings]) -> str:
+def comparison(runs: Sequence[RunFindings]) -> str:
     """The whole document."""
     names = _distinct([run.folder for run in runs])
     missing = [
@@ -79,7 +79,7 @@ def settings(configs: Mapping[str, Mapping[str, Any]]) -> str:
     return f"<h2>Settings that differ</h2>{table if rows else '<p>None.</p>'}"
 
 
-def courses(phase: str, names: Sequence[str], runs: Sequence[Findings]) -> str:
+def courses(phase: str, names: Sequence[str], runs: Sequence[RunFindings]) -> str:
     """The figures of a phase, one curve a run."""
     drawn = ""
     for panel in sections.PANELS[phase]:

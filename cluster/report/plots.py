@@ -68,7 +68,7 @@ class Curve:
     series: Series
 
 
-def look(salt: str) -> Any:
+def apply_style(salt: str) -> Any:
     """How all figures look; equal figures of one salt are equal to the byte."""
     return _STYLE | {"svg.hashsalt": salt}
 
@@ -78,7 +78,7 @@ def curves(found: Sequence[Curve], *, title: str, steps: str = "step", log: bool
 
     Each holds at least one finite number. `log` asks for a logarithmic axis, if all are positive.
     """
-    with mpl.rc_context(look(title)):
+    with mpl.rc_context(apply_style(title)):
         figure = Figure(figsize=(5.6, 2.3))
         axes = figure.subplots()
         for curve, colour in zip(found, _cycled(len(found)), strict=True):
@@ -111,7 +111,7 @@ def curves(found: Sequence[Curve], *, title: str, steps: str = "step", log: bool
 def forest(changes: Mapping[str, Mapping[str, Estimate]], metrics: Sequence[str]) -> str:
     """Paired differences with their intervals, one row a metric, one colour a comparison."""
     title = "Paired differences, 95 % interval"
-    with mpl.rc_context(look(title)):
+    with mpl.rc_context(apply_style(title)):
         height = 0.6 + 0.34 * len(metrics)
         figure = Figure(figsize=(5.6, height))
         figure.subplots_adjust(left=0.19, top=1 - 0.25 / height, bottom=0.3 / height)
@@ -145,7 +145,7 @@ def tree(example: Mapping[str, Any]) -> str:
     place = _places(example)
     marks = [n["score"] if n["value"] is None else n["value"] for n in node]
     low, high = min(marks[1:], default=0.0), max(marks[1:], default=1.0)
-    with mpl.rc_context(look(title)):
+    with mpl.rc_context(apply_style(title)):
         height = 0.5 + 0.21 * len(example["candidate"])
         figure = Figure(figsize=(11.6, height))
         figure.subplots_adjust(left=0.01, right=0.55, top=1 - 0.05 / height, bottom=0.05 / height)
@@ -188,7 +188,7 @@ def stages(
 
     A file of its own, SVG or PNG by its suffix; equal figures give equal files.
     """
-    with mpl.rc_context(look(path.name)):
+    with mpl.rc_context(apply_style(path.name)):
         figure = Figure(figsize=(5.0 * len(panels), 3.1), facecolor="white")
         figure.subplots_adjust(left=0.07, right=0.99, wspace=0.14, bottom=0.16, top=0.82)
         for axes, (title, (gpus, busy)) in zip(

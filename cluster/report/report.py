@@ -20,14 +20,14 @@ from cluster.training.search_examples import read_examples
 from orchard.errors import DataError
 from orchard.evaluation.bootstrap import Estimate
 from orchard.evaluation.ranking import Evaluation, difference, read
-from orchard.folders import write_whole
+from orchard.folders import atomic_write
 from orchard.tracking.metrics_log import FILE, Series, read_metrics
 
 REPORT = "report.html"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Findings:
+class RunFindings:
     """What a run folder holds."""
 
     folder: Path
@@ -52,11 +52,11 @@ def write_report(run_dir: Path) -> Path:
     if not run_dir.is_dir():
         raise DataError(f"run folder {run_dir} does not exist; give the folder of a run")
     path = run_dir / REPORT
-    write_whole(path, page(gather(run_dir)))
+    atomic_write(path, page(gather(run_dir)))
     return path
 
 
-def gather(run_dir: Path) -> Findings:
+def gather(run_dir: Path) -> RunFindings:
     """Read what is there; whatever cannot be read is missing, with the reason."""
     missing: list[str] = []
     text, config, log = "", dict[str, Any](), dict[str, Mapping[str, Series]]()
@@ -86,7 +86,7 @@ def gather(run_dir: Path) -> Findings:
             changes[f"{a} \N{MINUS SIGN} {b}"] = difference(evaluations[a], evaluations[b])
         except DataError as error:
             missing.append(f"The comparison of {a} with {b}: {error}.")
-    return Findings(
+    return RunFindings(
         folder=run_dir,
         config_text=text,
         config=config,
@@ -98,7 +98,7 @@ def gather(run_dir: Path) -> Findings:
     )
 
 
-def page(found: Findings) -> str:
+def page(found: RunFindings) -> str:
     """The whole document."""
     name = str(found.config.get("name", found.folder.resolve().name))
     phases = [phase for phase in sections.PANELS if phase in found.log]
@@ -155,7 +155,7 @@ def _wanted(config: Mapping[str, Any]) -> int:
     return int(config.get("learner", {}).get("steps", 0))
 
 
-def _when(found: Findings) -> str:
+def _when(found: RunFindings) -> str:
     times = [s.time for metrics in found.log.values() for s in metrics.values()]
     if not times:
         return f"run folder {found.folder.name}"

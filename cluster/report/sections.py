@@ -246,7 +246,7 @@ def _evaluation_row(metric: str, evaluations: Mapping[str, Evaluation], changes:
         if estimate is None:
             cells += "<td></td>"
             continue
-        tone = ("up" if estimate.mean > 0 else "down") if estimate.clear else ""
+        tone = ("up" if estimate.mean > 0 else "down") if estimate.significant else ""
         text = _small_interval(interval(estimate, signed=True))
         cells += f"<td class='{tone}'>{text}</td>"
     return f"<tr><td>{escape(metric)}</td>{cells}</tr>"

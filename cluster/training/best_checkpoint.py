@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int64
 
-from cluster.training.controller import House
-from cluster.training.run_dir import export, saved_policy
-from orchard.policy.store import exported_facts
+from cluster.training.controller import Controller
+from cluster.training.run_dir import save_policy, saved_policy
+from orchard.policy.store import read_facts
 from orchard.policy.weights import Weights
 from orchard.types import PolicyVersion
 
@@ -15,31 +15,31 @@ SCORE = "ndcg@10/sid"
 
 
 @dataclass
-class Champion:
+class BestCheckpoint:
     """Keeps the best policy of a phase exported in the run folder."""
 
-    house: House
+    controller: Controller
     rows: Int64[np.ndarray, " R"]
     """Validation rows that judge; none means that the newest version is always the best."""
     beams: int
     best: float = float("-inf")
 
     @classmethod
-    async def of(cls, house: House, *, num_rows: int, beams: int) -> "Champion":
-        """The champion of a phase, continued from the run folder where there is one.
+    async def of(cls, controller: Controller, *, num_rows: int, beams: int) -> "BestCheckpoint":
+        """The best checkpoint of a phase, continued from the run folder where there is one.
 
         One that was judged on other rows or by narrower searches is judged again.
         """
-        run = house.run
+        run = controller.run
         generator = np.random.Generator(np.random.Philox(key=[run.config.seed, 2**32]))
         rows = np.sort(generator.permutation(len(run.valid))[:num_rows])
-        champion = cls(house=house, rows=rows, beams=beams)
-        facts = exported_facts(run.result)
-        champion.best = facts.get("valid_score", float("-inf"))
+        best_checkpoint = cls(controller=controller, rows=rows, beams=beams)
+        facts = read_facts(run.result)
+        best_checkpoint.best = facts.get("valid_score", float("-inf"))
         by = {"valid_rows": float(len(rows)), "valid_beams": float(beams)}
         if facts and any(facts.get(name, wanted) != wanted for name, wanted in by.items()):
-            champion.best, _ = await champion._judge(*saved_policy(run, run.result))
-        return champion
+            best_checkpoint.best, _ = await best_checkpoint._judge(*saved_policy(run, run.result))
+        return best_checkpoint
 
     async def _judge(
         self, policy: PolicyVersion, weights: Weights
@@ -47,22 +47,22 @@ class Champion:
         """The score of a version, and the figures for the log."""
         if len(self.rows) == 0:
             return float(policy.step), {}
-        found = await self.house.evaluate(
-            self.house.run.valid, self.rows, policy=policy, weights=weights, beams=self.beams
+        found = await self.controller.evaluate(
+            self.controller.run.valid, self.rows, policy=policy, weights=weights, beams=self.beams
         )
         figures = {f"evaluate/{name}": e.mean for name, e in found.metrics.items()}
         figures |= {f"evaluate/{name}": value for name, value in found.extra.items()}
         return found.metrics[SCORE].mean, figures
 
-    async def consider(self) -> dict[str, float]:
+    async def evaluate_and_keep(self) -> dict[str, float]:
         """Judge what the learner keeps and export it if it is the best; the figures for the log."""
-        policy, weights = self.house.learner.kept
+        policy, weights = self.controller.learner.eval_weights
         score, figures = await self._judge(policy, weights)
         if score > self.best:
             self.best = score
-            export(
-                self.house.run,
-                self.house.run.result,
+            save_policy(
+                self.controller.run,
+                self.controller.run.result,
                 policy,
                 weights,
                 valid_score=score,

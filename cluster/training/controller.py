@@ -1,4 +1,4 @@
-"""The house: the actors of a run, and what they can be asked to do together."""
+"""The controller: the actors of a run, and what they can be asked to do together."""
 
 import asyncio
 import dataclasses
@@ -15,23 +15,23 @@ from jaxtyping import Float32, Int64
 from cluster.actors.pool import Pool
 from cluster.actors.session import cpus_needed, ray_session
 from cluster.monitoring.exporter import Exporter
-from cluster.training.loggers import records
+from cluster.training.loggers import open_loggers
 from cluster.training.measure import measure
 from cluster.training.run import Run
-from cluster.training.run_dir import open_folder
-from learner.ray_trainer import RemoteLearner
-from learner.spec import Assignment
-from orchard.data.prompts import Split, rows_of_step, sequences
-from orchard.errors import ActorError, Stopped
+from cluster.training.run_dir import open_run_dir
+from learner.ray_trainer import TrainerHandle
+from learner.spec import LearnerSpec
+from orchard.data.prompts import Split, make_windows, rows_of_step
+from orchard.errors import ActorError, RunInterrupted
 from orchard.evaluation.ranking import Evaluation
 from orchard.policy.weights import Weights
 from orchard.settings import Config
-from orchard.tracking.metrics_log import Logbook
+from orchard.tracking.metrics_log import MetricsLogger
 from orchard.types import PolicyVersion, Prompts, ScoredTrees, SearchTrees
 from rewards.actor import RewardActor
 from rollout.actor import RolloutActor
 from rollout.candidates import Candidates
-from rollout.probe import Probe
+from rollout.probe import LogprobProbe
 
 EXACT, ROUNDED = 1e-3, 0.5
 """Nats that search and learner may be apart in float32, and in bfloat16: docs/operations.md."""
@@ -40,33 +40,33 @@ AGAIN = "the same command resumes"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Held:
+class PublishedWeights:
     """A version, the object reference of its weights, and what its holders must answer."""
 
     policy: PolicyVersion
     weights: Any
-    probe: Probe | None = None
+    probe: LogprobProbe | None = None
 
 
-def tolerance(config: Config) -> float:
+def probe_tolerance(config: Config) -> float:
     """Nats that a log-probability of the search may be off the learner's by rounding alone."""
     exact = {config.rollout.dtype, config.learner.dtype} == {"float32"}
     return config.cluster.probe_tolerance or (EXACT if exact else ROUNDED)
 
 
-class House:
+class Controller:
     """The running parts of a command, phase by phase. Made by `launch`."""
 
-    def __init__(self, run: Run, logbook: Logbook, exporter: Exporter) -> None:
+    def __init__(self, run: Run, metrics_logger: MetricsLogger, exporter: Exporter) -> None:
         """Start the actors of the first phase; `ready` waits for them."""
-        self.run, self.logbook, self.exporter = run, logbook, exporter
+        self.run, self.metrics_logger, self.exporter = run, metrics_logger, exporter
         self.stopping = asyncio.Event()
         """Set once the run is told to stop; it then ends after the step in hand."""
         exporter.set("orchard_policy_lag_bound_versions", run.config.cluster.max_lag)
-        exporter.set("orchard_logprob_gap_bound_nats", tolerance(run.config))
-        self._catalogue = ray.put(run.catalogue)
-        self._newest = Held(policy=PolicyVersion(step=-1, digest=""), weights=None)
-        self._held: dict[Pool, Held] = {}
+        exporter.set("orchard_logprob_gap_bound_nats", probe_tolerance(run.config))
+        self._catalog = ray.put(run.catalog)
+        self._newest = PublishedWeights(policy=PolicyVersion(step=-1, digest=""), weights=None)
+        self._held: dict[Pool, PublishedWeights] = {}
         """What each pool was last given, for actors that start later."""
         self.ranking: Pool | None = None
         """Who evaluates, from the first evaluation on."""
@@ -74,7 +74,7 @@ class House:
 
     def _begin(self) -> None:
         run, config = self.run, self.run.config
-        self.learner = RemoteLearner(self._assignment(), storage=run.dir / "checkpoints")
+        self.learner = TrainerHandle(self._assignment(), storage=run.dir / "checkpoints")
         self.rollout: Pool | None = None
         self.rewards: Pool | None = None
         if run.phase == "train":
@@ -95,7 +95,7 @@ class House:
         pools = [pool for pool in (self.rollout, self.rewards) if pool is not None]
         await asyncio.gather(*(pool.ready() for pool in pools))
 
-    async def turn_to(self, run: Run) -> None:
+    async def start_phase(self, run: Run) -> None:
         """Begin another phase of the same command. Only the actors that rank are kept."""
         await self.learner.close()
         for pool in (self.rollout, self.rewards):
@@ -103,11 +103,11 @@ class House:
                 pool.close()
         self._held = {pool: held for pool, held in self._held.items() if pool is self.ranking}
         self.run = run
-        open_folder(run)
+        open_run_dir(run)
         self._begin()
         await self.ready()
 
-    async def publish(
+    async def sync_weights(
         self,
         policy: PolicyVersion,
         weights: Weights,
@@ -119,7 +119,7 @@ class House:
         same. A holder that does not is replaced, and has searched nothing by then.
         """
         probe = None if probed is None else self._probe(probed)
-        self._newest = Held(policy=policy, weights=ray.put(dict(weights)), probe=probe)
+        self._newest = PublishedWeights(policy=policy, weights=ray.put(dict(weights)), probe=probe)
         self.exporter.set("orchard_policy_version", policy.step, "learner")
         if self.rollout is not None:
             await self._install(self.rollout, self._newest)
@@ -153,7 +153,7 @@ class House:
     async def search(
         self, split: Split, rows: Int64[np.ndarray, " R"], *, seed: int, kind: str
     ) -> ScoredTrees:
-        """One request to a rollout actor and one to a reward actor, in a training house."""
+        """One request to a rollout actor and one to a reward actor, in a training controller."""
         assert self.rollout is not None, "only a training house has rollout actors"
         assert self.rewards is not None
         prompts = self.run.form.prompts(split, rows)
@@ -185,7 +185,7 @@ class House:
         if held is None or asked != (held.policy.step, held.policy.digest):
             newest = self._newest
             if asked != (newest.policy.step, newest.policy.digest):
-                newest = Held(policy=policy, weights=ray.put(dict(weights)))
+                newest = PublishedWeights(policy=policy, weights=ray.put(dict(weights)))
             await self._install(ranking, newest)
         size = config.evaluate.batch_size
         batches = [
@@ -198,7 +198,7 @@ class House:
                 advance()
             # In the other phases a signal waits for the end of an update or an epoch.
             if self.stopping.is_set() and self.run.phase == "evaluate":
-                raise Stopped(f"stopped while evaluating; {AGAIN}")
+                raise RunInterrupted(f"stopped while evaluating; {AGAIN}")
             return found
 
         found = await asyncio.gather(*(rank(prompts) for prompts in batches))
@@ -211,7 +211,7 @@ class House:
         self.exporter.set("orchard_checkpoint_timestamp_seconds", time.time())
 
     async def close(self) -> None:
-        """Stop every actor of the house."""
+        """Stop every actor of the controller."""
         await self.learner.close()
         for pool in {id(p): p for p in (self.rollout, self.rewards, self.ranking) if p}.values():
             pool.close()
@@ -222,11 +222,11 @@ class House:
         counts = {f"{name}/restarts": float(p.restarts) for name, p in pools.items() if p}
         return counts | {"learner/restarts": float(self.learner.restarts)}
 
-    async def _install(self, pool: Pool, held: Held) -> None:
+    async def _install(self, pool: Pool, held: PublishedWeights) -> None:
         self._held[pool], policy = held, held.policy
         timeout_s = self.run.config.cluster.publish_timeout_s
         answers: list[PolicyVersion] = await pool.broadcast(
-            "install", policy, held.weights, held.probe, timeout_s=timeout_s
+            "load_weights", policy, held.weights, held.probe, timeout_s=timeout_s
         )
         for version in answers:
             if (version.step, version.digest) != (policy.step, policy.digest):
@@ -237,34 +237,34 @@ class House:
         for index in range(len(answers)):
             self.exporter.set("orchard_policy_version", policy.step, f"{pool.name}-{index}")
 
-    def _probe(self, score: Float32[np.ndarray, " B"]) -> Probe:
+    def _probe(self, score: Float32[np.ndarray, " B"]) -> LogprobProbe:
         run = self.run
         rows = np.arange(len(score))  # of the train split, and ids at the same time
-        return Probe(
+        return LogprobProbe(
             prompts=run.form.prompts(run.train, rows),
-            leaf=run.catalogue.leaf_of_item[run.train.target[rows]],
+            leaf=run.catalog.leaf_of_item[run.train.target[rows]],
             score=score,
-            tolerance=tolerance(run.config),
+            tolerance=probe_tolerance(run.config),
         )
 
-    def _assignment(self) -> Assignment:
+    def _assignment(self) -> LearnerSpec:
         run, config = self.run, self.run.config
         supervised = run.phase == "sft"
         traces = (run.train, run.traces) if supervised and run.traces is not None else None
         tasks = run.tasks if supervised else None
         windows, per_epoch = None, 0
         if supervised and traces is None and tasks is None:
-            windows = sequences(run.train, max_history=config.data.max_history)
+            windows = make_windows(run.train, max_history=config.data.max_history)
         if supervised:
             examples = next(one for one in (tasks, windows, run.train) if one is not None)
             per_epoch = -(-len(examples) // config.sft.batch_size)
         probed = 0 if supervised else min(config.cluster.probe_prompts, len(run.train))
-        return Assignment(
+        return LearnerSpec(
             probe=run.form.prompts(run.train, np.arange(probed)) if probed else None,
             config=config,
             phase="sft" if supervised else "train",
             policy=run.policy.resolve(),
-            catalogue=run.catalogue,
+            catalog=run.catalog,
             vocabulary=run.vocabulary,
             sequences=windows,
             traces=traces,
@@ -281,7 +281,7 @@ class House:
 
         def make(index: int) -> Any:
             return RolloutActor.options(num_cpus=1, num_gpus=rollout.gpus).remote(
-                settings, run.policy.resolve(), self._catalogue, run.vocabulary,
+                settings, run.policy.resolve(), self._catalog, run.vocabulary,
                 run.config.seed + index, critic,
             )  # fmt: skip
 
@@ -299,7 +299,7 @@ class House:
 
         async def catch_up(actor: Any) -> None:
             if (held := self._held.get(pool)) is not None:
-                answer = actor.install.remote(held.policy, held.weights, held.probe)
+                answer = actor.load_weights.remote(held.policy, held.weights, held.probe)
                 limit = run.config.cluster.publish_timeout_s
                 await asyncio.wait_for(asyncio.wrap_future(answer.future()), limit)
 
@@ -321,20 +321,20 @@ class House:
 
 
 @asynccontextmanager
-async def launch(run: Run) -> AsyncGenerator[House]:
-    """A house with the actors of its first phase up; torn down in reverse."""
-    open_folder(run)
+async def start_controller(run: Run) -> AsyncGenerator[Controller]:
+    """A controller with the actors of its first phase up; torn down in reverse."""
+    open_run_dir(run)
     with (
-        records(run) as (logbook, exporter),
+        open_loggers(run) as (metrics_logger, exporter),
         ray_session(run.config.cluster, cpus=cpus_needed(run.config), logs=run.dir / "logs"),
     ):
         exporter.listen(run.config.cluster, run.dir)
-        house = House(run, logbook, exporter)
+        controller = Controller(run, metrics_logger, exporter)
         # After ray.init, which puts a handler of its own in the place of any earlier one.
         with suppress(ValueError):  # signals reach the main thread alone
-            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, house.stopping.set)
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, controller.stopping.set)
         try:
-            await house.ready()
-            yield house
+            await controller.ready()
+            yield controller
         finally:
-            await house.close()
+            await controller.close()

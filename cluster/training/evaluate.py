@@ -9,26 +9,26 @@ import numpy as np
 from jaxtyping import Int64
 
 from cluster.console import Progress
-from cluster.training.controller import House
+from cluster.training.controller import Controller
 from cluster.training.run import Run
 from cluster.training.run_dir import saved_policy
 from orchard.evaluation import ranking
 from orchard.evaluation.ranking import Evaluation
-from orchard.folders import write_whole
+from orchard.folders import atomic_write
 
 SplitName = Literal["valid", "test"]
 
 
 async def evaluate(
-    house: House, folder: Path, *, split: SplitName, beams: int, name: str
+    controller: Controller, folder: Path, *, split: SplitName, beams: int, name: str
 ) -> Evaluation:
     """Evaluate a policy folder and keep the result as `evaluation/<name>.json`."""
-    run = house.run
+    run = controller.run
     rows = chosen_rows(run, split)
     version, values = saved_policy(run, folder)
     batches = -(-len(rows) // run.config.evaluate.batch_size)
     with Progress(f"evaluating {name}", total=batches) as progress:
-        found = await house.evaluate(
+        found = await controller.evaluate(
             getattr(run, split),
             rows,
             policy=version,
@@ -40,16 +40,16 @@ async def evaluate(
     return found
 
 
-async def look(house: House, folder: Path, name: str) -> Evaluation:
+async def evaluate_split(controller: Controller, folder: Path, name: str) -> Evaluation:
     """The test evaluation of a policy folder, from the run folder where it is done already."""
-    path, beams = evaluation_file(house.run, name), house.run.config.evaluate.beams
+    path, beams = evaluation_file(controller.run, name), controller.run.config.evaluate.beams
     if path.is_file():
         known = ranking.read(path)
         fresh = path.stat().st_mtime >= (folder / "config.json").stat().st_mtime
-        same = np.array_equal(known.row, chosen_rows(house.run, "test"))
+        same = np.array_equal(known.row, chosen_rows(controller.run, "test"))
         if fresh and same and known.width == beams:
             return known
-    return await evaluate(house, folder, split="test", beams=beams, name=name)
+    return await evaluate(controller, folder, split="test", beams=beams, name=name)
 
 
 def chosen_rows(run: Run, split: SplitName) -> Int64[np.ndarray, " R"]:
@@ -70,4 +70,4 @@ def write_metrics(found: Evaluation, path: Path) -> None:
     """Metric to {mean, low, high, n}, as `orchard evaluate --json` promises."""
     metrics = {name: asdict(estimate) for name, estimate in found.metrics.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(metrics, indent=2) + "\n")
+    atomic_write(path, json.dumps(metrics, indent=2) + "\n")

@@ -1,17 +1,17 @@
-"""What a run leaves in writing while it goes: its logbook, and who else hears of every step."""
+"""The metrics logger of a run, and the sinks that hear of every step."""
 
 from collections.abc import Generator
 from contextlib import ExitStack, closing, contextmanager
 
 from cluster.monitoring.exporter import Exporter
 from cluster.training.run import Run
-from orchard.tracking.metrics_log import Listener, Logbook
+from orchard.tracking.metrics_log import MetricsLogger, MetricsSink
 from orchard.tracking.trackers import open_tracker
 
 
 @contextmanager
-def records(run: Run) -> Generator[tuple[Logbook, Exporter]]:
-    """The logbook of a run; an exporter for Prometheus, and a tracker if one is set, listen to it.
+def open_loggers(run: Run) -> Generator[tuple[MetricsLogger, Exporter]]:
+    """Open the metrics logger of a run, with its exporter for Prometheus and its tracker, if set.
 
     Raises:
         ConfigError: the tracker's package is not installed.
@@ -19,9 +19,9 @@ def records(run: Run) -> Generator[tuple[Logbook, Exporter]]:
     kind = run.config.cluster.tracker
     with ExitStack() as stack:
         exporter = stack.enter_context(closing(Exporter(run.config.name)))
-        also: list[Listener] = [exporter.log]
+        also: list[MetricsSink] = [exporter.log]
         if kind is not None and run.phase != "evaluate":  # which logs nothing
             config = run.config.model_dump(mode="json")
             tracker = open_tracker(kind, run.dir, run.config.name, config)
             also.append(stack.enter_context(closing(tracker)).log)
-        yield stack.enter_context(Logbook(run.dir, also)), exporter
+        yield stack.enter_context(MetricsLogger(run.dir, also)), exporter

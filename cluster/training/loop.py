@@ -12,83 +12,87 @@ import logging
 import time
 
 from cluster.console import Progress
-from cluster.training.best_checkpoint import Champion
-from cluster.training.controller import AGAIN, House
-from cluster.training.rollout_stream import Stream
+from cluster.training.best_checkpoint import BestCheckpoint
+from cluster.training.controller import AGAIN, Controller
+from cluster.training.rollout_stream import RolloutStream
 from cluster.training.run import Run
-from cluster.training.search_examples import illustrate
-from learner.advantage.estimators import assign, group_statistics
-from learner.advantage.sapo import judged_by_steps, step_statistics
+from cluster.training.search_examples import save_search_examples
+from learner.advantage.estimators import compute_advantages, group_statistics
+from learner.advantage.sapo import add_step_rewards, step_statistics
 from learner.batch.pack import pack
 from learner.value import node_rewards, outcome_rewards
-from orchard.errors import Stopped
+from orchard.errors import RunInterrupted
 from orchard.evaluation.diagnostics import diagnose
 from orchard.types import PolicyVersion, ScoredTrees, TrainBatch, Update
 
 
-async def train(house: House) -> PolicyVersion:
-    """Improve the house's policy for `learner.steps` updates; returns the last version."""
-    run = house.run
+async def train(controller: Controller) -> PolicyVersion:
+    """Improve the controller's policy for `learner.steps` updates; returns the last version."""
+    run = controller.run
     steps = run.config.learner.steps
     if run.config.model.value_head:
         logging.getLogger("orchard").info(
             "the value head's step rewards compare %s",
             "codes" if run.embedding is None else "item embeddings",
         )
-    policy = await house.learner.start()
-    house.logbook.rewind("train", policy.step)
-    await house.publish(policy, house.learner.weights, house.learner.probed)
-    champion = await Champion.of(
-        house,
+    policy = await controller.learner.start()
+    controller.metrics_logger.rewind("train", policy.step)
+    await controller.sync_weights(
+        policy, controller.learner.weights, controller.learner.probe_logprobs
+    )
+    best_checkpoint = await BestCheckpoint.of(
+        controller,
         num_rows=run.config.evaluate.valid_rows if run.config.evaluate.every else 0,
         beams=run.config.evaluate.valid_beams,
     )
     if policy.step == 0:
-        house.logbook.log("train", 0, await champion.consider())
-    scored = Stream(
-        house.scored_trees,
+        controller.metrics_logger.log("train", 0, await best_checkpoint.evaluate_and_keep())
+    scored = RolloutStream(
+        controller.scored_trees,
         first=policy.step,
         last=steps,
         max_lag=run.config.cluster.max_lag,
-        stop=house.stopping,
+        stop=controller.stopping,
     )
     with Progress("training", total=steps, done=policy.step) as progress:
-        scored.admit(policy)
-        clock = Clock()
+        scored.release(policy)
+        clock = PhaseTimer()
         async for found in scored:
-            clock.lap("wait_s")
+            clock.mark("wait_s")
             by_prefix = run.config.learner.step.match == "prefix_match"
-            trees = judged_by_steps(found, run.catalogue, prefix=by_prefix)
-            batch = assemble(trees, run)
-            clock.lap("pack_s")
+            trees = add_step_rewards(found, run.catalog, prefix=by_prefix)
+            batch = make_batch(trees, run)
+            clock.mark("pack_s")
             lag = policy.step - batch.policy.step
             judged = due(policy.step + 1, run.config.evaluate.every, steps)
-            update = await house.learner.update(batch, judged=judged)
+            update = await controller.learner.update(batch, judged=judged)
             policy = update.policy
-            clock.lap("learn_s")
-            await house.publish(policy, house.learner.weights, house.learner.probed)
-            clock.lap("publish_s")
-            scored.admit(policy)
-            metrics = describe(trees, update, lag) | house.restarts() | clock.seconds()
+            clock.mark("learn_s")
+            await controller.sync_weights(
+                policy, controller.learner.weights, controller.learner.probe_logprobs
+            )
+            clock.mark("publish_s")
+            scored.release(policy)
+            metrics = step_metrics(trees, update, lag) | controller.restarts() | clock.seconds()
             if judged:
-                metrics |= await champion.consider()
-            house.logbook.log("train", policy.step, metrics)
+                metrics |= await best_checkpoint.evaluate_and_keep()
+            controller.metrics_logger.log("train", policy.step, metrics)
             progress.advance(metrics)
-            clock = Clock()
+            clock = PhaseTimer()
             if due(policy.step, run.config.checkpoint.every, steps):
                 # After the log, so that no checkpoint is newer: whatever a crash leaves behind, a
                 # resumed run writes again. The next searches are under way meanwhile.
-                await house.save()
-                clock.lap("save_s")
+                await controller.save()
+                clock.mark("save_s")
     await scored.close()
     if policy.step < steps:
-        await house.learner.close(save=True)
-        raise Stopped(f"stopped after update {policy.step} of {steps}, and saved; {AGAIN}")
-    await illustrate(house)
+        await controller.learner.close(save=True)
+        raise RunInterrupted(f"stopped after update {policy.step} of {steps}, and saved; {AGAIN}")
+    await save_search_examples(controller)
     return policy
 
 
-def assemble(scored: ScoredTrees, run: Run) -> TrainBatch:
+def make_batch(scored: ScoredTrees, run: Run) -> TrainBatch:
     """What the learner is to make of scored trees: credit for choices, targets for values."""
     settings, reward = run.config.learner, None
     if run.config.model.value_head and settings.value.outcome:
@@ -96,14 +100,14 @@ def assemble(scored: ScoredTrees, run: Run) -> TrainBatch:
     elif run.config.model.value_head:
         reward = node_rewards(
             scored.trees,
-            run.catalogue,
+            run.catalog,
             level_weight=settings.value.level_weight,
             embedding=run.embedding,
         )
     return pack(
         scored,
-        assign(scored, settings),
-        run.catalogue,
+        compute_advantages(scored, settings),
+        run.catalog,
         run.vocabulary,
         node_reward=reward,
         discount=settings.value.discount,
@@ -116,7 +120,7 @@ def due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
 
-def describe(scored: ScoredTrees, update: Update, lag: int) -> dict[str, float]:
+def step_metrics(scored: ScoredTrees, update: Update, lag: int) -> dict[str, float]:
     """What a step showed, by room."""
     statistics = group_statistics(scored) | step_statistics(scored)
     cost, num_prompts = scored.trees.cost, len(scored.trees)
@@ -140,7 +144,7 @@ def describe(scored: ScoredTrees, update: Update, lag: int) -> dict[str, float]:
     }
 
 
-class Clock:
+class PhaseTimer:
     """Splits a time into phases; every second is in exactly one of them."""
 
     def __init__(self) -> None:
@@ -149,7 +153,7 @@ class Clock:
         self.laps: dict[str, float] = {}
         """Seconds charged to each name so far."""
 
-    def lap(self, name: str) -> None:
+    def mark(self, name: str) -> None:
         """Charge the time since the last lap to `name`."""
         now = time.perf_counter()
         self.laps[name] = now - self._last

@@ -25,7 +25,7 @@ def measure(
     policy: PolicyVersion,
 ) -> Evaluation:
     """Ranks of the targets among the candidates, their metrics, and what the search cost."""
-    items = run.catalogue
+    items = run.catalog
     leaf_items = np.diff(items.leaf_start)
     ranks = ranking.target_ranks(
         leaf=found.leaf,
@@ -56,6 +56,6 @@ def measure(
         width=beams,
         seconds=found.cost.seconds,
         policy=str(policy),
-        catalogue=items.digest,
+        catalog=items.digest,
         extra=extra,
     )

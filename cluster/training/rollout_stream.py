@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from orchard.types import PolicyVersion, ScoredTrees
 
 
-class Stream:
+class RolloutStream:
     """Scored batches in order. Use from one event loop; `close` when done."""
 
     def __init__(
@@ -42,7 +42,7 @@ class Stream:
         self._stop = stop or asyncio.Event()
         self._running: deque[asyncio.Task[ScoredTrees]] = deque()
 
-    def admit(self, policy: PolicyVersion) -> None:
+    def release(self, policy: PolicyVersion) -> None:
         """Start every step that this version is young enough for."""
         while self._next < self._last and self._next <= policy.step + self._max_lag:
             self._running.append(asyncio.ensure_future(self._rollout(self._next)))

@@ -14,22 +14,22 @@ from cluster.actors.session import address_of
 from cluster.training import text_policy
 from orchard import config
 from orchard.catalog import catalog
-from orchard.catalog.catalog import Catalogue
+from orchard.catalog.catalog import Catalog
 from orchard.data import rationales
 from orchard.data.prompts import PromptFormat, Split, read_split
-from orchard.data.rationales import Blocks, Traces
-from orchard.data.sft_tasks import Tasks
+from orchard.data.rationales import RationaleBlocks, TokenizedRationales
+from orchard.data.sft_tasks import SftTasks
 from orchard.errors import ConfigError
 from orchard.policy import item_tokenizer, model, titles
 from orchard.policy.item_tokenizer import Vocabulary
 from orchard.policy.store import check_policy
 from orchard.scorers import prefix_critic
-from orchard.scorers.prefix_critic import Critic
+from orchard.scorers.prefix_critic import PrefixCritic
 from orchard.settings import Config, DataConfig
-from rewards.context import Knowledge
-from rewards.score import check as check_rewards
-from rewards.score import look_up
-from rewards.transition_counts import Transitions, count_transitions
+from rewards.context import RewardContext
+from rewards.score import check_rewards as check_rewards
+from rewards.score import preload
+from rewards.transition_counts import TransitionCounts, count_transitions
 from rollout.engine.availability import check_vllm
 from rollout.search.ved.search import check_budget
 
@@ -54,7 +54,7 @@ class Run:
 
     config: Config
     phase: Phase
-    catalogue: Catalogue
+    catalog: Catalog
     tokenizer: PreTrainedTokenizerBase
     vocabulary: Vocabulary
     policy: Path
@@ -62,9 +62,9 @@ class Run:
     train: Split
     valid: Split
     test: Split
-    traces: Traces | None = None
+    traces: TokenizedRationales | None = None
     """Rationales of the train rows, where the warm start teaches to think."""
-    tasks: Tasks | None = None
+    tasks: SftTasks | None = None
     """What the warm start of a text model teaches."""
     base: Path | None = None
     """Folder of the text model that is to grow into `policy`."""
@@ -85,24 +85,24 @@ class Run:
         data = self.config.data
         if data.embeddings is None:
             return None
-        return catalog.read_embeddings(data.path / data.embeddings, self.catalogue)
+        return catalog.read_embeddings(data.path / data.embeddings, self.catalog)
 
     @cached_property
-    def knowledge(self) -> Knowledge:
+    def knowledge(self) -> RewardContext:
         """What rewards may look up."""
-        return Knowledge(
-            catalogue=self.catalogue,
+        return RewardContext(
+            catalog=self.catalog,
             settings=self.config.rewards,
             embedding=self.embedding,
-            popularity=np.bincount(self.train.target, minlength=len(self.catalogue)),
+            popularity=np.bincount(self.train.target, minlength=len(self.catalog)),
             transitions=self.transitions,
             folder=self.dir.resolve(),
         )
 
     @cached_property
-    def transitions(self) -> Transitions | None:
+    def transitions(self) -> TransitionCounts | None:
         """What followed what in the training rows, where a reward asks for it."""
-        rewards, items, rows = self.config.rewards, self.catalogue, self.train
+        rewards, items, rows = self.config.rewards, self.catalog, self.train
         if "transition" not in rewards.weights:
             return None
         return count_transitions(
@@ -114,7 +114,7 @@ class Run:
         )
 
     @cached_property
-    def critic(self) -> Critic | None:
+    def critic(self) -> PrefixCritic | None:
         """What guides the search of a training run, where that is a critic."""
         settings = self.config
         if (
@@ -124,15 +124,15 @@ class Run:
         ):
             return None
         return prefix_critic.load(
-            settings.critic.path or self.dir / prefix_critic.KIND, self.catalogue
+            settings.critic.path or self.dir / prefix_critic.KIND, self.catalog
         )
 
     @cached_property
     def form(self) -> PromptFormat:
         """How histories become tokens."""
-        return PromptFormat(catalogue=self.catalogue, vocabulary=self.vocabulary)
+        return PromptFormat(catalog=self.catalog, vocabulary=self.vocabulary)
 
-    def then(self, phase: Phase, policy: Path) -> "Run":
+    def with_phase(self, phase: Phase, policy: Path) -> "Run":
         """The same data and configuration in a later phase, which begins with that policy."""
         return replace(self, phase=phase, policy=policy)
 
@@ -160,7 +160,7 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
         policy: folder to start from; by default the one that the phase continues.
 
     Raises:
-        ConfigError, DataError, CatalogueError, CheckpointError: one sentence each.
+        ConfigError, DataError, CatalogError, CheckpointError: one sentence each.
         EngineError: vLLM is to run on this machine and cannot.
     """
     check_rewards(settings.rewards.weights)
@@ -176,7 +176,7 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
         model.check_folder(policy)
         tokenizer = item_tokenizer.read_tokenizer(policy)
     if tokenizer is None and data.titles and data.title_tokens is not None:
-        tokenizer = titles.tokenizer_of(
+        tokenizer = titles.make_title_tokenizer(
             titles.read_titles(data.path / data.items), data.title_tokens
         )
     items = read_items(data, tokenizer)
@@ -191,27 +191,29 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
     width = max(settings.rollout.candidates, settings.evaluate.beams, settings.evaluate.valid_beams)
     if width > items.trie.num_leaves:
         logging.getLogger("orchard").warning(
-            "a beam of %d is wider than the catalogue of %d distinct sequences: "
+            "a beam of %d is wider than the catalog of %d distinct sequences: "
             "each prompt gets %d candidates",
             width, items.trie.num_leaves, items.trie.num_leaves,
         )  # fmt: skip
     reasons = read_rationales(data, items, splits["train"]) if phase == "sft" else None
     if tokenizer is None:
         tokenizer = new_tokenizer(settings, items, reasons)
-    grows = text_policy.instruct(settings, tokenizer, items, policy)
-    tokens, traces = item_tokenizer.of_codes(tokenizer, items), None
+    grows = text_policy.add_instruction(settings, tokenizer, items, policy)
+    tokens, traces = item_tokenizer.from_tokenizer(tokenizer, items), None
     if settings.thinks:
-        tokens = replace(tokens, tags=item_tokenizer.think_tags(tokenizer))
+        tokens = replace(tokens, tags=item_tokenizer.think_tokens(tokenizer))
     if reasons is not None:
-        traces = rationales.encode(reasons, tokenizer, cap=settings.rollout.think.block_tokens)
+        traces = rationales.tokenize_rationales(
+            reasons, tokenizer, cap=settings.rollout.think.block_tokens
+        )
     text_policy.check_adapters(settings, tokens, policy)
     lessons = None
     if phase == "sft":
-        lessons = text_policy.lessons(settings, tokenizer, items, tokens, splits["train"], policy)
+        lessons = text_policy.sft_tasks(settings, tokenizer, items, tokens, splits["train"], policy)
     run = Run(
         config=settings,
         phase=phase,
-        catalogue=items,
+        catalog=items,
         tokenizer=tokenizer,
         vocabulary=tokens,
         policy=settings.run_dir / "scratch" if policy is None or grows else policy,
@@ -221,12 +223,12 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
         **splits,
     )
     if phase == "train":
-        look_up(settings.rewards.weights, run.knowledge)
+        preload(settings.rewards.weights, run.knowledge)
         _ = run.critic  # read now: its errors are to come before an actor starts
     return run
 
 
-def read_rationales(data: DataConfig, items: Catalogue, train: Split) -> list[Blocks] | None:
+def read_rationales(data: DataConfig, items: Catalog, train: Split) -> list[RationaleBlocks] | None:
     """Of the train rows, from their column or made from titles; None where none are asked for."""
     if data.rationales is not None:
         files = [data.path / file for file in data.train]
@@ -237,7 +239,7 @@ def read_rationales(data: DataConfig, items: Catalogue, train: Split) -> list[Bl
 
 
 def new_tokenizer(
-    settings: Config, items: Catalogue, reasons: list[Blocks] | None
+    settings: Config, items: Catalog, reasons: list[RationaleBlocks] | None
 ) -> PreTrainedTokenizerBase:
     """Of a new policy; one that knows text keeps what it was made with when its run goes on."""
     if reasons is None and settings.prompt.history is None:
@@ -252,7 +254,7 @@ def new_tokenizer(
     return rationales.text_tokenizer(items, texts, size=settings.model.text_tokens)
 
 
-def read_items(data: DataConfig, tokenizer: PreTrainedTokenizerBase | None) -> Catalogue:
+def read_items(data: DataConfig, tokenizer: PreTrainedTokenizerBase | None) -> Catalog:
     """The items, as semantic IDs or as titles in the tokens of the policy to start from."""
     path = data.path / data.items
     if not data.titles:

@@ -8,19 +8,19 @@ from cluster.training.run import Run
 from orchard import config
 from orchard.catalog import catalog
 from orchard.errors import ConfigError
-from orchard.folders import whole, write_whole
+from orchard.folders import atomic_dir, atomic_write
 from orchard.policy import model, value_head
 from orchard.policy.store import FILE, exported_step
 from orchard.policy.weights import Weights, digest, restore, snapshot
 from orchard.types import PolicyVersion
 
 
-def open_folder(run: Run) -> None:
+def open_run_dir(run: Run) -> None:
     """Make the run folder: the resolved configuration and, for a new policy, its first weights."""
     try:
         run.dir.mkdir(parents=True, exist_ok=True)
         if run.phase != "evaluate":
-            write_whole(run.dir / "config.toml", config.dump(run.config))
+            atomic_write(run.dir / "config.toml", config.dump(run.config))
     except OSError as error:
         raise ConfigError(
             f"run folder {run.dir} cannot be written: {error.strerror}; "
@@ -28,16 +28,18 @@ def open_folder(run: Run) -> None:
         ) from error
     if run.policy == run.dir / "scratch" and not run.policy.is_dir():
         if run.base is not None:
-            fresh = text_policy.grown(run.base, run.vocabulary, seed=run.config.seed)
+            fresh = text_policy.load_resized(run.base, run.vocabulary, seed=run.config.seed)
         else:
             fresh = model.create(run.config.model, run.vocabulary, seed=run.config.seed)
         _save(run, run.policy, fresh, PolicyVersion(step=0, digest=""), {})
 
 
-def export(run: Run, folder: Path, policy: PolicyVersion, weights: Weights, **facts: float) -> None:
-    """Write a policy as a Hugging Face folder with its tokenizer, catalogue and facts."""
+def save_policy(
+    run: Run, folder: Path, policy: PolicyVersion, weights: Weights, **facts: float
+) -> None:
+    """Write a policy as a Hugging Face folder with its tokenizer, catalog and facts."""
     trained = model.load(run.policy, run.vocabulary)
-    value_head.fit(trained, weights)
+    value_head.adapt_weights(trained, weights)
     restore(trained, weights)
     _save(run, folder, trained, policy, facts)
 
@@ -58,12 +60,12 @@ def _save(
     """Write the folder whole, so that a reader never meets half a policy."""
     about = {
         "version": {"step": policy.step, "digest": policy.digest},
-        "catalogue": run.catalogue.digest,
+        "catalogue": run.catalog.digest,
         "max_history": run.config.data.max_history,
         "facts": facts,
     }
-    with whole(folder) as partial:
+    with atomic_dir(folder) as partial:
         value_head.save(trained, partial)
         run.tokenizer.save_pretrained(partial)
-        catalog.write(run.catalogue, partial / "catalogue")
-        write_whole(partial / FILE, json.dumps(about, indent=2) + "\n")
+        catalog.write(run.catalog, partial / "catalogue")
+        atomic_write(partial / FILE, json.dumps(about, indent=2) + "\n")

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float64, Int64
 
-from cluster.training.controller import House
-from orchard.catalog.catalog import Catalogue
-from orchard.folders import write_whole
+from cluster.training.controller import Controller
+from orchard.catalog.catalog import Catalog
+from orchard.folders import atomic_write
 from orchard.policy.item_tokenizer import sid_token
 from orchard.types import ScoredTrees, SearchTrees
-from rewards.registry import Knowledge
+from rewards.registry import RewardContext
 from rewards.rule import prefix
 
 FILE = "examples.json"
@@ -33,20 +33,20 @@ _TITLE = 60
 """Characters of a title that are shown."""
 
 
-async def illustrate(house: House) -> None:
+async def save_search_examples(controller: Controller) -> None:
     """Search some validation rows as the training does, and keep the most telling ones."""
-    run = house.run
+    run = controller.run
     rows = np.arange(min(_LOOKED_THROUGH, len(run.valid)))
     if len(rows) == 0:
         return
     kind = run.config.rollout.search
-    found = await house.search(run.valid, rows, seed=run.config.seed, kind=kind)
+    found = await controller.search(run.valid, rows, seed=run.config.seed, kind=kind)
     beams = found
     if kind != "beam":
-        beams = await house.search(run.valid, rows, seed=run.config.seed, kind="beam")
-    shown = telling(found, run.catalogue)
-    examples = [describe(found, beams.trees, int(at), run.catalogue) for at in shown]
-    write_whole(run.dir / FILE, json.dumps(examples) + "\n")
+        beams = await controller.search(run.valid, rows, seed=run.config.seed, kind="beam")
+    shown = pick_examples(found, run.catalog)
+    examples = [describe(found, beams.trees, int(at), run.catalog) for at in shown]
+    atomic_write(run.dir / FILE, json.dumps(examples) + "\n")
 
 
 def read_examples(run_dir: Path) -> list[dict[str, Any]]:
@@ -55,10 +55,10 @@ def read_examples(run_dir: Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
-def telling(scored: ScoredTrees, catalogue: Catalogue) -> Int64[np.ndarray, " B"]:
+def pick_examples(scored: ScoredTrees, catalog: Catalog) -> Int64[np.ndarray, " B"]:
     """The prompts whose target was found furthest down the list, two of them, and one near miss."""
     trees = scored.trees
-    common = prefix(trees, Knowledge(catalogue=catalogue))
+    common = prefix(trees, RewardContext(catalog=catalog))
     hit = np.flatnonzero(common == 1)
     found, first = np.unique(trees.prompt_of_candidate[hit], return_index=True)
     lowest_first = found[np.argsort(-trees.rank[hit[first]], kind="stable")]
@@ -69,25 +69,23 @@ def telling(scored: ScoredTrees, catalogue: Catalogue) -> Int64[np.ndarray, " B"
     return np.concatenate([lowest_first[:2], nearest_first[:1]])
 
 
-def describe(
-    scored: ScoredTrees, beams: SearchTrees, at: int, catalogue: Catalogue
-) -> dict[str, Any]:
+def describe(scored: ScoredTrees, beams: SearchTrees, at: int, catalog: Catalog) -> dict[str, Any]:
     """The tree of prompt `at` in plain words and numbers; `beams` has what a beam found for it."""
     tree, held = (trees.select(np.array([at])) for trees in (scored.trees, beams))
     in_beam: Bool[np.ndarray, " N"] = np.isin(tree.state, held.state)
     score = _scores(tree)
     value = tree.value if tree.value is not None else np.full(len(score), np.nan)
     reward = scored.reward[slice(*scored.trees.candidate_start[at : at + 2].tolist())]
-    item = catalogue.item_of_leaf[catalogue.leaf_start[tree.leaf]]
+    item = catalog.item_of_leaf[catalog.leaf_start[tree.leaf]]
     return {
         "row": int(tree.prompts.id[0]),
-        "history": [_item_name(catalogue, one) for one in tree.prompts.history.tolist()],
-        "target": _item_name(catalogue, int(tree.prompts.target[0])),
+        "history": [_item_name(catalog, one) for one in tree.prompts.history.tolist()],
+        "target": _item_name(catalog, int(tree.prompts.target[0])),
         "node": [
             {
                 "parent": int(tree.parent[n]),
                 "step": int(tree.step[n]),
-                "name": _code_name(tree, n, catalogue),
+                "name": _code_name(tree, n, catalog),
                 "score": round(float(score[n]), 4),
                 "value": None if np.isnan(value[n]) else round(float(value[n]), 4),
                 "beam": bool(in_beam[n]),
@@ -97,7 +95,7 @@ def describe(
         "candidate": [
             {
                 "node": int(tree.candidate[c]),
-                "name": _item_name(catalogue, int(item[c])),
+                "name": _item_name(catalog, int(item[c])),
                 "score": round(float(tree.score[c]), 4),
                 "reward": round(float(reward[c]), 4),
             }
@@ -116,22 +114,22 @@ def _scores(trees: SearchTrees) -> Float64[np.ndarray, " N"]:
     return score
 
 
-def _code_name(tree: SearchTrees, node: int, catalogue: Catalogue) -> str:
+def _code_name(tree: SearchTrees, node: int, catalog: Catalog) -> str:
     if tree.step[node] == 0:
         return "prompt"
     if tree.state[node] == SearchTrees.FREE_TEXT:
         return "thought"
     state = torch.from_numpy(tree.state[node : node + 1])
-    level = int(catalogue.trie.depth_of(state)) - 1  # blocks of thought count as steps, too
-    return sid_token(level, int(catalogue.trie.code[state])).strip("<>")
+    level = int(catalog.trie.depth_of(state)) - 1  # blocks of thought count as steps, too
+    return sid_token(level, int(catalog.trie.code[state])).strip("<>")
 
 
-def _item_name(catalogue: Catalogue, item: int) -> str:
+def _item_name(catalog: Catalog, item: int) -> str:
     """The semantic ID, and the title where it is known."""
-    codes = [int(code) for code in catalogue.plain_codes[item] if code >= 0]
-    title = catalogue.title[item]
+    codes = [int(code) for code in catalog.plain_codes[item] if code >= 0]
+    title = catalog.title[item]
     short = title if len(title) <= _TITLE else f"{title[: _TITLE - 1]}\N{HORIZONTAL ELLIPSIS}"
-    if catalogue.code_token:
+    if catalog.code_token:
         return short
     spelt = " ".join(sid_token(level, one).strip("<>") for level, one in enumerate(codes))
     return f"{spelt}  {short}".strip()

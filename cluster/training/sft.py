@@ -5,24 +5,26 @@ import time
 import numpy as np
 
 from cluster.console import Progress
-from cluster.training.best_checkpoint import SCORE, Champion
-from cluster.training.controller import AGAIN, House
+from cluster.training.best_checkpoint import SCORE, BestCheckpoint
+from cluster.training.controller import AGAIN, Controller
 from cluster.training.run import Run
-from orchard.errors import Stopped
+from orchard.errors import RunInterrupted
 from orchard.tracking.metrics_log import FILE, read_metrics
 from orchard.types import PolicyVersion
 
 
-async def sft(house: House) -> PolicyVersion:
+async def sft(controller: Controller) -> PolicyVersion:
     """Train until the epochs, the minutes or the patience run out; returns the last version.
 
     The exported policy is the one of the epoch that ranks the validation rows best.
     """
-    run, settings = house.run, house.run.config.sft
-    policy = await house.learner.start()
-    house.logbook.rewind("sft", policy.step)
+    run, settings = controller.run, controller.run.config.sft
+    policy = await controller.learner.start()
+    controller.metrics_logger.rewind("sft", policy.step)
     since_best, elapsed_s = progress_so_far(run)
-    champion = await Champion.of(house, num_rows=settings.valid_rows, beams=settings.valid_beams)
+    best_checkpoint = await BestCheckpoint.of(
+        controller, num_rows=settings.valid_rows, beams=settings.valid_beams
+    )
     with Progress("warm start", total=settings.epochs, done=policy.step) as progress:
         while (
             policy.step < settings.epochs
@@ -30,23 +32,25 @@ async def sft(house: House) -> PolicyVersion:
             and not 0 < settings.minutes <= elapsed_s / 60
         ):
             begin = time.perf_counter()
-            update = await house.learner.epoch()
-            policy, before = update.policy, champion.best
-            await house.publish(policy, house.learner.weights)
+            update = await controller.learner.epoch()
+            policy, before = update.policy, best_checkpoint.best
+            await controller.sync_weights(policy, controller.learner.weights)
             metrics = {f"sft/{name}": value for name, value in update.metrics.items()}
-            metrics |= await champion.consider()
-            since_best = 0 if champion.best > before else since_best + 1
+            metrics |= await best_checkpoint.evaluate_and_keep()
+            since_best = 0 if best_checkpoint.best > before else since_best + 1
             elapsed_s += time.perf_counter() - begin
-            house.logbook.log("sft", policy.step, metrics | {"sft/elapsed_s": elapsed_s})
+            controller.metrics_logger.log(
+                "sft", policy.step, metrics | {"sft/elapsed_s": elapsed_s}
+            )
             progress.advance(metrics)
-            await house.save()
-            if house.stopping.is_set() and policy.step < settings.epochs:
-                raise Stopped(f"stopped after epoch {policy.step}, and saved; {AGAIN}")
+            await controller.save()
+            if controller.stopping.is_set() and policy.step < settings.epochs:
+                raise RunInterrupted(f"stopped after epoch {policy.step}, and saved; {AGAIN}")
     return policy
 
 
 def progress_so_far(run: Run) -> tuple[int, float]:
-    """Epochs since the best one, and seconds spent, as the logbook has them."""
+    """Epochs since the best one, and seconds spent, as the metrics logger has them."""
     path = run.dir / FILE
     log = read_metrics(path).get("sft", {}) if path.is_file() else {}
     scores, elapsed = log.get(f"evaluate/{SCORE}"), log.get("sft/elapsed_s")

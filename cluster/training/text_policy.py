@@ -11,23 +11,22 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from orchard.catalog.catalog import Catalogue
-from orchard.data import sft_tasks
+from orchard.catalog.catalog import Catalog
 from orchard.data.prompts import PromptFormat, Split
-from orchard.data.sft_tasks import Tasks
+from orchard.data.sft_tasks import SftTasks, build_sft_tasks
 from orchard.errors import ConfigError
 from orchard.policy import item_tokenizer, lora, model, prompt_template, token_embeddings
 from orchard.policy.item_tokenizer import Vocabulary
 from orchard.settings import Config
 
 
-def instruct(
-    settings: Config, tokenizer: PreTrainedTokenizerBase, items: Catalogue, policy: Path | None
+def add_instruction(
+    settings: Config, tokenizer: PreTrainedTokenizerBase, items: Catalog, policy: Path | None
 ) -> bool:
     """Give the tokenizer the items' tokens and the instruction; if it lacked any of the tokens.
 
     Raises:
-        CatalogueError, ConfigError, DataError: one sentence each.
+        CatalogError, ConfigError, DataError: one sentence each.
     """
     template = settings.prompt.history
     if template is None:
@@ -42,25 +41,27 @@ def instruct(
             "lower rollout.think.block_tokens, or take a model with more"
         )
     limit = min(room, settings.prompt.max_tokens or room)
-    frame = prompt_template.encode(template, "{history}", tokenizer, settings.prompt, limit=limit)
-    prompt_template.give(tokenizer, frame)
+    frame = prompt_template.encode_template(
+        template, "{history}", tokenizer, settings.prompt, limit=limit
+    )
+    prompt_template.save_to_tokenizer(tokenizer, frame)
     return added > 0
 
 
-def lessons(
+def sft_tasks(
     settings: Config,
     tokenizer: PreTrainedTokenizerBase,
-    items: Catalogue,
+    items: Catalog,
     words: Vocabulary,
     train: Split,
     policy: Path | None,
-) -> Tasks | None:
+) -> SftTasks | None:
     """What the warm start of a text model teaches; None where it is shown rationales instead."""
     if settings.prompt.history is None or settings.teaches_thinking:
         return None
-    return sft_tasks.prepare(
+    return build_sft_tasks(
         train,
-        PromptFormat(catalogue=items, vocabulary=words),
+        PromptFormat(catalog=items, vocabulary=words),
         tokenizer,
         settings.prompt,
         settings.sft.tasks.share,
@@ -88,9 +89,9 @@ def positions(policy: Path | None) -> int:
     return int(getattr(AutoConfig.from_pretrained(policy), "max_position_embeddings", 1 << 30))
 
 
-def grown(base: Path, words: Vocabulary, *, seed: int) -> PreTrainedModel:
+def load_resized(base: Path, words: Vocabulary, *, seed: int) -> PreTrainedModel:
     """The text model of a folder with a row of its embeddings for each token of the policy."""
     policy = model.load(base)
     known = len(item_tokenizer.read_tokenizer(base))
-    token_embeddings.grow(policy, known=known, size=words.size, seed=seed)
+    token_embeddings.resize_embeddings(policy, known=known, size=words.size, seed=seed)
     return policy

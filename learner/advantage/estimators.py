@@ -10,7 +10,7 @@ candidates in the batch, |y| tokens in a candidate and mu, sigma of its group:
     leave_one_out   R - mean of the others       1 / (N |y|)         RLOO, arXiv 2402.14740
 
 |y| counts forced codes: their log-probability is 0 and they carry no gradient, but a candidate's
-length must not depend on how bushy the catalogue is around it. N is that of the whole batch before
+length must not depend on how bushy the catalog is around it. N is that of the whole batch before
 it is cut for workers or micro-batches, so the parts' losses add up.
 
 `sibling` compares below the group, node by node (`learner.advantage.sibling`), and two estimators
@@ -26,13 +26,13 @@ from dataclasses import replace
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
-from learner.advantage.groups import centred, standardised
-from learner.advantage.sapo import step, switched, well_formed
+from learner.advantage.groups import group_center, group_normalize
+from learner.advantage.sapo import apply_code_switches, sapo, well_formed
 from learner.advantage.sibling import sibling
 from orchard.settings import LearnerConfig
-from orchard.types import Credit, ScoredTrees, SearchTrees
+from orchard.types import Advantages, ScoredTrees, SearchTrees
 
-Estimator = Callable[[ScoredTrees, float], Credit]
+Estimator = Callable[[ScoredTrees, float], Advantages]
 """Scored trees and the epsilon beside a standard deviation to a verdict."""
 
 
@@ -42,40 +42,42 @@ def candidate_lengths(trees: SearchTrees) -> Int64[np.ndarray, " C"]:
     return np.where(path >= 0, np.diff(trees.token_start)[path], 0).sum(1)
 
 
-def group(scored: ScoredTrees, std_epsilon: float) -> Credit:
+def group(scored: ScoredTrees, std_epsilon: float) -> Advantages:
     """Standardised within the group; every candidate weighs the same."""
-    return alike(scored, standardised(*_by_group(scored), std_epsilon), per_candidate(scored))
+    return broadcast_to_steps(
+        scored, group_normalize(*_by_group(scored), std_epsilon), mean_weight(scored)
+    )
 
 
-def dapo(scored: ScoredTrees, std_epsilon: float) -> Credit:
+def dapo(scored: ScoredTrees, std_epsilon: float) -> Advantages:
     """Standardised within the group; every token of the batch weighs the same."""
     length = candidate_lengths(scored.trees)
     weight = np.full(len(length), 1 / max(1, length.sum()))
-    return alike(scored, standardised(*_by_group(scored), std_epsilon), weight)
+    return broadcast_to_steps(scored, group_normalize(*_by_group(scored), std_epsilon), weight)
 
 
-def drgrpo(scored: ScoredTrees, std_epsilon: float) -> Credit:
+def drgrpo(scored: ScoredTrees, std_epsilon: float) -> Advantages:
     """Centred within the group but not divided by its spread; `std_epsilon` plays no part."""
     length = candidate_lengths(scored.trees)
     weight = np.full(len(length), 1 / max(1, len(length) * length.max(initial=0)))
-    return alike(scored, centred(*_by_group(scored)), weight)
+    return broadcast_to_steps(scored, group_center(*_by_group(scored)), weight)
 
 
-def leave_one_out(scored: ScoredTrees, std_epsilon: float) -> Credit:
+def leave_one_out(scored: ScoredTrees, std_epsilon: float) -> Advantages:
     """Against the mean of the other candidates; `std_epsilon` plays no part."""
     size = np.diff(scored.trees.candidate_start)[scored.trees.prompt_of_candidate]
     # R - (sum - R) / (G - 1) = (R - mu) G / (G - 1); alone in its group R - mu is already 0.
-    advantage = centred(*_by_group(scored)) * size / np.maximum(size - 1, 1)
-    return alike(scored, advantage, per_candidate(scored))
+    advantage = group_center(*_by_group(scored)) * size / np.maximum(size - 1, 1)
+    return broadcast_to_steps(scored, advantage, mean_weight(scored))
 
 
-def blend(scored: ScoredTrees, std_epsilon: float) -> Credit:
+def blend(scored: ScoredTrees, std_epsilon: float) -> Advantages:
     """Half of `group`, half of the mean of `sibling` over steps; candidates weigh the same."""
     whole, nodes = group(scored, std_epsilon), sibling(scored, std_epsilon)
     steps = np.maximum(1, (scored.trees.paths() >= 0).sum(1))
     mean = nodes.advantage.astype(np.float64).sum(1) / steps
     advantage = 0.5 * whole.advantage[:, 0] + 0.5 * mean
-    return alike(scored, advantage, per_candidate(scored))
+    return broadcast_to_steps(scored, advantage, mean_weight(scored))
 
 
 ESTIMATORS: dict[str, Estimator] = {
@@ -85,7 +87,7 @@ ESTIMATORS: dict[str, Estimator] = {
     "leave_one_out": leave_one_out,
     "sibling": sibling,
     "blend": blend,
-    "step": step,
+    "step": sapo,
 }
 """By the name in `learner.estimator`. To add one, write a function of the type `Estimator`, list it
 here and add its name to the choices of that setting."""
@@ -95,7 +97,7 @@ SUMS: dict[str, tuple[str, ...]] = {"group_sibling": ("group", "sibling")}
 divergence from the reference."""
 
 
-def assign(scored: ScoredTrees, config: LearnerConfig) -> list[Credit]:
+def compute_advantages(scored: ScoredTrees, config: LearnerConfig) -> list[Advantages]:
     """The credits of a batch by the configured estimator; their losses add up."""
     if config.estimator == "step":
         return _by_steps(scored, config)
@@ -107,14 +109,16 @@ def assign(scored: ScoredTrees, config: LearnerConfig) -> list[Credit]:
     ]
 
 
-def _by_steps(scored: ScoredTrees, config: LearnerConfig) -> list[Credit]:
+def _by_steps(scored: ScoredTrees, config: LearnerConfig) -> list[Advantages]:
     """The credit of `step` as switched, and that of the format if it counts."""
-    credits = [switched(scored, step(scored, config.std_epsilon), config.step)]
+    credits = [apply_code_switches(scored, sapo(scored, config.std_epsilon), config.step)]
     if config.step.format_weight:
         assert scored.step_reward is not None
         formed = well_formed(scored.trees, scored.step_reward.shape[1]).astype(np.float32)
         form = group(replace(scored, reward=formed), config.std_epsilon)
-        form = switched(scored, form, config.step.model_copy(update={"sid_token_weight": 1.0}))
+        form = apply_code_switches(
+            scored, form, config.step.model_copy(update={"sid_token_weight": 1.0})
+        )
         credits.append(replace(form, weight=form.weight * np.float32(config.step.format_weight)))
     return credits
 
@@ -156,20 +160,20 @@ def _by_group(
     return scored.reward, scored.trees.prompt_of_candidate, len(scored.trees)
 
 
-def per_candidate(scored: ScoredTrees) -> Float64[np.ndarray, " C"]:
+def mean_weight(scored: ScoredTrees) -> Float64[np.ndarray, " C"]:
     """Weight of each token such that every candidate weighs 1 / N in all."""
     length = candidate_lengths(scored.trees)
     return 1 / np.maximum(1, length * len(length))
 
 
-def alike(
+def broadcast_to_steps(
     scored: ScoredTrees,
     advantage: Float64[np.ndarray, " C"],
     weight: Float64[np.ndarray, " C"],
-) -> Credit:
+) -> Advantages:
     """The same advantage and weight at every step that a candidate has."""
     inside = scored.trees.paths() >= 0
-    return Credit(
+    return Advantages(
         advantage=np.where(inside, advantage[:, None], 0).astype(np.float32),
         weight=np.where(inside, weight[:, None], 0).astype(np.float32),
     )

@@ -21,45 +21,45 @@ from dataclasses import replace
 import numpy as np
 from jaxtyping import Bool, Float32, Int64
 
-from learner.advantage.groups import standardised
-from orchard.catalog.catalog import Catalogue
+from learner.advantage.groups import group_normalize
+from orchard.catalog.catalog import Catalog
 from orchard.settings import StepConfig
-from orchard.types import Credit, ScoredTrees, SearchTrees
+from orchard.types import Advantages, ScoredTrees, SearchTrees
 
 
 def step_matches(
-    trees: SearchTrees, catalogue: Catalogue, *, prefix: bool = False
+    trees: SearchTrees, catalog: Catalog, *, prefix: bool = False
 ) -> Float32[np.ndarray, "C L"]:
     """1 where code k of the candidate is code k of the target, else 0.
 
     By position: code 2 may match although code 1 does not. With `prefix` it may only where all
     codes before it match, since a residual code means something below its prefix alone.
     """
-    target = catalogue.codes[trees.prompts.target[trees.prompt_of_candidate]]
-    found = catalogue.codes[catalogue.item_of_leaf[catalogue.leaf_start[trees.leaf]]]
+    target = catalog.codes[trees.prompts.target[trees.prompt_of_candidate]]
+    found = catalog.codes[catalog.item_of_leaf[catalog.leaf_start[trees.leaf]]]
     same = (found == target) & (target >= 0)
     if prefix:
         same = np.logical_and.accumulate(same, axis=1)
-    return (same & well_formed(trees, catalogue.trie.depth)[:, None]).astype(np.float32)
+    return (same & well_formed(trees, catalog.trie.depth)[:, None]).astype(np.float32)
 
 
 def well_formed(trees: SearchTrees, num_steps: int) -> Bool[np.ndarray, " C"]:
     """Candidates with a thinking block for each of the `num_steps` codes, or that do not think."""
-    if not trees.thinks:
+    if not trees.is_reasoning:
         return np.ones(len(trees.candidate), dtype=bool)
     path = trees.paths()
     blocks = ((path >= 0) & (trees.state[path] == SearchTrees.FREE_TEXT)).sum(1)
     return blocks == num_steps
 
 
-def step(scored: ScoredTrees, std_epsilon: float) -> Credit:
+def sapo(scored: ScoredTrees, std_epsilon: float) -> Advantages:
     """Standardised step by step within the group; every step of a candidate weighs the same."""
     assert scored.step_reward is not None, "step credit needs rewards of steps"
     trees, path = scored.trees, scored.trees.paths()
     inside, num_steps = path >= 0, scored.step_reward.shape[1]
     judged = np.zeros((len(path), num_steps))
     for k in range(num_steps):
-        judged[:, k] = standardised(
+        judged[:, k] = group_normalize(
             scored.step_reward[:, k], trees.prompt_of_candidate, len(trees), std_epsilon
         )
     tokens = np.where(inside, np.diff(trees.token_start)[path], 0)
@@ -69,7 +69,7 @@ def step(scored: ScoredTrees, std_epsilon: float) -> Credit:
         length[:, k] += tokens[:, column]
     steps = (length > 0).sum(1, keepdims=True)
     share = 1 / np.maximum(1, len(path) * steps * length)
-    return Credit(
+    return Advantages(
         advantage=np.where(inside, judged[:, of_step], 0).astype(np.float32),
         weight=np.where(inside, share[:, of_step], 0).astype(np.float32),
     )
@@ -80,7 +80,7 @@ def step_of_column(width: int, num_steps: int) -> Int64[np.ndarray, " P"]:
     return np.arange(width) % num_steps
 
 
-def switched(scored: ScoredTrees, credit: Credit, config: StepConfig) -> Credit:
+def apply_code_switches(scored: ScoredTrees, credit: Advantages, config: StepConfig) -> Advantages:
     """The credit of `step` under the switches that concern codes.
 
     `think_only` takes the advantage away from codes but leaves them their share of the divergence
@@ -89,21 +89,19 @@ def switched(scored: ScoredTrees, credit: Credit, config: StepConfig) -> Credit:
     assert scored.step_reward is not None
     num_steps = scored.step_reward.shape[1]
     width = credit.advantage.shape[1]
-    is_code = np.arange(width) >= (num_steps if scored.trees.thinks else 0)
+    is_code = np.arange(width) >= (num_steps if scored.trees.is_reasoning else 0)
     keep = np.where(is_code & config.think_only, 0, 1).astype(np.float32)
     weigh = np.where(is_code, config.sid_token_weight, 1).astype(np.float32)
     return replace(credit, advantage=credit.advantage * keep, weight=credit.weight * weigh)
 
 
-def judged_by_steps(
-    scored: ScoredTrees, catalogue: Catalogue, *, prefix: bool = False
-) -> ScoredTrees:
+def add_step_rewards(scored: ScoredTrees, catalog: Catalog, *, prefix: bool = False) -> ScoredTrees:
     """With the rewards of steps, and without any reward for candidates that are malformed."""
-    formed = well_formed(scored.trees, catalogue.trie.depth)
+    formed = well_formed(scored.trees, catalog.trie.depth)
     return replace(
         scored,
         reward=np.where(formed, scored.reward, 0).astype(np.float32),
-        step_reward=step_matches(scored.trees, catalogue, prefix=prefix),
+        step_reward=step_matches(scored.trees, catalog, prefix=prefix),
     )
 
 

@@ -17,10 +17,10 @@ Shapes:  B prompts   N nodes   C candidates   K steps of the longest candidate
 import numpy as np
 from jaxtyping import Float64
 
-from orchard.types import Credit, ScoredTrees
+from orchard.types import Advantages, ScoredTrees
 
 
-def sibling(scored: ScoredTrees, std_epsilon: float) -> Credit:
+def sibling(scored: ScoredTrees, std_epsilon: float) -> Advantages:
     """Standardised among the children of one parent; every node of a prompt weighs the same."""
     trees, path = scored.trees, scored.trees.paths()
     inside = path >= 0
@@ -28,7 +28,7 @@ def sibling(scored: ScoredTrees, std_epsilon: float) -> Credit:
     advantage = node_advantages(scored, std_epsilon)
     size = np.diff(trees.candidate_start)[trees.prompt_of_candidate]
     share = 1 / np.maximum(1, len(trees) * size[:, None] * through[path])
-    return Credit(
+    return Advantages(
         advantage=np.where(inside, advantage[path], 0).astype(np.float32),
         weight=np.where(inside, share, 0).astype(np.float32),
     )

@@ -19,17 +19,17 @@ from jaxtyping import Bool, Float32, Int64
 from learner.advantage.estimators import candidate_lengths
 from learner.value import value_targets
 from orchard import ragged
-from orchard.catalog.catalog import Catalogue
+from orchard.catalog.catalog import Catalog
 from orchard.catalog.trie import Trie
-from orchard.errors import CatalogueError
+from orchard.errors import CatalogError
 from orchard.policy.item_tokenizer import Vocabulary
-from orchard.types import Credit, ScoredTrees, SearchTrees, SequenceTargets, TrainBatch
+from orchard.types import Advantages, ScoredTrees, SearchTrees, SequenceTargets, TrainBatch
 
 
 def pack(
     scored: ScoredTrees,
-    credits: Sequence[Credit],
-    catalogue: Catalogue,
+    credits: Sequence[Advantages],
+    catalog: Catalog,
     vocabulary: Vocabulary,
     *,
     node_reward: Float32[np.ndarray, " N"] | None = None,
@@ -45,13 +45,13 @@ def pack(
     holds which choices make up each candidate, and the advantages of whole candidates.
 
     Raises:
-        CatalogueError: the trees were grown on another catalogue.
+        CatalogError: the trees were grown on another catalog.
     """
     trees = scored.trees
-    if trees.catalogue != catalogue.digest:
-        raise CatalogueError(
-            f"the trees were grown on catalogue {trees.catalogue[:12]}, the learner holds "
-            f"{catalogue.digest[:12]}; start both from the same items file"
+    if trees.catalog != catalog.digest:
+        raise CatalogError(
+            f"the trees were grown on catalog {trees.catalog[:12]}, the learner holds "
+            f"{catalog.digest[:12]}; start both from the same items file"
         )
     path = trees.paths()
     through = np.bincount(path[path >= 0], minlength=len(trees.step))
@@ -59,24 +59,24 @@ def pack(
     choice = np.flatnonzero((through[node] > 0) & ~trees.forced)
     layout = _lay_out(trees, node, choice, states=node_reward is not None)
     at = node[choice]
-    state, edge = _edges(trees, at, choice, catalogue.trie)
+    state, edge = _edges(trees, at, choice, catalog.trie)
     earned = [credit.advantage * credit.weight for credit in credits]
     length = candidate_lengths(trees)
     prompt_length = np.diff(trees.prompts.token_start)[trees.prompt_of_candidate]
     return TrainBatch(
         **_rows(trees, layout, vocabulary.pad),
         row=trees.prompt_of_node[at],
-        slot=_predictors(trees, layout, at, choice).astype(np.int32),
+        query_slot=_predictors(trees, layout, at, choice).astype(np.int32),
         state=state,
-        edge=edge,
+        chosen=edge,
         behaviour_logprob=trees.logprob[choice],
-        gain=_node_sums(path, [a.clip(min=0) for a in earned], len(through))[at],
-        loss=_node_sums(path, [a.clip(max=0) for a in earned], len(through))[at],
+        advantage_pos=_node_sums(path, [a.clip(min=0) for a in earned], len(through))[at],
+        advantage_neg=_node_sums(path, [a.clip(max=0) for a in earned], len(through))[at],
         kl_weight=_node_sums(path, [credits[0].weight], len(through))[at],
         forward_tokens=int(layout.length.sum()),
         flat_tokens=int((length + prompt_length).sum()),
         policy=trees.policy,
-        catalogue=trees.catalogue,
+        catalog=trees.catalog,
         values=None
         if node_reward is None
         else value_targets(trees, node_reward, _ends(trees, layout), discount=discount),
@@ -86,15 +86,15 @@ def pack(
 
 def flatten(
     scored: ScoredTrees,
-    credits: Sequence[Credit],
-    catalogue: Catalogue,
+    credits: Sequence[Advantages],
+    catalog: Catalog,
     vocabulary: Vocabulary,
     *,
     sequence_ratio: bool = False,
 ) -> TrainBatch:
     """The batch that `pack` makes with nothing shared: one candidate per row, prompt and all."""
     chains = replace(scored, trees=_unshare(scored.trees))
-    return pack(chains, credits, catalogue, vocabulary, sequence_ratio=sequence_ratio)
+    return pack(chains, credits, catalog, vocabulary, sequence_ratio=sequence_ratio)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,14 +19,14 @@ from jaxtyping import Float32, Int32, Int64
 from torch import Tensor
 
 from orchard import ragged
-from orchard.data.prompts import PromptFormat, Sequences, Split, code_states
-from orchard.data.rationales import Traces
-from orchard.data.sft_tasks import Examples
+from orchard.data.prompts import PromptFormat, Split, TrainingWindows, code_states
+from orchard.data.rationales import TokenizedRationales
+from orchard.data.sft_tasks import SftExamples
 from orchard.types import PolicyVersion, Prompts, SearchTrees, TrainBatch
 
 
 def pack_sequences(
-    sequences: Sequences,
+    sequences: TrainingWindows,
     rows: Int64[np.ndarray, " B"],
     form: PromptFormat,
     policy: PolicyVersion,
@@ -41,14 +41,14 @@ def pack_sequences(
     item, start = ragged.take(sequences.item, sequences.start, rows)
     token, token_start = form.tokens(item, start)
     owner, place = ragged.owners(start), ragged.places(start)
-    before, after = code_states(form.catalogue, item)
+    before, after = code_states(form.catalog, item)
     exists = after >= 0
     # A code is predicted by the slot before it, which counts the codes of all earlier items.
     codes = exists.sum(1)
     first = np.cumsum(codes) - codes
     first -= np.repeat(first[start[:-1]], np.diff(start))
     slot = first[:, None] + np.arange(exists.shape[1])
-    children = form.catalogue.trie.num_children(torch.from_numpy(before[exists])).numpy()
+    children = form.catalog.trie.num_children(torch.from_numpy(before[exists])).numpy()
     free = exists.copy()
     free[exists] = forced | (children > 1)
     chosen = free & (place >= sequences.fresh[rows][owner])[:, None]
@@ -60,7 +60,7 @@ def pack_sequences(
 
 def pack_traces(
     split: Split,
-    traces: Traces,
+    traces: TokenizedRationales,
     rows: Int64[np.ndarray, " B"],
     form: PromptFormat,
     policy: PolicyVersion,
@@ -73,7 +73,7 @@ def pack_traces(
     """
     prompts = form.prompts(split, rows)
     assert form.vocabulary.tags is not None, "rationales need a vocabulary with tags"
-    examples = Examples(
+    examples = SftExamples(
         asked=(prompts.token, prompts.token_start),
         written=traces.of(rows),
         target=split.target[rows],
@@ -86,12 +86,12 @@ def pack_answers(prompts: Prompts, form: PromptFormat, policy: PolicyVersion) ->
     nothing = np.zeros(0, np.int32), np.zeros(len(prompts) + 1, np.int64)
     asked = prompts.token, prompts.token_start
     return pack_examples(
-        Examples(asked=asked, written=nothing, target=prompts.target), form, policy
+        SftExamples(asked=asked, written=nothing, target=prompts.target), form, policy
     )
 
 
 def pack_examples(
-    examples: Examples,
+    examples: SftExamples,
     form: PromptFormat,
     policy: PolicyVersion,
     *,
@@ -104,7 +104,7 @@ def pack_examples(
     """
     (asked, asked_start), (text, text_start) = examples.asked, examples.written
     item = examples.target[examples.target >= 0]
-    before, after = code_states(form.catalogue, item)
+    before, after = code_states(form.catalog, item)
     exists = after >= 0
     codes, _ = ragged.take(*form.item_tokens, item)
     depth = np.zeros(len(examples.target), np.int64)
@@ -116,7 +116,7 @@ def pack_examples(
     token = np.empty(len(place), np.int32)
     token[kind == 0], token[kind == 1], token[kind == 2] = asked, text, codes
     learned = np.flatnonzero((kind == 1) & (token != unlearned))
-    children = form.catalogue.trie.num_children(torch.from_numpy(before[exists])).numpy()
+    children = form.catalog.trie.num_children(torch.from_numpy(before[exists])).numpy()
     free = forced | (children > 1)
     chosen = np.concatenate([learned, np.flatnonzero(kind == 2)[free]])
     nowhere = np.full(len(learned), SearchTrees.FREE_TEXT)
@@ -149,20 +149,22 @@ def _batch(
         position=ragged.pad(ragged.places(start).astype(np.int32), start, fill=0),
         subtree_end=ragged.pad(np.repeat(length, length).astype(np.int32), start, fill=0),
         row=row.astype(np.int64),
-        slot=slot.astype(np.int32),
+        query_slot=slot.astype(np.int32),
         state=state,
-        edge=edge,
+        chosen=edge,
         behaviour_logprob=np.zeros(count, np.float32),
-        gain=np.full(count, 1.0 / max(1, count), np.float32),
-        loss=np.zeros(count, np.float32),
+        advantage_pos=np.full(count, 1.0 / max(1, count), np.float32),
+        advantage_neg=np.zeros(count, np.float32),
         kl_weight=np.zeros(count, np.float32),
         forward_tokens=int(length.sum()),
         flat_tokens=int(length.sum()),
         policy=policy,
-        catalogue=form.catalogue.digest,
+        catalog=form.catalog.digest,
     )
 
 
-def nll(logprob: Float32[Tensor, " E"], gain: Float32[Tensor, " E"]) -> Float32[Tensor, ""]:
+def weighted_nll(
+    logprob: Float32[Tensor, " E"], gain: Float32[Tensor, " E"]
+) -> Float32[Tensor, ""]:
     """Mean negative log-probability of the choices."""
     return -(logprob * gain).sum()

@@ -1,7 +1,7 @@
 """Items, their code sequences, and the trie that says which sequences exist.
 
 A sequence is a semantic ID (one code per level), or any token sequence such as a title. Items that
-share a sequence share a leaf; a leaf lists its items in catalogue order.
+share a sequence share a leaf; a leaf lists its items in catalog order.
 
 Shapes:  I items   D longest sequence   K leaves   K1 = K + 1
 """
@@ -21,7 +21,7 @@ from orchard import ragged
 from orchard.catalog import codes as tables
 from orchard.catalog import embeddings, trie
 from orchard.catalog.trie import Trie
-from orchard.errors import CatalogueError, DataError
+from orchard.errors import CatalogError, DataError
 from orchard.parquet import read_table
 
 _DIGEST_ROWS = 1 << 20
@@ -29,7 +29,7 @@ _DIGEST_ROWS = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Catalogue:
+class Catalog:
     """The items that may be recommended. Immutable; `digest` names its content."""
 
     item_id: Int[np.ndarray, " I"]
@@ -85,18 +85,18 @@ class Catalogue:
     def find(
         self, item_id: Int[np.ndarray, " R"]
     ) -> tuple[Int[np.ndarray, " R"], Bool[np.ndarray, " R"]]:
-        """Row of each identifier, and if it is in the catalogue; if not, the row is any."""
+        """Row of each identifier, and if it is in the catalog; if not, the row is any."""
         place = np.searchsorted(self.item_id, item_id, sorter=self._by_id)
         row = self._by_id[place.clip(max=len(self) - 1)]
         return row, self.item_id[row] == item_id
 
     def rows(self, item_id: Int[np.ndarray, " R"]) -> Int[np.ndarray, " R"]:
-        """Rows of the given identifiers; raises DataError on one that is not in the catalogue."""
+        """Rows of the given identifiers; raises DataError on one that is not in the catalog."""
         row, known = self.find(item_id)
         unknown = np.flatnonzero(~known)
         if len(unknown):
             raise DataError(
-                f"item {item_id[unknown[0]]} is not in the catalogue of {len(self)} items "
+                f"item {item_id[unknown[0]]} is not in the catalog of {len(self)} items "
                 f"({len(unknown)} such references); add it to the items file or drop the rows"
             )
         return row
@@ -110,8 +110,8 @@ def from_codes(
     level_size: Sequence[int] | None = None,
     varying_depth: bool = False,
     code_token: Sequence[int] = (),
-) -> Catalogue:
-    """A catalogue of items given their code sequences.
+) -> Catalog:
+    """A catalog of items given their code sequences.
 
     Args:
         codes: one sequence of non-negative codes per item; as an array, of any width and with
@@ -126,12 +126,12 @@ def from_codes(
             semantic IDs.
 
     Raises:
-        CatalogueError: no items, an item without codes, wrong depth, a code out of range.
+        CatalogError: no items, an item without codes, wrong depth, a code out of range.
     """
     table, length = tables.pad(codes)
     last = len(code_token) - 1
     if code_token:
-        table, length = tables.close(table, length, last)
+        table, length = tables.append_end(table, length, last)
     table = tables.check(table, length, level_size, varying_depth)
     sizes = list(level_size) if level_size else [int(c) + 1 for c in table.max(0)]
     end_code = [-1] * len(sizes)
@@ -139,20 +139,20 @@ def from_codes(
         sizes = [len(code_token)] * len(sizes)
         end_code = [last if ends else -1 for ends in (table == last).any(0)]
     elif varying_depth:
-        table = tables.mark_ends(table, sizes, end_code)
+        table = tables.disambiguate_prefixes(table, sizes, end_code)
     if item_id is None:
         item_id = np.arange(len(table))
     # By sorting: NumPy's `unique` hashes integers, in half a gigabyte for ten million.
     ranked = np.sort(item_id)
     repeats = int((ranked[1:] == ranked[:-1]).sum())
     if repeats:
-        raise CatalogueError(
+        raise CatalogError(
             f"{len(table)} items carry {len(table) - repeats} distinct identifiers; "
             "each item needs one of its own"
         )
     digest = _digest(table, (table.shape, sizes, *code_token), item_id)
-    built, leaf_of_item = trie.build(table, catalogue=digest)
-    return Catalogue(
+    built, leaf_of_item = trie.build(table, catalog=digest)
+    return Catalog(
         item_id=np.asarray(item_id, dtype=np.int64),
         codes=table,
         title=tuple(title) if title is not None else ("",) * len(table),
@@ -173,12 +173,12 @@ def read(
     level_size: Sequence[int] | None = None,
     varying_depth: bool = False,
     code_token: Sequence[int] = (),
-) -> Catalogue:
-    """The catalogue of an items file: Parquet columns `item_id`, `sid`, and `title` if known.
+) -> Catalog:
+    """The catalog of an items file: Parquet columns `item_id`, `sid`, and `title` if known.
 
     Raises:
         DataError: the file or a column is missing, or unreadable.
-        CatalogueError: as `from_codes`.
+        CatalogError: as `from_codes`.
     """
     table = read_table(
         path, role="items", columns=("item_id", "sid"), remedy="data.path and data.items"
@@ -189,8 +189,8 @@ def read(
         else None
     )
     ids = table["item_id"].to_numpy().astype(np.int64)
-    codes = tables.of_lists(table["sid"], ids)
-    # Of ten million items Arrow holds as much as the whole catalogue will, and would keep it.
+    codes = tables.from_lists(table["sid"], ids)
+    # Of ten million items Arrow holds as much as the whole catalog will, and would keep it.
     del table
     pa.default_memory_pool().release_unused()
     return from_codes(
@@ -203,54 +203,54 @@ def read(
     )
 
 
-def write(catalogue: Catalogue, folder: Path) -> None:
+def write(catalog: Catalog, folder: Path) -> None:
     """Save beside a policy, so that the policy can be served on its own (see `load`)."""
     folder.mkdir(parents=True, exist_ok=True)
-    codes = catalogue.plain_codes
+    codes = catalog.plain_codes
     start = pa.array(ragged.starts((codes >= 0).sum(1)).astype(np.int32))
     sids = pa.ListArray.from_arrays(start, pa.array(codes[codes >= 0].astype(np.int32)))
     table = pa.table(
         {
-            "item_id": pa.array(catalogue.item_id),
-            "title": pa.array(list(catalogue.title), pa.string()),
+            "item_id": pa.array(catalog.item_id),
+            "title": pa.array(list(catalog.title), pa.string()),
             "sid": sids,
         },
         metadata={
-            "level_size": ",".join(str(size) for size in catalogue.plain_level_size),
-            "varying_depth": str(int(catalogue.varying_depth)),
-            "code_token": ",".join(str(token) for token in catalogue.code_token),
-            "digest": catalogue.digest,
+            "level_size": ",".join(str(size) for size in catalog.plain_level_size),
+            "varying_depth": str(int(catalog.varying_depth)),
+            "code_token": ",".join(str(token) for token in catalog.code_token),
+            "digest": catalog.digest,
         },
     )
     pq.write_table(table, folder / "items.parquet", compression="zstd")
 
 
-def load(folder: Path) -> Catalogue:
-    """The catalogue that `write` saved; raises DataError where its content was changed."""
+def load(folder: Path) -> Catalog:
+    """The catalog that `write` saved; raises DataError where its content was changed."""
     path = folder / "items.parquet"
     if not path.is_file():
-        raise DataError(f"{folder} holds no items.parquet; it is not a saved catalogue")
+        raise DataError(f"{folder} holds no items.parquet; it is not a saved catalog")
     facts = {k.decode(): v.decode() for k, v in (pq.read_schema(path).metadata or {}).items()}
     tokens = [int(token) for token in facts.get("code_token", "").split(",") if token]
     sizes = [int(size) for size in facts["level_size"].split(",")]
-    catalogue = read(
+    catalog = read(
         path,
         level_size=None if tokens else sizes,
         varying_depth=facts["varying_depth"] == "1",
         code_token=tokens,
     )
-    if catalogue.digest != facts["digest"]:
+    if catalog.digest != facts["digest"]:
         raise DataError(f"{path} was changed after it was sealed; export the policy again")
-    return catalogue
+    return catalog
 
 
-def read_embeddings(path: Path, catalogue: Catalogue) -> Float32[np.ndarray, "I E"]:
+def read_embeddings(path: Path, catalog: Catalog) -> Float32[np.ndarray, "I E"]:
     """The embedding of each item; others are passed over.
 
     Raises as `orchard.catalog.embeddings.read`.
     """
     remedy = "data.path and data.embeddings"
-    return embeddings.read(path, catalogue.item_id, remedy=remedy)
+    return embeddings.read(path, catalog.item_id, remedy=remedy)
 
 
 def _digest(

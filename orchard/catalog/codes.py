@@ -12,25 +12,25 @@ from jaxtyping import Int
 
 from orchard import ragged
 from orchard.catalog import trie
-from orchard.errors import CatalogueError
+from orchard.errors import CatalogError
 
 
-def of_lists(column: Any, item_id: Int[np.ndarray, " I"]) -> Int[np.ndarray, "I D"]:
+def from_lists(column: Any, item_id: Int[np.ndarray, " I"]) -> Int[np.ndarray, "I D"]:
     """The table of a Parquet column of lists; zero-copy where it is of one piece and one length.
 
     Raises:
-        CatalogueError: no lists of integers, or an item without codes or with a negative one.
+        CatalogError: no lists of integers, or an item without codes or with a negative one.
     """
     kind = column.type
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_integer(
         kind.value_type
     ):
-        raise CatalogueError(f"column `sid` holds {kind}; it must hold lists of integers")
+        raise CatalogError(f"column `sid` holds {kind}; it must hold lists of integers")
     lists = column.combine_chunks()
     length = lists.value_lengths().fill_null(0).to_numpy().astype(np.int64)
     missing = np.flatnonzero(length == 0)
     if len(missing):
-        raise CatalogueError(
+        raise CatalogError(
             f"item {item_id[missing[0]]} has no semantic ID ({len(missing)} of {len(length)} "
             "items); give every item a non-empty `sid` or leave it out of the items file"
         )
@@ -38,7 +38,7 @@ def of_lists(column: Any, item_id: Int[np.ndarray, " I"]) -> Int[np.ndarray, "I 
     bad = np.flatnonzero(~(flat >= 0))  # null is not a number here
     if len(bad):
         item = item_id[np.searchsorted(start, bad[0], side="right") - 1]
-        raise CatalogueError(
+        raise CatalogError(
             f"item {item} has code {flat[bad[0]]:g} in its semantic ID ({len(bad)} such codes); "
             "codes start at 0: give every item one per level"
         )
@@ -57,7 +57,7 @@ def pad(
 ) -> tuple[Int[np.ndarray, "I D"], Int[np.ndarray, " I"]]:
     """The sequences as a table, -1 past their ends, and the length of each."""
     if len(codes) == 0:
-        raise CatalogueError("the catalogue has no items; at least one is needed")
+        raise CatalogError("the catalog has no items; at least one is needed")
     if isinstance(codes, np.ndarray):
         length = np.full(len(codes), codes.shape[1])
         for level in reversed(range(codes.shape[1])):
@@ -71,7 +71,7 @@ def pad(
     return ragged.pad(flat, ragged.starts(length), fill=-1), length
 
 
-def close(
+def append_end(
     table: Int[np.ndarray, "I D"], length: Int[np.ndarray, " I"], code: int
 ) -> tuple[Int[np.ndarray, "I D+1"], Int[np.ndarray, " I"]]:
     """The sequences with one more code at the end of each."""
@@ -91,7 +91,7 @@ def check(
     wrong = (length > depth) | (length == 0) if varying_depth else length != depth
     if wrong.any():
         row = int(np.argmax(wrong))
-        raise CatalogueError(
+        raise CatalogError(
             f"row {row} of the items has a semantic ID of depth {length[row]} where {depth} was "
             f"expected ({int(wrong.sum())} such items); repair it, or set data.varying_depth = true"
         )
@@ -103,7 +103,7 @@ def check(
     bad = inside & ((table < 0) | (table >= limit))
     if bad.any():
         row, level = (int(i) for i in np.argwhere(bad)[0])
-        raise CatalogueError(
+        raise CatalogError(
             f"row {row} of the items has code {table[row, level]} at level {level + 1}; "
             f"codes there run from 0 to {limit[level] - 1} ({int(bad.any(1).sum())} such items); "
             "mend the items file, or make semantic IDs anew (orchard data sids --overwrite)"
@@ -112,7 +112,7 @@ def check(
     return table.astype(trie.code_type(limit))
 
 
-def mark_ends(
+def disambiguate_prefixes(
     table: Int[np.ndarray, "I D"], sizes: list[int], end_code: list[int]
 ) -> Int[np.ndarray, "I D"]:
     """Append the end marker to each sequence that is a proper prefix of another."""

@@ -29,7 +29,7 @@ def read(path: Path, item_id: Int[np.ndarray, " I"], *, remedy: str) -> Float32[
             two, lengths differ, or values are not finite.
     """
     if path.suffix == ".npy":
-        return checked(_array(path, remedy), len(item_id), where=str(path))
+        return check_embeddings(_array(path, remedy), len(item_id), where=str(path))
     table = read_table(path, role="embeddings", columns=("item_id", "embedding"), remedy=remedy)
     ids, kind = table["item_id"].to_numpy(), table["embedding"].type
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not (
@@ -44,10 +44,10 @@ def read(path: Path, item_id: Int[np.ndarray, " I"], *, remedy: str) -> Float32[
             f"{max(length, default=0)}; all items must have one of the same length"
         )
     flat = column.flatten().to_numpy(zero_copy_only=False).reshape(len(ids), -1)
-    return checked(flat[_places(ids, item_id, path)], len(item_id), where=str(path))
+    return check_embeddings(flat[_places(ids, item_id, path)], len(item_id), where=str(path))
 
 
-def checked(made: np.ndarray, num_items: int, *, where: str) -> Float32[np.ndarray, "I E"]:
+def check_embeddings(made: np.ndarray, num_items: int, *, where: str) -> Float32[np.ndarray, "I E"]:
     """The embeddings in float32.
 
     Raises:

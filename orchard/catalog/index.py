@@ -1,11 +1,11 @@
-"""A catalogue's trie and the items of its leaves in one file that is mapped, not read.
+"""A catalog's trie and the items of its leaves in one file that is mapped, not read.
 
 Processes of one machine share its pages, and a tensor of it is a view of the file. Little-endian:
 
     magic 8 bytes | version u32 | length of the header u32 | size of the file u64 | header, JSON
     sections, each at a multiple of 64 bytes | SHA-256 of everything before, 32 bytes
 
-The header gives the catalogue's digest and, by name, type, offset and length of each section.
+The header gives the catalog's digest and, by name, type, offset and length of each section.
 
 Shapes:  I items   X items that are not the first of their leaf   F queried leaves   F1 = F + 1
          M items of the queried leaves
@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Int
 
 from orchard import ragged
-from orchard.catalog.catalog import Catalogue
+from orchard.catalog.catalog import Catalog
 from orchard.catalog.trie import Trie, offset_type
 from orchard.errors import DataError
 
@@ -33,25 +33,25 @@ _MAGIC, _VERSION = b"ORCHTRIE", 1
 _FIXED = struct.Struct("<8sIIQ")
 _ALIGN, _DIGEST_BYTES = 64, 32
 _TRIE = ("code", "child_start", "level_start", "early_leaf")
-_ITEMS = ("item_of_leaf", "crowded")
+_ITEMS = ("item_of_leaf", "extra_item_leaves")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Index:
-    """What a search and the answer to it need of a catalogue. Immutable."""
+class TrieIndex:
+    """What a search and the answer to it need of a catalog. Immutable."""
 
     trie: Trie
     item_of_leaf: Int[np.ndarray, " I"]
-    """Catalogue rows grouped by leaf, in catalogue order within one."""
-    crowded: Int[np.ndarray, " X"]
+    """Catalog rows grouped by leaf, in catalog order within one."""
+    extra_item_leaves: Int[np.ndarray, " X"]
     """For each item but the first of its leaf that leaf, ascending: as few items share a semantic
     ID, this says in a few bytes what an array of starts says in four or eight per leaf."""
 
     def items(
         self, leaf: Int[np.ndarray, " F"]
     ) -> tuple[Int[np.ndarray, " M"], Int[np.ndarray, " F1"]]:
-        """Catalogue rows of the items of each leaf, ragged."""
-        first, end = (at + np.searchsorted(self.crowded, at) for at in (leaf, leaf + 1))
+        """Catalog rows of the items of each leaf, ragged."""
+        first, end = (at + np.searchsorted(self.extra_item_leaves, at) for at in (leaf, leaf + 1))
         return self.item_of_leaf[ragged.ranges(first, end - first)], ragged.starts(end - first)
 
     @cached_property
@@ -60,21 +60,21 @@ class Index:
         return sum(part.nbytes for part in _sections(self).values())
 
 
-def of_catalogue(catalogue: Catalogue) -> Index:
-    """The index of a catalogue in memory."""
-    count = np.diff(catalogue.leaf_start)
-    narrow = offset_type(len(catalogue))
-    return Index(
-        trie=catalogue.trie,
-        item_of_leaf=catalogue.item_of_leaf.astype(narrow),
-        crowded=np.repeat(np.arange(len(count)), count - 1).astype(narrow),
+def from_catalog(catalog: Catalog) -> TrieIndex:
+    """The index of a catalog in memory."""
+    count = np.diff(catalog.leaf_start)
+    narrow = offset_type(len(catalog))
+    return TrieIndex(
+        trie=catalog.trie,
+        item_of_leaf=catalog.item_of_leaf.astype(narrow),
+        extra_item_leaves=np.repeat(np.arange(len(count)), count - 1).astype(narrow),
     )
 
 
-def save(index: Index, path: Path) -> None:
+def save(index: TrieIndex, path: Path) -> None:
     """Write the file; a reader finds the old one or the new one, never a part."""
     sections = _sections(index)
-    facts: dict[str, Any] = {"catalogue": index.trie.catalogue, "sections": {}}
+    facts: dict[str, Any] = {"catalogue": index.trie.catalog, "sections": {}}
     offset = 0
     for name, part in sections.items():  # offsets are counted from the end of the header
         facts["sections"][name] = [part.dtype.str, offset, len(part)]
@@ -96,7 +96,7 @@ def save(index: Index, path: Path) -> None:
     partial.replace(path)
 
 
-def load(path: Path) -> Index:
+def load(path: Path) -> TrieIndex:
     """Map the file that `save` wrote, once its content is verified.
 
     Raises:
@@ -135,16 +135,16 @@ def load(path: Path) -> Index:
         name: np.frombuffer(content, dtype=kind, count=count, offset=body + offset)
         for name, (kind, offset, count) in facts["sections"].items()
     }
-    return Index(
+    return TrieIndex(
         trie=Trie(
             **{name: torch.from_numpy(part[name]) for name in _TRIE},
-            catalogue=facts["catalogue"],
+            catalog=facts["catalogue"],
         ),
         **{name: part[name] for name in _ITEMS},
     )
 
 
-def _sections(index: Index) -> dict[str, Int[np.ndarray, " _"]]:
+def _sections(index: TrieIndex) -> dict[str, Int[np.ndarray, " _"]]:
     trie = {name: np.ascontiguousarray(getattr(index.trie, name).cpu().numpy()) for name in _TRIE}
     return trie | {name: np.ascontiguousarray(getattr(index, name)) for name in _ITEMS}
 

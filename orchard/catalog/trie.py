@@ -47,8 +47,8 @@ class Trie:
     """First node of each depth 0..D, then N."""
     early_leaf: Int[Tensor, " E"]
     """Nodes without children above the last level, ascending."""
-    catalogue: str
-    """Digest of the catalogue whose sequences these are."""
+    catalog: str
+    """Digest of the catalog whose sequences these are."""
 
     @cached_property
     def num_nodes(self) -> int:
@@ -169,7 +169,7 @@ class Trie:
         return node, legal
 
 
-def build(codes: Int[np.ndarray, "I D"], *, catalogue: str) -> tuple[Trie, Int[np.ndarray, " I"]]:
+def build(codes: Int[np.ndarray, "I D"], *, catalog: str) -> tuple[Trie, Int[np.ndarray, " I"]]:
     """The trie of the rows, in any order and repeated at will, and the leaf of each row.
 
     Rows are padded with -1 on the right, and none is a proper prefix of another. There is no loop
@@ -202,7 +202,7 @@ def build(codes: Int[np.ndarray, "I D"], *, catalogue: str) -> tuple[Trie, Int[n
         child_start=torch.from_numpy(np.concatenate([s.astype(narrow) for s in child_start])),
         level_start=torch.tensor(level_start),
         early_leaf=torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *early])),
-        catalogue=catalogue,
+        catalog=catalog,
     )
     return trie, _leaf_of_row(order, column, changed)
 

@@ -1,4 +1,4 @@
-"""Which leaves of a catalogue may be recommended: what is in stock, allowed here, fresh this week.
+"""Which leaves of a catalog may be recommended: what is in stock, allowed here, fresh this week.
 
 A node is live if a live leaf is at or below it. That is exact, so a search that enters live nodes
 only meets no dead end, and finds as many leaves as are live.
@@ -16,16 +16,16 @@ import torch
 from jaxtyping import Bool, Int, Int64
 from torch import Tensor
 
-from orchard.catalog.catalog import Catalogue
+from orchard.catalog.catalog import Catalog
 from orchard.catalog.trie import ROOT, Trie
 
 
 @dataclass(frozen=True, kw_only=True)
-class View:
-    """The live leaves of one catalogue, and all that follows from them. Immutable."""
+class CatalogView:
+    """The live leaves of one catalog, and all that follows from them. Immutable."""
 
-    catalogue: str
-    """Digest of the catalogue; a view of another one says nothing about this."""
+    catalog: str
+    """Digest of the catalog; a view of another one says nothing about this."""
     live: Bool[Tensor, " N"]
     """If a live leaf is at or below the node."""
     count: tuple[Int[Tensor, " _"], ...]
@@ -44,12 +44,12 @@ class View:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the catalogue's digest and of what is live, from which the rest follows."""
-        seal = hashlib.sha256(self.catalogue.encode())
+        """SHA-256 of the catalog's digest and of what is live, from which the rest follows."""
+        seal = hashlib.sha256(self.catalog.encode())
         seal.update(self.live.cpu().numpy().data)
         return seal.hexdigest()
 
-    def to(self, device: torch.device | str) -> "View":
+    def to(self, device: torch.device | str) -> "CatalogView":
         """The same view on another device."""
         count = tuple(part.to(device) for part in self.count)
         return replace(self, live=self.live.to(device), count=count)
@@ -65,7 +65,7 @@ class View:
         return number
 
 
-def of_leaves(trie: Trie, live: Bool[Tensor, " K"]) -> View:
+def view_of_leaves(trie: Trie, live: Bool[Tensor, " K"]) -> CatalogView:
     """The view in which these leaves are live: per level one cumulative sum over its children."""
     node_live = torch.zeros(trie.num_nodes, dtype=torch.bool, device=live.device)
     early = len(trie.early_leaf)
@@ -83,19 +83,21 @@ def of_leaves(trie: Trie, live: Bool[Tensor, " K"]) -> View:
         below = number
         if len(number):  # deeper levels than any sequence has are empty
             count.append(number.to(_narrow(int(number.max()))))
-    return View(catalogue=trie.catalogue, live=node_live, count=tuple(reversed(count)))
+    return CatalogView(catalog=trie.catalog, live=node_live, count=tuple(reversed(count)))
 
 
-def of_items(catalogue: Catalogue, live: Bool[np.ndarray, " I"]) -> View:
+def view_of_items(catalog: Catalog, live: Bool[np.ndarray, " I"]) -> CatalogView:
     """The view in which a leaf is live if any of its items is."""
-    leaf = np.zeros(catalogue.trie.num_leaves, dtype=np.bool_)
-    leaf[catalogue.leaf_of_item[live]] = True
-    return of_leaves(catalogue.trie, torch.from_numpy(leaf))
+    leaf = np.zeros(catalog.trie.num_leaves, dtype=np.bool_)
+    leaf[catalog.leaf_of_item[live]] = True
+    return view_of_leaves(catalog.trie, torch.from_numpy(leaf))
 
 
-def everything(trie: Trie) -> View:
+def full_view(trie: Trie) -> CatalogView:
     """The view that forbids nothing; searches that exclude a few leaves start from it."""
-    return of_leaves(trie, torch.ones(trie.num_leaves, dtype=torch.bool, device=trie.code.device))
+    return view_of_leaves(
+        trie, torch.ones(trie.num_leaves, dtype=torch.bool, device=trie.code.device)
+    )
 
 
 def _narrow(largest: int) -> torch.dtype:

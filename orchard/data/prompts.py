@@ -19,17 +19,17 @@ import torch
 from jaxtyping import Int, Int32, Int64
 
 from orchard import ragged
-from orchard.catalog.catalog import Catalogue
+from orchard.catalog.catalog import Catalog
 from orchard.errors import DataError
 from orchard.parquet import read_table
 from orchard.policy.item_tokenizer import Vocabulary
-from orchard.policy.prompt_template import fill
+from orchard.policy.prompt_template import fill_template
 from orchard.types import Prompts
 
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """Rows of one split; items are catalogue rows."""
+    """Rows of one split; items are catalog rows."""
 
     user: Int64[np.ndarray, " R"]
     history: Int64[np.ndarray, " H"]
@@ -40,14 +40,14 @@ class Split:
         return len(self.target)
 
 
-def read_split(paths: Sequence[Path], catalogue: Catalogue, *, max_history: int) -> Split:
+def read_split(paths: Sequence[Path], catalog: Catalog, *, max_history: int) -> Split:
     """The rows of one or more Parquet files: columns `history`, `target`, and `user_id` if known.
 
     Histories keep their last `max_history` items. Rows without a `user_id` are users of their own.
 
     Raises:
         DataError: a missing or unreadable file, a missing column, no rows, an empty history, or an
-            item that the catalogue does not know.
+            item that the catalog does not know.
     """
     tables = [
         read_table(
@@ -80,9 +80,9 @@ def read_split(paths: Sequence[Path], catalogue: Catalogue, *, max_history: int)
         users.append(one.astype(np.int64))
     return Split(
         user=np.concatenate(users),
-        history=catalogue.rows(recent),
+        history=catalog.rows(recent),
         history_start=recent_start,
-        target=catalogue.rows(target),
+        target=catalog.rows(target),
     )
 
 
@@ -97,13 +97,13 @@ def _combined(column: Any) -> Any:
 class PromptFormat:
     """How a history becomes tokens."""
 
-    catalogue: Catalogue
+    catalog: Catalog
     vocabulary: Vocabulary
 
     @cached_property
     def item_tokens(self) -> tuple[Int32[np.ndarray, " T"], Int64[np.ndarray, " I1"]]:
         """Tokens of every item, ragged."""
-        codes = self.catalogue.codes
+        codes = self.catalog.codes
         table = np.full(codes.shape, -1, dtype=np.int32)
         for level in range(codes.shape[1]):
             here = codes[:, level] >= 0
@@ -116,7 +116,7 @@ class PromptFormat:
         self, item: Int64[np.ndarray, " H"], start: Int64[np.ndarray, " R1"]
     ) -> tuple[Int32[np.ndarray, " T"], Int64[np.ndarray, " R1"]]:
         """The codes of each row's items within the frame, the most recent that fit."""
-        return fill(self.vocabulary.frame, self.item_tokens, item, start)
+        return fill_template(self.vocabulary.frame, self.item_tokens, item, start)
 
     def prompts(self, split: Split, rows: Int64[np.ndarray, " B"]) -> Prompts:
         """The given rows as the policy reads them."""
@@ -150,7 +150,7 @@ def rows_of_step(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sequences:
+class TrainingWindows:
     """User histories cut into windows; every item of the split is fresh in at least one."""
 
     item: Int64[np.ndarray, " H"]
@@ -162,7 +162,7 @@ class Sequences:
         return len(self.fresh)
 
 
-def sequences(split: Split, *, max_history: int) -> Sequences:
+def make_windows(split: Split, *, max_history: int) -> TrainingWindows:
     """The fewest windows of `max_history + 1` items that train every target of the split once.
 
     Rows of one user that continue one another form a chain. Of a chain, the last row is kept, and
@@ -205,15 +205,15 @@ def sequences(split: Split, *, max_history: int) -> Sequences:
     body[last] = False
     item[body] = ragged.take(history, history_start, window)[0]
     item[last] = target[window]
-    return Sequences(item=item, start=start, fresh=fresh)
+    return TrainingWindows(item=item, start=start, fresh=fresh)
 
 
 def code_states(
-    catalogue: Catalogue, item: Int[np.ndarray, " H"]
+    catalog: Catalog, item: Int[np.ndarray, " H"]
 ) -> tuple[Int64[np.ndarray, "H D"], Int64[np.ndarray, "H D"]]:
     """Trie node before and after each code of each item, -1 past its end."""
-    leaf = torch.from_numpy(catalogue.leaf_of_item[item])
-    after = catalogue.trie.path(catalogue.trie.node_of(leaf))
+    leaf = torch.from_numpy(catalog.leaf_of_item[item])
+    after = catalog.trie.path(catalog.trie.node_of(leaf))
     before = torch.cat([torch.zeros_like(after[:, :1]), after[:, :-1]], dim=1)
     before = torch.where(after >= 0, before, -1)
     return before.numpy(), after.numpy()

@@ -24,18 +24,18 @@ from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from orchard import ragged
-from orchard.catalog.catalog import Catalogue
+from orchard.catalog.catalog import Catalog
 from orchard.data.prompts import Split
 from orchard.errors import DataError
 from orchard.parquet import read_table
-from orchard.policy.item_tokenizer import BOS, EOS, PAD, THINK, THOUGHT, sid_token, think_tags
+from orchard.policy.item_tokenizer import BOS, EOS, PAD, THINK, THOUGHT, sid_token, think_tokens
 
-Blocks = Sequence[str]
+RationaleBlocks = Sequence[str]
 """A rationale, cut."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Traces:
+class TokenizedRationales:
     """The rationales of a split as tokens, a block for each code of each row, tags included."""
 
     num_blocks: int
@@ -51,7 +51,7 @@ class Traces:
         return ragged.take(self.token, self.token_start[:: self.num_blocks], rows)
 
 
-def read(paths: Sequence[Path], column: str, num_blocks: int) -> list[Blocks]:
+def read(paths: Sequence[Path], column: str, num_blocks: int) -> list[RationaleBlocks]:
     """The rationales of one or more Parquet files, in the order of their rows.
 
     A cell is a list of blocks, or one text with the blocks between `<think>` and `</think>`.
@@ -59,11 +59,11 @@ def read(paths: Sequence[Path], column: str, num_blocks: int) -> list[Blocks]:
     Raises:
         DataError: the column is missing, or a rationale has another number of blocks.
     """
-    found: list[Blocks] = []
+    found: list[RationaleBlocks] = []
     for path in paths:
         table = read_table(path, role="split", columns=(column,), remedy="data.rationales")
         for row, cell in enumerate(table[column].to_pylist()):
-            blocks = cut(cell) if isinstance(cell, str) else [str(b) for b in cell or []]
+            blocks = split_blocks(cell) if isinstance(cell, str) else [str(b) for b in cell or []]
             if len(blocks) != num_blocks:
                 raise DataError(
                     f"the rationale of row {row} of {path.name} has {len(blocks)} blocks, an item "
@@ -73,19 +73,21 @@ def read(paths: Sequence[Path], column: str, num_blocks: int) -> list[Blocks]:
     return found
 
 
-def cut(text: str) -> list[str]:
+def split_blocks(text: str) -> list[str]:
     """The texts between the tags; a block that is not closed is none."""
     return [part.split(THOUGHT)[0].strip() for part in text.split(THINK)[1:] if THOUGHT in part]
 
 
-def encode(rationales: Sequence[Blocks], tokenizer: PreTrainedTokenizerBase, *, cap: int) -> Traces:
+def tokenize_rationales(
+    rationales: Sequence[RationaleBlocks], tokenizer: PreTrainedTokenizerBase, *, cap: int
+) -> TokenizedRationales:
     """Rationales as tokens.
 
     Raises:
         DataError: the tokenizer has no tags of one token each, a block contains a tag or the end of
             text, or it has, with its closing tag, more than `cap` tokens.
     """
-    tags = think_tags(tokenizer)
+    tags = think_tokens(tokenizer)
     known: dict[str, list[int]] = {}
     for text in dict.fromkeys(block for blocks in rationales for block in blocks):
         ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
@@ -98,19 +100,17 @@ def encode(rationales: Sequence[Blocks], tokenizer: PreTrainedTokenizerBase, *, 
             )
         known[text] = [tags.open, *ids, tags.close]
     parts = [known[block] for blocks in rationales for block in blocks]
-    return Traces(
+    return TokenizedRationales(
         num_blocks=len(rationales[0]),
         token=np.concatenate([np.array(part, np.int32) for part in parts]),
         token_start=ragged.starts(np.array([len(part) for part in parts])),
     )
 
 
-def text_tokenizer(
-    catalogue: Catalogue, texts: Sequence[str], *, size: int
-) -> PreTrainedTokenizerFast:
+def text_tokenizer(catalog: Catalog, texts: Sequence[str], *, size: int) -> PreTrainedTokenizerFast:
     """A BPE tokenizer of up to `size` tokens for the texts, with a token for each tag and code."""
     codes = [
-        sid_token(level, code) for level, n in enumerate(catalogue.level_size) for code in range(n)
+        sid_token(level, code) for level, n in enumerate(catalog.level_size) for code in range(n)
     ]
     special = [PAD, BOS, EOS, THINK, THOUGHT, *codes]
     inner = Tokenizer(BPE())
@@ -129,19 +129,19 @@ def text_tokenizer(
     )
 
 
-def code_words(catalogue: Catalogue) -> list[list[str]]:
+def code_words(catalog: Catalog) -> list[list[str]]:
     """For each code of each level a word that its items' titles share and others lack.
 
     The word with the largest count times log-lift, the first in the alphabet among equals; the
     code's own token where no title is known.
     """
-    titles = [sorted(set(title.split())) for title in catalogue.title]
+    titles = [sorted(set(title.split())) for title in catalog.title]
     overall = Counter(word for words in titles for word in words)
     result: list[list[str]] = []
-    for level, size in enumerate(catalogue.level_size):
+    for level, size in enumerate(catalog.level_size):
         within: list[Counter[str]] = [Counter() for _ in range(size)]
-        count = np.bincount(catalogue.codes[:, level].clip(min=0), minlength=size)
-        for code, words in zip(catalogue.codes[:, level].tolist(), titles, strict=True):
+        count = np.bincount(catalog.codes[:, level].clip(min=0), minlength=size)
+        for code, words in zip(catalog.codes[:, level].tolist(), titles, strict=True):
             if code >= 0:
                 within[code].update(words)
         result.append([])
@@ -154,12 +154,12 @@ def code_words(catalogue: Catalogue) -> list[list[str]]:
 
 
 def from_titles(
-    catalogue: Catalogue, split: Split, *, template: str, recent: int = 3
-) -> list[Blocks]:
+    catalog: Catalog, split: Split, *, template: str, recent: int = 3
+) -> list[RationaleBlocks]:
     """A rationale for each row, from what codes stand for in titles (`code_words`).
 
     Args:
-        catalogue: items of one length, with titles.
+        catalog: items of one length, with titles.
         split: histories and targets. A rationale names the target: it is for training alone.
         template: of a block; `{seen}` becomes the words of the recent items, oldest first, and
             `{next}` that of the target.
@@ -175,8 +175,8 @@ def from_titles(
             f"data.rationale_template = {template!r} has another place than {{seen}} and {{next}} "
             f"({type(error).__name__}: {error}); use those two"
         ) from error
-    words, codes = code_words(catalogue), catalogue.codes
-    result: list[Blocks] = []
+    words, codes = code_words(catalog), catalog.codes
+    result: list[RationaleBlocks] = []
     bounds = zip(split.history_start[:-1], split.history_start[1:], split.target, strict=True)
     for low, high, target in bounds:
         seen = split.history[max(low, high - recent) : high]

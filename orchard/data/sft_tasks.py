@@ -19,7 +19,7 @@ from orchard import ragged
 from orchard.data.prompts import PromptFormat, Split, rows_of_step
 from orchard.errors import DataError
 from orchard.policy import prompt_template
-from orchard.policy.prompt_template import Frame
+from orchard.policy.prompt_template import PromptTemplate
 from orchard.settings import PromptConfig
 
 TASKS = ("history", "titles", "title_to_item", "item_to_title")
@@ -27,23 +27,23 @@ Ragged = tuple[Int32[np.ndarray, " _"], Int64[np.ndarray, " _"]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Examples:
+class SftExamples:
     """What is asked, the text to be written, and the item named after it; either may be missing."""
 
     asked: Ragged
     written: Ragged
     target: Int64[np.ndarray, " B"]
-    """Catalogue rows, -1 for none."""
+    """Catalog rows, -1 for none."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tasks:
+class SftTasks:
     """The examples of a warm start, made when they are asked for."""
 
     split: Split
     share: Mapping[str, float]
     """Examples of each task per row of the split."""
-    frame: Mapping[str, Frame]
+    frame: Mapping[str, PromptTemplate]
     """Of each task but history, whose frame is the policy's own."""
     title: Ragged
     """Of every item, as tokens."""
@@ -59,7 +59,7 @@ class Tasks:
         return sum(self.counts())
 
     def epoch(self, number: int, *, seed: int) -> Int64[np.ndarray, "B 2"]:
-        """Task and row (of the split or the catalogue) of each example, in the order to learn."""
+        """Task and row (of the split or the catalog) of each example, in the order to learn."""
         drawn: list[np.ndarray] = []
         items = len(self.title[1]) - 1
         for kind, count in enumerate(self.counts()):
@@ -69,39 +69,39 @@ class Tasks:
         order = np.random.Generator(np.random.Philox(key=[seed, number])).permutation(len(self))
         return np.concatenate(drawn)[order]
 
-    def examples(self, chosen: Int64[np.ndarray, "B 2"], form: PromptFormat) -> Examples:
+    def examples(self, chosen: Int64[np.ndarray, "B 2"], form: PromptFormat) -> SftExamples:
         """The chosen examples, by task."""
         kinds: list[int] = np.unique(chosen[:, 0]).tolist()
         parts = [self._of(kind, chosen[chosen[:, 0] == kind, 1], form) for kind in kinds]
-        return Examples(
+        return SftExamples(
             asked=ragged.concatenate([part.asked for part in parts]),
             written=ragged.concatenate([part.written for part in parts]),
             target=np.concatenate([part.target for part in parts]),
         )
 
-    def _of(self, kind: int, rows: Int64[np.ndarray, " B"], form: PromptFormat) -> Examples:
+    def _of(self, kind: int, rows: Int64[np.ndarray, " B"], form: PromptFormat) -> SftExamples:
         nothing = np.zeros(0, np.int32), np.zeros(len(rows) + 1, np.int64)
         if kind < 2:
             history, start = ragged.take(self.split.history, self.split.history_start, rows)
             named = self.split.target[rows]
             if kind == 0:
-                return Examples(asked=form.tokens(history, start), written=nothing, target=named)
+                return SftExamples(asked=form.tokens(history, start), written=nothing, target=named)
         else:
             history, start, named = rows, np.arange(len(rows) + 1), rows
         words = form.item_tokens if kind == 3 else self.title
-        asked = prompt_template.fill(self.frame[TASKS[kind]], words, history, start)
+        asked = prompt_template.fill_template(self.frame[TASKS[kind]], words, history, start)
         if kind < 3:
-            return Examples(asked=asked, written=nothing, target=named)
+            return SftExamples(asked=asked, written=nothing, target=named)
         text, text_start = ragged.take(*self.title, rows)
         ended = np.insert(text, text_start[1:], self.end)
-        return Examples(
+        return SftExamples(
             asked=asked,
             written=(ended.astype(np.int32), text_start + np.arange(len(text_start))),
             target=np.full(len(rows), -1),
         )
 
 
-def prepare(
+def build_sft_tasks(
     split: Split,
     form: PromptFormat,
     tokenizer: PreTrainedTokenizerBase,
@@ -109,7 +109,7 @@ def prepare(
     share: Mapping[str, float],
     *,
     positions: int,
-) -> Tasks:
+) -> SftTasks:
     """The tasks of a warm start, checked.
 
     Args:
@@ -124,7 +124,7 @@ def prepare(
         DataError: a task needs titles and an item has none.
         ConfigError: a template or a title has more tokens than there is room for.
     """
-    titles = form.catalogue.title
+    titles = form.catalog.title
     needing = [name for name in TASKS[1:] if share[name] > 0]
     lacking = sum(not title for title in titles)
     if needing and lacking:
@@ -144,16 +144,16 @@ def prepare(
         "title_to_item": settings.title,
         "item_to_title": settings.item,
     }
-    frame: dict[str, Frame] = {}
+    frame: dict[str, PromptTemplate] = {}
     for name in needing:
         limit = answer.get(name, room)
-        frame[name] = prompt_template.encode(
+        frame[name] = prompt_template.encode_template(
             templates[name], places[name], tokenizer, settings, limit=limit
         )
         shown = form.item_tokens[1] if name == "item_to_title" else title[1]
         if name != "titles":
-            prompt_template.check_shown(
+            prompt_template.check_fits(
                 shown, frame[name], "item" if name == "item_to_title" else "title"
             )
     end = cast(int, tokenizer.eos_token_id)
-    return Tasks(split=split, share=share, frame=frame, title=title, end=end)
+    return SftTasks(split=split, share=share, frame=frame, title=title, end=end)

@@ -17,7 +17,13 @@ import pyarrow.parquet as pq
 from jaxtyping import Bool, Float64, Int, Int64
 
 from orchard import folders, ragged
-from orchard.data.synthetic_world import Events, World, WorldParams, live, make_world
+from orchard.data.synthetic_world import (
+    Events,
+    SyntheticWorld,
+    WorldParams,
+    make_world,
+    simulate_users,
+)
 from orchard.evaluation.ranking import Estimate, TargetRanks, metrics
 
 CARD = "card.json"
@@ -82,17 +88,17 @@ def write_world(out: Path, params: WorldParams, *, overwrite: bool = False) -> W
     Raises:
         DataError: `out` holds something already, and is not a world that may be overwritten.
     """
-    folders.check_vacant(out, mark=CARD, kind="synthetic world", overwrite=overwrite)
+    folders.check_output_dir(out, mark=CARD, kind="synthetic world", overwrite=overwrite)
     maker, nature = np.random.default_rng(params.seed).spawn(2)
     world = make_world(params, maker)
-    events = live(world, nature)
+    events = simulate_users(world, nature)
     rows = _rows(events, params.max_history)
     card = WorldCard(
         params=params,
         facts=_facts(world, events, rows),
         yardsticks=_yardsticks(world, events, rows),
     )
-    with folders.whole(out) as partial:
+    with folders.atomic_dir(out) as partial:
         _write(_item_columns(world), partial / "items.parquet")
         for name, low, high in SPLITS:
             _write(_row_columns(events, rows.cut(low, high)), partial / f"{name}.parquet")
@@ -125,7 +131,7 @@ def _row_columns(events: Events, rows: _Rows) -> dict[str, Any]:
     }
 
 
-def _item_columns(world: World) -> dict[str, Any]:
+def _item_columns(world: SyntheticWorld) -> dict[str, Any]:
     text = [
         "".join(f"<{chr(97 + level)}_{code}>" for level, code in enumerate(codes))
         for codes in world.code.tolist()
@@ -163,7 +169,7 @@ def _word(level: int, code: int) -> str:
     return name.capitalize()
 
 
-def _facts(world: World, events: Events, rows: _Rows) -> dict[str, float]:
+def _facts(world: SyntheticWorld, events: Events, rows: _Rows) -> dict[str, float]:
     """Measured on what is written."""
     target = {name: events.item[rows.cut(low, high).event] for name, low, high in SPLITS}
     codes, count = np.unique(world.code, axis=0, return_counts=True)
@@ -195,7 +201,9 @@ def _repeated(events: Events, rows: _Rows) -> Bool[np.ndarray, " R"]:
     return np.bincount(owner, same, minlength=len(rows.event)) > 0
 
 
-def _yardsticks(world: World, events: Events, rows: _Rows) -> dict[str, dict[str, Estimate]]:
+def _yardsticks(
+    world: SyntheticWorld, events: Events, rows: _Rows
+) -> dict[str, dict[str, Estimate]]:
     """What knowing everything, and knowing next to nothing, is worth on the test rows."""
     (_, *train_part), _, (_, *test_part) = SPLITS
     train, test = rows.cut(*train_part).event, rows.cut(*test_part).event
@@ -214,7 +222,7 @@ def _yardsticks(world: World, events: Events, rows: _Rows) -> dict[str, dict[str
         return score
 
     scores: dict[str, Callable[[Int64[np.ndarray, " R"]], Float64[np.ndarray, "R I"]]] = {
-        "oracle": lambda event: likelihood(world, events.item[event - 1], events.taste[event]),
+        "oracle": lambda event: likelihood(world, events.item[event - 1], events.interest[event]),
         "transitions": transitions,
         "popularity": lambda event: np.tile(popular, (len(event), 1)),
     }
@@ -222,7 +230,7 @@ def _yardsticks(world: World, events: Events, rows: _Rows) -> dict[str, dict[str
 
 
 def _measured(
-    world: World,
+    world: SyntheticWorld,
     target: Int64[np.ndarray, " R"],
     event: Int64[np.ndarray, " R"],
     score: Callable[[Int64[np.ndarray, " R"]], Float64[np.ndarray, "R I"]],
@@ -251,17 +259,17 @@ def _place(
 
 
 def likelihood(
-    world: World, last: Int[np.ndarray, " R"], taste: Int[np.ndarray, "R K"]
+    world: SyntheticWorld, last: Int[np.ndarray, " R"], taste: Int[np.ndarray, "R K"]
 ) -> Float64[np.ndarray, "R I"]:
     """Chance of every item to come next, for one who knows the world and the user's tastes."""
     params = world.params
     driven = (1 - params.transition_share - params.noise_share) / taste.shape[1]
     chance = np.tile(params.noise_share * world.popularity, (len(last), 1))
-    follows = (np.arange(len(last))[:, None], world.successor[last])
-    np.add.at(chance, follows, params.transition_share * world.successor_share)
+    follows = (np.arange(len(last))[:, None], world.next_items[last])
+    np.add.at(chance, follows, params.transition_share * world.next_item_probs)
     for node_of_item, held, share in (
-        (world.taste, taste, params.focus),
-        (world.department, world.department_of_taste[taste], 1 - params.focus),
+        (world.interest, taste, params.focus),
+        (world.category, world.category_of_interest[taste], 1 - params.focus),
     ):
         within = world.popularity / np.bincount(node_of_item, world.popularity)[node_of_item]
         for node in held.T:

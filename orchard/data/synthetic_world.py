@@ -94,14 +94,14 @@ class WorldParams:
 
 
 @dataclass(frozen=True, kw_only=True)
-class World:
+class SyntheticWorld:
     """The items and what follows what."""
 
     params: WorldParams
     code: Int64[np.ndarray, "I L"]
     popularity: Float64[np.ndarray, " I"]
     """Sums to one."""
-    successor: Int64[np.ndarray, "I S"]
+    next_items: Int64[np.ndarray, "I S"]
 
     @cached_property
     def order(self) -> Int64[np.ndarray, " I"]:
@@ -114,7 +114,7 @@ class World:
         return np.concatenate([[0.0], np.cumsum(self.popularity[self.order])])
 
     @cached_property
-    def successor_share(self) -> Float64[np.ndarray, " S"]:
+    def next_item_probs(self) -> Float64[np.ndarray, " S"]:
         """Chance of each successor, given that one follows."""
         share = 0.5 ** np.arange(self.params.successors)
         return share / share.sum()
@@ -125,20 +125,20 @@ class World:
         return node.reshape(-1) if depth else np.zeros(len(self.code), dtype=np.int64)
 
     @cached_property
-    def taste(self) -> Int64[np.ndarray, " I"]:
+    def interest(self) -> Int64[np.ndarray, " I"]:
         """The taste that each item meets."""
         return self.node(max(1, self.code.shape[1] - 1))
 
     @cached_property
-    def department(self) -> Int64[np.ndarray, " I"]:
+    def category(self) -> Int64[np.ndarray, " I"]:
         """The department that each item is in."""
         return self.node(max(1, self.code.shape[1] - 1) - 1)
 
     @cached_property
-    def department_of_taste(self) -> Int64[np.ndarray, " N"]:
+    def category_of_interest(self) -> Int64[np.ndarray, " N"]:
         """The department of each taste."""
-        department = np.zeros(int(self.taste.max()) + 1, dtype=np.int64)
-        department[self.taste] = self.department
+        department = np.zeros(int(self.interest.max()) + 1, dtype=np.int64)
+        department[self.interest] = self.category
         return department
 
     def draw(
@@ -162,17 +162,19 @@ class Events:
     item: Int64[np.ndarray, " E"]
     timestamp: Int64[np.ndarray, " E"]
     """Seconds since 1970."""
-    taste: Int64[np.ndarray, "E K"]
+    interest: Int64[np.ndarray, "E K"]
     """What the user liked at that moment."""
 
 
-def make_world(params: WorldParams, rng: np.random.Generator) -> World:
+def make_world(params: WorldParams, rng: np.random.Generator) -> SyntheticWorld:
     """Items with their codes, popularity and successors."""
     code = _codes(params, rng)
     num_items = len(code)
     weight = (1.0 + rng.permutation(num_items)) ** -params.popularity_skew
     nothing = np.zeros((num_items, 0), dtype=np.int64)
-    bare = World(params=params, code=code, popularity=weight / weight.sum(), successor=nothing)
+    bare = SyntheticWorld(
+        params=params, code=code, popularity=weight / weight.sum(), next_items=nothing
+    )
     # Complements go from first code to first code, the same for all items of one: a rule that
     # codes can tell, and item identities only one by one.
     top = bare.node(1)
@@ -182,15 +184,15 @@ def make_world(params: WorldParams, rng: np.random.Generator) -> World:
     itself = np.arange(num_items)
     columns: list[Int64[np.ndarray, " I"]] = []
     for rank in range(params.successors):
-        sequel = bare.draw(bare.taste, bare.taste, rng)
-        other = bare.draw(bare.department, bare.department, rng)
+        sequel = bare.draw(bare.interest, bare.interest, rng)
+        other = bare.draw(bare.category, bare.category, rng)
         # Most small tastes would have an item follow itself; real shops see that in a few percent.
         sequel = np.where(sequel == itself, other, sequel)
         columns.append(sequel if rank % 2 == 0 else bare.draw(top, complement[top], rng))
-    return replace(bare, successor=np.stack(columns, axis=1))
+    return replace(bare, next_items=np.stack(columns, axis=1))
 
 
-def live(world: World, rng: np.random.Generator) -> Events:
+def simulate_users(world: SyntheticWorld, rng: np.random.Generator) -> Events:
     """The lives of all users."""
     params = world.params
     extra = params.mean_events - params.min_events
@@ -213,7 +215,7 @@ def live(world: World, rng: np.random.Generator) -> Events:
     gap[start[:-1]] = _FIRST_DAY + rng.integers(params.days * _DAY_S, size=len(count))
     total = ragged.starts(gap)
     timestamp = total[1:] - total[start[ragged.owners(start)]]
-    return Events(start=start, item=item, timestamp=timestamp, taste=taste)
+    return Events(start=start, item=item, timestamp=timestamp, interest=taste)
 
 
 def _codes(params: WorldParams, rng: np.random.Generator) -> Int64[np.ndarray, "I L"]:
@@ -248,33 +250,33 @@ def _descents(
     return code
 
 
-def _first_tastes(world: World, rng: np.random.Generator) -> Int64[np.ndarray, "U K"]:
+def _first_tastes(world: SyntheticWorld, rng: np.random.Generator) -> Int64[np.ndarray, "U K"]:
     """Popular tastes are held by many; the tastes of one user are often of one department."""
     shape = (world.params.num_users, world.params.tastes_per_user)
     everything = np.zeros(len(world.code), dtype=np.int64)
     item = world.draw(everything, np.zeros(shape[0] * shape[1], dtype=np.int64), rng)
-    taste = world.taste[item].reshape(shape)
+    taste = world.interest[item].reshape(shape)
     near = world.draw(
-        world.department, world.department_of_taste[np.repeat(taste[:, 0], shape[1])], rng
+        world.category, world.category_of_interest[np.repeat(taste[:, 0], shape[1])], rng
     )
     related = rng.random(shape) < world.params.focus / 2
-    return np.where(related, world.taste[near].reshape(shape), taste)
+    return np.where(related, world.interest[near].reshape(shape), taste)
 
 
 def _drifted(
-    world: World, held: Int64[np.ndarray, "R K"], rng: np.random.Generator
+    world: SyntheticWorld, held: Int64[np.ndarray, "R K"], rng: np.random.Generator
 ) -> Int64[np.ndarray, "R K"]:
     """Now and then one taste gives way to another of its department."""
     rows = np.flatnonzero(rng.random(len(held)) < world.params.drift)
     slot = rng.integers(held.shape[1], size=len(held))
     after = held.copy()
-    room = world.department_of_taste[held[rows, slot[rows]]]
-    after[rows, slot[rows]] = world.taste[world.draw(world.department, room, rng)]
+    room = world.category_of_interest[held[rows, slot[rows]]]
+    after[rows, slot[rows]] = world.interest[world.draw(world.category, room, rng)]
     return after
 
 
 def _next(
-    world: World,
+    world: SyntheticWorld,
     last: Int64[np.ndarray, " R"],
     held: Int64[np.ndarray, "R K"],
     kind: Float64[np.ndarray, " R"],
@@ -282,12 +284,12 @@ def _next(
 ) -> Int64[np.ndarray, " R"]:
     """The next item of each user; `kind` in [0, 1] decides what it follows from."""
     params, num = world.params, len(last)
-    rank = rng.choice(params.successors, size=num, p=world.successor_share)
+    rank = rng.choice(params.successors, size=num, p=world.next_item_probs)
     taste = held[np.arange(num), rng.integers(held.shape[1], size=num)]
-    narrow = world.draw(world.taste, taste, rng)
-    wide = world.draw(world.department, world.department_of_taste[taste], rng)
+    narrow = world.draw(world.interest, taste, rng)
+    wide = world.draw(world.category, world.category_of_interest[taste], rng)
     liked = np.where(rng.random(num) < params.focus, narrow, wide)
     anything = rng.choice(len(world.popularity), size=num, p=world.popularity)
     driven = kind >= params.transition_share + params.noise_share
     follows = kind < params.transition_share
-    return np.where(driven, liked, np.where(follows, world.successor[last, rank], anything))
+    return np.where(driven, liked, np.where(follows, world.next_items[last, rank], anything))

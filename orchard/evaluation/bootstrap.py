@@ -26,7 +26,7 @@ class Estimate:
     """Number of rows."""
 
     @property
-    def clear(self) -> bool:
+    def significant(self) -> bool:
         """The interval leaves zero outside."""
         return self.low > 0 or self.high < 0
 

@@ -40,7 +40,7 @@ def diagnose(scored: ScoredTrees) -> dict[str, float]:
 
 def _codes(trees: SearchTrees, path: Int64[np.ndarray, "C K"]) -> Int64[np.ndarray, "C K2"]:
     """What tells candidates apart: their nodes or, as all thoughts differ, the codes after them."""
-    return trees.state[path[:, path.shape[1] // 2 :]] if trees.thinks else path
+    return trees.state[path[:, path.shape[1] // 2 :]] if trees.is_reasoning else path
 
 
 def grouped_spearman(

@@ -30,7 +30,7 @@ _CELLS = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True)
-class Decisions:
+class LoggedDecisions:
     """Drawn items, under two policies. Codes past the end of an item have log-probability 0."""
 
     behaviour: Float64[np.ndarray, "B D"]
@@ -66,7 +66,7 @@ class Decisions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judgement:
+class OffPolicyEstimate:
     """What is known of the target policy."""
 
     value: dict[str, Estimate]
@@ -77,7 +77,9 @@ class Judgement:
     """The largest weight."""
 
 
-def judge(decisions: Decisions, *, resamples: int = 2000, seed: int = 0) -> Judgement:
+def estimate(
+    decisions: LoggedDecisions, *, resamples: int = 2000, seed: int = 0
+) -> OffPolicyEstimate:
     """All estimators with their intervals; DR where a model is given."""
     whole, reward = decisions.weight[:, -1], decisions.reward.sum(1)
     columns = {
@@ -93,7 +95,7 @@ def judge(decisions: Decisions, *, resamples: int = 2000, seed: int = 0) -> Judg
     value = estimates(list(columns), table, resamples=resamples, seed=seed)
     value["snips"] = _ratio(whole * reward, whole, resamples=resamples, seed=seed)
     squares = float((whole**2).sum())
-    return Judgement(
+    return OffPolicyEstimate(
         value=value,
         effective=float(whole.sum()) ** 2 / squares if squares else 0.0,
         largest=float(whole.max()),

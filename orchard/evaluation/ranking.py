@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float64, Int, Int64
 from orchard import ragged
 from orchard.errors import DataError
 from orchard.evaluation.bootstrap import Estimate, estimates
-from orchard.folders import write_whole
+from orchard.folders import atomic_write
 
 HIT_RATE_AT = (1, 3, 5, 10, 20, 50)
 NDCG_AT = (3, 5, 10)
@@ -57,9 +57,9 @@ def target_ranks(
     A list shows a leaf once, so a repeated candidate (i.i.d. sampling) takes no second place.
 
     Args:
-        leaf: catalogue leaf of each candidate, best first within its row.
+        leaf: catalog leaf of each candidate, best first within its row.
         start: row b holds the candidates `start[b] : start[b + 1]`.
-        leaf_items: number of catalogue items on each candidate's leaf.
+        leaf_items: number of catalog items on each candidate's leaf.
         target_leaf: leaf of the target.
         target_position: place of the target among the items of its own leaf.
     """
@@ -135,7 +135,7 @@ def paired_over_seeds(
 def coverage(
     *, leaf: Int[np.ndarray, " C"], num_leaves: int, start: Int[np.ndarray, " B1"], k: int
 ) -> float:
-    """Share of the catalogue's leaves that the first k places of any list show."""
+    """Share of the catalog's leaves that the first k places of any list show."""
     row = ragged.owners(start)
     fresh = _fresh(leaf, row)
     before = ragged.starts(fresh.astype(np.int64))
@@ -182,8 +182,8 @@ class Evaluation:
     seconds: float
     policy: str
     """Version of the policy."""
-    catalogue: str
-    """Digest of the catalogue."""
+    catalog: str
+    """Digest of the catalog."""
     extra: Mapping[str, float] = field(default_factory=dict[str, float])
     """Coverage, diversity, forward tokens, and whatever else is one number."""
 
@@ -223,7 +223,7 @@ def write(evaluation: Evaluation, path: Path) -> None:
     facts = {
         "metrics": {name: asdict(value) for name, value in evaluation.metrics.items()},
         "policy": evaluation.policy,
-        "catalogue": evaluation.catalogue,
+        "catalogue": evaluation.catalog,
         "num_rows": evaluation.num_rows,
         "width": evaluation.width,
         "seconds": evaluation.seconds,
@@ -233,7 +233,7 @@ def write(evaluation: Evaluation, path: Path) -> None:
     partial = path.with_name(f".{path.name}.partial")
     pq.write_table(table, partial, compression="zstd")
     partial.replace(path.with_suffix(".parquet"))
-    write_whole(path, json.dumps(facts, indent=2, allow_nan=False) + "\n")
+    atomic_write(path, json.dumps(facts, indent=2, allow_nan=False) + "\n")
 
 
 def read(path: Path) -> Evaluation:
@@ -255,7 +255,7 @@ def read(path: Path) -> Evaluation:
             width=facts["width"],
             seconds=facts["seconds"],
             policy=facts["policy"],
-            catalogue=facts["catalogue"],
+            catalog=facts["catalogue"],
             extra={n: math.nan if v is None else v for n, v in facts["extra"].items()},
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -1,7 +1,7 @@
 """Which token stands for which code.
 
 Compact policies own a word-level tokenizer with one token per code; text policies carry the code
-tokens among their words. The codes of title catalogues are text tokens, whatever their level.
+tokens among their words. The codes of title catalogs are text tokens, whatever their level.
 
 Shapes:  V codes of one level   F nodes
 """
@@ -19,11 +19,11 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from orchard.catalog.catalog import Catalogue
+from orchard.catalog.catalog import Catalog
 from orchard.catalog.trie import Trie
-from orchard.errors import CatalogueError, DataError
+from orchard.errors import CatalogError, DataError
 from orchard.policy import prompt_template
-from orchard.policy.prompt_template import Frame
+from orchard.policy.prompt_template import PromptTemplate
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 THINK, THOUGHT = "<think>", "</think>"
@@ -35,7 +35,7 @@ def sid_token(level: int, code: int) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tags:
+class ThinkTokens:
     """Token ids that cut a policy's text into blocks of thought."""
 
     open: int
@@ -53,15 +53,15 @@ class Vocabulary:
     pad: int
     size: int
     """Number of token ids, hence of rows of the model's head."""
-    tags: Tags | None = None
+    tags: ThinkTokens | None = None
     """Of a policy that thinks before it names an item."""
-    instruction: Frame | None = None
+    instruction: PromptTemplate | None = None
     """Around the items of a text policy's prompt."""
 
     @property
-    def frame(self) -> Frame:
+    def frame(self) -> PromptTemplate:
         """Around the items of a prompt; of a compact policy `<bos>` alone."""
-        return self.instruction or Frame(before=(self.bos,))
+        return self.instruction or PromptTemplate(before=(self.bos,))
 
     def slice_of(self, level: Int[Tensor, " F"]) -> Int[Tensor, " F"]:
         """Index into `level_tokens` for the codes chosen at each 0-based level."""
@@ -87,22 +87,22 @@ class Vocabulary:
         return replace(self, level_tokens=tuple(tokens.to(device) for tokens in self.level_tokens))
 
 
-def compact_tokenizer(catalogue: Catalogue) -> PreTrainedTokenizerFast:
+def compact_tokenizer(catalog: Catalog) -> PreTrainedTokenizerFast:
     """A word-level tokenizer with the special tokens and one token per code.
 
     Raises:
-        CatalogueError: more levels than there are names for, or codes that are tokens already.
+        CatalogError: more levels than there are names for, or codes that are tokens already.
     """
-    if catalogue.code_token:
-        raise CatalogueError(
-            "a catalogue of titles has a tokenizer, the one that made it; use that instead"
+    if catalog.code_token:
+        raise CatalogError(
+            "a catalog of titles has a tokenizer, the one that made it; use that instead"
         )
-    if len(catalogue.level_size) > 26:
-        raise CatalogueError(
-            f"semantic IDs have {len(catalogue.level_size)} levels; compact policies name up to 26"
+    if len(catalog.level_size) > 26:
+        raise CatalogError(
+            f"semantic IDs have {len(catalog.level_size)} levels; compact policies name up to 26"
         )
     words = [PAD, BOS, EOS]
-    for level, size in enumerate(catalogue.level_size):
+    for level, size in enumerate(catalog.level_size):
         words += [sid_token(level, code) for code in range(size)]
     inner = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token=PAD))
     inner.pre_tokenizer = WhitespaceSplit()
@@ -122,7 +122,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise DataError(f"{folder} holds no loadable tokenizer: {reason}; save it again") from error
 
 
-def think_tags(tokenizer: PreTrainedTokenizerBase) -> Tags:
+def think_tokens(tokenizer: PreTrainedTokenizerBase) -> ThinkTokens:
     """Look up the tags of thinking blocks; each must be a single token.
 
     Raises:
@@ -141,39 +141,39 @@ def think_tags(tokenizer: PreTrainedTokenizerBase) -> Tags:
     end = cast(int | None, tokenizer.eos_token_id)
     if end is None:
         raise DataError("the policy's tokenizer has no eos_token, which ends a text; give it one")
-    return Tags(open=found[0], close=found[1], end=end)
+    return ThinkTokens(open=found[0], close=found[1], end=end)
 
 
-def of_codes(tokenizer: PreTrainedTokenizerBase, catalogue: Catalogue) -> Vocabulary:
+def from_tokenizer(tokenizer: PreTrainedTokenizerBase, catalog: Catalog) -> Vocabulary:
     """Look up the token of every code.
 
     Raises:
-        CatalogueError: a code has no token of its own, as when the policy was made for another
-            catalogue.
+        CatalogError: a code has no token of its own, as when the policy was made for another
+            catalog.
     """
     known = tokenizer.get_vocab()
-    if catalogue.code_token:
-        return _of_titles(tokenizer, known, catalogue)
+    if catalog.code_token:
+        return _of_titles(tokenizer, known, catalog)
     levels: list[Tensor] = []
-    for level, size in enumerate(catalogue.level_size):
+    for level, size in enumerate(catalog.level_size):
         words = [sid_token(level, code) for code in range(size)]
         missing = [word for word in words if word not in known]
         if missing:
-            raise CatalogueError(
+            raise CatalogError(
                 f"the policy's tokenizer has no token {missing[0]} ({len(missing)} of {size} codes "
-                f"of level {level + 1} are missing); it was made for another catalogue"
+                f"of level {level + 1} are missing); it was made for another catalog"
             )
         levels.append(torch.tensor([known[word] for word in words]))
     return _with_specials(tokenizer, known, tuple(levels))
 
 
 def _of_titles(
-    tokenizer: PreTrainedTokenizerBase, known: dict[str, int], catalogue: Catalogue
+    tokenizer: PreTrainedTokenizerBase, known: dict[str, int], catalog: Catalog
 ) -> Vocabulary:
-    """The one slice of a title catalogue, if it is this tokenizer's."""
-    token = torch.tensor(catalogue.code_token)
+    """The one slice of a title catalog, if it is this tokenizer's."""
+    token = torch.tensor(catalog.code_token)
     if int(token.max()) >= len(tokenizer) or int(token[-1]) != tokenizer.eos_token_id:
-        raise CatalogueError(
+        raise CatalogError(
             f"the titles end with token {int(token[-1])} and use tokens up to {int(token.max())}, "
             f"the policy's tokenizer ends with {tokenizer.eos_token_id} and has {len(tokenizer)}; "
             "tokenise the titles with the policy's own tokenizer"
@@ -191,5 +191,5 @@ def _with_specials(
         bos=bos,
         pad=pad,
         size=len(tokenizer),
-        instruction=prompt_template.of(tokenizer),
+        instruction=prompt_template.load_from_tokenizer(tokenizer),
     )

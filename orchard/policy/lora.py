@@ -45,7 +45,7 @@ def attach(model: PreTrainedModel, settings: LoraConfig, *, seed: int) -> None:
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
         if isinstance(module, nn.Module):
             module.requires_grad_(True)
-    if (head := value_head.head_of(model)) is not None:
+    if (head := value_head.value_head_of(model)) is not None:
         head.requires_grad_(True)
 
 

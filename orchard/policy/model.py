@@ -56,7 +56,7 @@ def load(folder: Path, vocabulary: Vocabulary | None = None) -> PreTrainedModel:
 
     Raises:
         DataError: the folder holds no model.
-        CheckpointError: the model's vocabulary is smaller than the catalogue needs, or the value
+        CheckpointError: the model's vocabulary is smaller than the catalog needs, or the value
             head is another policy's.
     """
     check_folder(folder)

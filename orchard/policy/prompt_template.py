@@ -24,7 +24,7 @@ _KEY = "orchard_frame"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Frame:
+class PromptTemplate:
     """Token ids around the items of a prompt."""
 
     before: tuple[int, ...]
@@ -39,8 +39,8 @@ class Frame:
         return len(self.before) + len(self.after)
 
 
-def fill(
-    frame: Frame,
+def fill_template(
+    frame: PromptTemplate,
     words: tuple[Int32[np.ndarray, " T"], Int64[np.ndarray, " W1"]],
     item: Int64[np.ndarray, " H"],
     start: Int64[np.ndarray, " R1"],
@@ -49,8 +49,8 @@ def fill(
 
     Args:
         frame: around them.
-        words: tokens of every item of the catalogue, ragged.
-        item: catalogue rows, oldest first.
+        words: tokens of every item of the catalog, ragged.
+        item: catalog rows, oldest first.
         start: row r holds the items `start[r] : start[r + 1]`.
     """
     word, word_start = words
@@ -75,14 +75,14 @@ def fill(
     return token, token_start[bounds]
 
 
-def encode(
+def encode_template(
     template: str,
     place: str,
     tokenizer: PreTrainedTokenizerBase,
     settings: PromptConfig,
     *,
     limit: int,
-) -> Frame:
+) -> PromptTemplate:
     """The frame of a template with one `place`, such as "{history}".
 
     Raises:
@@ -107,7 +107,7 @@ def encode(
         tuple(tokenizer.encode(text, add_special_tokens=False))
         for text in (head, settings.separator, tail)
     )
-    frame = Frame(before=(*lead, *before), between=between, after=after, limit=limit)
+    frame = PromptTemplate(before=(*lead, *before), between=between, after=after, limit=limit)
     if frame.size > limit:
         raise ConfigError(
             f"the instruction alone has {frame.size} tokens, the policy has room for {limit} "
@@ -116,21 +116,21 @@ def encode(
     return frame
 
 
-def give(tokenizer: PreTrainedTokenizerBase, frame: Frame) -> None:
+def save_to_tokenizer(tokenizer: PreTrainedTokenizerBase, frame: PromptTemplate) -> None:
     """Let the frame travel with the tokenizer from now on."""
     tokenizer.init_kwargs[_KEY] = asdict(frame)
 
 
-def of(tokenizer: PreTrainedTokenizerBase) -> Frame | None:
+def load_from_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PromptTemplate | None:
     """The frame that came with a tokenizer, if one did."""
     saved = cast("dict[str, Any] | None", tokenizer.init_kwargs.get(_KEY))
     if saved is None:
         return None
     parts = {name: tuple(saved[name]) for name in ("before", "between", "after")}
-    return Frame(**parts, limit=saved["limit"])
+    return PromptTemplate(**parts, limit=saved["limit"])
 
 
-def check_shown(text: Int[np.ndarray, " R1"], frame: Frame, what: str) -> None:
+def check_fits(text: Int[np.ndarray, " R1"], frame: PromptTemplate, what: str) -> None:
     """Raise ConfigError where a text, given the starts of all, leaves no room for its question."""
     longest = int(np.diff(text).max(initial=0))
     if longest + frame.size > frame.limit:

@@ -81,14 +81,14 @@ class ValueHead(nn.Module):
         return wide.unflatten(2, (self._heads, -1)).transpose(1, 2)
 
 
-def head_of(model: PreTrainedModel) -> ValueHead | None:
+def value_head_of(model: PreTrainedModel) -> ValueHead | None:
     """The value head of a policy, if it has one."""
     return cast("ValueHead | None", getattr(model, NAME, None))
 
 
 def attach(model: PreTrainedModel, *, seed: int) -> None:
     """Give the policy a fresh value head, unless it has one; equal seeds give equal heads."""
-    if head_of(model) is not None:
+    if value_head_of(model) is not None:
         return
     like = cast(Tensor, cast(nn.Module, model.get_output_embeddings()).weight)
     with torch.random.fork_rng(devices=[]):
@@ -99,13 +99,13 @@ def attach(model: PreTrainedModel, *, seed: int) -> None:
 
 def detach(model: PreTrainedModel) -> ValueHead | None:
     """Take the value head off the policy; returns it."""
-    head = head_of(model)
+    head = value_head_of(model)
     if head is not None:
         delattr(model, NAME)
     return head
 
 
-def fit(model: PreTrainedModel, weights: Weights) -> None:
+def adapt_weights(model: PreTrainedModel, weights: Weights) -> None:
     """Give the policy a value head, or take it away, as the names of the weights have it."""
     if any(name.startswith(f"{NAME}.") for name in weights):
         attach(model, seed=0)
@@ -166,7 +166,7 @@ def load(model: PreTrainedModel, folder: Path) -> None:
         return
     attach(model, seed=0)
     try:
-        cast(ValueHead, head_of(model)).load_state_dict(load_file(folder / FILE))
+        cast(ValueHead, value_head_of(model)).load_state_dict(load_file(folder / FILE))
     except (SafetensorError, RuntimeError) as error:
         raise CheckpointError(
             f"{folder / FILE} is no value head of this policy: {error}; remove the file to start "

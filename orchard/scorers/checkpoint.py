@@ -1,7 +1,7 @@
 """Small models that rewards and searches ask.
 
 Each is a folder of `model.safetensors` and `model.json`. The JSON file comes last, so that a folder
-that has one is whole. It says what the model is, for which catalogue, of what sizes, and what was
+that has one is whole. It says what the model is, for which catalog, of what sizes, and what was
 measured when it was fitted.
 """
 
@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from orchard.catalog.catalog import Catalogue
-from orchard.errors import CatalogueError, CheckpointError, ConfigError
-from orchard.folders import write_whole
+from orchard.catalog.catalog import Catalog
+from orchard.errors import CatalogError, CheckpointError, ConfigError
+from orchard.folders import atomic_write
 
 WEIGHTS, ABOUT = "model.safetensors", "model.json"
 
@@ -26,33 +26,33 @@ def save(
     folder: Path,
     *,
     kind: str,
-    catalogue: Catalogue,
+    catalog: Catalog,
     sizes: Mapping[str, int],
     facts: Mapping[str, float],
 ) -> None:
-    """Write a fitted model of a kind, made for a catalogue; replaces what the folder held."""
+    """Write a fitted model of a kind, made for a catalog; replaces what the folder held."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ABOUT).unlink(missing_ok=True)
     tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
     save_file(tensors, folder / WEIGHTS)
     about = {
         "kind": kind,
-        "catalogue": catalogue.digest,
+        "catalogue": catalog.digest,
         "sizes": dict(sizes),
         "facts": dict(facts),
     }
-    write_whole(folder / ABOUT, json.dumps(about, indent=2) + "\n")
+    atomic_write(folder / ABOUT, json.dumps(about, indent=2) + "\n")
 
 
 def sizes(
-    folder: Path, *, kind: str, catalogue: Catalogue, section: str = "rewards."
+    folder: Path, *, kind: str, catalog: Catalog, section: str = "rewards."
 ) -> dict[str, int]:
     """The sizes of a fitted model, whose settings are `section` and then its kind.
 
     Raises:
         ConfigError: there is none.
         CheckpointError: it is of another kind, or its description is damaged.
-        CatalogueError: it was fitted for another catalogue.
+        CatalogError: it was fitted for another catalog.
     """
     setting = f"{section}{kind}"
     if not (folder / ABOUT).is_file():
@@ -69,10 +69,10 @@ def sizes(
         ) from error
     if found != kind:
         raise CheckpointError(f"{folder} holds a model for {found}, not {kind}; set {setting}.path")
-    if digest != catalogue.digest:
-        raise CatalogueError(
-            f"the model of {setting} in {folder} was fitted on catalogue {digest[:12]}, "
-            f"the run has {catalogue.digest[:12]}; run `orchard fit {kind}` for these items"
+    if digest != catalog.digest:
+        raise CatalogError(
+            f"the model of {setting} in {folder} was fitted on catalog {digest[:12]}, "
+            f"the run has {catalog.digest[:12]}; run `orchard fit {kind}` for these items"
         )
     return known
 

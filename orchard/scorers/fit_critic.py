@@ -27,8 +27,8 @@ from torch import Tensor
 
 from orchard import ragged
 from orchard.data.prompts import Split
-from orchard.optim import optimiser
-from orchard.scorers.prefix_critic import Critic
+from orchard.optim import make_optimizer
+from orchard.scorers.prefix_critic import PrefixCritic
 from orchard.settings import CriticConfig
 
 NORM_START, NORM_RATE = 1.0, 0.01
@@ -37,7 +37,7 @@ would leave c at 10, where no advantage of these rewards makes a difference."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Walks:
+class Trajectories:
     """Walks of some rows; the states of a row's walks follow one another, the logged walk first."""
 
     history: Int64[np.ndarray, "R W"]
@@ -49,21 +49,21 @@ class Walks:
 
 
 @runtime_checkable
-class Backend(Protocol):
+class CriticBackend(Protocol):
     """Updates a critic."""
 
     @property
-    def critic(self) -> Critic:
+    def critic(self) -> PrefixCritic:
         """The critic that is updated in place."""
         ...
 
-    def learn(self, walks: Walks) -> float:
+    def learn(self, walks: Trajectories) -> float:
         """One update; its loss."""
         ...
 
 
-def draw_walks(
-    critic: Critic,
+def sample_trajectories(
+    critic: PrefixCritic,
     split: Split,
     rows: Int64[np.ndarray, " R"],
     *,
@@ -71,10 +71,10 @@ def draw_walks(
     level_weight: Sequence[float],
     discount: float,
     draw: np.random.Generator,
-) -> Walks:
+) -> Trajectories:
     """The logged walk of each row and as many contrasts as asked for."""
-    catalogue, trie = critic.catalogue, critic.catalogue.trie
-    leaf = torch.from_numpy(catalogue.leaf_of_item[split.target[rows]])
+    catalog, trie = critic.catalog, critic.catalog.trie
+    leaf = torch.from_numpy(catalog.leaf_of_item[split.target[rows]])
     logged = trie.path(trie.node_of(leaf)).numpy()
     depth = logged.shape[1]
     leaves_at = draw.integers(0, depth, (len(rows), contrasts))
@@ -93,7 +93,7 @@ def draw_walks(
     after = np.concatenate([node[:, :, 1:], np.full_like(node[:, :, :1], -1)], 2)
     action = np.where(after >= 0, trie.code.numpy()[after.clip(min=0)], critic.num_actions - 1)
     outcome = _outcomes(node, logged, level_weight=level_weight, discount=discount)
-    return Walks(
+    return Trajectories(
         history=table,
         node=node.reshape(len(rows), -1),
         action=action.astype(np.int64).reshape(len(rows), -1),
@@ -122,16 +122,16 @@ def _outcomes(
     return outcome
 
 
-class TorchBackend:
+class TorchCriticBackend:
     """The reference: the loss above, in plain torch."""
 
-    def __init__(self, critic: Critic, settings: CriticConfig) -> None:
+    def __init__(self, critic: PrefixCritic, settings: CriticConfig) -> None:
         """Update `critic` in place."""
         self.critic, self._settings = critic, settings
-        self._optimizer = optimiser(critic, lr=settings.lr, weight_decay=settings.weight_decay)
+        self._optimizer = make_optimizer(critic, lr=settings.lr, weight_decay=settings.weight_decay)
         self._norm = NORM_START
 
-    def learn(self, walks: Walks) -> float:
+    def learn(self, walks: Trajectories) -> float:
         """One update; its loss."""
         value, logit = self.critic(torch.from_numpy(walks.history), torch.from_numpy(walks.node))
         inside = torch.from_numpy(walks.node >= 0)
@@ -147,14 +147,14 @@ class TorchBackend:
         return loss.item()
 
 
-def chosen(logit: Float[Tensor, "R S A"], walks: Walks) -> Float[Tensor, "R S"]:
+def chosen(logit: Float[Tensor, "R S A"], walks: Trajectories) -> Float[Tensor, "R S"]:
     """Log-probability of the actions that were taken."""
     action = torch.from_numpy(walks.action)
     return logit.log_softmax(-1).gather(-1, action[..., None]).squeeze(-1)
 
 
 @torch.no_grad()
-def measure(critic: Critic, parts: Sequence[Walks]) -> dict[str, float]:
+def measure_critic(critic: PrefixCritic, parts: Sequence[Trajectories]) -> dict[str, float]:
     """How good values and choices are on walks that were not learned from.
 
     `explained` is the share of the variance of the outcomes that the values explain, the states

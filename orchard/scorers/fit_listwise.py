@@ -13,11 +13,11 @@ from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
 from orchard import ragged
-from orchard.catalog.catalog import Catalogue
+from orchard.catalog.catalog import Catalog
 from orchard.data.prompts import Split
 from orchard.errors import DataError
 from orchard.scorers.fit_sasrec import Tell, batches, best_epoch
-from orchard.scorers.listwise_ranker import ListEvaluator
+from orchard.scorers.listwise_ranker import ListwiseRanker
 from orchard.settings import ListwiseConfig
 
 _VALID, _TEST = 1 << 20, 1 << 21
@@ -26,30 +26,30 @@ _NEIGHBOURHOOD = 32
 """Leaves on either side of the target from which its neighbours are drawn."""
 
 
-def fit_evaluator(
+def fit_listwise_ranker(
     train: Split,
     valid: Split,
-    catalogue: Catalogue,
+    catalog: Catalog,
     settings: ListwiseConfig,
     *,
     max_history: int,
     seed: int,
     tell: Tell = lambda epoch, loss, hit: None,
-) -> ListEvaluator:
+) -> ListwiseRanker:
     """The epoch of the most targets ranked first in their lists; equal seeds give equal models."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = ListEvaluator(
-            num_items=len(catalogue),
-            num_leaves=catalogue.trie.num_leaves,
+        model = ListwiseRanker(
+            num_items=len(catalog),
+            num_leaves=catalog.trie.num_leaves,
             max_history=max_history,
             hidden_size=settings.hidden_size,
             layers=settings.layers,
             heads=settings.heads,
             dropout=settings.dropout,
         )
-        model.leaf_of_item[:] = torch.from_numpy(catalogue.leaf_of_item)
-        seen = catalogue.leaf_of_item[np.union1d(train.history, train.target)]
+        model.leaf_of_item[:] = torch.from_numpy(catalog.leaf_of_item)
+        seen = catalog.leaf_of_item[np.union1d(train.history, train.target)]
         model.trained[torch.from_numpy(seen)] = True
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
@@ -81,7 +81,7 @@ def fit_evaluator(
 
 
 def measure(
-    model: ListEvaluator, train: Split, test: Split, settings: ListwiseConfig, seed: int
+    model: ListwiseRanker, train: Split, test: Split, settings: ListwiseConfig, seed: int
 ) -> dict[str, float]:
     """Share of test targets ranked first in their lists, and what chance would come to."""
     hit = _hits(Lists(train, model, settings, seed), test, _TEST, settings.batch_size)
@@ -92,7 +92,7 @@ class Lists:
     """Lists of a target and others, and what the model makes of them."""
 
     def __init__(
-        self, train: Split, model: ListEvaluator, settings: ListwiseConfig, seed: int
+        self, train: Split, model: ListwiseRanker, settings: ListwiseConfig, seed: int
     ) -> None:
         """Others are drawn among the leaves of the training rows."""
         self._model, self._settings, self._seed = model, settings, seed

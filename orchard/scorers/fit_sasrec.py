@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from orchard import ragged
-from orchard.catalog.catalog import Catalogue
-from orchard.data.prompts import Sequences, Split, sequences
+from orchard.catalog.catalog import Catalog
+from orchard.data.prompts import Split, TrainingWindows, make_windows
 from orchard.evaluation import ranking
 from orchard.evaluation.ranking import TargetRanks
 from orchard.scorers.sasrec import SasRec
@@ -56,7 +56,7 @@ def best_epoch(
 def fit_sasrec(
     train: Split,
     valid: Split,
-    catalogue: Catalogue,
+    catalog: Catalog,
     settings: CollaborativeConfig,
     *,
     max_history: int,
@@ -68,11 +68,11 @@ def fit_sasrec(
     Each window of a user's items is one sequence and every fresh item in it is predicted from all
     before it, by cross-entropy over all items.
     """
-    windows = sequences(train, max_history=max_history)
+    windows = make_windows(train, max_history=max_history)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = SasRec(
-            num_items=len(catalogue),
+            num_items=len(catalog),
             max_history=max_history,
             hidden_size=settings.hidden_size,
             layers=settings.layers,
@@ -93,7 +93,7 @@ def fit_sasrec(
             ]
 
         def judge() -> float:
-            found = sasrec_ranks(model, valid, catalogue)
+            found = sasrec_ranks(model, valid, catalog)
             return float(np.where(found.item < 10, 1 / np.log2(found.item + 2.0), 0).mean())
 
         best_epoch(model, settings, learn=learn, judge=judge, tell=tell)
@@ -101,7 +101,7 @@ def fit_sasrec(
 
 
 def sasrec_ranks(
-    model: SasRec, split: Split, catalogue: Catalogue, *, batch_size: int = 512
+    model: SasRec, split: Split, catalog: Catalog, *, batch_size: int = 512
 ) -> TargetRanks:
     """Rank of each row's target among all items, and of its leaf among all leaves.
 
@@ -117,10 +117,10 @@ def sasrec_ranks(
             logit = (state @ model.item.weight[:-1].T).double().numpy()
         logit[:, unknown] = -np.inf
         leaf = np.logaddexp.reduceat(
-            logit[:, catalogue.item_of_leaf], catalogue.leaf_start[:-1], axis=1
+            logit[:, catalog.item_of_leaf], catalog.leaf_start[:-1], axis=1
         )
         target, place = split.target[rows], np.arange(len(rows))
-        own, own_leaf = logit[place, target], leaf[place, catalogue.leaf_of_item[target]]
+        own, own_leaf = logit[place, target], leaf[place, catalog.leaf_of_item[target]]
         better = (logit >= own[:, None]).sum(1) - 1
         item[rows] = np.where(known & np.isfinite(own), better, TargetRanks.MISS)
         better = (leaf >= own_leaf[:, None]).sum(1) - 1
@@ -136,7 +136,7 @@ def metrics_of(ranks: TargetRanks) -> dict[str, float]:
 def _learn(
     model: SasRec,
     optimizer: torch.optim.Optimizer,
-    windows: Sequences,
+    windows: TrainingWindows,
     rows: Int64[np.ndarray, " Q"],
 ) -> float:
     """One update on some windows; its loss."""

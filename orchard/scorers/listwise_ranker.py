@@ -17,14 +17,14 @@ from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor, nn
 
 from orchard import ragged
-from orchard.catalog.catalog import Catalogue
+from orchard.catalog.catalog import Catalog
 from orchard.scorers import checkpoint
 from orchard.scorers.encoder import encoder
 
 KIND = "listwise"
 
 
-class ListEvaluator(nn.Module):
+class ListwiseRanker(nn.Module):
     """Pre-norm blocks over history and candidates; row `num_leaves` of the embedding is padding."""
 
     trained: Bool[Tensor, " K"]
@@ -61,7 +61,7 @@ class ListEvaluator(nn.Module):
 
     @property
     def num_leaves(self) -> int:
-        """Leaves of the catalogue; also the number that pads."""
+        """Leaves of the catalog; also the number that pads."""
         return self.leaf.num_embeddings - 1
 
     @property
@@ -98,7 +98,7 @@ class ListEvaluator(nn.Module):
         kept, bounds = ragged.last(leaf[known], bounds, self.max_history)
         return torch.from_numpy(ragged.pad(kept, bounds, fill=self.num_leaves, width=1))
 
-    def judge(
+    def score(
         self,
         history: Int64[np.ndarray, " H"],
         history_start: Int[np.ndarray, " B1"],
@@ -119,14 +119,14 @@ class ListEvaluator(nn.Module):
         return found.masked_fill(silent | ~torch.from_numpy(sure), float("-inf"))
 
 
-def load(folder: Path, catalogue: Catalogue) -> ListEvaluator:
+def load(folder: Path, catalog: Catalog) -> ListwiseRanker:
     """The model that `orchard fit listwise` left in a folder.
 
     Raises:
         ConfigError: there is none.
-        CatalogueError: it was fitted for another catalogue.
+        CatalogError: it was fitted for another catalog.
         CheckpointError: it is something else, or damaged.
     """
-    model = ListEvaluator(**checkpoint.sizes(folder, kind=KIND, catalogue=catalogue))
+    model = ListwiseRanker(**checkpoint.sizes(folder, kind=KIND, catalog=catalog))
     checkpoint.restore(model, folder)
     return model

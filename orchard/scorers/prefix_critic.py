@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from orchard import ragged
-from orchard.catalog.catalog import Catalogue
+from orchard.catalog.catalog import Catalog
 from orchard.catalog.trie import ROOT
 from orchard.scorers import checkpoint
 from orchard.scorers.encoder import encoder
@@ -35,12 +35,12 @@ Values = Callable[[Int64[np.ndarray, " F"], Int64[Tensor, " F"]], Float32[np.nda
 """What the given trie nodes are worth to the prompts of the given numbers."""
 
 
-class Critic(nn.Module):
+class PrefixCritic(nn.Module):
     """A pre-norm encoder over the history's items, and an MLP over it and the prefix."""
 
     def __init__(
         self,
-        catalogue: Catalogue,
+        catalog: Catalog,
         *,
         max_history: int,
         hidden_size: int,
@@ -50,8 +50,8 @@ class Critic(nn.Module):
     ) -> None:
         """A critic of the given sizes; it values every prefix at 0 before it has learnt."""
         super().__init__()
-        self.catalogue, self.max_history = catalogue, max_history
-        self.level_start = tuple(ragged.starts(np.array(catalogue.level_size)).tolist())
+        self.catalog, self.max_history = catalog, max_history
+        self.level_start = tuple(ragged.starts(np.array(catalog.level_size)).tolist())
         self.code = nn.Embedding(self.level_start[-1] + 1, hidden_size, self.level_start[-1])
         self.position = nn.Embedding(max_history + 1, hidden_size)
         self.blocks = encoder(hidden_size, layers=layers, heads=heads, dropout=dropout)
@@ -68,16 +68,16 @@ class Critic(nn.Module):
 
     @property
     def num_actions(self) -> int:
-        """A of this catalogue."""
-        return max(self.catalogue.level_size) + 1
+        """A of this catalog."""
+        return max(self.catalog.level_size) + 1
 
     def table(
         self, history: Int64[np.ndarray, " H"], start: Int[np.ndarray, " B1"]
     ) -> Int64[np.ndarray, "B W"]:
         """Leaves of the most recent items of each history as trie nodes, -1 past the last."""
         recent, bounds = ragged.last(history, start, self.max_history)
-        leaf = torch.from_numpy(self.catalogue.leaf_of_item[recent])
-        node = self.catalogue.trie.node_of(leaf).numpy()
+        leaf = torch.from_numpy(self.catalog.leaf_of_item[recent])
+        node = self.catalog.trie.node_of(leaf).numpy()
         return ragged.pad(node, bounds, fill=-1, width=self.max_history)
 
     def read(self, table: Int64[Tensor, "B W"]) -> Float[Tensor, "B D"]:
@@ -90,7 +90,7 @@ class Critic(nn.Module):
         hidden = functional.pad(~known, (1, 0), value=False)
         return self.blocks(torch.cat([reader, item], 1), src_key_padding_mask=hidden)[:, 0]
 
-    def judge(
+    def evaluate(
         self, state: Float[Tensor, "*F D"], node: Int64[Tensor, "*F"]
     ) -> tuple[Float[Tensor, "*F"], Float[Tensor, "*F D"]]:
         """Value of each prefix after its history, and the query that meets its next codes."""
@@ -106,7 +106,7 @@ class Critic(nn.Module):
         The states of a history are whole walks, one node for each depth from 0 on and -1 past the
         end of an item. What is illegal in a state has a logit that no sum notices.
         """
-        value, query = self.judge(self.read(table)[:, None].expand(-1, node.shape[1], -1), node)
+        value, query = self.evaluate(self.read(table)[:, None].expand(-1, node.shape[1], -1), node)
         logit = query.new_full((*node.shape, self.num_actions), torch.finfo(query.dtype).min)
         period = len(self.level_start)
         for level, (start, end) in enumerate(
@@ -128,13 +128,13 @@ class Critic(nn.Module):
             prompt: Int64[np.ndarray, " F"], node: Int64[Tensor, " F"]
         ) -> Float32[np.ndarray, " F"]:
             with torch.inference_mode():
-                return self.judge(state[torch.from_numpy(prompt)], node.cpu())[0].numpy()
+                return self.evaluate(state[torch.from_numpy(prompt)], node.cpu())[0].numpy()
 
         return of
 
     def _embedded(self, node: Int64[Tensor, "*F"]) -> Float[Tensor, "*F D"]:
         """Sum of the embeddings of the codes down to each node; 0 at the root and at -1."""
-        trie, flat = self.catalogue.trie, node.clamp(min=ROOT).flatten()
+        trie, flat = self.catalog.trie, node.clamp(min=ROOT).flatten()
         path = trie.path(flat)
         start = torch.tensor(self.level_start[:-1], device=path.device)
         code = torch.where(path >= 0, trie.code[path.clamp(min=0)] + start, self.level_start[-1])
@@ -142,7 +142,7 @@ class Critic(nn.Module):
 
     def _legal(self, node: Int64[Tensor, "*F"]) -> Bool[Tensor, "*F A"]:
         """Codes that may follow each node; at leaves and past them, the end alone."""
-        trie, flat = self.catalogue.trie, node.flatten()
+        trie, flat = self.catalog.trie, node.flatten()
         children = trie.children(flat.clamp(min=ROOT))
         legal = torch.zeros(len(flat), self.num_actions, dtype=torch.bool, device=node.device)
         legal[children.owner, trie.code[children.node].long()] = True
@@ -151,15 +151,15 @@ class Critic(nn.Module):
         return legal.unflatten(0, node.shape)
 
 
-def load(folder: Path, catalogue: Catalogue) -> Critic:
+def load(folder: Path, catalog: Catalog) -> PrefixCritic:
     """The critic that `orchard fit critic` left in a folder.
 
     Raises:
         ConfigError: there is none.
-        CatalogueError: it was fitted for another catalogue.
+        CatalogError: it was fitted for another catalog.
         CheckpointError: it is something else, or damaged.
     """
-    sizes = checkpoint.sizes(folder, kind=KIND, catalogue=catalogue, section="")
-    critic = Critic(catalogue, **sizes)
+    sizes = checkpoint.sizes(folder, kind=KIND, catalog=catalog, section="")
+    critic = PrefixCritic(catalog, **sizes)
     checkpoint.restore(critic, folder)
     return critic

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Float64, Int, Int64
 from torch import Tensor, nn
 
 from orchard import ragged
-from orchard.catalog.catalog import Catalogue
+from orchard.catalog.catalog import Catalog
 from orchard.scorers import checkpoint
 from orchard.scorers.encoder import encoder
 
@@ -78,15 +78,15 @@ class SasRec(nn.Module):
         return states[torch.arange(len(length)), last], length > 0
 
 
-def load(folder: Path, catalogue: Catalogue) -> SasRec:
+def load(folder: Path, catalog: Catalog) -> SasRec:
     """The model that `orchard fit collaborative` left in a folder.
 
     Raises:
         ConfigError: there is none.
-        CatalogueError: it was fitted for another catalogue.
+        CatalogError: it was fitted for another catalog.
         CheckpointError: it is something else, or damaged.
     """
-    model = SasRec(**checkpoint.sizes(folder, kind=KIND, catalogue=catalogue))
+    model = SasRec(**checkpoint.sizes(folder, kind=KIND, catalog=catalog))
     checkpoint.restore(model, folder)
     return model
 
@@ -94,7 +94,7 @@ def load(folder: Path, catalogue: Catalogue) -> SasRec:
 @torch.no_grad()
 def leaf_logits(
     model: SasRec,
-    catalogue: Catalogue,
+    catalog: Catalog,
     history: Int64[np.ndarray, " H"],
     start: Int[np.ndarray, " B1"],
     prompt: Int64[np.ndarray, " C"],
@@ -106,8 +106,8 @@ def leaf_logits(
     the log-sum-exp of theirs.
     """
     state, known = model.last_states(history, start)
-    count = np.diff(catalogue.leaf_start)[leaf]
-    item = catalogue.item_of_leaf[ragged.ranges(catalogue.leaf_start[leaf], count)]
+    count = np.diff(catalog.leaf_start)[leaf]
+    item = catalog.item_of_leaf[ragged.ranges(catalog.leaf_start[leaf], count)]
     owner = np.repeat(prompt, count)
     product = (state[owner] * model.item(torch.from_numpy(item))).sum(1).double().numpy()
     sure = known[owner] & model.trained.numpy()[item]

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from orchard.settings.rewards import ScorerConfig
-from orchard.settings.section import Share
+from orchard.settings.section import Fraction
 
 
 class CriticConfig(ScorerConfig):
@@ -24,7 +24,7 @@ class CriticConfig(ScorerConfig):
     contrasts: PositiveInt = 4
     """Walks down the trie beside the logged one of each row: they follow it for some codes, then
     take any child."""
-    dropout: Share = 0.1
+    dropout: Fraction = 0.1
     batch_size: PositiveInt = 128
     """Rows per update."""
     lr: NonNegativeFloat = 2e-3

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from orchard.settings.section import Section, Share
+from orchard.settings.section import Fraction, Section
 
 
 class KlConfig(Section):
@@ -15,7 +15,7 @@ class KlConfig(Section):
     reference: Literal["fixed", "ema"] = "fixed"
     ema_every: PositiveInt = 512
     """Updates between two moves of an `ema` reference."""
-    ema_share: Share = 0.6
+    ema_share: Fraction = 0.6
     """Share of the current policy in each move."""
 
 
@@ -28,7 +28,7 @@ class ValueConfig(Section):
     """Its own rate, on the schedule of `learner.lr`."""
     target: Literal["td", "monte_carlo"] = "td"
     """Step reward plus the next state's discounted value, or the discounted rewards to the end."""
-    discount: Share = 0.99
+    discount: Fraction = 0.99
     level_weight: Annotated[tuple[NonNegativeFloat, ...], Field(min_length=1)] = (0.3, 0.5, 1.0)
     """Step reward of codes 1, 2, ... that agree with the target; the last one of all later ones."""
     outcome: dict[str, NonNegativeFloat] = Field(default_factory=dict[str, float])
@@ -74,15 +74,15 @@ class LearnerConfig(Section):
     step: StepConfig = StepConfig()
     std_epsilon: Annotated[float, Field(gt=0.0)] = 1e-4
     lr: NonNegativeFloat = 2e-4
-    warmup: Share = 0.03
-    final_lr: Share = 0.1
+    warmup: Fraction = 0.03
+    final_lr: Fraction = 0.1
     weight_decay: NonNegativeFloat = 0.0
     grad_clip: NonNegativeFloat = 0.3
     ratio: Literal["token", "sequence"] = "token"
     """What is compared with the behaviour policy and clipped: each choice, or the geometric mean
     over a candidate's tokens (GSPO, arXiv 2507.18071), which wants far narrower clips: 3e-4 and
     4e-4 for texts of thousands of tokens."""
-    clip_low: Share = 0.2
+    clip_low: Fraction = 0.2
     clip_high: NonNegativeFloat = 0.2
     dual_clip: NonNegativeFloat = 3.0
     """Bound above 1 on the ratio of choices with negative advantage; 0 switches it off."""
@@ -90,10 +90,10 @@ class LearnerConfig(Section):
     """Bound of truncated importance weights to the version that searched (TIS); 0: none."""
     logprob: Literal["trie", "full"] = "trie"
     """Distribution of a code: over its legal siblings, or over the whole vocabulary."""
-    dropout: Share = 0.0
+    dropout: Fraction = 0.0
     """Of embeddings and of each block's output while a batch is learned from, with one update per
     batch and no lag: the ratio is then one, to the same pass."""
-    average: Share = 0.0
+    average: Fraction = 0.0
     """Decay per update of the moving average of the weights that is evaluated and kept; 0: none.
     Rollouts always follow the newest weights."""
     kl: KlConfig = KlConfig()

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from orchard.settings.section import Section, Share
+from orchard.settings.section import Fraction, Section
 
 
 def _template(place: str) -> AfterValidator:
@@ -66,7 +66,7 @@ class LoraConfig(Section):
     """0 trains every weight."""
     alpha: PositiveInt = 32
     """Adapters count alpha / rank times."""
-    dropout: Share = 0.0
+    dropout: Fraction = 0.0
     """Of what adapters read, in the supervised warm start and where `learner.dropout` is set."""
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     """Last names of the linear modules that get one."""
@@ -85,7 +85,7 @@ class ModelConfig(Section):
     layers: PositiveInt = 4
     heads: PositiveInt = 4
     kv_heads: PositiveInt = 2
-    dropout: Share = 0.2
+    dropout: Fraction = 0.2
     """Of embeddings and of each block's output, in the supervised warm start only."""
     lora: LoraConfig = LoraConfig()
     value_head: bool = False
@@ -100,16 +100,16 @@ class SftConfig(Section):
     batch_size: PositiveInt = 64
     """User sequences per update, over all workers."""
     lr: NonNegativeFloat = 2e-3
-    warmup: Share = 0.05
+    warmup: Fraction = 0.05
     """Share of the updates during which the rate rises; a cosine falls to `final_lr` after it."""
-    final_lr: Share = 0.05
+    final_lr: Fraction = 0.05
     """Last rate as a share of `lr`."""
     weight_decay: NonNegativeFloat = 0.05
     grad_clip: NonNegativeFloat = 1.0
     logprob: Literal["trie", "full"] = "trie"
     """Distribution whose likelihood is raised: over the legal siblings, or over the whole
     vocabulary, forced codes included, which generalised better on real data."""
-    average: Share = 0.998
+    average: Fraction = 0.998
     """Decay per update of the moving average of the weights that is evaluated and kept; 0: none."""
     minutes: NonNegativeFloat = 0.0
     """Stop after the epoch in which so many minutes have passed; 0 sets no limit."""

@@ -12,7 +12,7 @@ from pydantic import (
     model_validator,
 )
 
-from orchard.settings.section import Section, Share
+from orchard.settings.section import Fraction, Section
 
 
 class ScorerConfig(Section):
@@ -23,7 +23,7 @@ class ScorerConfig(Section):
     hidden_size: PositiveInt = 64
     layers: PositiveInt = 2
     heads: PositiveInt = 2
-    dropout: Share = 0.3
+    dropout: Fraction = 0.3
     epochs: PositiveInt = 30
     minutes: NonNegativeFloat = 0.0
     """Stop after the epoch in which so many minutes have passed; 0 sets no limit."""
@@ -53,7 +53,7 @@ class ListwiseConfig(ScorerConfig):
 
     list_size: Annotated[int, Field(ge=2)] = 16
     """Candidates of a training list: the target and others; best near `rollout.candidates`."""
-    near: Share = 0.5
+    near: Fraction = 0.5
     """Share of the others that are neighbours of the target in the trie; the rest are drawn as
     often as they are targets."""
     batch_size: PositiveInt = 256
@@ -64,7 +64,7 @@ class ListwiseConfig(ScorerConfig):
 class TransitionConfig(Section):
     """What the reward `transition` counts in the training rows."""
 
-    decay: Share = 0.3
+    decay: Fraction = 0.3
     """Weight of a history item beside that of the one after it."""
     floor: Annotated[float, Field(gt=0.0)] = 1e-3
     """Added to a candidate's strength before the logarithm: that of one that never followed."""

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from orchard.settings.section import Section, Share
+from orchard.settings.section import Fraction, Section
 
 
 class VedConfig(Section):
@@ -77,7 +77,7 @@ class RolloutConfig(Section):
     """GPUs per actor; vLLM splits the policy over them (tensor parallelism)."""
     kv_cache_gib: Annotated[float, Field(gt=0.0)] = 1.0
     """vLLM's paged cache per actor: system memory on a CPU; a GPU takes `gpu_memory` instead."""
-    gpu_memory: Share = 0.4
+    gpu_memory: Fraction = 0.4
     """Share of a GPU that vLLM may take."""
     max_restarts: NonNegativeInt = 3
     timeout_s: PositiveFloat = 300.0

@@ -6,7 +6,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from orchard.settings.section import Section, Share
+from orchard.settings.section import Fraction, Section
 
 
 def _tells_secrets(address: str) -> bool:
@@ -16,7 +16,7 @@ def _tells_secrets(address: str) -> bool:
 
 
 class FilterConfig(Section):
-    """A named view of the catalogue: the items whose attribute passes a comparison."""
+    """A named view of the catalog: the items whose attribute passes a comparison."""
 
     column: str
     """Of the attributes file."""
@@ -29,8 +29,8 @@ class VariantConfig(Section):
     """Another policy behind the same endpoint."""
 
     policy: Path
-    """Folder of a policy that was trained on the same catalogue."""
-    share: Share = 0.0
+    """Folder of a policy that was trained on the same catalog."""
+    share: Fraction = 0.0
     """Of the users who are answered by it."""
     shadow: bool = False
     """Let it answer every request too, for the exposure log alone."""
@@ -84,14 +84,14 @@ class ServeConfig(Section):
     salt: str = "orchard"
     """Of the hash that spreads users over variants; another one spreads them anew."""
     state: Path | None = None
-    """Folder that the replicas share: catalogue deltas and the pinned policy. By default `serve`
+    """Folder that the replicas share: catalog deltas and the pinned policy. By default `serve`
     beside the policy."""
     exposure: Path | None = None
     """Folder of the exposure log; by default none is kept."""
     follow_s: PositiveFloat = 0.5
     """Time between two looks at the policy folder and at the shared state."""
     versions: PositiveInt = 3
-    """Policies and catalogues kept for rollback."""
+    """Policies and catalogs kept for rollback."""
     probe_tolerance: Annotated[float, Field(gt=0.0)] = 1e-3
     """Largest difference between what a new policy's engine and its reference make of a probe."""
     token_env: str = "ORCHARD_SERVE_TOKEN"

@@ -1,4 +1,4 @@
-"""The logbook of a run: what was measured, when, at which step of which phase.
+"""The metrics logger of a run: what was measured, when, at which step of which phase.
 
 `metrics.jsonl` holds one object a line and is the truth; TensorBoard's event files below
 `tensorboard/<phase>` are a view of it.
@@ -27,7 +27,7 @@ from orchard.errors import DataError
 FILE = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 
-Listener = Callable[[str, int, Mapping[str, float]], object]
+MetricsSink = Callable[[str, int, Mapping[str, float]], object]
 """Phase, step and values, NaN and infinity as they are."""
 
 _FLUSH_S = 10
@@ -45,11 +45,11 @@ class Series:
     """NaN where the measurement was no finite number."""
 
 
-class Logbook:
+class MetricsLogger:
     """Appends to the metrics of a run folder; reopened on resume. Not for several processes."""
 
-    def __init__(self, run_dir: Path, also: Sequence[Listener] = ()) -> None:
-        """Open or begin the logbook of `run_dir`; a line torn by a crash is cut off.
+    def __init__(self, run_dir: Path, also: Sequence[MetricsSink] = ()) -> None:
+        """Open or begin the metrics logger of `run_dir`; a line torn by a crash is cut off.
 
         `also` are told every step that is logged, once it is on disk.
         """
@@ -112,7 +112,7 @@ class Logbook:
             events.close()
         self._events = {}
 
-    def __enter__(self) -> "Logbook":
+    def __enter__(self) -> "MetricsLogger":
         """Nothing to do: the files are open."""
         return self
 

@@ -19,7 +19,7 @@ _NOT_IN_MLFLOW = re.compile(r"[^\w\-. /]")
 
 @runtime_checkable
 class Tracker(Protocol):
-    """What a logbook may tell as well."""
+    """What a metrics logger may tell as well."""
 
     def log(self, phase: str, step: int, values: Mapping[str, float]) -> None:
         """One step of a phase, of which finite values are kept; phases count their own steps."""

@@ -14,18 +14,18 @@ from transformers import DynamicCache, PreTrainedModel
 
 from orchard import ragged
 from orchard.policy.model import head_weight
-from rollout.engine.protocol import Texts, Writing, check_room
+from rollout.engine.protocol import Completions, GenerationParams, check_context_length
 
 
 @torch.inference_mode()
-def write(
+def generate(
     model: PreTrainedModel,
     contexts: Sequence[Sequence[int]],
     key: Int64[np.ndarray, " R"],
-    how: Writing,
-) -> Texts:
+    how: GenerationParams,
+) -> Completions:
     """Continue each context; see `Holder.write`."""
-    check_room(contexts, how, int(model.config.max_position_embeddings))
+    check_context_length(contexts, how, int(model.config.max_position_embeddings))
     device, num_rows = head_weight(model).device, len(contexts)
     count = np.array([len(one) for one in contexts])
     widest = int(count.max())
@@ -58,7 +58,7 @@ def write(
         token, position = chosen[:, None], position[:, -1:] + 1
         visible = torch.cat([visible, torch.ones_like(token)], 1)
     kept = torch.stack(alive, 1).cpu().numpy()
-    return Texts(
+    return Completions(
         token=torch.stack(written, 1).cpu().numpy()[kept].astype(np.int32),
         logprob=torch.stack(logprobs, 1).float().cpu().numpy()[kept],
         start=ragged.starts(kept.sum(1)),

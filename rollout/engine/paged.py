@@ -25,11 +25,11 @@ from orchard.policy.item_tokenizer import Vocabulary
 from orchard.policy.model import child_logprobs
 from orchard.policy.value_head import ValueHead
 from orchard.types import PolicyVersion, Prompts
-from rollout.engine.protocol import Expansion, check_length
+from rollout.engine.protocol import NextCodeLogprobs, check_prompt_length
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pass:
+class ForwardBatch:
     """One forward pass: spans of tokens laid end to end, each behind what it continues."""
 
     token: Int64[Tensor, " T"]
@@ -71,7 +71,7 @@ class PagedModel(Protocol):
         """Longest prefix."""
         ...
 
-    def forward(self, work: Pass) -> Float[Tensor, "T D"]:
+    def forward(self, work: ForwardBatch) -> Float[Tensor, "T D"]:
         """Last hidden states of the tokens, whose keys and values join the cache."""
         ...
 
@@ -109,7 +109,7 @@ class CacheFullError(Exception):
         self.needed, self.num_pages = needed, num_pages
 
 
-class PagedEngine:
+class PagedBackend:
     """Decodes with a paged model; every state of a batch stays extensible until the next one."""
 
     def __init__(
@@ -123,9 +123,9 @@ class PagedEngine:
     ) -> None:
         """Take over the whole cache of `model`. `head` is its output matrix."""
         self.trie, self.vocabulary, self._model = trie, vocabulary, model
-        self.install(version, head, value_head)
+        self.load_weights(version, head, value_head)
 
-    def install(
+    def load_weights(
         self,
         version: PolicyVersion,
         head: Float[Tensor, "tokens D"],
@@ -150,9 +150,9 @@ class PagedEngine:
         self._hidden = self._head.new_zeros(0, self._head.shape[1])
 
     @torch.inference_mode()
-    def prefill(self, prompts: Prompts) -> Expansion:
+    def prefill(self, prompts: Prompts) -> NextCodeLogprobs:
         """Read each prompt once and score the children of the root; older states are forgotten."""
-        longest = check_length(prompts, self.trie, self._model.max_length)
+        longest = check_prompt_length(prompts, self.trie, self._model.max_length)
         device = self._head.device
         width = -(-(longest + self.trie.depth) // self._model.page_size)
         empty = self._nothing(len(prompts), width)
@@ -169,7 +169,7 @@ class PagedEngine:
         token: Int64[Tensor, " N"],
         start: Int64[Tensor, " F1"],
         node: Int64[Tensor, " F"],
-    ) -> Expansion:
+    ) -> NextCodeLogprobs:
         """Append a span to each state and score the children of `node`, the trie node after it."""
         wanted = start[1:] - 1
         if self._value_head is not None:
@@ -183,7 +183,7 @@ class PagedEngine:
         start: Int64[Tensor, " F1"],
         node: Int64[Tensor, " F"],
         wanted: Int64[Tensor, " E"],
-    ) -> Expansion:
+    ) -> NextCodeLogprobs:
         """Append spans to prefixes, which become states of their own.
 
         `wanted` are the tokens, in ascending order, whose hidden states are on a path, the last one
@@ -201,7 +201,7 @@ class PagedEngine:
         first = len(self._states.length)
         self._states = self._states.join(_Prefixes(pages=pages, length=total, path=path))
         state = torch.arange(first, len(self._states.length), device=node.device)
-        return Expansion(state=state, logprob=logprob, children=children, value=value)
+        return NextCodeLogprobs(state=state, logprob=logprob, children=children, value=value)
 
     def _lengthen(
         self,
@@ -287,7 +287,7 @@ class PagedEngine:
             last = int(np.searchsorted(edges, high))  # spans `first` to `last - 1` take part
             rows = order[first:last]
             bound = begin[first : last + 1].clamp(low, high)
-            work = Pass(
+            work = ForwardBatch(
                 token=token[low:high],
                 position=position[low:high],
                 slot=slot[low:high],

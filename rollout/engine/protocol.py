@@ -24,7 +24,7 @@ from rollout.candidates import Candidates
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Expansion:
+class NextCodeLogprobs:
     """The policy at the nodes of a frontier, and what the engine needs to go on from them."""
 
     state: Int64[Tensor, " F"]
@@ -39,7 +39,7 @@ class Expansion:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Texts:
+class Completions:
     """What was written behind each of several contexts."""
 
     token: Int32[np.ndarray, " T"]
@@ -50,7 +50,7 @@ class Texts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Writing:
+class GenerationParams:
     """How to write: by drawing from the whole vocabulary, or greedily at temperature 0."""
 
     stop: Sequence[int]
@@ -61,7 +61,7 @@ class Writing:
 
 
 @runtime_checkable
-class Engine(Protocol):
+class DecodingBackend(Protocol):
     """A policy ready to decode. All tensors are on the device of `trie`."""
 
     @property
@@ -79,7 +79,7 @@ class Engine(Protocol):
         """The policy that answers now."""
         ...
 
-    def prefill(self, prompts: Prompts) -> Expansion:
+    def prefill(self, prompts: Prompts) -> NextCodeLogprobs:
         """Read each prompt once and score the children of the root; older states become invalid."""
         ...
 
@@ -89,7 +89,7 @@ class Engine(Protocol):
         token: Int64[Tensor, " S"],
         start: Int64[Tensor, " F1"],
         node: Int64[Tensor, " F"],
-    ) -> Expansion:
+    ) -> NextCodeLogprobs:
         """Append the span `token[start[f] : start[f + 1]]` (one token or more) to each state.
 
         `node` is the trie node after the span, whose children are scored.
@@ -98,10 +98,12 @@ class Engine(Protocol):
 
 
 @runtime_checkable
-class Runner(Protocol):
+class SearchRunner(Protocol):
     """Lets searches run where a policy is."""
 
-    def run(self, find: Callable[[Engine, Prompts], Candidates], prompts: Prompts) -> Candidates:
+    def run(
+        self, find: Callable[[DecodingBackend, Prompts], Candidates], prompts: Prompts
+    ) -> Candidates:
         """Search with `find`, a function that can be pickled, for one batch of prompts.
 
         What the prompts may find is bound to it by the keyword `allowed` (`functools.partial`), so
@@ -114,7 +116,7 @@ class Runner(Protocol):
 
 
 @runtime_checkable
-class Holder(Runner, Protocol):
+class InferenceEngine(SearchRunner, Protocol):
     """Holds a policy, and lets searches run where the policy is."""
 
     @property
@@ -122,7 +124,7 @@ class Holder(Runner, Protocol):
         """The policy that answers now."""
         ...
 
-    def install(self, version: PolicyVersion, weights: Weights) -> None:
+    def load_weights(self, version: PolicyVersion, weights: Weights) -> None:
         """Answer with these weights from now on; states of earlier searches become invalid.
 
         Raises:
@@ -131,13 +133,13 @@ class Holder(Runner, Protocol):
         """
         ...
 
-    def turn_to(self, trie: Trie) -> None:
-        """Search these sequences from now on, with the same vocabulary; as `install` otherwise."""
+    def set_catalog(self, trie: Trie) -> None:
+        """Search these sequences from now on, with the same vocabulary."""
         ...
 
-    def write(
-        self, contexts: Sequence[Sequence[int]], key: Int64[np.ndarray, " R"], how: Writing
-    ) -> Texts:
+    def generate(
+        self, contexts: Sequence[Sequence[int]], key: Int64[np.ndarray, " R"], how: GenerationParams
+    ) -> Completions:
         """Continue each context; what is drawn depends on its key and not on its neighbours.
 
         Raises:
@@ -154,7 +156,7 @@ def check_weights(version: PolicyVersion, weights: Weights) -> None:
         )
 
 
-def check_length(prompts: Prompts, trie: Trie, limit: int) -> int:
+def check_prompt_length(prompts: Prompts, trie: Trie, limit: int) -> int:
     """Tokens of the longest prompt; raises EngineError where its codes would not fit behind it."""
     longest = int(np.diff(prompts.token_start).max())
     if longest + trie.depth > limit:
@@ -165,7 +167,9 @@ def check_length(prompts: Prompts, trie: Trie, limit: int) -> int:
     return longest
 
 
-def check_room(contexts: Sequence[Sequence[int]], how: Writing, limit: int) -> None:
+def check_context_length(
+    contexts: Sequence[Sequence[int]], how: GenerationParams, limit: int
+) -> None:
     """Raise EngineError where a text would not fit behind its context."""
     longest = max(map(len, contexts), default=0)
     if longest + how.limit > limit:

@@ -19,7 +19,7 @@ from torch import Tensor
 from orchard.catalog.trie import ROOT, Children, Trie
 from orchard.policy.item_tokenizer import Vocabulary
 from orchard.types import PolicyVersion, Prompts
-from rollout.engine.protocol import Expansion, check_length
+from rollout.engine.protocol import NextCodeLogprobs, check_prompt_length
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams, TokensPrompt
@@ -29,7 +29,7 @@ MAX_ALLOWED = 1024
 """Longest list of allowed tokens that every vLLM model runner takes."""
 
 
-class RequestEngine:
+class RequestBackend:
     """Decodes with requests to a vLLM engine, which others may use in between."""
 
     def __init__(
@@ -40,9 +40,9 @@ class RequestEngine:
         self._llm = llm
         self._prefix: list[list[int]] = []
 
-    def prefill(self, prompts: Prompts) -> Expansion:
+    def prefill(self, prompts: Prompts) -> NextCodeLogprobs:
         """Read each prompt once and score the children of the root."""
-        check_length(prompts, self.trie, self._llm.llm_engine.model_config.max_model_len)
+        check_prompt_length(prompts, self.trie, self._llm.llm_engine.model_config.max_model_len)
         token = prompts.token.tolist()
         self._prefix = [token[a:b] for a, b in pairwise(prompts.token_start.tolist())]
         return self._expand(0, torch.full((len(prompts),), ROOT))
@@ -53,7 +53,7 @@ class RequestEngine:
         token: Int64[Tensor, " N"],
         start: Int64[Tensor, " F1"],
         node: Int64[Tensor, " F"],
-    ) -> Expansion:
+    ) -> NextCodeLogprobs:
         """Append a span to each state and score the children of `node`, the trie node after it."""
         first, tokens = len(self._prefix), token.tolist()
         spans = pairwise(start.tolist())
@@ -63,7 +63,7 @@ class RequestEngine:
         ]
         return self._expand(first, node)
 
-    def _expand(self, first: int, node: Int64[Tensor, " F"]) -> Expansion:
+    def _expand(self, first: int, node: Int64[Tensor, " F"]) -> NextCodeLogprobs:
         """Score the children of the nodes reached by the prefixes from number `first` on."""
         children = self.trie.children(node)
         token = self.vocabulary.token_of(self.trie, children.node)
@@ -75,7 +75,9 @@ class RequestEngine:
         outputs = self._llm.generate(requests, params, use_tqdm=False)
         state = torch.arange(first, len(self._prefix))
         answers = [cast("FlatLogprobs", output.outputs[0].logprobs) for output in outputs]
-        return Expansion(state=state, logprob=_read(answers, children, token), children=children)
+        return NextCodeLogprobs(
+            state=state, logprob=_read(answers, children, token), children=children
+        )
 
 
 def _params(legal: list[int]) -> "SamplingParams":

@@ -26,8 +26,15 @@ from orchard.policy.model import child_logprobs, head_weight
 from orchard.policy.weights import Weights, restore
 from orchard.types import PolicyVersion, Prompts
 from rollout.candidates import Candidates
-from rollout.engine.generate import write
-from rollout.engine.protocol import Engine, Expansion, Texts, Writing, check_length, check_weights
+from rollout.engine.generate import generate
+from rollout.engine.protocol import (
+    Completions,
+    DecodingBackend,
+    GenerationParams,
+    NextCodeLogprobs,
+    check_prompt_length,
+    check_weights,
+)
 
 _SLOT_BITS = 32
 """A state is a row and, in its lower bits, the slot of the last token there."""
@@ -51,31 +58,33 @@ class TorchEngine:
         # What the value head reads: the last slot of the prompt and all slots after it.
         self._hidden = head.new_zeros(0, 0, head.shape[1])
 
-    def install(self, version: PolicyVersion, weights: Weights) -> None:
-        """Answer with these weights from now on; see `Holder.install`."""
+    def load_weights(self, version: PolicyVersion, weights: Weights) -> None:
+        """Answer with these weights from now on; see `InferenceEngine.load_weights`."""
         check_weights(version, weights)
-        value_head.fit(self._model, weights)
+        value_head.adapt_weights(self._model, weights)
         restore(self._model, weights)
         self.version, self._cache = version, DynamicCache()
 
-    def turn_to(self, trie: Trie) -> None:
+    def set_catalog(self, trie: Trie) -> None:
         """Search these sequences from now on; see `Holder.turn_to`."""
         self.trie, self._cache = trie.to(self._padding.device), DynamicCache()
 
-    def run(self, find: Callable[[Engine, Prompts], Candidates], prompts: Prompts) -> Candidates:
+    def run(
+        self, find: Callable[[DecodingBackend, Prompts], Candidates], prompts: Prompts
+    ) -> Candidates:
         """Search with `find`; see `Holder.run`."""
         return find(self, prompts)
 
-    def write(
-        self, contexts: Sequence[Sequence[int]], key: Int64[np.ndarray, " R"], how: Writing
-    ) -> Texts:
+    def generate(
+        self, contexts: Sequence[Sequence[int]], key: Int64[np.ndarray, " R"], how: GenerationParams
+    ) -> Completions:
         """Continue each context with text; see `Holder.write`."""
-        return write(self._model, contexts, key, how)
+        return generate(self._model, contexts, key, how)
 
     @torch.inference_mode()
-    def prefill(self, prompts: Prompts) -> Expansion:
+    def prefill(self, prompts: Prompts) -> NextCodeLogprobs:
         """Read each prompt once and score the children of the root."""
-        widest = check_length(prompts, self.trie, self._model.config.max_position_embeddings)
+        widest = check_prompt_length(prompts, self.trie, self._model.config.max_position_embeddings)
         # Padded on the left, the last token of every prompt is in the same slot.
         short = widest - np.diff(prompts.token_start)
         row, place = ragged.owners(prompts.token_start), ragged.places(prompts.token_start)
@@ -105,7 +114,7 @@ class TorchEngine:
         token: Int64[Tensor, " N"],
         start: Int64[Tensor, " F1"],
         node: Int64[Tensor, " F"],
-    ) -> Expansion:
+    ) -> NextCodeLogprobs:
         """Append a span to each state and score the children of `node`, the trie node after it."""
         num_rows, used = self._position.shape
         row, slot = state >> _SLOT_BITS, state & ((1 << _SLOT_BITS) - 1)
@@ -121,7 +130,7 @@ class TorchEngine:
         self._above = torch.cat([self._above, above], 1)
         self._position = torch.cat([self._position, position], 1)
         hidden = self._forward(tokens, position, self._tree_mask(new))
-        if value_head.head_of(self._model) is not None:
+        if value_head.value_head_of(self._model) is not None:
             self._hidden = torch.cat([self._hidden, hidden], 1)
         end = place[start[1:] - 1]
         return self._expand((row << _SLOT_BITS) + used + end, hidden[row, end], node)
@@ -173,14 +182,16 @@ class TorchEngine:
         state: Int64[Tensor, " F"],
         hidden: Float[Tensor, "F D"],
         node: Int64[Tensor, " F"],
-    ) -> Expansion:
+    ) -> NextCodeLogprobs:
         head = head_weight(self._model)
         logprob, children = child_logprobs(hidden, node, head, self.trie, self.vocabulary)
-        return Expansion(state=state, logprob=logprob, children=children, value=self._value(state))
+        return NextCodeLogprobs(
+            state=state, logprob=logprob, children=children, value=self._value(state)
+        )
 
     def _value(self, state: Int64[Tensor, " F"]) -> Float32[Tensor, " F"] | None:
         """Value of each state, if the policy has a head for it."""
-        head = value_head.head_of(self._model)
+        head = value_head.value_head_of(self._model)
         if head is None:
             return None
         prompt_end, slots = self._padding.shape[1] - 1, self._hidden.shape[1]

@@ -33,9 +33,15 @@ from orchard.settings import RolloutConfig
 from orchard.types import PolicyVersion, Prompts
 from rollout.candidates import Candidates
 from rollout.engine.availability import check_vllm
-from rollout.engine.payload import Sender
-from rollout.engine.protocol import Engine, Texts, Writing, check_room, check_weights
-from rollout.engine.requests import RequestEngine
+from rollout.engine.payload import PayloadEncoder
+from rollout.engine.protocol import (
+    Completions,
+    DecodingBackend,
+    GenerationParams,
+    check_context_length,
+    check_weights,
+)
+from rollout.engine.requests import RequestBackend
 
 if TYPE_CHECKING:
     from vllm import LLM, TokensPrompt
@@ -54,7 +60,7 @@ _TOKENS_AT_ONCE = 8192
 """Of prompts in one forward pass, where none is longer."""
 
 
-class VllmHolder:
+class VllmEngine:
     """Holds a policy in a vLLM engine inside this process, which it takes over for good."""
 
     def __init__(
@@ -85,10 +91,10 @@ class VllmHolder:
         self._check_values(value_head)  # before vLLM takes its time to start
         self._ranks = max(1, int(config.gpus))
         # On a CPU the worker lives in this process, and nothing has to travel to it.
-        self._sender = Sender() if config.gpus else None
+        self._sender = PayloadEncoder() if config.gpus else None
         longest = int(model.config.max_position_embeddings)
         self.llm = _start(folder, config, self._ranks, longest=longest, seed=seed)
-        self._requests = RequestEngine(self.llm, trie, vocabulary, version)
+        self._requests = RequestBackend(self.llm, trie, vocabulary, version)
         if self._in_worker and not self._can_search():
             self._in_worker = False
             self._check_values(value_head)
@@ -96,8 +102,8 @@ class VllmHolder:
             head = weights[self._head]
             self._call("orchard_attach", trie, vocabulary, version, head, value_head)
 
-    def install(self, version: PolicyVersion, weights: Weights) -> None:
-        """Answer with these weights from now on; see `Holder.install`."""
+    def load_weights(self, version: PolicyVersion, weights: Weights) -> None:
+        """Answer with these weights from now on; see `InferenceEngine.load_weights`."""
         check_weights(version, weights)
         weights, value_head = value_heads.split(weights, self._width)
         self._check_values(value_head)
@@ -112,13 +118,15 @@ class VllmHolder:
         self._forget_prefixes()
         self.version = self._requests.version = version
 
-    def turn_to(self, trie: Trie) -> None:
+    def set_catalog(self, trie: Trie) -> None:
         """Search these sequences from now on; see `Holder.turn_to`."""
         if self._in_worker:
             self._call("orchard_turn_to", trie)
         self._requests.trie = trie
 
-    def run(self, find: Callable[[Engine, Prompts], Candidates], prompts: Prompts) -> Candidates:
+    def run(
+        self, find: Callable[[DecodingBackend, Prompts], Candidates], prompts: Prompts
+    ) -> Candidates:
         """Run a search next to the model; see `Holder.run`."""
         if not self._in_worker:
             return find(self._requests, prompts)
@@ -127,22 +135,22 @@ class VllmHolder:
                 "vLLM is generating, and a search needs its key-value cache; "
                 "search when the requests are finished"
             )
-        search = find if self._sender is None else self._sender.pack(find)
+        search = find if self._sender is None else self._sender.encode(find)
         try:
             return self._call("orchard_run", search, prompts)
         finally:
             self._forget_prefixes()
 
-    def write(
-        self, contexts: Sequence[Sequence[int]], key: Int64[np.ndarray, " R"], how: Writing
-    ) -> Texts:
+    def generate(
+        self, contexts: Sequence[Sequence[int]], key: Int64[np.ndarray, " R"], how: GenerationParams
+    ) -> Completions:
         """Continue each context with text, all at once; see `Holder.write`.
 
         What contexts have in common, vLLM's prefix cache computes once, page by page.
         """
         from vllm import SamplingParams
 
-        check_room(contexts, how, self.llm.llm_engine.model_config.max_model_len)
+        check_context_length(contexts, how, self.llm.llm_engine.model_config.max_model_len)
         requests: list[TokensPrompt] = [{"prompt_token_ids": list(one)} for one in contexts]
         params = [
             SamplingParams(
@@ -162,7 +170,7 @@ class VllmHolder:
         logprobs = [cast("FlatLogprobs", output.logprobs) for output in outputs]
         # Each position may list others, too; its own token is the first.
         first = [np.asarray(one.logprobs)[np.asarray(one.start_indices, int)] for one in logprobs]
-        return Texts(
+        return Completions(
             token=np.concatenate([np.asarray(o.token_ids, np.int32) for o in outputs]),
             logprob=np.concatenate(first).astype(np.float32),
             start=ragged.starts(np.array([len(output.token_ids) for output in outputs])),

@@ -20,8 +20,8 @@ from orchard.policy.item_tokenizer import Vocabulary
 from orchard.policy.value_head import ValueHead
 from orchard.types import PolicyVersion, Prompts
 from rollout.candidates import Candidates
-from rollout.engine.paged import CacheFullError, PagedEngine, Pass
-from rollout.engine.payload import Parcel, Receiver, Search, part_of
+from rollout.engine.paged import CacheFullError, ForwardBatch, PagedBackend
+from rollout.engine.payload import PayloadDecoder, SearchFn, SearchPayload, split_search
 
 _log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class VllmModel:
         """Precision of the hidden states."""
         return self._runner.vllm_config.model_config.dtype
 
-    def forward(self, work: Pass) -> Float[Tensor, "T D"]:
+    def forward(self, work: ForwardBatch) -> Float[Tensor, "T D"]:
         """Last hidden states of the tokens, whose keys and values join the cache."""
         from vllm.forward_context import set_forward_context
         from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -133,8 +133,8 @@ class SearchExtension:
     """Methods that vLLM adds to its worker; all are called on every rank."""
 
     model_runner: Any
-    orchard_engine: PagedEngine
-    orchard_parcels: Receiver
+    orchard_engine: PagedBackend
+    orchard_parcels: PayloadDecoder
     orchard_batch: int
 
     def orchard_missing(self) -> str:
@@ -151,14 +151,14 @@ class SearchExtension:
     ) -> None:
         """Get ready to search with the policy that is loaded, whose output matrix is `head`."""
         model = VllmModel(self.model_runner)
-        self.orchard_engine = PagedEngine(
+        self.orchard_engine = PagedBackend(
             model,
             trie.to(model.device),
             vocabulary.to(model.device),
             version,
             *_heads(model, head, value_head),
         )
-        self.orchard_parcels = Receiver(model.device)
+        self.orchard_parcels = PayloadDecoder(model.device)
         self.orchard_batch = 1 << 31
 
     def orchard_install(
@@ -169,25 +169,25 @@ class SearchExtension:
     ) -> None:
         """Search with the policy that was loaded just now."""
         heads = _heads(VllmModel(self.model_runner), head, value_head)
-        self.orchard_engine.install(version, *heads)
+        self.orchard_engine.load_weights(version, *heads)
 
     def orchard_turn_to(self, trie: Trie) -> None:
         """Search these sequences from now on."""
         self.orchard_engine.trie = trie.to(self.orchard_engine.trie.code.device)
 
-    def orchard_run(self, search: Search | Parcel, prompts: Prompts) -> Candidates:
+    def orchard_run(self, search: SearchFn | SearchPayload, prompts: Prompts) -> Candidates:
         """Search, overwriting vLLM's cache; batches that do not fit in it are split.
 
         Raises:
             EngineError: a single prompt's search does not fit, or as the search raises it.
         """
-        find = self.orchard_parcels.unpack(search) if isinstance(search, Parcel) else search
+        find = self.orchard_parcels.decode(search) if isinstance(search, SearchPayload) else search
         parts: list[Candidates] = []
         done = 0
         while done < len(prompts):
             rows = np.arange(done, min(done + self.orchard_batch, len(prompts)))
             try:
-                parts.append(part_of(find, rows)(self.orchard_engine, prompts.select(rows)))
+                parts.append(split_search(find, rows)(self.orchard_engine, prompts.select(rows)))
                 done += len(rows)
             except CacheFullError as full:
                 self._halve(len(rows), full)

@@ -15,20 +15,20 @@ import torch
 from jaxtyping import Int64
 
 from orchard import ragged
-from orchard.catalog.catalog import Catalogue
+from orchard.catalog.catalog import Catalog
 from orchard.catalog.trie import ROOT
 from orchard.types import Cost, Prompts
 from rollout.candidates import Candidates
-from rollout.engine.protocol import Engine
-from rollout.search.beam import collect, sound, spans
+from rollout.engine.protocol import DecodingBackend
+from rollout.search.beam import check_finite, collect, spans
 
 
-def with_target(
-    engine: Engine,
+def inject_target(
+    engine: DecodingBackend,
     prompts: Prompts,
     *,
-    find: Callable[[Engine, Prompts], Candidates],
-    catalogue: Catalogue,
+    find: Callable[[DecodingBackend, Prompts], Candidates],
+    catalog: Catalog,
 ) -> Candidates:
     """What `find` finds, but where it missed a prompt's target, that instead of the last candidate.
 
@@ -38,13 +38,13 @@ def with_target(
         EngineError: a prompt does not fit the engine, or the policy has diverged.
     """
     found = find(engine, prompts)
-    target = catalogue.leaf_of_item[prompts.target]
+    target = catalog.leaf_of_item[prompts.target]
     owner = ragged.owners(found.start)
     held = np.bincount(owner[found.leaf == target[owner]], minlength=len(prompts)) > 0
     missed = np.flatnonzero(~held)
     if len(missed) == 0:
         return found
-    added = follow(engine, prompts.select(missed), target[missed])
+    added = score_leaf(engine, prompts.select(missed), target[missed])
     count = np.diff(found.start)
     stays = held[owner] | (ragged.places(found.start) < count[owner] - 1)
     prompt = np.concatenate([owner[stays], missed])
@@ -66,7 +66,9 @@ def with_target(
     )
 
 
-def follow(engine: Engine, prompts: Prompts, leaf: Int64[np.ndarray, " B"]) -> Candidates:
+def score_leaf(
+    engine: DecodingBackend, prompts: Prompts, leaf: Int64[np.ndarray, " B"]
+) -> Candidates:
     """One given leaf per prompt, as a search would have found it.
 
     Raises:
@@ -75,7 +77,7 @@ def follow(engine: Engine, prompts: Prompts, leaf: Int64[np.ndarray, " B"]) -> C
     trie, num_prompts = engine.trie, len(prompts)
     end = trie.node_of(torch.from_numpy(leaf).to(trie.code.device))
     path = trie.path(end)
-    expansion = sound(engine, engine.prefill(prompts))
+    expansion = check_finite(engine, engine.prefill(prompts))
     cost = Cost(prefill_tokens=len(prompts.token), passes=1)
     live = torch.arange(num_prompts, device=path.device)
     here = torch.full_like(live, ROOT)
@@ -90,7 +92,7 @@ def follow(engine: Engine, prompts: Prompts, leaf: Int64[np.ndarray, " B"]) -> C
             break
         token, start = spans(engine, here[on], below[on])
         state, live, here = expansion.state[on], live[on], below[on]
-        expansion = sound(engine, engine.extend(state, token, start, here))
+        expansion = check_finite(engine, engine.extend(state, token, start, here))
         cost += Cost(forward_tokens=len(token), passes=1)
     owner = torch.arange(num_prompts, device=path.device)
     return collect(trie, owner, end, logprob, logprob.sum(1), num_prompts, cost)

@@ -18,37 +18,37 @@ from orchard.catalog.trie import ROOT, Children, Trie
 from orchard.errors import EngineError
 from orchard.types import Cost, Prompts
 from rollout.candidates import Candidates
-from rollout.engine.protocol import Engine, Expansion
-from rollout.item_filter import Allowed, Gate, gate
+from rollout.engine.protocol import DecodingBackend, NextCodeLogprobs
+from rollout.item_filter import ItemFilter, PrefixMask, make_prefix_mask
 from rollout.search.gumbel import GumbelNoise
-from rollout.search.topk import best, in_order, starts
+from rollout.search.topk import sort_by_score, starts_of_mask, top_k
 
 
 def beam(
-    engine: Engine,
+    engine: DecodingBackend,
     prompts: Prompts,
     *,
     width: int,
     noise: GumbelNoise | None = None,
-    allowed: Allowed | None = None,
+    allowed: ItemFilter | None = None,
 ) -> Candidates:
     """Exact beam search: at each depth, the `width` best prefixes of each prompt survive.
 
     Leaves already reached keep competing with their score. Equal scores are ordered by trie node.
     Only prefixes that survive and have a choice to make are forwarded. A prompt gets fewer
-    candidates where the catalogue has fewer leaves, and never the same one twice. With `noise` the
+    candidates where the catalog has fewer leaves, and never the same one twice. With `noise` the
     prefixes that survive, and the order of the candidates, are the noise's choice instead.
 
     With `allowed`, prefixes compete only if they lead to a leaf that the prompt may find: it gets
     as many candidates as there are such leaves, up to `width`, and none where there are none.
 
     Raises:
-        CatalogueError: `allowed` belongs to another catalogue or another batch.
+        CatalogError: `allowed` belongs to another catalog or another batch.
         EngineError: a prompt does not fit the engine, or the policy has diverged.
     """
     trie, num_prompts = engine.trie, len(prompts)
-    entry = gate(trie, allowed, num_prompts) if allowed else None
-    expansion = sound(engine, engine.prefill(prompts))
+    entry = make_prefix_mask(trie, allowed, num_prompts) if allowed else None
+    expansion = check_finite(engine, engine.prefill(prompts))
     tokens, passes = 0, 1
     # The beams of prompt b are `start[b] : start[b + 1]`.
     start = torch.arange(num_prompts + 1, device=trie.code.device)
@@ -63,17 +63,17 @@ def beam(
         source, child, gain, first = _next(trie, node, fanout, scored, expansion)
         start = first[start]  # of the children, from here on
         if entry is not None:
-            may = entry.admits(prompt[source], child)
+            may = entry.allows(prompt[source], child)
             source, child, gain = source[may], child[may], gain[may]
-            start = starts(may)[start]
+            start = starts_of_mask(may)[start]
         if noise is None:
             key = score.index_select(0, source) + gain
-            kept = best(start, key, child, width)
+            kept = top_k(start, key, child, width)
         else:
             key = noise.keys(prompt[source], source, child, gain)
-            kept = best(start, key, child, width)
+            kept = top_k(start, key, child, width)
             noise.keep(kept)
-        start = starts(start.diff().clamp(max=width))
+        start = starts_of_mask(start.diff().clamp(max=width))
         source, node, gain = source[kept], child[kept], gain[kept]
         prompt, score = prompt[source], score[source] + gain
         read, state, logprob = read[source], state[source], logprob[source]
@@ -86,7 +86,7 @@ def beam(
         expansion = None
         if len(ask):
             token, edge = spans(engine, read[ask], node[ask])
-            expansion = sound(engine, engine.extend(state[ask], token, edge, node[ask]))
+            expansion = check_finite(engine, engine.extend(state[ask], token, edge, node[ask]))
             read = torch.where(scored, node, read)
             state = state.index_copy(0, ask, expansion.state)
             tokens, passes = tokens + len(token), passes + 1
@@ -95,13 +95,13 @@ def beam(
 
 
 def sample(
-    engine: Engine,
+    engine: DecodingBackend,
     prompts: Prompts,
     *,
     count: int,
     temperature: float,
     seed: int,
-    allowed: Allowed | None = None,
+    allowed: ItemFilter | None = None,
 ) -> Candidates:
     """`count` independent draws per prompt; draws that share a prefix share its forward pass.
 
@@ -113,16 +113,16 @@ def sample(
     prompt that may find none gets no draws.
 
     Raises:
-        CatalogueError: `allowed` belongs to another catalogue or another batch.
+        CatalogError: `allowed` belongs to another catalog or another batch.
         EngineError: a prompt does not fit the engine, or the policy has diverged.
     """
     trie, num_prompts = engine.trie, len(prompts)
-    entry = gate(trie, allowed, num_prompts) if allowed else None
-    expansion = sound(engine, engine.prefill(prompts))
+    entry = make_prefix_mask(trie, allowed, num_prompts) if allowed else None
+    expansion = check_finite(engine, engine.prefill(prompts))
     cost = Cost(prefill_tokens=len(prompts.token), passes=1)
     root = torch.arange(num_prompts, device=trie.code.device)
     if entry is not None:
-        root = root[entry.admits(root, torch.full_like(root, ROOT))]
+        root = root[entry.allows(root, torch.full_like(root, ROOT))]
     uniform = uniforms(prompts.id[root.cpu().numpy()], count, trie.depth, seed).to(root.device)
     prompt, frontier = root.repeat_interleave(count), torch.arange(num_prompts).to(root)
     node = torch.full_like(prompt, ROOT)
@@ -146,15 +146,15 @@ def sample(
         voice = torch.empty_like(distinct).index_copy(0, owner, torch.arange(len(owner)).to(owner))
         token, start = spans(engine, above[voice], below[voice])
         before = expansion.state[at[voice]]
-        expansion = sound(engine, engine.extend(before, token, start, below[voice]))
+        expansion = check_finite(engine, engine.extend(before, token, start, below[voice]))
         at, frontier = owner, distinct // trie.num_nodes
         cost += Cost(forward_tokens=len(token), passes=1)
     score = logprob.sum(1)
-    by = in_order(prompt, score, node)
+    by = sort_by_score(prompt, score, node)
     return collect(trie, prompt[by], node[by], logprob[by], score[by], num_prompts, cost)
 
 
-def sound(engine: Engine, expansion: Expansion) -> Expansion:
+def check_finite(engine: DecodingBackend, expansion: NextCodeLogprobs) -> NextCodeLogprobs:
     """The expansion itself; raises EngineError where it holds no numbers to choose by."""
     if not bool(expansion.logprob.sum().isfinite()):
         raise EngineError(
@@ -169,7 +169,7 @@ def _next(
     node: Int64[Tensor, " F"],
     fanout: Int64[Tensor, " F"],
     scored: Bool[Tensor, " F"],
-    expansion: Expansion | None,
+    expansion: NextCodeLogprobs | None,
 ) -> tuple[Int64[Tensor, " M"], Int64[Tensor, " M"], Float32[Tensor, " M"], Int64[Tensor, " F1"]]:
     """What may follow each beam: the beam's index, the trie node, what that adds to the score.
 
@@ -181,7 +181,7 @@ def _next(
         children = expansion.children
         return children.owner, children.node, expansion.logprob, children.start
     below = torch.where(fanout > 0, trie.first_child(node), node)
-    first = starts(fanout.clamp(min=1))
+    first = starts_of_mask(fanout.clamp(min=1))
     source = torch.repeat_interleave(first.diff())
     child = torch.arange(len(source), device=node.device) + (below - first[:-1])[source]
     gain = torch.zeros_like(source, dtype=torch.float32)
@@ -191,12 +191,12 @@ def _next(
 
 
 def spans(
-    engine: Engine, above: Int64[Tensor, " F"], node: Int64[Tensor, " F"]
+    engine: DecodingBackend, above: Int64[Tensor, " F"], node: Int64[Tensor, " F"]
 ) -> tuple[Int64[Tensor, " S"], Int64[Tensor, " F1"]]:
     """Tokens of the codes that lead from `above` down to `node`."""
     trie = engine.trie
     top = trie.depth_of(above)
-    start = starts(count := trie.depth_of(node) - top)
+    start = starts_of_mask(count := trie.depth_of(node) - top)
     if int(start[-1]) == len(node):  # one code each
         return engine.vocabulary.token_of(trie, node), start
     owner = torch.arange(len(node), device=node.device).repeat_interleave(count)
@@ -216,13 +216,13 @@ def uniforms(
 
 
 def _admitted(
-    entry: Gate | None, prompt: Int64[Tensor, " F"], expansion: Expansion
+    entry: PrefixMask | None, prompt: Int64[Tensor, " F"], expansion: NextCodeLogprobs
 ) -> Bool[Tensor, " M"]:
     """Which legal children may be entered by the prompts of the frontier's nodes."""
     children = expansion.children
     if entry is None:
         return torch.ones_like(children.node, dtype=torch.bool)
-    return entry.admits(prompt[children.owner], children.node)
+    return entry.allows(prompt[children.owner], children.node)
 
 
 def draw(

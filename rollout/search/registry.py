@@ -8,71 +8,71 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from orchard.catalog.catalog import Catalogue
-from orchard.scorers.prefix_critic import Critic
+from orchard.catalog.catalog import Catalog
+from orchard.scorers.prefix_critic import PrefixCritic
 from orchard.settings import RolloutConfig
 from orchard.types import Prompts
 from rollout.candidates import Candidates
-from rollout.engine.protocol import Engine
-from rollout.search.add_target import with_target
+from rollout.engine.protocol import DecodingBackend
+from rollout.search.add_target import inject_target
 from rollout.search.beam import beam, sample
 from rollout.search.sampling import beam_sample, dynamic
 from rollout.search.ved.search import ved
 
-Find = Callable[[Engine, Prompts], Candidates]
+SearchFn = Callable[[DecodingBackend, Prompts], Candidates]
 """Asks an engine for log-probabilities below a batch of prompts, and returns what it found."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Given:
+class SearchContext:
     """What a search may be made of."""
 
     config: RolloutConfig
-    catalogue: Catalogue
+    catalog: Catalog
     seed: int
     """Of the step."""
-    critic: Critic | None = None
+    critic: PrefixCritic | None = None
     """Guides `ved` in the place of the policy's value head."""
 
 
-Search = Callable[[Given], Find]
+SearchFactory = Callable[[SearchContext], SearchFn]
 """From what is given to a function that an engine can be sent."""
 
 
-def _beam(given: Given) -> Find:
+def _beam(given: SearchContext) -> SearchFn:
     return partial(beam, width=given.config.candidates)
 
 
-def _beam_sample(given: Given) -> Find:
+def _beam_sample(given: SearchContext) -> SearchFn:
     config = given.config
     return partial(
         beam_sample, width=config.candidates, temperature=config.temperature, seed=given.seed
     )
 
 
-def _sample(given: Given) -> Find:
+def _sample(given: SearchContext) -> SearchFn:
     config = given.config
     return partial(sample, count=config.candidates, temperature=config.temperature, seed=given.seed)
 
 
-def _dynamic(given: Given) -> Find:
+def _dynamic(given: SearchContext) -> SearchFn:
     config = given.config
     return partial(
         dynamic,
-        catalogue=given.catalogue,
+        catalog=given.catalog,
         count=config.candidates,
         temperature=config.temperature,
         seed=given.seed,
     )
 
 
-def _ved(given: Given) -> Find:
+def _ved(given: SearchContext) -> SearchFn:
     config, seed = given.config, given.seed
     count, critic = config.candidates, given.critic
     return partial(ved, settings=config.ved, count=count, seed=seed, critic=critic)
 
 
-SEARCHES: dict[str, Search] = {
+SEARCHES: dict[str, SearchFactory] = {
     "beam": _beam,
     "beam_sample": _beam_sample,
     "sample": _sample,
@@ -81,9 +81,9 @@ SEARCHES: dict[str, Search] = {
 }
 
 
-def search_of(name: str, given: Given) -> Find:
+def make_search(name: str, given: SearchContext) -> SearchFn:
     """The search of a name, which puts targets in where the settings say so."""
     find = SEARCHES[name](given)
     if given.config.add_target:
-        return partial(with_target, find=find, catalogue=given.catalogue)
+        return partial(inject_target, find=find, catalog=given.catalog)
     return find

@@ -12,29 +12,29 @@ import numpy as np
 from jaxtyping import Int64
 
 from orchard import ragged
-from orchard.catalog.catalog import Catalogue
+from orchard.catalog.catalog import Catalog
 from orchard.types import Prompts
 from rollout.candidates import Candidates
-from rollout.engine.protocol import Engine
-from rollout.item_filter import Allowed
+from rollout.engine.protocol import DecodingBackend
+from rollout.item_filter import ItemFilter
 from rollout.search.beam import beam, sample
 from rollout.search.gumbel import GumbelNoise
 
 
 def beam_sample(
-    engine: Engine,
+    engine: DecodingBackend,
     prompts: Prompts,
     *,
     width: int,
     temperature: float,
     seed: int,
-    allowed: Allowed | None = None,
+    allowed: ItemFilter | None = None,
 ) -> Candidates:
     """`width` distinct leaves per prompt, drawn without replacement from the tempered policy.
 
     A beam search ranked by `GumbelNoise`; it forwards what a beam of that width forwards.
     Log-probabilities and scores are those of the policy itself, free of noise, and the candidates
-    are in their order. A prompt gets fewer where the catalogue has fewer leaves.
+    are in their order. A prompt gets fewer where the catalog has fewer leaves.
 
     Raises:
         EngineError: a prompt does not fit the engine, or the policy has diverged.
@@ -46,9 +46,9 @@ def beam_sample(
 
 
 def dynamic(
-    engine: Engine,
+    engine: DecodingBackend,
     prompts: Prompts,
-    catalogue: Catalogue,
+    catalog: Catalog,
     *,
     count: int,
     temperature: float,
@@ -66,7 +66,7 @@ def dynamic(
     draws = -(-3 * count // 2)
     found = sample(engine, prompts, count=draws, temperature=temperature, seed=seed)
     prompt = ragged.owners(found.start)
-    target = found.leaf == catalogue.leaf_of_item[prompts.target][prompt]
+    target = found.leaf == catalog.leaf_of_item[prompts.target][prompt]
     # Equal leaves of a prompt have equal scores, so a stable sort by leaf lines their copies up.
     order = np.lexsort((found.leaf, prompt))
     opens = np.ones(len(order), dtype=bool)

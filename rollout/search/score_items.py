@@ -9,12 +9,12 @@ from jaxtyping import Float32, Int64
 
 from orchard.catalog.trie import ROOT
 from orchard.types import Prompts
-from rollout.engine.protocol import Engine
-from rollout.search.beam import sound, spans
+from rollout.engine.protocol import DecodingBackend
+from rollout.search.beam import check_finite, spans
 
 
-def rescore(
-    engine: Engine, prompts: Prompts, leaf: Int64[np.ndarray, " B"]
+def score_items(
+    engine: DecodingBackend, prompts: Prompts, leaf: Int64[np.ndarray, " B"]
 ) -> tuple[Float32[np.ndarray, "B D"], Float32[np.ndarray, "B A"]]:
     """Log-probability of every code of one leaf per prompt, and of every first code.
 
@@ -24,7 +24,7 @@ def rescore(
         EngineError: a prompt does not fit the engine, or the policy has diverged.
     """
     trie = engine.trie
-    expansion = sound(engine, engine.prefill(prompts))
+    expansion = check_finite(engine, engine.prefill(prompts))
     path = trie.path(trie.node_of(torch.from_numpy(leaf).to(trie.code.device)))
     above = torch.cat([torch.full_like(path[:, :1], ROOT), path[:, :-1]], 1)
     fanout = trie.num_children(above.clamp(min=0).reshape(-1)).view(above.shape)
@@ -40,7 +40,7 @@ def rescore(
         at = rows
         if level:
             token, start = spans(engine, read[rows], before)
-            expansion = sound(engine, engine.extend(state[rows], token, start, before))
+            expansion = check_finite(engine, engine.extend(state[rows], token, start, before))
             state = state.index_copy(0, rows, expansion.state)
             read = read.index_copy(0, rows, before)
             at = torch.arange(len(rows), device=path.device)

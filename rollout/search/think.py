@@ -16,12 +16,12 @@ import numpy as np
 from jaxtyping import Int64
 
 from orchard import ragged
-from orchard.policy.item_tokenizer import Tags
+from orchard.policy.item_tokenizer import ThinkTokens
 from orchard.types import Cost, Prompts
-from rollout.engine.protocol import Texts, Writing
+from rollout.engine.protocol import Completions, GenerationParams
 from rollout.search.thoughts import Thoughts
 
-Write = Callable[[Sequence[Sequence[int]], np.ndarray, Writing], Texts]
+Write = Callable[[Sequence[Sequence[int]], np.ndarray, GenerationParams], Completions]
 """As `rollout.engine.Holder.write`."""
 
 
@@ -48,7 +48,7 @@ class _Sample:
 def think(
     write: Write,
     prompts: Prompts,
-    tags: Tags,
+    tags: ThinkTokens,
     *,
     count: int,
     blocks: int,
@@ -74,7 +74,7 @@ def think(
     token = np.split(prompts.token, prompts.token_start[1:-1])
     samples = [_Sample(context=one.tolist()) for one in token for _ in range(count)]
     keys = draw_keys(prompts.id, count, blocks, seed)
-    how = Writing(stop=(tags.close, tags.end), limit=cap, temperature=temperature)
+    how = GenerationParams(stop=(tags.close, tags.end), limit=cap, temperature=temperature)
     live, cut, passes = list(range(len(samples))), 0, 0
     for k in range(blocks):
         for row in live:

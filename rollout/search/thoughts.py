@@ -75,7 +75,9 @@ class Thoughts:
         )
 
 
-def graft(prompts: Prompts, thoughts: Thoughts, codes: SearchTrees, num_steps: int) -> SearchTrees:
+def attach_thoughts(
+    prompts: Prompts, thoughts: Thoughts, codes: SearchTrees, num_steps: int
+) -> SearchTrees:
     """One tree per prompt: below its root the blocks of each sample, below those its codes.
 
     Args:

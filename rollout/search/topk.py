@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 
-def best(
+def top_k(
     start: Int64[Tensor, " B1"], score: Float[Tensor, " M"], node: Int64[Tensor, " M"], width: int
 ) -> Int64[Tensor, " F"]:
     """The `width` best entries of each prompt, by prompt, then falling score, then rising node.
@@ -24,10 +24,10 @@ def best(
     if num_prompts == 1:
         return chosen[_by_score(score[chosen], node[chosen])[:width]]
     prompt = torch.searchsorted(start, chosen, right=True) - 1
-    order = in_order(prompt, score[chosen], node[chosen])
+    order = sort_by_score(prompt, score[chosen], node[chosen])
     if surplus:
         prompt = prompt[order]
-        first = starts(torch.bincount(prompt, minlength=num_prompts))
+        first = starts_of_mask(torch.bincount(prompt, minlength=num_prompts))
         place = torch.arange(len(prompt), device=prompt.device) - first[prompt]
         order = order[place < width]
     return chosen[order]
@@ -57,7 +57,7 @@ def _contenders(
     return (score >= reach).nonzero().squeeze(1), True
 
 
-def in_order(
+def sort_by_score(
     prompt: Int64[Tensor, " M"], score: Float[Tensor, " M"], node: Int64[Tensor, " M"]
 ) -> Int64[Tensor, " M"]:
     """Indices by prompt, then falling score, then rising node."""
@@ -70,7 +70,7 @@ def _by_score(score: Float[Tensor, " M"], node: Int64[Tensor, " M"]) -> Int64[Te
     return order[score[order].argsort(descending=True, stable=True)]
 
 
-def starts(count: Int64[Tensor, " R"] | Bool[Tensor, " R"]) -> Int64[Tensor, " R1"]:
+def starts_of_mask(count: Int64[Tensor, " R"] | Bool[Tensor, " R"]) -> Int64[Tensor, " R1"]:
     """Where each row of a ragged array starts, and at last where it ends."""
     start = torch.zeros(len(count) + 1, dtype=torch.long, device=count.device)
     torch.cumsum(count, 0, out=start[1:])

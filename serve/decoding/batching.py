@@ -23,7 +23,7 @@ A = TypeVar("A")
 
 
 @dataclass(frozen=True, slots=True)
-class Plan(Generic[K]):
+class BatchPlan(Generic[K]):
     """What a request is to be searched with."""
 
     kind: K
@@ -49,7 +49,7 @@ class Batcher(Generic[Q, K, A]):
     def __init__(
         self,
         run: Callable[[K, Sequence[Q], Sequence[float]], Awaitable[Sequence[A]]],
-        plan: Callable[[Q, float], Plan[K] | None],
+        plan: Callable[[Q, float], BatchPlan[K] | None],
         *,
         budget: int,
         queue: int,
@@ -185,7 +185,7 @@ class Batcher(Generic[Q, K, A]):
                 one.answer.set_result(answer)
 
 
-class Pace:
+class LatencyModel:
     """How long batches take: seconds = a + b * rows, by least squares that forget."""
 
     def __init__(self, forget: float = 0.95) -> None:

@@ -18,17 +18,17 @@ from orchard import ragged
 from orchard.settings import VedConfig
 from orchard.types import Prompts
 from rollout.candidates import Candidates
-from rollout.engine.protocol import Engine, Runner
-from rollout.item_filter import Allowed
+from rollout.engine.protocol import DecodingBackend, SearchRunner
+from rollout.item_filter import ItemFilter
 from rollout.search.beam import beam
 from rollout.search.sampling import beam_sample
 from rollout.search.ved.search import ved
-from serve.catalog.store import Offer, Shelf
+from serve.catalog.store import CatalogVersion, FilteredItems
 from serve.schema import Decoder, Item, Level
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Kind:
+class BatchKey:
     """What the queries of one batch have in common."""
 
     decoder: Decoder
@@ -55,7 +55,7 @@ class Query:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Found:
+class RankedItems:
     """The answer to one query."""
 
     items: list[Item]
@@ -66,8 +66,13 @@ class Found:
 
 
 def recommend(
-    runner: Runner, shelf: Shelf, queries: Sequence[Query], kind: Kind, *, max_history: int
-) -> tuple[list[Found], Candidates]:
+    runner: SearchRunner,
+    catalog_version: CatalogVersion,
+    queries: Sequence[Query],
+    kind: BatchKey,
+    *,
+    max_history: int,
+) -> tuple[list[RankedItems], Candidates]:
     """The items of each query, and what was searched.
 
     Raises:
@@ -75,24 +80,34 @@ def recommend(
         EngineError: the engine cannot search for the batch, or its policy has diverged.
         ConfigError: the guided search has no budget for its beam.
     """
-    offer = shelf.offer(kind.filters)
-    prompts, unknown = read(shelf, queries, max_history)
-    gone = [excluded_rows(shelf, offer, query) for query in queries]
-    leaves = [full_leaves(shelf, offer, rows) for rows in gone]
-    allowed = Allowed(
+    offer = catalog_version.offer(kind.filters)
+    prompts, unknown = read_queries(catalog_version, queries, max_history)
+    gone = [excluded_rows(catalog_version, offer, query) for query in queries]
+    leaves = [full_leaves(catalog_version, offer, rows) for rows in gone]
+    allowed = ItemFilter(
         view=offer.view,
         excluded=np.concatenate([np.zeros(0, np.int64), *leaves]),
         excluded_start=ragged.starts(np.array([len(one) for one in leaves])),
     )
     found = runner.run(search_of(kind, queries, allowed), prompts)
     answers = [
-        answer(shelf, offer, query, kind, found.select(np.array([row])), gone[row], unknown[row])
+        rank_items(
+            catalog_version,
+            offer,
+            query,
+            kind,
+            found.select(np.array([row])),
+            gone[row],
+            unknown[row],
+        )
         for row, query in enumerate(queries)
     ]
     return answers, found
 
 
-def read(shelf: Shelf, queries: Sequence[Query], max_history: int) -> tuple[Prompts, list[int]]:
+def read_queries(
+    catalog_version: CatalogVersion, queries: Sequence[Query], max_history: int
+) -> tuple[Prompts, list[int]]:
     """What the policy reads of each query, and how many of its items are unknown.
 
     The random numbers of a query come from its own seed, which takes the place of the row number.
@@ -100,12 +115,12 @@ def read(shelf: Shelf, queries: Sequence[Query], max_history: int) -> tuple[Prom
     kept: list[Int64[np.ndarray, " H"]] = []
     unknown: list[int] = []
     for query in queries:
-        row, known = shelf.catalogue.find(query.history)
+        row, known = catalog_version.catalog.find(query.history)
         kept.append(row[known][-max_history:])
         unknown.append(int((~known).sum()))
     history = np.concatenate([np.zeros(0, np.int64), *kept])
     start = ragged.starts(np.array([len(rows) for rows in kept]))
-    token, token_start = shelf.form.tokens(history, start)
+    token, token_start = catalog_version.form.tokens(history, start)
     prompts = Prompts(
         id=np.array([query.seed for query in queries], dtype=np.int64),
         target=np.zeros(len(queries), dtype=np.int64),
@@ -117,24 +132,26 @@ def read(shelf: Shelf, queries: Sequence[Query], max_history: int) -> tuple[Prom
     return prompts, unknown
 
 
-def excluded_rows(shelf: Shelf, offer: Offer, query: Query) -> Int64[np.ndarray, " X"]:
+def excluded_rows(
+    catalog_version: CatalogVersion, offer: FilteredItems, query: Query
+) -> Int64[np.ndarray, " X"]:
     """Distinct rows of the items on offer that the query excludes."""
-    row, known = shelf.catalogue.find(query.exclude)
+    row, known = catalog_version.catalog.find(query.exclude)
     row = np.unique(row[known])
     return row[offer.items[row]]
 
 
 def full_leaves(
-    shelf: Shelf, offer: Offer, rows: Int64[np.ndarray, " X"]
+    catalog_version: CatalogVersion, offer: FilteredItems, rows: Int64[np.ndarray, " X"]
 ) -> Int64[np.ndarray, " K"]:
     """Leaves all of whose items on offer are among the rows: those the search must not find."""
-    leaf, count = np.unique(shelf.catalogue.leaf_of_item[rows], return_counts=True)
+    leaf, count = np.unique(catalog_version.catalog.leaf_of_item[rows], return_counts=True)
     return leaf[count == offer.per_leaf[leaf]]
 
 
 def search_of(
-    kind: Kind, queries: Sequence[Query], allowed: Allowed
-) -> Callable[[Engine, Prompts], Candidates]:
+    kind: BatchKey, queries: Sequence[Query], allowed: ItemFilter
+) -> Callable[[DecodingBackend, Prompts], Candidates]:
     """The decoder's search for the batch."""
     if kind.decoder == "beam":
         return partial(beam, width=kind.width, allowed=allowed)
@@ -146,7 +163,7 @@ def search_of(
 
 
 def _guided(
-    engine: Engine, prompts: Prompts, *, width: int, count: int, allowed: Allowed
+    engine: DecodingBackend, prompts: Prompts, *, width: int, count: int, allowed: ItemFilter
 ) -> Candidates:
     """A guided search with what a beam of that width forwards: half for its own beam."""
     depth = engine.trie.depth
@@ -154,18 +171,18 @@ def _guided(
     return ved(engine, prompts, settings, count=count, seed=0, allowed=allowed)
 
 
-def answer(
-    shelf: Shelf,
-    offer: Offer,
+def rank_items(
+    catalog_version: CatalogVersion,
+    offer: FilteredItems,
     query: Query,
-    kind: Kind,
+    kind: BatchKey,
     found: Candidates,
     gone: Int64[np.ndarray, " X"],
     unknown: int,
-) -> Found:
+) -> RankedItems:
     """The first k items of the candidates of one query."""
-    catalogue = shelf.catalogue
-    row, start = ragged.take(catalogue.item_of_leaf, catalogue.leaf_start, found.leaf)
+    catalog = catalog_version.catalog
+    row, start = ragged.take(catalog.item_of_leaf, catalog.leaf_start, found.leaf)
     candidate = ragged.owners(start)
     shown = offer.items[row] & ~np.isin(row, gone)
     row, candidate = row[shown], candidate[shown]
@@ -186,49 +203,56 @@ def answer(
     items = [
         Item.model_construct(
             rank=rank,
-            item_id=int(catalogue.item_id[item]),
+            item_id=int(catalog.item_id[item]),
             score=float(found.score[one]),
-            sid=shelf.plain_sid(item),
-            title=catalogue.title[item],
-            levels=levels_of(shelf, item, found, one) if query.levels else None,
+            sid=catalog_version.plain_sid(item),
+            title=catalog.title[item],
+            levels=levels_of(catalog_version, item, found, one) if query.levels else None,
         )
         for rank, (item, one) in enumerate(
             zip(row.tolist(), candidate.tolist(), strict=True), start=1
         )
     ]
-    return Found(items=items, leaf=found.leaf[candidate].tolist(), fewer=fewer, unknown=unknown)
+    return RankedItems(
+        items=items, leaf=found.leaf[candidate].tolist(), fewer=fewer, unknown=unknown
+    )
 
 
-def popular(shelf: Shelf, query: Query, filters: tuple[str, ...]) -> Found:
+def popular_items(
+    catalog_version: CatalogVersion, query: Query, filters: tuple[str, ...]
+) -> RankedItems:
     """The most popular items that the query allows, for when the policy cannot answer."""
-    offer = shelf.offer(filters)
-    gone = excluded_rows(shelf, offer, query)
-    row = shelf.by_popularity
+    offer = catalog_version.offer(filters)
+    gone = excluded_rows(catalog_version, offer, query)
+    row = catalog_version.by_popularity
     row = row[offer.items[row] & ~np.isin(row, gone)]
     few = row[: query.k]
     if query.per_prefix is not None:
-        row = row[places_among(shelf.catalogue.codes[row, 0]) < query.per_prefix]
+        row = row[places_among(catalog_version.catalog.codes[row, 0]) < query.per_prefix]
         few = row[: query.k]
     items = [
         Item.model_construct(
-            rank=rank, item_id=int(shelf.catalogue.item_id[item]), score=None,
-            sid=shelf.plain_sid(item), title=shelf.catalogue.title[item], levels=None,
+            rank=rank, item_id=int(catalog_version.catalog.item_id[item]), score=None,
+            sid=catalog_version.plain_sid(item), title=catalog_version.catalog.title[item],
+            levels=None,
         )
         for rank, item in enumerate(few.tolist(), start=1)
     ]  # fmt: skip
     short = len(few) < query.k
     everything = len(few) == offer.total - len(gone)
-    return Found(
+    return RankedItems(
         items=items,
-        leaf=shelf.catalogue.leaf_of_item[few].tolist(),
+        leaf=catalog_version.catalog.leaf_of_item[few].tolist(),
         fewer=("exhausted" if everything else "per_prefix") if short else "",
         unknown=0,
     )
 
 
-def levels_of(shelf: Shelf, item: int, found: Candidates, one: int) -> list[Level]:
+def levels_of(
+    catalog_version: CatalogVersion, item: int, found: Candidates, one: int
+) -> list[Level]:
     """Code, log-probability and value at every level of a candidate."""
-    codes = shelf.catalogue.codes[item]
+    codes = catalog_version.catalog.codes[item]
     value: Float[np.ndarray, " D"] | None = None if found.value is None else found.value[one]
     logprob: Float32[np.ndarray, " D"] = found.logprob[one]
     return [

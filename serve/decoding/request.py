@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from orchard.settings import ServeConfig
-from serve.catalog.store import Shelf
-from serve.decoding.recommender import Kind, Query
-from serve.errors import UnsuitableError
+from serve.catalog.store import CatalogVersion
+from serve.decoding.recommender import BatchKey, Query
+from serve.errors import UnprocessableError
 from serve.schema import RecommendRequest
 
 _NUMBERS = itertools.count()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Asked:
+class ResolvedRequest:
     """A request with its defaults settled."""
 
     request: RecommendRequest
@@ -31,14 +31,14 @@ class Asked:
     number: int = field(default_factory=_NUMBERS.__next__)
 
 
-def settle(
+def resolve(
     request: RecommendRequest,
     history: list[int],
     variant: str,
     config: ServeConfig,
     *,
     guided: bool,
-) -> Asked:
+) -> ResolvedRequest:
     """The request with its defaults.
 
     Args:
@@ -52,24 +52,24 @@ def settle(
         UnsuitableError: it exceeds a bound, or names what is not there.
     """
     if request.k > config.max_k:
-        raise UnsuitableError(f"k = {request.k} exceeds {config.max_k}; ask for fewer items")
+        raise UnprocessableError(f"k = {request.k} exceeds {config.max_k}; ask for fewer items")
     width = request.width or max(config.width, request.k)
     if width > config.max_width:
-        raise UnsuitableError(
+        raise UnprocessableError(
             f"width = {width} exceeds {config.max_width}; ask for a narrower beam"
         )
     if request.decoder == "ved" and not guided:
-        raise UnsuitableError(
+        raise UnprocessableError(
             "decoder ved needs a policy with a value head in the torch engine, which variant "
             f"{variant} has not; choose beam or beam_sample"
         )
     unknown = sorted(set(request.filters) - config.filters.keys())
     if unknown:
-        raise UnsuitableError(
+        raise UnprocessableError(
             f"there is no filter {unknown[0]!r}; "
             f"known: {', '.join(sorted(config.filters)) or 'none'}"
         )
-    return Asked(
+    return ResolvedRequest(
         request=request,
         history=history,
         variant=variant,
@@ -79,10 +79,10 @@ def settle(
     )
 
 
-def kind_of(asked: Asked, width: int) -> Kind:
+def batch_key(asked: ResolvedRequest, width: int) -> BatchKey:
     """What it shares with the other requests of its batch."""
     request = asked.request
-    return Kind(
+    return BatchKey(
         decoder=request.decoder,
         width=width,
         filters=tuple(sorted(set(request.filters))),
@@ -91,7 +91,7 @@ def kind_of(asked: Asked, width: int) -> Kind:
     )
 
 
-def query_of(asked: Asked) -> Query:
+def query_of(asked: ResolvedRequest) -> Query:
     """What is its own."""
     request = asked.request
     excluded = [*request.exclude, *(asked.history if request.exclude_seen else ())]
@@ -105,7 +105,9 @@ def query_of(asked: Asked) -> Query:
     )
 
 
-def cache_key(asked: Asked, policy: str, shelf: Shelf) -> tuple[object, ...] | None:
+def cache_key(
+    asked: ResolvedRequest, policy: str, catalog_version: CatalogVersion
+) -> tuple[object, ...] | None:
     """What the answer depends on; None where it is drawn anew every time."""
     request = asked.request
     if request.explain == "tree" or (request.decoder != "beam" and request.seed is None):
@@ -113,4 +115,9 @@ def cache_key(asked: Asked, policy: str, shelf: Shelf) -> tuple[object, ...] | N
     settled = request.model_copy(update={"user": None, "deadline_ms": None, "history": []})
     # As long as a history and its exclusions may be, their digest is as short.
     whole = f"{asked.history}{settled.model_dump_json()}".encode()
-    return asked.variant, policy, shelf.version, hashlib.blake2b(whole, digest_size=16).digest()
+    return (
+        asked.variant,
+        policy,
+        catalog_version.version,
+        hashlib.blake2b(whole, digest_size=16).digest(),
+    )

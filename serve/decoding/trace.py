@@ -17,9 +17,9 @@ from orchard.catalog.trie import ROOT, Trie
 from orchard.policy.item_tokenizer import Vocabulary
 from orchard.types import PolicyVersion, Prompts
 from rollout.candidates import Candidates
-from rollout.engine.payload import part_of
-from rollout.engine.protocol import Engine, Expansion
-from serve.catalog.store import Shelf
+from rollout.engine.payload import split_search
+from rollout.engine.protocol import DecodingBackend, NextCodeLogprobs
+from serve.catalog.store import CatalogVersion
 from serve.schema import Node
 
 PRUNED = 5
@@ -40,7 +40,7 @@ class Seen:
 class Watched:
     """A search, how long its engine took, and what its engine gave it."""
 
-    find: Callable[[Engine, Prompts], Candidates]
+    find: Callable[[DecodingBackend, Prompts], Candidates]
     trace: bool = False
     """Write down every expansion; the prompts of a traced search are one."""
     prefill_s: float = 0.0
@@ -48,20 +48,22 @@ class Watched:
     """Time in forward passes after the first."""
     seen: list[Seen] = field(default_factory=list[Seen])
 
-    def __call__(self, engine: Engine, prompts: Prompts) -> Candidates:
+    def __call__(self, engine: DecodingBackend, prompts: Prompts) -> Candidates:
         """Search."""
         return self.find(_Recorder(engine, self), prompts)
 
-    def part(self, rows: Int64[np.ndarray, " R"]) -> Callable[[Engine, Prompts], Candidates]:
+    def part(
+        self, rows: Int64[np.ndarray, " R"]
+    ) -> Callable[[DecodingBackend, Prompts], Candidates]:
         """The search for some prompts of its batch, watched by the same."""
-        find = part_of(self.find, rows)
+        find = split_search(self.find, rows)
         return lambda engine, prompts: find(_Recorder(engine, self), prompts)
 
 
 class _Recorder:
     """Passes everything on to an engine and keeps what comes back."""
 
-    def __init__(self, engine: Engine, watch: Watched) -> None:
+    def __init__(self, engine: DecodingBackend, watch: Watched) -> None:
         self._engine, self._watch = engine, watch
 
     @property
@@ -79,7 +81,7 @@ class _Recorder:
         """The engine's."""
         return self._engine.version
 
-    def prefill(self, prompts: Prompts) -> Expansion:
+    def prefill(self, prompts: Prompts) -> NextCodeLogprobs:
         """As the engine does."""
         began = perf_counter()
         expansion = self._engine.prefill(prompts)
@@ -92,14 +94,14 @@ class _Recorder:
         token: Int64[Tensor, " S"],
         start: Int64[Tensor, " F1"],
         node: Int64[Tensor, " F"],
-    ) -> Expansion:
+    ) -> NextCodeLogprobs:
         """As the engine does."""
         began = perf_counter()
         expansion = self._engine.extend(state, token, start, node)
         self._watch.levels_s += perf_counter() - began
         return self._keep(expansion, node.tolist()) if self._watch.trace else expansion
 
-    def _keep(self, expansion: Expansion, node: list[int]) -> Expansion:
+    def _keep(self, expansion: NextCodeLogprobs, node: list[int]) -> NextCodeLogprobs:
         start = expansion.children.start.tolist()
         child = expansion.children.node.cpu().numpy()
         logprob = expansion.logprob.float().cpu().numpy()
@@ -119,19 +121,21 @@ class _Recorder:
         return expansion
 
 
-def draw_tree(shelf: Shelf, found: Candidates, seen: list[Seen], shown: list[int]) -> list[Node]:
+def draw_tree(
+    catalog_version: CatalogVersion, found: Candidates, seen: list[Seen], shown: list[int]
+) -> list[Node]:
     """The nodes of one query's search, parents first.
 
     Args:
-        shelf: the catalogue that was searched.
+        catalog_version: the catalog that was searched.
         found: the candidates of the query.
         seen: what a traced search wrote down; without it the tree is that of the candidates.
         shown: the leaves that are in the answer.
     """
-    trie, catalogue = shelf.catalogue.trie, shelf.catalogue
+    trie, catalog = catalog_version.catalog.trie, catalog_version.catalog
     value = {one.node: one.value for one in seen}
     first = {
-        int(leaf): int(catalogue.item_id[catalogue.item_of_leaf[catalogue.leaf_start[leaf]]])
+        int(leaf): int(catalog.item_id[catalog.item_of_leaf[catalog.leaf_start[leaf]]])
         for leaf in found.leaf
     }
     answered = np.isin(found.leaf, np.array(shown, dtype=np.int64))

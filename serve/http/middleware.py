@@ -15,7 +15,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.errors import Refusal, UnauthorisedError
+from serve.errors import ApiError, UnauthorisedError
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,100}")
 _MIB = 1 << 20
@@ -37,11 +37,11 @@ class _Refused(Exception):
         self.fields = (status, title, kind, detail)
 
 
-class Door:
+class RequestMiddleware:
     """Takes the caller's `x-request-id` or makes one, asks for the token, reads the body."""
 
     def __init__(
-        self, app: ASGIApp, *, token_env: str, refused: Callable[[Refusal], object]
+        self, app: ASGIApp, *, token_env: str, refused: Callable[[ApiError], object]
     ) -> None:
         """Around `app`; the operator's token is in the environment variable `token_env`.
 
@@ -72,14 +72,16 @@ class Door:
                 first = await _read(receive, headers, _LARGE.get(route, _MOST_BYTES))
         except UnauthorisedError as error:
             self._refused(error)
-            await refuse(error, Request(scope))(scope, receive, named)
+            await error_response(error, Request(scope))(scope, receive, named)
             return
         except _Refused as error:
-            await respond(*error.fields, Request(scope))(scope, receive, named)
+            await problem_response(*error.fields, Request(scope))(scope, receive, named)
             return
         except TimeoutError:
             detail = f"send the body within {_BODY_S:.0f} s"
-            late = respond(408, "The body came too late", "too-late", detail, Request(scope))
+            late = problem_response(
+                408, "The body came too late", "too-late", detail, Request(scope)
+            )
             await late(scope, receive, named)
             return
 
@@ -123,7 +125,7 @@ def check_token(header: str | None, variable: str) -> None:
         raise UnauthorisedError("send `Authorization: Bearer` with the operator's token")
 
 
-def refuse(error: Refusal, request: Request) -> JSONResponse:
+def error_response(error: ApiError, request: Request) -> JSONResponse:
     """A refusal as a problem."""
     response = JSONResponse(
         problem(error, request.state.id), error.status, media_type="application/problem+json"
@@ -135,7 +137,7 @@ def refuse(error: Refusal, request: Request) -> JSONResponse:
     return response
 
 
-def problem(error: Refusal, request_id: str) -> dict[str, object]:
+def problem(error: ApiError, request_id: str) -> dict[str, object]:
     """The body of a refusal (RFC 9457)."""
     return {
         "type": f"urn:orchard:problem:{error.kind}",
@@ -146,7 +148,7 @@ def problem(error: Refusal, request_id: str) -> dict[str, object]:
     }
 
 
-def respond(
+def problem_response(
     status: int, title: str, kind: str, detail: str, request: Request, **more: object
 ) -> JSONResponse:
     """Any other problem."""

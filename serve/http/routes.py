@@ -18,20 +18,26 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
 
 from serve.errors import (
+    ApiError,
     ConflictError,
     OverloadedError,
-    Refusal,
     UnauthorisedError,
     UnavailableError,
     UnknownNameError,
-    UnsuitableError,
+    UnprocessableError,
 )
-from serve.http.info import catalogue_info, item_info, policy_info
-from serve.http.middleware import Door, check_token, problem, refuse, respond
+from serve.http.info import catalog_info, item_info, policy_info
+from serve.http.middleware import (
+    RequestMiddleware,
+    check_token,
+    error_response,
+    problem,
+    problem_response,
+)
 from serve.schema import (
     ActivateRequest,
     BatchRequest,
-    CatalogueInfo,
+    CatalogInfo,
     DeltaRequest,
     ItemInfo,
     PolicyInfo,
@@ -48,8 +54,8 @@ _CLOSED_REQUEST = 499
 """What proxies log where the client has gone; nobody reads the answer."""
 T = TypeVar("T")
 _KINDS = (
-    Refusal, UnauthorisedError, UnknownNameError, ConflictError, UnsuitableError, OverloadedError,
-    UnavailableError,
+    ApiError, UnauthorisedError, UnknownNameError, ConflictError, UnprocessableError,
+    OverloadedError, UnavailableError,
 )  # fmt: skip
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     408: {"model": Problem, "description": "The body came too late"},
@@ -72,10 +78,10 @@ def create_app(service: Service) -> FastAPI:
         responses=PROBLEMS, docs_url="/docs", redoc_url=None,
     )  # fmt: skip
 
-    def count(error: Refusal) -> None:
+    def count(error: ApiError) -> None:
         service.meters.count("orchard_serve_refused", kind=error.kind)
 
-    app.add_middleware(Door, token_env=service.config.token_env, refused=count)
+    app.add_middleware(RequestMiddleware, token_env=service.config.token_env, refused=count)
     _add_problems(app, service)
     _add_reading(app, service)
     _add_writing(app, service)
@@ -101,7 +107,7 @@ def _add_reading(app: FastAPI, service: Service) -> None:
             name = f"{request.state.id}.{place}"
             try:
                 return (await service.recommend(asked, name)).model_dump_json()
-            except Refusal as refusal:
+            except ApiError as refusal:
                 service.meters.count("orchard_serve_refused", kind=refusal.kind)
                 return json.dumps(problem(refusal, name))
 
@@ -113,12 +119,12 @@ def _add_reading(app: FastAPI, service: Service) -> None:
     async def item(item_id: int) -> ItemInfo:
         """One item, and which filters let it pass."""
         # A filter that nobody has asked for yet takes a look at every item.
-        return await asyncio.to_thread(item_info, service.stock.shelf, item_id)
+        return await asyncio.to_thread(item_info, service.catalog_store.current, item_id)
 
     @app.get("/v1/catalog", tags=["catalogue"])
-    async def catalogue() -> CatalogueInfo:
-        """The catalogue that answers now."""
-        return catalogue_info(service, service.stock.shelf)
+    async def catalog() -> CatalogInfo:
+        """The catalog that answers now."""
+        return catalog_info(service, service.catalog_store.current)
 
     @app.get("/v1/policy", tags=["policy"])
     async def policy() -> PolicyInfo:
@@ -132,7 +138,7 @@ def _add_reading(app: FastAPI, service: Service) -> None:
 
     @app.get("/readyz", tags=["health"])
     async def readyz() -> dict[str, str]:
-        """Policy and catalogue are loaded and warm."""
+        """Policy and catalog are loaded and warm."""
         if not service.ready:
             raise UnavailableError("the policy is still being loaded; try again in a moment")
         return {"status": "ready"}
@@ -150,9 +156,9 @@ def _add_explorer(app: FastAPI, service: Service) -> None:
     @app.get("/v1/explore", include_in_schema=False)
     async def some_items() -> dict[str, list[int]]:
         """A few items, to begin with."""
-        rows = np.flatnonzero(service.stock.shelf.snapshot.live)
+        rows = np.flatnonzero(service.catalog_store.current.snapshot.live)
         chosen = np.random.default_rng().choice(rows, min(5, len(rows)), replace=False)
-        return {"item_ids": service.stock.shelf.catalogue.item_id[chosen].tolist()}
+        return {"item_ids": service.catalog_store.current.catalog.item_id[chosen].tolist()}
 
     @app.post("/v1/explore/{variant}", include_in_schema=False)
     async def explore(request: Request, variant: str, body: RecommendRequest) -> Response:
@@ -165,11 +171,11 @@ def _add_writing(app: FastAPI, service: Service) -> None:
     """Routes of the operator, behind the token."""
 
     @app.post("/v1/catalog/delta", tags=["catalogue"])
-    async def delta(request: Request, body: Annotated[DeltaRequest, Body()]) -> CatalogueInfo:
+    async def delta(request: Request, body: Annotated[DeltaRequest, Body()]) -> CatalogInfo:
         """Add, remove and change items, or go back to an earlier version."""
         check_token(request.headers.get("authorization"), service.config.token_env)
-        shelf = await service.change(body)
-        return catalogue_info(service, shelf).model_copy(update={"dry_run": body.dry_run})
+        catalog_version = await service.change(body)
+        return catalog_info(service, catalog_version).model_copy(update={"dry_run": body.dry_run})
 
     @app.post("/v1/policy:activate", tags=["policy"])
     async def activate(request: Request, body: Annotated[ActivateRequest, Body()]) -> PolicyInfo:
@@ -202,10 +208,10 @@ async def _gone(request: Request) -> None:
 def _add_problems(app: FastAPI, service: Service) -> None:
     """Every error as a problem."""
 
-    @app.exception_handler(Refusal)
-    async def refused(request: Request, error: Refusal) -> JSONResponse:
+    @app.exception_handler(ApiError)
+    async def refused(request: Request, error: ApiError) -> JSONResponse:
         service.meters.count("orchard_serve_refused", kind=error.kind)
-        return refuse(error, request)
+        return error_response(error, request)
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -214,19 +220,21 @@ def _add_problems(app: FastAPI, service: Service) -> None:
             {"field": ".".join(str(part) for part in one["loc"]), "detail": one["msg"]}
             for one in wrong[:20]
         ]
-        return respond(
+        return problem_response(
             422, "The request does not fit", "malformed",
             f"{len(wrong)} fields are wrong; see errors", request, errors=fields,
         )  # fmt: skip
 
     @app.exception_handler(HTTPException)
     async def plain(request: Request, error: HTTPException) -> JSONResponse:
-        return respond(error.status_code, str(error.detail), "http", str(error.detail), request)
+        return problem_response(
+            error.status_code, str(error.detail), "http", str(error.detail), request
+        )
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> JSONResponse:
         _log.error("request %s failed", request.state.id, exc_info=error)
-        response = respond(
+        response = problem_response(
             500, "An internal error", "internal",
             "the request could not be answered; its instance is in the log", request,
         )  # fmt: skip

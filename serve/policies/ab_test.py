@@ -6,13 +6,13 @@ from collections.abc import Mapping
 MAIN = "main"
 
 
-def place_of(user: str, salt: str) -> float:
+def hash_to_unit(user: str, salt: str) -> float:
     """A number in [0, 1) that depends on user and salt alone."""
     seal = hashlib.sha256(f"{salt}\0{user}".encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(seal[:7], "big") / 2**56
 
 
-def variant_of(user: str | None, shares: Mapping[str, float], salt: str) -> str:
+def assign_variant(user: str | None, shares: Mapping[str, float], salt: str) -> str:
     """The variant of a user; requests without a user are answered by the main one.
 
     Variants take their shares from the bottom, in the order of their names, so that adding to the
@@ -20,7 +20,7 @@ def variant_of(user: str | None, shares: Mapping[str, float], salt: str) -> str:
     """
     if user is None:
         return MAIN
-    place, edge = place_of(user, salt), 0.0
+    place, edge = hash_to_unit(user, salt), 0.0
     for name in sorted(shares):
         edge += shares[name]
         if place < edge:

@@ -1,6 +1,6 @@
 """A policy behind the endpoint, and its successors: found, verified, switched to, gone back from.
 
-    folder -> load (digest, catalogue) -> reference of a probe -> install -> probe again -> answer
+    folder -> load (digest, catalog) -> reference of a probe -> install -> probe again -> answer
 
 Loading goes on beside the searches. The switch happens between two of them, in the thread that
 searches, so that no answer mixes policies. Weights that the engine then scores otherwise than an
@@ -21,7 +21,7 @@ from uuid import uuid4
 import numpy as np
 
 from orchard import ragged
-from orchard.catalog.catalog import Catalogue
+from orchard.catalog.catalog import Catalog
 from orchard.data.prompts import PromptFormat
 from orchard.errors import CheckpointError, DataError, EngineError, OrchardError
 from orchard.policy import model as models
@@ -30,7 +30,7 @@ from orchard.policy.item_tokenizer import Vocabulary
 from orchard.policy.weights import Weights, digest, snapshot
 from orchard.types import PolicyVersion, Prompts
 from rollout.candidates import Candidates
-from rollout.engine.protocol import Holder
+from rollout.engine.protocol import InferenceEngine
 from rollout.engine.torch import TorchEngine
 from rollout.search.beam import beam
 from serve.errors import UnknownNameError
@@ -42,7 +42,7 @@ _TRANSIENT = (OSError, OrchardError, ValueError, KeyError)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Loaded:
+class LoadedPolicy:
     """A policy that was read and whose digest holds."""
 
     version: PolicyVersion
@@ -54,19 +54,19 @@ class Loaded:
     """Of the folder when the reading began."""
 
 
-def read_policy(folder: Path, vocabulary: Vocabulary, catalogue: str) -> Loaded:
+def read_policy(folder: Path, vocabulary: Vocabulary, catalog: str) -> LoadedPolicy:
     """The policy of a folder.
 
     Raises:
         DataError: the folder holds no policy.
         CheckpointError: the weights are not those that the folder names, or belong to another
-            catalogue than the one with the given digest.
+            catalog than the one with the given digest.
     """
-    stamp, about = stamp_of(folder), read_facts(folder)
-    if about is not None and about["catalogue"] != catalogue:
+    stamp, about = folder_stamp(folder), read_facts(folder)
+    if about is not None and about["catalogue"] != catalog:
         raise CheckpointError(
-            f"the policy was trained on catalogue {about['catalogue'][:12]}, the endpoint serves "
-            f"{catalogue[:12]}; serve it from its own folder"
+            f"the policy was trained on catalog {about['catalogue'][:12]}, the endpoint serves "
+            f"{catalog[:12]}; serve it from its own folder"
         )
     model = models.load(folder, vocabulary)
     weights = snapshot(model)
@@ -78,13 +78,13 @@ def read_policy(folder: Path, vocabulary: Vocabulary, catalogue: str) -> Loaded:
             f"the weights have digest {found[:8]}, their folder names {named[:8]}; it is being "
             "written, or was damaged"
         )
-    return Loaded(
+    return LoadedPolicy(
         version=PolicyVersion(step=step, digest=found), weights=weights, model=model,
-        guided=value_head.head_of(model) is not None, stamp=stamp,
+        guided=value_head.value_head_of(model) is not None, stamp=stamp,
     )  # fmt: skip
 
 
-def stamp_of(folder: Path) -> str:
+def folder_stamp(folder: Path) -> str:
     """What changes when a policy is exported; empty while there is none."""
     try:
         facts = folder / "policy.json"
@@ -100,9 +100,9 @@ def read_facts(folder: Path) -> dict[str, Any] | None:
     return json.loads(facts.read_text()) if facts.is_file() else None
 
 
-def probe(holder: Holder, catalogue: Catalogue, form: PromptFormat) -> Candidates:
+def probe(holder: InferenceEngine, catalog: Catalog, form: PromptFormat) -> Candidates:
     """What a policy makes of a few fixed histories."""
-    rows = np.linspace(0, len(catalogue) - 1, 3 * _PROBES).astype(np.int64)
+    rows = np.linspace(0, len(catalog) - 1, 3 * _PROBES).astype(np.int64)
     start = ragged.starts(np.full(_PROBES, 3))
     token, token_start = form.tokens(rows, start)
     prompts = Prompts(
@@ -112,7 +112,7 @@ def probe(holder: Holder, catalogue: Catalogue, form: PromptFormat) -> Candidate
     return holder.run(partial(beam, width=_PROBE_WIDTH), prompts)
 
 
-class Seat:
+class PolicySlot:
     """One variant: the engine that answers, and the folder that it follows.
 
     `look` and `recall` may run in any thread but one at a time; `switch` and `turn_to` belong to
@@ -123,10 +123,10 @@ class Seat:
         self,
         name: str,
         folder: Path,
-        first: Loaded,
+        first: LoadedPolicy,
         vocabulary: Vocabulary,
-        catalogue: Catalogue,
-        make: Callable[[Loaded], Holder],
+        catalog: Catalog,
+        make: Callable[[LoadedPolicy], InferenceEngine],
         *,
         keep: Path,
         versions: int,
@@ -140,8 +140,8 @@ class Seat:
             name: of the variant.
             folder: where new policies are found.
             first: the policy there now.
-            vocabulary: of all policies of the seat.
-            catalogue: that the policies were trained on.
+            vocabulary: of all policies of the slot.
+            catalog: that the policies were trained on.
             make: an engine for a policy.
             keep: folder in which accepted policies are kept.
             versions: how many are.
@@ -154,12 +154,12 @@ class Seat:
         self.refused = ""
         self.holder = make(first)
         self.guided = first.guided and isinstance(self.holder, TorchEngine)
-        self._folder, self._vocabulary, self._base = folder, vocabulary, catalogue
-        self._trie = catalogue.trie.catalogue
+        self._folder, self._vocabulary, self._base = folder, vocabulary, catalog
+        self._trie = catalog.trie.catalog
         self._weights = first.weights
         self._keep, self._versions, self._tolerance = keep / name, versions, tolerance
         self._seen = first.stamp  # an export since then is a new one
-        self.retain(first)
+        self.archive(first)
 
     @property
     def version(self) -> PolicyVersion:
@@ -179,9 +179,9 @@ class Seat:
         there = [p for p in self._keep.iterdir() if not p.name.startswith(".")]
         return [p.name for p in sorted(there, key=lambda p: int(p.name.split("-")[0]))]
 
-    def look(self) -> Loaded | None:
+    def poll(self) -> LoadedPolicy | None:
         """A new policy in the folder, unless a version is pinned; notes why it was refused."""
-        if self.pinned is not None or stamp_of(self._folder) == self._seen:
+        if self.pinned is not None or folder_stamp(self._folder) == self._seen:
             return None
         try:
             loaded = read_policy(self._folder, self._vocabulary, self._base.digest)
@@ -189,7 +189,7 @@ class Seat:
             # Half a policy may be there while training writes: it is looked at again.
             self.refused = _sentence(error)
             return None
-        if stamp_of(self._folder) != loaded.stamp:
+        if folder_stamp(self._folder) != loaded.stamp:
             return None
         self._seen, self.refused = loaded.stamp, ""
         if (loaded.version.step, loaded.version.digest) == (
@@ -199,7 +199,7 @@ class Seat:
             return None
         return loaded
 
-    def recall(self, version: str) -> Loaded:
+    def load_archived(self, version: str) -> LoadedPolicy:
         """A kept version, verified anew.
 
         Raises:
@@ -222,48 +222,48 @@ class Seat:
         """Follow the folder again; what is there now counts as new."""
         self.pinned, self._seen = None, ""
 
-    def expect(self, loaded: Loaded, catalogue: Catalogue) -> Candidates | None:
+    def reference_scores(self, loaded: LoadedPolicy, catalog: Catalog) -> Candidates | None:
         """What a policy's own model makes of the probe, beside the searches; None if it cannot.
 
         `refused` then says why.
         """
-        form = PromptFormat(catalogue=catalogue, vocabulary=self._vocabulary)
-        reference = TorchEngine(loaded.model, catalogue.trie, self._vocabulary, loaded.version)
+        form = PromptFormat(catalog=catalog, vocabulary=self._vocabulary)
+        reference = TorchEngine(loaded.model, catalog.trie, self._vocabulary, loaded.version)
         try:
-            return probe(reference, catalogue, form)
+            return probe(reference, catalog, form)
         except EngineError as error:
             self.refused = _sentence(error)
             return None
 
-    def switch(self, loaded: Loaded, catalogue: Catalogue, expected: Candidates) -> bool:
+    def switch(self, loaded: LoadedPolicy, catalog: Catalog, expected: Candidates) -> bool:
         """Answer with this policy, if its engine scores the probe as its own model does.
 
         Returns:
             If it does; otherwise the policy before it answers on, and `refused` says why.
         """
-        form = PromptFormat(catalogue=catalogue, vocabulary=self._vocabulary)
+        form = PromptFormat(catalog=catalog, vocabulary=self._vocabulary)
         before, weights = self.version, self._weights
         try:
-            self.turn_to(catalogue)
-            self.holder.install(loaded.version, loaded.weights)
-            found = probe(self.holder, catalogue, form)
+            self.set_catalog(catalog)
+            self.holder.load_weights(loaded.version, loaded.weights)
+            found = probe(self.holder, catalog, form)
             check_probe(found, expected, loaded.version, self._tolerance)
         except (EngineError, CheckpointError) as error:
             if self.version is not before:
-                self.holder.install(before, weights)
+                self.holder.load_weights(before, weights)
             self.refused = _sentence(error)
             return False
         self._weights, self.refused = loaded.weights, ""
         self.guided = loaded.guided and isinstance(self.holder, TorchEngine)
         return True
 
-    def turn_to(self, catalogue: Catalogue) -> None:
-        """Search this catalogue from now on."""
-        if self._trie != catalogue.digest:
-            self.holder.turn_to(catalogue.trie)
-            self._trie = catalogue.digest
+    def set_catalog(self, catalog: Catalog) -> None:
+        """Search this catalog from now on."""
+        if self._trie != catalog.digest:
+            self.holder.set_catalog(catalog.trie)
+            self._trie = catalog.digest
 
-    def retain(self, accepted: Loaded) -> None:
+    def archive(self, accepted: LoadedPolicy) -> None:
         """Copy a policy that answers now, if it is still in the folder; drop the oldest copies."""
         target = self._keep / str(accepted.version)
         if not target.is_dir():
@@ -271,7 +271,7 @@ class Seat:
             copy = target.with_name(f".{target.name}.{uuid4().hex}")
             try:
                 shutil.copytree(self._folder, copy, ignore=shutil.ignore_patterns("catalogue"))
-                if stamp_of(self._folder) == accepted.stamp:
+                if folder_stamp(self._folder) == accepted.stamp:
                     copy.rename(target)
             except OSError as error:  # another was first, or training swapped the folder meanwhile
                 _log.info("policy %s is not kept: %s", accepted.version, error)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from fastapi import FastAPI, Response
 
-from orchard.testing import tiny_world
+from orchard.testing import tiny_setup
 from serve.schema import ItemInfo
 
 pytest.importorskip("schemathesis", reason="schemathesis (requirements/dev.txt) is not installed")
@@ -21,7 +21,7 @@ def test_no_request_from_the_document_brings_the_endpoint_down(
 ) -> None:
     monkeypatch.setenv("ORCHARD_SERVE_TOKEN", serve_fuzz.TOKEN)
     threads = torch.get_num_threads()
-    world = tiny_world(level_size=(5, 4, 6), num_items=40)
+    world = tiny_setup(level_size=(5, 4, 6), num_items=40)
     found = serve_fuzz.attack(world, tmp_path, 200)
     torch.set_num_threads(threads)
     assert +found.wrong == {}, found.examples

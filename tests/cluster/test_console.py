@@ -27,7 +27,7 @@ def an_evaluation(hit: float, num_rows: int = 200) -> Evaluation:
     found = ranking.metrics(ranks, width=10, resamples=50)
     return Evaluation(
         metrics=found, ranks=ranks, row=np.arange(num_rows), width=10, seconds=1.0, policy="0-a",
-        catalogue="c",
+        catalog="c",
     )  # fmt: skip
 
 

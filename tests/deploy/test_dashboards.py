@@ -31,7 +31,7 @@ def expressions(file: Path) -> list[str]:
 
 
 def known(name: str) -> bool:
-    """Is it a series of the catalogue, or of Ray, histograms included?"""
+    """Is it a series of the catalog, or of Ray, histograms included?"""
     whole = {m.name for m in METRICS if m.kind != "histogram"} | OTHERS.keys()
     whole |= {f"ray_{n}_total" for n in metrics.COUNTERS} | {f"ray_{n}" for n in metrics.GAUGES}
     parts = re.fullmatch(r"(.*)_(bucket|sum|count)", name)
@@ -101,7 +101,9 @@ def test_the_serving_board_shows_all_of_the_endpoint_by_labels_that_it_has() -> 
         **{f"ray_{name}_bucket": labels for name, labels in metrics.HISTOGRAMS.items()},
     }
     shown: set[str] = set()
-    for expression in expressions(ROOT / "cluster" / "monitoring" / "dashboards" / "orchard-serving.json"):
+    for expression in expressions(
+        ROOT / "cluster" / "monitoring" / "dashboards" / "orchard-serving.json"
+    ):
         names = [name for name in WORDS.findall(expression) if name in tags]
         shown.update(names)
         for name in names:

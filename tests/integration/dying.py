@@ -22,10 +22,10 @@ from ray.train import Checkpoint
 import cluster.training.controller
 import learner.ray_trainer
 from cluster.cli import app as cli
-from learner.trainer import Learner
+from learner.trainer import Trainer
 from orchard.types import PolicyVersion, Prompts, ScoredTrees, SearchTrees
-from rewards.actor import Judge
-from rollout.actor import Searcher
+from rewards.actor import RewardWorker
+from rollout.actor import RolloutWorker
 
 DRIVER = os.getpid()
 PHASE, STEP = sys.argv[1], int(sys.argv[2])
@@ -40,7 +40,7 @@ def die(*_: object) -> None:
     time.sleep(3600)
 
 
-class DyingSearcher(Searcher):
+class DyingSearcher(RolloutWorker):
     def search(self, prompts: Prompts, seed: int, kind: str | None = None) -> SearchTrees:
         found = super().search(prompts, seed, kind)
         if at("rollout", found.policy.step):
@@ -48,7 +48,7 @@ class DyingSearcher(Searcher):
         return found
 
 
-class DyingJudge(Judge):
+class DyingJudge(RewardWorker):
     def score(self, trees: SearchTrees) -> ScoredTrees:
         scored = super().score(trees)
         if at("rewards", trees.policy.step):
@@ -57,12 +57,12 @@ class DyingJudge(Judge):
 
 
 def dying_work(task: dict[str, Any]) -> None:
-    from learner.ray_trainer import work
+    from learner.ray_trainer import worker_loop
 
-    update: Callable[..., Any] = Learner._update  # pyright: ignore[reportPrivateUsage]
+    update: Callable[..., Any] = Trainer._update  # pyright: ignore[reportPrivateUsage]
     report: Callable[..., None] = ray.train.report
 
-    def dying_update(self: Learner, *arguments: object) -> object:
+    def dying_update(self: Trainer, *arguments: object) -> object:
         if at("learn", self.updates):
             self.optimizer.step = die  # the gradients are there, the weights have not moved
         return update(self, *arguments)
@@ -81,21 +81,21 @@ def dying_work(task: dict[str, Any]) -> None:
             how["checkpoint_upload_fn"] = torn
         report(metrics, **how)
 
-    Learner._update = dying_update  # pyright: ignore
+    Trainer._update = dying_update  # pyright: ignore
     ray.train.report = dying_report
-    work(task)
+    worker_loop(task)
 
 
-class DyingHouse(cluster.training.controller.House):
+class DyingHouse(cluster.training.controller.Controller):
     async def publish(self, policy: PolicyVersion, *rest: Any) -> None:
         if at("publish", policy.step):
             die()
-        await super().publish(policy, *rest)
+        await super().sync_weights(policy, *rest)
 
 
 if __name__ == "__main__":
     cluster.training.controller.RolloutActor = ray.remote(DyingSearcher)
     cluster.training.controller.RewardActor = ray.remote(DyingJudge)
-    cluster.training.controller.House = DyingHouse
-    learner.ray_trainer.work = dying_work
+    cluster.training.controller.Controller = DyingHouse
+    learner.ray_trainer.worker_loop = dying_work
     cli.main(sys.argv[3:])

@@ -22,20 +22,20 @@ import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.actors.pool import Pool
-from cluster.training.controller import House, launch
+from cluster.training.controller import Controller, start_controller
 from cluster.training.loop import train
 from cluster.training.run import Run, prepare
-from cluster.training.run_dir import export, open_folder
+from cluster.training.run_dir import open_run_dir, save_policy
 from orchard import config
 from orchard.data.synthetic import WorldParams, write_world
-from orchard.errors import ActorError, CheckpointError, ConfigError, DataError, Stopped
+from orchard.errors import ActorError, CheckpointError, ConfigError, DataError, RunInterrupted
 from orchard.policy import model
-from orchard.policy.store import exported_facts
+from orchard.policy.store import read_facts
 from orchard.policy.weights import digest, snapshot
 from orchard.settings import Config
 from orchard.tracking.metrics_log import read_metrics
 from orchard.types import PolicyVersion, SearchTrees
-from rollout.actor import Searcher
+from rollout.actor import RolloutWorker
 
 T = TypeVar("T")
 
@@ -71,9 +71,9 @@ def begin(run_file: Path, *changes: str) -> Run:
     """A run whose folder is as a warm start leaves it, but with random weights."""
     settings: Config = config.load(run_file, changes)
     begun = prepare(settings, "sft")
-    open_folder(begun)
+    open_run_dir(begun)
     first = model.create(settings.model, begun.vocabulary, seed=0)
-    export(begun, begun.result, PolicyVersion(step=0, digest="x"), snapshot(first))
+    save_policy(begun, begun.result, PolicyVersion(step=0, digest="x"), snapshot(first))
     return prepare(settings, "train")
 
 
@@ -82,10 +82,10 @@ def run_of(run_file: Path, name: str) -> Run:
     return prepare(config.load(run_file, [f"name={name}"]), "train")
 
 
-def in_a_house(phase: Callable[[House], Awaitable[T]], run: Run) -> T:
+def in_a_controller(phase: Callable[[Controller], Awaitable[T]], run: Run) -> T:
     async def work() -> T:
-        async with launch(run) as house:
-            return await phase(house)
+        async with start_controller(run) as controller:
+            return await phase(controller)
 
     return asyncio.run(work())
 
@@ -183,14 +183,14 @@ async def updates(run: Run, count: int) -> None:
 def twin(run_file: Path, ray_cluster: None) -> tuple[PolicyVersion, dict[str, list[float]]]:
     """What an undisturbed run comes to."""
     run = begin(run_file, "name=twin")
-    return in_a_house(train, run), counted(run)
+    return in_a_controller(train, run), counted(run)
 
 
 def test_storage_that_takes_no_writes_is_refused_before_any_actor(run_file: Path) -> None:
     (run_file.parent / "file").write_text("in the way")
     settings = config.load(run_file, [f"output={run_file.parent / 'file'}"])
     with pytest.raises(ConfigError, match="cannot be written: Not a directory; set output to"):
-        open_folder(prepare(settings, "sft"))
+        open_run_dir(prepare(settings, "sft"))
 
 
 class Liar:
@@ -210,14 +210,14 @@ class Liar:
 def numb(mark: Path) -> Any:
     """Rollout actors of which the first verifies what it is sent, and goes on with what it had."""
 
-    class Numb(Searcher):
-        def install(self, *arguments: Any) -> PolicyVersion:
+    class Numb(RolloutWorker):
+        def load_weights(self, *arguments: Any) -> PolicyVersion:
             if not mark.exists():
-                from rollout.engine.protocol import torch as engine
+                from rollout.engine import torch as engine
 
                 mark.touch()
                 engine.restore = lambda *_: None
-            return super().install(*arguments)
+            return super().load_weights(*arguments)
 
     return ray.remote(Numb)
 
@@ -277,7 +277,7 @@ class TestOnRay:
         run = begin(run_file, "name=full")
         (run.dir / "checkpoints").symlink_to(small_disk)
         with pytest.raises(CheckpointError, match="No space left on device; .* is whole") as said:
-            in_a_house(train, run)
+            in_a_controller(train, run)
         done = len(counted(run)["learner/surrogate"])
         assert f"checkpoint of job {done} cannot be written" in str(said.value)
         folders = sorted((small_disk / "learner-train").glob("job_*"))
@@ -285,7 +285,7 @@ class TestOnRay:
         assert 1 < done < 5
         remount = ["mount", "-o", "remount,size=100m", str(small_disk)]
         subprocess.run(remount, check=True)
-        last = in_a_house(train, run)
+        last = in_a_controller(train, run)
         assert (last.digest, counted(run)) == (twin[0].digest, twin[1])
 
     @pytest.mark.timeout(900)  # a dead node is noticed after missed heartbeats
@@ -297,20 +297,20 @@ class TestOnRay:
     ) -> None:
         run = begin(run_file, "name=node", "checkpoint.every=2")
 
-        async def scenario(house: House) -> PolicyVersion:
-            work = asyncio.ensure_future(train(house))
+        async def scenario(controller: Controller) -> PolicyVersion:
+            work = asyncio.ensure_future(train(controller))
             await updates(run, 3)
             ray.kill(ray.get_actor("hog"))
             for process in second_node.children(recursive=True):
                 if process.name() == "raylet":
                     process.kill()
             last = await work
-            assert house.rollout is not None
-            assert house.rollout.restarts >= 1
-            assert house.learner.restarts >= 1
+            assert controller.rollout is not None
+            assert controller.rollout.restarts >= 1
+            assert controller.learner.restarts >= 1
             return last
 
-        last = in_a_house(scenario, run)
+        last = in_a_controller(scenario, run)
         assert sum(one["Alive"] for one in ray.nodes()) == 1
         assert (last.digest, counted(run)) == (twin[0].digest, twin[1])
 
@@ -324,78 +324,78 @@ class TestOnRay:
         run = begin(run_file, "name=numb")
         monkeypatch.setattr("cluster.training.controller.RolloutActor", numb(tmp_path / "mark"))
 
-        async def scenario(house: House) -> PolicyVersion:
-            last = await train(house)
-            assert house.rollout is not None
-            assert house.rollout.restarts == 1
-            assert house.rollout.failures["install", "unfit"] == 1
+        async def scenario(controller: Controller) -> PolicyVersion:
+            last = await train(controller)
+            assert controller.rollout is not None
+            assert controller.rollout.restarts == 1
+            assert controller.rollout.failures["load_weights", "unfit"] == 1
             return last
 
-        last = in_a_house(scenario, run)
+        last = in_a_controller(scenario, run)
         assert (last.digest, counted(run)) == (twin[0].digest, twin[1])
 
     def test_a_reward_actor_killed_in_the_middle_of_a_step_costs_nothing(
         self, run_file: Path
     ) -> None:
-        async def scenario(house: House) -> None:
-            policy = house.run.policy
+        async def scenario(controller: Controller) -> None:
+            policy = controller.run.policy
             values = snapshot(model.load(policy))
-            await house.publish(PolicyVersion(step=0, digest=digest(values)), values)
-            assert house.rewards is not None
-            calm = await house.scored_trees(0)
-            disturbed = asyncio.ensure_future(house.scored_trees(0))
+            await controller.sync_weights(PolicyVersion(step=0, digest=digest(values)), values)
+            assert controller.rewards is not None
+            calm = await controller.scored_trees(0)
+            disturbed = asyncio.ensure_future(controller.scored_trees(0))
             await asyncio.sleep(0)
-            ray.kill(house.rewards.actors[0])
+            ray.kill(controller.rewards.actors[0])
             after = await disturbed
-            assert house.rewards.restarts == 1
-            assert house.rewards.failures["score", "died"] >= 1
+            assert controller.rewards.restarts == 1
+            assert controller.rewards.failures["score", "died"] >= 1
             np.testing.assert_array_equal(after.reward, calm.reward)
 
-        in_a_house(scenario, begin(run_file, "name=reward"))
+        in_a_controller(scenario, begin(run_file, "name=reward"))
 
     def test_rewards_that_raise_or_hang_end_in_an_error_that_names_them(
         self, run_file: Path
     ) -> None:
         faulty: Any = ray.remote(num_cpus=0)(Liar)
 
-        async def scenario(house: House) -> None:
-            values = snapshot(model.load(house.run.policy))
-            await house.publish(PolicyVersion(step=0, digest=digest(values)), values)
-            honest = house.rewards
+        async def scenario(controller: Controller) -> None:
+            values = snapshot(model.load(controller.run.policy))
+            await controller.sync_weights(PolicyVersion(step=0, digest=digest(values)), values)
+            honest = controller.rewards
             cases = (
                 ("raises", ActorError, "rewards.score raised ValueError: no such item"),
                 ("nan", DataError, "reward liar is nan"),
                 ("hangs", ActorError, "rewards.score failed 2 times, last with TimeoutError"),
             )
             for fault, kind, said in cases:
-                house.rewards = Pool(
+                controller.rewards = Pool(
                     "rewards", lambda _, fault=fault: faulty.remote(fault), size=1, queue=8,
                     timeout_s=5.0, retries=1, max_restarts=9, start_timeout_s=300.0,
                 )  # fmt: skip
-                await house.rewards.ready()
+                await controller.rewards.ready()
                 with pytest.raises(kind, match=said):
-                    await house.scored_trees(0)
-                house.rewards.close()
-            house.rewards = honest
+                    await controller.scored_trees(0)
+                controller.rewards.close()
+            controller.rewards = honest
 
-        in_a_house(scenario, begin(run_file, "name=lies", "rollout.batch_size=8"))
+        in_a_controller(scenario, begin(run_file, "name=lies", "rollout.batch_size=8"))
 
     def test_a_killed_learner_worker_comes_back_and_ends_where_its_twin_does(
         self, run_file: Path, twin: tuple[PolicyVersion, dict[str, list[float]]]
     ) -> None:
         run = begin(run_file, "name=worker", "checkpoint.every=2")
 
-        async def scenario(house: House) -> PolicyVersion:
-            work = asyncio.ensure_future(train(house))
+        async def scenario(controller: Controller) -> PolicyVersion:
+            work = asyncio.ensure_future(train(controller))
             await updates(run, 3)
             for process in psutil.Process().children(recursive=True):
                 if "RayTrainWorker" in process.name() + " ".join(process.cmdline()):
                     process.kill()
             last = await work
-            assert house.learner.restarts >= 1
+            assert controller.learner.restarts >= 1
             return last
 
-        last = in_a_house(scenario, run)
+        last = in_a_controller(scenario, run)
         assert (last.digest, counted(run)) == (twin[0].digest, twin[1])
 
     def test_sigterm_saves_and_the_same_command_ends_where_its_twin_does(
@@ -403,19 +403,19 @@ class TestOnRay:
     ) -> None:
         run = begin(run_file, "name=stopped", "checkpoint.every=100")
 
-        async def scenario(house: House) -> None:
-            work = asyncio.ensure_future(train(house))
+        async def scenario(controller: Controller) -> None:
+            work = asyncio.ensure_future(train(controller))
             await updates(run, 2)
             os.kill(os.getpid(), signal.SIGTERM)
-            with pytest.raises(Stopped, match="saved; the same command resumes"):
+            with pytest.raises(RunInterrupted, match="saved; the same command resumes"):
                 await work
 
-        in_a_house(scenario, run)
+        in_a_controller(scenario, run)
         before = counted(run)["learner/surrogate"]
         assert 2 <= len(before) < 5
         saved = list((run.dir / "checkpoints" / "learner-train").glob("job_*"))
         assert [folder.name for folder in saved] == [f"job_{len(before):06d}"]
-        last = in_a_house(train, run)
+        last = in_a_controller(train, run)
         assert (last.digest, counted(run)) == (twin[0].digest, twin[1])
 
     @pytest.mark.timeout(900)  # six launches
@@ -442,4 +442,4 @@ class TestOnRay:
         other = run_of(run_file, "twin")
         assert_same_state(run, other, 5)
         assert untimed(run) == untimed(other)
-        assert exported_facts(run.result) == exported_facts(other.result)
+        assert read_facts(run.result) == read_facts(other.result)

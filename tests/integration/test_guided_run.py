@@ -8,17 +8,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.training.loop import assemble, describe
+from cluster.training.loop import make_batch, step_metrics
 from cluster.training.run import Run, prepare
-from cluster.training.run_dir import export, open_folder
+from cluster.training.run_dir import open_run_dir, save_policy
 from orchard import config
 from orchard.errors import ConfigError
 from orchard.policy import model, value_head
 from orchard.policy.weights import digest, snapshot
 from orchard.settings import Config
 from orchard.types import PolicyVersion, ScoredTrees, Update
-from rewards.score import score
-from rollout.actor import Searcher
+from rewards.score import score_trees
+from rollout.actor import RolloutWorker
 
 ROOT = Path(__file__).parents[2]
 
@@ -63,24 +63,26 @@ def settings(data: Path, tmp_path: Path) -> Callable[..., Config]:
 def guided(settings: Config) -> Run:
     """A run from a policy with a value head, saved as a run leaves it."""
     first = prepare(settings, "sft")
-    open_folder(first)
+    open_run_dir(first)
     policy = model.create(first.config.model, first.vocabulary, seed=0)
     value_head.attach(policy, seed=1)
     weights = snapshot(policy)
-    export(first, first.result, PolicyVersion(step=0, digest=digest(weights)), weights)
+    save_policy(first, first.result, PolicyVersion(step=0, digest=digest(weights)), weights)
     return prepare(settings, "train")
 
 
 def search(run: Run, *, kind: str | None = None) -> ScoredTrees:
-    searcher = Searcher(run.config.rollout, run.policy, run.catalogue, run.vocabulary, seed=0)
-    trees = searcher.search(run.form.prompts(run.train, np.arange(8)), seed=0, kind=kind)
-    return score(trees, run.catalogue, run.config.rewards.weights)
+    rollout_worker = RolloutWorker(
+        run.config.rollout, run.policy, run.catalog, run.vocabulary, seed=0
+    )
+    trees = rollout_worker.search(run.form.prompts(run.train, np.arange(8)), seed=0, kind=kind)
+    return score_trees(trees, run.catalog, run.config.rewards.weights)
 
 
 def test_an_exported_head_is_loaded_with_its_policy(settings: Callable[..., Config]) -> None:
     run = guided(settings())
     loaded = model.load(run.policy, run.vocabulary)
-    assert value_head.head_of(loaded) is not None
+    assert value_head.value_head_of(loaded) is not None
     assert sorted(path.name for path in run.policy.glob("*.safetensors")) == [
         "model.safetensors",
         "value_head.safetensors",
@@ -95,10 +97,10 @@ def test_guided_trees_carry_values_and_become_a_batch_that_teaches_them(
     run = guided(settings())
     scored = search(run)
     assert scored.trees.value is not None
-    batch = assemble(scored, run)
+    batch = make_batch(scored, run)
     assert batch.values is not None
     assert len(batch.values.row) == (scored.trees.step > 0).sum()
-    metrics = describe(scored, Update(policy=scored.trees.policy, metrics={}), lag=0)
+    metrics = step_metrics(scored, Update(policy=scored.trees.policy, metrics={}), lag=0)
     assert metrics["rollout/traversals"] > 0
     assert metrics["rollout/leaf_tokens"] > 0
     assert metrics["rollout/forward_tokens"] <= 8 * 16
@@ -110,7 +112,7 @@ def test_embeddings_of_the_data_set_change_what_the_head_is_taught(
 ) -> None:
     codes, items = settings(), settings("data.embeddings=embeddings.parquet", "name=other")
     scored = search(run := guided(codes))
-    by_code, by_item = assemble(scored, run).values, assemble(scored, guided(items)).values
+    by_code, by_item = make_batch(scored, run).values, make_batch(scored, guided(items)).values
     assert by_code is not None
     assert by_item is not None
     assert not np.allclose(by_code.reward, by_item.reward)
@@ -120,7 +122,7 @@ def test_embeddings_of_the_data_set_change_what_the_head_is_taught(
 def test_a_head_may_foretell_what_the_run_pays(settings: Callable[..., Config]) -> None:
     run = guided(settings("learner.value.outcome={rule=2.0}"))
     scored = search(run)
-    values = assemble(scored, run).values
+    values = make_batch(scored, run).values
     assert values is not None
     hit = np.zeros(len(scored.trees.step), np.float32)
     hit[scored.trees.candidate] = 2 * scored.parts["rule"]
@@ -129,10 +131,10 @@ def test_a_head_may_foretell_what_the_run_pays(settings: Callable[..., Config]) 
 
 def test_a_run_without_a_head_packs_no_targets(settings: Callable[..., Config]) -> None:
     run = guided(settings("model.value_head=false", "rollout.search=beam"))
-    assert assemble(search(run), run).values is None
+    assert make_batch(search(run), run).values is None
 
 
-def test_a_budget_that_does_not_cover_the_catalogue_is_refused_before_anything_starts(
+def test_a_budget_that_does_not_cover_the_catalog_is_refused_before_anything_starts(
     settings: Callable[..., Config],
 ) -> None:
     with pytest.raises(ConfigError, match=r"rollout\.ved\.budget = 8 cannot cover depth 3"):

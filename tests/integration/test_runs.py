@@ -12,11 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
-from cluster.training.controller import House, launch
+from cluster.training.controller import Controller, start_controller
 from cluster.training.evaluate import evaluate, evaluation_file
 from cluster.training.loop import train
 from cluster.training.run import Run, prepare
-from cluster.training.run_dir import export, open_folder
+from cluster.training.run_dir import open_run_dir, save_policy
 from cluster.training.search_examples import read_examples
 from cluster.training.sft import sft
 from orchard import config
@@ -27,7 +27,7 @@ from orchard.policy import model
 from orchard.policy.titles import from_titles
 from orchard.policy.weights import digest, snapshot
 from orchard.settings import Config
-from orchard.testing import save_policy, tiny_policy, tiny_title_tokenizer
+from orchard.testing import save_model_folder, tiny_policy, tiny_title_tokenizer
 from orchard.tracking.metrics_log import read_metrics
 from orchard.types import PolicyVersion
 
@@ -68,27 +68,27 @@ def settings(data: Path, tmp_path: Path) -> Callable[..., Config]:
 def untrained(settings: Config) -> None:
     """A run folder as a warm start leaves it, but with random weights."""
     run = prepare(settings, "sft")
-    open_folder(run)
+    open_run_dir(run)
     first = model.create(run.config.model, run.vocabulary, seed=0)
-    export(run, run.result, PolicyVersion(step=0, digest="x"), snapshot(first))
+    save_policy(run, run.result, PolicyVersion(step=0, digest="x"), snapshot(first))
 
 
-def in_a_house(phase: Callable[[House], Awaitable[T]], run: Run) -> T:
-    """What one phase returns, with a house of its own."""
+def in_a_controller(phase: Callable[[Controller], Awaitable[T]], run: Run) -> T:
+    """What one phase returns, with a controller of its own."""
 
     async def work() -> T:
-        async with launch(run) as house:
-            return await phase(house)
+        async with start_controller(run) as controller:
+            return await phase(controller)
 
     return asyncio.run(work())
 
 
-async def taught_and_improved(house: House) -> PolicyVersion:
+async def taught_and_improved(controller: Controller) -> PolicyVersion:
     """Warm start, then RL from what it came to; the last version."""
-    begin = house.run
-    await sft(house)
-    await house.turn_to(begin.then("train", begin.result))
-    return await train(house)
+    begin = controller.run
+    await sft(controller)
+    await controller.start_phase(begin.with_phase("train", begin.result))
+    return await train(controller)
 
 
 def weights_of(folder: Path) -> str:
@@ -99,7 +99,7 @@ def test_the_warm_start_learns_and_leaves_its_best_policy(
     settings: Callable[..., Config],
 ) -> None:
     run = prepare(settings(), "sft")
-    last = in_a_house(sft, run)
+    last = in_a_controller(sft, run)
     log = read_metrics(run.dir / "metrics.jsonl")["sft"]
     assert last.step == 2
     assert log["sft/loss"].value[-1] < log["sft/loss"].value[0]
@@ -114,9 +114,11 @@ def test_training_runs_resumes_and_equals_an_undisturbed_twin(
     twin = settings("name=twin")
     untrained(settings())
     untrained(twin)
-    whole = in_a_house(train, prepare(twin, "train"))
+    whole = in_a_controller(train, prepare(twin, "train"))
 
-    first = in_a_house(train, prepare(settings("learner.steps=4", "evaluate.every=0"), "train"))
+    first = in_a_controller(
+        train, prepare(settings("learner.steps=4", "evaluate.every=0"), "train")
+    )
     assert first.digest == whole.digest
 
     log = read_metrics(twin.run_dir / "metrics.jsonl")["train"]
@@ -125,7 +127,9 @@ def test_training_runs_resumes_and_equals_an_undisturbed_twin(
     assert float(np.max(log["learner/logprob_gap"].value)) < 1e-5
     assert set(log["rollout/lag_versions"].value) == {0.0}
 
-    longer = in_a_house(train, prepare(settings("learner.steps=6", "evaluate.every=0"), "train"))
+    longer = in_a_controller(
+        train, prepare(settings("learner.steps=6", "evaluate.every=0"), "train")
+    )
     resumed = read_metrics(settings().run_dir / "metrics.jsonl")["train"]
     assert longer.step == 6
     assert resumed["learner/surrogate"].step.tolist() == [1, 2, 3, 4, 5, 6]
@@ -137,7 +141,7 @@ def test_an_average_is_what_is_judged_and_kept_while_rollouts_follow_the_newest(
     changed = settings("learner.average=0.9", "learner.dropout=0.1")
     untrained(changed)
     run = prepare(changed, "train")
-    newest = in_a_house(train, run)
+    newest = in_a_controller(train, run)
     log = read_metrics(run.dir / "metrics.jsonl")["train"]
     assert log["learner/logprob_gap"].value.max() < 1e-5
     assert weights_of(run.result) != newest.digest
@@ -151,7 +155,7 @@ def test_vllm_rollouts_record_what_the_learner_computes_after_every_push(
     changes = ("rollout.engine=vllm", "rollout.kv_cache_gib=0.125", "learner.steps=3")
     untrained(settings(*changes))
     run = prepare(settings(*changes), "train")
-    in_a_house(train, run)
+    in_a_controller(train, run)
     log = read_metrics(run.dir / "metrics.jsonl")["train"]
     assert len(log["learner/logprob_gap"].value) == 3
     assert float(np.max(log["learner/logprob_gap"].value)) < 1e-4
@@ -164,16 +168,16 @@ def test_a_rollout_actor_killed_in_the_middle_of_a_step_costs_nothing(
     run = prepare(settings("rollout.actors=2"), "train")
 
     async def scenario(run: Run) -> None:
-        async with launch(run) as house:
+        async with start_controller(run) as controller:
             first = PolicyVersion(step=0, digest=weights_of(run.policy))
-            await house.publish(first, snapshot(model.load(run.policy)))
-            assert house.rollout is not None
-            calm = await house.scored_trees(0)
-            disturbed = asyncio.ensure_future(house.scored_trees(0))
+            await controller.sync_weights(first, snapshot(model.load(run.policy)))
+            assert controller.rollout is not None
+            calm = await controller.scored_trees(0)
+            disturbed = asyncio.ensure_future(controller.scored_trees(0))
             await asyncio.sleep(0)
-            ray.kill(house.rollout.actors[0])
+            ray.kill(controller.rollout.actors[0])
             after = await disturbed
-            assert house.rollout.restarts == 1
+            assert controller.rollout.restarts == 1
             assert after.trees.prompts.id.tolist() == calm.trees.prompts.id.tolist()
             assert after.trees.leaf.tolist() == calm.trees.leaf.tolist()
             np.testing.assert_array_equal(after.reward, calm.reward)
@@ -187,12 +191,12 @@ def test_an_evaluation_covers_every_row_and_pairs_with_another(
     untrained(settings())
     run = prepare(settings(), "evaluate")
 
-    async def both(house: House) -> tuple[Evaluation, Evaluation]:
-        first = await evaluate(house, run.policy, split="test", beams=10, name="first")
+    async def both(controller: Controller) -> tuple[Evaluation, Evaluation]:
+        first = await evaluate(controller, run.policy, split="test", beams=10, name="first")
         (run.policy / "policy.json").unlink()  # as in a folder that others have made
-        return first, await evaluate(house, run.policy, split="test", beams=12, name="second")
+        return first, await evaluate(controller, run.policy, split="test", beams=12, name="second")
 
-    found, again = in_a_house(both, run)
+    found, again = in_a_controller(both, run)
     assert found.num_rows == len(run.test)
     assert "hr@20/sid" not in found.metrics
     # The same policy under a wider beam: what was found stays found, at the same rank.
@@ -208,53 +212,53 @@ def test_an_actor_lost_during_an_evaluation_is_replaced_by_one_of_the_same_polic
     run = prepare(settings("evaluate.batch_size=8", "rollout.max_restarts=1"), "evaluate")
     first, other = (model.create(run.config.model, run.vocabulary, seed=s) for s in (0, 1))
 
-    async def scenario(house: House) -> None:
+    async def scenario(controller: Controller) -> None:
         async def ranks(advance: Callable[[], None] | None = None) -> list[int]:
             weights = snapshot(other)
             policy = PolicyVersion(step=0, digest=digest(weights))
-            found = await house.evaluate(
+            found = await controller.evaluate(
                 run.test, np.arange(64), policy=policy, weights=weights, beams=10, advance=advance
             )
             return found.ranks.sid.tolist()
 
         def lose() -> None:
-            ranking = house.ranking
+            ranking = controller.ranking
             if ranking is not None and ranking.restarts == 0:
                 ray.kill(ranking.actors[0])
 
         weights = snapshot(first)
-        await house.publish(PolicyVersion(step=0, digest=digest(weights)), weights)
+        await controller.sync_weights(PolicyVersion(step=0, digest=digest(weights)), weights)
         calm = await ranks()
         assert await ranks(advance=lose) == calm
-        assert house.ranking is not None
-        assert house.ranking.restarts == 1
+        assert controller.ranking is not None
+        assert controller.ranking.restarts == 1
 
-    in_a_house(scenario, run)
+    in_a_controller(scenario, run)
 
 
-def test_one_house_serves_every_phase_of_a_command(settings: Callable[..., Config]) -> None:
+def test_one_controller_serves_every_phase_of_a_command(settings: Callable[..., Config]) -> None:
     begin = prepare(settings("sft.epochs=1", "learner.steps=2"), "sft")
 
-    async def command(house: House) -> tuple[Evaluation, PolicyVersion]:
-        await taught_and_improved(house)
-        assert house.rollout is not None
-        searched = house.rollout.actors[0]
+    async def command(controller: Controller) -> tuple[Evaluation, PolicyVersion]:
+        await taught_and_improved(controller)
+        assert controller.rollout is not None
+        searched = controller.rollout.actors[0]
         trained = begin.dir / "policy"
-        await house.turn_to(begin.then("evaluate", trained))
-        assert house.rollout is None
-        found = await evaluate(house, trained, split="test", beams=10, name="trained")
+        await controller.start_phase(begin.with_phase("evaluate", trained))
+        assert controller.rollout is None
+        found = await evaluate(controller, trained, split="test", beams=10, name="trained")
         return found, await asyncio.wrap_future(searched.version.remote().future())
 
-    found, held = in_a_house(command, begin)
+    found, held = in_a_controller(command, begin)
     alone = prepare(
         settings("sft.epochs=1", "learner.steps=2"), "evaluate", policy=begin.dir / "policy"
     )
 
-    async def again(house: House) -> Evaluation:
-        return await evaluate(house, alone.policy, split="test", beams=10, name="alone")
+    async def again(controller: Controller) -> Evaluation:
+        return await evaluate(controller, alone.policy, split="test", beams=10, name="alone")
 
     assert str(held) == found.policy  # the actor that searched for the training also judged
-    assert in_a_house(again, alone).ranks.sid.tolist() == found.ranks.sid.tolist()
+    assert in_a_controller(again, alone).ranks.sid.tolist() == found.ranks.sid.tolist()
 
 
 def test_titles_are_learnt_and_searched_with_the_same_probabilities(
@@ -269,7 +273,7 @@ def test_titles_are_learnt_and_searched_with_the_same_probabilities(
     )
     tokenizer = tiny_title_tokenizer()
     policy, _ = tiny_policy(from_titles(titles, tokenizer), tokenizer=tokenizer)
-    save_policy(policy, tokenizer, tmp_path / "text")
+    save_model_folder(policy, tokenizer, tmp_path / "text")
     begin = prepare(
         settings(
             "data.titles=true", f"data.path={tmp_path / 'titled'}",
@@ -278,10 +282,10 @@ def test_titles_are_learnt_and_searched_with_the_same_probabilities(
         "sft",
     )  # fmt: skip
 
-    assert in_a_house(taught_and_improved, begin).step == 2
+    assert in_a_controller(taught_and_improved, begin).step == 2
     log = read_metrics(begin.dir / "metrics.jsonl")["train"]
     assert float(np.max(log["learner/logprob_gap"].value)) < 1e-5
-    assert load(begin.dir / "policy" / "catalogue").digest == begin.catalogue.digest
+    assert load(begin.dir / "policy" / "catalogue").digest == begin.catalog.digest
 
 
 @pytest.mark.vllm
@@ -298,7 +302,7 @@ def test_a_text_model_is_taught_and_improved_through_adapters_with_vllm(
         "sft",
     )  # fmt: skip
 
-    assert in_a_house(taught_and_improved, begin).step == 2
+    assert in_a_controller(taught_and_improved, begin).step == 2
     log = read_metrics(begin.dir / "metrics.jsonl")["train"]
     assert float(np.max(log["learner/logprob_gap"].value)) < 1e-4
     names = set(snapshot(model.load(begin.dir / "policy")))
@@ -311,7 +315,7 @@ def test_rollouts_run_ahead_as_far_as_the_bound_and_no_further(
     changes = ("cluster.max_lag=2", "rollout.batch_size=16", "learner.steps=6", "evaluate.every=0")
     untrained(settings(*changes))
     run = prepare(settings(*changes), "train")
-    assert in_a_house(train, run).step == 6
+    assert in_a_controller(train, run).step == 6
     log = read_metrics(run.dir / "metrics.jsonl")["train"]
     lag = log["rollout/lag_versions"]
     assert lag.step.tolist() == [1, 2, 3, 4, 5, 6]
@@ -326,7 +330,7 @@ def test_two_workers_train_like_one(settings: Callable[..., Config], parallel: s
     two = settings("name=two", "learner.workers=2", f"learner.parallel={parallel}")
     for each in (one, two):
         untrained(each)
-        in_a_house(train, prepare(each, "train"))
+        in_a_controller(train, prepare(each, "train"))
     logs = [read_metrics(each.run_dir / "metrics.jsonl")["train"] for each in (one, two)]
     for name in ("learner/surrogate", "learner/grad_norm", "rewards/mean"):
         np.testing.assert_allclose(logs[0][name].value, logs[1][name].value, rtol=1e-3, atol=1e-5)
@@ -346,10 +350,10 @@ def test_a_policy_is_taught_to_think_and_improved_by_its_own_thoughts(
     )
     begin = prepare(settings(*changes), "sft")
 
-    async def command(house: House) -> None:
-        await taught_and_improved(house)
+    async def command(controller: Controller) -> None:
+        await taught_and_improved(controller)
 
-    in_a_house(command, begin)
+    in_a_controller(command, begin)
     log = read_metrics(begin.dir / "metrics.jsonl")
     assert log["sft"]["evaluate/thoughts"].value[-1] == 40
     assert float(np.max(log["train"]["learner/logprob_gap"].value)) < 1e-5

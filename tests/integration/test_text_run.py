@@ -10,24 +10,24 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from cluster.training.loop import assemble
+from cluster.training.loop import make_batch
 from cluster.training.run import Run, prepare
-from cluster.training.run_dir import export, open_folder
+from cluster.training.run_dir import open_run_dir, save_policy
 from learner.batch.sft import pack_answers, pack_examples
-from learner.trainer import Learner
+from learner.trainer import Trainer
 from orchard import config
-from orchard.errors import CatalogueError, ConfigError, DataError
+from orchard.errors import CatalogError, ConfigError, DataError
 from orchard.policy import item_tokenizer, model, prompt_template
 from orchard.policy.item_tokenizer import sid_token
-from orchard.policy.titles import tokenizer_of
+from orchard.policy.titles import make_title_tokenizer
 from orchard.policy.weights import digest, snapshot
 from orchard.settings import Config, ModelConfig
-from orchard.testing import save_policy
+from orchard.testing import save_model_folder
 from orchard.types import PolicyVersion, SearchTrees
-from rewards.score import score
-from rollout.actor import Searcher
+from rewards.score import score_trees
+from rollout.actor import RolloutWorker
 from rollout.engine.torch import TorchEngine
-from rollout.search.add_target import follow
+from rollout.search.add_target import score_leaf
 
 VERSION = PolicyVersion(step=0, digest="")
 TEMPLATE = "Bought: {history}. Next is "
@@ -38,12 +38,12 @@ def language(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny text model that has never heard of semantic IDs."""
     folder = tmp_path_factory.mktemp("language")
     titles = pq.read_table(data / "items.parquet")["title"].to_pylist()
-    tokenizer = tokenizer_of([*titles, TEMPLATE], 400)
+    tokenizer = make_title_tokenizer([*titles, TEMPLATE], 400)
     words = item_tokenizer.Vocabulary(
         level_tokens=(torch.tensor([0]),), bos=1, pad=0, size=len(tokenizer) + 16
     )
     sizes = ModelConfig(hidden_size=32, intermediate_size=48, layers=1, heads=2, kv_heads=1)
-    save_policy(model.create(sizes, words, seed=3), tokenizer, folder)
+    save_model_folder(model.create(sizes, words, seed=3), tokenizer, folder)
     return folder
 
 
@@ -72,19 +72,19 @@ def settings(
 @pytest.fixture(scope="module")
 def opened(settings: Callable[..., Config]) -> Run:
     run = prepare(settings(), "sft")
-    open_folder(run)
+    open_run_dir(run)
     return run
 
 
 def spelled(run: Run, item: int) -> str:
     """The code tokens of an item."""
-    codes: list[int] = run.catalogue.codes[item].tolist()
+    codes: list[int] = run.catalog.codes[item].tolist()
     return "".join(sid_token(level, code) for level, code in enumerate(codes))
 
 
-def learner(run: Run, policy: model.PreTrainedModel, *, lr: float = 1e-2) -> Learner:
+def learner(run: Run, policy: model.PreTrainedModel, *, lr: float = 1e-2) -> Trainer:
     rates = run.config.learner.model_copy(update={"lr": lr})
-    return Learner(policy, run.catalogue.trie, run.vocabulary, rates, total_steps=100)
+    return Trainer(policy, run.catalog.trie, run.vocabulary, rates, total_steps=100)
 
 
 def test_a_text_model_gets_a_row_for_each_code_near_the_mean_of_its_own(
@@ -126,7 +126,9 @@ def test_a_prompt_that_is_too_long_loses_its_oldest_items_and_keeps_the_instruct
 
 
 def test_the_instruction_travels_with_the_tokenizer(opened: Run) -> None:
-    again = item_tokenizer.of_codes(item_tokenizer.read_tokenizer(opened.policy), opened.catalogue)
+    again = item_tokenizer.from_tokenizer(
+        item_tokenizer.read_tokenizer(opened.policy), opened.catalog
+    )
     assert again.instruction == opened.vocabulary.instruction
     assert again.instruction is not None
 
@@ -152,11 +154,11 @@ def test_only_answers_are_learned_and_scored_as_an_ordinary_forward_pass_does(op
     examples = tasks.examples(chosen, run.form)
     batch = pack_examples(examples, run.form, VERSION, forced=True)
     policy = model.load(run.policy, run.vocabulary)
-    title = run.catalogue.title[7]
+    title = run.catalog.title[7]
     shown = zip(batch.token, batch.subtree_end, strict=True)
     spoken = [run.tokenizer.decode(row[end > 0]) for row, end in shown]
     name = spelled(run, 7)
-    assert run.catalogue.title[run.train.history[run.train.history_start[5]]] in spoken[1]
+    assert run.catalog.title[run.train.history[run.train.history_start[5]]] in spoken[1]
     assert spoken[2] == run.config.prompt.title.replace("{title}", title) + name
     assert spoken[3] == run.config.prompt.item.replace("{item}", name) + title + "<eos>"
     expected = 0.0
@@ -166,15 +168,15 @@ def test_only_answers_are_learned_and_scored_as_an_ordinary_forward_pass_does(op
             int(np.diff(examples.asked[1])[row]),
         )
         slots = np.arange(asked - 1, length - 1)
-        assert sorted(batch.slot[batch.row == row].tolist()) == slots.tolist()
+        assert sorted(batch.query_slot[batch.row == row].tolist()) == slots.tolist()
         token = torch.from_numpy(batch.token[row, :length].astype(np.int64))
         with torch.no_grad():
             logprob = policy(token[None]).logits[0].log_softmax(-1)
         expected -= float(logprob[slots, token[slots + 1]].sum())
-    assert (batch.edge[batch.state == SearchTrees.FREE_TEXT][-1]) == tasks.end
+    assert (batch.chosen[batch.state == SearchTrees.FREE_TEXT][-1]) == tasks.end
     full = run.config.learner.model_copy(update={"logprob": "full"})
-    teacher = Learner(policy, run.catalogue.trie, run.vocabulary, full, total_steps=10)
-    nll = teacher.supervise(batch)["nll"]
+    teacher = Trainer(policy, run.catalog.trie, run.vocabulary, full, total_steps=10)
+    nll = teacher.sft_step(batch)["nll"]
     assert nll == pytest.approx(expected / len(batch.row), rel=1e-4)
 
 
@@ -188,19 +190,19 @@ def test_a_taught_text_model_is_searched_and_improved(
     order, losses = tasks.epoch(0, seed=0), list[float]()
     for number in range(40):
         examples = tasks.examples(order[np.arange(16) + 16 * (number % 10)], run.form)
-        losses.append(teacher.supervise(pack_examples(examples, run.form, VERSION))["nll"])
+        losses.append(teacher.sft_step(pack_examples(examples, run.form, VERSION))["nll"])
     assert losses[-1] < losses[0] / 1.5
     weights = snapshot(policy)
-    export(run, run.result, PolicyVersion(step=0, digest=digest(weights)), weights)
+    save_policy(run, run.result, PolicyVersion(step=0, digest=digest(weights)), weights)
     after = prepare(settings(), "train")
     assert after.base is None
     assert after.policy == run.result
-    searcher = Searcher(
-        after.config.rollout, after.policy, after.catalogue, after.vocabulary, seed=0
+    rollout_worker = RolloutWorker(
+        after.config.rollout, after.policy, after.catalog, after.vocabulary, seed=0
     )
-    trees = searcher.search(after.form.prompts(after.train, np.arange(8)), seed=0)
-    batch = assemble(score(trees, after.catalogue, {"rule": 1.0}), after)
-    metrics = learner(after, model.load(after.policy, after.vocabulary)).improve(batch)
+    trees = rollout_worker.search(after.form.prompts(after.train, np.arange(8)), seed=0)
+    batch = make_batch(score_trees(trees, after.catalog, {"rule": 1.0}), after)
+    metrics = learner(after, model.load(after.policy, after.vocabulary)).rl_step(batch)
     assert metrics["logprob_gap"] < 1e-5
 
 
@@ -208,8 +210,8 @@ def test_a_probe_of_a_text_model_is_scored_within_its_instruction(opened: Run) -
     run, policy = opened, model.load(opened.policy, opened.vocabulary)
     prompts = run.form.prompts(run.train, np.arange(4))
     known = learner(run, policy).score(pack_answers(prompts, run.form, VERSION))
-    engine = TorchEngine(policy, run.catalogue.trie, run.vocabulary, VERSION)
-    found = follow(engine, prompts, run.catalogue.leaf_of_item[prompts.target])
+    engine = TorchEngine(policy, run.catalog.trie, run.vocabulary, VERSION)
+    found = score_leaf(engine, prompts, run.catalog.leaf_of_item[prompts.target])
     np.testing.assert_allclose(known, found.score, atol=1e-5)
 
 
@@ -218,22 +220,22 @@ def test_a_new_text_model_is_made_from_the_titles(settings: Callable[..., Config
     sizes = ModelConfig(hidden_size=32, intermediate_size=48, layers=1, heads=2, kv_heads=1)
     run = prepare(changed.model_copy(update={"model": sizes}), "sft")
     assert run.base is None
-    open_folder(run)
+    open_run_dir(run)
     again = prepare(changed.model_copy(update={"model": sizes}), "sft")
     assert again.tokenizer.get_vocab() == run.tokenizer.get_vocab()
-    assert len(run.tokenizer.encode(run.catalogue.title[0])) < len(run.catalogue.title[0])
+    assert len(run.tokenizer.encode(run.catalog.title[0])) < len(run.catalog.title[0])
 
 
 def test_a_chat_template_wraps_the_instruction(opened: Run) -> None:
     tokenizer = item_tokenizer.read_tokenizer(opened.policy)
     asked = opened.config.prompt.model_copy(update={"chat": True})
     with pytest.raises(ConfigError, match="has no chat template"):
-        prompt_template.encode(TEMPLATE, "{history}", tokenizer, asked, limit=100)
+        prompt_template.encode_template(TEMPLATE, "{history}", tokenizer, asked, limit=100)
     tokenizer.chat_template = (
         "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
         "{% if add_generation_prompt %} [assistant] {% endif %}"
     )
-    frame = prompt_template.encode(TEMPLATE, "{history}", tokenizer, asked, limit=100)
+    frame = prompt_template.encode_template(TEMPLATE, "{history}", tokenizer, asked, limit=100)
     assert tokenizer.decode(frame.before) == "[user] Bought: "
     assert tokenizer.decode(frame.after) == ". Next is  [assistant] "
 
@@ -300,5 +302,5 @@ def test_a_tokenizer_that_cuts_a_code_is_refused(
     (tmp_path / "tokenizer.json").write_text(json.dumps(inner))
     tokenizer: PreTrainedTokenizerBase = item_tokenizer.read_tokenizer(tmp_path)
     assert "<a_0>" in tokenizer.get_vocab()
-    with pytest.raises(CatalogueError, match=r"cuts <a_0> into \d tokens \(1 of 18 codes\)"):
+    with pytest.raises(CatalogError, match=r"cuts <a_0> into \d tokens \(1 of 18 codes\)"):
         prepare(settings(f"model.path={tmp_path}", "name=cut"), "sft")

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.training.loop import assemble, describe
+from cluster.training.loop import make_batch, step_metrics
 from cluster.training.run import Run, prepare
-from cluster.training.run_dir import export, open_folder
-from learner.advantage.sapo import judged_by_steps
+from cluster.training.run_dir import open_run_dir, save_policy
+from learner.advantage.sapo import add_step_rewards
 from learner.batch.sft import pack_traces
 from learner.logprobs import choice_logprobs, to_tensors
-from learner.trainer import Learner
+from learner.trainer import Trainer
 from orchard import config
 from orchard.errors import ConfigError, DataError
 from orchard.evaluation.ranking import diversity
@@ -21,8 +21,8 @@ from orchard.policy import model
 from orchard.policy.weights import digest, snapshot
 from orchard.settings import Config
 from orchard.types import PolicyVersion, SearchTrees, Update
-from rewards.score import score
-from rollout.actor import Searcher
+from rewards.score import score_trees
+from rollout.actor import RolloutWorker
 
 ROOT = Path(__file__).parents[2]
 VERSION = PolicyVersion(step=0, digest="")
@@ -52,25 +52,25 @@ def settings(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[.
     return lambda *changes: config.load(path, changes)
 
 
-def learner(run: Run, policy: model.PreTrainedModel, *, lr: float = 1e-3) -> Learner:
+def learner(run: Run, policy: model.PreTrainedModel, *, lr: float = 1e-3) -> Trainer:
     rates = run.config.learner.model_copy(update={"lr": lr})
-    return Learner(policy, run.catalogue.trie, run.vocabulary, rates, total_steps=100)
+    return Trainer(policy, run.catalog.trie, run.vocabulary, rates, total_steps=100)
 
 
 @pytest.fixture(scope="module")
 def taught(settings: Callable[..., Config]) -> tuple[Run, list[float]]:
     """A run that is ready for RL, and the losses of its short warm start."""
     run = prepare(settings(), "sft")
-    open_folder(run)
+    open_run_dir(run)
     assert run.traces is not None
     policy = model.create(run.config.model, run.vocabulary, seed=0)
     teacher, losses = learner(run, policy, lr=1e-2), list[float]()
     for number in range(40):
         rows = np.arange(16) + 16 * (number % 8)
         batch = pack_traces(run.train, run.traces, rows, run.form, VERSION)
-        losses.append(teacher.supervise(batch)["nll"])
+        losses.append(teacher.sft_step(batch)["nll"])
     weights = snapshot(policy)
-    export(run, run.result, PolicyVersion(step=0, digest=digest(weights)), weights)
+    save_policy(run, run.result, PolicyVersion(step=0, digest=digest(weights)), weights)
     return prepare(settings(), "train"), losses
 
 
@@ -86,7 +86,7 @@ def test_traces_are_scored_as_an_ordinary_forward_pass_scores_text_and_codes(
     assert tags is not None
     teacher = learner(run, policy)
     with torch.no_grad():
-        found, _ = choice_logprobs(policy, to_tensors(batch), run.catalogue.trie, run.vocabulary)
+        found, _ = choice_logprobs(policy, to_tensors(batch), run.catalog.trie, run.vocabulary)
     at = 0
     for row in range(2):
         length = int((batch.subtree_end[row] > 0).sum())
@@ -94,18 +94,18 @@ def test_traces_are_scored_as_an_ordinary_forward_pass_scores_text_and_codes(
         with torch.no_grad():
             logits = policy(torch.from_numpy(tokens[None].astype(np.int64))).logits[0]
         text = np.flatnonzero((batch.row == row) & (batch.state == SearchTrees.FREE_TEXT))
-        assert (batch.edge[text] == tokens[batch.slot[text] + 1]).all()
-        assert (batch.edge[text] == tags.close).sum() == 3
-        assert not (batch.edge[text] == tags.open).any()
-        expected = logits.log_softmax(-1)[batch.slot[text], batch.edge[text]]
+        assert (batch.chosen[text] == tokens[batch.query_slot[text] + 1]).all()
+        assert (batch.chosen[text] == tags.close).sum() == 3
+        assert not (batch.chosen[text] == tags.open).any()
+        expected = logits.log_softmax(-1)[batch.query_slot[text], batch.chosen[text]]
         torch.testing.assert_close(found[torch.from_numpy(text)], expected, atol=1e-5, rtol=0)
         at += len(text)
     codes = batch.state != SearchTrees.FREE_TEXT
-    target = run.vocabulary.token_of(run.catalogue.trie, torch.from_numpy(batch.edge[codes]))
-    assert target.tolist() == batch.token[batch.row[codes], batch.slot[codes] + 1].tolist()
+    target = run.vocabulary.token_of(run.catalog.trie, torch.from_numpy(batch.chosen[codes]))
+    assert target.tolist() == batch.token[batch.row[codes], batch.query_slot[codes] + 1].tolist()
     assert at + codes.sum() == len(batch.row)
-    assert batch.gain.sum() == pytest.approx(1, rel=1e-5)
-    assert teacher.supervise(batch)["nll"] == pytest.approx(-float(found.mean()), rel=1e-4)
+    assert batch.advantage_pos.sum() == pytest.approx(1, rel=1e-5)
+    assert teacher.sft_step(batch)["nll"] == pytest.approx(-float(found.mean()), rel=1e-4)
 
 
 def test_a_taught_policy_thinks_in_form_and_learns_from_its_own_thoughts(
@@ -113,22 +113,24 @@ def test_a_taught_policy_thinks_in_form_and_learns_from_its_own_thoughts(
 ) -> None:
     run, losses = taught
     assert losses[-1] < losses[0] / 3
-    searcher = Searcher(run.config.rollout, run.policy, run.catalogue, run.vocabulary, seed=0)
-    trees = searcher.search(run.form.prompts(run.train, np.arange(8)), seed=0)
+    rollout_worker = RolloutWorker(
+        run.config.rollout, run.policy, run.catalog, run.vocabulary, seed=0
+    )
+    trees = rollout_worker.search(run.form.prompts(run.train, np.arange(8)), seed=0)
     counts = trees.cost.counts
     assert counts["thoughts"] == 32
     assert counts["malformed_thoughts"] == 0
     assert counts["cut_blocks"] < 16
-    scored = judged_by_steps(score(trees, run.catalogue, {"rule": 1.0}), run.catalogue)
-    batch = assemble(scored, run)
+    scored = add_step_rewards(score_trees(trees, run.catalog, {"rule": 1.0}), run.catalog)
+    batch = make_batch(scored, run)
     assert (batch.state == SearchTrees.FREE_TEXT).sum() > (batch.state != -1).sum() > 0
     student = learner(run, model.load(run.policy, run.vocabulary))
-    metrics = student.improve(batch)
+    metrics = student.rl_step(batch)
     assert metrics["logprob_gap"] < 1e-5
     assert metrics["flat_over_packed"] > 1
-    shown = describe(scored, Update(policy=trees.policy, metrics=metrics), lag=0)
+    shown = step_metrics(scored, Update(policy=trees.policy, metrics=metrics), lag=0)
     assert shown["rollout/cut_blocks"] == counts["cut_blocks"] / 8
-    codes = run.catalogue.codes[run.catalogue.item_of_leaf[run.catalogue.leaf_start[trees.leaf]]]
+    codes = run.catalog.codes[run.catalog.item_of_leaf[run.catalog.leaf_start[trees.leaf]]]
     alike = diversity(path=codes, start=trees.candidate_start)
     assert shown["rollout/diversity"] == pytest.approx(alike)
     assert {"rewards/match_1", "rewards/match_3", "rewards/step_signal_share"} <= set(shown)
@@ -138,9 +140,11 @@ def test_evaluation_with_and_without_thinking_ask_the_same_policy(
     taught: tuple[Run, list[float]],
 ) -> None:
     run, _ = taught
-    searcher = Searcher(run.config.rollout, run.policy, run.catalogue, run.vocabulary, seed=0)
+    rollout_worker = RolloutWorker(
+        run.config.rollout, run.policy, run.catalog, run.vocabulary, seed=0
+    )
     prompts = run.form.prompts(run.valid, np.arange(6))
-    thinking, plain = searcher.rank(prompts, 5, True), searcher.rank(prompts, 5)
+    thinking, plain = rollout_worker.rank(prompts, 5, True), rollout_worker.rank(prompts, 5)
     assert np.diff(thinking.start).tolist() == np.diff(plain.start).tolist() == [5] * 6
     assert thinking.cost.counts["thoughts"] == 6
     assert not plain.cost.counts
@@ -178,7 +182,7 @@ def test_a_policy_without_tags_is_refused_before_anything_starts(
         update={"data": mute.data.model_copy(update={"rationale_template": None})}
     )
     run = prepare(mute, "sft")
-    open_folder(run)
+    open_run_dir(run)
     with pytest.raises(DataError, match="reads <think> as 1 tokens and has none for it"):
         prepare(settings(f"output={tmp_path}/other", f"model.path={run.policy}"), "train")
 

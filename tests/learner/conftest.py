@@ -8,32 +8,32 @@ import torch
 from transformers import PreTrainedModel
 
 from orchard import ragged
-from orchard.catalog.catalog import Catalogue
+from orchard.catalog.catalog import Catalog
 from orchard.policy.item_tokenizer import Vocabulary
-from orchard.testing import tiny_catalogue, tiny_policy, tiny_prompts
+from orchard.testing import tiny_catalog, tiny_policy, tiny_prompts
 from orchard.types import Cost, PolicyVersion, ScoredTrees
 from rollout.candidates import Candidates
-from rollout.search_trees import grow
+from rollout.search_trees import build_search_trees
 
 
 @pytest.fixture(scope="session")
-def catalogue() -> Catalogue:
+def catalog() -> Catalog:
     """Sequences of three lengths, with lone children, whole chains and shared leaves."""
-    return tiny_catalogue(varying_depth=True)
+    return tiny_catalog(varying_depth=True)
 
 
 @pytest.fixture(scope="session")
-def policy(catalogue: Catalogue) -> tuple[PreTrainedModel, Vocabulary]:
+def policy(catalog: Catalog) -> tuple[PreTrainedModel, Vocabulary]:
     """A tiny policy; nobody changes its weights."""
-    return tiny_policy(catalogue)
+    return tiny_policy(catalog)
 
 
 @pytest.fixture(scope="session")
 def score_leaves(
-    catalogue: Catalogue, policy: tuple[PreTrainedModel, Vocabulary]
+    catalog: Catalog, policy: tuple[PreTrainedModel, Vocabulary]
 ) -> Callable[..., ScoredTrees]:
     """Makes the trees of given leaves; random behaviour and, unless given, random rewards."""
-    trie = catalogue.trie
+    trie = catalog.trie
     forced = trie.num_children(trie.parent(torch.arange(trie.num_nodes))).numpy() == 1
 
     def score(
@@ -57,12 +57,12 @@ def score_leaves(
             leaf=leaf,
             cost=Cost(),
         )
-        prompts = tiny_prompts(catalogue, histories or range(1, len(groups) + 1), seed=seed)
+        prompts = tiny_prompts(catalog, histories or range(1, len(groups) + 1), seed=seed)
         version = PolicyVersion(step=0, digest="0" * 64)
         flat = draw.normal(size=len(leaf)) if rewards is None else np.concatenate(rewards)
         reward = flat.astype(np.float32)
         return ScoredTrees(
-            trees=grow(prompts, candidates, catalogue, policy[1], version),
+            trees=build_search_trees(prompts, candidates, catalog, policy[1], version),
             reward=reward,
             parts={"rule": (reward == 1).astype(np.float32)},
             step_reward=np.repeat(reward[:, None], trie.depth, axis=1),
@@ -73,22 +73,22 @@ def score_leaves(
 
 @pytest.fixture(scope="session")
 def score_random(
-    catalogue: Catalogue, score_leaves: Callable[..., ScoredTrees]
+    catalog: Catalog, score_leaves: Callable[..., ScoredTrees]
 ) -> Callable[..., ScoredTrees]:
     """Makes groups of the given sizes of random leaves, repeats included."""
 
     def score(sizes: Sequence[int], *, seed: int = 0) -> ScoredTrees:
         draw = np.random.default_rng(seed)
-        groups = [draw.integers(catalogue.trie.num_leaves, size=size).tolist() for size in sizes]
+        groups = [draw.integers(catalog.trie.num_leaves, size=size).tolist() for size in sizes]
         return score_leaves(groups, seed=seed)
 
     return score
 
 
 @pytest.fixture(scope="module")
-def precise(catalogue: Catalogue) -> tuple[PreTrainedModel, Vocabulary]:
+def precise(catalog: Catalog) -> tuple[PreTrainedModel, Vocabulary]:
     """A float64 policy."""
-    model, vocabulary = tiny_policy(catalogue)
+    model, vocabulary = tiny_policy(catalog)
     return model.double(), vocabulary
 
 

@@ -12,9 +12,9 @@ from learner.advantage.estimators import ESTIMATORS, candidate_lengths
 from learner.batch.microbatch import micro_batches, shard
 from learner.batch.pack import flatten, pack
 from learner.logprobs import choice_logprobs, to_tensors
-from learner.loss import LossParts, policy_loss
-from learner.trainer import Learner
-from orchard.catalog.catalog import Catalogue
+from learner.loss import LossStats, policy_loss
+from learner.trainer import Trainer
+from orchard.catalog.catalog import Catalog
 from orchard.config import parse
 from orchard.errors import ConfigError
 from orchard.policy.item_tokenizer import Vocabulary
@@ -28,22 +28,22 @@ CLIPS = {"clip_low": 0.1, "clip_high": 0.15, "dual_clip": 1.4}
 
 
 def both(
-    scored: ScoredTrees, catalogue: Catalogue, policy: Policy, name: str = "group"
+    scored: ScoredTrees, catalog: Catalog, policy: Policy, name: str = "group"
 ) -> tuple[TrainBatch, TrainBatch]:
-    given = (scored, [ESTIMATORS[name](scored, 1e-4)], catalogue, policy[1])
+    given = (scored, [ESTIMATORS[name](scored, 1e-4)], catalog, policy[1])
     return pack(*given, sequence_ratio=True), flatten(*given, sequence_ratio=True)
 
 
 def learn(
-    parts: list[TrainBatch], catalogue: Catalogue, policy: Policy
-) -> tuple[float, list[Tensor], LossParts]:
+    parts: list[TrainBatch], catalog: Catalog, policy: Policy
+) -> tuple[float, list[Tensor], LossStats]:
     """Loss, gradients and log of some batches, added up."""
     model, vocabulary = policy
     model.zero_grad()
-    total, log = 0.0, LossParts()
+    total, log = 0.0, LossStats()
     for part in parts:
         batch = to_tensors(part)
-        got = choice_logprobs(model, batch, catalogue.trie, vocabulary)
+        got = choice_logprobs(model, batch, catalog.trie, vocabulary)
         value, logged = policy_loss(*got, None, batch, **CLIPS, kl_weight=0.0)
         value.backward()
         total, log = total + value.item(), log + logged
@@ -57,12 +57,12 @@ def assert_same(a: list[Tensor], b: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("name", ["group", "dapo", "drgrpo", "leave_one_out", "blend"])
 def test_packed_rows_give_the_loss_and_every_gradient_of_flat_rows(
-    scored: ScoredTrees, catalogue: Catalogue, precise: Policy, name: str
+    scored: ScoredTrees, catalog: Catalog, precise: Policy, name: str
 ) -> None:
-    packed, flat = both(scored, catalogue, precise, name)
+    packed, flat = both(scored, catalog, precise, name)
     assert len(packed.row) < len(flat.row)
-    loss, gradients, log = learn([packed], catalogue, precise)
-    flat_loss, flat_gradients, flat_log = learn([flat], catalogue, precise)
+    loss, gradients, log = learn([packed], catalog, precise)
+    flat_loss, flat_gradients, flat_log = learn([flat], catalog, precise)
     assert loss == pytest.approx(flat_loss, rel=1e-6)
     assert_same(gradients, flat_gradients)
     assert any(bool(gradient.any()) for gradient in gradients)
@@ -71,14 +71,14 @@ def test_packed_rows_give_the_loss_and_every_gradient_of_flat_rows(
 
 
 def test_the_loss_is_its_definition_candidate_by_candidate(
-    scored: ScoredTrees, catalogue: Catalogue, precise: Policy
+    scored: ScoredTrees, catalog: Catalog, precise: Policy
 ) -> None:
-    packed, _ = both(scored, catalogue, precise)
+    packed, _ = both(scored, catalog, precise)
     trees, credit = scored.trees, ESTIMATORS["group"](scored, 1e-4)
     with torch.no_grad():
-        logprob, _ = choice_logprobs(precise[0], to_tensors(packed), catalogue.trie, precise[1])
+        logprob, _ = choice_logprobs(precise[0], to_tensors(packed), catalog.trie, precise[1])
     gap = dict(
-        zip(zip(packed.row, packed.edge, strict=True),
+        zip(zip(packed.row, packed.chosen, strict=True),
             logprob.numpy() - packed.behaviour_logprob, strict=True)
     )  # fmt: skip
     expected, kinds = 0.0, set[str]()
@@ -96,36 +96,36 @@ def test_the_loss_is_its_definition_candidate_by_candidate(
         kinds |= {"low"} if advantage < 0 and ratio < 0.9 else set()
         kinds |= {"high"} if advantage > 0 and ratio > 1.15 else set()
         expected -= term / len(lengths)
-    loss, _, _ = learn([packed], catalogue, precise)
+    loss, _, _ = learn([packed], catalog, precise)
     assert loss == pytest.approx(expected, rel=1e-5)
     assert kinds == {"dual", "low", "high"}
 
 
 @pytest.mark.parametrize("max_tokens", [1, 40])
 def test_micro_batches_and_shards_add_up_to_the_batch(
-    scored: ScoredTrees, catalogue: Catalogue, precise: Policy, max_tokens: int
+    scored: ScoredTrees, catalog: Catalog, precise: Policy, max_tokens: int
 ) -> None:
-    packed, _ = both(scored, catalogue, precise)
-    loss, gradients, _ = learn([packed], catalogue, precise)
+    packed, _ = both(scored, catalog, precise)
+    loss, gradients, _ = learn([packed], catalog, precise)
     for parts in (
         list(micro_batches(packed, max_tokens)),
         [shard(packed, rank, 3) for rank in range(3)],
     ):
-        part_loss, part_gradients, _ = learn(parts, catalogue, precise)
+        part_loss, part_gradients, _ = learn(parts, catalog, precise)
         assert len(parts) > 1
         assert part_loss == pytest.approx(loss, abs=1e-6)
         assert_same(part_gradients, gradients)
 
 
 def test_where_the_policy_has_not_moved_the_gradient_is_that_of_token_ratios(
-    scored: ScoredTrees, catalogue: Catalogue, policy: Policy
+    scored: ScoredTrees, catalog: Catalog, policy: Policy
 ) -> None:
     model, vocabulary = policy
     credits = [ESTIMATORS["group"](scored, 1e-4)]
     gradients: list[Tensor] = []
     for whole in (False, True):
-        batch = to_tensors(pack(scored, credits, catalogue, vocabulary, sequence_ratio=whole))
-        logprob, entropy = choice_logprobs(model, batch, catalogue.trie, vocabulary)
+        batch = to_tensors(pack(scored, credits, catalog, vocabulary, sequence_ratio=whole))
+        logprob, entropy = choice_logprobs(model, batch, catalog.trie, vocabulary)
         on_policy = type(batch)(
             **{f: getattr(batch, f) for f in batch.__dataclass_fields__}
             | {"behaviour_logprob": logprob.detach()}
@@ -136,16 +136,16 @@ def test_where_the_policy_has_not_moved_the_gradient_is_that_of_token_ratios(
 
 
 def test_a_learner_takes_several_updates_with_sequence_ratios(
-    scored: ScoredTrees, catalogue: Catalogue
+    scored: ScoredTrees, catalog: Catalog
 ) -> None:
-    model, vocabulary = tiny_policy(catalogue, seed=3)
+    model, vocabulary = tiny_policy(catalog, seed=3)
     config = LearnerConfig(
         ratio="sequence", clip_low=3e-4, clip_high=4e-4, updates_per_batch=3, lr=1e-3, warmup=0.0,
         max_tokens=200,
     )  # fmt: skip
-    learner = Learner(model, catalogue.trie, vocabulary, config, total_steps=3)
-    batch, _ = both(scored, catalogue, (model, vocabulary))
-    metrics = learner.improve(batch)
+    learner = Trainer(model, catalog.trie, vocabulary, config, total_steps=3)
+    batch, _ = both(scored, catalog, (model, vocabulary))
+    metrics = learner.rl_step(batch)
     assert np.isfinite(list(metrics.values())).all()
     assert metrics["clipped_fraction"] > 0
 

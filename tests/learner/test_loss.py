@@ -15,8 +15,8 @@ from learner.advantage.estimators import ESTIMATORS
 from learner.batch.microbatch import micro_batches, shard
 from learner.batch.pack import flatten, pack
 from learner.logprobs import BatchTensors, choice_logprobs, to_tensors
-from learner.loss import LossParts, policy_loss
-from orchard.catalog.catalog import Catalogue
+from learner.loss import LossStats, policy_loss
+from orchard.catalog.catalog import Catalog
 from orchard.policy.item_tokenizer import Vocabulary
 from orchard.testing import tiny_policy
 from orchard.types import ScoredTrees, TrainBatch
@@ -31,9 +31,9 @@ def choices(gain: list[float], loss: list[float]) -> BatchTensors:
     nothing = torch.zeros(len(gain), dtype=torch.long)
     return BatchTensors(
         token=nothing[:, None], position=nothing[:, None], subtree_end=nothing[:, None],
-        row=nothing, slot=nothing, state=nothing, edge=nothing,
-        behaviour_logprob=torch.zeros(len(gain)), gain=torch.tensor(gain).float(),
-        loss=torch.tensor(loss).float(), kl_weight=torch.ones(len(gain)),
+        row=nothing, query_slot=nothing, state=nothing, chosen=nothing,
+        behaviour_logprob=torch.zeros(len(gain)), advantage_pos=torch.tensor(gain).float(),
+        advantage_neg=torch.tensor(loss).float(), kl_weight=torch.ones(len(gain)),
     )  # fmt: skip
 
 
@@ -82,7 +82,7 @@ def test_the_log_says_what_became_of_each_choice() -> None:
             "logprob_gap": np.log(2),
         }
     )  # fmt: skip
-    assert LossParts() + parts == parts
+    assert LossStats() + parts == parts
     _, other = policy_loss(logprob[1:], entropy[1:], None, choices([0, 1], [-1, 0]), **CLIPS,
                            kl_weight=0.1)  # fmt: skip
     both = (parts + other).metrics()
@@ -92,7 +92,7 @@ def test_the_log_says_what_became_of_each_choice() -> None:
             "ratio_mean": 5 / 5, "ratio_max": 2.0, "logprob_gap": np.log(2),
         }
     )  # fmt: skip
-    assert not any(LossParts().metrics().values())
+    assert not any(LossStats().metrics().values())
 
 
 def test_the_divergence_is_k3_and_pulls_towards_the_reference() -> None:
@@ -109,19 +109,19 @@ def test_the_divergence_is_k3_and_pulls_towards_the_reference() -> None:
 
 
 def learn(
-    parts: Iterable[TrainBatch], catalogue: Catalogue, policy: Policy
-) -> tuple[float, list[Tensor], LossParts]:
+    parts: Iterable[TrainBatch], catalog: Catalog, policy: Policy
+) -> tuple[float, list[Tensor], LossStats]:
     """Loss, gradients and log of some batches, added up; the reference is another policy."""
     model, vocabulary = policy
-    reference, _ = tiny_policy(catalogue, seed=1)
+    reference, _ = tiny_policy(catalog, seed=1)
     reference.double()
     model.zero_grad()
-    total, log = 0.0, LossParts()
+    total, log = 0.0, LossStats()
     for part in parts:
         batch = to_tensors(part)
         with torch.no_grad():
-            anchor, _ = choice_logprobs(reference, batch, catalogue.trie, vocabulary)
-        got = choice_logprobs(model, batch, catalogue.trie, vocabulary)
+            anchor, _ = choice_logprobs(reference, batch, catalog.trie, vocabulary)
+        got = choice_logprobs(model, batch, catalog.trie, vocabulary)
         value, logged = policy_loss(*got, anchor, batch, **CLIPS, kl_weight=0.1)
         value.backward()
         total, log = total + value.item(), log + logged
@@ -134,20 +134,18 @@ def assert_same(a: list[Tensor], b: list[Tensor]) -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6 * float(other.abs().max()))
 
 
-def both(
-    scored: ScoredTrees, catalogue: Catalogue, policy: Policy
-) -> tuple[TrainBatch, TrainBatch]:
+def both(scored: ScoredTrees, catalog: Catalog, policy: Policy) -> tuple[TrainBatch, TrainBatch]:
     credits = [ESTIMATORS["group"](scored, 1e-4), ESTIMATORS["drgrpo"](scored, 1e-4)]
-    given = (scored, credits, catalogue, policy[1])
+    given = (scored, credits, catalog, policy[1])
     return pack(*given), flatten(*given)
 
 
 def test_packed_rows_give_the_loss_and_every_gradient_of_flat_rows(
-    scored: ScoredTrees, catalogue: Catalogue, precise: Policy
+    scored: ScoredTrees, catalog: Catalog, precise: Policy
 ) -> None:
-    packed, flat = both(scored, catalogue, precise)
-    loss, gradients, log = learn([packed], catalogue, precise)
-    flat_loss, flat_gradients, flat_log = learn([flat], catalogue, precise)
+    packed, flat = both(scored, catalog, precise)
+    loss, gradients, log = learn([packed], catalog, precise)
+    flat_loss, flat_gradients, flat_log = learn([flat], catalog, precise)
     assert loss == pytest.approx(flat_loss, rel=1e-6)
     assert log.kl == pytest.approx(flat_log.kl, rel=1e-6)
     assert_same(gradients, flat_gradients)
@@ -156,26 +154,26 @@ def test_packed_rows_give_the_loss_and_every_gradient_of_flat_rows(
 
 
 def test_every_kind_of_clip_is_active_where_packed_and_flat_are_compared(
-    scored: ScoredTrees, catalogue: Catalogue, precise: Policy
+    scored: ScoredTrees, catalog: Catalog, precise: Policy
 ) -> None:
-    packed, _ = both(scored, catalogue, precise)
+    packed, _ = both(scored, catalog, precise)
     with torch.no_grad():
-        logprob, _ = choice_logprobs(precise[0], to_tensors(packed), catalogue.trie, precise[1])
+        logprob, _ = choice_logprobs(precise[0], to_tensors(packed), catalog.trie, precise[1])
     ratio = np.exp(logprob.numpy() - packed.behaviour_logprob)
-    assert ((ratio > 1.3) & (packed.gain > 0) & (packed.loss < 0)).any()
-    assert ((ratio < 0.8) & (packed.loss < 0)).any()
-    assert ((ratio > 1.5) & (packed.loss < 0)).any()
+    assert ((ratio > 1.3) & (packed.advantage_pos > 0) & (packed.advantage_neg < 0)).any()
+    assert ((ratio < 0.8) & (packed.advantage_neg < 0)).any()
+    assert ((ratio > 1.5) & (packed.advantage_neg < 0)).any()
     assert (packed.kl_weight > 0).all()
 
 
 @pytest.mark.parametrize("max_tokens", [1, 40, 10_000])
 def test_micro_batches_add_up_to_the_batch(
-    scored: ScoredTrees, catalogue: Catalogue, precise: Policy, max_tokens: int
+    scored: ScoredTrees, catalog: Catalog, precise: Policy, max_tokens: int
 ) -> None:
-    packed, _ = both(scored, catalogue, precise)
-    loss, gradients, log = learn([packed], catalogue, precise)
+    packed, _ = both(scored, catalog, precise)
+    loss, gradients, log = learn([packed], catalog, precise)
     parts = list(micro_batches(packed, max_tokens))
-    part_loss, part_gradients, part_log = learn(parts, catalogue, precise)
+    part_loss, part_gradients, part_log = learn(parts, catalog, precise)
     assert part_loss == pytest.approx(loss, rel=1e-6)
     assert part_log.metrics() == pytest.approx(log.metrics(), rel=1e-5)
     assert_same(part_gradients, gradients)
@@ -183,55 +181,55 @@ def test_micro_batches_add_up_to_the_batch(
 
 @pytest.mark.parametrize("world", [1, 2, 4, 9])
 def test_shards_add_up_to_the_batch(
-    scored: ScoredTrees, catalogue: Catalogue, precise: Policy, world: int
+    scored: ScoredTrees, catalog: Catalog, precise: Policy, world: int
 ) -> None:
-    packed, _ = both(scored, catalogue, precise)
-    loss, gradients, _ = learn([packed], catalogue, precise)
+    packed, _ = both(scored, catalog, precise)
+    loss, gradients, _ = learn([packed], catalog, precise)
     parts = [shard(packed, rank, world) for rank in range(world)]
-    part_loss, part_gradients, _ = learn(parts, catalogue, precise)
+    part_loss, part_gradients, _ = learn(parts, catalog, precise)
     assert part_loss == pytest.approx(loss, rel=1e-6)
     assert_same(part_gradients, gradients)
 
 
 def test_a_batch_without_choices_has_a_zero_gradient_for_every_parameter(
-    scored: ScoredTrees, catalogue: Catalogue, precise: Policy
+    scored: ScoredTrees, catalog: Catalog, precise: Policy
 ) -> None:
-    packed, _ = both(scored, catalogue, precise)
+    packed, _ = both(scored, catalog, precise)
     empty = shard(packed, 8, 9)
     assert len(empty.row) == 0
-    loss, gradients, log = learn([empty], catalogue, precise)
+    loss, gradients, log = learn([empty], catalog, precise)
     assert loss == 0
-    assert log == LossParts()
+    assert log == LossStats()
     assert len(gradients) == len(list(precise[0].parameters()))
     assert not any(bool(gradient.any()) for gradient in gradients)
 
 
 def test_prompts_that_share_codes_give_the_loss_that_they_give_alone(
-    score_leaves: Grow, catalogue: Catalogue, precise: Policy
+    score_leaves: Grow, catalog: Catalog, precise: Policy
 ) -> None:
     groups, rewards = [[0, 1, 2, 9], [0, 1, 2, 9]], [[1.0, 0.0, 0.0, 0.2], [0.0, 0.0, 1.0, 0.0]]
     scored = score_leaves(groups, rewards, histories=[5, 2])
-    together, _, _ = learn([both(scored, catalogue, precise)[0]], catalogue, precise)
+    together, _, _ = learn([both(scored, catalog, precise)[0]], catalog, precise)
     alone = 0.0
     for row in range(2):
         own = scored.trees.candidate_start[[row, row + 1]]
         one = ScoredTrees(
             trees=scored.trees.select(np.array([row])), reward=scored.reward[slice(*own)], parts={}
         )
-        alone += learn([both(one, catalogue, precise)[0]], catalogue, precise)[0]
+        alone += learn([both(one, catalog, precise)[0]], catalog, precise)[0]
     assert together == pytest.approx(alone / 2, rel=1e-6)
 
 
 def test_the_full_distribution_is_the_softmax_over_the_vocabulary(
-    scored: ScoredTrees, catalogue: Catalogue, policy: Policy
+    scored: ScoredTrees, catalog: Catalog, policy: Policy
 ) -> None:
     model, vocabulary = policy
-    _, flat = both(scored, catalogue, policy)
+    _, flat = both(scored, catalog, policy)
     batch = to_tensors(flat)
     with torch.no_grad():
-        got = choice_logprobs(model, batch, catalogue.trie, vocabulary, "full")
-        logits = model(input_ids=batch.token).logits[batch.row, batch.slot]
+        got = choice_logprobs(model, batch, catalog.trie, vocabulary, "full")
+        logits = model(input_ids=batch.token).logits[batch.row, batch.query_slot]
     expected = logits.log_softmax(-1)
-    token = vocabulary.token_of(catalogue.trie, batch.edge)
+    token = vocabulary.token_of(catalog.trie, batch.chosen)
     torch.testing.assert_close(got[0], expected.gather(1, token[:, None])[:, 0], atol=1e-5, rtol=0)
     torch.testing.assert_close(got[1], -(expected.exp() * expected).sum(1), atol=1e-5, rtol=0)

@@ -11,13 +11,13 @@ from torch.multiprocessing.spawn import spawn
 
 from learner import checkpoint
 from learner.batch.sft import pack_examples
-from learner.trainer import Learner
+from learner.trainer import Trainer
 from orchard.data.prompts import PromptFormat
-from orchard.data.sft_tasks import Examples
+from orchard.data.sft_tasks import SftExamples
 from orchard.policy import lora
 from orchard.policy.weights import Weights
 from orchard.settings import LearnerConfig, LoraConfig
-from orchard.testing import tiny_world
+from orchard.testing import tiny_setup
 from orchard.types import PolicyVersion
 
 ON = LoraConfig(rank=3, targets=("q_proj", "down_proj"))
@@ -25,31 +25,31 @@ ON = LoraConfig(rank=3, targets=("q_proj", "down_proj"))
 
 def taught(folder: Path, *, rank: int = 0, world: int = 1) -> Weights:
     """The merged weights after three updates, of which the last follows a resumption."""
-    tiny = tiny_world()
-    form = PromptFormat(catalogue=tiny.catalogue, vocabulary=tiny.vocabulary)
+    tiny = tiny_setup()
+    form = PromptFormat(catalog=tiny.catalog, vocabulary=tiny.vocabulary)
     asked = form.tokens(np.arange(4, 10), np.array([0, 1, 3, 4, 6]))
     written = np.zeros(0, np.int32), np.zeros(5, np.int64)
-    examples = Examples(asked=asked, written=written, target=np.arange(4))
+    examples = SftExamples(asked=asked, written=written, target=np.arange(4))
     batch = pack_examples(examples, form, PolicyVersion(step=0, digest=""), forced=True)
 
-    def learner() -> Learner:
-        policy = tiny_world().model
+    def learner() -> Trainer:
+        policy = tiny_setup().model
         lora.attach(policy, ON, seed=0)
         rates = LearnerConfig(lr=1e-2, parallel="fsdp")
-        return Learner(
-            policy, tiny.catalogue.trie, tiny.vocabulary, rates,
+        return Trainer(
+            policy, tiny.catalog.trie, tiny.vocabulary, rates,
             total_steps=9, average=0.5, rank=rank, world=world,
         )  # fmt: skip
 
-    first, digest = learner(), tiny.catalogue.digest
+    first, digest = learner(), tiny.catalog.digest
     for _ in range(2):
-        first.supervise(batch)
-    checkpoint.save(first, folder, number=2, catalogue=digest, write=rank == 0)
+        first.sft_step(batch)
+    checkpoint.save(first, folder, number=2, catalog=digest, write=rank == 0)
     if world > 1:
         dist.barrier()
     again = learner()
-    assert checkpoint.load(again, folder, catalogue=digest) == 2
-    again.supervise(batch)
+    assert checkpoint.load(again, folder, catalog=digest) == 2
+    again.sft_step(batch)
     return lora.snapshot(again.result)
 
 
@@ -67,7 +67,7 @@ def work(rank: int, folder: Path) -> None:
 def test_two_workers_merge_what_one_does(tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     alone = taught(tmp_path / "one")
-    before = tiny_world().model.state_dict()
+    before = tiny_setup().model.state_dict()
     spawn(work, (tmp_path,), nprocs=2)
     for rank in range(2):
         values = load_file(tmp_path / f"{rank}.safetensors")

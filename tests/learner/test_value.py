@@ -14,9 +14,9 @@ from learner.advantage.estimators import ESTIMATORS
 from learner.batch.microbatch import micro_batches, shard
 from learner.batch.pack import pack
 from learner.logprobs import ValueTensors, to_tensors, tree_mask
-from learner.trainer import Learner
+from learner.trainer import Trainer
 from learner.value import node_rewards, outcome_rewards, state_values, value_loss
-from orchard.catalog.catalog import Catalogue, from_codes
+from orchard.catalog.catalog import Catalog, from_codes
 from orchard.policy import value_head
 from orchard.policy.item_tokenizer import Vocabulary
 from orchard.policy.model import hidden_states
@@ -27,21 +27,19 @@ from orchard.testing import tiny_policy, tiny_prompts
 from orchard.types import PolicyVersion, ScoredTrees, TrainBatch
 from rollout.engine.torch import TorchEngine
 from rollout.search.beam import beam
-from rollout.search_trees import grow
+from rollout.search_trees import build_search_trees
 
 Grow = Callable[..., ScoredTrees]
 WEIGHT, GAMMA = (0.3, 0.5, 1.0), 0.99
 BRISK = LearnerConfig(lr=3e-3, warmup=0.0, final_lr=1.0, grad_clip=1.0, value=ValueConfig(lr=3e-3))
 
 
-def packed(
-    scored: ScoredTrees, catalogue: Catalogue, reward: np.ndarray | None = None
-) -> TrainBatch:
+def packed(scored: ScoredTrees, catalog: Catalog, reward: np.ndarray | None = None) -> TrainBatch:
     if reward is None:
-        reward = node_rewards(scored.trees, catalogue, level_weight=WEIGHT)
+        reward = node_rewards(scored.trees, catalog, level_weight=WEIGHT)
     credits = [ESTIMATORS["group"](scored, 1e-4)]
-    vocabulary = tiny_policy(catalogue)[1]
-    return pack(scored, credits, catalogue, vocabulary, node_reward=reward, discount=GAMMA)
+    vocabulary = tiny_policy(catalog)[1]
+    return pack(scored, credits, catalog, vocabulary, node_reward=reward, discount=GAMMA)
 
 
 def tensors(batch: TrainBatch) -> ValueTensors:
@@ -60,9 +58,9 @@ def by_node(scored: ScoredTrees, states: Sequence[float]) -> dict[int, float]:
     return dict(zip(np.flatnonzero(scored.trees.step > 0).tolist(), states, strict=True))
 
 
-def policy_with_head(catalogue: Catalogue, *, seed: int = 0) -> tuple[PreTrainedModel, Vocabulary]:
+def policy_with_head(catalog: Catalog, *, seed: int = 0) -> tuple[PreTrainedModel, Vocabulary]:
     """A policy whose value head is far from constant."""
-    model, vocabulary = tiny_policy(catalogue, seed=seed)
+    model, vocabulary = tiny_policy(catalog, seed=seed)
     value_head.attach(model, seed=seed)
     draw = torch.Generator().manual_seed(seed)
     for parameter in model.get_submodule(value_head.NAME).parameters():
@@ -71,16 +69,16 @@ def policy_with_head(catalogue: Catalogue, *, seed: int = 0) -> tuple[PreTrained
 
 
 def test_step_rewards_compare_the_mean_embedding_of_a_bucket_with_the_target() -> None:
-    catalogue = from_codes([[0, 0, 0], [0, 1, 0], [0, 1, 1]], level_size=(2, 2, 2))
-    model, vocabulary = tiny_policy(catalogue)
+    catalog = from_codes([[0, 0, 0], [0, 1, 0], [0, 1, 1]], level_size=(2, 2, 2))
+    model, vocabulary = tiny_policy(catalog)
     version = PolicyVersion(step=0, digest="")
-    prompts = replace(tiny_prompts(catalogue, [2]), target=np.array([0]))
-    found = beam(TorchEngine(model, catalogue.trie, vocabulary, version), prompts, width=3)
-    trees = grow(prompts, found, catalogue, vocabulary, version)
+    prompts = replace(tiny_prompts(catalog, [2]), target=np.array([0]))
+    found = beam(TorchEngine(model, catalog.trie, vocabulary, version), prompts, width=3)
+    trees = build_search_trees(prompts, found, catalog, vocabulary, version)
     # The bucket of (0, 1) points along (.8, .6), its first member along (.6, .8).
     embedding = np.array([[1, 0], [0.6, 0.8], [1, 0.4]], np.float32)
-    reward = node_rewards(trees, catalogue, level_weight=WEIGHT, embedding=embedding)
-    trie = catalogue.trie
+    reward = node_rewards(trees, catalog, level_weight=WEIGHT, embedding=embedding)
+    trie = catalog.trie
     of = {tuple(trie.path(torch.tensor([n]))[0].tolist()): r
           for n, r in zip(trees.state.tolist(), reward, strict=True)}  # fmt: skip
     target, other = trie.path(trie.leaf_node[:2]).tolist()
@@ -89,21 +87,21 @@ def test_step_rewards_compare_the_mean_embedding_of_a_bucket_with_the_target() -
     assert of[tuple(target)] == pytest.approx(1.0)
     assert of[(other[0], other[1], -1)] == pytest.approx(-0.1)
     assert of[tuple(other)] == pytest.approx(-0.4)
-    codes = node_rewards(trees, catalogue, level_weight=WEIGHT)
+    codes = node_rewards(trees, catalog, level_weight=WEIGHT)
     assert codes[trees.state == other[1]] == pytest.approx(-0.25)  # one code of two agrees
     assert codes[trees.state == other[2]] == pytest.approx(-2 / 3)
 
 
-def test_outcomes_equal_the_worked_example(score_leaves: Grow, catalogue: Catalogue) -> None:
-    leaf = int(np.flatnonzero((catalogue.trie.path(catalogue.trie.leaf_node) >= 0).all(1))[0])
+def test_outcomes_equal_the_worked_example(score_leaves: Grow, catalog: Catalog) -> None:
+    leaf = int(np.flatnonzero((catalog.trie.path(catalog.trie.leaf_node) >= 0).all(1))[0])
     scored = score_leaves([[leaf]])
-    batch = packed(scored, catalogue, np.array([0, 0.3, -0.1, -0.4], np.float32))
+    batch = packed(scored, catalog, np.array([0, 0.3, -0.1, -0.4], np.float32))
     assert batch.values is not None
     np.testing.assert_allclose(batch.values.outcome, [-0.1910, -0.496, -0.4], atol=1e-4)
 
 
 def test_parts_of_the_reward_are_earned_where_a_candidate_ends(
-    score_leaves: Grow, catalogue: Catalogue
+    score_leaves: Grow, catalog: Catalog
 ) -> None:
     scored = score_leaves([[0, 3, 3], [2]])
     parts = {
@@ -116,7 +114,7 @@ def test_parts_of_the_reward_are_earned_where_a_candidate_ends(
     ends = scored.trees.candidate
     np.testing.assert_allclose(earned[ends], [0.5, 1.5, 1.5, -0.5])  # the pair has its mean
     assert not earned[np.setdiff1d(np.arange(len(earned)), ends)].any()
-    foretold = packed(scored, catalogue, earned).values
+    foretold = packed(scored, catalog, earned).values
     assert foretold is not None
     inner = by_node(scored, foretold.outcome.tolist())
     first, *_, last = paths(scored)[3]
@@ -126,14 +124,14 @@ def test_parts_of_the_reward_are_earned_where_a_candidate_ends(
 
 @pytest.mark.parametrize("target", ["td", "monte_carlo"])
 def test_the_loss_is_the_mean_over_the_states_of_all_candidates(
-    score_random: Grow, catalogue: Catalogue, target: str
+    score_random: Grow, catalog: Catalog, target: str
 ) -> None:
     scored = score_random([5, 3, 1])
-    batch = packed(scored, catalogue)
+    batch = packed(scored, catalog)
     states = tensors(batch)
     guess = torch.randn(len(states.row), requires_grad=True)
     loss = value_loss(guess, states, discount=GAMMA, target=target)
-    reward = node_rewards(scored.trees, catalogue, level_weight=WEIGHT)
+    reward = node_rewards(scored.trees, catalog, level_weight=WEIGHT)
     mine = torch.tensor(guess.tolist(), requires_grad=True)
     at = by_node(scored, list(mine))
     errors = []
@@ -153,10 +151,8 @@ def test_the_loss_is_the_mean_over_the_states_of_all_candidates(
         assert torch.isclose(loss, expected, atol=1e-5)
 
 
-def test_losses_of_shards_and_micro_batches_add_up(
-    score_random: Grow, catalogue: Catalogue
-) -> None:
-    model, _ = policy_with_head(catalogue)
+def test_losses_of_shards_and_micro_batches_add_up(score_random: Grow, catalog: Catalog) -> None:
+    model, _ = policy_with_head(catalog)
 
     def loss(batch: TrainBatch) -> float:
         part = to_tensors(batch)
@@ -166,7 +162,7 @@ def test_losses_of_shards_and_micro_batches_add_up(
         guess = state_values(model.get_submodule(value_head.NAME), hidden, part.values)
         return value_loss(guess, part.values, discount=GAMMA, target="td").item()
 
-    whole = packed(score_random([5, 3, 1, 4]), catalogue)
+    whole = packed(score_random([5, 3, 1, 4]), catalog)
     halves = [shard(whole, rank, 2) for rank in range(2)]
     parts = [part for half in halves for part in micro_batches(half, 30)]
     assert len(parts) > 2
@@ -174,12 +170,12 @@ def test_losses_of_shards_and_micro_batches_add_up(
 
 
 def test_a_state_is_worth_the_same_in_a_tree_as_in_a_sequence_that_ends_there(
-    score_random: Grow, catalogue: Catalogue
+    score_random: Grow, catalog: Catalog
 ) -> None:
-    model, _ = policy_with_head(catalogue)
+    model, _ = policy_with_head(catalog)
     head, scored = model.get_submodule(value_head.NAME), score_random([6, 4])
     assert isinstance(head, ValueHead)
-    batch, trees = to_tensors(packed(scored, catalogue)), scored.trees
+    batch, trees = to_tensors(packed(scored, catalog)), scored.trees
     assert batch.values is not None
     visible = tree_mask(batch.subtree_end)
     hidden = hidden_states(model, batch.token, batch.position, visible)
@@ -198,29 +194,29 @@ def test_a_state_is_worth_the_same_in_a_tree_as_in_a_sequence_that_ends_there(
 
 @pytest.mark.parametrize("target", ["td", "monte_carlo"])
 def test_the_head_learns_what_its_states_are_worth(
-    score_random: Grow, catalogue: Catalogue, target: str
+    score_random: Grow, catalog: Catalog, target: str
 ) -> None:
-    model, vocabulary = tiny_policy(catalogue)
+    model, vocabulary = tiny_policy(catalog)
     value_head.attach(model, seed=0)
     config = BRISK.model_copy(update={"value": ValueConfig(lr=3e-3, target=target)})
-    one = Learner(model, catalogue.trie, vocabulary, config, total_steps=100)
+    one = Trainer(model, catalog.trie, vocabulary, config, total_steps=100)
     # One candidate to a group: what follows a state is certain, and its error can vanish.
-    batch = packed(score_random([1] * 6), catalogue)
-    losses = [one.improve(batch)["value_loss"] for _ in range(40)]
+    batch = packed(score_random([1] * 6), catalog)
+    losses = [one.rl_step(batch)["value_loss"] for _ in range(40)]
     assert losses[-1] < 0.3 * losses[0]
 
 
 @pytest.mark.parametrize("detach", [True, False])
 def test_the_head_moves_the_rest_of_the_policy_only_if_told_to(
-    score_random: Grow, catalogue: Catalogue, detach: bool
+    score_random: Grow, catalog: Catalog, detach: bool
 ) -> None:
     scored = score_random([5, 3])
     config = BRISK.model_copy(update={"value": ValueConfig(weight=3.0, detach=detach)})
     learners = []
     for make in (policy_with_head, tiny_policy):
-        model, vocabulary = make(catalogue)
-        one = Learner(model, catalogue.trie, vocabulary, config, total_steps=100)
-        one.improve(packed(scored, catalogue))
+        model, vocabulary = make(catalog)
+        one = Trainer(model, catalog.trie, vocabulary, config, total_steps=100)
+        one.rl_step(packed(scored, catalog))
         learners.append(snapshot(one.policy))
     with_head, without = learners
     apart = max(np.abs(with_head[name] - without[name]).max() for name in without)
@@ -228,33 +224,33 @@ def test_the_head_moves_the_rest_of_the_policy_only_if_told_to(
 
 
 def test_a_resumed_learner_with_a_head_continues_bit_for_bit(
-    score_random: Grow, catalogue: Catalogue, tmp_path: Path
+    score_random: Grow, catalog: Catalog, tmp_path: Path
 ) -> None:
-    batches = [packed(score_random([4, 3], seed=seed), catalogue) for seed in range(4)]
+    batches = [packed(score_random([4, 3], seed=seed), catalog) for seed in range(4)]
 
-    def learner() -> Learner:
-        model, vocabulary = policy_with_head(catalogue)
-        return Learner(model, catalogue.trie, vocabulary, BRISK, total_steps=100)
+    def learner() -> Trainer:
+        model, vocabulary = policy_with_head(catalog)
+        return Trainer(model, catalog.trie, vocabulary, BRISK, total_steps=100)
 
     straight, first, second = learner(), learner(), learner()
     for batch in batches:
-        straight.improve(batch)
+        straight.rl_step(batch)
     for batch in batches[:2]:
-        first.improve(batch)
-    checkpoint.save(first, tmp_path, number=2, catalogue=catalogue.digest, write=True)
-    checkpoint.load(second, tmp_path, catalogue=catalogue.digest)
+        first.rl_step(batch)
+    checkpoint.save(first, tmp_path, number=2, catalog=catalog.digest, write=True)
+    checkpoint.load(second, tmp_path, catalog=catalog.digest)
     for batch in batches[2:]:
-        second.improve(batch)
+        second.rl_step(batch)
     assert digest(snapshot(second.policy)) == digest(snapshot(straight.policy))
 
 
 def test_a_part_without_states_still_takes_part_in_the_backward_pass(
-    score_random: Grow, catalogue: Catalogue
+    score_random: Grow, catalog: Catalog
 ) -> None:
-    model, _ = policy_with_head(catalogue)
+    model, _ = policy_with_head(catalog)
     head = model.get_submodule(value_head.NAME)
     assert isinstance(head, ValueHead)
-    states = tensors(packed(score_random([2]), catalogue))
+    states = tensors(packed(score_random([2]), catalog))
     none = ValueTensors(**{f.name: getattr(states, f.name)[:0] for f in fields(ValueTensors)})
     guess = state_values(head, torch.randn(1, 5, head.width), none)
     value_loss(guess, none, discount=GAMMA, target="td").backward()
@@ -262,8 +258,8 @@ def test_a_part_without_states_still_takes_part_in_the_backward_pass(
     assert all(gradient is not None and not gradient.any() for gradient in gradients)
 
 
-def test_an_average_keeps_its_own_head(catalogue: Catalogue) -> None:
-    model, vocabulary = policy_with_head(catalogue)
-    one = Learner(model, catalogue.trie, vocabulary, LearnerConfig(), total_steps=9, average=0.9)
+def test_an_average_keeps_its_own_head(catalog: Catalog) -> None:
+    model, vocabulary = policy_with_head(catalog)
+    one = Trainer(model, catalog.trie, vocabulary, LearnerConfig(), total_steps=9, average=0.9)
     assert snapshot(one.result).keys() == snapshot(one.policy).keys()
     assert one.result is not one.policy

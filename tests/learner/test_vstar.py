@@ -5,22 +5,22 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from learner.advantage.estimators import assign
+from learner.advantage.estimators import compute_advantages
 from learner.batch.pack import pack
-from learner.trainer import Learner
+from learner.trainer import Trainer
 from learner.value import node_rewards
 from orchard.evaluation.diagnostics import diagnose
 from orchard.policy import value_head
 from orchard.settings import LearnerConfig, ValueConfig, VedConfig
-from orchard.testing import tiny_catalogue, tiny_policy, tiny_prompts
+from orchard.testing import tiny_catalog, tiny_policy, tiny_prompts
 from orchard.types import PolicyVersion, ScoredTrees
-from rewards.score import score
+from rewards.score import score_trees
 from rollout.engine.torch import TorchEngine
 from rollout.search.beam import beam
 from rollout.search.ved.search import ved
-from rollout.search_trees import grow
+from rollout.search_trees import build_search_trees
 
-ITEMS = tiny_catalogue(num_items=60, level_size=(6, 5, 6))
+ITEMS = tiny_catalog(num_items=60, level_size=(6, 5, 6))
 PROMPTS = tiny_prompts(ITEMS, [1, 3, 2, 2, 4, 1, 5, 2, 3, 1])
 FIRST = PolicyVersion(step=0, digest="")
 SEARCH = VedConfig(budget=17, width=4, traversals=2)
@@ -36,8 +36,8 @@ SETTINGS = LearnerConfig(
 
 def search(engine: TorchEngine, *, seed: int) -> ScoredTrees:
     found = ved(engine, PROMPTS, SEARCH, count=8, seed=seed)
-    trees = grow(PROMPTS, found, ITEMS, engine.vocabulary, FIRST)
-    return score(trees, ITEMS, {"rule": 1.0, "prefix": 0.5})
+    trees = build_search_trees(PROMPTS, found, ITEMS, engine.vocabulary, FIRST)
+    return score_trees(trees, ITEMS, {"rule": 1.0, "prefix": 0.5})
 
 
 def correlation(scored: ScoredTrees) -> float:
@@ -50,25 +50,27 @@ def correlation(scored: ScoredTrees) -> float:
 def test_guided_search_and_sibling_credit_raise_the_reward_and_the_head_learns_to_rank() -> None:
     model, vocabulary = tiny_policy(ITEMS)
     value_head.attach(model, seed=0)
-    one = Learner(model, ITEMS.trie, vocabulary, SETTINGS, total_steps=100)
+    one = Trainer(model, ITEMS.trie, vocabulary, SETTINGS, total_steps=100)
     engine = TorchEngine(model, ITEMS.trie, vocabulary, FIRST)
 
     def beam_reward() -> float:
-        trees = grow(PROMPTS, beam(engine, PROMPTS, width=4), ITEMS, vocabulary, FIRST)
-        return float(score(trees, ITEMS, {"rule": 1.0, "prefix": 0.5}).reward.mean())
+        trees = build_search_trees(
+            PROMPTS, beam(engine, PROMPTS, width=4), ITEMS, vocabulary, FIRST
+        )
+        return float(score_trees(trees, ITEMS, {"rule": 1.0, "prefix": 0.5}).reward.mean())
 
     reward_before, correlation_before = beam_reward(), correlation(search(engine, seed=99))
     for step in range(30):
         scored = search(engine, seed=step)
         batch = pack(
             scored,
-            assign(scored, SETTINGS),
+            compute_advantages(scored, SETTINGS),
             ITEMS,
             vocabulary,
             node_reward=node_rewards(scored.trees, ITEMS, level_weight=(0.3, 0.5, 1.0)),
             discount=0.99,
         )
-        metrics = one.improve(batch)
+        metrics = one.rl_step(batch)
         assert metrics["logprob_gap"] < 1e-5
     assert beam_reward() > reward_before + 0.05
     assert correlation(search(engine, seed=99)) > correlation_before + 0.1

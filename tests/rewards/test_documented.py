@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from orchard.testing import tiny_catalogue
+from orchard.testing import tiny_catalog
 from orchard.types import SearchTrees
 from rewards.registry import REWARDS
-from rewards.score import score
+from rewards.score import score_trees
 
 PAGE = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text()
 
@@ -30,10 +30,10 @@ def test_the_example_is_short_and_is_a_reward(
     monkeypatch.setattr("rewards.registry.REWARDS", dict(REWARDS))
     names: dict[str, Any] = {}
     exec(code, names)  # what the page tells a reader to write
-    catalogue = tiny_catalogue()
-    leaf = catalogue.leaf_of_item
-    trees = trees_with(catalogue, [leaf[[1, 2]], leaf[[1, 2]]], targets=[0, 0])
+    catalog = tiny_catalog()
+    leaf = catalog.leaf_of_item
+    trees = trees_with(catalog, [leaf[[1, 2]], leaf[[1, 2]]], targets=[0, 0])
     prompts = replace(trees.prompts, history=np.array([1, 4, 2, 5]))
     trees = replace(trees, prompts=prompts)
     monkeypatch.setitem(REWARDS, "fresh", names["fresh"])
-    assert score(trees, catalogue, {"fresh": 1.0}).reward.tolist() == [0, 1, 1, 0]
+    assert score_trees(trees, catalog, {"fresh": 1.0}).reward.tolist() == [0, 1, 1, 0]

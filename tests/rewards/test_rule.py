@@ -10,24 +10,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchard import ragged
-from orchard.catalog import catalog as catalogues
-from orchard.catalog.catalog import Catalogue
-from orchard.policy.item_tokenizer import compact_tokenizer, of_codes
+from orchard.catalog import catalog as catalogs
+from orchard.catalog.catalog import Catalog
+from orchard.policy.item_tokenizer import compact_tokenizer, from_tokenizer
 from orchard.settings import RewardsConfig
-from orchard.testing import tiny_catalogue, tiny_prompts
+from orchard.testing import tiny_catalog, tiny_prompts
 from orchard.types import Cost, PolicyVersion, SearchTrees
-from rewards.registry import Knowledge
+from rewards.registry import RewardContext
 from rewards.rule import prefix, ranking, rule
 from rollout.candidates import Candidates
-from rollout.search_trees import grow
+from rollout.search_trees import build_search_trees
 
 
 def trees_of(
-    catalogue: Catalogue, groups: Sequence[Sequence[int]], targets: Sequence[int]
+    catalog: Catalog, groups: Sequence[Sequence[int]], targets: Sequence[int]
 ) -> SearchTrees:
     """Trees whose candidates are the given leaves, best first, for prompts of the given targets."""
     leaf = np.array([leaf for group in groups for leaf in group], np.int64)
-    node = catalogue.trie.path(catalogue.trie.leaf_node[leaf]).numpy()
+    node = catalog.trie.path(catalog.trie.leaf_node[leaf]).numpy()
     candidates = Candidates(
         start=ragged.starts(np.array([len(group) for group in groups])),
         node=node,
@@ -36,14 +36,16 @@ def trees_of(
         leaf=leaf,
         cost=Cost(),
     )
-    prompts = replace(tiny_prompts(catalogue, [2] * len(groups)), target=np.array(targets))
-    vocabulary = of_codes(compact_tokenizer(catalogue), catalogue)
-    return grow(prompts, candidates, catalogue, vocabulary, PolicyVersion(step=0, digest="0" * 64))
+    prompts = replace(tiny_prompts(catalog, [2] * len(groups)), target=np.array(targets))
+    vocabulary = from_tokenizer(compact_tokenizer(catalog), catalog)
+    return build_search_trees(
+        prompts, candidates, catalog, vocabulary, PolicyVersion(step=0, digest="0" * 64)
+    )
 
 
-WIDE = catalogues.from_codes([[code] for code in range(17)])
-KNOWN = Knowledge(catalogue=WIDE)
-PUBLISHED = Knowledge(catalogue=WIDE, settings=RewardsConfig(ranking="published"))
+WIDE = catalogs.from_codes([[code] for code in range(17)])
+KNOWN = RewardContext(catalog=WIDE)
+PUBLISHED = RewardContext(catalog=WIDE, settings=RewardsConfig(ranking="published"))
 
 
 @pytest.mark.parametrize(
@@ -112,25 +114,25 @@ def test_equal_histories_are_judged_by_their_own_targets() -> None:
 
 
 def test_items_of_one_semantic_id_are_one_target() -> None:
-    catalogue = catalogues.from_codes([[0, 1], [0, 2], [0, 1]])
-    leaf = int(catalogue.leaf_of_item[0])
-    trees, known = trees_of(catalogue, [[leaf]], targets=[2]), Knowledge(catalogue=catalogue)
+    catalog = catalogs.from_codes([[0, 1], [0, 2], [0, 1]])
+    leaf = int(catalog.leaf_of_item[0])
+    trees, known = trees_of(catalog, [[leaf]], targets=[2]), RewardContext(catalog=catalog)
     assert rule(trees, known).tolist() == [1]
 
 
 @pytest.mark.parametrize("varying_depth", [False, True])
 def test_prefix_is_the_share_of_leading_codes_in_common(varying_depth: bool) -> None:
-    catalogue = tiny_catalogue(varying_depth=varying_depth)
-    leaves = range(catalogue.trie.num_leaves)
-    trees = trees_of(catalogue, [leaves] * len(catalogue), targets=range(len(catalogue)))
-    codes = [[int(code) for code in row if code >= 0] for row in catalogue.codes]
-    of_leaf = {int(leaf): row for leaf, row in zip(catalogue.leaf_of_item, codes, strict=True)}
+    catalog = tiny_catalog(varying_depth=varying_depth)
+    leaves = range(catalog.trie.num_leaves)
+    trees = trees_of(catalog, [leaves] * len(catalog), targets=range(len(catalog)))
+    codes = [[int(code) for code in row if code >= 0] for row in catalog.codes]
+    of_leaf = {int(leaf): row for leaf, row in zip(catalog.leaf_of_item, codes, strict=True)}
     expected = [
         next((i for i, (a, b) in enumerate(zip(of_leaf[leaf], target, strict=False)) if a != b),
              min(len(of_leaf[leaf]), len(target))) / len(target)
         for target in codes
         for leaf in leaves
     ]  # fmt: skip
-    known = Knowledge(catalogue=catalogue)
+    known = RewardContext(catalog=catalog)
     np.testing.assert_allclose(prefix(trees, known), expected, rtol=1e-6)
     assert ((prefix(trees, known) == 1) == (rule(trees, known) == 1)).all()

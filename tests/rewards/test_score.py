@@ -6,70 +6,72 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from orchard.catalog.catalog import Catalogue
-from orchard.errors import CatalogueError, ConfigError, DataError
+from orchard.catalog.catalog import Catalog
+from orchard.errors import CatalogError, ConfigError, DataError
 from orchard.scorers import checkpoint, listwise_ranker, sasrec
-from orchard.testing import tiny_catalogue, tiny_policy, tiny_prompts
+from orchard.testing import tiny_catalog, tiny_policy, tiny_prompts
 from orchard.types import PolicyVersion, SearchTrees
-from rewards.registry import REWARDS, Knowledge
-from rewards.score import look_up, score
+from rewards.registry import REWARDS, RewardContext
+from rewards.score import preload, score_trees
 from rewards.transition_counts import count_transitions
 from rollout.engine.torch import TorchEngine
 from rollout.search.beam import beam
-from rollout.search_trees import grow
+from rollout.search_trees import build_search_trees
 
 VERSION = PolicyVersion(step=0, digest="0" * 64)
 
 
 @pytest.fixture(scope="module")
-def world() -> tuple[SearchTrees, Catalogue]:
+def world() -> tuple[SearchTrees, Catalog]:
     """Trees of a tiny search, each with its target among the candidates."""
-    catalogue = tiny_catalogue()
-    model, vocabulary = tiny_policy(catalogue)
-    prompts = tiny_prompts(catalogue, [3, 1, 2])
-    engine = TorchEngine(model, catalogue.trie, vocabulary, VERSION)
-    trees = grow(prompts, beam(engine, prompts, width=6), catalogue, vocabulary, VERSION)
-    hit = catalogue.item_of_leaf[catalogue.leaf_start[trees.leaf[trees.candidate_start[:-1] + 2]]]
-    return replace(trees, prompts=replace(prompts, target=hit)), catalogue
+    catalog = tiny_catalog()
+    model, vocabulary = tiny_policy(catalog)
+    prompts = tiny_prompts(catalog, [3, 1, 2])
+    engine = TorchEngine(model, catalog.trie, vocabulary, VERSION)
+    trees = build_search_trees(
+        prompts, beam(engine, prompts, width=6), catalog, vocabulary, VERSION
+    )
+    hit = catalog.item_of_leaf[catalog.leaf_start[trees.leaf[trees.candidate_start[:-1] + 2]]]
+    return replace(trees, prompts=replace(prompts, target=hit)), catalog
 
 
-def everything(catalogue: Catalogue, folder: Path) -> Knowledge:
+def everything(catalog: Catalog, folder: Path) -> RewardContext:
     """All that any reward looks up."""
     draw = np.random.default_rng(0)
     sizes = {
-        "num_items": len(catalogue),
+        "num_items": len(catalog),
         "max_history": 4,
         "hidden_size": 8,
         "layers": 1,
         "heads": 2,
     }
-    leaves = {"num_leaves": catalogue.trie.num_leaves}
+    leaves = {"num_leaves": catalog.trie.num_leaves}
     for kind, model, own in (
         (sasrec.KIND, sasrec.SasRec(**sizes), {}),
-        (listwise_ranker.KIND, listwise_ranker.ListEvaluator(**sizes, **leaves), leaves),
+        (listwise_ranker.KIND, listwise_ranker.ListwiseRanker(**sizes, **leaves), leaves),
     ):
         model.trained[:] = True
         checkpoint.save(
-            model, folder / kind, kind=kind, catalogue=catalogue, sizes=sizes | own, facts={}
+            model, folder / kind, kind=kind, catalog=catalog, sizes=sizes | own, facts={}
         )
-    return Knowledge(
-        catalogue=catalogue,
-        embedding=draw.normal(size=(len(catalogue), 4)).astype(np.float32),
-        popularity=draw.integers(9, size=len(catalogue)),
+    return RewardContext(
+        catalog=catalog,
+        embedding=draw.normal(size=(len(catalog), 4)).astype(np.float32),
+        popularity=draw.integers(9, size=len(catalog)),
         transitions=count_transitions(
             np.array([0, 1, 1]),
             np.array([0, 1, 3]),
             np.array([1, 0]),
-            num_leaves=catalogue.trie.num_leaves,
+            num_leaves=catalog.trie.num_leaves,
             decay=0.5,
         ),
         folder=folder,
     )
 
 
-def test_the_reward_is_the_weighted_sum_of_its_parts(world: tuple[SearchTrees, Catalogue]) -> None:
-    trees, catalogue = world
-    scored = score(trees, catalogue, {"rule": 2.0, "ranking": 0.5, "prefix": 0.0})
+def test_the_reward_is_the_weighted_sum_of_its_parts(world: tuple[SearchTrees, Catalog]) -> None:
+    trees, catalog = world
+    scored = score_trees(trees, catalog, {"rule": 2.0, "ranking": 0.5, "prefix": 0.0})
     assert scored.parts["rule"].sum() == 3
     assert set(scored.parts) == {"rule", "ranking", "prefix"}
     np.testing.assert_allclose(
@@ -78,10 +80,10 @@ def test_the_reward_is_the_weighted_sum_of_its_parts(world: tuple[SearchTrees, C
 
 
 def test_every_listed_reward_gives_one_finite_number_per_candidate(
-    world: tuple[SearchTrees, Catalogue], tmp_path: Path
+    world: tuple[SearchTrees, Catalog], tmp_path: Path
 ) -> None:
-    trees, catalogue = world
-    scored = score(trees, everything(catalogue, tmp_path), dict.fromkeys(REWARDS, 1.0))
+    trees, catalog = world
+    scored = score_trees(trees, everything(catalog, tmp_path), dict.fromkeys(REWARDS, 1.0))
     assert all(part.shape == scored.reward.shape for part in scored.parts.values())
     assert np.isfinite(scored.reward).all()
 
@@ -90,29 +92,29 @@ def test_every_listed_reward_gives_one_finite_number_per_candidate(
     ("name", "hint"), [("rankin", "did you mean ranking"), ("zzz", "choose from rule, ranking")]
 )
 def test_an_unknown_reward_is_refused_with_a_hint(
-    world: tuple[SearchTrees, Catalogue], name: str, hint: str
+    world: tuple[SearchTrees, Catalog], name: str, hint: str
 ) -> None:
     with pytest.raises(ConfigError, match=hint):
-        score(*world, {"rule": 1.0, name: 1.0})
+        score_trees(*world, {"rule": 1.0, name: 1.0})
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_reward_that_is_not_finite_is_refused_by_name(
-    world: tuple[SearchTrees, Catalogue], monkeypatch: pytest.MonkeyPatch, value: float
+    world: tuple[SearchTrees, Catalog], monkeypatch: pytest.MonkeyPatch, value: float
 ) -> None:
-    def broken(trees: SearchTrees, known: Knowledge) -> np.ndarray:
+    def broken(trees: SearchTrees, known: RewardContext) -> np.ndarray:
         part = np.zeros(len(trees.leaf), np.float32)
         part[7] = value
         return part
 
     monkeypatch.setitem(REWARDS, "broken", broken)
     with pytest.raises(DataError, match=rf"reward broken is {value} .* prompt 1 "):
-        score(*world, {"rule": 1.0, "broken": 0.0})
+        score_trees(*world, {"rule": 1.0, "broken": 0.0})
 
 
-def test_trees_of_another_catalogue_are_refused(world: tuple[SearchTrees, Catalogue]) -> None:
-    with pytest.raises(CatalogueError, match="same items file"):
-        score(world[0], tiny_catalogue(seed=1), {"rule": 1.0})
+def test_trees_of_another_catalog_are_refused(world: tuple[SearchTrees, Catalog]) -> None:
+    with pytest.raises(CatalogError, match="same items file"):
+        score_trees(world[0], tiny_catalog(seed=1), {"rule": 1.0})
 
 
 @pytest.mark.parametrize(
@@ -120,19 +122,19 @@ def test_trees_of_another_catalogue_are_refused(world: tuple[SearchTrees, Catalo
     [("semantic", "set data.embeddings"), ("popularity_debias", "how often each item is a target")],
 )
 def test_a_reward_without_what_it_looks_up_is_refused_before_there_is_anything_to_score(
-    world: tuple[SearchTrees, Catalogue], tmp_path: Path, name: str, said: str
+    world: tuple[SearchTrees, Catalog], tmp_path: Path, name: str, said: str
 ) -> None:
     with pytest.raises(ConfigError, match=said):
-        look_up({"rule": 1.0, name: 0.5}, Knowledge(catalogue=world[1]))
-    look_up({"rule": 1.0, name: 0.5}, everything(world[1], tmp_path))
+        preload({"rule": 1.0, name: 0.5}, RewardContext(catalog=world[1]))
+    preload({"rule": 1.0, name: 0.5}, everything(world[1], tmp_path))
 
 
 @pytest.mark.parametrize("value", [0.0, np.nan])
 def test_an_embedding_without_a_direction_is_refused_by_item(
-    world: tuple[SearchTrees, Catalogue], tmp_path: Path, value: float
+    world: tuple[SearchTrees, Catalog], tmp_path: Path, value: float
 ) -> None:
     known = everything(world[1], tmp_path)
     assert known.embedding is not None
     known.embedding[7] = value
     with pytest.raises(DataError, match=r"the embedding of item 7 has length .* \(1 of 30 items"):
-        look_up({"semantic": 1.0}, known)
+        preload({"semantic": 1.0}, known)

@@ -10,22 +10,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchard import ragged
-from orchard.catalog import catalog as catalogues
+from orchard.catalog import catalog as catalogs
 from orchard.errors import ConfigError
 from orchard.settings import RewardsConfig, TransitionConfig
 from orchard.types import SearchTrees
-from rewards.registry import Knowledge
+from rewards.registry import RewardContext
 from rewards.transition import transition
 from rewards.transition_counts import count_transitions
 
 Grow = Callable[..., SearchTrees]
 Rows = list[tuple[list[int], int]]
-ITEMS = catalogues.from_codes([[0, 1], [0, 2], [1, 0], [0, 1], [1, 1]])  # 0 and 3 share a leaf
+ITEMS = catalogs.from_codes([[0, 1], [0, 2], [1, 0], [0, 1], [1, 1]])  # 0 and 3 share a leaf
 LEAF = ITEMS.leaf_of_item
 DECAY, FLOOR = 0.5, 0.01
 
 
-def knowing(rows: Rows) -> Knowledge:
+def knowing(rows: Rows) -> RewardContext:
     history = LEAF[[item for before, _ in rows for item in before]]
     transitions = count_transitions(
         history.astype(np.int64),
@@ -35,7 +35,7 @@ def knowing(rows: Rows) -> Knowledge:
         decay=DECAY,
     )
     settings = RewardsConfig(transition=TransitionConfig(decay=DECAY, floor=FLOOR))
-    return Knowledge(catalogue=ITEMS, settings=settings, transitions=transitions)
+    return RewardContext(catalog=ITEMS, settings=settings, transitions=transitions)
 
 
 def expected(rows: Rows, judged: int, leaf: int) -> float:
@@ -73,4 +73,4 @@ def test_a_row_is_judged_by_what_the_other_rows_counted(trees_with: Grow, rows: 
 def test_without_counts_it_is_refused(trees_with: Grow) -> None:
     trees = trees_with(ITEMS, [[0]], targets=[0])
     with pytest.raises(ConfigError, match="transition needs what followed what"):
-        transition(trees, Knowledge(catalogue=ITEMS))
+        transition(trees, RewardContext(catalog=ITEMS))

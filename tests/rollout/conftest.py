@@ -4,16 +4,16 @@ from collections.abc import Callable
 
 import pytest
 
-from orchard.testing import World, tiny_world
+from orchard.testing import TinySetup, tiny_setup
 from rollout.engine.torch import TorchEngine
 
 
-def engine_of(world: World) -> TorchEngine:
-    return TorchEngine(world.model, world.catalogue.trie, world.vocabulary, world.version)
+def engine_of(world: TinySetup) -> TorchEngine:
+    return TorchEngine(world.model, world.catalog.trie, world.vocabulary, world.version)
 
 
 @pytest.fixture(scope="session")
-def torch_engine() -> Callable[[World], TorchEngine]:
+def torch_engine() -> Callable[[TinySetup], TorchEngine]:
     """The reference engine of a world."""
     return engine_of
 
@@ -28,12 +28,12 @@ def torch_engine() -> Callable[[World], TorchEngine]:
     ],
     ids=["level", "varying", "deep", "forced-root"],
 )
-def world(request: pytest.FixtureRequest) -> World:
+def world(request: pytest.FixtureRequest) -> TinySetup:
     """A world that tests only read."""
-    return tiny_world(**request.param)
+    return tiny_setup(**request.param)
 
 
 @pytest.fixture(scope="session")
-def engine(world: World) -> TorchEngine:
+def engine(world: TinySetup) -> TorchEngine:
     """Its reference engine."""
     return engine_of(world)

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import ray
 
-from orchard.errors import DataError, EngineError, UnfitError
+from orchard.errors import DataError, EngineError, WeightMismatchError
 from orchard.policy import weights
 from orchard.settings import RolloutConfig
-from orchard.testing import World, tiny_world
+from orchard.testing import TinySetup, tiny_setup
 from orchard.types import PolicyVersion
-from rollout.actor import RolloutActor, Searcher
+from rollout.actor import RolloutActor, RolloutWorker
 from rollout.candidates import Candidates
 from rollout.engine.torch import TorchEngine
-from rollout.probe import Probe
+from rollout.probe import LogprobProbe
 from rollout.search.beam import beam, sample
 from rollout.search.sampling import beam_sample, dynamic
 
@@ -31,14 +31,14 @@ CONFIG = RolloutConfig(
 
 
 @pytest.fixture(scope="module")
-def wide() -> World:
-    return tiny_world(**WIDE)
+def wide() -> TinySetup:
+    return tiny_setup(**WIDE)
 
 
 @pytest.fixture
-def reference(wide: World) -> TorchEngine:
+def reference(wide: TinySetup) -> TorchEngine:
     model = copy.deepcopy(wide.model)  # it takes over new weights in place
-    return TorchEngine(model, wide.catalogue.trie, wide.vocabulary, wide.version)
+    return TorchEngine(model, wide.catalog.trie, wide.vocabulary, wide.version)
 
 
 @pytest.fixture(
@@ -52,7 +52,7 @@ def reference(wide: World) -> TorchEngine:
 def actor(
     request: pytest.FixtureRequest,
     ray_cluster: None,
-    wide: World,
+    wide: TinySetup,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Any]:
     folder = wide.save(tmp_path_factory.mktemp("policy"))
@@ -60,7 +60,7 @@ def actor(
     decode = "worker" if request.param == "torch" else request.param
     config = CONFIG.model_copy(update={"engine": engine, "decode": decode})
     handle = RolloutActor.options(num_cpus=1).remote(
-        config, folder, wide.catalogue, wide.vocabulary, 0
+        config, folder, wide.catalog, wide.vocabulary, 0
     )
     yield handle
     ray.kill(handle)
@@ -76,7 +76,7 @@ def assert_same(ours: Candidates, reference: Candidates) -> None:
 @pytest.mark.ray
 @pytest.mark.parametrize("beams", [1, 7, 40])
 def test_ranks_are_those_of_the_reference(
-    actor: Any, wide: World, reference: TorchEngine, beams: int
+    actor: Any, wide: TinySetup, reference: TorchEngine, beams: int
 ) -> None:
     ours: Candidates = ray.get(actor.rank.remote(wide.prompts, beams))
     expected = beam(reference, wide.prompts, width=beams)
@@ -87,43 +87,45 @@ def test_ranks_are_those_of_the_reference(
 
 
 @pytest.mark.ray
-def test_trees_are_those_of_the_reference(actor: Any, wide: World, reference: TorchEngine) -> None:
+def test_trees_are_those_of_the_reference(
+    actor: Any, wide: TinySetup, reference: TorchEngine
+) -> None:
     trees = ray.get(actor.search.remote(wide.prompts, 3))
     expected = sample(reference, wide.prompts, count=9, temperature=1.3, seed=3)
     assert trees.leaf.tolist() == expected.leaf.tolist()
     assert np.allclose(trees.score, expected.score, atol=1e-4)
-    assert trees.catalogue == wide.catalogue.digest
+    assert trees.catalog == wide.catalog.digest
     assert str(trees.policy) == str(wide.version)
 
 
 @pytest.mark.ray
 def test_new_weights_are_searched_with_once_they_are_verified(
-    actor: Any, wide: World, reference: TorchEngine
+    actor: Any, wide: TinySetup, reference: TorchEngine
 ) -> None:
     first = weights.snapshot(wide.model)
     new = {name: value[::-1].copy() for name, value in first.items()}
     with pytest.raises(EngineError, match="arrived as policy 9-"):
-        ray.get(actor.install.remote(PolicyVersion(step=9, digest=wide.version.digest), new))
+        ray.get(actor.load_weights.remote(PolicyVersion(step=9, digest=wide.version.digest), new))
     assert_same(ray.get(actor.rank.remote(wide.prompts, 5)), beam(reference, wide.prompts, width=5))
     for step, content in ((8, new), (9, first)):
         version = PolicyVersion(step=step, digest=weights.digest(content))
-        assert str(ray.get(actor.install.remote(version, content))) == str(version)
-        reference.install(version, content)
+        assert str(ray.get(actor.load_weights.remote(version, content))) == str(version)
+        reference.load_weights(version, content)
         assert_same(
             ray.get(actor.rank.remote(wide.prompts, 5)), beam(reference, wide.prompts, width=5)
         )
         assert str(ray.get(actor.search.remote(wide.prompts, 0)).policy) == str(version)
-    ray.get(actor.install.remote(wide.version, first))
+    ray.get(actor.load_weights.remote(wide.version, first))
     assert str(ray.get(actor.version.remote())) == str(wide.version)
 
 
 @pytest.mark.ray
 def test_a_holder_that_computes_something_else_than_the_learner_searches_nothing(
-    actor: Any, wide: World, reference: TorchEngine
+    actor: Any, wide: TinySetup, reference: TorchEngine
 ) -> None:
     best = [int(each.argmax()) for each in wide.leaf_logprob]
     score = [each[leaf] for each, leaf in zip(wide.leaf_logprob, best, strict=True)]
-    right = Probe(
+    right = LogprobProbe(
         prompts=replace(wide.prompts, id=np.arange(len(best))),
         leaf=np.array(best),
         score=np.array(score, np.float32),
@@ -131,51 +133,55 @@ def test_a_holder_that_computes_something_else_than_the_learner_searches_nothing
     )
     wrong = replace(right, score=right.score + np.float32([0.01, *[0.0] * (len(best) - 1)]))
     values = weights.snapshot(wide.model)
-    with pytest.raises(UnfitError, match=r"0\.01 nats from the learner's where 0\.0001"):
-        ray.get(actor.install.remote(wide.version, values, wrong))
+    with pytest.raises(WeightMismatchError, match=r"0\.01 nats from the learner's where 0\.0001"):
+        ray.get(actor.load_weights.remote(wide.version, values, wrong))
     for method, argument in (("rank", 5), ("search", 0)):
-        with pytest.raises(UnfitError, match="failed its probe here"):
+        with pytest.raises(WeightMismatchError, match="failed its probe here"):
             ray.get(getattr(actor, method).remote(wide.prompts, argument))
-    ray.get(actor.install.remote(wide.version, values, right))
+    ray.get(actor.load_weights.remote(wide.version, values, right))
     assert_same(ray.get(actor.rank.remote(wide.prompts, 5)), beam(reference, wide.prompts, width=5))
 
 
-def searcher(world: World, folder: Path, **options: object) -> Searcher:
+def rollout_worker(world: TinySetup, folder: Path, **options: object) -> RolloutWorker:
     config = CONFIG.model_copy(update={"engine": "torch", **options})
-    return Searcher(config, folder, world.catalogue, world.vocabulary, 0)
+    return RolloutWorker(config, folder, world.catalog, world.vocabulary, 0)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
 def test_batches_change_nothing_but_the_work(
-    wide: World, reference: TorchEngine, tmp_path: Path, batch_size: int
+    wide: TinySetup, reference: TorchEngine, tmp_path: Path, batch_size: int
 ) -> None:
-    ours = searcher(wide, wide.save(tmp_path), batch_size=batch_size).rank(wide.prompts, 5)
+    ours = rollout_worker(wide, wide.save(tmp_path), batch_size=batch_size).rank(wide.prompts, 5)
     assert_same(ours, beam(reference, wide.prompts, width=5))
 
 
-def test_the_configured_beam_grows_trees_of_distinct_leaves(wide: World, tmp_path: Path) -> None:
-    trees = searcher(wide, wide.save(tmp_path), search="beam", candidates=6).search(wide.prompts, 0)
+def test_the_configured_beam_grows_trees_of_distinct_leaves(
+    wide: TinySetup, tmp_path: Path
+) -> None:
+    trees = rollout_worker(wide, wide.save(tmp_path), search="beam", candidates=6).search(
+        wide.prompts, 0
+    )
     assert np.diff(trees.candidate_start).tolist() == [6] * len(wide.prompts)
     for prompt in range(len(wide.prompts)):
         assert len({*trees.leaf[trees.prompt_of_candidate == prompt].tolist()}) == 6
 
 
-def test_a_folder_without_a_policy_is_named(wide: World, tmp_path: Path) -> None:
+def test_a_folder_without_a_policy_is_named(wide: TinySetup, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"holds no config\.json"):
-        searcher(wide, tmp_path)
+        rollout_worker(wide, tmp_path)
 
 
 @pytest.mark.parametrize("search", ["beam", "beam_sample", "sample", "dynamic"])
 def test_the_configured_search_grows_the_trees(
-    wide: World, reference: TorchEngine, tmp_path: Path, search: str
+    wide: TinySetup, reference: TorchEngine, tmp_path: Path, search: str
 ) -> None:
-    trees = searcher(wide, wide.save(tmp_path), search=search).search(wide.prompts, 3)
+    trees = rollout_worker(wide, wide.save(tmp_path), search=search).search(wide.prompts, 3)
     draws = {"temperature": 1.3, "seed": 3}
     expected = {
         "beam": lambda: beam(reference, wide.prompts, width=9),
         "beam_sample": lambda: beam_sample(reference, wide.prompts, width=9, **draws),
         "sample": lambda: sample(reference, wide.prompts, count=9, **draws),
-        "dynamic": lambda: dynamic(reference, wide.prompts, wide.catalogue, count=9, **draws),
+        "dynamic": lambda: dynamic(reference, wide.prompts, wide.catalog, count=9, **draws),
     }[search]()
     assert trees.candidate_start.tolist() == expected.start.tolist()
     assert trees.leaf.tolist() == expected.leaf.tolist()

@@ -9,13 +9,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from orchard import ragged
-from orchard.catalog.view import everything, of_items, of_leaves
-from orchard.errors import CatalogueError
+from orchard.catalog.view import full_view, view_of_items, view_of_leaves
+from orchard.errors import CatalogError
 from orchard.policy import value_head
 from orchard.settings import VedConfig
-from orchard.testing import World, tiny_catalogue, tiny_world
+from orchard.testing import TinySetup, tiny_catalog, tiny_setup
 from rollout.engine.torch import TorchEngine
-from rollout.item_filter import Allowed
+from rollout.item_filter import ItemFilter
 from rollout.search.beam import beam, sample
 from rollout.search.gumbel import GumbelNoise
 from rollout.search.sampling import beam_sample
@@ -24,26 +24,26 @@ from rollout.search.ved.search import ved
 examples = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def drawn(world: World, seed: int) -> tuple[Allowed, list[set[int]]]:
+def drawn(world: TinySetup, seed: int) -> tuple[ItemFilter, list[set[int]]]:
     """A random view and exclusions of any severity, and the leaves that each prompt may find."""
-    draw, trie = np.random.default_rng(seed), world.catalogue.trie
+    draw, trie = np.random.default_rng(seed), world.catalog.trie
     live = draw.random(trie.num_leaves) < draw.choice([0.1, 0.5, 1.0])
     lists = [
         draw.choice(trie.num_leaves, size=size)
         for size in draw.integers(0, 3 * trie.num_leaves, len(world.prompts)) * draw.integers(2)
     ]
-    allowed = Allowed(
-        view=of_leaves(trie, torch.from_numpy(live)),
+    allowed = ItemFilter(
+        view=view_of_leaves(trie, torch.from_numpy(live)),
         excluded=np.concatenate(lists).astype(np.int64),
         excluded_start=ragged.starts(np.array([len(one) for one in lists])),
     )
     return allowed, [set(np.flatnonzero(live).tolist()) - set(one.tolist()) for one in lists]
 
 
-def slow_beam(world: World, prompt: int, leaves: set[int], width: int) -> list[int]:
+def slow_beam(world: TinySetup, prompt: int, leaves: set[int], width: int) -> list[int]:
     """The best prefixes of allowed leaves, depth by depth, each as likely as all leaves below."""
     logprob, beams = world.leaf_logprob[prompt], [()]
-    for depth in range(1, world.catalogue.trie.depth + 1):
+    for depth in range(1, world.catalog.trie.depth + 1):
         score = {
             world.leaf_path[leaf][:depth]: np.logaddexp.reduce(
                 [p for path, p in zip(world.leaf_path, logprob, strict=True)
@@ -59,7 +59,7 @@ def slow_beam(world: World, prompt: int, leaves: set[int], width: int) -> list[i
 @examples
 @given(seed=st.integers(0, 2**16), width=st.sampled_from([1, 3, 8, 100]))
 def test_a_beam_finds_the_best_leaves_that_are_allowed(
-    world: World, engine: TorchEngine, seed: int, width: int
+    world: TinySetup, engine: TorchEngine, seed: int, width: int
 ) -> None:
     allowed, leaves = drawn(world, seed)
     found = beam(engine, world.prompts, width=width, allowed=allowed)
@@ -76,7 +76,7 @@ def test_a_beam_finds_the_best_leaves_that_are_allowed(
 @examples
 @given(seed=st.integers(0, 2**16), temperature=st.sampled_from([0.3, 1.0, 3.0]))
 def test_draws_are_allowed_leaves_with_the_policys_own_log_probability(
-    world: World, engine: TorchEngine, seed: int, temperature: float
+    world: TinySetup, engine: TorchEngine, seed: int, temperature: float
 ) -> None:
     allowed, leaves = drawn(world, seed)
     found = sample(
@@ -92,7 +92,7 @@ def test_draws_are_allowed_leaves_with_the_policys_own_log_probability(
 
 
 def test_draws_without_replacement_are_distinct_allowed_leaves(
-    world: World, engine: TorchEngine
+    world: TinySetup, engine: TorchEngine
 ) -> None:
     for seed in range(8):
         allowed, leaves = drawn(world, seed)
@@ -106,12 +106,14 @@ def test_draws_without_replacement_are_distinct_allowed_leaves(
 
 
 def test_draws_follow_the_policy_among_the_codes_that_are_allowed(
-    world: World, engine: TorchEngine
+    world: TinySetup, engine: TorchEngine
 ) -> None:
-    trie, one = world.catalogue.trie, world.prompts.select(np.array([1]))
+    trie, one = world.catalog.trie, world.prompts.select(np.array([1]))
     live = torch.arange(trie.num_leaves) % 3 > 0
-    allowed = Allowed(
-        view=of_leaves(trie, live), excluded=np.zeros(0, np.int64), excluded_start=np.zeros(2, int)
+    allowed = ItemFilter(
+        view=view_of_leaves(trie, live),
+        excluded=np.zeros(0, np.int64),
+        excluded_start=np.zeros(2, int),
     )
     found = sample(engine, one, count=20_000, temperature=1.0, seed=0, allowed=allowed)
     first = trie.path(trie.leaf_node)[:, 0].numpy()
@@ -121,9 +123,9 @@ def test_draws_follow_the_policy_among_the_codes_that_are_allowed(
     assert np.allclose(seen, mass / mass.sum(), atol=0.02)
 
 
-def test_a_view_of_everything_forbids_nothing(world: World, engine: TorchEngine) -> None:
-    allowed = Allowed(
-        view=everything(world.catalogue.trie),
+def test_a_view_of_everything_forbids_nothing(world: TinySetup, engine: TorchEngine) -> None:
+    allowed = ItemFilter(
+        view=full_view(world.catalog.trie),
         excluded=np.zeros(0, np.int64),
         excluded_start=np.zeros(len(world.prompts) + 1, np.int64),
     )
@@ -137,45 +139,45 @@ def test_a_view_of_everything_forbids_nothing(world: World, engine: TorchEngine)
 
 
 def test_where_all_is_excluded_nothing_is_found_and_the_rest_is_as_before(
-    world: World, engine: TorchEngine
+    world: TinySetup, engine: TorchEngine
 ) -> None:
-    trie = world.catalogue.trie
+    trie = world.catalog.trie
     excluded = np.arange(trie.num_leaves)
     none_for_two = np.array([0, 0, 0, len(excluded), len(excluded)])
-    allowed = Allowed(view=everything(trie), excluded=excluded, excluded_start=none_for_two)
+    allowed = ItemFilter(view=full_view(trie), excluded=excluded, excluded_start=none_for_two)
     found = beam(engine, world.prompts, width=4, allowed=allowed)
     assert found.count.tolist() == [4 * (prompt != 2) for prompt in range(4)]
     others = beam(engine, world.prompts, width=4).select(np.array([0, 1, 3]))
     assert found.select(np.array([0, 1, 3])).leaf.tolist() == others.leaf.tolist()
-    nothing = replace(allowed, view=of_items(world.catalogue, np.zeros(30, bool)))
+    nothing = replace(allowed, view=view_of_items(world.catalog, np.zeros(30, bool)))
     assert beam(engine, world.prompts, width=4, allowed=nothing).count.tolist() == [0] * 4
     drawn_none = sample(engine, world.prompts, count=3, temperature=1.0, seed=0, allowed=nothing)
     assert drawn_none.count.tolist() == [0] * 4
 
 
-def test_what_belongs_to_another_catalogue_or_batch_is_refused(
-    world: World, engine: TorchEngine
+def test_what_belongs_to_another_catalog_or_batch_is_refused(
+    world: TinySetup, engine: TorchEngine
 ) -> None:
-    trie = world.catalogue.trie
+    trie = world.catalog.trie
     empty, none = np.zeros(0, np.int64), np.zeros(5, np.int64)
-    strange = everything(tiny_catalogue(seed=9).trie)
-    stranger = Allowed(view=strange, excluded=empty, excluded_start=none)
-    with pytest.raises(CatalogueError, match="the view was made for catalogue .* make the view"):
+    strange = full_view(tiny_catalog(seed=9).trie)
+    stranger = ItemFilter(view=strange, excluded=empty, excluded_start=none)
+    with pytest.raises(CatalogError, match="the view was made for catalog .* make the view"):
         beam(engine, world.prompts, width=2, allowed=stranger)
-    fit = replace(stranger, view=everything(trie))
-    with pytest.raises(CatalogueError, match="excluded for 3 prompts, the batch has 4"):
+    fit = replace(stranger, view=full_view(trie))
+    with pytest.raises(CatalogError, match="excluded for 3 prompts, the batch has 4"):
         beam(engine, world.prompts, width=2, allowed=replace(fit, excluded_start=none[:4]))
     beyond = replace(
         fit, excluded=np.array([trie.num_leaves]), excluded_start=np.array([0, 1, 1, 1, 1])
     )
-    with pytest.raises(CatalogueError, match=f"leaf {trie.num_leaves} is to be excluded"):
+    with pytest.raises(CatalogError, match=f"leaf {trie.num_leaves} is to be excluded"):
         sample(engine, world.prompts, count=2, temperature=1.0, seed=0, allowed=beyond)
 
 
 @examples
 @given(seed=st.integers(0, 2**16), width=st.sampled_from([1, 3, 100]))
 def test_distinct_draws_are_of_the_allowed_leaves(
-    world: World, engine: TorchEngine, seed: int, width: int
+    world: TinySetup, engine: TorchEngine, seed: int, width: int
 ) -> None:
     allowed, leaves = drawn(world, seed)
     found = beam_sample(
@@ -191,9 +193,9 @@ def test_distinct_draws_are_of_the_allowed_leaves(
 @settings(max_examples=10)
 @given(seed=st.integers(0, 2**16), budget=st.sampled_from([20, 80]))
 def test_a_guided_search_visits_allowed_leaves_only(seed: int, budget: int) -> None:
-    guided = tiny_world(level_size=(4, 4, 5), num_items=40)
+    guided = tiny_setup(level_size=(4, 4, 5), num_items=40)
     value_head.attach(guided.model, seed=seed)
-    engine = TorchEngine(guided.model, guided.catalogue.trie, guided.vocabulary, guided.version)
+    engine = TorchEngine(guided.model, guided.catalog.trie, guided.vocabulary, guided.version)
     allowed, leaves = drawn(guided, seed)
     ways = VedConfig(budget=budget, width=4)
     found = ved(engine, guided.prompts, ways, count=30, seed=seed, allowed=allowed)

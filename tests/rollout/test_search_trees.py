@@ -6,24 +6,26 @@ import numpy as np
 import pytest
 import torch
 
-from orchard.testing import World
+from orchard.testing import TinySetup
 from orchard.types import Prompts, SearchTrees
 from rollout.candidates import Candidates
 from rollout.engine.torch import TorchEngine
 from rollout.search.beam import beam, sample
-from rollout.search_trees import grow
+from rollout.search_trees import build_search_trees
 
 
 @pytest.fixture(scope="session", params=["beam", "sample"])
-def candidates(request: pytest.FixtureRequest, world: World, engine: TorchEngine) -> Candidates:
+def candidates(request: pytest.FixtureRequest, world: TinySetup, engine: TorchEngine) -> Candidates:
     if request.param == "beam":
         return beam(engine, world.prompts, width=9)
     return sample(engine, world.prompts, count=20, temperature=1.0, seed=0)
 
 
 @pytest.fixture(scope="session")
-def trees(world: World, candidates: Candidates) -> SearchTrees:
-    return grow(world.prompts, candidates, world.catalogue, world.vocabulary, world.version)
+def trees(world: TinySetup, candidates: Candidates) -> SearchTrees:
+    return build_search_trees(
+        world.prompts, candidates, world.catalog, world.vocabulary, world.version
+    )
 
 
 def same(a: object, b: object) -> bool:
@@ -45,22 +47,24 @@ def test_nodes_are_in_preorder(trees: SearchTrees) -> None:
         assert trees.step[node] == trees.step[above] + 1
 
 
-def test_a_node_is_a_distinct_trie_node_below_its_parents(world: World, trees: SearchTrees) -> None:
+def test_a_node_is_a_distinct_trie_node_below_its_parents(
+    world: TinySetup, trees: SearchTrees
+) -> None:
     inner, state = trees.step > 0, torch.from_numpy(trees.state)
-    parents = world.catalogue.trie.parent(state).numpy()
+    parents = world.catalog.trie.parent(state).numpy()
     assert np.array_equal(parents[inner], trees.state[trees.parent[inner]])
     assert len({*zip(trees.prompt_of_node, trees.state, strict=True)}) == len(trees.state)
 
 
-def test_every_leaf_is_a_catalogue_item(world: World, trees: SearchTrees) -> None:
-    catalogue = world.catalogue
+def test_every_leaf_is_a_catalog_item(world: TinySetup, trees: SearchTrees) -> None:
+    catalog = world.catalog
     paths = trees.paths()
     for row, (leaf, path) in enumerate(zip(trees.leaf, paths, strict=True)):
         nodes = path[path >= 0]
         assert tuple(trees.state[nodes]) == world.leaf_path[leaf]
         assert (trees.prompt_of_node[nodes] == trees.prompt_of_candidate[row]).all()
-        items = catalogue.item_of_leaf[catalogue.leaf_start[leaf] : catalogue.leaf_start[leaf + 1]]
-        codes = catalogue.codes[items[0]]
+        items = catalog.item_of_leaf[catalog.leaf_start[leaf] : catalog.leaf_start[leaf + 1]]
+        codes = catalog.codes[items[0]]
         tokens = [int(world.vocabulary.tokens_at(d)[c]) for d, c in enumerate(codes) if c >= 0]
         assert trees.token[trees.token_start[nodes]].tolist() == tokens
 
@@ -79,10 +83,10 @@ def test_log_probabilities_along_a_path_sum_to_the_score(trees: SearchTrees) -> 
     assert np.allclose(total, trees.score, atol=1e-6)
 
 
-def test_forced_nodes_are_only_children_in_the_trie(world: World, trees: SearchTrees) -> None:
+def test_forced_nodes_are_only_children_in_the_trie(world: TinySetup, trees: SearchTrees) -> None:
     inner = trees.step > 0
     above = torch.from_numpy(trees.state[trees.parent[inner]])
-    lone = (world.catalogue.trie.num_children(above) == 1).numpy()
+    lone = (world.catalog.trie.num_children(above) == 1).numpy()
     assert np.array_equal(trees.forced, lone)
     assert (trees.logprob[lone] == 0).all()
     assert (trees.logprob[~lone] < 0).all()

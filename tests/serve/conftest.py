@@ -7,34 +7,34 @@ import pytest
 
 from orchard.data.prompts import PromptFormat
 from orchard.policy import value_head
-from orchard.testing import World, brute_force, tiny_world
+from orchard.testing import TinySetup, brute_force, tiny_setup
 from rollout.engine.torch import TorchEngine
-from serve.testing import Shop, make_stock
+from serve.testing import TinyShop, make_catalog_store
 
 
 @pytest.fixture(scope="session")
-def shop_world() -> World:
-    world = tiny_world(level_size=(5, 4, 6), num_items=40)
+def shop_world() -> TinySetup:
+    world = tiny_setup(level_size=(5, 4, 6), num_items=40)
     value_head.attach(world.model, seed=0)
     return world
 
 
 @pytest.fixture
-def shop(shop_world: World) -> Shop:
+def shop(shop_world: TinySetup) -> TinyShop:
     world = shop_world
-    engine = TorchEngine(world.model, world.catalogue.trie, world.vocabulary, world.version)
-    return Shop(world=world, engine=engine, stock=make_stock(world))
+    engine = TorchEngine(world.model, world.catalog.trie, world.vocabulary, world.version)
+    return TinyShop(world=world, engine=engine, catalog_store=make_catalog_store(world))
 
 
 @pytest.fixture(scope="session")
-def leaf_logprob(shop_world: World) -> Callable[[list[int]], np.ndarray]:
+def leaf_logprob(shop_world: TinySetup) -> Callable[[list[int]], np.ndarray]:
     """Log-probability of every leaf after a history, by brute force."""
     world = shop_world
-    form = PromptFormat(catalogue=world.catalogue, vocabulary=world.vocabulary)
+    form = PromptFormat(catalog=world.catalog, vocabulary=world.vocabulary)
 
     def work(history: list[int]) -> np.ndarray:
         rows = np.array(history, np.int64)
         token, _ = form.tokens(rows, np.array([0, len(rows)]))
-        return brute_force(world.model, world.vocabulary, world.catalogue, token)
+        return brute_force(world.model, world.vocabulary, world.catalog, token)
 
     return work

@@ -15,7 +15,7 @@ def answer(number: int) -> RecommendResponse:
     item = Item(rank=1, item_id=number, score=-1.0, sid=[1, 2], title="")
     return RecommendResponse(
         items=[item], returned=1, asked=1, source="policy", variant="main", policy="v1",
-        catalogue="0", decoder="beam", width=4, cost=cost,
+        catalog="0", decoder="beam", width=4, cost=cost,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The endpoint's core on vLLM: the same answers as on torch, watched, on another catalogue too."""
+"""The endpoint's core on vLLM: the same answers as on torch, watched, on another catalog too."""
 
 from pathlib import Path
 from typing import Any
@@ -8,15 +8,15 @@ import pytest
 import ray
 
 from orchard.settings import RolloutConfig
-from orchard.testing import World, tiny_world
+from orchard.testing import TinySetup, tiny_setup
 from orchard.types import Prompts
 from rollout.candidates import Candidates
-from rollout.engine.protocol import Engine
+from rollout.engine.protocol import DecodingBackend
 from rollout.engine.torch import TorchEngine
-from rollout.engine.vllm import VllmHolder
-from serve.decoding.recommender import Found, recommend
+from rollout.engine.vllm import VllmEngine
+from serve.decoding.recommender import RankedItems, recommend
 from serve.decoding.trace import Watched
-from serve.testing import kind, make_stock, query
+from serve.testing import kind, make_catalog_store, query
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow]
 
@@ -27,27 +27,27 @@ QUERIES = [
 ]
 
 
-def small_world(num_items: int) -> World:
-    """Larger catalogues have the same codes to name their items with."""
-    return tiny_world(level_size=(5, 4, 6), num_items=num_items)
+def small_world(num_items: int) -> TinySetup:
+    """Larger catalogs have the same codes to name their items with."""
+    return tiny_setup(level_size=(5, 4, 6), num_items=num_items)
 
 
 class Replica:
-    """A vLLM engine and the stock that it answers from."""
+    """A vLLM engine and the store that it answers from."""
 
     def __init__(self, folder: Path) -> None:
         self._world = small_world(40)
         # A cache that three searches of fifty beams outgrow.
         config = RolloutConfig(threads=1, kv_cache_gib=0.002)
-        self._holder = VllmHolder(
-            folder, self._world.model, self._world.catalogue.trie, self._world.vocabulary,
+        self._holder = VllmEngine(
+            folder, self._world.model, self._world.catalog.trie, self._world.vocabulary,
             self._world.version, config, seed=0,
         )  # fmt: skip
 
-    def answer(self, num_items: int) -> tuple[list[Found], float, int]:
-        """Answers from a catalogue of so many items, seconds of prefill, expansions seen."""
+    def answer(self, num_items: int) -> tuple[list[RankedItems], float, int]:
+        """Answers from a catalog of so many items, seconds of prefill, expansions seen."""
         world = small_world(num_items)
-        self._holder.turn_to(world.catalogue.trie)
+        self._holder.set_catalog(world.catalog.trie)
         watch: list[Watched] = []
 
         class Watching:
@@ -56,16 +56,20 @@ class Replica:
                 return self._holder.run(watch[0], prompts)
 
         found, _ = recommend(
-            Watching(), make_stock(world).shelf, QUERIES, kind(filters=("stocked",)), max_history=10
+            Watching(),
+            make_catalog_store(world).current,
+            QUERIES,
+            kind(filters=("stocked",)),
+            max_history=10,
         )
         return found, watch[0].prefill_s, len(watch[0].seen)
 
 
-def plain(found: list[Found]) -> list[list[tuple[int, float]]]:
+def plain(found: list[RankedItems]) -> list[list[tuple[int, float]]]:
     return [[(item.item_id, round(item.score or 0.0, 4)) for item in one.items] for one in found]
 
 
-def test_vllm_answers_as_torch_does_on_every_catalogue_that_it_turns_to(
+def test_vllm_answers_as_torch_does_on_every_catalog_that_it_turns_to(
     ray_cluster: None, tmp_path: Path
 ) -> None:
     first = small_world(40)
@@ -73,11 +77,15 @@ def test_vllm_answers_as_torch_does_on_every_catalogue_that_it_turns_to(
     try:
         for num_items in (40, 30, 40):
             world = small_world(num_items)
-            engine: Engine = TorchEngine(
-                first.model, world.catalogue.trie, world.vocabulary, world.version
+            engine: DecodingBackend = TorchEngine(
+                first.model, world.catalog.trie, world.vocabulary, world.version
             )
             expected, _ = recommend(
-                engine, make_stock(world).shelf, QUERIES, kind(filters=("stocked",)), max_history=10
+                engine,
+                make_catalog_store(world).current,
+                QUERIES,
+                kind(filters=("stocked",)),
+                max_history=10,
             )
             found, prefill_s, seen = ray.get(replica.answer.remote(num_items))
             assert plain(found) == plain(expected)

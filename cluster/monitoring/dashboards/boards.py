@@ -325,7 +325,7 @@ SERVING = Board(
             _graph("Beam rows waiting", "none", "Bounded by `serve.queue`; beyond it: 429.",
                    ("max by (replica) (ray_orchard_serve_queue_rows)", "{{replica}}")),
             _graph(
-                "Versions", "none", "Of policy and catalogue, the oldest of all replicas.",
+                "Versions", "none", "Of policy and catalog, the oldest of all replicas.",
                 ("min by (variant) (ray_orchard_serve_policy_step)", "{{variant}} step"),
                 ("min(ray_orchard_serve_catalogue_version)", "catalogue"),
             ),

@@ -15,7 +15,7 @@ import pyarrow.json as json
 
 from orchard.data.importers.columns import log_of
 from orchard.data.importers.flat import Tick
-from orchard.data.importers.log import Log
+from orchard.data.importers.log import InteractionLog
 from orchard.errors import DataError
 
 REVIEWS = (("reviewerID", "asin", "unixReviewTime"), ("user_id", "parent_asin", "timestamp"))
@@ -26,7 +26,7 @@ _BLOCK = 8 << 20
 _TAG = re.compile(r"<[^>]*>")
 
 
-def read_reviews(path: Path, tick: Tick) -> Log:
+def read_reviews(path: Path, tick: Tick) -> InteractionLog:
     """The log of a review file.
 
     Raises:

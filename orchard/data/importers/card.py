@@ -5,13 +5,13 @@ from collections.abc import Mapping
 import numpy as np
 
 from orchard import ragged
-from orchard.data.importers.examples import PARTS, Examples, leaks
+from orchard.data.importers.examples import PARTS, SplitExamples, leaks
 from orchard.errors import DataError
 
 CARD = "card.json"
 
 
-def facts(examples: Examples) -> Mapping[str, float]:
+def facts(examples: SplitExamples) -> Mapping[str, float]:
     """Counts, shares and lengths, measured on what is to be written.
 
     Raises:
@@ -40,7 +40,7 @@ def facts(examples: Examples) -> Mapping[str, float]:
     return {name: float(value) for name, value in found.items()}
 
 
-def check_leaks(examples: Examples) -> None:
+def check_leaks(examples: SplitExamples) -> None:
     """Raise DataError where a training history holds what is to be predicted."""
     found = leaks(examples)
     if len(found) == 0:

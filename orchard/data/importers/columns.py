@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute
 from jaxtyping import Int64
 
-from orchard.data.importers.log import Items, Log
+from orchard.data.importers.log import InteractionLog, ItemTable
 from orchard.errors import DataError
 
 pc: Any = pyarrow.compute  # makes its functions as it is imported, unseen by type checkers
@@ -19,7 +19,7 @@ _INTEGER = r"^(0|-?[1-9][0-9]{0,17})$"
 
 def log_of(
     user: Any, item: Any, timestamp: Any, *, where: str, first: int = 1, title: Any = None
-) -> Log:
+) -> InteractionLog:
     """The log of three columns of equal length.
 
     Args:
@@ -42,14 +42,14 @@ def log_of(
     titles = tuple[str, ...]()
     if title is not None:
         titles = _titles(title, item_of, len(keys))
-    items = Items(
+    items = ItemTable(
         item_id=np.arange(len(keys)) if numbers is None else numbers,
         key=tuple(keys.to_pylist()) if numbers is None else None,
         title=titles,
     )
     user_id = _integers(users)
     user_id = np.arange(len(users)) if user_id is None else user_id
-    return Log(user=user_of, item=item_of, timestamp=when, user_id=user_id, items=items)
+    return InteractionLog(user=user_of, item=item_of, timestamp=when, user_id=user_id, items=items)
 
 
 def _encoded(column: Any, role: str, where: str, first: int) -> tuple[Int64[np.ndarray, " E"], Any]:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Int64
 
 from orchard import ragged
-from orchard.data.importers.log import Items, Log
+from orchard.data.importers.log import InteractionLog, ItemTable
 from orchard.errors import DataError
 
 PARTS = ("train", "valid", "test")
@@ -24,10 +24,10 @@ Split = Literal["chronological", "leave_one_out", "given"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Examples:
+class SplitExamples:
     """Histories are ranges of `sequence`; of each part in the order they are written."""
 
-    items: Items
+    items: ItemTable
     sequence: Int64[np.ndarray, " M"]
     """Rows of `items`."""
     first: Int64[np.ndarray, " R"]
@@ -57,7 +57,7 @@ class Examples:
         return self.sequence[ragged.ranges(self.first[rows], count)], ragged.starts(count)
 
 
-def of_log(log: Log, *, split: Split, max_history: int) -> Examples:
+def of_log(log: InteractionLog, *, split: Split, max_history: int) -> SplitExamples:
     """Every event of a user but the first, predicted from at most `max_history` before it.
 
     `chronological` sorts the examples of all users by time and cuts them 8 : 1 : 1, so that a user
@@ -101,7 +101,7 @@ def of_log(log: Log, *, split: Split, max_history: int) -> Examples:
         "events_repeating_one_of_the_same_time": _repeats(user, sequence, timestamp),
         **log.dropped,
     }
-    return Examples(
+    return SplitExamples(
         items=log.items,
         sequence=sequence,
         first=event - length,
@@ -127,7 +127,7 @@ def _repeats(
     return int(same.sum())
 
 
-def leaks(examples: Examples) -> Int64[np.ndarray, " K"]:
+def leaks(examples: SplitExamples) -> Int64[np.ndarray, " K"]:
     """Examples of valid and test whose target is an interaction inside a training history.
 
     Of a user's histories that reach back to his first item, the place in the sequence tells one
@@ -142,7 +142,7 @@ def leaks(examples: Examples) -> Int64[np.ndarray, " K"]:
 
 
 def _inside(
-    examples: Examples, train: Int64[np.ndarray, " A"], held: Int64[np.ndarray, " B"]
+    examples: SplitExamples, train: Int64[np.ndarray, " A"], held: Int64[np.ndarray, " B"]
 ) -> Int64[np.ndarray, " K"]:
     """Held examples whose place in the sequence the user's longest training history holds."""
     longest, held = _last_of_user(examples, train, held, examples.length)
@@ -154,7 +154,7 @@ def _inside(
 
 
 def _later(
-    examples: Examples, train: Int64[np.ndarray, " A"], held: Int64[np.ndarray, " B"]
+    examples: SplitExamples, train: Int64[np.ndarray, " A"], held: Int64[np.ndarray, " B"]
 ) -> Int64[np.ndarray, " K"]:
     """Held examples that precede the user's last training example, whose history has the item."""
     assert examples.timestamp is not None
@@ -168,7 +168,7 @@ def _later(
 
 
 def _last_of_user(
-    examples: Examples,
+    examples: SplitExamples,
     train: Int64[np.ndarray, " A"],
     held: Int64[np.ndarray, " B"],
     by: Int64[np.ndarray, " R"],

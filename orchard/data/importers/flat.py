@@ -12,7 +12,7 @@ import pyarrow.csv as csv
 import pyarrow.parquet as pq
 
 from orchard.data.importers.columns import log_of
-from orchard.data.importers.log import Log
+from orchard.data.importers.log import InteractionLog
 from orchard.errors import ConfigError, DataError
 
 Tick = Callable[[int], None]
@@ -27,7 +27,7 @@ _DICTIONARY = pa.dictionary(pa.int32(), pa.string())
 _BLOCK = 4 << 20
 
 
-def read_log(path: Path, columns: Mapping[str, str], tick: Tick) -> Log:
+def read_log(path: Path, columns: Mapping[str, str], tick: Tick) -> InteractionLog:
     """The log of a file or of a folder of Parquet parts.
 
     Raises:

@@ -13,7 +13,7 @@ from orchard.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Items:
+class ItemTable:
     """What is known of the items; row numbers are what `Log.item` and `Examples` hold."""
 
     item_id: Int64[np.ndarray, " I"]
@@ -31,10 +31,10 @@ class Items:
         """The identifier that the user knows the item by."""
         return self.key[row] if self.key is not None else str(self.item_id[row])
 
-    def take(self, rows: Int64[np.ndarray, " K"]) -> "Items":
+    def take(self, rows: Int64[np.ndarray, " K"]) -> "ItemTable":
         """Some of the items; running numbers run anew."""
         chosen = rows.tolist()
-        return Items(
+        return ItemTable(
             item_id=self.item_id[rows] if self.key is None else np.arange(len(rows)),
             key=None if self.key is None else tuple(self.key[row] for row in chosen),
             title=tuple(self.title[row] for row in chosen) if self.title else (),
@@ -43,7 +43,7 @@ class Items:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Log:
+class InteractionLog:
     """Events in the order of the source."""
 
     user: Int64[np.ndarray, " E"]
@@ -53,14 +53,14 @@ class Log:
     timestamp: Int64[np.ndarray, " E"]
     """In any unit, as long as later is larger."""
     user_id: Int64[np.ndarray, " U"]
-    items: Items
+    items: ItemTable
     dropped: Mapping[str, int] = field(default_factory=dict[str, int])
     """Events, users or items left out so far, by reason."""
 
     def __len__(self) -> int:
         return len(self.item)
 
-    def keep(self, events: Bool[np.ndarray, " E"], reason: str) -> "Log":
+    def keep(self, events: Bool[np.ndarray, " E"], reason: str) -> "InteractionLog":
         """The chosen events, and the users and items that have any."""
         user, user_of = np.unique(self.user[events], return_inverse=True)
         item, item_of = np.unique(self.item[events], return_inverse=True)
@@ -76,7 +76,7 @@ class Log:
         )
 
 
-def core(log: Log, k: int) -> Log:
+def k_core(log: InteractionLog, k: int) -> InteractionLog:
     """The largest part in which every user and every item has at least `k` events.
 
     Raises:
@@ -98,7 +98,7 @@ def core(log: Log, k: int) -> Log:
     return log.keep(kept, f"events_outside_the_{k}_core")
 
 
-def titled(log: Log, *, most_words: int) -> Log:
+def titled(log: InteractionLog, *, most_words: int) -> InteractionLog:
     """The events of items with a title of at most so many words, as MiniOneRec chooses items.
 
     Raises:
@@ -114,7 +114,7 @@ def titled(log: Log, *, most_words: int) -> Log:
     return log.keep(usable[log.item], "events_of_items_without_a_usable_title")
 
 
-def with_titles(items: Items, key: Sequence[str], title: Sequence[str]) -> Items:
+def with_titles(items: ItemTable, key: Sequence[str], title: Sequence[str]) -> ItemTable:
     """The items with titles looked up by identifier; others get an empty one.
 
     Raises:

@@ -16,9 +16,9 @@ import pyarrow.csv as csv
 from jaxtyping import Int64
 
 from orchard import ragged
-from orchard.data.importers.examples import PARTS, Examples
+from orchard.data.importers.examples import PARTS, SplitExamples
 from orchard.data.importers.flat import Tick
-from orchard.data.importers.log import Items
+from orchard.data.importers.log import ItemTable
 from orchard.errors import DataError
 
 _COLUMNS = ("user_id", "history_item_id", "item_id")
@@ -26,7 +26,7 @@ _NUMBERS = re.compile(r"-?\d+")
 _CODE = re.compile(r"<([a-z])_(\d+)>")
 
 
-def read_folder(folder: Path, tick: Tick) -> Examples:
+def read_folder(folder: Path, tick: Tick) -> SplitExamples:
     """The examples of the folder, split as they are.
 
     Raises:
@@ -49,7 +49,7 @@ def read_folder(folder: Path, tick: Tick) -> Examples:
     target = np.concatenate([t["item_id"].cast(pa.int64()).to_numpy() for t in tables])
     length = np.concatenate(count)
     users = pa.concat_arrays([t["user_id"].combine_chunks() for t in tables]).dictionary_encode()
-    return Examples(
+    return SplitExamples(
         items=items,
         sequence=_rows(np.concatenate(history), items, order),
         first=ragged.starts(length)[:-1],
@@ -65,7 +65,7 @@ def read_folder(folder: Path, tick: Tick) -> Examples:
     )
 
 
-def _items(folder: Path) -> Items:
+def _items(folder: Path) -> ItemTable:
     """Items of the index file with the titles of the item file; of the info file without them."""
     found: dict[int, tuple[str, str]] = {}
     if list(folder.glob("**/*.index.json")):
@@ -88,7 +88,7 @@ def _items(folder: Path) -> Items:
                 raise DataError(f"line {number} of {path} lists item {cells[2]} again; remove it")
             found[int(cells[2])] = (cells[0], cells[1])
     ids = sorted(found)
-    return Items(
+    return ItemTable(
         item_id=np.array(ids, dtype=np.int64),
         title=tuple(found[i][1] for i in ids),
         sid=tuple(_codes(found[i][0], i) for i in ids),
@@ -144,7 +144,7 @@ def _read_part(path: Path, tick: Tick) -> Any:
 
 
 def _rows(
-    item_id: Int64[np.ndarray, " N"], items: Items, order: Int64[np.ndarray, " I"]
+    item_id: Int64[np.ndarray, " N"], items: ItemTable, order: Int64[np.ndarray, " I"]
 ) -> Int64[np.ndarray, " N"]:
     place = np.searchsorted(items.item_id, item_id, sorter=order).clip(max=len(items) - 1)
     rows = order[place]

@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Literal
 
 from orchard.data.importers import amazon, flat, minionerec
-from orchard.data.importers.examples import Examples, of_log
+from orchard.data.importers.examples import SplitExamples, of_log
 from orchard.data.importers.flat import Tick
-from orchard.data.importers.log import Log, core, titled, with_titles
+from orchard.data.importers.log import InteractionLog, k_core, titled, with_titles
 from orchard.errors import ConfigError, DataError
 
 Format = Literal["log", "amazon", "recbole", "minionerec"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choices:
+class ImportOptions:
     """What to make of a source."""
 
     columns: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -50,7 +50,7 @@ def format_of(source: Path) -> Format:
     )
 
 
-def read(source: Path, items: Path | None, choices: Choices, tick: Tick) -> Examples:
+def read(source: Path, items: Path | None, choices: ImportOptions, tick: Tick) -> SplitExamples:
     """The examples of a source.
 
     Args:
@@ -77,18 +77,22 @@ def read(source: Path, items: Path | None, choices: Choices, tick: Tick) -> Exam
     if words is not None:
         log = titled(log, most_words=words)
     if fewest is not None:
-        log = core(log, fewest)
+        log = k_core(log, fewest)
     return of_log(log, split=choices.split, max_history=choices.max_history)
 
 
-def _plain(source: Path, items: Path | None, columns: Mapping[str, str], tick: Tick) -> Log:
+def _plain(
+    source: Path, items: Path | None, columns: Mapping[str, str], tick: Tick
+) -> InteractionLog:
     log = flat.read_log(source, columns, tick)
     if items is None:
         return log
     return replace(log, items=with_titles(log.items, *flat.read_titles(items, columns, tick)))
 
 
-def _amazon(source: Path, items: Path | None, columns: Mapping[str, str], tick: Tick) -> Log:
+def _amazon(
+    source: Path, items: Path | None, columns: Mapping[str, str], tick: Tick
+) -> InteractionLog:
     if columns:
         raise ConfigError("the fields of Amazon reviews are known; leave --column out")
     if items is None:
@@ -99,7 +103,9 @@ def _amazon(source: Path, items: Path | None, columns: Mapping[str, str], tick: 
     return replace(log, items=with_titles(log.items, *amazon.read_metadata(items, tick)))
 
 
-def _recbole(source: Path, items: Path | None, columns: Mapping[str, str], tick: Tick) -> Log:
+def _recbole(
+    source: Path, items: Path | None, columns: Mapping[str, str], tick: Tick
+) -> InteractionLog:
     """The `.inter` file, and the `.item` file beside it where there is one."""
     files = sorted(source.glob("*.inter")) if source.is_dir() else [source]
     if len(files) != 1:
@@ -111,7 +117,7 @@ def _recbole(source: Path, items: Path | None, columns: Mapping[str, str], tick:
     return _plain(files[0], items or (beside if beside.is_file() else None), columns, tick)
 
 
-_LOGS: Mapping[str, Callable[[Path, Path | None, Mapping[str, str], Tick], Log]] = {
+_LOGS: Mapping[str, Callable[[Path, Path | None, Mapping[str, str], Tick], InteractionLog]] = {
     "log": _plain,
     "amazon": _amazon,
     "recbole": _recbole,

@@ -12,22 +12,24 @@ from jaxtyping import Int64
 
 from orchard import folders
 from orchard.data.importers.card import CARD, facts
-from orchard.data.importers.examples import PARTS, Examples
+from orchard.data.importers.examples import PARTS, SplitExamples
 
 _ROWS = 100_000
 """Rows whose histories are in memory at a time."""
 
 
-def write(out: Path, examples: Examples, *, source: str, overwrite: bool) -> Mapping[str, float]:
+def write(
+    out: Path, examples: SplitExamples, *, source: str, overwrite: bool
+) -> Mapping[str, float]:
     """Write items, the three splits and the card to `out`; returns the card's facts.
 
     Raises:
         DataError: `out` holds something else, or the split leaks (see `card.facts`).
     """
-    folders.check_vacant(out, mark=CARD, kind="data set", overwrite=overwrite)
+    folders.check_output_dir(out, mark=CARD, kind="data set", overwrite=overwrite)
     found = facts(examples)
     about = {"source": source, "split": examples.split, "facts": found}
-    with folders.whole(out) as partial:
+    with folders.atomic_dir(out) as partial:
         pq.write_table(_items(examples), partial / "items.parquet", compression="zstd")
         for index, part in enumerate(PARTS):
             _write_part(examples, np.flatnonzero(examples.part == index), partial, part)
@@ -35,7 +37,7 @@ def write(out: Path, examples: Examples, *, source: str, overwrite: bool) -> Map
     return found
 
 
-def _items(examples: Examples) -> Any:
+def _items(examples: SplitExamples) -> Any:
     items = examples.items
     columns: dict[str, Any] = {
         "item_id": items.item_id,
@@ -52,7 +54,9 @@ def _items(examples: Examples) -> Any:
     return pa.table(columns)
 
 
-def _write_part(examples: Examples, rows: Int64[np.ndarray, " R"], folder: Path, part: str) -> None:
+def _write_part(
+    examples: SplitExamples, rows: Int64[np.ndarray, " R"], folder: Path, part: str
+) -> None:
     identifier = examples.items.item_id
     kind = pa.int32() if abs(identifier).max() < 2**31 else pa.int64()
     fields = [("user_id", pa.int64()), ("history", pa.list_(kind)), ("target", kind)]

@@ -18,26 +18,26 @@ from jaxtyping import Float32, Float64
 from orchard import ragged
 from orchard.catalog import embeddings
 from orchard.data.semantic_ids import embed
-from orchard.data.semantic_ids.collisions import POLICIES, Settled
-from orchard.data.semantic_ids.measure import Quality, draw, measure
-from orchard.data.semantic_ids.quantize import Quantised, quantise
-from orchard.data.semantic_ids.rqvae import quantise_learned
+from orchard.data.semantic_ids.collisions import POLICIES, ResolvedCodes
+from orchard.data.semantic_ids.measure import CodeQuality, draw, measure_codes
+from orchard.data.semantic_ids.quantize import Quantized, quantize
+from orchard.data.semantic_ids.rqvae import quantize_learned
 from orchard.errors import ConfigError, DataError
 from orchard.parquet import read_table
 
 REPORT, PICTURE, EMBEDDINGS = "sids.json", "sids.png", "embeddings.parquet"
 MAX_LEVELS = 8
 Source = Literal["auto", "titles", "interactions"]
-QUANTISERS: Mapping[str, Callable[..., Quantised]] = {
-    "kmeans": quantise,
-    "balanced": bound(quantise, balanced=True),
-    "rqvae": quantise_learned,
+QUANTIZERS: Mapping[str, Callable[..., Quantized]] = {
+    "kmeans": quantize,
+    "balanced": bound(quantize, balanced=True),
+    "rqvae": quantize_learned,
 }
 """Each takes embeddings, the sizes of the codebooks and a `seed`."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class SemanticIdConfig:
     """How to make them."""
 
     levels: tuple[int, ...] = (256, 256, 256)
@@ -57,7 +57,7 @@ class Recipe:
     seed: int = 0
 
 
-class Report(TypedDict):
+class SemanticIdReport(TypedDict):
     """What `build` writes as `sids.json`."""
 
     recipe: dict[str, Any]
@@ -65,13 +65,13 @@ class Report(TypedDict):
     """Where the embeddings came from."""
     residual: list[float]
     """Share of the embeddings' variance that is left after each level."""
-    before: Quality
+    before: CodeQuality
     """Of the codes as quantised."""
-    after: Quality
+    after: CodeQuality
     """Of the semantic IDs, collisions settled."""
 
 
-def build(folder: Path, recipe: Recipe, *, overwrite: bool = False) -> Report:
+def build(folder: Path, recipe: SemanticIdConfig, *, overwrite: bool = False) -> SemanticIdReport:
     """Give the items of a data set their semantic IDs, and leave a report, a picture, embeddings.
 
     Raises:
@@ -82,9 +82,9 @@ def build(folder: Path, recipe: Recipe, *, overwrite: bool = False) -> Report:
         raise ConfigError(
             f"--collisions = {recipe.collisions!r}; choose from {', '.join(POLICIES)}"
         )
-    if recipe.quantiser not in QUANTISERS:
+    if recipe.quantiser not in QUANTIZERS:
         raise ConfigError(
-            f"--quantiser = {recipe.quantiser!r}; choose from {', '.join(QUANTISERS)}"
+            f"--quantiser = {recipe.quantiser!r}; choose from {', '.join(QUANTIZERS)}"
         )
     if not recipe.levels or min(recipe.levels) < 2:
         raise ConfigError(f"--levels = {recipe.levels}; each codebook needs at least 2 codes")
@@ -98,9 +98,9 @@ def build(folder: Path, recipe: Recipe, *, overwrite: bool = False) -> Report:
     if "sid" in items.column_names and not overwrite:
         raise DataError(f"the items of {path} have semantic IDs; pass --overwrite to replace them")
     embedding, origin = _embedding(folder, items, recipe)
-    made = QUANTISERS[recipe.quantiser](embedding, recipe.levels, seed=recipe.seed)
+    made = QUANTIZERS[recipe.quantiser](embedding, recipe.levels, seed=recipe.seed)
     settled = POLICIES[recipe.collisions](made, _popularity(folder, items))
-    report = Report(
+    report = SemanticIdReport(
         recipe={
             "levels": list(recipe.levels),
             "quantiser": recipe.quantiser,
@@ -110,14 +110,16 @@ def build(folder: Path, recipe: Recipe, *, overwrite: bool = False) -> Report:
         },
         embedding=origin,
         residual=made.error.tolist(),
-        before=measure(made.codes),
-        after=measure(settled.codes),
+        before=measure_codes(made.codes),
+        after=measure_codes(settled.codes),
     )
     _write(folder, items, settled, embedding, report)
     return report
 
 
-def _embedding(folder: Path, items: Any, recipe: Recipe) -> tuple[Float32[np.ndarray, "I E"], str]:
+def _embedding(
+    folder: Path, items: Any, recipe: SemanticIdConfig
+) -> tuple[Float32[np.ndarray, "I E"], str]:
     ids = items["item_id"].to_numpy().astype(np.int64)
     if recipe.embeddings is not None:
         return embeddings.read(
@@ -160,9 +162,9 @@ def _popularity(folder: Path, items: Any) -> Float64[np.ndarray, " I"]:
 def _write(
     folder: Path,
     items: Any,
-    settled: Settled,
+    settled: ResolvedCodes,
     embedding: Float32[np.ndarray, "I E"],
-    report: Report,
+    report: SemanticIdReport,
 ) -> None:
     """All files beside their places first, then into them, the items last."""
     text = [

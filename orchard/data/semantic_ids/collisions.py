@@ -13,11 +13,11 @@ from jaxtyping import Float, Int, Int64
 from scipy.optimize import linear_sum_assignment
 
 from orchard import ragged
-from orchard.data.semantic_ids.quantize import Quantised, distances
+from orchard.data.semantic_ids.quantize import Quantized, distances
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settled:
+class ResolvedCodes:
     """Codes after a policy, and the order in which items are listed."""
 
     codes: Int64[np.ndarray, "I M"]
@@ -32,7 +32,7 @@ def groups(codes: Int[np.ndarray, "I L"]) -> tuple[Int64[np.ndarray, " I"], Any]
     return np.argsort(owner, kind="stable"), ragged.starts(np.bincount(owner))
 
 
-def extra_level(made: Quantised, prior: Float[np.ndarray, " I"]) -> Settled:
+def extra_level(made: Quantized, prior: Float[np.ndarray, " I"]) -> ResolvedCodes:
     """One level more: the place of an item among those that share its codes, by the prior."""
     codes = made.codes
     order, start = groups(codes)
@@ -40,12 +40,12 @@ def extra_level(made: Quantised, prior: Float[np.ndarray, " I"]) -> Settled:
     order = order[np.lexsort((order, -prior[order], owner))]
     place = np.empty(len(codes), dtype=np.int64)
     place[order] = ragged.places(start)
-    return Settled(
+    return ResolvedCodes(
         codes=np.concatenate([codes, place[:, None]], axis=1), order=np.arange(len(codes))
     )
 
 
-def reassign(made: Quantised, prior: Float[np.ndarray, " I"]) -> Settled:
+def reassign(made: Quantized, prior: Float[np.ndarray, " I"]) -> ResolvedCodes:
     """Colliding items share out the free codes of the last level at the least total distance.
 
     MiniOneRec re-assigns on the last level as well, by Sinkhorn's algorithm and without a promise
@@ -71,17 +71,17 @@ def reassign(made: Quantised, prior: Float[np.ndarray, " I"]) -> Settled:
     return keep(replace(made, codes=codes), prior)
 
 
-def keep(made: Quantised, prior: Float[np.ndarray, " I"]) -> Settled:
+def keep(made: Quantized, prior: Float[np.ndarray, " I"]) -> ResolvedCodes:
     """Leave them; within a group the items of higher prior are listed first."""
     listed = np.arange(len(made.codes))
     order, start = groups(made.codes)
     owner = np.repeat(np.arange(len(start) - 1), np.diff(start))
     ranked = order[np.lexsort((order, -prior[order], owner))]
     listed[order] = ranked  # the places of a group stay, its members change among them
-    return Settled(codes=made.codes, order=listed)
+    return ResolvedCodes(codes=made.codes, order=listed)
 
 
-POLICIES: Mapping[str, Callable[[Quantised, Float[np.ndarray, " I"]], Settled]] = {
+POLICIES: Mapping[str, Callable[[Quantized, Float[np.ndarray, " I"]], ResolvedCodes]] = {
     "extra_level": extra_level,
     "reassign": reassign,
     "keep": keep,

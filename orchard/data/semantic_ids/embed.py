@@ -67,7 +67,9 @@ def of_model(title: Sequence[str], folder: Path) -> Float32[np.ndarray, "I E"]:
         ) from error
     model = library.SentenceTransformer(str(folder), local_files_only=True)
     made: Any = model.encode(list(title), normalize_embeddings=True, show_progress_bar=True)
-    return embeddings.checked(np.asarray(made, dtype=np.float32), len(title), where=str(folder))
+    return embeddings.check_embeddings(
+        np.asarray(made, dtype=np.float32), len(title), where=str(folder)
+    )
 
 
 def of_interactions(

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from orchard.data.semantic_ids.collisions import groups
 
 
-class Level(TypedDict):
+class LevelQuality(TypedDict):
     """One level of the codes."""
 
     codes_used: int
@@ -29,19 +29,19 @@ class Level(TypedDict):
     """Prefixes with one continuation: forced, and free to decode."""
 
 
-class Quality(TypedDict):
+class CodeQuality(TypedDict):
     """What `measure` finds."""
 
     items: int
     distinct: int
     colliding_items: int
     largest_collision: int
-    levels: list[Level]
+    levels: list[LevelQuality]
 
 
-def measure(codes: Int[np.ndarray, "I L"]) -> Quality:
+def measure_codes(codes: Int[np.ndarray, "I L"]) -> CodeQuality:
     """Use of the codes, branching and collisions; codes are -1 past the end of shorter ones."""
-    levels: list[Level] = []
+    levels: list[LevelQuality] = []
     for level in range(codes.shape[1]):
         here = codes[codes[:, level] >= 0]
         used, count = np.unique(here[:, level], return_counts=True)
@@ -49,7 +49,7 @@ def measure(codes: Int[np.ndarray, "I L"]) -> Quality:
         below = np.unique(here[:, : level + 1], axis=0)
         children = np.diff(groups(below[:, :level])[1]) if level else np.array([len(used)])
         levels.append(
-            Level(
+            LevelQuality(
                 codes_used=len(used),
                 perplexity=float(np.exp(-(share * np.log(share)).sum())),
                 prefixes=len(children),
@@ -59,7 +59,7 @@ def measure(codes: Int[np.ndarray, "I L"]) -> Quality:
             )
         )
     sharing = np.diff(groups(codes)[1])
-    return Quality(
+    return CodeQuality(
         items=len(codes),
         distinct=len(sharing),
         colliding_items=int(sharing[sharing > 1].sum()),

@@ -23,7 +23,7 @@ _BALANCED_ITERATIONS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class Quantised:
+class Quantized:
     """Codes and what they stand for."""
 
     codes: Int64[np.ndarray, "I L"]
@@ -35,13 +35,13 @@ class Quantised:
     """What the last level had to quantise."""
 
 
-def quantise(
+def quantize(
     embedding: Float32[np.ndarray, "I E"],
     sizes: Sequence[int],
     *,
     balanced: bool = False,
     seed: int = 0,
-) -> Quantised:
+) -> Quantized:
     """Codes of `len(sizes)` levels; equal seeds give equal codes.
 
     Raises:
@@ -63,7 +63,7 @@ def quantise(
         codes.append(code)
         books.append(book)
         errors.append(float((rest.astype(np.float64) ** 2).sum()) / variance)
-    return Quantised(
+    return Quantized(
         codes=np.stack(codes, axis=1),
         codebook=tuple(books),
         error=np.array(errors),

@@ -18,7 +18,7 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
-from orchard.data.semantic_ids.quantize import Quantised, centroids, check_sizes
+from orchard.data.semantic_ids.quantize import Quantized, centroids, check_sizes
 
 _WIDTHS = (256, 32)
 """Of the hidden layer and of the code."""
@@ -43,7 +43,7 @@ class RqVae(nn.Module):
         )
         self.books = nn.ParameterList([nn.Parameter(torch.zeros(size, code)) for size in sizes])
 
-    def quantise(
+    def quantize(
         self, vector: Float[Tensor, "I D"]
     ) -> tuple[Int64[Tensor, "I L"], Float[Tensor, "L I D"], Float[Tensor, "L I D"]]:
         """The nearest code of each level, its vector, and what the level had to quantise."""
@@ -59,7 +59,7 @@ class RqVae(nn.Module):
     def loss(self, points: Float[Tensor, "I E"]) -> tuple[Float[Tensor, ""], Int64[Tensor, "I L"]]:
         """What is minimised, and the codes that the points take."""
         vector = self.encoder(points)
-        codes, taken, left = self.quantise(vector)
+        codes, taken, left = self.quantize(vector)
         straight = vector + (taken.sum(0) - vector).detach()
         recovered = functional.mse_loss(self.decoder(straight), points)
         books = functional.mse_loss(taken, left.detach())
@@ -78,15 +78,15 @@ class RqVae(nn.Module):
     @torch.no_grad()
     def revive(self, used: Sequence[Tensor], points: Float[Tensor, "I E"]) -> None:
         """Codes that were not `used` start again at what some of the points left to their level."""
-        left = self.quantise(self.encoder(points))[2]
+        left = self.quantize(self.encoder(points))[2]
         for level, book in enumerate(self.books):
             idle = (used[level] == 0).nonzero().squeeze(1)[: len(points)]
             book[idle] = left[level, torch.randperm(len(points))[: len(idle)]]
 
 
-def quantise_learned(
+def quantize_learned(
     embedding: Float32[np.ndarray, "I E"], sizes: Sequence[int], *, seed: int = 0
-) -> Quantised:
+) -> Quantized:
     """Codes of `len(sizes)` levels by an RQ-VAE; equal seeds give equal codes.
 
     `error` is of the embeddings recovered from the codes up to each level. Codebooks and what is
@@ -102,10 +102,10 @@ def quantise_learned(
         torch.manual_seed(seed)
         made = _train(points, sizes, seed)
     with torch.no_grad():
-        codes, taken, left = made.quantise(made.encoder(points))
+        codes, taken, left = made.quantize(made.encoder(points))
         parts = (made.decoder(one) for one in taken.cumsum(0))
         error = [float(((part - points).double() ** 2).mean()) for part in parts]
-    return Quantised(
+    return Quantized(
         codes=codes.numpy(),
         codebook=tuple(book.detach().numpy() for book in made.books),
         error=np.array(error) / float((points.double() ** 2).mean()),

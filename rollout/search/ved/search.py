@@ -28,30 +28,30 @@ from jaxtyping import Bool, Float32, Float64, Int64
 from orchard import ragged
 from orchard.catalog.trie import Children, Trie
 from orchard.errors import ConfigError
-from orchard.scorers.prefix_critic import Critic, Values
+from orchard.scorers.prefix_critic import PrefixCritic, Values
 from orchard.settings import VedConfig
 from orchard.types import Prompts
 from rollout.candidates import Candidates
-from rollout.engine.protocol import Engine
-from rollout.item_filter import Allowed, Gate, gate
+from rollout.engine.protocol import DecodingBackend
+from rollout.item_filter import ItemFilter, PrefixMask, make_prefix_mask
 from rollout.search.beam import draw, uniforms
-from rollout.search.topk import best
-from rollout.search.ved.select import harvest
-from rollout.search.ved.tree import visit, visit_roots
+from rollout.search.topk import top_k
+from rollout.search.ved.select import select_candidates
+from rollout.search.ved.tree import expand, expand_roots
 
 TRAVERSALS_PER_TOKEN = 4
 """Bound on the traversals of a prompt: one that grows nothing costs nothing."""
 
 
 def ved(
-    engine: Engine,
+    engine: DecodingBackend,
     prompts: Prompts,
     settings: VedConfig,
     *,
     count: int,
     seed: int,
-    allowed: Allowed | None = None,
-    critic: Critic | None = None,
+    allowed: ItemFilter | None = None,
+    critic: PrefixCritic | None = None,
 ) -> Candidates:
     """Up to `count` candidates per prompt, within `settings.budget` forward tokens each.
 
@@ -65,13 +65,13 @@ def ved(
     the policy's own head says.
 
     Raises:
-        CatalogueError: `allowed` belongs to another catalogue or another batch.
+        CatalogError: `allowed` belongs to another catalog or another batch.
         ConfigError: the budget does not cover the beam.
         EngineError: a prompt does not fit the engine, the policy has diverged, or there is neither
             a critic nor a value head.
     """
     check_budget(settings, engine.trie)
-    entry = gate(engine.trie, allowed, len(prompts)) if allowed else None
+    entry = make_prefix_mask(engine.trie, allowed, len(prompts)) if allowed else None
     values = critic.values(prompts) if critic else None
     search = _Search(engine, prompts, settings, seed, entry, values)
     search.begin()
@@ -83,7 +83,7 @@ def ved(
             traversal += 1
         search.evaluate()
     cost = replace(search.cost, counts=search.counts)
-    return harvest(engine.trie, search.visited, count, len(prompts), cost)
+    return select_candidates(engine.trie, search.visited, count, len(prompts), cost)
 
 
 def check_budget(settings: VedConfig, trie: Trie) -> None:
@@ -112,15 +112,15 @@ class _Search:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: DecodingBackend,
         prompts: Prompts,
         settings: VedConfig,
         seed: int,
-        entry: Gate | None,
+        entry: PrefixMask | None,
         values: Values | None,
     ) -> None:
         self._engine, self._settings, self._gate, self._values = engine, settings, entry, values
-        self.visited, self.cost = visit_roots(engine, prompts, entry, values)
+        self.visited, self.cost = expand_roots(engine, prompts, entry, values)
         depth, self.counts = engine.trie.depth, Counter[str]()
         # The root's own distribution counts one, as in the paper.
         self._spent = np.ones(len(prompts), np.int64)
@@ -178,7 +178,7 @@ class _Search:
         """The likeliest entries of each prompt, as many as the beam is wide."""
         by = prompt.argsort(kind="stable")
         start = ragged.starts(np.bincount(prompt, minlength=len(self._spent)))
-        kept = best(
+        kept = top_k(
             torch.from_numpy(start),
             torch.from_numpy(score[by]),
             torch.from_numpy(node[by]),
@@ -224,7 +224,7 @@ class _Search:
     def _visit(self, entry: Int64[np.ndarray, " F"], owner: Int64[np.ndarray, " F"]) -> None:
         if len(entry) == 0:
             return
-        self.visited, cost = visit(
+        self.visited, cost = expand(
             self._engine, self.visited, entry, owner, self._gate, self._values
         )
         self._visits = np.concatenate([self._visits, np.zeros(len(entry), np.int64)])

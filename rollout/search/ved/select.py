@@ -14,11 +14,13 @@ from orchard.catalog.trie import Trie
 from orchard.types import Cost
 from rollout.candidates import Candidates
 from rollout.search.beam import collect
-from rollout.search.topk import in_order
-from rollout.search.ved.tree import Visited
+from rollout.search.topk import sort_by_score
+from rollout.search.ved.tree import VedTree
 
 
-def harvest(trie: Trie, tree: Visited, count: int, num_prompts: int, cost: Cost) -> Candidates:
+def select_candidates(
+    trie: Trie, tree: VedTree, count: int, num_prompts: int, cost: Cost
+) -> Candidates:
     """The `count` leaves of the highest value of each prompt, ordered by likelihood.
 
     Where too few were visited, free leaves below visited prefixes complete them, by distributions
@@ -36,7 +38,9 @@ def harvest(trie: Trie, tree: Visited, count: int, num_prompts: int, cost: Cost)
     new = np.arange(len(leaf), len(prompt))
     logprob[new, tree.depth[owner]] = tree.child_logprob[entry]
     score = np.concatenate([tree.score[leaf], tree.score[owner] + tree.child_logprob[entry]])
-    by = in_order(torch.from_numpy(prompt), torch.from_numpy(score), torch.from_numpy(node)).numpy()
+    by = sort_by_score(
+        torch.from_numpy(prompt), torch.from_numpy(score), torch.from_numpy(node)
+    ).numpy()
     device = trie.code.device
     candidates = collect(
         trie,
@@ -51,7 +55,7 @@ def harvest(trie: Trie, tree: Visited, count: int, num_prompts: int, cost: Cost)
 
 
 def _completions(
-    trie: Trie, tree: Visited, wanted: Int64[np.ndarray, " B"]
+    trie: Trie, tree: VedTree, wanted: Int64[np.ndarray, " B"]
 ) -> tuple[Int64[np.ndarray, " K"], Int64[np.ndarray, " K"], Int64[np.ndarray, " K"]]:
     """Free children that are leaves, as many per prompt as wanted: entry, owner, trie node.
 

@@ -20,13 +20,13 @@ from orchard.catalog.trie import ROOT
 from orchard.errors import EngineError
 from orchard.scorers.prefix_critic import Values
 from orchard.types import Cost, Prompts
-from rollout.engine.protocol import Engine, Expansion
-from rollout.item_filter import Gate
-from rollout.search.beam import sound, spans
+from rollout.engine.protocol import DecodingBackend, NextCodeLogprobs
+from rollout.item_filter import PrefixMask
+from rollout.search.beam import check_finite, spans
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Visited:
+class VedTree:
     """Nodes in the order in which they were visited, the roots first: node b is prompt b itself."""
 
     prompt: Int64[np.ndarray, " N"]
@@ -95,9 +95,12 @@ class Visited:
             node = np.where(inside, self.parent[node], node)
 
 
-def visit_roots(
-    engine: Engine, prompts: Prompts, entry: Gate | None = None, values: Values | None = None
-) -> tuple[Visited, Cost]:
+def expand_roots(
+    engine: DecodingBackend,
+    prompts: Prompts,
+    entry: PrefixMask | None = None,
+    values: Values | None = None,
+) -> tuple[VedTree, Cost]:
     """The trees of nothing but their prompts; children that `entry` does not admit are taken.
 
     Nodes are worth what `values` has them, by default what the policy's own head has.
@@ -106,24 +109,24 @@ def visit_roots(
         EngineError: a prompt does not fit the engine, the policy has diverged, or there is neither
             `values` nor a value head to guide by.
     """
-    expansion = sound(engine, engine.prefill(prompts))
+    expansion = check_finite(engine, engine.prefill(prompts))
     number, root = np.arange(len(prompts)), np.full(len(prompts), ROOT)
     nothing, zero = np.zeros(len(prompts), np.int64), np.zeros(len(prompts), np.float32)
-    visited = Visited(
+    visited = VedTree(
         prompt=number, parent=nothing - 1, node=root, depth=nothing, logprob=zero, score=zero,
         **_evaluated(expansion, number, torch.from_numpy(root), entry, values),
     )  # fmt: skip
     return visited, Cost(prefill_tokens=len(prompts.token), passes=1)
 
 
-def visit(
-    engine: Engine,
-    visited: Visited,
+def expand(
+    engine: DecodingBackend,
+    visited: VedTree,
     entry: Int64[np.ndarray, " F"],
     owner: Int64[np.ndarray, " F"],
-    gate: Gate | None = None,
+    gate: PrefixMask | None = None,
     values: Values | None = None,
-) -> tuple[Visited, Cost]:
+) -> tuple[VedTree, Cost]:
     """Evaluate chosen children in one forward pass; their forced codes go with them.
 
     Args:
@@ -142,11 +145,11 @@ def visit(
     below = trie.descend(torch.from_numpy(visited.child[entry]).to(above.device))
     token, start = spans(engine, above, below)
     state = torch.from_numpy(visited.state[owner]).to(above.device)
-    expansion = sound(engine, engine.extend(state, token, start, below))
+    expansion = check_finite(engine, engine.extend(state, token, start, below))
     logprob = visited.child_logprob[entry]
     is_leaf = (trie.num_children(below) == 0).cpu().numpy()
     visited.taken[entry] = True
-    new = Visited(
+    new = VedTree(
         prompt=visited.prompt[owner],
         parent=owner,
         node=below.cpu().numpy(),
@@ -162,10 +165,10 @@ def visit(
 
 
 def _evaluated(
-    expansion: Expansion,
+    expansion: NextCodeLogprobs,
     prompt: Int64[np.ndarray, " F"],
     node: Int64[Tensor, " F"],
-    gate: Gate | None,
+    gate: PrefixMask | None,
     values: Values | None,
 ) -> dict[str, np.ndarray]:
     """The fields that an expansion of nodes of the given prompts knows."""
@@ -186,7 +189,7 @@ def _evaluated(
     taken = np.zeros(len(logprob), bool)
     if gate is not None:
         child = expansion.children.node
-        taken = ~gate.admits(torch.from_numpy(prompt[owner]).to(child.device), child).cpu().numpy()
+        taken = ~gate.allows(torch.from_numpy(prompt[owner]).to(child.device), child).cpu().numpy()
     return {
         "value": value,
         "entropy": np.bincount(owner, surprise, minlength=len(start) - 1).astype(np.float32),
@@ -198,12 +201,12 @@ def _evaluated(
     }
 
 
-def _join(one: Visited, other: Visited) -> Visited:
+def _join(one: VedTree, other: VedTree) -> VedTree:
     """The nodes of both, the children of the second behind those of the first."""
     start = np.concatenate([one.child_start, one.child_start[-1] + other.child_start[1:]])
     both = {
         f.name: np.concatenate([getattr(one, f.name), getattr(other, f.name)])
-        for f in fields(Visited)
+        for f in fields(VedTree)
         if f.name != "child_start"
     }
     return replace(one, **both, child_start=start)

@@ -17,7 +17,7 @@ import pytest
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from cluster.actors import jobs
-from cluster.actors.jobs import Order, request
+from cluster.actors.jobs import JobRequest, request
 from orchard import config
 from orchard.errors import ActorError, ConfigError
 from orchard.settings import Config
@@ -32,7 +32,7 @@ def settings(*changes: str) -> Config:
 
 
 def test_a_request_is_what_one_would_type() -> None:
-    order = Order(
+    order = JobRequest(
         working_dir=ROOT,
         runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
         grace_s=90.0,
@@ -57,17 +57,17 @@ def test_a_relative_folder_would_be_lost_with_the_job() -> None:
         (["output=/mnt/runs"], "data.path = runs/quickstart-data is relative"),
     ):
         with pytest.raises(ConfigError, match=key):
-            request(settings(*changes), QUICKSTART, changes, Order(working_dir=ROOT))
+            request(settings(*changes), QUICKSTART, changes, JobRequest(working_dir=ROOT))
 
 
 def test_what_ray_would_refuse_on_the_cluster_is_refused_here(tmp_path: Path) -> None:
     both = {"pip": ["a"], "uv": ["b"]}
     with pytest.raises(ConfigError, match="runtime environment is refused by Ray"):
-        request(settings(), QUICKSTART, [], Order(working_dir=ROOT, runtime_env=both))
+        request(settings(), QUICKSTART, [], JobRequest(working_dir=ROOT, runtime_env=both))
     with pytest.raises(ConfigError, match="outside the working directory"):
-        request(settings(), QUICKSTART, [], Order(working_dir=tmp_path))
+        request(settings(), QUICKSTART, [], JobRequest(working_dir=tmp_path))
     with pytest.raises(ConfigError, match="choose sft or train"):
-        request(settings(), QUICKSTART, [], Order(working_dir=ROOT, command="serve"))
+        request(settings(), QUICKSTART, [], JobRequest(working_dir=ROOT, command="serve"))
 
 
 def test_a_runtime_environment_is_a_mapping_in_a_file(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ class Server(JobSubmissionClient):
 
 
 def test_a_run_is_submitted_again_only_when_it_is_not_at_work() -> None:
-    asked = request(settings(), QUICKSTART, [], Order(working_dir=ROOT))
+    asked = request(settings(), QUICKSTART, [], JobRequest(working_dir=ROOT))
     busy: Any = Server(JobStatus.RUNNING)
     with pytest.raises(ConfigError, match="at work already as job toy-1; stop it first"):
         jobs.submit(busy, asked)
@@ -123,7 +123,7 @@ def test_a_run_is_submitted_again_only_when_it_is_not_at_work() -> None:
 def test_a_young_cluster_is_asked_again_and_an_idle_one_not_for_ever(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked = request(settings(), QUICKSTART, [], Order(working_dir=ROOT))
+    asked = request(settings(), QUICKSTART, [], JobRequest(working_dir=ROOT))
     server: Any = Server(JobStatus.STOPPED)
     take, refusals = server.submit_job, iter([True, True])
 
@@ -212,7 +212,7 @@ def test_a_job_runs_on_a_cluster_from_the_working_directory_alone(
     head: str, tmp_path: Path
 ) -> None:
     """`data synth` in the place of a run: what travels, what is printed, how it ends."""
-    asked = request(settings(), QUICKSTART, [], Order(working_dir=ROOT))
+    asked = request(settings(), QUICKSTART, [], JobRequest(working_dir=ROOT))
     out = tmp_path / "world"
     python = shlex.quote(sys.executable)
     asked["entrypoint"] = f"{python} -m cluster.cli data synth {out} --items 30 --users 20"

@@ -1,14 +1,14 @@
 import subprocess
 import sys
 
-from cluster.actors.memory import MemoryWatch, resident_bytes
+from cluster.actors.memory import MemoryMonitor, resident_bytes
 
 HOLD = "x = bytearray(80 << 20); print('held', flush=True); input()"
 
 
 def test_the_memory_of_children_counts_and_the_peak_remembers_it() -> None:
     before = resident_bytes()
-    with MemoryWatch(every_s=0.01) as watch:
+    with MemoryMonitor(every_s=0.01) as watch:
         child = subprocess.Popen(
             [sys.executable, "-c", HOLD], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )

@@ -11,7 +11,7 @@ import pytest
 import ray
 
 from cluster.actors.pool import Pool
-from orchard.errors import ActorError, DataError, UnfitError
+from orchard.errors import ActorError, DataError, WeightMismatchError
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -50,7 +50,7 @@ class Worker:
         os._exit(1)
 
     def doubt(self) -> None:
-        raise UnfitError("2 nats from the learner's")
+        raise WeightMismatchError("2 nats from the learner's")
 
 
 def pool(**changes: Any) -> Pool:
@@ -125,7 +125,7 @@ def test_complaints_are_passed_on_and_not_retried() -> None:
 def test_an_unfit_actor_is_replaced_and_a_second_one_ends_the_run() -> None:
     async def scenario() -> None:
         workers = pool(size=1)
-        with pytest.raises(UnfitError, match="2 nats"):
+        with pytest.raises(WeightMismatchError, match="2 nats"):
             await workers.broadcast("doubt", timeout_s=60.0)
         assert workers.restarts == 1
         assert workers.failures["doubt", "unfit"] == 2
@@ -134,7 +134,7 @@ def test_an_unfit_actor_is_replaced_and_a_second_one_ends_the_run() -> None:
             await actor.doubt.remote()
 
         workers.on_start = catch_up
-        with pytest.raises(UnfitError, match="2 nats"):
+        with pytest.raises(WeightMismatchError, match="2 nats"):
             await workers.broadcast("doubt", timeout_s=60.0)
         workers.close()
 

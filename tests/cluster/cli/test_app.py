@@ -11,14 +11,14 @@ import ray
 
 from cluster.cli import app as cli
 from cluster.training.run import check_engines, prepare
-from cluster.training.run_dir import export, open_folder
+from cluster.training.run_dir import open_run_dir, save_policy
 from orchard import config
 from orchard.data.synthetic import WorldParams, write_world
 from orchard.errors import EngineError
 from orchard.policy import model
 from orchard.policy.titles import from_titles
 from orchard.policy.weights import snapshot
-from orchard.testing import save_policy, tiny_policy, tiny_title_tokenizer
+from orchard.testing import save_model_folder, tiny_policy, tiny_title_tokenizer
 from orchard.types import PolicyVersion
 
 TINY = WorldParams(num_items=60, num_users=60, level_size=(4, 5, 6))
@@ -100,7 +100,7 @@ def test_training_without_a_policy_names_the_remedy(
     assert "holds no config.json" in refused("train", world, f"model.path={world.parent}")
 
 
-def test_items_that_form_no_catalogue_are_refused(world: Path, refused: Callable[..., str]) -> None:
+def test_items_that_form_no_catalog_are_refused(world: Path, refused: Callable[..., str]) -> None:
     items = world.parent / "data" / "items.parquet"
     good = pq.read_table(items)["sid"].to_pylist()
     rewrite(items, sid=[None, *good[1:]])
@@ -118,7 +118,7 @@ def test_rows_that_cannot_be_used_are_refused(world: Path, refused: Callable[...
     rewrite(train, history=[[], *history[1:]])
     assert "empty history" in refused("sft", world)
     rewrite(train, history=[[12345], *history[1:]])
-    assert "item 12345 is not in the catalogue" in refused("sft", world)
+    assert "item 12345 is not in the catalog" in refused("sft", world)
     pq.write_table(rows.slice(0, 0), train)
     assert "has no rows" in refused("sft", world)
     words = {
@@ -153,9 +153,9 @@ def test_a_machine_without_vllm_is_told_so_at_once(
 def saved_policy(world: Path) -> Path:
     """A run folder with a warm start, as `orchard sft` leaves it, but untrained."""
     run = prepare(config.load(world), "sft")
-    open_folder(run)
+    open_run_dir(run)
     first = model.create(run.config.model, run.vocabulary, seed=0)
-    export(run, run.result, PolicyVersion(step=1, digest="x"), snapshot(first))
+    save_policy(run, run.result, PolicyVersion(step=1, digest="x"), snapshot(first))
     return run.result
 
 
@@ -176,12 +176,12 @@ def test_a_damaged_policy_is_refused(
     assert message in refused("train", world)
 
 
-def test_a_policy_of_another_catalogue_is_refused(world: Path, refused: Callable[..., str]) -> None:
+def test_a_policy_of_another_catalog_is_refused(world: Path, refused: Callable[..., str]) -> None:
     saved_policy(world)
     items = world.parent / "data" / "items.parquet"
     sids = pq.read_table(items)["sid"].to_pylist()
     rewrite(items, sid=[sids[-1], *sids[1:-1], sids[0]])
-    assert "was trained on catalogue" in refused("train", world)
+    assert "was trained on catalog" in refused("train", world)
 
 
 def test_a_run_continues_only_under_its_own_configuration(
@@ -200,11 +200,11 @@ def test_a_run_continues_only_under_its_own_configuration(
     assert capsys.readouterr().out.count("everything checks out") == 2
 
 
-def test_a_beam_wider_than_the_catalogue_is_announced(
+def test_a_beam_wider_than_the_catalog_is_announced(
     world: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cli.main(["sft", str(world), "evaluate.beams=5000", "--dry-run"])
-    assert "wider than the catalogue" in caplog.text
+    assert "wider than the catalog" in caplog.text
 
 
 def test_synthetic_data_is_written_once(tmp_path: Path, refused: Callable[..., str]) -> None:
@@ -236,7 +236,7 @@ def test_items_may_be_titles_in_the_tokens_of_a_policy(
     assert "greater than or equal to 259" in refused("sft", world, "data.title_tokens=9")
     tokenizer = tiny_title_tokenizer()
     policy, _ = tiny_policy(from_titles(titles, tokenizer), tokenizer=tokenizer)
-    save_policy(policy, tokenizer, world.parent / "text")
+    save_model_folder(policy, tokenizer, world.parent / "text")
     cli.main(
         ["sft", str(world), "data.titles=true", f"model.path={world.parent / 'text'}", "--dry-run"]
     )

@@ -15,17 +15,17 @@ from cluster.cli import rllib
 from cluster.cli.rllib import RllibBackend
 from cluster.training.run import prepare
 from orchard import config
-from orchard.catalog.catalog import Catalogue
+from orchard.catalog.catalog import Catalog
 from orchard.data.prompts import Split
 from orchard.data.synthetic import WorldParams, write_world
 from orchard.errors import ConfigError
 from orchard.policy import model
-from orchard.scorers.fit_critic import TorchBackend, draw_walks, measure
-from orchard.scorers.prefix_critic import Critic
+from orchard.scorers.fit_critic import TorchCriticBackend, measure_critic, sample_trajectories
+from orchard.scorers.prefix_critic import PrefixCritic
 from orchard.settings import Config, CriticConfig, VedConfig
-from orchard.testing import tiny_catalogue
-from rollout.actor import Searcher
-from rollout.engine.payload import Receiver, Sender
+from orchard.testing import tiny_catalog
+from rollout.actor import RolloutWorker
+from rollout.engine.payload import PayloadDecoder, PayloadEncoder
 from rollout.search.ved.search import ved
 
 
@@ -59,14 +59,14 @@ def file(data: Path, tmp_path: Path) -> Path:
 
 def start(settings: Config) -> None:
     """A warm start without a value head."""
-    from cluster.training.run_dir import export, open_folder
+    from cluster.training.run_dir import open_run_dir, save_policy
     from orchard.policy.weights import digest, snapshot
     from orchard.types import PolicyVersion
 
     first = prepare(settings, "sft")
-    open_folder(first)
+    open_run_dir(first)
     weights = snapshot(model.create(first.config.model, first.vocabulary, seed=0))
-    export(first, first.result, PolicyVersion(step=0, digest=digest(weights)), weights)
+    save_policy(first, first.result, PolicyVersion(step=0, digest=digest(weights)), weights)
 
 
 def test_a_fitted_critic_guides_a_policy_that_has_no_head(
@@ -80,9 +80,9 @@ def test_a_fitted_critic_guides_a_policy_that_has_no_head(
     assert "explained" in capsys.readouterr().out
     run = prepare(settings, "train")
     assert run.critic is not None
-    given = (run.config.rollout, run.policy, run.catalogue, run.vocabulary, 0)
+    given = (run.config.rollout, run.policy, run.catalog, run.vocabulary, 0)
     prompts = run.form.prompts(run.train, np.arange(8))
-    trees = Searcher(*given, run.critic).search(prompts, seed=0)
+    trees = RolloutWorker(*given, run.critic).search(prompts, seed=0)
     assert trees.value is not None
     inside = np.flatnonzero((trees.step > 0) & np.isfinite(trees.value))
     said = run.critic.values(prompts)(
@@ -93,15 +93,15 @@ def test_a_fitted_critic_guides_a_policy_that_has_no_head(
     assert prepare(settings, "sft").critic is None  # who warm-starts needs none
 
 
-def test_a_critic_travels_to_a_worker_without_its_catalogue() -> None:
-    sender, critic = Sender(), critic_of()
+def test_a_critic_travels_to_a_worker_without_its_catalog() -> None:
+    sender, critic = PayloadEncoder(), critic_of()
     find = partial(ved, settings=VedConfig(), count=6, seed=0, critic=critic)
-    first, second = sender.pack(find), sender.pack(find)
-    assert [type(one) for one in first.new.values()] == [Catalogue]
+    first, second = sender.encode(find), sender.encode(find)
+    assert [type(one) for one in first.new.values()] == [Catalog]
     assert not second.new
-    arrived = Receiver(torch.device("cpu"))
-    arrived.unpack(first)
-    again = cast(Any, arrived.unpack(second)).keywords["critic"]
+    arrived = PayloadDecoder(torch.device("cpu"))
+    arrived.decode(first)
+    again = cast(Any, arrived.decode(second)).keywords["critic"]
     table, node = torch.tensor([[3, 4, -1]]), torch.tensor([[0, 1]])
     for here, there in zip(critic.eval()(table, node), again.eval()(table, node), strict=True):
         torch.testing.assert_close(here, there)
@@ -119,15 +119,17 @@ def test_without_its_requirements_rllib_is_refused(monkeypatch: pytest.MonkeyPat
         RllibBackend(critic_of(), CriticConfig())
 
 
-def critic_of() -> Critic:
+def critic_of() -> PrefixCritic:
     torch.manual_seed(3)
-    return Critic(
-        tiny_catalogue(varying_depth=True),
+    return PrefixCritic(
+        tiny_catalog(varying_depth=True),
         max_history=3, hidden_size=16, layers=1, heads=2, dropout=0.2,
     )  # fmt: skip
 
 
-def by(backend: Callable[..., TorchBackend | RllibBackend]) -> tuple[list[float], dict[str, float]]:
+def by(
+    backend: Callable[..., TorchCriticBackend | RllibBackend],
+) -> tuple[list[float], dict[str, float]]:
     """Losses of some updates, and what the critic then is worth on walks that it did not see."""
     critic, rows = critic_of(), np.arange(40)
     split = Split(
@@ -137,12 +139,12 @@ def by(backend: Callable[..., TorchBackend | RllibBackend]) -> tuple[list[float]
     torch.manual_seed(4)
     losses: list[float] = []
     for seed in range(21):
-        walks = draw_walks(
+        walks = sample_trajectories(
             critic, split, rows, contrasts=3, level_weight=(0.3, 0.5, 1.0), discount=0.9,
             draw=np.random.default_rng(seed),
         )  # fmt: skip
         if seed == 20:
-            return losses, measure(critic, [walks])
+            return losses, measure_critic(critic, [walks])
         losses.append(learner.learn(walks))
     raise AssertionError
 
@@ -154,7 +156,7 @@ def by(backend: Callable[..., TorchBackend | RllibBackend]) -> tuple[list[float]
     reason="RLlib's requirements (requirements/rllib.txt) are not installed",
 )
 def test_rllib_makes_the_updates_of_the_reference() -> None:
-    (ours, good), (theirs, same) = by(TorchBackend), by(RllibBackend)
+    (ours, good), (theirs, same) = by(TorchCriticBackend), by(RllibBackend)
     np.testing.assert_allclose(theirs, ours, rtol=1e-4)
     assert ours[-1] < ours[0]
     for name, value in good.items():

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cluster.cli import app as cli
 from cluster.cli.export import MODEL_CARD
 from cluster.training.run import Run, prepare
-from cluster.training.run_dir import export, open_folder
+from cluster.training.run_dir import open_run_dir, save_policy
 from orchard import config
 from orchard.catalog import catalog
 from orchard.data.synthetic import WorldParams, write_world
@@ -41,7 +41,7 @@ def run_file(tmp_path: Path) -> Path:
 def started(path: Path) -> Run:
     """A run with the policy that a warm start begins from, in the place of its result."""
     run = prepare(config.load(path), "sft")
-    open_folder(run)
+    open_run_dir(run)
     run.policy.rename(run.result)
     return prepare(config.load(path), "train")
 
@@ -52,7 +52,7 @@ def evaluated(run: Run) -> None:
     )
     found = Evaluation(
         metrics=ranking.metrics(ranks, width=10), ranks=ranks, row=np.arange(3), width=10,
-        seconds=1.0, policy="0", catalogue=run.catalogue.digest, extra={},
+        seconds=1.0, policy="0", catalog=run.catalog.digest, extra={},
     )  # fmt: skip
     ranking.write(found, run.dir / "evaluation" / "warm_start.json")
 
@@ -84,8 +84,8 @@ def test_the_folder_has_everything_and_computes_the_same(run_file: Path, tmp_pat
     rows = [row.tolist() for row in np.split(prompts.token, prompts.token_start[1:-1])]
     assert logprobs(out, rows) == logprobs(run.policy, rows)
     assert len(AutoTokenizer.from_pretrained(out)) == run.vocabulary.size
-    assert catalog.load(out / "catalogue").digest == run.catalogue.digest
-    head = value_head.head_of(model.load(out, run.vocabulary))
+    assert catalog.load(out / "catalogue").digest == run.catalog.digest
+    head = value_head.value_head_of(model.load(out, run.vocabulary))
     assert head is not None
     card = (out / MODEL_CARD).read_text()
     known = ranking.read(out / "evaluation" / "warm_start.json").metrics["ndcg@10/sid"]
@@ -125,7 +125,7 @@ def test_adapters_are_exported_for_their_base(
 ) -> None:
     out, one = tmp_path / "adapter", ["export", str(run_file), str(tmp_path / "adapter")]
     begun = prepare(config.load(run_file), "sft")
-    open_folder(begun)
+    open_run_dir(begun)
     with pytest.raises(SystemExit):
         cli.main([*one, "--adapter", "--policy", str(begun.policy)])
     assert "model.lora.rank = 0: the run trains every weight" in capsys.readouterr().err
@@ -136,7 +136,7 @@ def test_adapters_are_exported_for_their_base(
         policy.get_parameter("model.layers.0.self_attn.o_proj.weight")[:, :32] += change
         policy.get_parameter("model.embed_tokens.weight").mul_(1.5)
     weights = snapshot(policy)
-    export(begun, begun.result, PolicyVersion(step=1, digest=digest(weights)), weights)
+    save_policy(begun, begun.result, PolicyVersion(step=1, digest=digest(weights)), weights)
     cli.main([*one, "--adapter", "model.lora.rank=2"])
     names = {path.name for path in out.iterdir()}
     assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"} <= names

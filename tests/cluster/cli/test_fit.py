@@ -9,8 +9,8 @@ from cluster.cli import app as cli
 from cluster.training.run import prepare
 from orchard import config
 from orchard.data.synthetic import WorldParams, write_world
-from rewards.registry import Knowledge
-from rewards.score import look_up
+from rewards.registry import RewardContext
+from rewards.score import preload
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_a_list_evaluator_is_fitted_measured_and_found_by_the_reward(
     assert 0 <= facts["hit@1/list"] <= 1
     assert facts["chance"] == 0.25
     at = prepare(config.load(world), "sft")
-    look_up({"listwise": 1.0}, Knowledge(catalogue=at.catalogue, folder=folder))
+    preload({"listwise": 1.0}, RewardContext(catalog=at.catalog, folder=folder))
 
 
 @pytest.mark.parametrize("name", ["rule", "nonsense"])

@@ -7,11 +7,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.cli.off_policy import judge_log
+from cluster.cli.off_policy import evaluate_log
 from orchard.data.prompts import PromptFormat
 from orchard.errors import DataError
 from orchard.policy import weights
-from orchard.testing import World, brute_force, tiny_world
+from orchard.testing import TinySetup, brute_force, tiny_setup
 from orchard.types import Prompts
 from rollout.engine.torch import TorchEngine
 from rollout.search.beam import sample
@@ -21,10 +21,10 @@ from serve.testing import export_policy
 HISTORY = [3, 17, 5]
 
 
-def drawn(world: World, number: int) -> list[dict[str, object]]:
+def drawn(world: TinySetup, number: int) -> list[dict[str, object]]:
     """Single draws after one history, as the endpoint logs them."""
-    items = world.catalogue
-    form = PromptFormat(catalogue=items, vocabulary=world.vocabulary)
+    items = world.catalog
+    form = PromptFormat(catalog=items, vocabulary=world.vocabulary)
     rows = np.array(HISTORY)
     token, start = form.tokens(rows, np.array([0, 3]))
     prompts = Prompts(
@@ -45,7 +45,7 @@ def drawn(world: World, number: int) -> list[dict[str, object]]:
 
 
 def test_a_policy_is_judged_by_what_another_one_drew(tmp_path: Path) -> None:
-    world = tiny_world(num_items=40)
+    world = tiny_setup(num_items=40)
     rows = drawn(world, 3000)
     rows.append(rows[0] | {"request_id": "slate", "width": 10})
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), tmp_path / "log.parquet")
@@ -64,13 +64,13 @@ def test_a_policy_is_judged_by_what_another_one_drew(tmp_path: Path) -> None:
     name = next(iter(values))
     weights.restore(world.model, values | {name: values[name] * 0.8})
     folder = export_policy(world, tmp_path / "policy", step=1)
-    items = world.catalogue
-    form = PromptFormat(catalogue=items, vocabulary=world.vocabulary)
+    items = world.catalog
+    form = PromptFormat(catalog=items, vocabulary=world.vocabulary)
     token, _ = form.tokens(np.array(HISTORY), np.array([0, 3]))
     logprob = brute_force(world.model, world.vocabulary, items, token)
     truth = float(np.exp(logprob) @ reward[items.item_of_leaf[items.leaf_start[:-1]]])
 
-    found = judge_log(folder, tmp_path / "log.parquet", tmp_path / "rewards.parquet", None)
+    found = evaluate_log(folder, tmp_path / "log.parquet", tmp_path / "rewards.parquet", None)
     for estimator in ("is", "snips", "pdis", "dr"):
         one = found.value[estimator]
         assert one.n == 3000
@@ -80,11 +80,11 @@ def test_a_policy_is_judged_by_what_another_one_drew(tmp_path: Path) -> None:
 
 
 def test_a_log_without_single_draws_is_refused(tmp_path: Path) -> None:
-    world = tiny_world(num_items=40)
+    world = tiny_setup(num_items=40)
     folder = export_policy(world, tmp_path / "policy", step=1)
     rows = [row | {"decoder": "beam"} for row in drawn(world, 5)]
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), tmp_path / "log.parquet")
     nothing = {"request_id": ["1"], "item_id": [1], "reward": [1.0]}
     pq.write_table(pa.table(nothing), tmp_path / "rewards.parquet")
     with pytest.raises(DataError, match="of 5 rows of .* none is a single unrestricted draw"):
-        judge_log(folder, tmp_path / "log.parquet", tmp_path / "rewards.parquet", None)
+        evaluate_log(folder, tmp_path / "log.parquet", tmp_path / "rewards.parquet", None)

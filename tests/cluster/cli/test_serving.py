@@ -19,7 +19,7 @@ from ray import serve as ray_serve
 from cluster.cli import app as cli
 from cluster.cli import serving
 from orchard.errors import CheckpointError, ConfigError, DataError
-from orchard.testing import tiny_world
+from orchard.testing import tiny_setup
 from serve.app import DEPLOYMENT, build
 from serve.metrics import COUNTERS, GAUGES, HISTOGRAMS
 from serve.testing import export_policy
@@ -27,7 +27,7 @@ from serve.testing import export_policy
 
 @pytest.fixture
 def policy(tmp_path: Path) -> Path:
-    return export_policy(tiny_world(num_items=40), tmp_path / "runs" / "toy" / "policy", step=7)
+    return export_policy(tiny_setup(num_items=40), tmp_path / "runs" / "toy" / "policy", step=7)
 
 
 def free_port() -> int:

@@ -1,4 +1,4 @@
-"""What Prometheus is shown: the catalogue, and values that stay."""
+"""What Prometheus is shown: the catalog, and values that stay."""
 
 import json
 import math
@@ -87,7 +87,7 @@ def test_matches_of_steps_are_no_parts_of_the_reward() -> None:
     assert not find("rewards/step_signal_share")
 
 
-def test_a_step_is_shown_under_the_names_of_the_catalogue(
+def test_a_step_is_shown_under_the_names_of_the_catalog(
     listening: tuple[Exporter, str],
 ) -> None:
     exporter, url = listening

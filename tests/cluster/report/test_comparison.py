@@ -9,8 +9,8 @@ from cluster.cli import app as cli
 from cluster.report.comparison import write_comparison
 from orchard.errors import DataError
 from orchard.evaluation import ranking
-from orchard.testing import an_evaluation
-from orchard.tracking.metrics_log import Logbook
+from orchard.testing import make_evaluation
+from orchard.tracking.metrics_log import MetricsLogger
 
 
 def a_run(folder: Path, *, rate: float, hit: float, num_rows: int = 500) -> Path:
@@ -18,10 +18,10 @@ def a_run(folder: Path, *, rate: float, hit: float, num_rows: int = 500) -> Path
     (folder / "config.toml").write_text(
         f'name = "{folder.name}"\n[learner]\nlr = {rate}\nsteps = 2\n'
     )
-    with Logbook(folder) as logbook:
+    with MetricsLogger(folder) as metrics_logger:
         for step in (1, 2):
-            logbook.log("train", step, {"rewards/mean": hit * step, "learner/kl": 0.1})
-    found = an_evaluation(hit, num_rows=num_rows)
+            metrics_logger.log("train", step, {"rewards/mean": hit * step, "learner/kl": 0.1})
+    found = make_evaluation(hit, num_rows=num_rows)
     ranking.write(found, folder / "evaluation" / "trained.json")
     return folder
 

@@ -12,8 +12,8 @@ from cluster.report.plots import Curve, curves, running_mean
 from cluster.report.report import gather, page, write_report
 from orchard.errors import DataError
 from orchard.evaluation import ranking
-from orchard.testing import an_evaluation
-from orchard.tracking.metrics_log import FILE, Logbook, Series
+from orchard.testing import make_evaluation
+from orchard.tracking.metrics_log import FILE, MetricsLogger, Series
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 PARTS = ("config.toml", FILE, "evaluation")
@@ -55,8 +55,8 @@ class Outline(HTMLParser):
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     (tmp_path / "config.toml").write_text('name = "a <b>"\n[learner]\nsteps = 3\n')
-    with Logbook(tmp_path) as logbook:
-        logbook.log("sft", 1, {"sft/loss": 2.0, "sft/epoch_s": 4.0})
+    with MetricsLogger(tmp_path) as metrics_logger:
+        metrics_logger.log("sft", 1, {"sft/loss": 2.0, "sft/epoch_s": 4.0})
         for step in (1, 2, 3):
             values = {
                 "rewards/mean": 0.1 * step,
@@ -66,9 +66,9 @@ def run_dir(tmp_path: Path) -> Path:
                 "rollout/search_s": 1.25,
                 "made_up/<thing>": 1.0,
             }
-            logbook.log("train", step, values)
-    ranking.write(an_evaluation(0.3), tmp_path / "evaluation" / "warm_start.json")
-    ranking.write(an_evaluation(0.6), tmp_path / "evaluation" / "trained.json")
+            metrics_logger.log("train", step, values)
+    ranking.write(make_evaluation(0.3), tmp_path / "evaluation" / "warm_start.json")
+    ranking.write(make_evaluation(0.6), tmp_path / "evaluation" / "trained.json")
     return tmp_path
 
 
@@ -104,7 +104,8 @@ def test_the_table_sets_after_against_before_row_by_row(run_dir: Path) -> None:
     assert list(found.evaluations) == ["warm_start", "trained"]
     (change,) = found.changes.values()
     gain = (
-        an_evaluation(0.6).metrics["hr@10/sid"].mean - an_evaluation(0.3).metrics["hr@10/sid"].mean
+        make_evaluation(0.6).metrics["hr@10/sid"].mean
+        - make_evaluation(0.3).metrics["hr@10/sid"].mean
     )
     assert change["hr@10/sid"].mean == pytest.approx(gain)
     assert re.search(rf"class='up'>\+{f'{gain:.4f}'[1:]} <small>", page(found))
@@ -135,8 +136,8 @@ def test_a_report_is_made_of_whatever_is_there_and_says_what_is_not(
 
 
 def test_a_run_that_stopped_early_says_which_updates_it_lacks(run_dir: Path) -> None:
-    with Logbook(run_dir) as logbook:
-        logbook.rewind("train", 2)
+    with MetricsLogger(run_dir) as metrics_logger:
+        metrics_logger.rewind("train", 2)
     assert "Updates 3 to 3: the run was stopped or is going on." in gather(run_dir).missing
 
 
@@ -155,7 +156,7 @@ def test_broken_files_cost_their_part_and_no_more(run_dir: Path) -> None:
 
 
 def test_evaluations_of_other_rows_are_shown_but_not_compared(run_dir: Path) -> None:
-    ranking.write(an_evaluation(0.5, num_rows=300), run_dir / "evaluation" / "quick.json")
+    ranking.write(make_evaluation(0.5, num_rows=300), run_dir / "evaluation" / "quick.json")
     found = gather(run_dir)
     assert list(found.evaluations) == ["warm_start", "trained", "quick"]
     assert len(found.changes) == 1

@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 
 from cluster.actors.pool import Pool
-from cluster.training.best_checkpoint import SCORE, Champion
-from cluster.training.controller import Held, House
-from cluster.training.evaluate import evaluation_file, look
+from cluster.training.best_checkpoint import SCORE, BestCheckpoint
+from cluster.training.controller import Controller, PublishedWeights
+from cluster.training.evaluate import evaluate_split, evaluation_file
 from cluster.training.run import Run, prepare
-from cluster.training.run_dir import export, open_folder
+from cluster.training.run_dir import open_run_dir, save_policy
 from orchard import config
-from orchard.errors import Stopped
+from orchard.errors import RunInterrupted
 from orchard.evaluation import ranking
 from orchard.evaluation.ranking import Evaluation
 from orchard.policy import model
-from orchard.policy.store import exported_facts, exported_step
+from orchard.policy.store import exported_step, read_facts
 from orchard.policy.weights import Weights, digest, snapshot
 from orchard.types import PolicyVersion, Prompts
 from rollout.candidates import Candidates
@@ -55,44 +55,49 @@ def run(data: Path, tmp_path: Path) -> Run:
         """
     )
     found = prepare(config.load(path), "sft")
-    open_folder(found)
+    open_run_dir(found)
     return found
 
 
 @pytest.fixture
-def house(run: Run) -> House:
+def controller(run: Run) -> Controller:
     """Ranks in this process, whatever policy is asked for."""
     policy = model.create(run.config.model, run.vocabulary, seed=0)
     version = PolicyVersion(step=0, digest=digest(snapshot(policy)))
-    export(run, run.result, version, snapshot(policy), valid_score=0.5, valid_rows=8.0)
-    pool: Any = Here(TorchEngine(policy, run.catalogue.trie, run.vocabulary, version))
-    made = House.__new__(House)
-    made.run = run.then("evaluate", run.result)
+    save_policy(run, run.result, version, snapshot(policy), valid_score=0.5, valid_rows=8.0)
+    pool: Any = Here(TorchEngine(policy, run.catalog.trie, run.vocabulary, version))
+    made = Controller.__new__(Controller)
+    made.run = run.with_phase("evaluate", run.result)
     made.stopping = asyncio.Event()
     made.ranking = pool
-    held: dict[Pool, Held] = {pool: Held(policy=version, weights=None)}
+    held: dict[Pool, PublishedWeights] = {pool: PublishedWeights(policy=version, weights=None)}
     made._held = held  # pyright: ignore[reportPrivateUsage]
-    learner: Any = SimpleNamespace(kept=(version, snapshot(policy)))
+    learner: Any = SimpleNamespace(eval_weights=(version, snapshot(policy)))
     made.learner = learner
     return made
 
 
-def test_a_signal_ends_an_evaluation_and_leaves_nothing_half(house: House) -> None:
-    house.stopping.set()
-    with pytest.raises(Stopped, match="stopped while evaluating; the same command resumes"):
-        asyncio.run(look(house, house.run.policy, "warm_start"))
-    assert not evaluation_file(house.run, "warm_start").exists()
+def test_a_signal_ends_an_evaluation_and_leaves_nothing_half(controller: Controller) -> None:
+    controller.stopping.set()
+    with pytest.raises(RunInterrupted, match="stopped while evaluating; the same command resumes"):
+        asyncio.run(evaluate_split(controller, controller.run.policy, "warm_start"))
+    assert not evaluation_file(controller.run, "warm_start").exists()
 
 
-def test_an_evaluation_is_done_again_where_other_rows_are_asked_for(house: House) -> None:
-    first = asyncio.run(look(house, house.run.policy, "warm_start"))
-    assert asyncio.run(look(house, house.run.policy, "warm_start")).seconds == first.seconds
+def test_an_evaluation_is_done_again_where_other_rows_are_asked_for(controller: Controller) -> None:
+    first = asyncio.run(evaluate_split(controller, controller.run.policy, "warm_start"))
+    assert (
+        asyncio.run(evaluate_split(controller, controller.run.policy, "warm_start")).seconds
+        == first.seconds
+    )
     assert first.num_rows == 20
-    settings = house.run.config
+    settings = controller.run.config
     fewer = settings.evaluate.model_copy(update={"test_rows": 12})
-    house.run = replace(house.run, config=settings.model_copy(update={"evaluate": fewer}))
-    assert asyncio.run(look(house, house.run.policy, "warm_start")).num_rows == 12
-    assert ranking.read(evaluation_file(house.run, "warm_start")).num_rows == 12
+    controller.run = replace(controller.run, config=settings.model_copy(update={"evaluate": fewer}))
+    assert (
+        asyncio.run(evaluate_split(controller, controller.run.policy, "warm_start")).num_rows == 12
+    )
+    assert ranking.read(evaluation_file(controller.run, "warm_start")).num_rows == 12
 
 
 @pytest.mark.parametrize(
@@ -100,14 +105,14 @@ def test_an_evaluation_is_done_again_where_other_rows_are_asked_for(house: House
     [(8, 0.3, 0.5, 0), (4, 0.3, 0.3, 1), (0, 0.3, 7.0, 0)],
     ids=["as before", "on fewer rows", "on none"],
 )
-def test_a_champion_judged_otherwise_is_judged_again(
-    house: House, monkeypatch: pytest.MonkeyPatch, num_rows: int, score: float, best: float,
-    asked: int,
+def test_a_best_checkpoint_judged_otherwise_is_judged_again(
+    controller: Controller, monkeypatch: pytest.MonkeyPatch, num_rows: int, score: float, best:
+    float, asked: int,
 ) -> None:  # fmt: skip
-    run, calls = house.run, list[int]()
+    run, calls = controller.run, list[int]()
     policy = snapshot(model.load(run.policy))
     facts = {"valid_score": 0.5, "valid_rows": 8.0, "valid_beams": 10.0}
-    export(run, run.result, PolicyVersion(step=7, digest="x"), policy, **facts)
+    save_policy(run, run.result, PolicyVersion(step=7, digest="x"), policy, **facts)
 
     async def judged(_: object, rows: np.ndarray, **__: object) -> Evaluation:
         calls.append(len(rows))
@@ -115,15 +120,15 @@ def test_a_champion_judged_otherwise_is_judged_again(
         found: Any = SimpleNamespace(metrics=metrics, extra={})
         return found
 
-    monkeypatch.setattr(house, "evaluate", judged)
-    champion = asyncio.run(Champion.of(house, num_rows=num_rows, beams=10))
-    assert champion.best == best
+    monkeypatch.setattr(controller, "evaluate", judged)
+    best_checkpoint = asyncio.run(BestCheckpoint.of(controller, num_rows=num_rows, beams=10))
+    assert best_checkpoint.best == best
     assert len(calls) == asked
 
     async def kept(version: PolicyVersion, weights: Weights) -> None:
-        house.learner.kept = version, weights
-        await champion.consider()
+        controller.learner.eval_weights = version, weights
+        await best_checkpoint.evaluate_and_keep()
 
     asyncio.run(kept(PolicyVersion(step=6, digest="y"), policy))
     assert exported_step(run.result) == 7  # no better than it, by the new measure
-    assert exported_facts(run.result)["valid_score"] == 0.5
+    assert read_facts(run.result)["valid_score"] == 0.5

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from cluster.training.rollout_stream import Stream
+from cluster.training.rollout_stream import RolloutStream
 from orchard.types import PolicyVersion
 
 
@@ -29,15 +29,15 @@ class World:
 async def run(world: World, *, steps: int, max_lag: int, first: int = 0) -> list[tuple[int, int]]:
     """(step, lag) of every batch, with a publication after each."""
     world.published = version(first)
-    stream = Stream(world.rollout, first=first, last=steps, max_lag=max_lag)
-    stream.admit(world.published)
+    stream = RolloutStream(world.rollout, first=first, last=steps, max_lag=max_lag)
+    stream.release(world.published)
     seen: list[tuple[int, int]] = []
     async for trees in stream:
         in_flight = len(world.begun) - len(seen)
         assert in_flight <= max_lag + 1
         seen.append((trees.step, world.published.step - trees.policy.step))
         world.published = version(world.published.step + 1)
-        stream.admit(world.published)
+        stream.release(world.published)
     await stream.close()
     return seen
 
@@ -67,8 +67,8 @@ def test_a_failed_rollout_is_raised_and_the_rest_is_cancelled() -> None:
         await asyncio.Event().wait()
 
     async def scenario() -> None:
-        stream = Stream(failing, first=0, last=3, max_lag=2)
-        stream.admit(version(0))
+        stream = RolloutStream(failing, first=0, last=3, max_lag=2)
+        stream.release(version(0))
         with pytest.raises(ValueError, match="broken"):
             await anext(aiter(stream))
         await asyncio.wait_for(stream.close(), timeout=5)
@@ -79,11 +79,11 @@ def test_a_failed_rollout_is_raised_and_the_rest_is_cancelled() -> None:
 def test_a_stopped_stream_ends_at_once_whatever_is_running() -> None:
     async def scenario() -> list[int]:
         world, stop, seen = World([1, 10**9]), asyncio.Event(), list[int]()
-        stream = Stream(world.rollout, first=0, last=5, max_lag=0, stop=stop)
-        stream.admit(version(0))
+        stream = RolloutStream(world.rollout, first=0, last=5, max_lag=0, stop=stop)
+        stream.release(version(0))
         async for trees in stream:
             seen.append(trees.step)
-            stream.admit(version(1))
+            stream.release(version(1))
             asyncio.get_running_loop().call_later(0.01, stop.set)
         await stream.close()
         return seen

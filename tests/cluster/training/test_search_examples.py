@@ -7,18 +7,18 @@ import numpy as np
 import pytest
 
 from cluster.report.sections import examples
-from cluster.training.search_examples import describe, telling
+from cluster.training.search_examples import describe, pick_examples
 from orchard.policy import value_head
 from orchard.settings import VedConfig
-from orchard.testing import tiny_catalogue, tiny_policy, tiny_prompts
+from orchard.testing import tiny_catalog, tiny_policy, tiny_prompts
 from orchard.types import PolicyVersion, ScoredTrees
-from rewards.score import score
+from rewards.score import score_trees
 from rollout.engine.torch import TorchEngine
 from rollout.search.beam import beam
 from rollout.search.ved.search import ved
-from rollout.search_trees import grow
+from rollout.search_trees import build_search_trees
 
-ITEMS = tiny_catalogue(num_items=60, level_size=(6, 5, 6))
+ITEMS = tiny_catalog(num_items=60, level_size=(6, 5, 6))
 PROMPTS = tiny_prompts(ITEMS, [1, 3, 2, 2, 4])
 WEIGHTS = {"rule": 1.0, "ranking": 1.0}
 
@@ -32,10 +32,10 @@ def found() -> tuple[ScoredTrees, ScoredTrees]:
     engine = TorchEngine(model, ITEMS.trie, vocabulary, version)
     guided = ved(engine, PROMPTS, VedConfig(budget=17, width=4), count=8, seed=0)
     both = [
-        grow(PROMPTS, one, ITEMS, vocabulary, version)
+        build_search_trees(PROMPTS, one, ITEMS, vocabulary, version)
         for one in (guided, beam(engine, PROMPTS, width=8))
     ]
-    return score(both[0], ITEMS, WEIGHTS), score(both[1], ITEMS, WEIGHTS)
+    return score_trees(both[0], ITEMS, WEIGHTS), score_trees(both[1], ITEMS, WEIGHTS)
 
 
 def test_an_example_says_what_the_tree_holds(found: tuple[ScoredTrees, ScoredTrees]) -> None:
@@ -64,7 +64,7 @@ def test_the_hits_furthest_down_and_one_miss_are_told(
     scored, _ = found
     trees = scored.trees
     hits = {int(p) for p in trees.prompt_of_candidate[scored.parts["rule"] > 0]}
-    shown = telling(scored, ITEMS).tolist()
+    shown = pick_examples(scored, ITEMS).tolist()
     assert len(set(shown)) == len(shown)
     assert sum(at in hits for at in shown) == min(2, len(hits))
     assert sum(at not in hits for at in shown) == 1
@@ -89,5 +89,5 @@ def test_with_hits_alone_or_misses_alone_there_are_fewer_examples(
     for rows in (hits, np.setdiff1d(np.arange(len(trees)), hits)):
         some = trees.select(rows)
         alone = ScoredTrees(trees=some, reward=np.zeros(len(some.leaf), np.float32), parts={})
-        assert set(telling(alone, ITEMS).tolist()) <= set(range(len(rows)))
-        assert len(telling(alone, ITEMS)) == min(len(rows), 2 if rows is hits else 1)
+        assert set(pick_examples(alone, ITEMS).tolist()) <= set(range(len(rows)))
+        assert len(pick_examples(alone, ITEMS)) == min(len(rows), 2 if rows is hits else 1)

@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from cluster.training.controller import EXACT, ROUNDED, tolerance
+from cluster.training.controller import EXACT, ROUNDED, probe_tolerance
 from learner.batch.sft import pack_answers
-from learner.trainer import Learner
+from learner.trainer import Trainer
 from orchard.data.prompts import PromptFormat
-from orchard.errors import UnfitError
+from orchard.errors import WeightMismatchError
 from orchard.settings import ClusterConfig, Config, DataConfig, LearnerConfig, RolloutConfig
-from orchard.testing import World, tiny_policy, tiny_world
+from orchard.testing import TinySetup, tiny_policy, tiny_setup
 from rollout.engine.torch import TorchEngine
-from rollout.probe import Probe, check
+from rollout.probe import LogprobProbe, verify
 
 Dtype = Literal["float32", "bfloat16"]
 EVERY = [(s, t) for s in ("float32", "bfloat16") for t in ("float32", "bfloat16")]
@@ -28,36 +28,36 @@ def settings(searching: Dtype, learning: Dtype, bound: float | None = None) -> C
 
 
 @pytest.fixture(scope="module")
-def world() -> World:
-    return tiny_world(level_size=(16, 16, 16), num_items=400, lengths=tuple(range(16)))
+def world() -> TinySetup:
+    return tiny_setup(level_size=(16, 16, 16), num_items=400, lengths=tuple(range(16)))
 
 
-def probed(world: World, config: Config, *, seed: int) -> tuple[TorchEngine, Probe]:
+def probed(world: TinySetup, config: Config, *, seed: int) -> tuple[TorchEngine, LogprobProbe]:
     """An engine with the policy of a seed, and what a learner makes of that of seed 0."""
-    catalogue, vocabulary = world.catalogue, world.vocabulary
-    model, _ = tiny_policy(catalogue)
-    learner = Learner(model, catalogue.trie, vocabulary, config.learner, total_steps=1)
-    form = PromptFormat(catalogue=catalogue, vocabulary=vocabulary)
+    catalog, vocabulary = world.catalog, world.vocabulary
+    model, _ = tiny_policy(catalog)
+    learner = Trainer(model, catalog.trie, vocabulary, config.learner, total_steps=1)
+    form = PromptFormat(catalog=catalog, vocabulary=vocabulary)
     score = learner.score(pack_answers(world.prompts, form, world.version))
-    found, _ = tiny_policy(catalogue, seed=seed)
+    found, _ = tiny_policy(catalog, seed=seed)
     nn.Module.to(found, dtype=getattr(torch, config.rollout.dtype))
-    return TorchEngine(found, catalogue.trie, vocabulary, world.version), Probe(
-        prompts=world.prompts, leaf=catalogue.leaf_of_item[world.prompts.target], score=score,
-        tolerance=tolerance(config),
+    return TorchEngine(found, catalog.trie, vocabulary, world.version), LogprobProbe(
+        prompts=world.prompts, leaf=catalog.leaf_of_item[world.prompts.target], score=score,
+        tolerance=probe_tolerance(config),
     )  # fmt: skip
 
 
 @pytest.mark.parametrize(("searching", "learning"), EVERY)
 def test_rounding_passes_and_other_weights_do_not(
-    world: World, searching: Dtype, learning: Dtype
+    world: TinySetup, searching: Dtype, learning: Dtype
 ) -> None:
     config = settings(searching, learning)
-    apart = check(*probed(world, config, seed=0))
+    apart = verify(*probed(world, config, seed=0))
     # Were this otherwise, one bound would do for all.
     assert (apart > EXACT) == ((searching, learning) != ("float32", "float32"))
-    assert apart < tolerance(config) / 2
-    with pytest.raises(UnfitError, match="nats from the learner's"):
-        check(*probed(world, config, seed=1))
+    assert apart < probe_tolerance(config) / 2
+    with pytest.raises(WeightMismatchError, match="nats from the learner's"):
+        verify(*probed(world, config, seed=1))
 
 
 @pytest.mark.parametrize(("searching", "learning"), EVERY)
@@ -65,5 +65,5 @@ def test_the_bound_is_that_of_the_coarser_precision_unless_one_is_set(
     searching: Dtype, learning: Dtype
 ) -> None:
     exact = searching == learning == "float32"
-    assert tolerance(settings(searching, learning)) == (EXACT if exact else ROUNDED)
-    assert tolerance(settings(searching, learning, bound=0.07)) == 0.07
+    assert probe_tolerance(settings(searching, learning)) == (EXACT if exact else ROUNDED)
+    assert probe_tolerance(settings(searching, learning, bound=0.07)) == 0.07

@@ -9,37 +9,37 @@ import pytest
 import torch
 from torch import Tensor
 
-from learner.advantage.estimators import ESTIMATORS, assign
-from learner.advantage.sapo import judged_by_steps, step_matches, step_statistics, well_formed
+from learner.advantage.estimators import ESTIMATORS, compute_advantages
+from learner.advantage.sapo import add_step_rewards, step_matches, step_statistics, well_formed
 from learner.batch.pack import flatten, pack
 from learner.logprobs import choice_logprobs, to_tensors
 from learner.loss import policy_loss
-from orchard.catalog import catalog as catalogues
-from orchard.catalog.catalog import Catalogue
+from orchard.catalog import catalog as catalogs
+from orchard.catalog.catalog import Catalog
 from orchard.settings import LearnerConfig
 from orchard.testing import tiny_policy, tiny_prompts
 from orchard.types import Cost, PolicyVersion, ScoredTrees, SearchTrees
 from rollout.candidates import Candidates
-from rollout.search.thoughts import Thoughts, graft
-from rollout.search_trees import grow
+from rollout.search.thoughts import Thoughts, attach_thoughts
+from rollout.search_trees import build_search_trees
 
 EPSILON = 1e-6
 MATCHES = [(1, 1, 0), (1, 0, 0), (0, 0, 0), (0, 0, 0)]
 
 
 @pytest.fixture(scope="module")
-def cube() -> Catalogue:
+def cube() -> Catalog:
     """Every sequence of three codes of two, so that any pattern of matches exists."""
-    return catalogues.from_codes(list(product((0, 1), repeat=3)))
+    return catalogs.from_codes(list(product((0, 1), repeat=3)))
 
 
-def plain(cube: Catalogue, groups: list[list[int]], target: list[int]) -> ScoredTrees:
+def plain(cube: Catalog, groups: list[list[int]], target: list[int]) -> ScoredTrees:
     """Groups of the given leaves, whose prompts have the given target items."""
     prompts = tiny_prompts(cube, range(1, len(groups) + 1))
     return scored(grown(cube, replace(prompts, target=np.array(target)), groups))
 
 
-def grown(cube: Catalogue, prompts: object, groups: list[list[int]]) -> SearchTrees:
+def grown(cube: Catalog, prompts: object, groups: list[list[int]]) -> SearchTrees:
     leaf = np.concatenate([np.array(g, np.int64) for g in groups])
     node = cube.trie.path(cube.trie.leaf_node[leaf]).numpy()
     draw = np.random.default_rng(len(leaf))
@@ -51,7 +51,7 @@ def grown(cube: Catalogue, prompts: object, groups: list[list[int]]) -> SearchTr
         leaf=leaf, cost=Cost(),
     )  # fmt: skip
     version = PolicyVersion(step=0, digest="0" * 64)
-    return grow(prompts, found, cube, tiny_policy(cube)[1], version)  # pyright: ignore
+    return build_search_trees(prompts, found, cube, tiny_policy(cube)[1], version)  # pyright: ignore
 
 
 def scored(trees: SearchTrees) -> ScoredTrees:
@@ -62,7 +62,7 @@ def scored(trees: SearchTrees) -> ScoredTrees:
 
 
 def thinking(
-    cube: Catalogue, samples: list[int], *, codes: int = 1, missing: int = -1
+    cube: Catalog, samples: list[int], *, codes: int = 1, missing: int = -1
 ) -> ScoredTrees:
     """Prompts with so many samples of three blocks each; `missing` lacks its last block.
 
@@ -88,13 +88,13 @@ def thinking(
     )
     prompts = tiny_prompts(cube, range(1, len(samples) + 1))
     found = [draw.integers(8, size=codes).tolist() for _ in range(total)]
-    trees = graft(prompts, thoughts, grown(cube, thoughts.contexts(prompts), found), 3)
+    trees = attach_thoughts(prompts, thoughts, grown(cube, thoughts.contexts(prompts), found), 3)
     return scored(trees)
 
 
-def test_step_advantages_equal_the_worked_example(cube: Catalogue) -> None:
+def test_step_advantages_equal_the_worked_example(cube: Catalog) -> None:
     leaf = [4 * (1 - a) + 2 * (1 - b) + (1 - c) for a, b, c in MATCHES]
-    judged = judged_by_steps(plain(cube, [leaf], [0]), cube)
+    judged = add_step_rewards(plain(cube, [leaf], [0]), cube)
     assert judged.step_reward is not None
     assert judged.step_reward.tolist() == [list(map(float, m)) for m in MATCHES]
     credit = ESTIMATORS["step"](judged, EPSILON)
@@ -105,30 +105,30 @@ def test_step_advantages_equal_the_worked_example(cube: Catalogue) -> None:
     assert statistics == {"match_1": 0.5, "match_2": 0.25, "match_3": 0, "step_signal_share": 1}
 
 
-def test_steps_that_were_not_judged_have_no_statistics(cube: Catalogue) -> None:
+def test_steps_that_were_not_judged_have_no_statistics(cube: Catalog) -> None:
     assert step_statistics(plain(cube, [[0, 1]], [0])) == {}
 
 
-def test_a_code_matches_by_position_or_only_below_a_matching_prefix(cube: Catalogue) -> None:
+def test_a_code_matches_by_position_or_only_below_a_matching_prefix(cube: Catalog) -> None:
     trees = plain(cube, [[0b011, 0b101, 0b110]], [0b111]).trees
     assert step_matches(trees, cube).tolist() == [[0, 1, 1], [1, 0, 1], [1, 1, 0]]
     assert step_matches(trees, cube, prefix=True).tolist() == [[0, 0, 0], [1, 0, 0], [1, 1, 0]]
 
 
-def test_two_prompts_give_what_each_gives_alone(cube: Catalogue) -> None:
+def test_two_prompts_give_what_each_gives_alone(cube: Catalog) -> None:
     groups, target = [[0, 1, 5], [7, 7, 2, 4]], [0, 6]
-    together = ESTIMATORS["step"](judged_by_steps(plain(cube, groups, target), cube), EPSILON)
+    together = ESTIMATORS["step"](add_step_rewards(plain(cube, groups, target), cube), EPSILON)
     alone = [
-        ESTIMATORS["step"](judged_by_steps(plain(cube, [g], [t]), cube), EPSILON).advantage
+        ESTIMATORS["step"](add_step_rewards(plain(cube, [g], [t]), cube), EPSILON).advantage
         for g, t in zip(groups, target, strict=True)
     ]
     np.testing.assert_allclose(together.advantage, np.concatenate(alone), atol=1e-6)
 
 
 def test_block_and_code_of_a_step_share_its_advantage_and_the_length_of_both(
-    cube: Catalogue,
+    cube: Catalog,
 ) -> None:
-    judged = judged_by_steps(thinking(cube, [4, 3]), cube)
+    judged = add_step_rewards(thinking(cube, [4, 3]), cube)
     credit, trees = ESTIMATORS["step"](judged, EPSILON), judged.trees
     assert credit.advantage.shape == (7, 6)
     np.testing.assert_array_equal(credit.advantage[:, :3], credit.advantage[:, 3:])
@@ -142,11 +142,11 @@ def test_block_and_code_of_a_step_share_its_advantage_and_the_length_of_both(
     assert total == pytest.approx(1)
 
 
-def test_a_sample_with_a_wrong_number_of_blocks_earns_nothing(cube: Catalogue) -> None:
+def test_a_sample_with_a_wrong_number_of_blocks_earns_nothing(cube: Catalog) -> None:
     raw = thinking(cube, [3, 3], missing=1)
     formed = well_formed(raw.trees, 3)
     assert formed.sum() == 5
-    judged = judged_by_steps(raw, cube)
+    judged = add_step_rewards(raw, cube)
     assert judged.step_reward is not None
     assert not judged.step_reward[~formed].any()
     assert not judged.reward[~formed].any()
@@ -156,7 +156,7 @@ def test_a_sample_with_a_wrong_number_of_blocks_earns_nothing(cube: Catalogue) -
     assert credit.weight[~formed][0, 2] == 0
     assert credit.weight[~formed][0, 5] == pytest.approx(1 / (6 * 3))
     config = LearnerConfig.model_validate({"estimator": "step", "step": {"format_weight": 0.5}})
-    step, form = assign(judged, config)
+    step, form = compute_advantages(judged, config)
     np.testing.assert_allclose(form.weight, ESTIMATORS["group"](judged, EPSILON).weight / 2)
     assert (form.advantage[~formed][path[~formed] >= 0] < 0).all()
     one, other = form.advantage[judged.trees.prompt_of_candidate == 0, 0], form.advantage
@@ -165,13 +165,15 @@ def test_a_sample_with_a_wrong_number_of_blocks_earns_nothing(cube: Catalogue) -
     assert np.isfinite(other).all()
 
 
-def test_switches_act_on_codes_alone(cube: Catalogue) -> None:
-    judged = judged_by_steps(thinking(cube, [5]), cube)
+def test_switches_act_on_codes_alone(cube: Catalog) -> None:
+    judged = add_step_rewards(thinking(cube, [5]), cube)
     whole = ESTIMATORS["step"](judged, EPSILON)
     settings = {"estimator": "step", "std_epsilon": EPSILON}
 
     def switched(**step: float) -> np.ndarray:
-        (credit,) = assign(judged, LearnerConfig.model_validate(settings | {"step": step}))
+        (credit,) = compute_advantages(
+            judged, LearnerConfig.model_validate(settings | {"step": step})
+        )
         return credit.advantage * credit.weight
 
     plain = whole.advantage * whole.weight
@@ -184,7 +186,7 @@ def test_switches_act_on_codes_alone(cube: Catalogue) -> None:
 
 
 @pytest.mark.parametrize("codes", [1, 3])
-def test_trees_of_thoughts_hold_each_sample_whole(cube: Catalogue, codes: int) -> None:
+def test_trees_of_thoughts_hold_each_sample_whole(cube: Catalog, codes: int) -> None:
     trees = thinking(cube, [3, 1, 2], codes=codes).trees
     trie = cube.trie
     assert trees.node_start.tolist() == sorted({*trees.node_start.tolist()})
@@ -209,11 +211,11 @@ def test_trees_of_thoughts_hold_each_sample_whole(cube: Catalogue, codes: int) -
 @pytest.mark.parametrize("codes", [1, 4])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_packed_thinking_groups_have_the_loss_and_gradients_of_flat_ones(
-    cube: Catalogue, codes: int, temperature: float
+    cube: Catalog, codes: int, temperature: float
 ) -> None:
-    judged = judged_by_steps(thinking(cube, [4, 2, 3], codes=codes, missing=2), cube)
+    judged = add_step_rewards(thinking(cube, [4, 2, 3], codes=codes, missing=2), cube)
     config = LearnerConfig.model_validate({"estimator": "step", "step": {"format_weight": 0.3}})
-    credits = assign(judged, config)
+    credits = compute_advantages(judged, config)
     found: list[tuple[float, float, list[Tensor]]] = []
     layouts: list[Callable[..., object]] = [pack, flatten]
     for layout in layouts:
@@ -239,10 +241,10 @@ def test_packed_thinking_groups_have_the_loss_and_gradients_of_flat_ones(
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
 
 
-def test_a_prompt_is_read_once_for_all_its_samples(cube: Catalogue) -> None:
-    judged = judged_by_steps(thinking(cube, [4]), cube)
+def test_a_prompt_is_read_once_for_all_its_samples(cube: Catalog) -> None:
+    judged = add_step_rewards(thinking(cube, [4]), cube)
     vocabulary = tiny_policy(cube)[1]
-    credits = assign(judged, LearnerConfig(estimator="step"))
+    credits = compute_advantages(judged, LearnerConfig(estimator="step"))
     packed = pack(judged, credits, cube, vocabulary)
     flat = flatten(judged, credits, cube, vocabulary)
     prompt = len(judged.trees.prompts.token)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner.advantage.estimators import ESTIMATORS, assign
+from learner.advantage.estimators import ESTIMATORS, compute_advantages
 from learner.advantage.sibling import node_advantages, sibling
 from learner.batch.pack import pack
 from orchard.catalog.catalog import from_codes
@@ -17,7 +17,7 @@ from orchard.testing import tiny_policy, tiny_prompts
 from orchard.types import PolicyVersion, ScoredTrees
 from rollout.engine.torch import TorchEngine
 from rollout.search.beam import beam
-from rollout.search_trees import grow
+from rollout.search_trees import build_search_trees
 
 Grow = Callable[..., ScoredTrees]
 EPSILON = 1e-4
@@ -26,12 +26,12 @@ CODES = ((1, 2, 3), (1, 2, 4), (1, 5, 6), (7, 8, 9))
 
 def worked_example(num_prompts: int = 1) -> tuple[ScoredTrees, list[tuple[int, ...]]]:
     """Groups of the four sequences, rewards 1, 0, 0, 0; and the codes of each candidate."""
-    catalogue = from_codes([*CODES, (0, 0, 0)], level_size=(8, 9, 10))
-    model, vocabulary = tiny_policy(catalogue)
+    catalog = from_codes([*CODES, (0, 0, 0)], level_size=(8, 9, 10))
+    model, vocabulary = tiny_policy(catalog)
     version = PolicyVersion(step=0, digest="")
-    prompts = tiny_prompts(catalogue, [2] * num_prompts)
-    found = beam(TorchEngine(model, catalogue.trie, vocabulary, version), prompts, width=5)
-    codes = [tuple(row) for row in catalogue.codes[catalogue.item_of_leaf[found.leaf]].tolist()]
+    prompts = tiny_prompts(catalog, [2] * num_prompts)
+    found = beam(TorchEngine(model, catalog.trie, vocabulary, version), prompts, width=5)
+    codes = [tuple(row) for row in catalog.codes[catalog.item_of_leaf[found.leaf]].tolist()]
     kept = np.array([code in CODES for code in codes])
     start = np.concatenate([[0], np.cumsum(kept)])[found.start]
     part = type(found)(
@@ -40,7 +40,7 @@ def worked_example(num_prompts: int = 1) -> tuple[ScoredTrees, list[tuple[int, .
     )  # fmt: skip
     codes = [code for code in codes if code in CODES]
     reward = np.array([float(code == CODES[0]) for code in codes], np.float32)
-    trees = grow(prompts, part, catalogue, vocabulary, version)
+    trees = build_search_trees(prompts, part, catalog, vocabulary, version)
     return ScoredTrees(trees=trees, reward=reward, parts={}), codes
 
 
@@ -129,11 +129,13 @@ def test_the_sum_adds_two_losses_and_the_blend_averages_two_advantages(
 ) -> None:
     scored = score_random([6, 4])
     group, nodes = (ESTIMATORS[name](scored, EPSILON) for name in ("group", "sibling"))
-    first, second = assign(scored, LearnerConfig(estimator="group_sibling", sibling_weight=0.5))
+    first, second = compute_advantages(
+        scored, LearnerConfig(estimator="group_sibling", sibling_weight=0.5)
+    )
     np.testing.assert_array_equal(first.weight, group.weight)
     np.testing.assert_array_equal(second.advantage, nodes.advantage)
     np.testing.assert_allclose(second.weight, 0.5 * nodes.weight)
-    (blend,) = assign(scored, LearnerConfig(estimator="blend"))
+    (blend,) = compute_advantages(scored, LearnerConfig(estimator="blend"))
     steps = (scored.trees.paths() >= 0).sum(1)
     expected = 0.5 * group.advantage[:, 0] + 0.5 * nodes.advantage.sum(1) / steps
     np.testing.assert_allclose(blend.advantage[:, 0], expected, rtol=1e-5, atol=1e-7)
@@ -142,10 +144,14 @@ def test_the_sum_adds_two_losses_and_the_blend_averages_two_advantages(
 
 def test_a_packed_node_carries_its_term_once() -> None:
     scored, _ = worked_example()
-    catalogue = from_codes([*CODES, (0, 0, 0)], level_size=(8, 9, 10))
-    batch = pack(scored, [sibling(scored, EPSILON)], catalogue, tiny_policy(catalogue)[1])
+    catalog = from_codes([*CODES, (0, 0, 0)], level_size=(8, 9, 10))
+    batch = pack(scored, [sibling(scored, EPSILON)], catalog, tiny_policy(catalog)[1])
     advantage = node_advantages(scored, EPSILON)
-    carried = dict(zip(batch.edge.tolist(), (batch.gain + batch.loss).tolist(), strict=True))
+    carried = dict(
+        zip(
+            batch.chosen.tolist(), (batch.advantage_pos + batch.advantage_neg).tolist(), strict=True
+        )
+    )
     free = ~scored.trees.forced
     nodes = np.flatnonzero(scored.trees.step > 0)[free]
     for node in nodes:

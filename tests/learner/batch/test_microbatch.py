@@ -9,20 +9,20 @@ from transformers import PreTrainedModel
 from learner.advantage.estimators import ESTIMATORS
 from learner.batch.microbatch import micro_batches, row_lengths, shard
 from learner.batch.pack import pack
-from orchard.catalog.catalog import Catalogue
+from orchard.catalog.catalog import Catalog
 from orchard.policy.item_tokenizer import Vocabulary
 from orchard.types import ScoredTrees, TrainBatch
 
 
 @pytest.fixture(scope="module")
 def batch(
-    catalogue: Catalogue,
+    catalog: Catalog,
     policy: tuple[PreTrainedModel, Vocabulary],
     score_random: Callable[..., ScoredTrees],
 ) -> TrainBatch:
     """Seven rows of different lengths."""
     scored = score_random([4, 2, 7, 12, 3, 16, 9])
-    return pack(scored, [ESTIMATORS["group"](scored, 1e-4)], catalogue, policy[1])
+    return pack(scored, [ESTIMATORS["group"](scored, 1e-4)], catalog, policy[1])
 
 
 def signature(batch: TrainBatch) -> list[tuple[object, ...]]:
@@ -31,7 +31,11 @@ def signature(batch: TrainBatch) -> list[tuple[object, ...]]:
     return sorted(
         (rows[row], slot, edge, gain)
         for row, slot, edge, gain in zip(
-            batch.row, batch.slot.tolist(), batch.edge.tolist(), batch.gain.tolist(), strict=True
+            batch.row,
+            batch.query_slot.tolist(),
+            batch.chosen.tolist(),
+            batch.advantage_pos.tolist(),
+            strict=True,
         )
     )
 

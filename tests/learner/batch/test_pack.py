@@ -14,19 +14,19 @@ from learner.advantage.estimators import ESTIMATORS
 from learner.batch.pack import flatten, pack
 from learner.logprobs import choice_logprobs, to_tensors, tree_mask
 from orchard import ragged
-from orchard.catalog import catalog as catalogues
-from orchard.catalog.catalog import Catalogue
-from orchard.errors import CatalogueError
+from orchard.catalog import catalog as catalogs
+from orchard.catalog.catalog import Catalog
+from orchard.errors import CatalogError
 from orchard.policy.item_tokenizer import Vocabulary
-from orchard.testing import brute_force, tiny_catalogue, tiny_policy, tiny_prompts
-from orchard.types import Cost, Credit, PolicyVersion, ScoredTrees, SearchTrees
+from orchard.testing import brute_force, tiny_catalog, tiny_policy, tiny_prompts
+from orchard.types import Advantages, Cost, PolicyVersion, ScoredTrees, SearchTrees
 
 Grow = Callable[..., ScoredTrees]
 Policy = tuple[PreTrainedModel, Vocabulary]
 SIZES = (4, 1, 7, 12, 2)
 
 
-def credits_of(scored: ScoredTrees) -> list[Credit]:
+def credits_of(scored: ScoredTrees) -> list[Advantages]:
     """Two credits whose signs disagree on some candidates."""
     flipped = replace(scored, reward=np.roll(scored.reward, 1))
     return [ESTIMATORS["group"](scored, 1e-4), ESTIMATORS["drgrpo"](flipped, 1e-4)]
@@ -45,17 +45,17 @@ def lay_out(trees: SearchTrees, row: int) -> tuple[list[tuple[int, ...]], list[t
 
 
 def test_rows_hold_the_prompt_and_in_preorder_every_node_above_a_choice(
-    catalogue: Catalogue, policy: Policy, score_random: Grow
+    catalog: Catalog, policy: Policy, score_random: Grow
 ) -> None:
     scored = score_random(SIZES)
     trees, vocabulary = scored.trees, policy[1]
-    batch = pack(scored, credits_of(scored), catalogue, vocabulary)
+    batch = pack(scored, credits_of(scored), catalog, vocabulary)
     visible = tree_mask(to_tensors(batch).subtree_end).numpy()
     for row in range(len(trees)):
         prompt = trees.prompts.select(np.array([row])).token
         above, choice = lay_out(trees, row)
         last = torch.tensor([path[-1] for path in above], dtype=torch.long)
-        tokens = [*prompt, *vocabulary.token_of(catalogue.trie, last).tolist()] if choice else []
+        tokens = [*prompt, *vocabulary.token_of(catalog.trie, last).tolist()] if choice else []
         places = [*range(len(prompt)), *(len(prompt) + len(path) - 1 for path in above)]
         assert batch.token[row, : len(tokens)].tolist() == tokens
         assert batch.position[row, : len(tokens)].tolist() == places[: len(tokens)]
@@ -69,100 +69,104 @@ def test_rows_hold_the_prompt_and_in_preorder_every_node_above_a_choice(
 
 
 def test_choices_are_the_unforced_codes_with_the_summed_credit_of_their_candidates(
-    catalogue: Catalogue, policy: Policy, score_random: Grow
+    catalog: Catalog, policy: Policy, score_random: Grow
 ) -> None:
     scored = score_random(SIZES)
     trees, credits = scored.trees, credits_of(scored)
-    batch = pack(scored, credits, catalogue, policy[1])
+    batch = pack(scored, credits, catalog, policy[1])
     paths, owner = trees.paths(), trees.prompt_of_candidate
     found: list[tuple[int, ...]] = []
-    for choice, (row, edge) in enumerate(zip(batch.row, batch.edge, strict=True)):
+    for choice, (row, edge) in enumerate(zip(batch.row, batch.chosen, strict=True)):
         through = np.argwhere((trees.state[paths] == edge) & (paths >= 0) & (owner[:, None] == row))
         earned = [c.advantage[i, k] * c.weight[i, k] for c in credits for i, k in through]
-        assert batch.gain[choice] == pytest.approx(sum(max(a, 0) for a in earned), rel=1e-5)
-        assert batch.loss[choice] == pytest.approx(sum(min(a, 0) for a in earned), rel=1e-5)
+        assert batch.advantage_pos[choice] == pytest.approx(
+            sum(max(a, 0) for a in earned), rel=1e-5
+        )
+        assert batch.advantage_neg[choice] == pytest.approx(
+            sum(min(a, 0) for a in earned), rel=1e-5
+        )
         weight = sum(credits[0].weight[i, k] for i, k in through)
         assert batch.kl_weight[choice] == pytest.approx(weight, rel=1e-5)
         assert batch.behaviour_logprob[choice] == trees.logprob[
             trees.token_start[paths[*through[0]]]
         ]  # fmt: skip
-        above = [int(n) for n in catalogue.trie.path(torch.tensor([edge]))[0] if n >= 0]
+        above = [int(n) for n in catalog.trie.path(torch.tensor([edge]))[0] if n >= 0]
         assert batch.state[choice] == ([0, *above])[-2]
         found.append((int(row), *above))
     expected = [(row, *path) for row in range(len(trees)) for path in lay_out(trees, row)[1]]
     assert sorted(found) == sorted(expected)
-    assert (np.minimum(batch.gain, -batch.loss) > 0).any()
+    assert (np.minimum(batch.advantage_pos, -batch.advantage_neg) > 0).any()
 
 
 @pytest.mark.parametrize("layout", [pack, flatten])
 def test_choice_logprobs_add_up_to_those_of_an_ordinary_forward_pass_per_leaf(
-    catalogue: Catalogue, policy: Policy, score_random: Grow, layout: Callable[..., Any]
+    catalog: Catalog, policy: Policy, score_random: Grow, layout: Callable[..., Any]
 ) -> None:
     model, vocabulary = policy
     scored = score_random(SIZES)
     trees = scored.trees
-    batch = layout(scored, credits_of(scored), catalogue, vocabulary)
+    batch = layout(scored, credits_of(scored), catalog, vocabulary)
     with torch.no_grad():
-        logprob, _ = choice_logprobs(model, to_tensors(batch), catalogue.trie, vocabulary)
+        logprob, _ = choice_logprobs(model, to_tensors(batch), catalog.trie, vocabulary)
     paths = trees.paths()
     for i, prompt in enumerate(trees.prompt_of_candidate):
         row = prompt if layout is pack else i
         edges = trees.state[paths[i][paths[i] >= 0]]
-        total = logprob.numpy()[(batch.row == row) & np.isin(batch.edge, edges)].sum()
+        total = logprob.numpy()[(batch.row == row) & np.isin(batch.chosen, edges)].sum()
         tokens = trees.prompts.select(np.array([prompt])).token
-        expected = brute_force(model, vocabulary, catalogue, tokens)[trees.leaf[i]]
+        expected = brute_force(model, vocabulary, catalog, tokens)[trees.leaf[i]]
         assert total == pytest.approx(expected, abs=1e-5)
 
 
 def test_flat_rows_hold_one_candidate_each(
-    catalogue: Catalogue, policy: Policy, score_random: Grow
+    catalog: Catalog, policy: Policy, score_random: Grow
 ) -> None:
     scored = score_random(SIZES)
     credits = credits_of(scored)
-    flat = flatten(scored, credits, catalogue, policy[1])
-    packed = pack(scored, credits, catalogue, policy[1])
+    flat = flatten(scored, credits, catalog, policy[1])
+    packed = pack(scored, credits, catalog, policy[1])
     assert len(flat.token) == sum(SIZES)
     trees = scored.trees
     prompt = np.diff(trees.prompts.token_start)[trees.prompt_of_candidate]
     assert flat.flat_tokens == packed.flat_tokens == prompt.sum() + (trees.paths() >= 0).sum()
     assert packed.forward_tokens < flat.forward_tokens < flat.flat_tokens
-    for name in ("gain", "loss", "kl_weight"):
+    for name in ("advantage_pos", "advantage_neg", "kl_weight"):
         assert getattr(flat, name).sum() == pytest.approx(getattr(packed, name).sum(), rel=1e-4)
 
 
 def test_a_tree_without_a_choice_is_a_row_of_padding(
-    catalogue: Catalogue, policy: Policy, score_leaves: Grow
+    catalog: Catalog, policy: Policy, score_leaves: Grow
 ) -> None:
     scored = score_leaves([[0, 1, 2], [3, 3]])
     trees = scored.trees
     second = trees.prompt_of_node[ragged.owners(trees.token_start)] == 1
     scored = replace(scored, trees=replace(trees, forced=trees.forced | second))
-    batch = pack(scored, credits_of(scored), catalogue, policy[1])
+    batch = pack(scored, credits_of(scored), catalog, policy[1])
     assert not batch.subtree_end[1].any()
     assert (batch.row == 0).all()
 
 
 @pytest.mark.parametrize("values", [False, True])
 def test_a_tree_without_candidates_is_a_row_of_padding(
-    catalogue: Catalogue, policy: Policy, score_leaves: Grow, *, values: bool
+    catalog: Catalog, policy: Policy, score_leaves: Grow, *, values: bool
 ) -> None:
     scored = score_leaves([[0, 1, 2], []])
     node_reward = np.zeros(len(scored.trees.step), np.float32) if values else None
-    batch = pack(scored, credits_of(scored), catalogue, policy[1], node_reward=node_reward)
+    batch = pack(scored, credits_of(scored), catalog, policy[1], node_reward=node_reward)
     assert batch.subtree_end[0].any()
     assert not batch.subtree_end[1].any()
     only = score_leaves([[]])
-    nothing = pack(only, credits_of(only), catalogue, policy[1])
+    nothing = pack(only, credits_of(only), catalog, policy[1])
     assert nothing.token.tolist() == [[policy[1].pad]]
 
 
-def thoughts(catalogue: Catalogue) -> ScoredTrees:
+def thoughts(catalog: Catalog) -> ScoredTrees:
     """Two candidates: a thought (one has an injected token), then two codes in a span and a code,
     or all three in one span."""
     trees = SearchTrees(
-        prompts=tiny_prompts(catalogue, [2]),
+        prompts=tiny_prompts(catalog, [2]),
         policy=PolicyVersion(step=0, digest="0" * 64),
-        catalogue=catalogue.digest,
+        catalog=catalog.digest,
         node_start=np.array([0, 6]),
         parent=np.array([-1, 0, 1, 2, 0, 4]),
         step=np.array([0, 1, 2, 3, 1, 2], np.int32),
@@ -181,14 +185,14 @@ def thoughts(catalogue: Catalogue) -> ScoredTrees:
 
 
 def test_spans_of_text_and_of_several_codes_are_predicted_token_by_token() -> None:
-    catalogue = catalogues.from_codes(list(product((0, 1), repeat=3)))
-    model, vocabulary = tiny_policy(catalogue)
-    scored = thoughts(catalogue)
+    catalog = catalogs.from_codes(list(product((0, 1), repeat=3)))
+    model, vocabulary = tiny_policy(catalog)
+    scored = thoughts(catalog)
     prompt = scored.trees.prompts.token.tolist()
-    batch = pack(scored, credits_of(scored), catalogue, vocabulary)
+    batch = pack(scored, credits_of(scored), catalog, vocabulary)
     assert batch.forward_tokens == len(prompt) + 9
     with torch.no_grad():
-        got = choice_logprobs(model, to_tensors(batch), catalogue.trie, vocabulary)
+        got = choice_logprobs(model, to_tensors(batch), catalog.trie, vocabulary)
     words, codes = list(range(vocabulary.size)), ([3, 4], [5, 6], [7, 8])
     cases: list[tuple[list[int], list[int], int]] = [
         ([], words, 3), ([3, 8], words, 5),
@@ -204,12 +208,10 @@ def test_spans_of_text_and_of_several_codes_are_predicted_token_by_token() -> No
         assert entropy.item() == pytest.approx(-(expected.exp() @ expected).item(), abs=1e-5)
 
 
-def test_trees_of_another_catalogue_are_refused(
-    catalogue: Catalogue, policy: Policy, score_random: Grow
+def test_trees_of_another_catalog_are_refused(
+    catalog: Catalog, policy: Policy, score_random: Grow
 ) -> None:
-    scored, other = score_random([2]), tiny_catalogue(seed=9)
-    both = (
-        f"catalogue {catalogue.digest[:12]}, the learner holds {other.digest[:12]}; .* same items"
-    )
-    with pytest.raises(CatalogueError, match=both):
+    scored, other = score_random([2]), tiny_catalog(seed=9)
+    both = f"catalog {catalog.digest[:12]}, the learner holds {other.digest[:12]}; .* same items"
+    with pytest.raises(CatalogError, match=both):
         pack(scored, credits_of(scored), other, policy[1])

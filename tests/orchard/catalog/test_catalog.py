@@ -1,4 +1,4 @@
-"""What makes a catalogue, what does not, and what a saved one promises."""
+"""What makes a catalog, what does not, and what a saved one promises."""
 
 from pathlib import Path
 
@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchard.catalog import catalog as catalogues
+from orchard.catalog import catalog as catalogs
 from orchard.catalog.catalog import from_codes, load, read, read_embeddings, write
-from orchard.errors import CatalogueError, DataError
-from orchard.testing import tiny_catalogue
+from orchard.errors import CatalogError, DataError
+from orchard.testing import tiny_catalog
 
 # A busy machine is no counterexample.
 examples = settings(max_examples=40)
@@ -63,46 +63,46 @@ def test_a_missing_column_is_named(items: Path) -> None:
 @pytest.mark.parametrize("sid", [None, []])
 def test_an_item_without_a_semantic_id_is_named(items: Path, sid: list[int] | None) -> None:
     rewrite(items, sid=[[0, 1], sid, [0, 1]])
-    with pytest.raises(CatalogueError, match=r"item 3 has no semantic ID \(1 of 3 items\)"):
+    with pytest.raises(CatalogError, match=r"item 3 has no semantic ID \(1 of 3 items\)"):
         read(items)
 
 
 def test_identifiers_are_distinct(items: Path) -> None:
     rewrite(items, item_id=[7, 7, 9])
-    with pytest.raises(CatalogueError, match="3 items carry 2 distinct identifiers"):
+    with pytest.raises(CatalogError, match="3 items carry 2 distinct identifiers"):
         read(items)
 
 
-def test_no_items_are_no_catalogue() -> None:
-    with pytest.raises(CatalogueError, match="no items"):
+def test_no_items_are_no_catalog() -> None:
+    with pytest.raises(CatalogError, match="no items"):
         from_codes([])
 
 
 def test_depths_differ_only_where_that_is_allowed() -> None:
-    with pytest.raises(CatalogueError, match=r"row 1 .* depth 1 where 2 was expected"):
+    with pytest.raises(CatalogError, match=r"row 1 .* depth 1 where 2 was expected"):
         from_codes([[0, 1], [0]])
     assert from_codes([[0, 1], [0]], varying_depth=True).trie.num_leaves == 2
 
 
 def test_a_sequence_longer_than_the_levels_is_refused() -> None:
-    with pytest.raises(CatalogueError, match=r"row 0 .* depth 3 where 2 was expected"):
+    with pytest.raises(CatalogError, match=r"row 0 .* depth 3 where 2 was expected"):
         from_codes([[0, 1, 0]], level_size=(2, 2), varying_depth=True)
 
 
 @pytest.mark.parametrize("code", [-1, 4])
 def test_a_code_out_of_range_is_named(code: int) -> None:
-    with pytest.raises(CatalogueError, match=rf"row 1 .* code {code} at level 2; .* 0 to 3"):
+    with pytest.raises(CatalogError, match=rf"row 1 .* code {code} at level 2; .* 0 to 3"):
         from_codes([[0, 1], [0, code]], level_size=(4, 4))
 
 
 def test_an_unknown_item_is_named() -> None:
-    with pytest.raises(DataError, match="item 5 is not in the catalogue of 2 items"):
+    with pytest.raises(DataError, match="item 5 is not in the catalog of 2 items"):
         from_codes([[0], [1]]).rows(np.array([1, 5]))
 
 
 @pytest.mark.parametrize("varying_depth", [False, True])
-def test_a_saved_catalogue_comes_back_whole(tmp_path: Path, varying_depth: bool) -> None:
-    saved = tiny_catalogue(varying_depth=varying_depth)
+def test_a_saved_catalog_comes_back_whole(tmp_path: Path, varying_depth: bool) -> None:
+    saved = tiny_catalog(varying_depth=varying_depth)
     write(saved, tmp_path)
     found = load(tmp_path)
     assert found.digest == saved.digest
@@ -111,7 +111,7 @@ def test_a_saved_catalogue_comes_back_whole(tmp_path: Path, varying_depth: bool)
     assert np.array_equal(found.codes, saved.codes)
 
 
-def test_a_saved_catalogue_that_was_changed_is_refused(tmp_path: Path) -> None:
+def test_a_saved_catalog_that_was_changed_is_refused(tmp_path: Path) -> None:
     saved = from_codes([[0, 1], [1, 0]])
     write(saved, tmp_path)
     path = tmp_path / "items.parquet"
@@ -123,7 +123,7 @@ def test_a_saved_catalogue_that_was_changed_is_refused(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-def test_a_folder_without_a_catalogue_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_catalog_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"holds no items\.parquet"):
         load(tmp_path)
 
@@ -137,7 +137,7 @@ def test_a_digest_names_items_codes_and_sizes() -> None:
     ]
     assert same[0].digest == same[1].digest
     assert len({c.digest for c in (same[0], *others)}) == 4
-    assert catalogues.from_codes([[0, 1], [1, 0]], title=["x", "y"]).digest == same[0].digest
+    assert catalogs.from_codes([[0, 1], [1, 0]], title=["x", "y"]).digest == same[0].digest
 
 
 @examples
@@ -145,7 +145,7 @@ def test_a_digest_names_items_codes_and_sizes() -> None:
     st.lists(st.lists(st.integers(0, 40_000), min_size=1, max_size=5), min_size=1, max_size=20),
     st.sampled_from([pa.list_(pa.int16()), pa.list_(pa.int64()), pa.large_list(pa.int32())]),
 )
-def test_lists_an_array_and_a_parquet_column_make_the_same_catalogue(
+def test_lists_an_array_and_a_parquet_column_make_the_same_catalog(
     tmp_path_factory: pytest.TempPathFactory, sids: list[list[int]], kind: pa.DataType
 ) -> None:
     sids = [[code % 30_000 for code in sid] for sid in sids] if "16" in str(kind) else sids
@@ -178,28 +178,28 @@ def test_semantic_ids_of_a_file_are_lists_of_codes(
     items: Path, sid: list[object], complaint: str
 ) -> None:
     rewrite(items, sid=sid)
-    with pytest.raises(CatalogueError, match=complaint):
+    with pytest.raises(CatalogError, match=complaint):
         read(items)
 
 
-def test_a_file_without_items_is_no_catalogue(items: Path) -> None:
+def test_a_file_without_items_is_no_catalog(items: Path) -> None:
     pq.write_table(pq.read_table(items).slice(0, 0), items)
-    with pytest.raises(CatalogueError, match="no items"):
+    with pytest.raises(CatalogError, match="no items"):
         read(items)
 
 
 def test_embeddings_are_found_by_item_and_must_be_complete(tmp_path: Path) -> None:
-    catalogue = from_codes([[0, 0], [1, 0], [1, 1]], item_id=np.array([7, 3, 5]), level_size=(2, 2))
+    catalog = from_codes([[0, 0], [1, 0], [1, 1]], item_id=np.array([7, 3, 5]), level_size=(2, 2))
     path = tmp_path / "embeddings.parquet"
 
     def write(ids: list[int], rows: list[list[float]]) -> None:
         pq.write_table(pa.table({"item_id": ids, "embedding": rows}), path)
 
     write([3, 9, 5, 7], [[3.0, 1], [9, 1], [5, 1], [7, 1]])
-    assert read_embeddings(path, catalogue).tolist() == [[7, 1], [3, 1], [5, 1]]
+    assert read_embeddings(path, catalog).tolist() == [[7, 1], [3, 1], [5, 1]]
     write([3, 7], [[3.0, 1], [7, 1]])
     with pytest.raises(DataError, match="item 5 has no embedding"):
-        read_embeddings(path, catalogue)
+        read_embeddings(path, catalog)
     write([3, 5, 7], [[3.0, 1], [5], [7, 1]])
     with pytest.raises(DataError, match="lengths from 1 to 2"):
-        read_embeddings(path, catalogue)
+        read_embeddings(path, catalog)

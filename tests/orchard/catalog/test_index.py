@@ -10,22 +10,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchard.catalog import index
-from orchard.catalog.catalog import Catalogue, from_codes
+from orchard.catalog.catalog import Catalog, from_codes
 from orchard.errors import DataError
-from orchard.testing import tiny_catalogue
+from orchard.testing import tiny_catalog
 
-CATALOGUE = tiny_catalogue(varying_depth=True)
+CATALOGUE = tiny_catalog(varying_depth=True)
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    index.save(index.of_catalogue(CATALOGUE), tmp_path / "items.trie")
+    index.save(index.from_catalog(CATALOGUE), tmp_path / "items.trie")
     return tmp_path / "items.trie"
 
 
-def same(found: index.Index, catalogue: Catalogue) -> bool:
+def same(found: index.TrieIndex, catalog: Catalog) -> bool:
     names = ("code", "child_start", "level_start", "early_leaf")
-    pairs = [(getattr(found.trie, name), getattr(catalogue.trie, name)) for name in names]
+    pairs = [(getattr(found.trie, name), getattr(catalog.trie, name)) for name in names]
     return all(torch.equal(a, b) and a.dtype == b.dtype for a, b in pairs)
 
 
@@ -34,18 +34,18 @@ def same(found: index.Index, catalogue: Catalogue) -> bool:
 def test_a_file_gives_back_the_trie_and_the_items_of_every_leaf(
     tmp_path_factory: pytest.TempPathFactory, sids: list[list[int]]
 ) -> None:
-    catalogue = from_codes(sids, varying_depth=True)
+    catalog = from_codes(sids, varying_depth=True)
     path = tmp_path_factory.mktemp("trie") / "items.trie"
-    index.save(index.of_catalogue(catalogue), path)
+    index.save(index.from_catalog(catalog), path)
     found = index.load(path)
-    assert same(found, catalogue)
-    assert found.trie.catalogue == catalogue.digest
-    leaf = np.random.default_rng(0).integers(catalogue.trie.num_leaves, size=7)
+    assert same(found, catalog)
+    assert found.trie.catalog == catalog.digest
+    leaf = np.random.default_rng(0).integers(catalog.trie.num_leaves, size=7)
     item, start = found.items(leaf)
     for place, one in enumerate(leaf):
-        low, high = catalogue.leaf_start[one], catalogue.leaf_start[one + 1]
+        low, high = catalog.leaf_start[one], catalog.leaf_start[one + 1]
         assert item[start[place] : start[place + 1]].tolist() == (
-            catalogue.item_of_leaf[low:high].tolist()
+            catalog.item_of_leaf[low:high].tolist()
         )
 
 
@@ -96,7 +96,7 @@ def test_other_files_and_none_are_refused(tmp_path: Path) -> None:
 def test_a_new_file_takes_the_place_of_the_old_one_while_that_is_mapped(path: Path) -> None:
     old = index.load(path)
     other = from_codes([[0, 1], [1, 1], [0, 1]])
-    index.save(index.of_catalogue(other), path)
+    index.save(index.from_catalog(other), path)
     assert same(old, CATALOGUE)
     assert same(index.load(path), other)
     assert [p.name for p in path.parent.iterdir()] == ["items.trie"]

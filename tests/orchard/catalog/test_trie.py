@@ -1,4 +1,4 @@
-"""The trie against a dictionary of sets, on random catalogues."""
+"""The trie against a dictionary of sets, on random catalogs."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchard.catalog.catalog import Catalogue, from_codes
+from orchard.catalog.catalog import Catalog, from_codes
 from orchard.catalog.trie import Trie, offset_type, sort_rows
 
 Path = tuple[int, ...]
@@ -26,8 +26,8 @@ class Oracle:
         return list(self.node)
 
 
-def oracle_of(catalogue: Catalogue) -> Oracle:
-    sequences = {tuple(int(c) for c in row if c >= 0) for row in catalogue.codes}
+def oracle_of(catalog: Catalog) -> Oracle:
+    sequences = {tuple(int(c) for c in row if c >= 0) for row in catalog.codes}
     prefixes = {s[:n] for s in sequences for n in range(len(s) + 1)}
     ordered = sorted(prefixes, key=lambda p: (len(p), p))
     after: dict[Path, set[int]] = {p: set() for p in ordered}
@@ -41,9 +41,9 @@ sequences = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=4), min_si
 examples = settings(max_examples=60)
 
 
-def world(codes: list[list[int]]) -> tuple[Catalogue, Trie, Oracle]:
-    catalogue = from_codes(codes, varying_depth=True)
-    return catalogue, catalogue.trie, oracle_of(catalogue)
+def world(codes: list[list[int]]) -> tuple[Catalog, Trie, Oracle]:
+    catalog = from_codes(codes, varying_depth=True)
+    return catalog, catalog.trie, oracle_of(catalog)
 
 
 def every(oracle: Oracle) -> torch.Tensor:
@@ -109,31 +109,31 @@ def test_walking_stops_at_the_first_illegal_code(codes: list[list[int]], walks: 
 @examples
 @given(sequences)
 def test_leaves_are_the_sequences_and_hold_their_items(codes: list[list[int]]) -> None:
-    catalogue, trie, oracle = world(codes)
+    catalog, trie, oracle = world(codes)
     leaves = [oracle.node[p] for p in oracle.paths if not oracle.after[p]]
     assert trie.code[0] == -1
     assert trie.leaf_node.tolist() == leaves
     assert trie.leaf(trie.leaf_node).tolist() == list(range(trie.num_leaves))
-    node, legal = trie.walk(torch.from_numpy(catalogue.codes))
+    node, legal = trie.walk(torch.from_numpy(catalog.codes))
     assert legal.all()
-    assert np.array_equal(trie.leaf(node).numpy(), catalogue.leaf_of_item)
+    assert np.array_equal(trie.leaf(node).numpy(), catalog.leaf_of_item)
     for leaf in range(trie.num_leaves):
-        items = catalogue.item_of_leaf[catalogue.leaf_start[leaf] : catalogue.leaf_start[leaf + 1]]
-        assert items.tolist() == np.flatnonzero(catalogue.leaf_of_item == leaf).tolist()
-        assert catalogue.place_in_leaf[items].tolist() == list(range(len(items)))
+        items = catalog.item_of_leaf[catalog.leaf_start[leaf] : catalog.leaf_start[leaf + 1]]
+        assert items.tolist() == np.flatnonzero(catalog.leaf_of_item == leaf).tolist()
+        assert catalog.place_in_leaf[items].tolist() == list(range(len(items)))
 
 
 @examples
 @given(sequences)
 def test_end_markers_are_added_to_prefixes_and_to_nothing_else(codes: list[list[int]]) -> None:
-    catalogue = from_codes(codes, varying_depth=True)
-    for sequence, row in zip(codes, catalogue.codes.tolist(), strict=True):
+    catalog = from_codes(codes, varying_depth=True)
+    for sequence, row in zip(codes, catalog.codes.tolist(), strict=True):
         inside = [c for c in row if c >= 0]
         prefix = any(o[: len(sequence)] == sequence and o != sequence for o in codes)
-        ends = [catalogue.end_code[len(sequence)]] if prefix else []
+        ends = [catalog.end_code[len(sequence)]] if prefix else []
         assert inside == [*sequence, *ends]
-    same = {tuple(a): leaf for a, leaf in zip(codes, catalogue.leaf_of_item, strict=True)}
-    assert len(set(same.values())) == len(same) == catalogue.trie.num_leaves
+    same = {tuple(a): leaf for a, leaf in zip(codes, catalog.leaf_of_item, strict=True)}
+    assert len(set(same.values())) == len(same) == catalog.trie.num_leaves
 
 
 def test_a_trie_keeps_its_content_on_another_device() -> None:

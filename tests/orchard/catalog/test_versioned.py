@@ -1,4 +1,4 @@
-"""A catalogue that changes, against one that is made anew after every change."""
+"""A catalog that changes, against one that is made anew after every change."""
 
 from dataclasses import dataclass, field
 
@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchard.catalog.catalog import Catalogue, from_codes
-from orchard.catalog.versioned import Compaction, LiveCatalogue, Snapshot
-from orchard.errors import CatalogueError, DataError
+from orchard.catalog.catalog import Catalog, from_codes
+from orchard.catalog.versioned import Compaction, Snapshot, VersionedCatalog
+from orchard.errors import CatalogError, DataError
 
 # An end marker at levels 2 and 3 from the start.
 BASE = [[0], [0, 0], [0, 0, 0], [1, 2, 0], [1, 2, 0], [2, 1]]
@@ -25,7 +25,7 @@ changes = st.lists(
 )
 
 
-def made_anew(rows: dict[int, list[int]]) -> Catalogue:
+def made_anew(rows: dict[int, list[int]]) -> Catalog:
     return from_codes(
         list(rows.values()),
         item_id=np.array(list(rows)),
@@ -38,8 +38,8 @@ def made_anew(rows: dict[int, list[int]]) -> Catalogue:
 class Model:
     """The same by plain dictionaries: what is found now, what waits, what a swap will bring."""
 
-    live: LiveCatalogue = field(
-        default_factory=lambda: LiveCatalogue(
+    live: VersionedCatalog = field(
+        default_factory=lambda: VersionedCatalog(
             from_codes(BASE, level_size=(3, 3, 3), varying_depth=True)
         )
     )
@@ -62,7 +62,7 @@ class Model:
 
     def prepare(self, _: None) -> None:
         rows = self.found | self.waiting
-        compaction = self.live.prepare()
+        compaction = self.live.build()
         assert compaction.merged.digest == made_anew(rows).digest
         assert torch.equal(compaction.merged.trie.code, made_anew(rows).trie.code)
         self.prepared = compaction, rows
@@ -79,18 +79,18 @@ class Model:
 
 def offered(snapshot: Snapshot) -> dict[int, list[int]]:
     """Every item that a search of the snapshot can lead to."""
-    trie = snapshot.catalogue.trie
+    trie = snapshot.catalog.trie
     leaf = torch.arange(trie.num_leaves)[snapshot.view.live[trie.leaf_node]]
     row, start = snapshot.items(leaf.numpy())
     assert (np.diff(start) > 0).all()  # no live leaf without an item
-    plain = snapshot.catalogue.plain_codes[row].tolist()
-    ids = snapshot.catalogue.item_id[row].tolist()
+    plain = snapshot.catalog.plain_codes[row].tolist()
+    ids = snapshot.catalog.item_id[row].tolist()
     return {i: [c for c in sid if c >= 0] for i, sid in zip(ids, plain, strict=True)}
 
 
 @settings(max_examples=100)
 @given(changes)
-def test_after_any_changes_it_offers_what_a_catalogue_made_anew_does(
+def test_after_any_changes_it_offers_what_a_catalog_made_anew_does(
     given_changes: list[tuple[str, object]],
 ) -> None:
     model, before = Model(), -1
@@ -106,103 +106,103 @@ def test_after_any_changes_it_offers_what_a_catalogue_made_anew_does(
 
 
 def test_removed_items_leave_their_leaf_to_the_others() -> None:
-    live = LiveCatalogue(from_codes(BASE, varying_depth=True))
-    leaf = live.snapshot.catalogue.leaf_of_item[[3]]
+    live = VersionedCatalog(from_codes(BASE, varying_depth=True))
+    leaf = live.snapshot.catalog.leaf_of_item[[3]]
     live.remove([3])
     row, start = live.snapshot.items(leaf)
     assert row.tolist() == [4]
     assert start.tolist() == [0, 1]
     live.remove([4])
-    assert live.snapshot.view.num_leaves == live.snapshot.catalogue.trie.num_leaves - 1
+    assert live.snapshot.view.num_leaves == live.snapshot.catalog.trie.num_leaves - 1
     assert live.snapshot.version == 2
 
 
 def test_an_identifier_may_return_with_other_codes() -> None:
-    live = LiveCatalogue(from_codes(BASE, varying_depth=True))
-    compaction = live.prepare()
+    live = VersionedCatalog(from_codes(BASE, varying_depth=True))
+    compaction = live.build()
     live.remove([5])
     live.add([[2, 2]], [5], ["again"])
     live.swap(compaction)
     assert 5 not in offered(live.snapshot)
-    live.swap(live.prepare())
+    live.swap(live.build())
     assert offered(live.snapshot)[5] == [2, 2]
-    assert live.snapshot.catalogue.title[-1] == "again"
+    assert live.snapshot.catalog.title[-1] == "again"
     assert live.num_waiting == 0
 
 
 def test_identifiers_in_use_are_refused() -> None:
-    live = LiveCatalogue(from_codes(BASE, varying_depth=True))
+    live = VersionedCatalog(from_codes(BASE, varying_depth=True))
     live.add([[2]], [7])
     for taken in ([5], [7], [8, 8]):
-        with pytest.raises(CatalogueError, match="1 of . items to add carry an identifier"):
+        with pytest.raises(CatalogError, match="1 of . items to add carry an identifier"):
             live.add([[1]] * len(taken), taken)
     assert live.num_waiting == 1
 
 
 def test_items_that_are_not_there_cannot_be_removed_nor_any_beside_them() -> None:
-    live = LiveCatalogue(from_codes(BASE, varying_depth=True))
+    live = VersionedCatalog(from_codes(BASE, varying_depth=True))
     live.add([[2]], [7])
     live.remove([0])
     for missing in (0, 99):
-        with pytest.raises(DataError, match=f"item {missing} is not in the catalogue of 5 live"):
+        with pytest.raises(DataError, match=f"item {missing} is not in the catalog of 5 live"):
             live.remove([1, 7, missing])
     assert sorted(offered(live.snapshot)) == [1, 2, 3, 4, 5]
     assert live.num_waiting == 1
 
 
 def test_codes_that_no_policy_knows_are_refused() -> None:
-    live = LiveCatalogue(from_codes([[0, 1], [1, 0]]))
-    with pytest.raises(CatalogueError, match="code 2 at level 1; codes there run from 0 to 1"):
+    live = VersionedCatalog(from_codes([[0, 1], [1, 0]]))
+    with pytest.raises(CatalogError, match="code 2 at level 1; codes there run from 0 to 1"):
         live.add([[2, 0]], [7])
-    with pytest.raises(CatalogueError, match="depth 1 where 2 was expected"):
+    with pytest.raises(CatalogError, match="depth 1 where 2 was expected"):
         live.add([[1]], [7])
-    uneven = LiveCatalogue(from_codes([[0, 1], [1]], varying_depth=True))
+    uneven = VersionedCatalog(from_codes([[0, 1], [1]], varying_depth=True))
     uneven.add([[0]], [7])
-    with pytest.raises(CatalogueError, match="need an end marker at level 2, of which .* 2 codes"):
-        uneven.prepare()
+    with pytest.raises(CatalogError, match="need an end marker at level 2, of which .* 2 codes"):
+        uneven.build()
     uneven.remove([7])
-    assert uneven.prepare().merged.digest == uneven.snapshot.catalogue.digest
+    assert uneven.build().merged.digest == uneven.snapshot.catalog.digest
 
 
-def test_a_catalogue_of_tombstones_offers_nothing_and_cannot_be_compacted() -> None:
-    live = LiveCatalogue(from_codes([[0], [1]]))
+def test_a_catalog_of_tombstones_offers_nothing_and_cannot_be_compacted() -> None:
+    live = VersionedCatalog(from_codes([[0], [1]]))
     live.remove([0, 1])
     assert offered(live.snapshot) == {}
-    with pytest.raises(CatalogueError, match="no items"):
-        live.prepare()
+    with pytest.raises(CatalogError, match="no items"):
+        live.build()
 
 
-def test_of_two_compactions_of_one_catalogue_the_second_is_refused() -> None:
-    live = LiveCatalogue(from_codes([[0], [1], [2]]))
-    one, other = live.prepare(), live.prepare()
+def test_of_two_compactions_of_one_catalog_the_second_is_refused() -> None:
+    live = VersionedCatalog(from_codes([[0], [1], [2]]))
+    one, other = live.build(), live.build()
     live.swap(one)
-    with pytest.raises(CatalogueError, match="has replaced; prepare another one"):
+    with pytest.raises(CatalogError, match="has replaced; prepare another one"):
         live.swap(other)
 
 
 def test_titles_change_as_semantic_ids_do() -> None:
     tokens = (11, 12, 13, 2)  # of the codes 0, 1, 2 and of the end
     first = from_codes([[0, 1], [2]], varying_depth=True, code_token=tokens)
-    live = LiveCatalogue(first)
-    with pytest.raises(CatalogueError, match="depth 4 where 3 was"):
+    live = VersionedCatalog(first)
+    with pytest.raises(CatalogError, match="depth 4 where 3 was"):
         live.add([[0, 1, 2]], [7])
     live.add([[0]], [7])
     live.remove([1])
-    live.swap(live.prepare())
+    live.swap(live.build())
     expected = from_codes(
         [[0, 1], [0]], item_id=np.array([0, 7]), varying_depth=True, code_token=tokens
     )
-    assert live.snapshot.catalogue.digest == expected.digest
+    assert live.snapshot.catalog.digest == expected.digest
     assert offered(live.snapshot) == {0: [0, 1], 7: [0]}
 
 
 def test_a_fork_and_its_origin_do_not_see_each_others_changes() -> None:
-    origin = LiveCatalogue(from_codes(BASE, level_size=(3, 3, 3), varying_depth=True))
+    origin = VersionedCatalog(from_codes(BASE, level_size=(3, 3, 3), varying_depth=True))
     origin.add([[2, 2]], [50])
-    twin = origin.fork()
+    twin = origin.copy()
     twin.remove([0])
     origin.add([[2, 2, 2]], [51])
-    twin.swap(twin.prepare())
+    twin.swap(twin.build())
     assert sorted(offered(origin.snapshot)) == [0, 1, 2, 3, 4, 5]
     assert sorted(offered(twin.snapshot)) == [1, 2, 3, 4, 5, 50]
     assert (origin.num_waiting, twin.num_waiting) == (2, 0)

@@ -13,15 +13,15 @@ from orchard.data.prompts import (
     PromptFormat,
     Split,
     code_states,
+    make_windows,
     read_split,
     rows_of_step,
-    sequences,
 )
 from orchard.errors import DataError
-from orchard.policy.item_tokenizer import compact_tokenizer, of_codes
-from orchard.testing import tiny_catalogue
+from orchard.policy.item_tokenizer import compact_tokenizer, from_tokenizer
+from orchard.testing import tiny_catalog
 
-ITEMS = tiny_catalogue(num_items=40)
+ITEMS = tiny_catalog(num_items=40)
 
 
 def save(path: Path, history: list[list[int] | None], target: list[int], **more: object) -> Path:
@@ -46,8 +46,8 @@ def test_rows_keep_their_own_targets_and_the_recent_history(tmp_path: Path) -> N
         ([], [], "no rows"),
         ([[1], []], [2, 3], "empty history"),
         ([[1], None], [2, 3], "empty history"),
-        ([[1, 99]], [2], "item 99 is not in the catalogue"),
-        ([[1]], [-4], "item -4 is not in the catalogue"),
+        ([[1, 99]], [2], "item 99 is not in the catalog"),
+        ([[1]], [-4], "item -4 is not in the catalog"),
     ],
 )
 def test_rows_that_cannot_be_used_are_refused(
@@ -70,8 +70,8 @@ def test_files_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_prompt_is_bos_and_the_codes_of_its_history() -> None:
-    vocabulary = of_codes(compact_tokenizer(ITEMS), ITEMS)
-    form = PromptFormat(catalogue=ITEMS, vocabulary=vocabulary)
+    vocabulary = from_tokenizer(compact_tokenizer(ITEMS), ITEMS)
+    form = PromptFormat(catalog=ITEMS, vocabulary=vocabulary)
     token, start = form.tokens(np.array([3, 0, 5]), np.array([0, 2, 3]))
     for row, items in enumerate([[3, 0], [5]]):
         expected = [vocabulary.bos]
@@ -112,7 +112,7 @@ def test_windows_train_every_target_once_and_every_first_item(
         history_start=ragged.starts(np.array([len(history) for _, history, _ in rows])),
         target=np.array([target for _, _, target in rows]),
     )
-    windows = sequences(split, max_history=max_history)
+    windows = make_windows(split, max_history=max_history)
     place = ragged.places(windows.start)
     fresh = place >= windows.fresh[ragged.owners(windows.start)]
     assert np.diff(windows.start).max() <= max_history + 1

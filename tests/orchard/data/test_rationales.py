@@ -7,22 +7,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from orchard.catalog import catalog as catalogues
-from orchard.catalog.catalog import Catalogue
+from orchard.catalog import catalog as catalogs
+from orchard.catalog.catalog import Catalog
 from orchard.data import rationales
 from orchard.data.prompts import Split
 from orchard.errors import DataError
-from orchard.policy.item_tokenizer import of_codes, sid_token, think_tags
+from orchard.policy.item_tokenizer import from_tokenizer, sid_token, think_tokens
 
 TEMPLATE = "seen {seen}, next {next}"
 WORDS = [["Lamp", "Tent"], ["Oak", "Steel"], ["Slim", "Royal"]]
 
 
 @pytest.fixture(scope="module")
-def items() -> Catalogue:
+def items() -> Catalog:
     codes = np.array([(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)])
     titles = [f"{WORDS[2][c]} {WORDS[1][b]} {WORDS[0][a]}" for a, b, c in codes.tolist()]
-    return catalogues.from_codes(codes, title=titles)
+    return catalogs.from_codes(codes, title=titles)
 
 
 @pytest.fixture(scope="module")
@@ -35,17 +35,17 @@ def split() -> Split:
     )
 
 
-def test_words_of_codes_are_those_that_only_their_items_have(items: Catalogue) -> None:
+def test_words_of_codes_are_those_that_only_their_items_have(items: Catalog) -> None:
     assert rationales.code_words(items) == WORDS
 
 
 def test_codes_without_titles_are_named_by_their_tokens() -> None:
-    bare = catalogues.from_codes([[0, 1], [1, 0]])
+    bare = catalogs.from_codes([[0, 1], [1, 0]])
     assert rationales.code_words(bare)[1] == [sid_token(1, 0), sid_token(1, 1)]
 
 
 def test_block_k_names_code_k_of_recent_items_and_of_the_target(
-    items: Catalogue, split: Split
+    items: Catalog, split: Split
 ) -> None:
     first, second = rationales.from_titles(items, split, template=TEMPLATE)
     assert first == [
@@ -84,13 +84,13 @@ def test_a_rationale_with_another_number_of_blocks_is_refused(
         rationales.read([tmp_path / "train.parquet"], "why", 2)
 
 
-def test_traces_are_the_blocks_between_their_tags(items: Catalogue, split: Split) -> None:
+def test_traces_are_the_blocks_between_their_tags(items: Catalog, split: Split) -> None:
     texts = rationales.from_titles(items, split, template=TEMPLATE)
     flat = [block for blocks in texts for block in blocks]
     tokenizer = rationales.text_tokenizer(items, flat, size=300)
-    tags = think_tags(tokenizer)
-    assert of_codes(tokenizer, items).size == len(tokenizer)
-    traces = rationales.encode(texts, tokenizer, cap=40)
+    tags = think_tokens(tokenizer)
+    assert from_tokenizer(tokenizer, items).size == len(tokenizer)
+    traces = rationales.tokenize_rationales(texts, tokenizer, cap=40)
     assert len(traces) == 2
     token, start = traces.of(np.array([1, 0]))
     row = token[start[1] : start[2]].tolist()
@@ -110,8 +110,8 @@ def test_traces_are_the_blocks_between_their_tags(items: Catalogue, split: Split
     ],
 )
 def test_blocks_that_no_rollout_could_write_are_refused(
-    items: Catalogue, block: str, cap: int, message: str
+    items: Catalog, block: str, cap: int, message: str
 ) -> None:
     tokenizer = rationales.text_tokenizer(items, ["abc"], size=256)
     with pytest.raises(DataError, match=message):
-        rationales.encode([[block, "b", "c"]], tokenizer, cap=cap)
+        rationales.tokenize_rationales([[block, "b", "c"]], tokenizer, cap=cap)

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchard.catalog import catalog as catalogues
+from orchard.catalog import catalog as catalogs
 from orchard.data.prompts import read_split
 from orchard.data.synthetic import CARD, WorldCard, likelihood, titles, write_world
-from orchard.data.synthetic_world import WorldParams, live, make_world
+from orchard.data.synthetic_world import WorldParams, make_world, simulate_users
 from orchard.errors import ConfigError, DataError
 
 SMALL = WorldParams(num_items=200, num_users=300)
@@ -57,9 +57,9 @@ def test_the_files_have_the_schema_of_real_data_sets(small: tuple[Path, WorldCar
         assert types == ["int32", "list<element: int32>", "int32", "int64"]
 
 
-def test_a_catalogue_and_prompts_are_made_of_it(small: tuple[Path, WorldCard]) -> None:
+def test_a_catalog_and_prompts_are_made_of_it(small: tuple[Path, WorldCard]) -> None:
     folder, card = small
-    items = catalogues.read(folder / "items.parquet")
+    items = catalogs.read(folder / "items.parquet")
     assert len(items) == card.facts["num_items"] == 200
     assert items.trie.num_leaves == card.facts["num_sids"] == 198  # 1 % collide
     for part in PARTS:
@@ -138,8 +138,8 @@ def test_the_oracle_deals_in_chances(seed: int, level_size: tuple[int, ...], tas
     )
     rng = np.random.default_rng(seed)
     world = make_world(params, rng)
-    events = live(world, rng)
-    chance = likelihood(world, events.item[:-1], events.taste[1:])
+    events = simulate_users(world, rng)
+    chance = likelihood(world, events.item[:-1], events.interest[1:])
     np.testing.assert_allclose(chance.sum(axis=1), 1.0, rtol=1e-12)
     later = np.setdiff1d(np.arange(1, len(events.item)), events.start)
     assert (chance[later - 1, events.item[later]] > 0).all()
@@ -149,9 +149,9 @@ def test_the_oracle_knows_how_often_its_guesses_come_true() -> None:
     params = replace(SMALL, num_users=3000)
     rng = np.random.default_rng(0)
     world = make_world(params, rng)
-    events = live(world, rng)
+    events = simulate_users(world, rng)
     later = np.setdiff1d(np.arange(1, len(events.item)), events.start)
-    chance = likelihood(world, events.item[later - 1], events.taste[later])
+    chance = likelihood(world, events.item[later - 1], events.interest[later])
     best = chance.argmax(axis=1)
     came = (best == events.item[later]).mean()
     # 20,000 events: the share of hits is known to about 0.003.

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from orchard.evaluation.diagnostics import diagnose, grouped_spearman
-from orchard.testing import World, tiny_world
+from orchard.testing import TinySetup, tiny_setup
 from orchard.types import Cost, ScoredTrees
 from rollout.engine.torch import TorchEngine
 from rollout.search.beam import beam
-from rollout.search_trees import grow
+from rollout.search_trees import build_search_trees
 
 
 def plain_ranks(values: np.ndarray) -> np.ndarray:
@@ -31,20 +31,20 @@ def test_rank_correlations_equal_pearsons_of_the_ranks_group_by_group() -> None:
 
 
 @pytest.fixture
-def world() -> World:
-    return tiny_world(lengths=(2, 1))
+def world() -> TinySetup:
+    return tiny_setup(lengths=(2, 1))
 
 
-def scored(world: World) -> ScoredTrees:
+def scored(world: TinySetup) -> ScoredTrees:
     """The four likeliest leaves of two prompts; only the last of each group is worth anything."""
-    engine = TorchEngine(world.model, world.catalogue.trie, world.vocabulary, world.version)
+    engine = TorchEngine(world.model, world.catalog.trie, world.vocabulary, world.version)
     found = beam(engine, world.prompts, width=4)
-    trees = grow(world.prompts, found, world.catalogue, world.vocabulary, world.version)
+    trees = build_search_trees(world.prompts, found, world.catalog, world.vocabulary, world.version)
     reward = np.array([0, 0, 0, 1, 0, 0, 0, 0.5], np.float32)
     return ScoredTrees(trees=trees, reward=reward, parts={})
 
 
-def test_a_search_is_described_by_what_it_found(world: World) -> None:
+def test_a_search_is_described_by_what_it_found(world: TinySetup) -> None:
     judged = scored(world)
     trees = replace(judged.trees, cost=Cost(counts={"expanded_1": 6, "refused": 3}))
     figures = diagnose(replace(judged, trees=trees))
@@ -60,7 +60,7 @@ def test_a_search_is_described_by_what_it_found(world: World) -> None:
     assert 0 < figures["rollout/diversity"] < 1
 
 
-def test_likelihood_and_value_are_compared_with_reward_level_by_level(world: World) -> None:
+def test_likelihood_and_value_are_compared_with_reward_level_by_level(world: TinySetup) -> None:
     judged = scored(world)
     figures = diagnose(judged)
     # Candidates come likeliest first: the only one with a reward is the least likely.
@@ -74,7 +74,7 @@ def test_likelihood_and_value_are_compared_with_reward_level_by_level(world: Wor
     assert "rollout/value_spearman_1" not in figures
 
 
-def test_no_candidates_at_all_give_no_figures(world: World) -> None:
+def test_no_candidates_at_all_give_no_figures(world: TinySetup) -> None:
     judged = scored(world)
     empty = replace(
         judged.trees,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from orchard.errors import DataError
-from orchard.evaluation.off_policy import Decisions, first_code_model, judge
+from orchard.evaluation.off_policy import LoggedDecisions, estimate, first_code_model
 
 BEHAVIOUR = np.array([[0.5, 0.3, 0.2], [0.2, 0.5, 0.3], [0.6, 0.2, 0.2]])
 TARGET = np.array([[0.1, 0.2, 0.7], [0.6, 0.2, 0.2], [0.3, 0.3, 0.4]])
@@ -15,7 +15,7 @@ TRUTH = float((FIRST_TARGET * (REWARD_1 + (TARGET * REWARD_2).sum(1))).sum())
 """What the target earns: two codes of three each, a reward for each of them."""
 
 
-def logged(number: int, seed: int, *, model: float | None = None) -> Decisions:
+def logged(number: int, seed: int, *, model: float | None = None) -> LoggedDecisions:
     """Draws of the behaviour policy; the model is the truth times `model`."""
     draw = np.random.default_rng(seed)
     one = draw.choice(3, number, p=FIRST)
@@ -26,7 +26,7 @@ def logged(number: int, seed: int, *, model: float | None = None) -> Decisions:
         q = model * np.stack([REWARD_1[one] + after[one], REWARD_2[one, two]], 1)
         before = np.full(number, (FIRST_TARGET * (REWARD_1 + after)).sum())
         v = model * np.stack([before, after[one]], 1)
-    return Decisions(
+    return LoggedDecisions(
         behaviour=np.log(np.stack([FIRST[one], BEHAVIOUR[one, two]], 1)),
         target=np.log(np.stack([FIRST_TARGET[one], TARGET[one, two]], 1)),
         reward=np.stack([REWARD_1[one], REWARD_2[one, two]], 1),
@@ -36,7 +36,7 @@ def logged(number: int, seed: int, *, model: float | None = None) -> Decisions:
 
 
 def test_every_estimator_finds_the_value_of_the_target() -> None:
-    found = judge(logged(40_000, 0, model=0.5), resamples=200).value
+    found = estimate(logged(40_000, 0, model=0.5), resamples=200).value
     for name in ("is", "snips", "pdis", "dr"):
         assert found[name].mean == pytest.approx(TRUTH, abs=0.02), name
         assert found[name].low < TRUTH < found[name].high, name
@@ -48,7 +48,7 @@ def test_without_bias_means_the_exact_mean_over_all_that_may_be_drawn() -> None:
     chance = FIRST[one] * BEHAVIOUR[one, two]
     for model in (0.0, 0.7, 3.0):
         after = (TARGET * REWARD_2).sum(1)
-        decisions = Decisions(
+        decisions = LoggedDecisions(
             behaviour=np.log(np.stack([FIRST[one], BEHAVIOUR[one, two]], 1)),
             target=np.log(np.stack([FIRST_TARGET[one], TARGET[one, two]], 1)),
             reward=np.stack([REWARD_1[one], REWARD_2[one, two]], 1),
@@ -66,19 +66,19 @@ def test_without_bias_means_the_exact_mean_over_all_that_may_be_drawn() -> None:
 
 
 def test_a_good_model_narrows_the_interval_and_a_perfect_one_closes_it() -> None:
-    plain = judge(logged(2000, 1, model=0.0), resamples=300).value
+    plain = estimate(logged(2000, 1, model=0.0), resamples=300).value
     assert plain["dr"].mean == pytest.approx(plain["pdis"].mean, abs=1e-12)
-    perfect = judge(logged(2000, 1, model=1.0), resamples=300).value
+    perfect = estimate(logged(2000, 1, model=1.0), resamples=300).value
     assert perfect["dr"].mean == pytest.approx(TRUTH, abs=1e-12)
     assert perfect["dr"].high - perfect["dr"].low < 1e-9
-    better = judge(logged(2000, 1, model=0.9), resamples=300).value
+    better = estimate(logged(2000, 1, model=0.9), resamples=300).value
     assert better["dr"].high - better["dr"].low < plain["pdis"].high - plain["pdis"].low
 
 
 def test_intervals_cover_as_often_as_they_say() -> None:
     hits = {"is": 0, "snips": 0, "pdis": 0}
     for seed in range(60):
-        found = judge(logged(400, seed + 10), resamples=200, seed=seed).value
+        found = estimate(logged(400, seed + 10), resamples=200, seed=seed).value
         for name in hits:
             hits[name] += found[name].low <= TRUTH <= found[name].high
     assert all(count >= 51 for count in hits.values()), hits  # 57 expected of 60
@@ -86,14 +86,14 @@ def test_intervals_cover_as_often_as_they_say() -> None:
 
 def test_the_same_policy_has_weight_one_and_loses_no_decision() -> None:
     decisions = logged(500, 3)
-    same = Decisions(
+    same = LoggedDecisions(
         behaviour=decisions.behaviour, target=decisions.behaviour, reward=decisions.reward
     )
-    found = judge(same, resamples=100)
+    found = estimate(same, resamples=100)
     assert found.effective == pytest.approx(500)
     assert found.largest == pytest.approx(1)
-    for estimate in found.value.values():
-        assert estimate.mean == pytest.approx(float(decisions.reward.sum(1).mean()))
+    for estimated in found.value.values():
+        assert estimated.mean == pytest.approx(float(decisions.reward.sum(1).mean()))
 
 
 def test_a_counted_model_never_sees_its_own_fold_and_keeps_dr_unbiased() -> None:
@@ -111,8 +111,10 @@ def test_a_counted_model_never_sees_its_own_fold_and_keeps_dr_unbiased() -> None
     place = np.argsort(FIRST_TARGET)
     table = np.tile(FIRST_TARGET[place], (20_000, 1))
     q, v = first_code_model(one, draws.reward, np.arange(20_000) % 5, table)
-    found = judge(
-        Decisions(behaviour=draws.behaviour, target=draws.target, reward=draws.reward, q=q, v=v),
+    found = estimate(
+        LoggedDecisions(
+            behaviour=draws.behaviour, target=draws.target, reward=draws.reward, q=q, v=v
+        ),
         resamples=200,
     ).value
     assert found["dr"].mean == pytest.approx(TRUTH, abs=0.03)
@@ -128,6 +130,8 @@ def test_what_cannot_be_logged_is_refused() -> None:
     ):
         whole = {"behaviour": good.behaviour, "target": good.target, "reward": good.reward}
         with pytest.raises(DataError, match=said):
-            Decisions(**(whole | changes))
+            LoggedDecisions(**(whole | changes))
     with pytest.raises(DataError, match="no logged decisions"):
-        Decisions(behaviour=np.zeros((0, 2)), target=np.zeros((0, 2)), reward=np.zeros((0, 2)))
+        LoggedDecisions(
+            behaviour=np.zeros((0, 2)), target=np.zeros((0, 2)), reward=np.zeros((0, 2))
+        )

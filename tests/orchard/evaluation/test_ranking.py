@@ -138,7 +138,7 @@ def test_a_policy_differs_from_itself_by_exactly_nothing() -> None:
     ranks = random_ranks(7)
     for estimate in ranking.paired(ranks, ranks, width=50).values():
         assert (estimate.mean, estimate.low, estimate.high) == (0.0, 0.0, 0.0)
-        assert not estimate.clear
+        assert not estimate.significant
 
 
 def test_pairing_sees_a_small_gain_that_separate_intervals_do_not() -> None:
@@ -212,7 +212,7 @@ def an_evaluation(seed: int = 0, *, width: int = 20, num_rows: int = 400) -> Eva
         width=width,
         seconds=1.5,
         policy="7-0123abcd",
-        catalogue="feed",
+        catalog="feed",
         extra={"coverage@10": 0.25, "forward_tokens": 4e6},
     )
 
@@ -221,7 +221,7 @@ def test_an_evaluation_comes_back_from_its_files_unchanged(tmp_path: Path) -> No
     before = an_evaluation()
     ranking.write(before, tmp_path / "evaluation" / "trained.json")
     after = ranking.read(tmp_path / "evaluation" / "trained.json")
-    for name in ("metrics", "width", "seconds", "policy", "catalogue", "extra", "num_rows"):
+    for name in ("metrics", "width", "seconds", "policy", "catalog", "extra", "num_rows"):
         assert getattr(after, name) == getattr(before, name)
     for name in ("sid", "item"):
         np.testing.assert_array_equal(getattr(after.ranks, name), getattr(before.ranks, name))

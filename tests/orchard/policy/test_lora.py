@@ -8,21 +8,21 @@ import pytest
 import torch
 
 from learner.batch.sft import pack_examples
-from learner.trainer import Learner
+from learner.trainer import Trainer
 from orchard.data.prompts import PromptFormat
-from orchard.data.sft_tasks import Examples
+from orchard.data.sft_tasks import SftExamples
 from orchard.errors import CheckpointError, ConfigError
 from orchard.policy import adapters, lora, model
 from orchard.policy.weights import restore, snapshot
 from orchard.settings import LearnerConfig, LoraConfig
-from orchard.testing import tiny_world
+from orchard.testing import tiny_setup
 from orchard.types import PolicyVersion
 
 ON = LoraConfig(rank=4, targets=("q_proj", "down_proj"))
 
 
 def test_a_target_that_matches_nothing_is_refused() -> None:
-    world = tiny_world()
+    world = tiny_setup()
     with pytest.raises(ConfigError, match="names query, which no linear module .* down_proj"):
         lora.attach(world.model, LoraConfig(rank=4, targets=("q_proj", "query")), seed=0)
     before = snapshot(world.model)
@@ -31,7 +31,7 @@ def test_a_target_that_matches_nothing_is_refused() -> None:
 
 
 def test_trained_adapters_merge_into_a_policy_that_computes_the_same() -> None:
-    world = tiny_world()
+    world = tiny_setup()
     plain = copy.deepcopy(world.model)
     before = snapshot(plain)
     lora.attach(world.model, ON, seed=0)
@@ -42,15 +42,15 @@ def test_trained_adapters_merge_into_a_policy_that_computes_the_same() -> None:
     assert {n.split(".")[-1] for n in trained if "lora" not in n} == {"weight"}
     assert [n for n in trained if "lora" not in n] == ["model.embed_tokens.weight"]
 
-    form = PromptFormat(catalogue=world.catalogue, vocabulary=world.vocabulary)
+    form = PromptFormat(catalog=world.catalog, vocabulary=world.vocabulary)
     target = np.arange(3)
     empty = np.zeros(0, np.int32), np.zeros(4, np.int64)
     asked = form.tokens(np.array([4, 5, 6, 7]), np.array([0, 1, 3, 4]))
-    examples = Examples(asked=asked, written=empty, target=target)
+    examples = SftExamples(asked=asked, written=empty, target=target)
     batch = pack_examples(examples, form, PolicyVersion(step=0, digest=""), forced=True)
     rates = LearnerConfig(lr=1e-2)
-    learner = Learner(world.model, world.catalogue.trie, world.vocabulary, rates, total_steps=9)
-    losses = [learner.supervise(batch)["nll"] for _ in range(5)]
+    learner = Trainer(world.model, world.catalog.trie, world.vocabulary, rates, total_steps=9)
+    losses = [learner.sft_step(batch)["nll"] for _ in range(5)]
     assert losses[-1] < losses[0]
 
     merged = lora.snapshot(world.model)
@@ -86,7 +86,7 @@ def test_adapters_apart_from_the_policy_make_it_of_its_base_again(
 ) -> None:
     from peft import PeftModel
 
-    world = tiny_world()
+    world = tiny_setup()
     own = world.model.config
     settings = {**own.to_dict(), "tie_word_embeddings": tied}
     base = type(world.model)(type(own).from_dict(settings))
@@ -110,7 +110,7 @@ def test_adapters_apart_from_the_policy_make_it_of_its_base_again(
 
 
 def test_what_is_more_than_adapters_is_not_exported_as_such(tmp_path: Path) -> None:
-    world = tiny_world()
+    world = tiny_setup()
     base = copy.deepcopy(world.model)
     policy = moved(moved(moved(base, seed=0), seed=1), seed=2)
     with pytest.raises(CheckpointError, match=r"more than twice the rank of model.lora.rank = 4"):

@@ -10,10 +10,10 @@ import torch
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from orchard.catalog.catalog import load, write
-from orchard.errors import CatalogueError
-from orchard.policy.item_tokenizer import compact_tokenizer, of_codes, read_tokenizer
-from orchard.policy.titles import from_titles, read, read_titles, tokenizer_of
-from orchard.testing import tiny_catalogue, tiny_title_tokenizer
+from orchard.errors import CatalogError
+from orchard.policy.item_tokenizer import compact_tokenizer, from_tokenizer, read_tokenizer
+from orchard.policy.titles import from_titles, make_title_tokenizer, read, read_titles
+from orchard.testing import tiny_catalog, tiny_title_tokenizer
 
 TITLES = ["red pen", "red", "blue pen", "red pen", "red pencil"]
 
@@ -25,7 +25,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 def test_every_leaf_reads_as_a_title(tokenizer: PreTrainedTokenizerBase) -> None:
     found = from_titles(TITLES, tokenizer)
-    vocabulary = of_codes(tokenizer, found)
+    vocabulary = from_tokenizer(tokenizer, found)
     read: list[str] = []
     for path in found.trie.path(found.trie.leaf_node):
         tokens = vocabulary.token_of(found.trie, path[path >= 0])
@@ -43,7 +43,7 @@ def test_equal_titles_share_a_leaf_and_a_title_within_another_has_its_own(
 
 def test_all_levels_share_one_slice_of_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
     found = from_titles(TITLES, tokenizer)
-    vocabulary = of_codes(tokenizer, found)
+    vocabulary = from_tokenizer(tokenizer, found)
     letters = sorted(set("".join(TITLES)))
     assert len(vocabulary.level_tokens) == 1
     assert vocabulary.tokens_at(0).tolist() == vocabulary.tokens_at(9).tolist()
@@ -57,7 +57,7 @@ def test_all_levels_share_one_slice_of_tokens(tokenizer: PreTrainedTokenizerBase
     assert tokenizer.convert_ids_to_tokens(both[0].tolist()) == ["l", "e"]
 
 
-def test_a_saved_title_catalogue_comes_back_whole(
+def test_a_saved_title_catalog_comes_back_whole(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     for titles in (TITLES, ["abc"], ["ab", "cd"]):
@@ -79,13 +79,13 @@ def test_a_digest_names_the_tokens_of_titles(tokenizer: PreTrainedTokenizerBase)
 
 
 def test_a_tokenizer_is_made_from_titles_and_writes_every_one_of_them() -> None:
-    made = tokenizer_of([*TITLES, "Größe 7\N{MULTIPLICATION SIGN}9 \N{SNOWMAN}"], 300)
-    again = tokenizer_of([*TITLES, "Größe 7\N{MULTIPLICATION SIGN}9 \N{SNOWMAN}"], 300)
+    made = make_title_tokenizer([*TITLES, "Größe 7\N{MULTIPLICATION SIGN}9 \N{SNOWMAN}"], 300)
+    again = make_title_tokenizer([*TITLES, "Größe 7\N{MULTIPLICATION SIGN}9 \N{SNOWMAN}"], 300)
     assert made.get_vocab() == again.get_vocab()
     assert 259 < len(made) <= 300
     titles = [*TITLES, "never seen: \N{EURO SIGN}", "Größe 7\N{MULTIPLICATION SIGN}9 \N{SNOWMAN}"]
     found = from_titles(titles, made)
-    vocabulary = of_codes(made, found)
+    vocabulary = from_tokenizer(made, found)
     path = found.trie.path(found.trie.leaf_node)
     read = [made.decode(vocabulary.token_of(found.trie, row[row >= 0])[:-1]) for row in path]
     assert sorted(read) == sorted(set(titles))
@@ -95,15 +95,15 @@ def test_a_tokenizer_is_made_from_titles_and_writes_every_one_of_them() -> None:
 
 
 def test_a_vocabulary_without_room_for_all_bytes_is_refused() -> None:
-    with pytest.raises(CatalogueError, match=r"258 tokens has no room .* data.title_tokens"):
-        tokenizer_of(TITLES, 258)
+    with pytest.raises(CatalogError, match=r"258 tokens has no room .* data.title_tokens"):
+        make_title_tokenizer(TITLES, 258)
 
 
 def test_an_empty_title_is_refused_under_a_tokenizer_of_titles(tmp_path: Path) -> None:
     table = pa.table({"item_id": [4, 7], "title": ["red pen", None]})
     pq.write_table(table, tmp_path / "items.parquet")
-    made = tokenizer_of(read_titles(tmp_path / "items.parquet"), 260)
-    with pytest.raises(CatalogueError, match=r"title '' of item 7 has no tokens.*1 of 2 items"):
+    made = make_title_tokenizer(read_titles(tmp_path / "items.parquet"), 260)
+    with pytest.raises(CatalogError, match=r"title '' of item 7 has no tokens.*1 of 2 items"):
         read(tmp_path / "items.parquet", made)
 
 
@@ -112,7 +112,7 @@ def test_real_titles_with_equal_ones_and_beginnings_of_others_become_leaves(
 ) -> None:
     items = shared_data / "amazon_industrial" / "items.parquet"
     titles = read_titles(items)
-    found = read(items, tokenizer_of(titles, 4000))
+    found = read(items, make_title_tokenizer(titles, 4000))
     assert found.trie.num_leaves == len(set(titles)) == 3646
     by_title = {title: int(leaf) for title, leaf in zip(titles, found.leaf_of_item, strict=True)}
     assert [by_title[title] for title in titles] == found.leaf_of_item.tolist()
@@ -120,33 +120,33 @@ def test_real_titles_with_equal_ones_and_beginnings_of_others_become_leaves(
 
 
 def test_a_title_without_tokens_is_named(tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(CatalogueError, match=r"title '' of item 9 has no tokens.*1 of 2 items"):
+    with pytest.raises(CatalogError, match=r"title '' of item 9 has no tokens.*1 of 2 items"):
         from_titles(["a", ""], tokenizer, item_id=np.array([5, 9]))
 
 
 def test_a_title_may_not_contain_its_own_end(tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(CatalogueError, match=r"item 1 contains the end marker <eos>"):
+    with pytest.raises(CatalogError, match=r"item 1 contains the end marker <eos>"):
         from_titles(["a", "a<eos>b"], tokenizer)
 
 
-def test_no_titles_are_no_catalogue(tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(CatalogueError, match="no items"):
+def test_no_titles_are_no_catalog(tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(CatalogError, match="no items"):
         from_titles([], tokenizer)
 
 
 def test_titles_need_a_token_that_ends_them(tokenizer: PreTrainedTokenizerBase) -> None:
     endless = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
-    with pytest.raises(CatalogueError, match="no eos_token"):
+    with pytest.raises(CatalogError, match="no eos_token"):
         from_titles(TITLES, endless)
 
 
 def test_titles_of_another_tokenizer_are_refused(tokenizer: PreTrainedTokenizerBase) -> None:
-    other = compact_tokenizer(tiny_catalogue())
-    with pytest.raises(CatalogueError, match="with the policy's own tokenizer"):
-        of_codes(other, from_titles(TITLES, tokenizer))
+    other = compact_tokenizer(tiny_catalog())
+    with pytest.raises(CatalogError, match="with the policy's own tokenizer"):
+        from_tokenizer(other, from_titles(TITLES, tokenizer))
 
 
-def test_a_title_catalogue_is_read_with_the_tokenizer_of_a_saved_policy(
+def test_a_title_catalog_is_read_with_the_tokenizer_of_a_saved_policy(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     tokenizer.save_pretrained(tmp_path)

@@ -12,7 +12,7 @@ from orchard.policy import value_head
 from orchard.policy.model import load
 from orchard.policy.value_head import ValueHead
 from orchard.policy.weights import digest, restore, snapshot
-from orchard.testing import World, tiny_world
+from orchard.testing import TinySetup, tiny_setup
 
 
 def trained_head(width: int = 8) -> ValueHead:
@@ -23,8 +23,8 @@ def trained_head(width: int = 8) -> ValueHead:
     return head
 
 
-def valued_world() -> World:
-    world = tiny_world()
+def valued_world() -> TinySetup:
+    world = tiny_setup()
     value_head.attach(world.model, seed=3)
     return world
 
@@ -50,28 +50,28 @@ def test_a_value_is_the_same_alone_as_among_longer_paths() -> None:
 def test_a_fresh_head_has_nothing_to_say_and_equal_seeds_make_equal_heads() -> None:
     first, second = valued_world().model, valued_world().model
     assert digest(snapshot(first)) == digest(snapshot(second))
-    head = value_head.head_of(first)
+    head = value_head.value_head_of(first)
     assert head is not None
     assert not head(torch.randn(3, 32), torch.tensor([[0, 1, 2]])).any()
 
 
 def test_a_head_travels_with_the_weights_of_its_policy() -> None:
-    ours, theirs = valued_world().model, tiny_world(seed=1).model
+    ours, theirs = valued_world().model, tiny_setup(seed=1).model
     sent = snapshot(ours)
     assert any(name.startswith("value_head.") for name in sent)
-    value_head.fit(theirs, sent)
+    value_head.adapt_weights(theirs, sent)
     restore(theirs, sent)
     assert digest(snapshot(theirs)) == digest(sent)
-    plain = snapshot(tiny_world().model)
-    value_head.fit(theirs, plain)
+    plain = snapshot(tiny_setup().model)
+    value_head.adapt_weights(theirs, plain)
     restore(theirs, plain)
     assert digest(snapshot(theirs)) == digest(plain)
 
 
 def test_the_head_is_split_from_the_weights_of_its_policy() -> None:
     world = valued_world()
-    weights, plain = snapshot(world.model), snapshot(tiny_world().model)
-    attached = value_head.head_of(world.model)
+    weights, plain = snapshot(world.model), snapshot(tiny_setup().model)
+    attached = value_head.value_head_of(world.model)
     assert attached is not None
     attached.scalar.bias.data.fill_(0.25)
     random = torch.get_rng_state()
@@ -111,9 +111,9 @@ def test_a_saved_policy_keeps_its_head_in_a_file_of_its_own(tmp_path: Path) -> N
             parameter.normal_()
     folder = world.save(tmp_path / "policy")
     assert digest(snapshot(load(folder))) == world.version.digest
-    assert value_head.head_of(world.model) is not None
+    assert value_head.value_head_of(world.model) is not None
     (folder / value_head.FILE).unlink()
-    plain = tiny_world()
+    plain = tiny_setup()
     assert digest(snapshot(load(folder))) == plain.version.digest
 
 

@@ -9,39 +9,41 @@ import pytest
 import torch
 
 from orchard import ragged
-from orchard.catalog import catalog as catalogues
+from orchard.catalog import catalog as catalogs
 from orchard.data.prompts import Split
-from orchard.errors import CatalogueError, ConfigError, DataError
+from orchard.errors import CatalogError, ConfigError, DataError
 from orchard.scorers import checkpoint
-from orchard.scorers.fit_listwise import fit_evaluator, measure
-from orchard.scorers.listwise_ranker import ListEvaluator
+from orchard.scorers.fit_listwise import fit_listwise_ranker, measure
+from orchard.scorers.listwise_ranker import ListwiseRanker
 from orchard.settings import ListwiseConfig, RewardsConfig
-from orchard.testing import tiny_catalogue
+from orchard.testing import tiny_catalog
 from orchard.types import SearchTrees
 from rewards.listwise import listwise
-from rewards.registry import Knowledge
-from rewards.score import look_up
+from rewards.registry import RewardContext
+from rewards.score import preload
 
 Grow = Callable[..., SearchTrees]
-ITEMS = catalogues.from_codes([[0, 1], [0, 2], [1, 0], [0, 1], [1, 3], [2, 0]])
+ITEMS = catalogs.from_codes([[0, 1], [0, 2], [1, 0], [0, 1], [1, 3], [2, 0]])
 SIZES = {
     "num_items": 6, "num_leaves": 5, "max_history": 4, "hidden_size": 8, "layers": 2, "heads": 2,
 }  # fmt: skip
 
 
-def model_of(*, unknown: tuple[int, ...] = ()) -> ListEvaluator:
+def model_of(*, unknown: tuple[int, ...] = ()) -> ListwiseRanker:
     """A random model that knows all leaves but some."""
     torch.manual_seed(0)
-    model = ListEvaluator(**SIZES).eval()
+    model = ListwiseRanker(**SIZES).eval()
     model.leaf_of_item[:] = torch.from_numpy(ITEMS.leaf_of_item)
     model.trained[:] = True
     model.trained[list(unknown)] = False
     return model
 
 
-def saved(model: ListEvaluator, folder: Path) -> Knowledge:
-    checkpoint.save(model, folder, kind="listwise", catalogue=ITEMS, sizes=SIZES, facts={})
-    return Knowledge(catalogue=ITEMS, settings=RewardsConfig(listwise=ListwiseConfig(path=folder)))
+def saved(model: ListwiseRanker, folder: Path) -> RewardContext:
+    checkpoint.save(model, folder, kind="listwise", catalog=ITEMS, sizes=SIZES, facts={})
+    return RewardContext(
+        catalog=ITEMS, settings=RewardsConfig(listwise=ListwiseConfig(path=folder))
+    )
 
 
 def with_history(trees: SearchTrees, rows: list[list[int]]) -> SearchTrees:
@@ -88,15 +90,15 @@ def test_what_the_model_does_not_know_neither_gains_nor_loses(
 
 def test_a_missing_or_foreign_model_is_refused_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="run `orchard fit listwise`"):
-        look_up({"listwise": 1.0}, Knowledge(catalogue=ITEMS, folder=tmp_path))
+        preload({"listwise": 1.0}, RewardContext(catalog=ITEMS, folder=tmp_path))
     known = saved(model_of(), tmp_path)
-    look_up({"listwise": 1.0}, known)
-    with pytest.raises(CatalogueError, match="was fitted on catalogue"):
-        look_up({"listwise": 1.0}, replace(known, catalogue=tiny_catalogue()))
+    preload({"listwise": 1.0}, known)
+    with pytest.raises(CatalogError, match="was fitted on catalog"):
+        preload({"listwise": 1.0}, replace(known, catalog=tiny_catalog()))
 
 
 def test_fitting_learns_what_follows_what_and_equal_seeds_give_equal_models() -> None:
-    items = catalogues.from_codes([[code // 4, code % 4] for code in range(12)])
+    items = catalogs.from_codes([[code // 4, code % 4] for code in range(12)])
     at = np.arange(240)
     split = Split(
         user=at,
@@ -108,8 +110,8 @@ def test_fitting_learns_what_follows_what_and_equal_seeds_give_equal_models() ->
         hidden_size=16, layers=1, epochs=20, batch_size=16, lr=1e-2, dropout=0.0, list_size=4
     )
 
-    def fitted() -> ListEvaluator:
-        return fit_evaluator(split, split, items, settings, max_history=4, seed=1)
+    def fitted() -> ListwiseRanker:
+        return fit_listwise_ranker(split, split, items, settings, max_history=4, seed=1)
 
     model = fitted()
     found = measure(model, split, split, settings, seed=1)
@@ -118,4 +120,4 @@ def test_fitting_learns_what_follows_what_and_equal_seeds_give_equal_models() ->
     assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
     few = settings.model_copy(update={"list_size": 13})
     with pytest.raises(DataError, match="12 distinct semantic IDs and a list takes 13"):
-        fit_evaluator(split, split, items, few, max_history=4, seed=1)
+        fit_listwise_ranker(split, split, items, few, max_history=4, seed=1)

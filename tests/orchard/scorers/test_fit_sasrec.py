@@ -9,22 +9,22 @@ import pytest
 import torch
 
 from orchard import ragged
-from orchard.catalog import catalog as catalogues
+from orchard.catalog import catalog as catalogs
 from orchard.data.prompts import Split
-from orchard.errors import CatalogueError, CheckpointError, ConfigError
+from orchard.errors import CatalogError, CheckpointError, ConfigError
 from orchard.evaluation.ranking import TargetRanks
 from orchard.scorers import checkpoint
 from orchard.scorers.fit_sasrec import fit_sasrec, sasrec_ranks
 from orchard.scorers.sasrec import SasRec, leaf_logits
 from orchard.settings import CollaborativeConfig, RewardsConfig
-from orchard.testing import tiny_catalogue
+from orchard.testing import tiny_catalog
 from orchard.types import SearchTrees
 from rewards.collaborative import collaborative
-from rewards.registry import Knowledge
-from rewards.score import look_up
+from rewards.registry import RewardContext
+from rewards.score import preload
 
 Grow = Callable[..., SearchTrees]
-ITEMS = catalogues.from_codes([[0, 1], [0, 2], [1, 0], [0, 1], [1, 3], [2, 0]])
+ITEMS = catalogs.from_codes([[0, 1], [0, 2], [1, 0], [0, 1], [1, 3], [2, 0]])
 SIZES = {"num_items": 6, "max_history": 4, "hidden_size": 8, "layers": 2, "heads": 2}
 
 
@@ -37,10 +37,10 @@ def model_of(*, unknown: tuple[int, ...] = (), seed: int = 0) -> SasRec:
     return model
 
 
-def saved(model: SasRec, folder: Path) -> Knowledge:
-    checkpoint.save(model, folder, kind="collaborative", catalogue=ITEMS, sizes=SIZES, facts={})
+def saved(model: SasRec, folder: Path) -> RewardContext:
+    checkpoint.save(model, folder, kind="collaborative", catalog=ITEMS, sizes=SIZES, facts={})
     settings = RewardsConfig(collaborative=CollaborativeConfig(path=folder))
-    return Knowledge(catalogue=ITEMS, settings=settings)
+    return RewardContext(catalog=ITEMS, settings=settings)
 
 
 def walk(rows: list[list[int]]) -> Split:
@@ -113,21 +113,21 @@ def test_a_missing_foreign_or_damaged_model_is_refused_before_anything_starts(
 ) -> None:
     weights = {"collaborative": 1.0}
     with pytest.raises(ConfigError, match="run `orchard fit collaborative`"):
-        look_up(weights, Knowledge(catalogue=ITEMS, folder=tmp_path))
+        preload(weights, RewardContext(catalog=ITEMS, folder=tmp_path))
     known = saved(model_of(), tmp_path)
-    look_up(weights, known)
-    other = Knowledge(catalogue=tiny_catalogue(), settings=known.settings)
-    with pytest.raises(CatalogueError, match="was fitted on catalogue"):
-        look_up(weights, other)
+    preload(weights, known)
+    other = RewardContext(catalog=tiny_catalog(), settings=known.settings)
+    with pytest.raises(CatalogError, match="was fitted on catalog"):
+        preload(weights, other)
     (tmp_path / checkpoint.WEIGHTS).write_bytes(b"nothing")
     with pytest.raises(CheckpointError, match="fit it again"):
-        look_up(weights, Knowledge(catalogue=ITEMS, settings=known.settings))
-    checkpoint.save(model_of(), tmp_path, kind="other", catalogue=ITEMS, sizes=SIZES, facts={})
+        preload(weights, RewardContext(catalog=ITEMS, settings=known.settings))
+    checkpoint.save(model_of(), tmp_path, kind="other", catalog=ITEMS, sizes=SIZES, facts={})
     with pytest.raises(CheckpointError, match="a model for other"):
-        look_up(weights, Knowledge(catalogue=ITEMS, settings=known.settings))
+        preload(weights, RewardContext(catalog=ITEMS, settings=known.settings))
     (tmp_path / checkpoint.ABOUT).write_text("{}")
     with pytest.raises(CheckpointError, match="no description of a fitted model"):
-        look_up(weights, Knowledge(catalogue=ITEMS, settings=known.settings))
+        preload(weights, RewardContext(catalog=ITEMS, settings=known.settings))
 
 
 def test_fitting_learns_what_follows_what_and_equal_seeds_give_equal_models() -> None:
@@ -135,22 +135,22 @@ def test_fitting_learns_what_follows_what_and_equal_seeds_give_equal_models() ->
     settings = CollaborativeConfig(
         hidden_size=16, layers=1, epochs=12, batch_size=8, lr=1e-2, dropout=0.0
     )
-    catalogue = catalogues.from_codes([[code] for code in range(6)])
+    catalog = catalogs.from_codes([[code] for code in range(6)])
     split, told = walk(rows), list[int]()
 
     def fitted() -> SasRec:
         return fit_sasrec(
-            split, split, catalogue, settings, max_history=4, seed=1,
+            split, split, catalog, settings, max_history=4, seed=1,
             tell=lambda epoch, loss, ndcg: told.append(epoch),
         )  # fmt: skip
 
     model = fitted()
     assert told[0] == 1
-    ranks = sasrec_ranks(model, split, catalogue, batch_size=7)
+    ranks = sasrec_ranks(model, split, catalog, batch_size=7)
     assert (ranks.item == 0).mean() > 0.95
     assert not model.trained[5]
     # Of an item that no row has there is nothing to say, as target or as history.
-    ranks = sasrec_ranks(model, walk([[0, 5], [5, 0]]), catalogue)
+    ranks = sasrec_ranks(model, walk([[0, 5], [5, 0]]), catalog)
     assert ranks.item.tolist() == [TargetRanks.MISS] * 2
     again = fitted().state_dict()
     assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())

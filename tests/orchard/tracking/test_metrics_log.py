@@ -1,4 +1,4 @@
-"""The logbook across crashes, resumed runs and numbers that are none."""
+"""The metrics logger across crashes, resumed runs and numbers that are none."""
 
 import json
 import math
@@ -9,13 +9,13 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from orchard.errors import DataError
-from orchard.tracking.metrics_log import FILE, TENSORBOARD, Logbook, read_metrics
+from orchard.tracking.metrics_log import FILE, TENSORBOARD, MetricsLogger, read_metrics
 
 
 def log_steps(run_dir: Path, phase: str, steps: range) -> None:
-    with Logbook(run_dir) as logbook:
+    with MetricsLogger(run_dir) as metrics_logger:
         for step in steps:
-            logbook.log(phase, step, {"learner/kl": step / 10})
+            metrics_logger.log(phase, step, {"learner/kl": step / 10})
 
 
 def steps_of(run_dir: Path, phase: str) -> list[int]:
@@ -23,10 +23,10 @@ def steps_of(run_dir: Path, phase: str) -> list[int]:
 
 
 def test_what_is_logged_is_read_back_by_phase_and_metric(tmp_path: Path) -> None:
-    with Logbook(tmp_path) as logbook:
-        logbook.log("sft", 1, {"sft/loss": 3.5})
-        logbook.log("train", 1, {"rewards/mean": np.float32(0.25), "learner/kl": 0.1})
-        logbook.log("train", 2, {"learner/tokens": 7, "learner/kl": 0.2})
+    with MetricsLogger(tmp_path) as metrics_logger:
+        metrics_logger.log("sft", 1, {"sft/loss": 3.5})
+        metrics_logger.log("train", 1, {"rewards/mean": np.float32(0.25), "learner/kl": 0.1})
+        metrics_logger.log("train", 2, {"learner/tokens": 7, "learner/kl": 0.2})
     found = read_metrics(tmp_path / FILE)
     assert {phase: sorted(metrics) for phase, metrics in found.items()} == {
         "sft": ["sft/loss"],
@@ -40,15 +40,15 @@ def test_what_is_logged_is_read_back_by_phase_and_metric(tmp_path: Path) -> None
 
 
 def test_a_line_is_on_disk_before_the_next_step_begins(tmp_path: Path) -> None:
-    with Logbook(tmp_path) as logbook:
+    with MetricsLogger(tmp_path) as metrics_logger:
         for step in range(3):
-            logbook.log("train", step, {"learner/kl": 0.0})
+            metrics_logger.log("train", step, {"learner/kl": 0.0})
             assert steps_of(tmp_path, "train") == list(range(step + 1))
 
 
 def test_a_line_is_plain_json_whatever_was_measured(tmp_path: Path) -> None:
-    with Logbook(tmp_path) as logbook:
-        logbook.log("train", 1, {"learner/kl": math.nan, "learner/loss": math.inf})
+    with MetricsLogger(tmp_path) as metrics_logger:
+        metrics_logger.log("train", 1, {"learner/kl": math.nan, "learner/loss": math.inf})
 
     def refuse(constant: str) -> None:
         raise AssertionError(constant)
@@ -59,7 +59,7 @@ def test_a_line_is_plain_json_whatever_was_measured(tmp_path: Path) -> None:
     assert math.isnan(read_metrics(tmp_path / FILE)["train"]["learner/kl"].value[0])
 
 
-def test_a_reopened_logbook_goes_on_where_it_stopped(tmp_path: Path) -> None:
+def test_a_reopened_metrics_logger_goes_on_where_it_stopped(tmp_path: Path) -> None:
     log_steps(tmp_path, "train", range(3))
     log_steps(tmp_path, "train", range(3, 5))
     assert steps_of(tmp_path, "train") == [0, 1, 2, 3, 4]
@@ -98,10 +98,10 @@ def test_k_steps_a_crash_and_the_rest_log_as_if_nothing_had_happened(tmp_path: P
     for folder, last in ((whole, 6), (crashed, 5)):
         log_steps(folder, "sft", range(1, 4))
         log_steps(folder, "train", range(1, last))
-    with Logbook(crashed) as logbook:  # the last checkpoint is of step 2
-        assert logbook.rewind("train", 2) == 2
+    with MetricsLogger(crashed) as metrics_logger:  # the last checkpoint is of step 2
+        assert metrics_logger.rewind("train", 2) == 2
         for step in range(3, 6):
-            logbook.log("train", step, {"learner/kl": step / 10})
+            metrics_logger.log("train", step, {"learner/kl": step / 10})
     for phase in ("sft", "train"):
         assert steps_of(crashed, phase) == steps_of(whole, phase)
 
@@ -109,17 +109,17 @@ def test_k_steps_a_crash_and_the_rest_log_as_if_nothing_had_happened(tmp_path: P
 def test_rewinding_to_the_last_step_changes_nothing(tmp_path: Path) -> None:
     log_steps(tmp_path, "train", range(3))
     before = (tmp_path / FILE).read_bytes()
-    with Logbook(tmp_path) as logbook:
-        assert logbook.rewind("train", 2) == 0
-        assert logbook.rewind("sft", 0) == 0
+    with MetricsLogger(tmp_path) as metrics_logger:
+        assert metrics_logger.rewind("train", 2) == 0
+        assert metrics_logger.rewind("sft", 0) == 0
     assert (tmp_path / FILE).read_bytes() == before
 
 
 def test_tensorboard_shows_each_step_once_even_after_a_rewind(tmp_path: Path) -> None:
     log_steps(tmp_path, "train", range(1, 5))
-    with Logbook(tmp_path) as logbook:
-        logbook.rewind("train", 2)
-        logbook.log("train", 3, {"learner/kl": 9.0})
+    with MetricsLogger(tmp_path) as metrics_logger:
+        metrics_logger.rewind("train", 2)
+        metrics_logger.log("train", 3, {"learner/kl": 9.0})
     events = EventAccumulator(str(tmp_path / TENSORBOARD / "train"))
     events.Reload()
     seen = [(event.step, round(event.value, 3)) for event in events.Scalars("learner/kl")]

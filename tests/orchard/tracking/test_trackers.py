@@ -1,4 +1,4 @@
-"""Trackers receive what the logbook writes; the real libraries take it."""
+"""Trackers receive what the metrics logger writes; the real libraries take it."""
 
 import math
 from contextlib import closing
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from orchard.errors import ConfigError
-from orchard.tracking.metrics_log import Logbook, read_metrics
+from orchard.tracking.metrics_log import MetricsLogger, read_metrics
 from orchard.tracking.trackers import open_tracker
 
 CONFIG = {"seed": 3, "learner": {"lr": 0.1, "path": None}}
@@ -33,9 +33,9 @@ class Recorder:
 
 def log_to(library: Recorder, kind: str, folder: Path) -> None:
     tracker = open_tracker(kind, folder, "toy", CONFIG, library=library)
-    with closing(tracker), Logbook(folder, also=[tracker.log]) as logbook:
-        logbook.log("sft", 1, {"sft/loss": 2.5, "sft/nan": math.nan})
-        logbook.log("train", 1, {"evaluate/ndcg@10/sid": 0.25})
+    with closing(tracker), MetricsLogger(folder, also=[tracker.log]) as metrics_logger:
+        metrics_logger.log("sft", 1, {"sft/loss": 2.5, "sft/nan": math.nan})
+        metrics_logger.log("train", 1, {"evaluate/ndcg@10/sid": 0.25})
 
 
 def test_wandb_gets_each_phase_over_its_own_steps(
@@ -84,8 +84,8 @@ def test_the_real_package_takes_it(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
     tracker = open_tracker(kind, tmp_path / "run", "toy", CONFIG)
-    with closing(tracker), Logbook(tmp_path / "run", also=[tracker.log]) as logbook:
-        logbook.log("train", 1, {"evaluate/ndcg@10/sid": 0.25})
+    with closing(tracker), MetricsLogger(tmp_path / "run", also=[tracker.log]) as metrics_logger:
+        metrics_logger.log("train", 1, {"evaluate/ndcg@10/sid": 0.25})
     kept = {"wandb": "wandb/offline-run-*/*.wandb", "mlflow": "mlflow.db"}[kind]
     assert any(path.stat().st_size for path in (tmp_path / "run").glob(kept))
     assert [path.name for path in tmp_path.iterdir()] == ["run"]  # nothing strays

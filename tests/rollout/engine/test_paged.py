@@ -8,19 +8,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from orchard.catalog.view import everything, of_leaves
+from orchard.catalog.view import full_view, view_of_leaves
 from orchard.errors import EngineError
 from orchard.policy import value_head
 from orchard.policy.model import head_weight
 from orchard.policy.value_head import ValueHead
 from orchard.settings import VedConfig
-from orchard.testing import World, tiny_title_world, tiny_world
+from orchard.testing import TinySetup, tiny_setup, tiny_title_setup
 from rollout.candidates import Candidates
-from rollout.engine.paged import CacheFullError, PagedEngine, Pass
-from rollout.engine.payload import Receiver, Sender
+from rollout.engine.paged import CacheFullError, ForwardBatch, PagedBackend
+from rollout.engine.payload import PayloadDecoder, PayloadEncoder
 from rollout.engine.torch import TorchEngine
 from rollout.engine.worker import SearchExtension, missing
-from rollout.item_filter import Allowed
+from rollout.item_filter import ItemFilter
 from rollout.search.beam import beam, sample
 from rollout.search.ved.search import ved
 
@@ -29,14 +29,14 @@ class TokenPages:
     """Keeps tokens where a real cache keeps keys and values, and reads each prefix from there."""
 
     def __init__(
-        self, world: World, *, page_size: int, num_pages: int, max_tokens: int, max_spans: int
+        self, world: TinySetup, *, page_size: int, num_pages: int, max_tokens: int, max_spans: int
     ) -> None:
         self.page_size, self.num_pages, self.max_length = page_size, num_pages, 4096
         self.max_tokens, self.max_spans = max_tokens, max_spans
         self.cache = torch.full((num_pages * page_size,), -1)
         self.model, self.passes = world.model, 0
 
-    def forward(self, work: Pass) -> Tensor:
+    def forward(self, work: ForwardBatch) -> Tensor:
         assert len(work.token) <= self.max_tokens
         assert len(work.length) <= self.max_spans
         assert (work.start.diff() > 0).all()
@@ -64,15 +64,15 @@ class TokenPages:
         pages[target] = pages[source]
 
 
-def paged(world: World, **options: int) -> PagedEngine:
+def paged(world: TinySetup, **options: int) -> PagedBackend:
     bounds = {"page_size": 4, "num_pages": 2000, "max_tokens": 512, "max_spans": 512} | options
-    return PagedEngine(
+    return PagedBackend(
         TokenPages(world, **bounds),
-        world.catalogue.trie,
+        world.catalog.trie,
         world.vocabulary,
         world.version,
         head_weight(world.model).detach(),
-        value_head.head_of(world.model),
+        value_head.value_head_of(world.model),
     )
 
 
@@ -85,7 +85,7 @@ def assert_same(ours: Candidates, reference: Candidates) -> None:
 @pytest.mark.parametrize("page_size", [1, 4, 64])
 @pytest.mark.parametrize("bounds", [{}, {"max_tokens": 3}, {"max_spans": 2}])
 def test_searches_are_those_of_the_reference(
-    world: World, engine: TorchEngine, page_size: int, bounds: dict[str, int]
+    world: TinySetup, engine: TorchEngine, page_size: int, bounds: dict[str, int]
 ) -> None:
     ours = paged(world, page_size=page_size, **bounds)
     for width in (1, 5):
@@ -99,8 +99,8 @@ def test_searches_are_those_of_the_reference(
 
 
 def test_a_state_may_be_extended_again_after_its_children() -> None:
-    world = tiny_world()
-    ours, trie = paged(world, page_size=64), world.catalogue.trie
+    world = tiny_setup()
+    ours, trie = paged(world, page_size=64), world.catalog.trie
     root = ours.prefill(world.prompts.select(np.array([0])))
     node = root.children.node[:1]
     token, one = world.vocabulary.token_of(trie, node), torch.tensor([0, 1])
@@ -111,10 +111,10 @@ def test_a_state_may_be_extended_again_after_its_children() -> None:
     assert torch.equal(first.logprob, again.logprob)
 
 
-def guided(world: World, *, scale: float = 0.3) -> ValueHead:
+def guided(world: TinySetup, *, scale: float = 0.3) -> ValueHead:
     """Give the world's policy a value head with something to say."""
     value_head.attach(world.model, seed=0)
-    head = value_head.head_of(world.model)
+    head = value_head.value_head_of(world.model)
     assert head is not None
     for parameter in head.parameters():
         parameter.data.normal_(0.0, scale)
@@ -124,21 +124,21 @@ def guided(world: World, *, scale: float = 0.3) -> ValueHead:
 @pytest.mark.parametrize(
     ("world", "settings"),
     [
-        (tiny_world(lengths=(0, 3, 1, 7)), VedConfig(budget=20, width=3)),
+        (tiny_setup(lengths=(0, 3, 1, 7)), VedConfig(budget=20, width=3)),
         (
-            tiny_world(level_size=(3, 2, 2, 3), varying_depth=True, seed=4),
+            tiny_setup(level_size=(3, 2, 2, 3), varying_depth=True, seed=4),
             VedConfig(budget=25, width=2, to_leaf=True, traversals=2),
         ),
-        (tiny_title_world(["tea", "tea pot", "toy", "a cup"]), VedConfig(budget=30, width=2)),
+        (tiny_title_setup(["tea", "tea pot", "toy", "a cup"]), VedConfig(budget=30, width=2)),
     ],
     ids=["level", "varying", "titles"],
 )
 @pytest.mark.parametrize("page_size", [2, 64])
 def test_guided_searches_are_those_of_the_reference(
-    world: World, settings: VedConfig, page_size: int
+    world: TinySetup, settings: VedConfig, page_size: int
 ) -> None:
     guided(world)
-    reference = TorchEngine(world.model, world.catalogue.trie, world.vocabulary, world.version)
+    reference = TorchEngine(world.model, world.catalog.trie, world.vocabulary, world.version)
     find = partial(ved, settings=settings, count=4, seed=2)
     ours = find(paged(world, page_size=page_size, max_tokens=9), world.prompts)
     expected = find(reference, world.prompts)
@@ -152,18 +152,18 @@ def test_guided_searches_are_those_of_the_reference(
 
 
 def test_another_value_head_gives_other_values_and_none_gives_none() -> None:
-    world = tiny_world()
-    first, second = guided(world), guided(tiny_world(), scale=0.5)
+    world = tiny_setup()
+    first, second = guided(world), guided(tiny_setup(), scale=0.5)
     ours, head = paged(world), head_weight(world.model).detach()
     prefill = ours.prefill(world.prompts)
     assert prefill.value is not None
-    ours.install(world.version, head, second)
+    ours.load_weights(world.version, head, second)
     new = ours.prefill(world.prompts)
     assert new.value is not None
     assert (new.value - prefill.value).abs().max() > 0.01
-    ours.install(world.version, head)
+    ours.load_weights(world.version, head)
     assert ours.prefill(world.prompts).value is None
-    ours.install(world.version, head, first)
+    ours.load_weights(world.version, head, first)
     again = ours.prefill(world.prompts).value
     assert again is not None
     assert torch.equal(again, prefill.value)
@@ -172,22 +172,22 @@ def test_another_value_head_gives_other_values_and_none_gives_none() -> None:
 class Worker(SearchExtension):
     """The worker's methods around an engine of the test's choice."""
 
-    def __init__(self, engine: PagedEngine) -> None:
+    def __init__(self, engine: PagedBackend) -> None:
         self.orchard_engine, self.orchard_batch = engine, 1 << 31
-        self.orchard_parcels, self.sender = Receiver(torch.device("cpu")), Sender()
+        self.orchard_parcels, self.sender = PayloadDecoder(torch.device("cpu")), PayloadEncoder()
 
     def run(self, find: Any, prompts: Any) -> Candidates:
-        return self.orchard_run(self.sender.pack(find), prompts)
+        return self.orchard_run(self.sender.encode(find), prompts)
 
 
-def used(engine: PagedEngine, find: Any, prompts: Any) -> int:
+def used(engine: PagedBackend, find: Any, prompts: Any) -> int:
     """Pages that a search takes."""
     find(engine, prompts)
     return engine._used
 
 
 def test_batches_that_do_not_fit_are_split(
-    world: World, engine: TorchEngine, caplog: pytest.LogCaptureFixture
+    world: TinySetup, engine: TorchEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
     find = partial(beam, width=5)
     whole = find(engine, world.prompts)
@@ -204,10 +204,10 @@ def test_batches_that_do_not_fit_are_split(
 
 
 def test_what_prompts_may_find_is_split_with_their_batch() -> None:
-    world = tiny_world(num_items=60)
-    trie, count = world.catalogue.trie, len(world.prompts)
-    allowed = Allowed(
-        view=of_leaves(trie, torch.arange(trie.num_leaves) % 4 > 0),
+    world = tiny_setup(num_items=60)
+    trie, count = world.catalog.trie, len(world.prompts)
+    allowed = ItemFilter(
+        view=view_of_leaves(trie, torch.arange(trie.num_leaves) % 4 > 0),
         excluded=np.arange(count * 5),
         excluded_start=np.array([0, 3, 3, 10, count * 5]),
     )
@@ -222,7 +222,7 @@ def test_what_prompts_may_find_is_split_with_their_batch() -> None:
 
 
 def test_a_prompt_that_cannot_fit_is_an_error() -> None:
-    world = tiny_world()
+    world = tiny_setup()
     worker = Worker(paged(world, num_pages=3))
     with pytest.raises(EngineError, match=r"more than 3 pages .* raise rollout.kv_cache_gib"):
         worker.run(partial(beam, width=5), world.prompts)
@@ -231,14 +231,14 @@ def test_a_prompt_that_cannot_fit_is_an_error() -> None:
 
 
 def test_a_prompt_too_long_and_exclusions_of_everything_are_answered_at_once() -> None:
-    world = tiny_world()
-    ours, trie, count = paged(world), world.catalogue.trie, len(world.prompts)
+    world = tiny_setup()
+    ours, trie, count = paged(world), world.catalog.trie, len(world.prompts)
     limit = ours._model.max_length = int(np.diff(world.prompts.token_start).max()) + trie.depth - 1
     with pytest.raises(EngineError, match=f"exceed the policy's {limit} positions"):
         ours.prefill(world.prompts)
     ours = paged(world)
-    allowed = Allowed(
-        view=everything(trie),
+    allowed = ItemFilter(
+        view=full_view(trie),
         excluded=np.tile(np.arange(trie.num_leaves), count),
         excluded_start=np.arange(count + 1) * trie.num_leaves,
     )

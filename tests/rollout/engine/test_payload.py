@@ -8,85 +8,85 @@ import pytest
 import torch
 
 from orchard.catalog.catalog import from_codes
-from orchard.catalog.view import View, of_leaves
-from orchard.testing import World, tiny_world
-from rollout.engine.payload import CAPACITY, Receiver, Sender
+from orchard.catalog.view import CatalogView, view_of_leaves
+from orchard.testing import TinySetup, tiny_setup
+from rollout.engine.payload import CAPACITY, PayloadDecoder, PayloadEncoder
 from rollout.engine.torch import TorchEngine
-from rollout.item_filter import Allowed
+from rollout.item_filter import ItemFilter
 from rollout.search.beam import beam
 from rollout.search.sampling import dynamic
 
 
 @pytest.fixture(scope="module")
-def world() -> World:
-    return tiny_world()
+def world() -> TinySetup:
+    return tiny_setup()
 
 
-def view(world: World, seed: int) -> View:
-    trie = world.catalogue.trie
-    return of_leaves(
+def view(world: TinySetup, seed: int) -> CatalogView:
+    trie = world.catalog.trie
+    return view_of_leaves(
         trie, torch.from_numpy(np.random.default_rng(seed).random(trie.num_leaves)) < 0.7
     )
 
 
-def allowed(world: World, seed: int) -> Allowed:
+def allowed(world: TinySetup, seed: int) -> ItemFilter:
     count = len(world.prompts)
-    return Allowed(
+    return ItemFilter(
         view=view(world, seed),
         excluded=np.arange(count),
         excluded_start=np.arange(count + 1),
     )
 
 
-def both() -> tuple[Sender, Receiver]:
-    return Sender(), Receiver(torch.device("cpu"))
+def both() -> tuple[PayloadEncoder, PayloadDecoder]:
+    return PayloadEncoder(), PayloadDecoder(torch.device("cpu"))
 
 
-def test_a_search_finds_the_same_after_its_travel(world: World) -> None:
-    engine = TorchEngine(world.model, world.catalogue.trie, world.vocabulary, world.version)
+def test_a_search_finds_the_same_after_its_travel(world: TinySetup) -> None:
+    engine = TorchEngine(world.model, world.catalog.trie, world.vocabulary, world.version)
     sender, receiver = both()
     for seed in (0, 1, 0):
         find = partial(beam, width=6, allowed=allowed(world, seed))
-        received = receiver.unpack(sender.pack(find))
+        received = receiver.decode(sender.encode(find))
         assert received(engine, world.prompts).leaf.tolist() == (
             find(engine, world.prompts).leaf.tolist()
         )
-    drawn = partial(dynamic, catalogue=world.catalogue, count=5, temperature=1.0, seed=3)
-    received = receiver.unpack(sender.pack(drawn))
+    drawn = partial(dynamic, catalog=world.catalog, count=5, temperature=1.0, seed=3)
+    received = receiver.decode(sender.encode(drawn))
     assert received(engine, world.prompts).leaf.tolist() == (
         drawn(engine, world.prompts).leaf.tolist()
     )
 
 
-def test_views_and_catalogues_travel_once_by_content(world: World) -> None:
+def test_views_and_catalogs_travel_once_by_content(world: TinySetup) -> None:
     sender, receiver = both()
-    first = sender.pack(partial(beam, width=6, allowed=allowed(world, 0)))
-    kept = receiver.unpack(first)
+    first = sender.encode(partial(beam, width=6, allowed=allowed(world, 0)))
+    kept = receiver.decode(first)
     # Made again, with other exclusions: another object of the same content.
     again = replace(allowed(world, 0), excluded=np.arange(len(world.prompts)) + 1)
-    second = sender.pack(partial(beam, width=9, allowed=again))
+    second = sender.encode(partial(beam, width=9, allowed=again))
     assert len(first.new) == 1
     assert second.new == {}
-    found = receiver.unpack(second).keywords["allowed"]  # pyright: ignore
+    found = receiver.decode(second).keywords["allowed"]  # pyright: ignore
     assert found.view is kept.keywords["allowed"].view  # pyright: ignore
     assert found.excluded.tolist() == again.excluded.tolist()
-    other = sender.pack(partial(beam, width=6, allowed=allowed(world, 1)))
+    other = sender.encode(partial(beam, width=6, allowed=allowed(world, 1)))
     assert len(other.new) == 1
-    drawn = partial(dynamic, catalogue=world.catalogue, count=5, temperature=1.0, seed=3)
-    assert [len(sender.pack(drawn).new) for _ in range(2)] == [1, 0]
+    drawn = partial(dynamic, catalog=world.catalog, count=5, temperature=1.0, seed=3)
+    assert [len(sender.encode(drawn).new) for _ in range(2)] == [1, 0]
 
 
 def test_what_is_kept_does_not_grow_with_what_is_sent() -> None:
     trie = from_codes([[code] for code in range(100_000)]).trie
     sender, receiver = both()
-    views = [of_leaves(trie, torch.arange(trie.num_leaves) != i) for i in range(CAPACITY + 5)]
+    views = [view_of_leaves(trie, torch.arange(trie.num_leaves) != i) for i in range(CAPACITY + 5)]
     empty, none = np.zeros(0, np.int64), np.zeros(2, np.int64)
 
-    def send(one: View) -> int:
-        limits = Allowed(view=one, excluded=empty, excluded_start=none)
-        parcel = sender.pack(partial(beam, width=3, allowed=limits))
+    def send(one: CatalogView) -> int:
+        limits = ItemFilter(view=one, excluded=empty, excluded_start=none)
+        parcel = sender.encode(partial(beam, width=3, allowed=limits))
         assert len(parcel.search) < 1000
-        receiver.unpack(parcel)
+        receiver.decode(parcel)
         return len(parcel.new)
 
     assert [send(one) for one in views] == [1] * len(views)
@@ -97,6 +97,6 @@ def test_what_is_kept_does_not_grow_with_what_is_sent() -> None:
     assert len(receiver._kept) == CAPACITY
 
 
-def test_views_differ_in_digest_where_they_differ_in_what_is_live(world: World) -> None:
+def test_views_differ_in_digest_where_they_differ_in_what_is_live(world: TinySetup) -> None:
     assert view(world, 0).digest == view(world, 0).digest != view(world, 1).digest
-    assert replace(view(world, 0), catalogue="other").digest != view(world, 0).digest
+    assert replace(view(world, 0), catalog="other").digest != view(world, 0).digest

@@ -9,14 +9,16 @@ import torch
 from orchard.errors import CheckpointError, EngineError
 from orchard.policy import value_head, weights
 from orchard.policy.model import hidden_states
-from orchard.testing import World, tiny_world
+from orchard.testing import TinySetup, tiny_setup
 from orchard.types import PolicyVersion
-from rollout.engine.protocol import Engine, Expansion
+from rollout.engine.protocol import DecodingBackend, NextCodeLogprobs
 from rollout.engine.torch import TorchEngine
 from rollout.search.beam import beam
 
 
-def extend(engine: Engine, state: torch.Tensor, paths: list[list[int]]) -> Expansion:
+def extend(
+    engine: DecodingBackend, state: torch.Tensor, paths: list[list[int]]
+) -> NextCodeLogprobs:
     """Append the codes into the nodes of each path."""
     start = torch.tensor([0, *np.cumsum([len(path) for path in paths])])
     nodes = torch.tensor([node for path in paths for node in path])
@@ -24,14 +26,14 @@ def extend(engine: Engine, state: torch.Tensor, paths: list[list[int]]) -> Expan
     return engine.extend(state, token, start, torch.tensor([path[-1] for path in paths]))
 
 
-def inner_paths(engine: Engine) -> list[list[int]]:
+def inner_paths(engine: DecodingBackend) -> list[list[int]]:
     """Paths of two nodes, the second with a choice of children."""
     trie = engine.trie
     nodes = torch.arange(int(trie.level_start[2]), int(trie.level_start[3]))
     return trie.path(nodes[trie.num_children(nodes) > 1])[:, :2].tolist()
 
 
-def test_a_span_is_worth_its_codes_one_by_one(world: World, engine: TorchEngine) -> None:
+def test_a_span_is_worth_its_codes_one_by_one(world: TinySetup, engine: TorchEngine) -> None:
     paths = inner_paths(engine)
     root = engine.prefill(world.prompts).state[2].repeat(len(paths))
     whole = extend(engine, root, paths)
@@ -41,7 +43,7 @@ def test_a_span_is_worth_its_codes_one_by_one(world: World, engine: TorchEngine)
 
 
 def test_states_outlive_later_ones_and_prompts_may_come_in_any_order(
-    world: World, engine: TorchEngine
+    world: TinySetup, engine: TorchEngine
 ) -> None:
     paths = inner_paths(engine)[:2]
     roots = engine.prefill(world.prompts).state
@@ -56,13 +58,13 @@ def test_states_outlive_later_ones_and_prompts_may_come_in_any_order(
 
 
 def test_installed_weights_answer_from_then_on(
-    torch_engine: Callable[[World], TorchEngine],
+    torch_engine: Callable[[TinySetup], TorchEngine],
 ) -> None:
-    world, other = tiny_world(), tiny_world(seed=9)
+    world, other = tiny_setup(), tiny_setup(seed=9)
     engine, new = torch_engine(world), weights.snapshot(other.model)
     before = beam(engine, world.prompts, width=100)
     version = PolicyVersion(step=3, digest=weights.digest(new))
-    engine.install(version, new)
+    engine.load_weights(version, new)
     assert engine.version is version
     after = beam(engine, world.prompts, width=100).select(np.array([1]))
     expected = world.leaf_logprob[1]  # by the model that was changed in place
@@ -71,29 +73,29 @@ def test_installed_weights_answer_from_then_on(
 
 
 def test_weights_that_are_not_the_versions_are_refused(
-    torch_engine: Callable[[World], TorchEngine],
+    torch_engine: Callable[[TinySetup], TorchEngine],
 ) -> None:
-    world = tiny_world()
-    engine, new = torch_engine(world), weights.snapshot(tiny_world(seed=9).model)
+    world = tiny_setup()
+    engine, new = torch_engine(world), weights.snapshot(tiny_setup(seed=9).model)
     held, before = engine.version, beam(engine, world.prompts, width=5)
     with pytest.raises(EngineError, match="arrived as policy 4-0badcafe; publish them again"):
-        engine.install(PolicyVersion(step=4, digest="0badcafe" * 8), new)
+        engine.load_weights(PolicyVersion(step=4, digest="0badcafe" * 8), new)
     assert engine.version is held
     assert beam(engine, world.prompts, width=5).score.tolist() == before.score.tolist()
 
 
 def test_weights_of_another_model_are_refused(
-    torch_engine: Callable[[World], TorchEngine],
+    torch_engine: Callable[[TinySetup], TorchEngine],
 ) -> None:
-    world = tiny_world()
+    world = tiny_setup()
     engine = torch_engine(world)
-    foreign = weights.snapshot(tiny_world(level_size=(5, 4, 7)).model)
+    foreign = weights.snapshot(tiny_setup(level_size=(5, 4, 7)).model)
     with pytest.raises(CheckpointError, match="belong to another model"):
-        engine.install(PolicyVersion(step=1, digest=weights.digest(foreign)), foreign)
+        engine.load_weights(PolicyVersion(step=1, digest=weights.digest(foreign)), foreign)
 
 
-def test_bfloat16_stays_near_float32(torch_engine: Callable[[World], TorchEngine]) -> None:
-    world = tiny_world()
+def test_bfloat16_stays_near_float32(torch_engine: Callable[[TinySetup], TorchEngine]) -> None:
+    world = tiny_setup()
     exact = beam(torch_engine(world), world.prompts, width=100)
     world.model.to(torch.bfloat16)
     rough = beam(torch_engine(world), world.prompts, width=100)
@@ -105,17 +107,17 @@ def test_bfloat16_stays_near_float32(torch_engine: Callable[[World], TorchEngine
 
 
 def test_values_are_those_of_the_whole_prefix_read_at_once(
-    torch_engine: Callable[[World], TorchEngine],
+    torch_engine: Callable[[TinySetup], TorchEngine],
 ) -> None:
-    world = tiny_world()
+    world = tiny_setup()
     plain = torch_engine(world)
     assert plain.prefill(world.prompts).value is None
     value_head.attach(world.model, seed=0)
-    head = value_head.head_of(world.model)
+    head = value_head.value_head_of(world.model)
     assert head is not None
     for parameter in head.parameters():
         parameter.data.normal_(0.0, 0.5)
-    engine, trie = torch_engine(world), world.catalogue.trie
+    engine, trie = torch_engine(world), world.catalog.trie
     roots = engine.prefill(world.prompts).state
     leaves = [[n for n in row if n >= 0] for row in trie.path(trie.leaf_node[:4]).tolist()]
     first = extend(engine, roots, [leaf[:1] for leaf in leaves])

@@ -11,16 +11,16 @@ import pytest
 import ray
 import torch
 
-from orchard.catalog.view import of_leaves
+from orchard.catalog.view import view_of_leaves
 from orchard.errors import EngineError
 from orchard.policy import value_head, weights
 from orchard.settings import RolloutConfig, VedConfig
-from orchard.testing import World, tiny_world
+from orchard.testing import TinySetup, tiny_setup
 from orchard.types import PolicyVersion
 from rollout.candidates import Candidates
 from rollout.engine.torch import TorchEngine
-from rollout.engine.vllm import VllmHolder
-from rollout.item_filter import Allowed
+from rollout.engine.vllm import VllmEngine
+from rollout.item_filter import ItemFilter
 from rollout.search.beam import beam
 from rollout.search.ved.search import ved
 
@@ -30,11 +30,11 @@ pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow]
 class Owner:
     """An engine, and what its owner may ask of it."""
 
-    def __init__(self, world: World, folder: Path, dtype: str, kv_cache_gib: float) -> None:
+    def __init__(self, world: TinySetup, folder: Path, dtype: str, kv_cache_gib: float) -> None:
         config = RolloutConfig(dtype=dtype, threads=1, kv_cache_gib=kv_cache_gib)
-        trie, vocabulary = world.catalogue.trie, world.vocabulary
+        trie, vocabulary = world.catalog.trie, world.vocabulary
         self._world = world
-        self._holder = VllmHolder(
+        self._holder = VllmEngine(
             folder, world.model, trie, vocabulary, world.version, config, seed=0
         )
 
@@ -47,9 +47,9 @@ class Owner:
         """What any search finds."""
         return self._holder.run(find, self._world.prompts)
 
-    def install(self, version: PolicyVersion, new: weights.Weights) -> None:
+    def load_weights(self, version: PolicyVersion, new: weights.Weights) -> None:
         """Search with other weights."""
-        self._holder.install(version, new)
+        self._holder.load_weights(version, new)
 
     def generate(self) -> list[list[int]]:
         """Greedy text after each prompt."""
@@ -77,8 +77,8 @@ class Owner:
 
 
 @pytest.fixture(scope="module")
-def world() -> World:
-    world = tiny_world(lengths=(0, 12, 3, 15, 10, 7), num_items=200, level_size=(9, 8, 7))
+def world() -> TinySetup:
+    world = tiny_setup(lengths=(0, 12, 3, 15, 10, 7), num_items=200, level_size=(9, 8, 7))
     value_head.attach(world.model, seed=0)
     for parameter in world.model.get_submodule(value_head.NAME).parameters():
         parameter.data.normal_(0.0, 0.3)
@@ -89,7 +89,7 @@ def world() -> World:
 def owner(
     request: pytest.FixtureRequest,
     ray_cluster: None,
-    world: World,
+    world: TinySetup,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[tuple[Any, str]]:
     folder = world.save(tmp_path_factory.mktemp("policy"))
@@ -100,9 +100,9 @@ def owner(
     ray.kill(handle)
 
 
-def test_searches_and_generation_take_turns(owner: tuple[Any, str], world: World) -> None:
+def test_searches_and_generation_take_turns(owner: tuple[Any, str], world: TinySetup) -> None:
     handle, dtype = owner
-    reference = TorchEngine(world.model, world.catalogue.trie, world.vocabulary, world.version)
+    reference = TorchEngine(world.model, world.catalog.trie, world.vocabulary, world.version)
     text = ray.get(handle.generate.remote())
     for width in (40, 3):
         found, at_a_time = ray.get(handle.search.remote(width))
@@ -117,7 +117,9 @@ def test_searches_and_generation_take_turns(owner: tuple[Any, str], world: World
         assert ray.get(handle.generate.remote()) == text
 
 
-def guided(reference: TorchEngine, handle: Any, world: World, *, tolerance: float) -> np.ndarray:
+def guided(
+    reference: TorchEngine, handle: Any, world: TinySetup, *, tolerance: float
+) -> np.ndarray:
     """The values of a guided search, the same in the worker as in the reference engine."""
     find = partial(ved, settings=VedConfig(budget=33, width=4), count=12, seed=5)
     found: Candidates = ray.get(handle.find.remote(find))
@@ -135,20 +137,20 @@ def guided(reference: TorchEngine, handle: Any, world: World, *, tolerance: floa
 
 
 def test_guided_searches_follow_the_weights_that_were_pushed(
-    owner: tuple[Any, str], world: World
+    owner: tuple[Any, str], world: TinySetup
 ) -> None:
     handle, dtype = owner
     tolerance = 1e-5 if dtype == "float32" else 1.0
     model = copy.deepcopy(world.model)
-    reference = TorchEngine(model, world.catalogue.trie, world.vocabulary, world.version)
+    reference = TorchEngine(model, world.catalog.trie, world.vocabulary, world.version)
     first = weights.snapshot(world.model)
     before = guided(reference, handle, world, tolerance=tolerance)
     new = {name: part[::-1].copy() for name, part in first.items()}
     plain = {name: part for name, part in first.items() if not name.startswith(value_head.NAME)}
     for step, content in enumerate((new, plain, first), 1):
         version = PolicyVersion(step=step, digest=weights.digest(content))
-        ray.get(handle.install.remote(version, content))
-        reference.install(version, content)
+        ray.get(handle.load_weights.remote(version, content))
+        reference.load_weights(version, content)
         if content is plain:
             with pytest.raises(EngineError, match="has no head for them"):
                 guided(reference, handle, world, tolerance=tolerance)
@@ -157,14 +159,14 @@ def test_guided_searches_follow_the_weights_that_were_pushed(
         assert (np.nanmean(after) == np.nanmean(before)) == (content is first)
 
 
-def test_a_view_and_exclusions_hold_in_the_worker(owner: tuple[Any, str], world: World) -> None:
+def test_a_view_and_exclusions_hold_in_the_worker(owner: tuple[Any, str], world: TinySetup) -> None:
     handle, dtype = owner
-    trie, count = world.catalogue.trie, len(world.prompts)
+    trie, count = world.catalog.trie, len(world.prompts)
     reference = TorchEngine(world.model, trie, world.vocabulary, world.version)
     for every in (2, 3, 2):
         live = torch.arange(trie.num_leaves) % every > 0
-        allowed = Allowed(
-            view=of_leaves(trie, live),
+        allowed = ItemFilter(
+            view=view_of_leaves(trie, live),
             excluded=np.tile(np.arange(10), count),
             excluded_start=np.arange(count + 1) * 10,
         )
@@ -177,11 +179,13 @@ def test_a_view_and_exclusions_hold_in_the_worker(owner: tuple[Any, str], world:
             assert found.leaf.tolist() == find(reference, world.prompts).leaf.tolist()
 
 
-def test_values_by_requests_are_refused_before_vllm_starts(world: World, tmp_path: Path) -> None:
+def test_values_by_requests_are_refused_before_vllm_starts(
+    world: TinySetup, tmp_path: Path
+) -> None:
     config = RolloutConfig(decode="requests")
-    trie, vocabulary = world.catalogue.trie, world.vocabulary
+    trie, vocabulary = world.catalog.trie, world.vocabulary
     with pytest.raises(EngineError, match=r'search in the worker \(rollout.decode = "worker"\)'):
-        VllmHolder(tmp_path, world.model, trie, vocabulary, world.version, config, seed=0)
+        VllmEngine(tmp_path, world.model, trie, vocabulary, world.version, config, seed=0)
 
 
 def test_a_search_amid_requests_is_refused(owner: tuple[Any, str]) -> None:

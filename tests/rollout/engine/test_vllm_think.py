@@ -9,14 +9,14 @@ import pytest
 import ray
 import torch
 
-from learner.advantage.estimators import assign
-from learner.advantage.sapo import judged_by_steps
+from learner.advantage.estimators import compute_advantages
+from learner.advantage.sapo import add_step_rewards
 from learner.batch.pack import pack
 from learner.logprobs import choice_logprobs, to_tensors
 from orchard.settings import LearnerConfig, RolloutConfig
-from orchard.testing import World, tiny_thinking_world
+from orchard.testing import TinySetup, tiny_thinking_setup
 from orchard.types import ScoredTrees, SearchTrees
-from rollout.actor import RolloutActor, Searcher
+from rollout.actor import RolloutActor, RolloutWorker
 from rollout.candidates import Candidates
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow]
@@ -28,36 +28,36 @@ SETTINGS = {
 
 
 @pytest.fixture(scope="module")
-def world() -> World:
-    return tiny_thinking_world(lengths=(2, 9, 4, 12))
+def world() -> TinySetup:
+    return tiny_thinking_setup(lengths=(2, 9, 4, 12))
 
 
 @pytest.fixture(scope="module")
-def folder(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(world: TinySetup, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return world.save(tmp_path_factory.mktemp("policy"))
 
 
 @pytest.fixture(scope="module")
-def actor(ray_cluster: None, world: World, folder: Path) -> Iterator[Any]:
+def actor(ray_cluster: None, world: TinySetup, folder: Path) -> Iterator[Any]:
     config = RolloutConfig.model_validate(SETTINGS)
     handle = RolloutActor.options(num_cpus=1).remote(
-        config, folder, world.catalogue, world.vocabulary, 0
+        config, folder, world.catalog, world.vocabulary, 0
     )
     yield handle
     ray.kill(handle)
 
 
-def test_text_and_codes_have_the_learners_logprobs(actor: Any, world: World) -> None:
+def test_text_and_codes_have_the_learners_logprobs(actor: Any, world: TinySetup) -> None:
     trees: SearchTrees = ray.get(actor.search.remote(world.prompts, 5))
     assert np.diff(trees.candidate_start).tolist() == [8] * 4
     zero = np.zeros(len(trees.leaf), np.float32)
-    judged = judged_by_steps(ScoredTrees(trees=trees, reward=zero, parts={}), world.catalogue)
-    credits = assign(judged, LearnerConfig(estimator="step"))
-    batch = pack(judged, credits, world.catalogue, world.vocabulary)
+    judged = add_step_rewards(ScoredTrees(trees=trees, reward=zero, parts={}), world.catalog)
+    credits = compute_advantages(judged, LearnerConfig(estimator="step"))
+    batch = pack(judged, credits, world.catalog, world.vocabulary)
     tensors = to_tensors(batch)
     with torch.no_grad():
         found, _ = choice_logprobs(
-            world.model, tensors, world.catalogue.trie, world.vocabulary, temperature=0.8
+            world.model, tensors, world.catalog.trie, world.vocabulary, temperature=0.8
         )
     text = batch.state == SearchTrees.FREE_TEXT
     difference = (found - tensors.behaviour_logprob).abs().numpy()
@@ -70,10 +70,10 @@ def test_text_and_codes_have_the_learners_logprobs(actor: Any, world: World) -> 
 
 
 def test_a_greedy_thought_and_its_beam_are_those_of_the_reference(
-    actor: Any, world: World, folder: Path
+    actor: Any, world: TinySetup, folder: Path
 ) -> None:
     config = RolloutConfig.model_validate(SETTINGS | {"engine": "torch"})
-    reference = Searcher(config, folder, world.catalogue, world.vocabulary, seed=0)
+    reference = RolloutWorker(config, folder, world.catalog, world.vocabulary, seed=0)
     found: Candidates = ray.get(actor.rank.remote(world.prompts, 6, True))
     expected = reference.rank(world.prompts, 6, thinking=True)
     np.testing.assert_array_equal(found.leaf, expected.leaf)
@@ -83,7 +83,7 @@ def test_a_greedy_thought_and_its_beam_are_those_of_the_reference(
 
 def test_contexts_beyond_one_pass_are_drawn_as_alone(actor: Any) -> None:
     """More than 8,192 tokens: a context cut in two would lose its place in its own draws."""
-    prompts = tiny_thinking_world(lengths=(12,) * 120).prompts
+    prompts = tiny_thinking_setup(lengths=(12,) * 120).prompts
     length = len(prompts.token) // len(prompts)
     # But for whole pages of 32 tokens, each of the eight samples computes its own context.
     assert (length + 7 * (length % 32)) * len(prompts) > 8192

@@ -9,36 +9,38 @@ import numpy as np
 import pytest
 
 from orchard.settings import RolloutConfig
-from orchard.testing import World, tiny_title_world, tiny_world
+from orchard.testing import TinySetup, tiny_setup, tiny_title_setup
 from orchard.types import Prompts
-from rollout.actor import Searcher
+from rollout.actor import RolloutWorker
 from rollout.candidates import Candidates
-from rollout.engine.protocol import Engine
+from rollout.engine.protocol import DecodingBackend
 from rollout.engine.torch import TorchEngine
-from rollout.search.add_target import follow, with_target
+from rollout.search.add_target import inject_target, score_leaf
 from rollout.search.beam import beam, sample
 from rollout.search.sampling import beam_sample, dynamic
 
-Find = Callable[[Engine, Prompts], Candidates]
+Find = Callable[[DecodingBackend, Prompts], Candidates]
 SEARCHES = ("beam", "beam_sample", "sample", "dynamic")
 
 
-def search_of(kind: str, world: World, count: int) -> Find:
+def search_of(kind: str, world: TinySetup, count: int) -> Find:
     """A search of the kind for so many candidates."""
     drawn = {"temperature": 1.0, "seed": 3}
     return {
         "beam": partial(beam, width=count),
         "beam_sample": partial(beam_sample, width=count, **drawn),
         "sample": partial(sample, count=count, **drawn),
-        "dynamic": partial(dynamic, catalogue=world.catalogue, count=count, **drawn),
+        "dynamic": partial(dynamic, catalog=world.catalog, count=count, **drawn),
     }[kind]
 
 
-def test_a_followed_leaf_has_its_brute_force_probability(world: World, engine: TorchEngine) -> None:
-    trie = world.catalogue.trie
+def test_a_followed_leaf_has_its_brute_force_probability(
+    world: TinySetup, engine: TorchEngine
+) -> None:
+    trie = world.catalog.trie
     for leaf in range(trie.num_leaves):
         wanted = np.full(len(world.prompts), leaf)
-        found = follow(engine, world.prompts, wanted)
+        found = score_leaf(engine, world.prompts, wanted)
         assert found.leaf.tolist() == wanted.tolist()
         expected = [logprob[leaf] for logprob in world.leaf_logprob]
         np.testing.assert_allclose(found.score, expected, atol=1e-5)
@@ -46,13 +48,13 @@ def test_a_followed_leaf_has_its_brute_force_probability(world: World, engine: T
 
 
 def test_a_followed_leaf_is_what_a_beam_of_everything_finds(
-    world: World, engine: TorchEngine
+    world: TinySetup, engine: TorchEngine
 ) -> None:
     every = beam(engine, world.prompts, width=100)
     for prompt in range(len(world.prompts)):
         rows = np.arange(every.start[prompt], every.start[prompt + 1])
         alone = world.prompts.select(np.full(len(rows), prompt))
-        found = follow(engine, alone, every.leaf[rows])
+        found = score_leaf(engine, alone, every.leaf[rows])
         assert np.array_equal(found.node, every.node[rows])
         np.testing.assert_allclose(found.logprob, every.logprob[rows], atol=1e-5)
 
@@ -60,12 +62,12 @@ def test_a_followed_leaf_is_what_a_beam_of_everything_finds(
 @pytest.mark.parametrize("kind", SEARCHES)
 @pytest.mark.parametrize("count", [1, 4])
 def test_every_group_holds_its_target_and_keeps_its_size_order_and_best(
-    world: World, engine: TorchEngine, kind: str, count: int
+    world: TinySetup, engine: TorchEngine, kind: str, count: int
 ) -> None:
     find = search_of(kind, world, count)
     before = find(engine, world.prompts)
-    after = with_target(engine, world.prompts, find=find, catalogue=world.catalogue)
-    target = world.catalogue.leaf_of_item[world.prompts.target]
+    after = inject_target(engine, world.prompts, find=find, catalog=world.catalog)
+    target = world.catalog.leaf_of_item[world.prompts.target]
     assert np.array_equal(after.start, before.start)
     added = 0
     for prompt, leaf_logprob in enumerate(world.leaf_logprob):
@@ -83,51 +85,51 @@ def test_every_group_holds_its_target_and_keeps_its_size_order_and_best(
 
 
 def test_groups_that_hold_every_target_are_left_as_they_are(
-    world: World, engine: TorchEngine
+    world: TinySetup, engine: TorchEngine
 ) -> None:
-    everything = partial(beam, width=world.catalogue.trie.num_leaves)
-    found = with_target(engine, world.prompts, find=everything, catalogue=world.catalogue)
+    everything = partial(beam, width=world.catalog.trie.num_leaves)
+    found = inject_target(engine, world.prompts, find=everything, catalog=world.catalog)
     alone = everything(engine, world.prompts)
     np.testing.assert_array_equal(found.leaf, alone.leaf)
     assert "added" not in found.cost.counts
 
 
 def test_titles_are_followed_through_their_forced_tokens() -> None:
-    world = tiny_title_world(["red pen", "red", "blue pen", "red pencil"])
-    engine = TorchEngine(world.model, world.catalogue.trie, world.vocabulary, world.version)
-    target = world.catalogue.leaf_of_item[world.prompts.target]
-    found = follow(engine, world.prompts, target)
+    world = tiny_title_setup(["red pen", "red", "blue pen", "red pencil"])
+    engine = TorchEngine(world.model, world.catalog.trie, world.vocabulary, world.version)
+    target = world.catalog.leaf_of_item[world.prompts.target]
+    found = score_leaf(engine, world.prompts, target)
     expected = [logprob[leaf] for logprob, leaf in zip(world.leaf_logprob, target, strict=True)]
     np.testing.assert_allclose(found.score, expected, atol=1e-5)
 
 
 def test_an_actor_adds_targets_where_it_is_told_to(tmp_path: Path) -> None:
-    world = tiny_world()
+    world = tiny_setup()
     folder = world.save(tmp_path)
     config = RolloutConfig(engine="torch", candidates=3, batch_size=2, threads=1, add_target=True)
-    given = (folder, world.catalogue, world.vocabulary, 0)
-    trees = Searcher(config, *given).search(world.prompts, 0)
-    target = world.catalogue.leaf_of_item[world.prompts.target]
+    given = (folder, world.catalog, world.vocabulary, 0)
+    trees = RolloutWorker(config, *given).search(world.prompts, 0)
+    target = world.catalog.leaf_of_item[world.prompts.target]
     hit = trees.leaf == target[trees.prompt_of_candidate]
     assert np.bincount(trees.prompt_of_candidate[hit], minlength=len(target)).tolist() == [1] * 4
-    plain = Searcher(config.model_copy(update={"add_target": False}), *given)
+    plain = RolloutWorker(config.model_copy(update={"add_target": False}), *given)
     missed = plain.search(world.prompts, 0).leaf == target[trees.prompt_of_candidate]
     assert missed.sum() < 4
     assert trees.cost.counts["added"] == 4 - missed.sum()
     # Evaluation never sees a target.
-    assert "added" not in Searcher(config, *given).rank(world.prompts, 3).cost.counts
+    assert "added" not in RolloutWorker(config, *given).rank(world.prompts, 3).cost.counts
 
 
 def test_the_values_of_a_guided_search_stay_and_that_of_an_added_target_is_unknown(
-    world: World, engine: TorchEngine
+    world: TinySetup, engine: TorchEngine
 ) -> None:
-    def valued(engine: Engine, prompts: Prompts) -> Candidates:
+    def valued(engine: DecodingBackend, prompts: Prompts) -> Candidates:
         found = beam(engine, prompts, width=3)
         return replace(found, value=np.where(found.node >= 0, 0.5, np.nan).astype(np.float32))
 
-    found = with_target(engine, world.prompts, find=valued, catalogue=world.catalogue)
+    found = inject_target(engine, world.prompts, find=valued, catalog=world.catalog)
     assert found.value is not None
     unknown = np.isnan(found.value).all(1)
-    target = world.catalogue.leaf_of_item[world.prompts.target]
+    target = world.catalog.leaf_of_item[world.prompts.target]
     assert unknown.sum() == found.cost.counts["added"]
     assert (found.leaf == target[np.repeat(np.arange(4), np.diff(found.start))])[unknown].all()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from orchard.errors import EngineError
-from orchard.testing import World, tiny_prompts, tiny_world
+from orchard.testing import TinySetup, tiny_prompts, tiny_setup
 from orchard.types import Prompts
 from rollout.candidates import Candidates
 from rollout.engine.torch import TorchEngine
@@ -36,7 +36,7 @@ def slow_beam(
     return {leaf: leaf_logprob[leaf] for leaf, path in enumerate(leaf_path) if path in beams}
 
 
-def test_a_beam_as_wide_as_the_catalogue_enumerates_it(world: World, engine: TorchEngine) -> None:
+def test_a_beam_as_wide_as_the_catalog_enumerates_it(world: TinySetup, engine: TorchEngine) -> None:
     every = beam(engine, world.prompts, width=100)
     for prompt, expected in enumerate(world.leaf_logprob):
         scores = found(every, prompt)
@@ -46,7 +46,7 @@ def test_a_beam_as_wide_as_the_catalogue_enumerates_it(world: World, engine: Tor
 
 
 @pytest.mark.parametrize("width", [1, 2, 5, 11])
-def test_a_narrow_beam_equals_a_slow_one(world: World, engine: TorchEngine, width: int) -> None:
+def test_a_narrow_beam_equals_a_slow_one(world: TinySetup, engine: TorchEngine, width: int) -> None:
     candidates = beam(engine, world.prompts, width=width)
     for prompt, leaf_logprob in enumerate(world.leaf_logprob):
         expected = slow_beam(world.leaf_path, leaf_logprob, width)
@@ -55,10 +55,10 @@ def test_a_narrow_beam_equals_a_slow_one(world: World, engine: TorchEngine, widt
         assert np.allclose(list(scores.values()), sorted(expected.values())[::-1], atol=1e-5)
 
 
-def test_candidates_are_best_first_and_never_twice(world: World, engine: TorchEngine) -> None:
+def test_candidates_are_best_first_and_never_twice(world: TinySetup, engine: TorchEngine) -> None:
     for width in (4, 100):
         candidates = beam(engine, world.prompts, width=width)
-        count = min(width, world.catalogue.trie.num_leaves)
+        count = min(width, world.catalog.trie.num_leaves)
         assert np.diff(candidates.start).tolist() == [count] * len(world.prompts)
         for prompt in range(len(world.prompts)):
             scores = found(candidates, prompt)
@@ -67,9 +67,9 @@ def test_candidates_are_best_first_and_never_twice(world: World, engine: TorchEn
 
 
 def test_scores_are_the_sums_of_the_codes_and_forced_codes_are_free(
-    world: World, engine: TorchEngine
+    world: TinySetup, engine: TorchEngine
 ) -> None:
-    candidates, trie = beam(engine, world.prompts, width=7), world.catalogue.trie
+    candidates, trie = beam(engine, world.prompts, width=7), world.catalog.trie
     assert np.allclose(candidates.logprob.sum(1), candidates.score, atol=1e-6)
     for leaf, node, logprob in zip(
         candidates.leaf, candidates.node, candidates.logprob, strict=True
@@ -81,7 +81,7 @@ def test_scores_are_the_sums_of_the_codes_and_forced_codes_are_free(
         assert (logprob[(width > 1) & (node >= 0)] < 0).all()
 
 
-def test_a_prompt_gives_the_same_alone_as_in_a_batch(world: World, engine: TorchEngine) -> None:
+def test_a_prompt_gives_the_same_alone_as_in_a_batch(world: TinySetup, engine: TorchEngine) -> None:
     together = beam(engine, world.prompts, width=6)
     for prompt in range(len(world.prompts)):
         alone = beam(engine, world.prompts.select(np.array([prompt])), width=6)
@@ -91,24 +91,24 @@ def test_a_prompt_gives_the_same_alone_as_in_a_batch(world: World, engine: Torch
 
 
 def test_equal_scores_are_ordered_by_trie_node(
-    torch_engine: Callable[[World], TorchEngine],
+    torch_engine: Callable[[TinySetup], TorchEngine],
 ) -> None:
-    world = tiny_world()
+    world = tiny_setup()
     for parameter in world.model.parameters():
         parameter.data.zero_()  # every code is as likely as its siblings
     every = beam(torch_engine(world), world.prompts, width=100)
     order = np.lexsort((every.leaf, -every.score, np.repeat(np.arange(4), np.diff(every.start))))
     assert order.tolist() == list(range(len(order)))
-    assert len(set(every.score.tolist())) < world.catalogue.trie.num_leaves / 2
+    assert len(set(every.score.tolist())) < world.catalog.trie.num_leaves / 2
     few = beam(torch_engine(world), world.prompts, width=2)
     assert few.leaf[:2].tolist() == few.leaf[2:4].tolist()
 
 
 def test_the_last_choice_and_what_is_forced_after_it_are_not_forwarded(
-    torch_engine: Callable[[World], TorchEngine],
+    torch_engine: Callable[[TinySetup], TorchEngine],
 ) -> None:
-    world = tiny_world()
-    trie, prompts = world.catalogue.trie, world.prompts
+    world = tiny_setup()
+    trie, prompts = world.catalog.trie, world.prompts
     cost = beam(torch_engine(world), prompts, width=100).cost
     nodes = trie.leaf_node.new_tensor(range(1, trie.num_nodes))
     forwarded = nodes[trie.num_children(nodes) > 1]  # chains above them go with them
@@ -118,18 +118,18 @@ def test_the_last_choice_and_what_is_forced_after_it_are_not_forwarded(
     assert cost.passes == trie.depth
 
 
-def test_a_prompt_too_long_for_the_policy_is_refused(world: World, engine: TorchEngine) -> None:
-    depth, limit = world.catalogue.trie.depth, world.model.config.max_position_embeddings
-    codes = int((world.catalogue.codes[0] >= 0).sum())
-    long: Prompts = tiny_prompts(world.catalogue, [limit // codes + limit])
+def test_a_prompt_too_long_for_the_policy_is_refused(world: TinySetup, engine: TorchEngine) -> None:
+    depth, limit = world.catalog.trie.depth, world.model.config.max_position_embeddings
+    codes = int((world.catalog.codes[0] >= 0).sum())
+    long: Prompts = tiny_prompts(world.catalog, [limit // codes + limit])
     with pytest.raises(EngineError, match=f"and {depth} codes exceed the policy's {limit}"):
         beam(engine, long, width=2)
 
 
 def test_a_policy_that_has_diverged_is_named(
-    torch_engine: Callable[[World], TorchEngine],
+    torch_engine: Callable[[TinySetup], TorchEngine],
 ) -> None:
-    world = tiny_world()
+    world = tiny_setup()
     world.model.get_input_embeddings().weight.data[0] = float("nan")
     world.model.base_model.norm.weight.data.fill_(float("nan"))
     with pytest.raises(EngineError, match="are not finite; its training has diverged"):
@@ -137,7 +137,7 @@ def test_a_policy_that_has_diverged_is_named(
 
 
 def test_selected_candidates_are_those_of_the_prompts_asked_for(
-    world: World, engine: TorchEngine
+    world: TinySetup, engine: TorchEngine
 ) -> None:
     every = beam(engine, world.prompts, width=5)
     rows = np.array([2, 0])

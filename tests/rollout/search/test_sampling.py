@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from orchard.catalog.catalog import from_codes
-from orchard.testing import World, tiny_policy, tiny_prompts, tiny_world
+from orchard.testing import TinySetup, tiny_policy, tiny_prompts, tiny_setup
 from orchard.types import Prompts
 from rollout.candidates import Candidates
 from rollout.engine.torch import TorchEngine
@@ -21,8 +21,8 @@ def draw(engine: TorchEngine, prompts: Prompts, **options: object) -> Candidates
     return beam_sample(engine, prompts, **{"width": 5, "temperature": 1.0, "seed": 3} | options)
 
 
-def dynamically(engine: TorchEngine, world: World, prompts: Prompts, count: int) -> Candidates:
-    return dynamic(engine, prompts, world.catalogue, count=count, temperature=1.0, seed=3)
+def dynamically(engine: TorchEngine, world: TinySetup, prompts: Prompts, count: int) -> Candidates:
+    return dynamic(engine, prompts, world.catalog, count=count, temperature=1.0, seed=3)
 
 
 def leaves(candidates: Candidates, prompt: int) -> list[int]:
@@ -49,9 +49,9 @@ def probability_of_sets(leaf_probability: np.ndarray, size: int) -> dict[tuple[i
 
 @pytest.mark.parametrize("width", [1, 2, 3])
 def test_sets_of_leaves_are_as_frequent_as_draws_without_replacement(
-    torch_engine: Callable[[World], TorchEngine], width: int
+    torch_engine: Callable[[TinySetup], TorchEngine], width: int
 ) -> None:
-    small = tiny_world(level_size=(2, 2, 3), num_items=9, varying_depth=True, seed=2)
+    small = tiny_setup(level_size=(2, 2, 3), num_items=9, varying_depth=True, seed=2)
     count, probability = 4000, np.exp(small.leaf_logprob[1])
     assert 5 <= len(probability) <= 9
     drawn = draw(torch_engine(small), many(small.prompts, 1, count), width=width)
@@ -69,7 +69,7 @@ def test_sets_of_leaves_are_as_frequent_as_draws_without_replacement(
 
 
 def test_scores_are_the_policys_own_and_no_leaf_comes_twice(
-    world: World, engine: TorchEngine
+    world: TinySetup, engine: TorchEngine
 ) -> None:
     for temperature in (0.3, 1.0, 20.0):
         drawn = draw(engine, world.prompts, temperature=temperature)
@@ -81,15 +81,15 @@ def test_scores_are_the_policys_own_and_no_leaf_comes_twice(
             assert (np.diff(drawn.score[rows]) <= 0).all()
 
 
-def test_a_stochastic_beam_as_wide_as_the_catalogue_is_a_beam(
-    world: World, engine: TorchEngine
+def test_a_stochastic_beam_as_wide_as_the_catalog_is_a_beam(
+    world: TinySetup, engine: TorchEngine
 ) -> None:
     every, drawn = beam(engine, world.prompts, width=100), draw(engine, world.prompts, width=100)
     assert drawn.leaf.tolist() == every.leaf.tolist()
     assert drawn.cost == every.cost
 
 
-def test_a_cold_stochastic_beam_of_one_is_greedy(world: World, engine: TorchEngine) -> None:
+def test_a_cold_stochastic_beam_of_one_is_greedy(world: TinySetup, engine: TorchEngine) -> None:
     greedy = beam(engine, world.prompts, width=1)
     assert (
         draw(engine, world.prompts, width=1, temperature=1e-4).leaf.tolist() == greedy.leaf.tolist()
@@ -97,22 +97,24 @@ def test_a_cold_stochastic_beam_of_one_is_greedy(world: World, engine: TorchEngi
 
 
 def test_a_hot_stochastic_beam_draws_codes_alike(
-    torch_engine: Callable[[World], TorchEngine],
+    torch_engine: Callable[[TinySetup], TorchEngine],
 ) -> None:
-    world = tiny_world(level_size=(4,), num_items=12)
+    world = tiny_setup(level_size=(4,), num_items=12)
     drawn = draw(torch_engine(world), many(world.prompts, 0, 2000), width=1, temperature=1e6)
-    num_leaves = world.catalogue.trie.num_leaves
+    num_leaves = world.catalog.trie.num_leaves
     share = np.bincount(drawn.leaf, minlength=num_leaves) / 2000
     assert np.allclose(share, 1 / num_leaves, atol=4 * np.sqrt(0.25 / 2000))
 
 
-def test_a_wider_stochastic_beam_holds_a_narrower_one(world: World, engine: TorchEngine) -> None:
+def test_a_wider_stochastic_beam_holds_a_narrower_one(
+    world: TinySetup, engine: TorchEngine
+) -> None:
     few, more = draw(engine, world.prompts, width=3), draw(engine, world.prompts, width=8)
     for prompt in range(len(world.prompts)):
         assert set(leaves(few, prompt)) <= set(leaves(more, prompt))
 
 
-def test_draws_depend_on_seed_and_prompt_alone(world: World, engine: TorchEngine) -> None:
+def test_draws_depend_on_seed_and_prompt_alone(world: TinySetup, engine: TorchEngine) -> None:
     together, order = draw(engine, world.prompts), np.array([3, 1])
     alone = draw(engine, world.prompts.select(order))
     assert alone.leaf.tolist() == together.select(order).leaf.tolist()
@@ -124,12 +126,12 @@ def test_draws_depend_on_seed_and_prompt_alone(world: World, engine: TorchEngine
 
 @pytest.mark.parametrize("width", [8, 16])
 def test_three_levels_cost_what_a_beam_costs(
-    torch_engine: Callable[[World], TorchEngine], width: int
+    torch_engine: Callable[[TinySetup], TorchEngine], width: int
 ) -> None:
     every = from_codes(list(product(range(16), range(2), range(2))))
     model, vocabulary = tiny_policy(every)
     prompts = tiny_prompts(every, (1, 2))
-    bushy = World(catalogue=every, model=model, vocabulary=vocabulary, prompts=prompts)
+    bushy = TinySetup(catalog=every, model=model, vocabulary=vocabulary, prompts=prompts)
     cost = draw(torch_engine(bushy), prompts, width=width).cost
     # 17 and 33 with the pass over the prompt, which counts for one.
     assert cost.forward_tokens == 2 * 2 * width
@@ -148,12 +150,12 @@ def expected_choice(drawn: list[int], target: int, count: int) -> Counter[int]:
 
 @pytest.mark.parametrize("count", [1, 6, 20])
 def test_dynamic_sampling_keeps_targets_then_distinct_then_frequent_leaves(
-    world: World, engine: TorchEngine, count: int
+    world: TinySetup, engine: TorchEngine, count: int
 ) -> None:
     prompts = many(world.prompts, 2, 40)
     drawn = sample(engine, prompts, count=-(-3 * count // 2), temperature=1.0, seed=3)
     kept = dynamically(engine, world, prompts, count)
-    target = int(world.catalogue.leaf_of_item[prompts.target[0]])
+    target = int(world.catalog.leaf_of_item[prompts.target[0]])
     for prompt in range(len(prompts)):
         before, after = Counter(leaves(drawn, prompt)), Counter(leaves(kept, prompt))
         assert after <= before
@@ -165,7 +167,9 @@ def test_dynamic_sampling_keeps_targets_then_distinct_then_frequent_leaves(
         assert sorted(before[leaf] for leaf in after) == sorted(before[leaf] for leaf in expected)
 
 
-def test_dynamic_sampling_does_not_depend_on_the_batch(world: World, engine: TorchEngine) -> None:
+def test_dynamic_sampling_does_not_depend_on_the_batch(
+    world: TinySetup, engine: TorchEngine
+) -> None:
     together, order = dynamically(engine, world, world.prompts, 7), np.array([2, 0])
     alone = dynamically(engine, world, world.prompts.select(order), 7)
     assert alone.leaf.tolist() == together.select(order).leaf.tolist()
@@ -175,12 +179,12 @@ def test_dynamic_sampling_does_not_depend_on_the_batch(world: World, engine: Tor
         assert np.allclose(together.score[rows], leaf_logprob[together.leaf[rows]], atol=1e-5)
 
 
-def test_equal_histories_keep_each_its_own_target(world: World, engine: TorchEngine) -> None:
+def test_equal_histories_keep_each_its_own_target(world: TinySetup, engine: TorchEngine) -> None:
     twins = replace(
         world.prompts.select(np.array([1, 1])), id=np.array([5, 5]), target=np.array([0, 1])
     )
     draws = sample(engine, twins, count=60, temperature=1.0, seed=3)
     kept = dynamically(engine, world, twins, 40)
     for prompt, item in enumerate((0, 1)):
-        leaf = int(world.catalogue.leaf_of_item[item])
+        leaf = int(world.catalog.leaf_of_item[item])
         assert leaves(kept, prompt).count(leaf) == min(40, leaves(draws, prompt).count(leaf))

@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from learner.advantage.estimators import assign
-from learner.advantage.sapo import judged_by_steps, well_formed
+from learner.advantage.estimators import compute_advantages
+from learner.advantage.sapo import add_step_rewards, well_formed
 from learner.batch.pack import pack
 from learner.logprobs import choice_logprobs, to_tensors
 from orchard import ragged
 from orchard.errors import DataError, EngineError
-from orchard.policy.item_tokenizer import THINK, compact_tokenizer, think_tags
+from orchard.policy.item_tokenizer import THINK, compact_tokenizer, think_tokens
 from orchard.settings import LearnerConfig, RolloutConfig
-from orchard.testing import World, tiny_thinking_world, tiny_title_tokenizer
+from orchard.testing import TinySetup, tiny_thinking_setup, tiny_title_tokenizer
 from orchard.types import ScoredTrees, SearchTrees
-from rollout.actor import Searcher
-from rollout.engine.protocol import Texts, Writing
+from rollout.actor import RolloutWorker
+from rollout.engine.protocol import Completions, GenerationParams
 from rollout.engine.torch import TorchEngine
 from rollout.search.beam import beam
 from rollout.search.think import think
@@ -28,30 +28,30 @@ THINKING = {"search": "think", "engine": "torch", "candidates": 4, "threads": 1}
 
 
 @pytest.fixture(scope="module")
-def world() -> World:
-    return tiny_thinking_world()
+def world() -> TinySetup:
+    return tiny_thinking_setup()
 
 
 @pytest.fixture(scope="module")
-def folder(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(world: TinySetup, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return world.save(tmp_path_factory.mktemp("policy"))
 
 
-def searcher(world: World, folder: Path, **changes: object) -> Searcher:
+def rollout_worker(world: TinySetup, folder: Path, **changes: object) -> RolloutWorker:
     settings = THINKING | {"think": {"block_tokens": 6}} | changes
     config = RolloutConfig.model_validate(settings)
-    return Searcher(config, folder, world.catalogue, world.vocabulary, seed=0)
+    return RolloutWorker(config, folder, world.catalog, world.vocabulary, seed=0)
 
 
-def gap(world: World, trees: SearchTrees, temperature: float = 1.0) -> float:
+def gap(world: TinySetup, trees: SearchTrees, temperature: float = 1.0) -> float:
     """Largest difference between what was stored and what the learner computes."""
     zero = np.zeros(len(trees.leaf), np.float32)
-    judged = judged_by_steps(ScoredTrees(trees=trees, reward=zero, parts={}), world.catalogue)
-    credits = assign(judged, LearnerConfig(estimator="step"))
-    batch = to_tensors(pack(judged, credits, world.catalogue, world.vocabulary))
+    judged = add_step_rewards(ScoredTrees(trees=trees, reward=zero, parts={}), world.catalog)
+    credits = compute_advantages(judged, LearnerConfig(estimator="step"))
+    batch = to_tensors(pack(judged, credits, world.catalog, world.vocabulary))
     with torch.no_grad():
         found, _ = choice_logprobs(
-            world.model, batch, world.catalogue.trie, world.vocabulary, temperature=temperature
+            world.model, batch, world.catalog.trie, world.vocabulary, temperature=temperature
         )
     assert len(found) > 4 * len(trees.leaf)
     return float((found - batch.behaviour_logprob).abs().max())
@@ -67,11 +67,13 @@ def spans(trees: SearchTrees, path: np.ndarray) -> list[list[int]]:
     "think", [{"width": 1}, {"width": 3}, {"width": 3, "codes": "beam"}], ids=str
 )
 def test_a_sample_is_a_block_per_code_and_then_the_codes(
-    world: World, folder: Path, think: dict[str, object]
+    world: TinySetup, folder: Path, think: dict[str, object]
 ) -> None:
     tags = world.vocabulary.tags
     assert tags is not None
-    trees = searcher(world, folder, think={"block_tokens": 6} | think).search(world.prompts, 3)
+    trees = rollout_worker(world, folder, think={"block_tokens": 6} | think).search(
+        world.prompts, 3
+    )
     assert np.diff(trees.candidate_start).tolist() == [4 * int(str(think["width"]))] * 3
     for path, leaf in zip(trees.paths(), trees.leaf, strict=True):
         *blocks, _, _, _ = spans(trees, path)
@@ -91,8 +93,8 @@ def test_a_sample_is_a_block_per_code_and_then_the_codes(
     assert gap(world, trees) < 1e-5
 
 
-def test_draws_depend_on_prompt_and_sample_alone(world: World, folder: Path) -> None:
-    one = searcher(world, folder)
+def test_draws_depend_on_prompt_and_sample_alone(world: TinySetup, folder: Path) -> None:
+    one = rollout_worker(world, folder)
     whole, again = one.search(world.prompts, 3), one.search(world.prompts, 3)
     np.testing.assert_array_equal(whole.token, again.token)
     part = one.search(world.prompts.select(np.array([2])), 3)
@@ -103,29 +105,29 @@ def test_draws_depend_on_prompt_and_sample_alone(world: World, folder: Path) -> 
     assert len(first) > 1
 
 
-def test_text_drawn_at_a_temperature_is_scored_at_it(world: World, folder: Path) -> None:
-    trees = searcher(world, folder, temperature=0.6, think={"block_tokens": 6}).search(
+def test_text_drawn_at_a_temperature_is_scored_at_it(world: TinySetup, folder: Path) -> None:
+    trees = rollout_worker(world, folder, temperature=0.6, think={"block_tokens": 6}).search(
         world.prompts, 1
     )
     text = ragged.owners(trees.token_start)
     only = replace(trees, forced=trees.forced | (trees.state[text] != SearchTrees.FREE_TEXT))
     zero = np.zeros(len(trees.leaf), np.float32)
-    judged = judged_by_steps(ScoredTrees(trees=only, reward=zero, parts={}), world.catalogue)
-    credits = assign(judged, LearnerConfig(estimator="step"))
-    batch = to_tensors(pack(judged, credits, world.catalogue, world.vocabulary))
+    judged = add_step_rewards(ScoredTrees(trees=only, reward=zero, parts={}), world.catalog)
+    credits = compute_advantages(judged, LearnerConfig(estimator="step"))
+    batch = to_tensors(pack(judged, credits, world.catalog, world.vocabulary))
     for heat, close in ((0.6, True), (1.0, False)):
         with torch.no_grad():
             found, _ = choice_logprobs(
-                world.model, batch, world.catalogue.trie, world.vocabulary, temperature=heat
+                world.model, batch, world.catalog.trie, world.vocabulary, temperature=heat
             )
         assert (float((found - batch.behaviour_logprob).abs().max()) < 1e-5) is close
 
 
-def test_frequencies_of_first_tokens_are_those_of_the_softmax(world: World) -> None:
-    engine = TorchEngine(world.model, world.catalogue.trie, world.vocabulary, world.version)
+def test_frequencies_of_first_tokens_are_those_of_the_softmax(world: TinySetup) -> None:
+    engine = TorchEngine(world.model, world.catalog.trie, world.vocabulary, world.version)
     context = world.prompts.token[: world.prompts.token_start[1]].tolist()
-    how = Writing(stop=(4,), limit=1, temperature=1.0)
-    texts = engine.write([context] * 4000, np.arange(4000), how)
+    how = GenerationParams(stop=(4,), limit=1, temperature=1.0)
+    texts = engine.generate([context] * 4000, np.arange(4000), how)
     with torch.no_grad():
         expected = world.model(torch.tensor([context])).logits[0, -1].softmax(0).numpy()
     found = np.bincount(texts.token, minlength=len(expected)) / 4000
@@ -137,11 +139,13 @@ def script(texts: Sequence[Sequence[int]]) -> tuple[list[list[int]], object]:
     seen: list[list[int]] = []
     queue = iter(texts)
 
-    def write(contexts: Sequence[Sequence[int]], key: np.ndarray, how: Writing) -> Texts:
+    def write(
+        contexts: Sequence[Sequence[int]], key: np.ndarray, how: GenerationParams
+    ) -> Completions:
         assert len(contexts) == len(key)
         seen.extend(list(context) for context in contexts)
         rows = [list(next(queue))[: how.limit] for _ in contexts]
-        return Texts(
+        return Completions(
             token=np.concatenate([np.array(row, np.int32) for row in rows]),
             logprob=np.full(sum(map(len, rows)), -1, np.float32),
             start=ragged.starts(np.array([len(row) for row in rows])),
@@ -150,7 +154,7 @@ def script(texts: Sequence[Sequence[int]]) -> tuple[list[list[int]], object]:
     return seen, write
 
 
-def test_a_block_that_never_closes_is_closed_by_force_and_counted(world: World) -> None:
+def test_a_block_that_never_closes_is_closed_by_force_and_counted(world: TinySetup) -> None:
     tags = world.vocabulary.tags
     assert tags is not None
     long, short = [30] * 9, [31, tags.close]
@@ -176,7 +180,7 @@ def test_a_block_that_never_closes_is_closed_by_force_and_counted(world: World) 
     assert seen[3][-8:] == [*cut, tags.open]
 
 
-def test_a_text_that_ends_within_a_block_leaves_too_few_blocks(world: World) -> None:
+def test_a_text_that_ends_within_a_block_leaves_too_few_blocks(world: TinySetup) -> None:
     tags = world.vocabulary.tags
     assert tags is not None
     done = [tags.close]
@@ -191,12 +195,14 @@ def test_a_text_that_ends_within_a_block_leaves_too_few_blocks(world: World) -> 
     assert thoughts.forced[:4].tolist() == [True, False, False, True]
 
 
-def test_evaluation_thinks_greedily_and_then_searches_the_beam(world: World, folder: Path) -> None:
-    one = searcher(world, folder)
+def test_evaluation_thinks_greedily_and_then_searches_the_beam(
+    world: TinySetup, folder: Path
+) -> None:
+    one = rollout_worker(world, folder)
     thoughtful, plain = one.rank(world.prompts, 5, thinking=True), one.rank(world.prompts, 5)
     assert np.diff(thoughtful.start).tolist() == [5, 5, 5]
     assert not np.array_equal(thoughtful.score, plain.score)
-    engine = TorchEngine(world.model, world.catalogue.trie, world.vocabulary, world.version)
+    engine = TorchEngine(world.model, world.catalog.trie, world.vocabulary, world.version)
     for row in range(3):
         context = world.prompts.select(np.array([row])).token.tolist()
         for _ in range(3):
@@ -222,16 +228,16 @@ def test_evaluation_thinks_greedily_and_then_searches_the_beam(world: World, fol
         )
 
 
-def test_tags_must_be_single_tokens(world: World) -> None:
+def test_tags_must_be_single_tokens(world: TinySetup) -> None:
     with pytest.raises(DataError, match=f"reads {THINK} as 1 tokens and has none for it"):
-        think_tags(compact_tokenizer(world.catalogue))
+        think_tokens(compact_tokenizer(world.catalog))
     with pytest.raises(DataError, match=f"reads {THINK} as 7 tokens and has none for it"):
-        think_tags(tiny_title_tokenizer())
+        think_tokens(tiny_title_tokenizer())
 
 
-def test_thinking_without_tags_or_room_is_refused(world: World, folder: Path) -> None:
+def test_thinking_without_tags_or_room_is_refused(world: TinySetup, folder: Path) -> None:
     mute = replace(world, vocabulary=replace(world.vocabulary, tags=None))
     with pytest.raises(EngineError, match="no tags to think between"):
-        searcher(mute, folder).search(world.prompts, 0)
+        rollout_worker(mute, folder).search(world.prompts, 0)
     with pytest.raises(EngineError, match="lower rollout.think.block_tokens"):
-        searcher(world, folder, think={"block_tokens": 5000}).search(world.prompts, 0)
+        rollout_worker(world, folder, think={"block_tokens": 5000}).search(world.prompts, 0)

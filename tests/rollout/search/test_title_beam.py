@@ -6,21 +6,21 @@ import numpy as np
 import pytest
 import torch
 
-from orchard.testing import World, tiny_title_world
+from orchard.testing import TinySetup, tiny_title_setup
 from rollout.engine.torch import TorchEngine
 from rollout.search.beam import beam, sample
-from rollout.search_trees import grow
+from rollout.search_trees import build_search_trees
 
 TITLES = ["ab", "abc", "abd", "b", "ba ba", "ba bc", "ab", "cab", "c", "cc"]
 
 
 @pytest.fixture(scope="module")
-def world() -> World:
-    return tiny_title_world(TITLES)
+def world() -> TinySetup:
+    return tiny_title_setup(TITLES)
 
 
 def test_a_beam_enumerates_the_titles_with_their_exact_probabilities(
-    world: World, torch_engine: Callable[[World], TorchEngine]
+    world: TinySetup, torch_engine: Callable[[TinySetup], TorchEngine]
 ) -> None:
     found = beam(torch_engine(world), world.prompts, width=100)
     for prompt, expected in enumerate(world.leaf_logprob):
@@ -31,7 +31,7 @@ def test_a_beam_enumerates_the_titles_with_their_exact_probabilities(
 
 
 def test_a_narrow_beam_over_titles_finds_titles_only(
-    world: World, torch_engine: Callable[[World], TorchEngine]
+    world: TinySetup, torch_engine: Callable[[TinySetup], TorchEngine]
 ) -> None:
     found = beam(torch_engine(world), world.prompts, width=3)
     for prompt, expected in enumerate(world.leaf_logprob):
@@ -40,12 +40,12 @@ def test_a_narrow_beam_over_titles_finds_titles_only(
 
 
 def test_trees_of_titles_hold_the_tokens_of_the_titles(
-    world: World, torch_engine: Callable[[World], TorchEngine]
+    world: TinySetup, torch_engine: Callable[[TinySetup], TorchEngine]
 ) -> None:
     engine = torch_engine(world)
     found = sample(engine, world.prompts, count=8, temperature=1.0, seed=3)
-    trees = grow(world.prompts, found, world.catalogue, world.vocabulary, world.version)
+    trees = build_search_trees(world.prompts, found, world.catalog, world.vocabulary, world.version)
     inner = torch.from_numpy(trees.state[trees.step > 0])
-    expected = world.vocabulary.token_of(world.catalogue.trie, inner)
+    expected = world.vocabulary.token_of(world.catalog.trie, inner)
     assert trees.token.tolist() == expected.tolist()
-    assert set(trees.token.tolist()) <= set(world.catalogue.code_token)
+    assert set(trees.token.tolist()) <= set(world.catalog.code_token)

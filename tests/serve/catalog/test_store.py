@@ -1,4 +1,4 @@
-"""A catalogue that is changed while it is served, against one made anew."""
+"""A catalog that is changed while it is served, against one made anew."""
 
 import numpy as np
 import pytest
@@ -6,55 +6,60 @@ import pytest
 from orchard.catalog.catalog import from_codes
 from orchard.errors import ConfigError
 from orchard.settings import FilterConfig
-from orchard.testing import World
+from orchard.testing import TinySetup
 from serve.catalog.attributes import check_filters
-from serve.catalog.store import Shelf, Stock
+from serve.catalog.store import CatalogStore, CatalogVersion
 from serve.decoding.recommender import recommend
-from serve.errors import ConflictError, UnknownNameError, UnsuitableError
+from serve.errors import ConflictError, UnknownNameError, UnprocessableError
 from serve.schema import DeltaRequest
-from serve.testing import Shop, attributes_of, kind, make_stock, query
+from serve.testing import TinyShop, attributes_of, kind, make_catalog_store, query
 
 
 def delta(**changes: object) -> DeltaRequest:
     return DeltaRequest.model_validate(changes)
 
 
-def offered(shelf: Shelf) -> dict[int, tuple[list[int], str]]:
+def offered(catalog_version: CatalogVersion) -> dict[int, tuple[list[int], str]]:
     """Codes and title of every live item."""
-    rows = np.flatnonzero(shelf.snapshot.live)
+    rows = np.flatnonzero(catalog_version.snapshot.live)
     return {
-        int(shelf.catalogue.item_id[r]): (shelf.plain_sid(int(r)), shelf.catalogue.title[r])
+        int(catalog_version.catalog.item_id[r]): (
+            catalog_version.plain_sid(int(r)),
+            catalog_version.catalog.title[r],
+        )
         for r in rows
     }
 
 
-def test_a_delta_happens_as_a_whole_and_leaves_the_shelf_in_use_alone(shop: Shop) -> None:
-    stock, before = shop.stock, offered(shop.stock.shelf)
-    new = stock.after(
+def test_a_delta_happens_as_a_whole_and_leaves_the_catalog_version_in_use_alone(
+    shop: TinyShop,
+) -> None:
+    catalog_store, before = shop.catalog_store, offered(shop.catalog_store.current)
+    new = catalog_store.apply(
         delta(
             add=[{"item_id": 100, "sid": [4, 3, 5], "title": "new"}],
             remove=[2, 7],
             update=[{"item_id": 5, "title": "renamed"}, {"item_id": 6, "sid": [0, 0, 0]}],
         )
     )
-    assert offered(stock.shelf) == before
-    stock.put(new)
+    assert offered(catalog_store.current) == before
+    catalog_store.activate(new)
     expected = {i: one for i, one in before.items() if i not in (2, 7)}
     expected |= {100: ([4, 3, 5], "new"), 5: (before[5][0], "renamed"), 6: ([0, 0, 0], "")}
-    assert offered(stock.shelf) == expected
-    assert (stock.shelf.version, stock.kept) == (1, [0])
+    assert offered(catalog_store.current) == expected
+    assert (catalog_store.current.version, catalog_store.kept) == (1, [0])
     made_anew = from_codes(
-        [expected[int(i)][0] for i in stock.shelf.catalogue.item_id],
-        item_id=stock.shelf.catalogue.item_id,
-        level_size=shop.world.catalogue.level_size,
+        [expected[int(i)][0] for i in catalog_store.current.catalog.item_id],
+        item_id=catalog_store.current.catalog.item_id,
+        level_size=shop.world.catalog.level_size,
     )
-    assert stock.shelf.catalogue.digest == made_anew.digest
+    assert catalog_store.current.catalog.digest == made_anew.digest
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"remove": [999]}, "item 999 is not in the catalogue"),
+        ({"remove": [999]}, "item 999 is not in the catalog"),
         ({"add": [{"item_id": 1, "sid": [0, 0, 0]}]}, "identifier that is in use"),
         ({"add": [{"item_id": 100, "sid": [9, 0, 0]}]}, "has code 9 at level 1"),
         ({"add": [{"item_id": 100, "sid": [0, 0]}]}, "depth 2 where 3 was expected"),
@@ -68,45 +73,49 @@ def test_a_delta_happens_as_a_whole_and_leaves_the_shelf_in_use_alone(shop: Shop
     ],
 )
 def test_a_delta_that_does_not_fit_is_refused_whole(
-    shop: Shop, changes: dict[str, object], said: str
+    shop: TinyShop, changes: dict[str, object], said: str
 ) -> None:
-    before = offered(shop.stock.shelf)
-    with pytest.raises(UnsuitableError, match=said):
-        shop.stock.after(delta(**changes))
-    assert offered(shop.stock.shelf) == before
+    before = offered(shop.catalog_store.current)
+    with pytest.raises(UnprocessableError, match=said):
+        shop.catalog_store.apply(delta(**changes))
+    assert offered(shop.catalog_store.current) == before
 
 
-def test_an_earlier_version_comes_back_as_a_new_one(shop_world: World) -> None:
-    stock = make_stock(shop_world, keep=2)
-    first = offered(stock.shelf)
-    stock.put(stock.after(delta(remove=[1])))
-    stock.put(stock.after(delta(remove=[2], base_version=1)))
-    with pytest.raises(ConflictError, match="for version 1, the catalogue has 2"):
-        stock.after(delta(remove=[3], base_version=1))
-    stock.put(stock.after(delta(rollback_to=0)))
-    assert offered(stock.shelf) == first
-    assert (stock.shelf.version, stock.kept) == (3, [1, 2])
+def test_an_earlier_version_comes_back_as_a_new_one(shop_world: TinySetup) -> None:
+    catalog_store = make_catalog_store(shop_world, keep=2)
+    first = offered(catalog_store.current)
+    catalog_store.activate(catalog_store.apply(delta(remove=[1])))
+    catalog_store.activate(catalog_store.apply(delta(remove=[2], base_version=1)))
+    with pytest.raises(ConflictError, match="for version 1, the catalog has 2"):
+        catalog_store.apply(delta(remove=[3], base_version=1))
+    catalog_store.activate(catalog_store.apply(delta(rollback_to=0)))
+    assert offered(catalog_store.current) == first
+    assert (catalog_store.current.version, catalog_store.kept) == (3, [1, 2])
     with pytest.raises(UnknownNameError, match="version 0 is not kept; there are 1, 2"):
-        stock.after(delta(rollback_to=0))
+        catalog_store.apply(delta(rollback_to=0))
 
 
-def test_attributes_change_at_once_and_new_items_bring_theirs(shop: Shop) -> None:
-    stock: Stock = shop.stock
-    stock.put(
-        stock.after(
+def test_attributes_change_at_once_and_new_items_bring_theirs(shop: TinyShop) -> None:
+    catalog_store: CatalogStore = shop.catalog_store
+    catalog_store.activate(
+        catalog_store.apply(
             delta(
                 add=[{"item_id": 100, "sid": [1, 0, 1], "attributes": {"stock": True, "price": 1}}],
                 update=[{"item_id": item, "attributes": {"stock": False}} for item in range(40)],
             )
         )
     )
-    shelf = stock.shelf
-    assert shelf.catalogue.item_id[shelf.offer(("stocked",)).items].tolist() == [100]
-    assert shelf.catalogue.item_id[shelf.offer(("stocked", "cheap")).items].tolist() == [100]
-    assert shelf.offer(("stocked", "red")).total == 0
-    shop.engine.turn_to(shelf.catalogue.trie)
+    catalog_version = catalog_store.current
+    assert catalog_version.catalog.item_id[catalog_version.offer(("stocked",)).items].tolist() == [
+        100
+    ]
+    assert catalog_version.catalog.item_id[
+        catalog_version.offer(("stocked", "cheap")).items
+    ].tolist() == [100]
+    assert catalog_version.offer(("stocked", "red")).total == 0
+    shop.engine.set_catalog(catalog_version.catalog.trie)
     (found,), _ = recommend(
-        shop.engine, shelf, [query([100])], kind(filters=("stocked",)), max_history=10
+        shop.engine, catalog_version, [query([100])], kind(filters=("stocked",)), max_history=10
     )
     assert [item.item_id for item in found.items] == [100]
     assert (found.unknown, found.fewer) == (0, "exhausted")

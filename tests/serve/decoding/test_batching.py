@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.decoding.batching import Batcher, Pace, Plan, TooLateError
+from serve.decoding.batching import Batcher, BatchPlan, LatencyModel, TooLateError
 from serve.errors import OverloadedError, UnavailableError
 
 
@@ -24,8 +24,8 @@ class Line:
             self.run, self.plan, **({"budget": 8, "queue": 20} | settings), clock=lambda: self.now
         )
 
-    def plan(self, request: str, left_s: float) -> Plan[str] | None:
-        return Plan(request[0], self.rows) if left_s >= 1 else None
+    def plan(self, request: str, left_s: float) -> BatchPlan[str] | None:
+        return BatchPlan(request[0], self.rows) if left_s >= 1 else None
 
     async def run(self, kind: str, requests: Sequence[str], waited: Sequence[float]) -> list[str]:
         await self.gate.wait()
@@ -151,7 +151,7 @@ def test_everything_is_answered_once_whatever_arrives(
 
 
 def test_the_pace_of_batches_is_learnt_and_narrows_what_would_be_late() -> None:
-    pace = Pace()
+    pace = LatencyModel()
     assert pace.width(wanted=50, least=10, left_s=0.0) == 50  # nothing is known yet
     for rows in (10, 50, 100, 20, 80):
         pace.observe(rows, 0.01 + 0.001 * rows)

@@ -1,4 +1,4 @@
-"""Answers against enumeration of the whole catalogue."""
+"""Answers against enumeration of the whole catalog."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,25 +8,25 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from serve.decoding.recommender import places_among, popular, recommend
+from serve.decoding.recommender import places_among, popular_items, recommend
 from serve.decoding.trace import Watched, draw_tree
-from serve.errors import UnsuitableError
-from serve.testing import FILTERS, Shop, kind, query
+from serve.errors import UnprocessableError
+from serve.testing import FILTERS, TinyShop, kind, query
 
 HISTORY = [3, 17, 5]
 some = st.lists(st.integers(0, 45), max_size=60)
 examples = settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def passing(shop: Shop, names: list[str]) -> set[int]:
+def passing(shop: TinyShop, names: list[str]) -> set[int]:
     """The items in all of the views, by plain comparisons."""
-    column = shop.stock.shelf.attributes.column
+    column = shop.catalog_store.current.attributes.column
     tests: dict[str, Callable[[Any], bool]] = {
         "price": lambda v: v < 5, "colour": lambda v: v == "red", "stock": bool,
     }  # fmt: skip
     return {
         item
-        for item in range(len(shop.world.catalogue))
+        for item in range(len(shop.world.catalog))
         if all(
             column[FILTERS[n].column][1][item]
             and tests[FILTERS[n].column](column[FILTERS[n].column][0][item])
@@ -43,7 +43,7 @@ def passing(shop: Shop, names: list[str]) -> set[int]:
     cap=st.none() | st.integers(1, 4),
 )
 def test_an_answer_is_the_ranking_of_all_items_less_those_excluded(
-    shop: Shop,
+    shop: TinyShop,
     leaf_logprob: Callable[[list[int]], np.ndarray],
     exclude: list[int],
     names: list[str],
@@ -52,20 +52,24 @@ def test_an_answer_is_the_ranking_of_all_items_less_those_excluded(
 ) -> None:
     asked = query(HISTORY, k=k, exclude=np.array(exclude, np.int64), per_prefix=cap)
     (found,), _ = recommend(
-        shop.engine, shop.stock.shelf, [asked], kind(filters=tuple(names)), max_history=10
+        shop.engine,
+        shop.catalog_store.current,
+        [asked],
+        kind(filters=tuple(names)),
+        max_history=10,
     )
-    catalogue, score = shop.world.catalogue, leaf_logprob(HISTORY)
+    catalog, score = shop.world.catalog, leaf_logprob(HISTORY)
     allowed = passing(shop, names) - set(exclude)
-    ranked = sorted(allowed, key=lambda i: (-score[catalogue.leaf_of_item[i]], i))
+    ranked = sorted(allowed, key=lambda i: (-score[catalog.leaf_of_item[i]], i))
     expected: list[int] = []
     for item in ranked:
-        alike = sum(catalogue.codes[o, 0] == catalogue.codes[item, 0] for o in expected)
+        alike = sum(catalog.codes[o, 0] == catalog.codes[item, 0] for o in expected)
         if cap is None or alike < cap:
             expected.append(item)
     assert [one.item_id for one in found.items] == expected[:k]
     for one in found.items:
-        assert one.score == pytest.approx(score[catalogue.leaf_of_item[one.item_id]], abs=1e-4)
-        assert one.sid == catalogue.codes[one.item_id].tolist()
+        assert one.score == pytest.approx(score[catalog.leaf_of_item[one.item_id]], abs=1e-4)
+        assert one.sid == catalog.codes[one.item_id].tolist()
     assert (found.fewer == "") == (len(found.items) == k)
     if len(found.items) < k:
         short = len(found.items) == len(allowed)
@@ -73,27 +77,31 @@ def test_an_answer_is_the_ranking_of_all_items_less_those_excluded(
 
 
 @pytest.mark.parametrize("decoder", ["beam", "beam_sample", "ved"])
-def test_an_answer_does_not_depend_on_its_batch(shop: Shop, decoder: str) -> None:
+def test_an_answer_does_not_depend_on_its_batch(shop: TinyShop, decoder: str) -> None:
     asked = [
         query(HISTORY, seed=7),
         query([], seed=8, exclude=np.arange(20)),
         query([1, 2, 3, 4, 5, 6, 7, 8], seed=9, k=3, levels=True),
     ]
     one = kind(decoder=decoder, width=8)
-    shelf = shop.stock.shelf
-    together, _ = recommend(shop.engine, shelf, asked, one, max_history=4)
+    catalog_version = shop.catalog_store.current
+    together, _ = recommend(shop.engine, catalog_version, asked, one, max_history=4)
     for wanted, mine in zip(asked, together, strict=True):
-        (alone,), _ = recommend(shop.engine, shelf, [wanted], one, max_history=4)
+        (alone,), _ = recommend(shop.engine, catalog_version, [wanted], one, max_history=4)
         assert [i.item_id for i in alone.items] == [i.item_id for i in mine.items]
         assert [i.score for i in alone.items] == pytest.approx(
             [i.score for i in mine.items], abs=1e-5
         )
 
 
-def test_levels_add_up_to_the_score_and_guided_searches_tell_values(shop: Shop) -> None:
+def test_levels_add_up_to_the_score_and_guided_searches_tell_values(shop: TinyShop) -> None:
     asked = query(HISTORY, levels=True)
     (found,), _ = recommend(
-        shop.engine, shop.stock.shelf, [asked], kind(decoder="ved", width=12), max_history=10
+        shop.engine,
+        shop.catalog_store.current,
+        [asked],
+        kind(decoder="ved", width=12),
+        max_history=10,
     )
     assert found.items
     for item in found.items:
@@ -103,42 +111,56 @@ def test_levels_add_up_to_the_score_and_guided_searches_tell_values(shop: Shop) 
     assert any(level.value is not None for i in found.items for level in i.levels or [])
 
 
-def test_unknown_items_of_a_history_are_passed_over_and_counted(shop: Shop) -> None:
-    shelf = shop.stock.shelf
+def test_unknown_items_of_a_history_are_passed_over_and_counted(shop: TinyShop) -> None:
+    catalog_version = shop.catalog_store.current
     (strange, plain), _ = recommend(
-        shop.engine, shelf, [query([900, 3, -5, 17, 5]), query(HISTORY)], kind(), max_history=10
+        shop.engine,
+        catalog_version,
+        [query([900, 3, -5, 17, 5]), query(HISTORY)],
+        kind(),
+        max_history=10,
     )
     assert strange.unknown == 2
     assert plain.unknown == 0
     assert [i.item_id for i in strange.items] == [i.item_id for i in plain.items]
 
 
-def test_a_beam_narrower_than_the_list_says_so(shop: Shop) -> None:
+def test_a_beam_narrower_than_the_list_says_so(shop: TinyShop) -> None:
     (found,), _ = recommend(
-        shop.engine, shop.stock.shelf, [query(HISTORY)], kind(width=2), max_history=10
+        shop.engine,
+        shop.catalog_store.current,
+        [query(HISTORY)],
+        kind(width=2),
+        max_history=10,
     )
     assert found.fewer == "width"
     assert len(found.items) >= 2
 
 
-def test_a_filter_that_does_not_exist_is_named(shop: Shop) -> None:
-    with pytest.raises(UnsuitableError, match=r"no filter 'blue'; known: cheap, red"):
+def test_a_filter_that_does_not_exist_is_named(shop: TinyShop) -> None:
+    with pytest.raises(UnprocessableError, match=r"no filter 'blue'; known: cheap, red"):
         recommend(
-            shop.engine, shop.stock.shelf, [query([])], kind(filters=("blue",)), max_history=10
+            shop.engine,
+            shop.catalog_store.current,
+            [query([])],
+            kind(filters=("blue",)),
+            max_history=10,
         )
 
 
-def test_the_fallback_shows_what_is_popular_and_allowed(shop: Shop) -> None:
-    found = popular(shop.stock.shelf, query([], k=4, exclude=np.array([1])), ())
+def test_the_fallback_shows_what_is_popular_and_allowed(shop: TinyShop) -> None:
+    found = popular_items(shop.catalog_store.current, query([], k=4, exclude=np.array([1])), ())
     assert [item.item_id for item in found.items] == [3, 4, 0, 2]
     assert found.items[0].score is None
-    everything = popular(shop.stock.shelf, query([], k=50, exclude=np.arange(39)), ("stocked",))
+    everything = popular_items(
+        shop.catalog_store.current, query([], k=50, exclude=np.arange(39)), ("stocked",)
+    )
     assert {i.item_id for i in everything.items} <= {39}
     assert everything.fewer == "exhausted"
 
 
-def test_a_tree_shows_what_was_kept_and_what_was_pruned(shop: Shop) -> None:
-    shelf, asked = shop.stock.shelf, query(HISTORY, k=3)
+def test_a_tree_shows_what_was_kept_and_what_was_pruned(shop: TinyShop) -> None:
+    catalog_version, asked = shop.catalog_store.current, query(HISTORY, k=3)
     traces: list[Watched] = []
 
     class Tracing:
@@ -148,12 +170,14 @@ def test_a_tree_shows_what_was_kept_and_what_was_pruned(shop: Shop) -> None:
             traces.append(Watched(find, trace=True))
             return shop.engine.run(traces[0], prompts)
 
-        def install(self, version: Any, weights: Any) -> None: ...
+        def load_weights(self, version: Any, weights: Any) -> None: ...
 
-        def turn_to(self, trie: Any) -> None: ...
+        def set_catalog(self, trie: Any) -> None: ...
 
-    (found,), candidates = recommend(Tracing(), shelf, [asked], kind(width=3), max_history=10)
-    nodes = draw_tree(shelf, candidates, traces[0].seen, found.leaf)
+    (found,), candidates = recommend(
+        Tracing(), catalog_version, [asked], kind(width=3), max_history=10
+    )
+    nodes = draw_tree(catalog_version, candidates, traces[0].seen, found.leaf)
     known = {node.id: node for node in nodes}
     assert [n.id for n in nodes if n.parent == -1] == [0]
     for node in nodes[1:]:

@@ -12,10 +12,10 @@ import torch
 import uvicorn
 
 from orchard.settings import ServeConfig
-from orchard.testing import World
+from orchard.testing import TinySetup
 from serve.factory import open_service
 from serve.http.routes import create_app
-from serve.metrics import Tally
+from serve.metrics import InMemoryMetrics
 from serve.testing import export_policy
 
 PAGE = Path(__file__).parents[3] / "serve" / "http" / "explorer.html"
@@ -28,13 +28,15 @@ def test_the_page_needs_nothing_from_elsewhere() -> None:
 
 
 @pytest.mark.slow
-def test_a_browser_shows_recommendations_and_the_tree(shop_world: World, tmp_path: Path) -> None:
+def test_a_browser_shows_recommendations_and_the_tree(
+    shop_world: TinySetup, tmp_path: Path
+) -> None:
     browser = shutil.which("chromium") or shutil.which("chromium-browser")
     if browser is None:
         pytest.skip("no Chromium is installed")
     threads = torch.get_num_threads()
     folder = export_policy(shop_world, tmp_path / "policy", step=3)
-    app = create_app(open_service(folder, ServeConfig(), Tally()))
+    app = create_app(open_service(folder, ServeConfig(), InMemoryMetrics()))
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", ws="none"))
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchard.settings import FilterConfig, ServeConfig
-from orchard.testing import World
+from orchard.testing import TinySetup
 from serve.factory import open_service
 from serve.http.routes import create_app
-from serve.metrics import Tally
+from serve.metrics import InMemoryMetrics
 from serve.schema import RecommendResponse
 from serve.testing import export_policy
 
@@ -31,7 +31,7 @@ class Served:
     """An endpoint that is up, driven from ordinary code."""
 
     def __init__(self, folder: Path, beside: Path) -> None:
-        self.meters, self.loop = Tally(), asyncio.new_event_loop()
+        self.meters, self.loop = InMemoryMetrics(), asyncio.new_event_loop()
         config = ServeConfig(
             attributes=beside / "attributes.parquet",
             popularity=beside / "popularity.parquet",
@@ -73,7 +73,7 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def served(shop_world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(shop_world: TinySetup, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     beside, threads = tmp_path_factory.mktemp("fuzz"), torch.get_num_threads()
     folder = export_policy(shop_world, beside / "policy", step=3)
     ids = np.arange(40)

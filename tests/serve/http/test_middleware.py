@@ -10,13 +10,13 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
-from serve.errors import Refusal
+from serve.errors import ApiError
 from serve.http import middleware
-from serve.http.middleware import Door
+from serve.http.middleware import RequestMiddleware
 from serve.schema import DeltaRequest, RecommendRequest
 
 TOKEN = "a-token"
-sent_away: list[Refusal] = []
+sent_away: list[ApiError] = []
 
 
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:
@@ -35,7 +35,7 @@ def post(
     path: str, content: bytes | AsyncGenerator[bytes], headers: Mapping[str, str] | None = None
 ) -> httpx.Response:
     async def ask() -> httpx.Response:
-        entered = Door(echo, token_env="DOOR_TOKEN", refused=sent_away.append)
+        entered = RequestMiddleware(echo, token_env="DOOR_TOKEN", refused=sent_away.append)
         transport = httpx.ASGITransport(entered)
         async with httpx.AsyncClient(transport=transport, base_url="http://shop") as client:
             return await client.post(path, content=content, headers=headers)

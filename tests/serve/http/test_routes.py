@@ -14,16 +14,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from orchard.catalog import catalog as catalogues
+from orchard.catalog import catalog as catalogs
 from orchard.errors import CheckpointError, ConfigError
 from orchard.policy import weights
 from orchard.settings import FilterConfig, ServeConfig, VariantConfig
-from orchard.testing import World, tiny_world
+from orchard.testing import TinySetup, tiny_setup
 from serve import factory
 from serve.factory import open_service
 from serve.http.routes import create_app
-from serve.metrics import Tally
-from serve.policies.ab_test import variant_of
+from serve.metrics import InMemoryMetrics
+from serve.policies.ab_test import assign_variant
 from serve.service import Service
 from serve.testing import export_policy
 
@@ -33,7 +33,7 @@ OPERATOR = {"authorization": f"Bearer {TOKEN}"}
 
 
 @pytest.fixture
-def folder(shop_world: World, tmp_path: Path) -> Path:
+def folder(shop_world: TinySetup, tmp_path: Path) -> Path:
     """A policy as training exports it, with all the files that settings may name."""
     export_policy(shop_world, tmp_path / "policy", step=3)
     ids = np.arange(40)
@@ -78,7 +78,7 @@ def served(
     """What `work` makes of an endpoint that is up."""
 
     async def run() -> T:
-        service = open_service(folder, settings(folder, **changes), Tally())
+        service = open_service(folder, settings(folder, **changes), InMemoryMetrics())
         app = create_app(service)
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with (
@@ -111,7 +111,7 @@ def test_a_request_is_answered_with_items_versions_and_cost(folder: Path) -> Non
         assert response.headers["x-request-id"] == "mine-1"
         assert [item["rank"] for item in answer["items"]] == [1, 2, 3, 4, 5]
         assert (answer["returned"], answer["fewer"], answer["source"]) == (5, "", "policy")
-        assert answer["policy"] == str(service.seats["main"].version)
+        assert answer["policy"] == str(service.slots["main"].version)
         assert answer["policy"].startswith("3-")
         assert answer["catalogue"].startswith("0-")
         assert answer["cost"]["forward_tokens"] > 0
@@ -170,12 +170,12 @@ def test_a_batch_answers_or_refuses_each_by_itself(folder: Path) -> None:
     served(folder, work)
 
 
-def test_items_catalogue_policy_and_health_can_be_looked_at(folder: Path) -> None:
+def test_items_catalog_policy_and_health_can_be_looked_at(folder: Path) -> None:
     async def work(client: httpx.AsyncClient, service: Service) -> None:
-        items = catalogues.load(folder / "catalogue")
+        items = catalogs.load(folder / "catalogue")
         one = (await client.get("/v1/items/39")).json()
         assert one["sid"] == items.codes[39].tolist()
-        assert 0 in one["shares_sid_with"]  # the tiny catalogue's collision
+        assert 0 in one["shares_sid_with"]  # the tiny catalog's collision
         assert one["filters"] == []
         assert (await client.get("/v1/items/4000")).status_code == 404
         assert (await client.get("/v1/items/99999999999999999999999")).status_code == 404
@@ -213,8 +213,8 @@ def test_deltas_and_activations_need_the_token(
                 )
                 assert response.status_code == 401
                 assert response.headers["www-authenticate"] == "Bearer"
-        assert service.stock.shelf.version == 0
-        assert isinstance(service.meters, Tally)
+        assert service.catalog_store.current.version == 0
+        assert isinstance(service.meters, InMemoryMetrics)
         assert service.meters.total("orchard_serve_refused") == 14
         monkeypatch.setenv("ORCHARD_SERVE_TOKEN", "")
         closed = await client.post(
@@ -256,25 +256,25 @@ def test_a_delta_shows_in_the_next_answer_and_can_be_taken_back(folder: Path) ->
 
 def test_replicas_share_deltas_and_later_ones_read_them_all(folder: Path) -> None:
     async def work(client: httpx.AsyncClient, service: Service) -> None:
-        other = open_service(folder, settings(folder), Tally())
+        other = open_service(folder, settings(folder), InMemoryMetrics())
         await other.start()
         for body in ({"remove": [1, 2]}, {"add": [{"item_id": 99, "sid": [0, 0, 0]}]},
                      {"rollback_to": 1}, {"remove": [3]}):  # fmt: skip
             response = await client.post("/v1/catalog/delta", json=body, headers=OPERATOR)
             assert response.status_code == 200
         await other.look()
-        late = open_service(folder, settings(folder), Tally())
+        late = open_service(folder, settings(folder), InMemoryMetrics())
         await late.start()
         for desk_of in (other, late):
-            assert desk_of.stock.shelf.version == 4
-            live = desk_of.stock.shelf.snapshot
-            assert set(live.catalogue.item_id[live.live]) == set(range(40)) - {1, 2, 3}
+            assert desk_of.catalog_store.current.version == 4
+            live = desk_of.catalog_store.current.snapshot
+            assert set(live.catalog.item_id[live.live]) == set(range(40)) - {1, 2, 3}
             await desk_of.close()
 
     served(folder, work)
 
 
-def trained_further(world: World, folder: Path, *, step: int, spoil: bool = False) -> None:
+def trained_further(world: TinySetup, folder: Path, *, step: int, spoil: bool = False) -> None:
     """Export another policy over the first, as training does."""
     values = weights.snapshot(world.model)
     name = next(iter(values))
@@ -286,7 +286,9 @@ def trained_further(world: World, folder: Path, *, step: int, spoil: bool = Fals
         weights.restore(world.model, values)
 
 
-def test_the_endpoint_follows_training_pins_and_goes_back(folder: Path, shop_world: World) -> None:
+def test_the_endpoint_follows_training_pins_and_goes_back(
+    folder: Path, shop_world: TinySetup
+) -> None:
     async def work(client: httpx.AsyncClient, service: Service) -> None:
         first = await recommend(client, history=[3, 4], k=40)
         trained_further(shop_world, folder, step=4)
@@ -303,9 +305,9 @@ def test_the_endpoint_follows_training_pins_and_goes_back(folder: Path, shop_wor
         trained_further(shop_world, folder, step=5)
         await service.look()
         assert (await recommend(client, history=[3]))["policy"] == first["policy"]  # pinned
-        other = open_service(folder, settings(folder), Tally())
+        other = open_service(folder, settings(folder), InMemoryMetrics())
         await other.start()
-        assert str(other.seats["main"].version) == first["policy"]
+        assert str(other.slots["main"].version) == first["policy"]
         await other.close()
         latest = {"version": "latest"}
         await client.post("/v1/policy:activate", json=latest, headers=OPERATOR)
@@ -319,7 +321,7 @@ def test_the_endpoint_follows_training_pins_and_goes_back(folder: Path, shop_wor
 
 
 def test_a_policy_exported_while_the_endpoint_starts_is_found(
-    folder: Path, shop_world: World, monkeypatch: pytest.MonkeyPatch
+    folder: Path, shop_world: TinySetup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make = factory.engine_of
 
@@ -329,19 +331,21 @@ def test_a_policy_exported_while_the_endpoint_starts_is_found(
 
     async def work(client: httpx.AsyncClient, service: Service) -> None:
         assert (await recommend(client, history=[3]))["policy"].startswith("3-")
-        assert service.seats["main"].kept == []  # what lies in the folder is another policy
+        assert service.slots["main"].kept == []  # what lies in the folder is another policy
         await service.look()
         assert (await recommend(client, history=[3]))["policy"].startswith("4-")
-        (kept,) = service.seats["main"].kept
+        (kept,) = service.slots["main"].kept
         assert kept.startswith("4-")
 
     monkeypatch.setattr(factory, "engine_of", slow)
     served(folder, work)
 
 
-def test_a_kept_policy_under_another_name_is_not_activated(folder: Path, shop_world: World) -> None:
+def test_a_kept_policy_under_another_name_is_not_activated(
+    folder: Path, shop_world: TinySetup
+) -> None:
     async def work(client: httpx.AsyncClient, service: Service) -> None:
-        (first,) = service.seats["main"].kept
+        (first,) = service.slots["main"].kept
         (copy,) = folder.parent.rglob(first)
         copy.rename(copy.with_name("7-0123abcd"))
         body = {"version": "7-0123abcd"}
@@ -352,21 +356,25 @@ def test_a_kept_policy_under_another_name_is_not_activated(folder: Path, shop_wo
     served(folder, work)
 
 
-def test_the_newest_versions_are_kept_and_can_be_activated(folder: Path, shop_world: World) -> None:
+def test_the_newest_versions_are_kept_and_can_be_activated(
+    folder: Path, shop_world: TinySetup
+) -> None:
     async def work(client: httpx.AsyncClient, service: Service) -> None:
-        seat = service.seats["main"]
+        slot = service.slots["main"]
         for step in (4, 5, 6):
             trained_further(shop_world, folder, step=step)
             await service.look()
-        assert [version.split("-")[0] for version in seat.kept] == ["5", "6"]
-        body = {"version": seat.kept[0]}
+        assert [version.split("-")[0] for version in slot.kept] == ["5", "6"]
+        body = {"version": slot.kept[0]}
         await client.post("/v1/policy:activate", json=body, headers=OPERATOR)
-        assert str(seat.version).startswith("5-")
+        assert str(slot.version).startswith("5-")
 
     served(folder, work, versions=2)
 
 
-def test_a_policy_that_is_not_what_it_says_is_not_followed(folder: Path, shop_world: World) -> None:
+def test_a_policy_that_is_not_what_it_says_is_not_followed(
+    folder: Path, shop_world: TinySetup
+) -> None:
     async def work(client: httpx.AsyncClient, service: Service) -> None:
         first = (await recommend(client, history=[3]))["policy"]
         trained_further(shop_world, folder, step=4, spoil=True)
@@ -379,29 +387,29 @@ def test_a_policy_that_is_not_what_it_says_is_not_followed(folder: Path, shop_wo
         assert (await recommend(client, history=[3]))["policy"] == first
         # An engine that scores otherwise than the model is taken back.
         trained_further(shop_world, folder, step=6)
-        seat = service.seats["main"]
-        install = seat.holder.install
+        slot = service.slots["main"]
+        install = slot.holder.load_weights
 
         def broken(version: Any, values: Any) -> None:
             name = next(iter(values))
             torn = values | {name: values[name] * (0.5 if version.step == 6 else 1.0)}
-            seat.holder.install = install  # type: ignore[method-assign]
-            weights.restore(seat.holder._model, torn)  # type: ignore[attr-defined]
-            seat.holder.version = version  # type: ignore[misc]
+            slot.holder.load_weights = install  # type: ignore[method-assign]
+            weights.restore(slot.holder._model, torn)  # type: ignore[attr-defined]
+            slot.holder.version = version  # type: ignore[misc]
 
-        seat.holder.install = broken  # type: ignore[method-assign]
+        slot.holder.load_weights = broken  # type: ignore[method-assign]
         before = [i["score"] for i in (await recommend(client, history=[3]))["items"]]
         await service.look()
         after = await recommend(client, history=[3])
         assert after["policy"] == first
         assert [i["score"] for i in after["items"]] == before
-        assert "away from policy 6-" in seat.refused
+        assert "away from policy 6-" in slot.refused
 
     served(folder, work)
 
 
 def test_variants_split_users_and_shadows_only_log(
-    folder: Path, shop_world: World, tmp_path: Path
+    folder: Path, shop_world: TinySetup, tmp_path: Path
 ) -> None:
     trained_further(shop_world, tmp_path / "other", step=9)
     trained_further(shop_world, tmp_path / "dark", step=8)
@@ -432,14 +440,14 @@ def test_variants_split_users_and_shadows_only_log(
 
 def test_the_hash_of_users_keeps_to_the_shares() -> None:
     users = [str(user) for user in range(4000)]
-    first = [variant_of(user, {"b": 0.2, "c": 0.3}, "salt") for user in users]
+    first = [assign_variant(user, {"b": 0.2, "c": 0.3}, "salt") for user in users]
     assert first.count("b") == pytest.approx(800, abs=100)
     assert first.count("c") == pytest.approx(1200, abs=100)
-    grown = [variant_of(user, {"b": 0.2, "c": 0.4}, "salt") for user in users]
+    grown = [assign_variant(user, {"b": 0.2, "c": 0.4}, "salt") for user in users]
     for before, after in zip(first, grown, strict=True):
         assert before == after or (before, after) == ("main", "c")
-    assert [variant_of(u, {"b": 0.2, "c": 0.3}, "other") for u in users] != first
-    assert variant_of(None, {"b": 1.0}, "salt") == "main"
+    assert [assign_variant(u, {"b": 0.2, "c": 0.3}, "other") for u in users] != first
+    assert assign_variant(None, {"b": 1.0}, "salt") == "main"
 
 
 def test_late_answers_are_popular_items_and_say_so(folder: Path) -> None:
@@ -505,18 +513,18 @@ def test_a_full_queue_answers_429_with_a_time_to_retry(folder: Path) -> None:
 
 
 def test_settings_that_do_not_fit_the_policy_are_refused(
-    folder: Path, shop_world: World, tmp_path: Path
+    folder: Path, shop_world: TinySetup, tmp_path: Path
 ) -> None:
     strange = {"odd": FilterConfig(column="size", value=1)}
     with pytest.raises(ConfigError, match=r"serve\.filters\.odd\.column = 'size'"):
-        open_service(folder, settings(folder, filters=strange), Tally())
-    export_policy(tiny_world(num_items=30), tmp_path / "foreign", step=1)
+        open_service(folder, settings(folder, filters=strange), InMemoryMetrics())
+    export_policy(tiny_setup(num_items=30), tmp_path / "foreign", step=1)
     foreign = {"b": VariantConfig(policy=tmp_path / "foreign", share=0.1)}
-    with pytest.raises(CheckpointError, match="was trained on catalogue"):
-        open_service(folder, settings(folder, variants=foreign), Tally())
+    with pytest.raises(CheckpointError, match="was trained on catalog"):
+        open_service(folder, settings(folder, variants=foreign), InMemoryMetrics())
     other = export_policy(shop_world, tmp_path / "other", step=1)
     facts = json.loads((other / "policy.json").read_text())
     (other / "policy.json").write_text(json.dumps(facts | {"max_history": 3}))
     longer = {"b": VariantConfig(policy=other, share=0.1)}
     with pytest.raises(ConfigError, match=r"max_history = 3, the main policy with 10"):
-        open_service(folder, settings(folder, variants=longer), Tally())
+        open_service(folder, settings(folder, variants=longer), InMemoryMetrics())

@@ -15,11 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchard.catalog import catalog as catalogues
+from orchard.catalog import catalog as catalogs
 from orchard.data.importers.card import CARD, check_leaks
-from orchard.data.importers.examples import PARTS, Examples, leaks, of_log
-from orchard.data.importers.log import Items, Log, core
-from orchard.data.importers.read import Choices, format_of, read, size_of
+from orchard.data.importers.examples import PARTS, SplitExamples, leaks, of_log
+from orchard.data.importers.log import InteractionLog, ItemTable, k_core
+from orchard.data.importers.read import ImportOptions, format_of, read, size_of
 from orchard.data.importers.write import write
 from orchard.data.prompts import read_split
 from orchard.errors import ConfigError, DataError
@@ -30,7 +30,7 @@ Row = tuple[Any, ...]
 def bring(
     source: Path, out: Path, items: Path | None = None, **choices: Any
 ) -> Mapping[str, float]:
-    examples = read(source, items, Choices(**choices), lambda count: None)
+    examples = read(source, items, ImportOptions(**choices), lambda count: None)
     return write(out, examples, source=source.name, overwrite=False)
 
 
@@ -39,14 +39,14 @@ def csv_file(path: Path, rows: Sequence[Row], header: str = "user_id,item_id,tim
     return path
 
 
-def log_of(rows: Sequence[tuple[int, int, int]]) -> Log:
+def log_of(rows: Sequence[tuple[int, int, int]]) -> InteractionLog:
     user, item, time = np.array(rows).T
-    return Log(
+    return InteractionLog(
         user=user,
         item=item,
         timestamp=time,
         user_id=np.arange(user.max() + 1),
-        items=Items(item_id=np.arange(item.max() + 1)),
+        items=ItemTable(item_id=np.arange(item.max() + 1)),
     )
 
 
@@ -67,7 +67,7 @@ def test_a_log_becomes_splits_that_the_policy_can_read(tmp_path: Path) -> None:
     facts = bring(source, tmp_path / "out", max_history=3)
     assert facts["num_events"] == 72
     assert [facts[f"{part}_rows"] for part in PARTS] == [48, 6, 6]
-    items = catalogues.from_codes([[i] for i in range(8)], item_id=np.arange(50, 58))
+    items = catalogs.from_codes([[i] for i in range(8)], item_id=np.arange(50, 58))
     names = pq.read_table(tmp_path / "out" / "items.parquet").column_names
     assert names == ["item_id", "title"]
     for part in PARTS:
@@ -163,7 +163,7 @@ def test_amazon_reviews_are_cut_to_titled_items_and_their_core(
 ) -> None:
     reviews, about = amazon_files(tmp_path, zipped=zipped)
     read_bytes: list[int] = []
-    examples = read(reviews, about, Choices(), read_bytes.append)
+    examples = read(reviews, about, ImportOptions(), read_bytes.append)
     assert 0 < sum(read_bytes) <= size_of(reviews, about)
     facts = write(tmp_path / "out", examples, source="reviews", overwrite=False)
     items = pq.read_table(tmp_path / "out" / "items.parquet").to_pylist()
@@ -201,9 +201,9 @@ def test_the_core_is_what_dropping_one_by_one_leaves(pairs: list[tuple[int, int]
     log = log_of([(u, i, t) for t, (u, i) in enumerate(pairs)])
     if not left:
         with pytest.raises(DataError, match="lower --core"):
-            core(log, k)
+            k_core(log, k)
         return
-    kept = core(log, k)
+    kept = k_core(log, k)
     assert kept.timestamp.tolist() == left
     found = list(zip(kept.user_id[kept.user], kept.items.item_id[kept.item], strict=True))
     assert found == [pairs[e] for e in left]
@@ -259,7 +259,7 @@ def test_a_minionerec_folder_keeps_its_splits_items_and_semantic_ids(tmp_path: P
     for part, rows in GIVEN.items():
         found = [(row["history"], row["target"]) for row in rows_of(tmp_path / "out", part)]
         assert found == [(history, target) for _, history, target in rows]
-    items = catalogues.read(tmp_path / "out" / "items.parquet")
+    items = catalogs.read(tmp_path / "out" / "items.parquet")
     assert items.codes.tolist() == [[i % 2, i // 2] for i in range(6)]
     assert items.title[3] == "Item, 3"
     for name in ("Shop.index.json", "Shop.item.json"):  # the info file says the same
@@ -407,7 +407,7 @@ def test_only_a_data_set_is_replaced_and_only_when_asked(tmp_path: Path) -> None
     before = (tmp_path / "out" / CARD).read_text()
     with pytest.raises(DataError, match="pass --overwrite"):
         bring(source, tmp_path / "out", max_history=2)
-    examples = read(source, None, Choices(max_history=2), lambda count: None)
+    examples = read(source, None, ImportOptions(max_history=2), lambda count: None)
     write(tmp_path / "out", examples, source="log.csv", overwrite=True)
     assert (tmp_path / "out" / CARD).read_text() != before
     (tmp_path / "mine").mkdir()
@@ -423,7 +423,7 @@ def test_formats_are_told_by_names(tmp_path: Path) -> None:
 
 
 def test_examples_know_their_histories() -> None:
-    examples: Examples = of_log(
+    examples: SplitExamples = of_log(
         log_of([(0, i, i) for i in range(12)]), split="chronological", max_history=3
     )
     item, start = examples.history(np.array([0, 4]))

@@ -17,12 +17,25 @@ pytest.importorskip("faiss", reason="faiss is not installed; `make env` brings i
 pytest.importorskip("sklearn", reason="scikit-learn is not installed; `make env` brings it")
 
 from orchard import ragged
-from orchard.catalog import catalog as catalogues
+from orchard.catalog import catalog as catalogs
 from orchard.data.semantic_ids import embed, rqvae
-from orchard.data.semantic_ids.build import EMBEDDINGS, PICTURE, QUANTISERS, REPORT, Recipe, build
-from orchard.data.semantic_ids.collisions import POLICIES, Settled, extra_level, keep, reassign
-from orchard.data.semantic_ids.measure import measure
-from orchard.data.semantic_ids.quantize import Quantised, distances, match, quantise
+from orchard.data.semantic_ids.build import (
+    EMBEDDINGS,
+    PICTURE,
+    QUANTIZERS,
+    REPORT,
+    SemanticIdConfig,
+    build,
+)
+from orchard.data.semantic_ids.collisions import (
+    POLICIES,
+    ResolvedCodes,
+    extra_level,
+    keep,
+    reassign,
+)
+from orchard.data.semantic_ids.measure import measure_codes
+from orchard.data.semantic_ids.quantize import Quantized, distances, match, quantize
 from orchard.errors import ConfigError, DataError
 
 
@@ -34,16 +47,16 @@ def blobs(per: int = 10, *, seed: int = 0) -> np.ndarray[Any, Any]:
     return (coarse + fine + 0.1 * draw.standard_normal(coarse.shape)).astype(np.float32)
 
 
-def of_codes(codes: list[list[int]], *, last: int = 4) -> Quantised:
+def of_codes(codes: list[list[int]], *, last: int = 4) -> Quantized:
     """Codes whose items lie on the centroids of their last level, on a line."""
     book = np.arange(last, dtype=np.float32)[:, None]
     table = np.array(codes)
-    return Quantised(codes=table, codebook=(book, book), error=np.zeros(2), last=book[table[:, -1]])
+    return Quantized(codes=table, codebook=(book, book), error=np.zeros(2), last=book[table[:, -1]])
 
 
 def test_levels_find_the_scales_of_the_data() -> None:
     points = blobs()
-    found = quantise(points, (4, 4))
+    found = quantize(points, (4, 4))
     coarse, fine = np.repeat(np.arange(4), 40), np.tile(np.repeat(np.arange(4), 10), 4)
     for level, truth in enumerate((coarse, fine)):
         pairs = np.unique(np.stack([found.codes[:, level], truth]), axis=1)
@@ -53,13 +66,13 @@ def test_levels_find_the_scales_of_the_data() -> None:
 
 def test_residuals_add_up_to_the_embedding() -> None:
     points = np.random.default_rng(0).standard_normal((200, 6)).astype(np.float32)
-    found = quantise(points, (8, 8, 8))
+    found = quantize(points, (8, 8, 8))
     parts = [book[found.codes[:, level]] for level, book in enumerate(found.codebook)]
     centred = points - points.mean(0)
     rest = ((centred - sum(parts)) ** 2).sum() / (centred**2).sum()
     assert rest == pytest.approx(found.error[-1], rel=1e-4)
     assert (np.diff(found.error) < 0).all()
-    again = quantise(points, (8, 8, 8))
+    again = quantize(points, (8, 8, 8))
     assert (again.codes == found.codes).all()
 
 
@@ -81,7 +94,7 @@ def test_a_match_fits_and_is_stable(items: int, codes: int, seed: int) -> None:
 def test_balanced_codes_are_used_alike() -> None:
     draw = np.random.default_rng(0)
     skewed = (draw.standard_normal((300, 4)) * np.array([9, 1, 1, 1])).astype(np.float32)
-    plain, even = (quantise(skewed, (7, 7), balanced=b) for b in (False, True))
+    plain, even = (quantize(skewed, (7, 7), balanced=b) for b in (False, True))
     for level in (0, 1):
         assert np.bincount(even.codes[:, level]).max() <= math.ceil(300 / 7)
     assert np.bincount(plain.codes[:, 0]).max() > math.ceil(300 / 7)
@@ -93,19 +106,19 @@ def test_a_learned_quantiser_recovers_the_scales_of_the_data_and_repeats_itself(
 ) -> None:
     monkeypatch.setattr(rqvae, "_UPDATES", 100)
     points, before = blobs(), torch.random.get_rng_state()
-    found = rqvae.quantise_learned(points, (4, 4))
+    found = rqvae.quantize_learned(points, (4, 4))
     assert torch.equal(before, torch.random.get_rng_state())
     pairs = np.unique(np.stack([found.codes[:, 0], np.repeat(np.arange(4), 40)]), axis=1)
     assert pairs.shape[1] == 4  # one to one
     assert 1 > found.error[0] > found.error[1] > 0
     near = distances(found.last, found.codebook[-1]).argmin(1)
     assert (near == found.codes[:, -1]).all()
-    again, other = (rqvae.quantise_learned(points, (4, 4), seed=seed) for seed in (0, 1))
+    again, other = (rqvae.quantize_learned(points, (4, 4), seed=seed) for seed in (0, 1))
     assert (again.codes == found.codes).all()
     assert (again.codebook[0] == found.codebook[0]).all()
     assert (other.codebook[0] != found.codebook[0]).any()
     with pytest.raises(DataError, match="lower --levels"):
-        rqvae.quantise_learned(points[:3], (4, 4))
+        rqvae.quantize_learned(points[:3], (4, 4))
 
 
 def test_gradients_pass_through_the_quantisation_and_idle_codes_begin_anew() -> None:
@@ -114,7 +127,7 @@ def test_gradients_pass_through_the_quantisation_and_idle_codes_begin_anew() -> 
     made = rqvae.RqVae(8, (4, 6))
     made.begin(points, seed=0)
     vector = made.encoder(points)
-    codes, taken, left = made.quantise(vector)
+    codes, taken, left = made.quantize(vector)
     assert (left[0] == vector).all()
     torch.testing.assert_close(left[1], vector - taken[0])
     loss, seen = made.loss(points)
@@ -125,7 +138,7 @@ def test_gradients_pass_through_the_quantisation_and_idle_codes_begin_anew() -> 
         assert float(parameter.grad.abs().sum()) > 0
     with torch.no_grad():
         made.books[1][5] = 1e6  # out of reach
-    used = [torch.bincount(level, minlength=6) for level in made.quantise(vector)[0].T]
+    used = [torch.bincount(level, minlength=6) for level in made.quantize(vector)[0].T]
     assert used[1][5] == 0
     made.revive([used[0][:4], used[1]], points)
     assert float(made.books[1][5].detach().abs().max()) < 1e3
@@ -150,7 +163,7 @@ def test_reassigning_moves_as_little_as_it_can() -> None:
     assert sorted(settled.codes[:2, 1].tolist()) == [0, 1]  # 2 is taken, 3 is farther
     assert settled.codes[2:].tolist() == [[0, 2], [1, 1]]
     crowded = reassign(of_codes([[0, 1]] * 6), np.zeros(6))
-    quality = measure(crowded.codes)
+    quality = measure_codes(crowded.codes)
     assert (quality["distinct"], quality["items"]) == (4, 6)
 
 
@@ -162,22 +175,22 @@ def test_policies_touch_the_last_level_and_those_that_collide_alone(
 ) -> None:
     made = of_codes([list(row) for row in rows])
     prior = np.random.default_rng(len(rows)).random(len(rows))
-    settled: Settled = POLICIES[policy](made, prior)
+    settled: ResolvedCodes = POLICIES[policy](made, prior)
     assert sorted(settled.order.tolist()) == list(range(len(rows)))
     assert (settled.codes[:, 0] == made.codes[:, 0]).all()
     alone = [rows.count(row) == 1 for row in rows]
     assert (settled.codes[alone, 1] == made.codes[alone, 1]).all()
     if policy == "extra_level":
-        assert measure(settled.codes)["colliding_items"] == 0
+        assert measure_codes(settled.codes)["colliding_items"] == 0
     per_prefix = [min(4, sum(r[0] == p for r in rows)) for p in {r[0] for r in rows}]
     if policy == "reassign":  # as many distinct codes as fit below each prefix
-        assert measure(settled.codes)["distinct"] == sum(per_prefix)
+        assert measure_codes(settled.codes)["distinct"] == sum(per_prefix)
 
 
 def test_the_published_ids_measure_as_published(shared_data: Path) -> None:
     folder = shared_data / "amazon_industrial"
     stats = json.loads((folder / "stats.json").read_text())["sid"]
-    found = measure(catalogues.read(folder / "items.parquet").codes)
+    found = measure_codes(catalogs.read(folder / "items.parquet").codes)
     assert found["distinct"] == stats["unique_sids"]
     assert found["colliding_items"] == stats["items_in_collisions"]
     assert found["largest_collision"] == stats["largest_group"]
@@ -220,31 +233,31 @@ def shop(folder: Path, titles: list[str | None]) -> Path:
 TITLES: list[str | None] = [f"{a} {b}" for a in ("red", "blue", "black") for b in "uvwxyz"]
 
 
-@pytest.mark.parametrize("quantiser", QUANTISERS)
+@pytest.mark.parametrize("quantiser", QUANTIZERS)
 def test_every_quantiser_leaves_the_same_report(
     quantiser: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rqvae, "_UPDATES", 20)
     folder = shop(tmp_path / "shop", TITLES)
-    report = build(folder, Recipe(levels=(3, 4), quantiser=quantiser, dimensions=8))
+    report = build(folder, SemanticIdConfig(levels=(3, 4), quantiser=quantiser, dimensions=8))
     assert report["recipe"]["quantiser"] == quantiser
     assert len(report["residual"]) == 2
-    assert report["after"]["distinct"] == catalogues.read(folder / "items.parquet").trie.num_leaves
+    assert report["after"]["distinct"] == catalogs.read(folder / "items.parquet").trie.num_leaves
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("source", ["titles", "interactions"])
-def test_a_data_set_gets_semantic_ids_that_make_a_catalogue(
+def test_a_data_set_gets_semantic_ids_that_make_a_catalog(
     policy: str, source: Any, tmp_path: Path
 ) -> None:
     folder = shop(tmp_path / "shop", TITLES)
-    recipe = Recipe(levels=(3, 4), collisions=policy, source=source, dimensions=8)
+    recipe = SemanticIdConfig(levels=(3, 4), collisions=policy, source=source, dimensions=8)
     report = build(folder, recipe)
-    items = catalogues.read(folder / "items.parquet")
+    items = catalogs.read(folder / "items.parquet")
     assert items.trie.num_leaves == report["after"]["distinct"]
     assert sorted(items.item_id.tolist()) == list(range(7, 25))
     assert items.title[int(items.rows(np.array([7]))[0])] == "red u"
-    vectors = catalogues.read_embeddings(folder / EMBEDDINGS, items)
+    vectors = catalogs.read_embeddings(folder / EMBEDDINGS, items)
     assert vectors.shape == (18, report["recipe"]["dimensions"])
     assert json.loads((folder / REPORT).read_text()) == report
     assert (folder / PICTURE).read_bytes().startswith(b"\x89PNG")
@@ -262,7 +275,7 @@ def test_embeddings_of_ones_own_are_taken_by_identifier(tmp_path: Path) -> None:
     pq.write_table(pa.table(table), tmp_path / "e.parquet")
     tables: list[Any] = []
     for name in ("e.npy", "e.parquet"):
-        build(folder, Recipe(levels=(2, 4), embeddings=tmp_path / name), overwrite=True)
+        build(folder, SemanticIdConfig(levels=(2, 4), embeddings=tmp_path / name), overwrite=True)
         tables.append(pq.read_table(folder / "items.parquet"))
     assert tables[0].equals(tables[1])
 
@@ -302,8 +315,8 @@ def test_what_cannot_be_embedded_is_refused_and_the_folder_stays_as_it_was(tmp_p
     ]
     for recipe, kind, message in cases:
         with pytest.raises(kind, match=message):
-            build(folder, Recipe(**recipe))
+            build(folder, SemanticIdConfig(**recipe))
     (tmp_path / "model" / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="holds no weights"):
-        build(folder, Recipe(levels=(2, 2), model=tmp_path / "model"))
+        build(folder, SemanticIdConfig(levels=(2, 2), model=tmp_path / "model"))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

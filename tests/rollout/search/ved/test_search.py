@@ -11,31 +11,31 @@ from hypothesis import strategies as st
 from orchard.errors import ConfigError, EngineError
 from orchard.policy import value_head
 from orchard.settings import VedConfig
-from orchard.testing import World, tiny_world
-from rollout.engine.protocol import Expansion
+from orchard.testing import TinySetup, tiny_setup
+from rollout.engine.protocol import NextCodeLogprobs
 from rollout.engine.torch import TorchEngine
 from rollout.search.beam import Candidates, beam, uniforms
 from rollout.search.ved.search import TRAVERSALS_PER_TOKEN, ved
-from rollout.search_trees import grow
+from rollout.search_trees import build_search_trees
 
 
-def guided(world: World, *, seed: int = 0, scale: float = 0.3) -> TorchEngine:
+def guided(world: TinySetup, *, seed: int = 0, scale: float = 0.3) -> TorchEngine:
     """An engine whose policy has a value head with something to say."""
     value_head.attach(world.model, seed=seed)
     draw = torch.Generator().manual_seed(seed)
     for parameter in world.model.get_submodule(value_head.NAME).parameters():
         parameter.data.normal_(0.0, scale, generator=draw)
-    return TorchEngine(world.model, world.catalogue.trie, world.vocabulary, world.version)
+    return TorchEngine(world.model, world.catalog.trie, world.vocabulary, world.version)
 
 
 @pytest.fixture(scope="session")
-def wide() -> World:
+def wide() -> TinySetup:
     """A world in which a narrow beam leaves much to be found."""
-    return tiny_world(level_size=(6, 5, 6), num_items=90, lengths=(0, 3, 1, 7, 2))
+    return tiny_setup(level_size=(6, 5, 6), num_items=90, lengths=(0, 3, 1, 7, 2))
 
 
 @pytest.fixture(scope="session")
-def engine(wide: World) -> TorchEngine:
+def engine(wide: TinySetup) -> TorchEngine:
     return guided(wide)
 
 
@@ -74,10 +74,10 @@ def leaf_values(found: Candidates, row: int) -> dict[int, float]:
 def test_no_prompt_ever_costs_more_than_its_budget(
     extra: int, choice: dict[str, int], shape: tuple[int, int, int], seed: int, varying: bool
 ) -> None:
-    world = tiny_world(
+    world = tiny_setup(
         seed=seed, level_size=shape, num_items=40, varying_depth=varying, lengths=(1, 4)
     )
-    engine, depth = guided(world, seed=seed), world.catalogue.trie.depth
+    engine, depth = guided(world, seed=seed), world.catalog.trie.depth
     least = 1 + choice["width"] * (depth if choice["count_leaves"] else depth - 1)
     config = VedConfig.model_validate({**choice, "budget": least + extra})
     every = beam(engine, world.prompts, width=100)
@@ -115,7 +115,7 @@ class Node:
 class Plain:
     """The algorithm for one prompt, one node at a time, by the book."""
 
-    def __init__(self, engine: TorchEngine, world: World, row: int, config: VedConfig) -> None:
+    def __init__(self, engine: TorchEngine, world: TinySetup, row: int, config: VedConfig) -> None:
         self.engine, self.config, self.trie = engine, config, engine.trie
         prompt = world.prompts.select(np.array([row]))
         self.uniform = uniforms(
@@ -125,7 +125,7 @@ class Plain:
         self.nodes = [self.root]
         self.read(self.root, engine.prefill(prompt))
 
-    def read(self, node: Node, expansion: Expansion) -> None:
+    def read(self, node: Node, expansion: NextCodeLogprobs) -> None:
         assert expansion.value is not None
         logprob = expansion.logprob.tolist()
         node.free = dict(zip(expansion.children.node.tolist(), logprob, strict=True))
@@ -230,7 +230,7 @@ class Plain:
 )
 @pytest.mark.parametrize("budget", [17, 33])
 def test_it_visits_what_a_plain_search_of_one_prompt_at_a_time_visits(
-    wide: World, engine: TorchEngine, choice: dict[str, float], budget: int
+    wide: TinySetup, engine: TorchEngine, choice: dict[str, float], budget: int
 ) -> None:
     config = VedConfig.model_validate({"budget": budget, "width": 4} | choice)
     found = ved(engine, wide.prompts, config, count=1000, seed=1)
@@ -243,7 +243,7 @@ def test_it_visits_what_a_plain_search_of_one_prompt_at_a_time_visits(
     assert found.cost.counts["completed"] < total
 
 
-def test_the_tree_holds_the_beam_that_it_began_with(wide: World, engine: TorchEngine) -> None:
+def test_the_tree_holds_the_beam_that_it_began_with(wide: TinySetup, engine: TorchEngine) -> None:
     found = ved(engine, wide.prompts, VedConfig(budget=9, width=4), count=1000, seed=0)
     likeliest = beam(engine, wide.prompts, width=4)
     for row, group in enumerate(leaves(likeliest)):
@@ -252,7 +252,7 @@ def test_the_tree_holds_the_beam_that_it_began_with(wide: World, engine: TorchEn
 
 
 def test_selection_and_gate_both_act_within_the_budget_of_a_beam_of_sixteen(
-    wide: World, engine: TorchEngine
+    wide: TinySetup, engine: TorchEngine
 ) -> None:
     found = ved(engine, wide.prompts, VedConfig(), count=16, seed=0)
     counts, num_prompts = found.cost.counts, len(wide.prompts)
@@ -269,7 +269,7 @@ def test_selection_and_gate_both_act_within_the_budget_of_a_beam_of_sixteen(
     assert closed_root.counts["expanded_1"] == 0
 
 
-def test_the_leaves_of_the_highest_value_are_chosen(wide: World, engine: TorchEngine) -> None:
+def test_the_leaves_of_the_highest_value_are_chosen(wide: TinySetup, engine: TorchEngine) -> None:
     few, all_ = (ved(engine, wide.prompts, VedConfig(), count=n, seed=0) for n in (4, 1000))
     for row, group in enumerate(leaves(few)):
         known = {leaf: one for leaf, one in leaf_values(all_, row).items() if not np.isnan(one)}
@@ -277,7 +277,7 @@ def test_the_leaves_of_the_highest_value_are_chosen(wide: World, engine: TorchEn
 
 
 def test_known_distributions_complete_a_group_without_a_forward_pass(
-    wide: World, engine: TorchEngine
+    wide: TinySetup, engine: TorchEngine
 ) -> None:
     config = VedConfig(budget=9, width=4)
     four, many = (ved(engine, wide.prompts, config, count=n, seed=0) for n in (4, 16))
@@ -288,7 +288,7 @@ def test_known_distributions_complete_a_group_without_a_forward_pass(
     assert many.cost.counts["completed"] == np.concatenate(unknown).sum() > 0
 
 
-def test_several_traversals_share_a_pass(wide: World, engine: TorchEngine) -> None:
+def test_several_traversals_share_a_pass(wide: TinySetup, engine: TorchEngine) -> None:
     one, four = (
         ved(engine, wide.prompts, VedConfig(traversals=n), count=16, seed=0).cost for n in (1, 4)
     )
@@ -296,9 +296,9 @@ def test_several_traversals_share_a_pass(wide: World, engine: TorchEngine) -> No
     assert four.forward_tokens > 0.8 * one.forward_tokens
 
 
-def test_the_nodes_of_the_trees_carry_their_values(wide: World, engine: TorchEngine) -> None:
+def test_the_nodes_of_the_trees_carry_their_values(wide: TinySetup, engine: TorchEngine) -> None:
     found = ved(engine, wide.prompts, VedConfig(), count=8, seed=0)
-    trees = grow(wide.prompts, found, wide.catalogue, wide.vocabulary, wide.version)
+    trees = build_search_trees(wide.prompts, found, wide.catalog, wide.vocabulary, wide.version)
     assert trees.value is not None
     assert found.value is not None
     path = trees.paths()
@@ -307,13 +307,13 @@ def test_the_nodes_of_the_trees_carry_their_values(wide: World, engine: TorchEng
 
 
 def test_a_budget_below_the_beam_and_a_policy_without_values_are_refused(
-    wide: World, engine: TorchEngine
+    wide: TinySetup, engine: TorchEngine
 ) -> None:
     with pytest.raises(ConfigError, match="budget = 16 cannot cover depth 3 with beam 8"):
         ved(engine, wide.prompts, VedConfig(budget=16), count=8, seed=0)
     with pytest.raises(ConfigError, match="raise it to at least 25"):
         ved(engine, wide.prompts, VedConfig(budget=24, count_leaves=True), count=8, seed=0)
-    plain = tiny_world()
-    blind = TorchEngine(plain.model, plain.catalogue.trie, plain.vocabulary, plain.version)
+    plain = tiny_setup()
+    blind = TorchEngine(plain.model, plain.catalog.trie, plain.vocabulary, plain.version)
     with pytest.raises(EngineError, match=r"set model\.value_head = true"):
         ved(blind, plain.prompts, VedConfig(), count=8, seed=0)
