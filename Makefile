@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: help env dev quickstart check test bench figures lock clean
+.PHONY: help env dev quickstart check test nightly bench figures lock clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -34,13 +34,16 @@ check: dev  ## lint, types, tests without Ray or vLLM
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyright -p pyproject.toml
-	@$(BIN)/pytest -q -m "not ray and not vllm and not slow"
+	@$(BIN)/pytest -q -m "not ray and not vllm and not slow and not nightly"
 
-test: dev  ## everything
+test: dev  ## everything but `make nightly`
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyright -p pyproject.toml
 	@$(BIN)/pytest -q --durations=10
+
+nightly: dev  ## the tests that take minutes each
+	@$(BIN)/pytest -q -m nightly
 
 bench: env  ## the figures of one bench, e.g. make bench NAME=learner
 	@$(BIN)/orchard bench $(NAME)
