@@ -31,8 +31,6 @@ _MOST_FIELDS = 64
 class _NamesCatalog(ResponseModel):
     """Responses that name the catalog, under the old spelling `catalogue` for one more release."""
 
-    model_config = ConfigDict(extra="ignore")  # its own JSON can be read back
-
     catalog: str
     """Version number and digest of the catalog."""
 
@@ -41,6 +39,12 @@ class _NamesCatalog(ResponseModel):
     def catalogue(self) -> str:
         """The value of `catalog`."""
         return self.catalog
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_old_name(cls, data: Any) -> Any:
+        """Let a response's own JSON be read back."""
+        return {k: v for k, v in data.items() if k != "catalogue"} if "catalogue" in data else data
 
 
 class RequestModel(ResponseModel):
