@@ -320,15 +320,15 @@ def test_the_endpoint_describes_itself_as_it_did(here: Path) -> None:
 
 
 def without_prose(tree: Any) -> Any:
-    """An OpenAPI document less its descriptions, summaries and operation names."""
-    prose = ("description", "summary", "operationId")
+    """An OpenAPI document less descriptions, names of operations and marks of old fields."""
+    prose = ("description", "summary", "operationId", "deprecated", "readOnly")
     if isinstance(tree, list):
         return [without_prose(one) for one in tree]
     if isinstance(tree, dict):
         return {
-            key: without_prose(value)
+            key: sorted(value) if key == "required" else without_prose(value)
             for key, value in tree.items()
-            if not (key in prose and isinstance(value, str))
+            if key not in prose or isinstance(value, dict | list)
         }
     return tree
 
