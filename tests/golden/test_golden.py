@@ -326,7 +326,9 @@ def without_prose(tree: Any) -> Any:
         return [without_prose(one) for one in tree]
     if isinstance(tree, dict):
         return {
-            key: sorted(value) if key == "required" else without_prose(value)
+            key: sorted(value)
+            if key == "required" and isinstance(value, list)
+            else without_prose(value)
             for key, value in tree.items()
             if key not in prose or isinstance(value, dict | list)
         }
