@@ -18,6 +18,7 @@ from benchmarks.measure import Figure, Report, Row, figure, report
 from cluster.cli.fit import BACKENDS
 from cluster.training.run import Run, prepare
 from orchard import config
+from orchard.data.prompts import make_prompts
 from orchard.evaluation import bootstrap
 from orchard.policy import model, value_head
 from orchard.scorers import prefix_critic
@@ -88,8 +89,8 @@ def _parity(at: Run, *, updates: int, seeds: int) -> tuple[list[Row], Figure]:
 
 def _sets(at: Run, judge: PrefixCritic, count: int, budget: int, *, num_rows: int) -> list[Row]:
     """Hits among `count` candidates of held-out prompts, by who guides."""
-    policy = model.load(at.policy, at.vocabulary)
-    engine = TorchEngine(policy, at.catalog.trie, at.vocabulary, PolicyVersion(step=0, digest=""))
+    policy = model.load(at.policy, at.tokenizer)
+    engine = TorchEngine(policy, at.tokenizer, PolicyVersion(step=0, digest=""))
     unguided = PrefixCritic(at.catalog, max_history=1, hidden_size=2, layers=1, heads=1).eval()
     settings = VedConfig(budget=budget, width=count // 2, traversals=4)
     guided = partial(ved, settings=settings, count=count, seed=SEED)
@@ -100,7 +101,7 @@ def _sets(at: Run, judge: PrefixCritic, count: int, budget: int, *, num_rows: in
     }
     if value_head.value_head_of(policy) is not None:
         searches["ved, head"] = guided
-    prompts = at.form.prompts(at.test, np.arange(min(num_rows, len(at.test))))
+    prompts = make_prompts(at.tokenizer, at.test, np.arange(min(num_rows, len(at.test))))
     target = at.catalog.leaf_of_item[prompts.target]
     rows, hits = list[Row](), dict[str, np.ndarray]()
     for name, find in searches.items():

@@ -89,9 +89,9 @@ def _rivals() -> Rivals:
     setting = default_setting()
     folder = Path(tempfile.mkdtemp(prefix="orchard-decode-"))
     save_model_folder(setting.model, compact_tokenizer(setting.catalog), folder)
-    trie, vocabulary = setting.catalog.trie, setting.vocabulary
+    _trie, vocabulary = setting.catalog.trie, setting.tokenizer
     config = RolloutConfig(threads=1, kv_cache_gib=1.0)
-    holder = VllmEngine(folder, setting.model, trie, vocabulary, VERSION, config, seed=0)
+    holder = VllmEngine(folder, setting.model, vocabulary, VERSION, config, seed=0)
     from vllm import LLM
 
     stock = {
@@ -108,19 +108,19 @@ def _rivals() -> Rivals:
         model=setting.model,
         holder=holder,
         stock=stock,
-        allowed=allowed_tokens(setting.catalog, vocabulary),
+        allowed=allowed_tokens(vocabulary),
     )
 
 
 def _compare(rivals: Rivals, batch: int, width: int, repeats: int) -> tuple[Row, float]:
     """Median seconds of every way, its work, and the share of prompts with equal beams."""
     setting = rivals.setting
-    trie, vocabulary = setting.catalog.trie, setting.vocabulary
+    _trie, vocabulary = setting.catalog.trie, setting.tokenizer
     prompts = random_prompts(setting, batch, LENGTH, np.random.default_rng(batch))
     token = torch.from_numpy(prompts.token.astype(np.int64)).view(batch, LENGTH)
     find = partial(beam, width=width)
-    reference = TorchEngine(rivals.model, trie, vocabulary, VERSION)
-    requests = RequestBackend(rivals.holder.llm, trie, vocabulary, VERSION)
+    reference = TorchEngine(rivals.model, vocabulary, VERSION)
+    requests = RequestBackend(rivals.holder.llm, vocabulary, VERSION)
 
     def by_requests() -> Candidates:
         rivals.holder.llm.reset_prefix_cache()
@@ -159,8 +159,8 @@ def _compare(rivals: Rivals, batch: int, width: int, repeats: int) -> tuple[Row,
 
 def _found(setting: Setting, candidates: Candidates) -> list[Codes]:
     """The token ids of each prompt's candidates."""
-    trie, node = setting.catalog.trie, torch.from_numpy(candidates.node)
-    token = setting.vocabulary.token_of(trie, node.reshape(-1)).view(node.shape).tolist()
+    _trie, node = setting.catalog.trie, torch.from_numpy(candidates.node)
+    token = setting.tokenizer.token_of(node.reshape(-1)).view(node.shape).tolist()
     bounds = candidates.start.tolist()
     return [{tuple(t) for t in token[a:b]} for a, b in pairwise(bounds)]
 
@@ -176,7 +176,7 @@ def _generate(rivals: Rivals, token: Tensor, width: int, *, processor: bool = Fa
 @torch.inference_mode()
 def _strong(rivals: Rivals, token: Tensor, width: int) -> list[Codes]:
     """What a careful user writes with Hugging Face: one prefill per prompt, then all beams."""
-    model, batch, tokens = cast(Any, rivals.model), len(token), rivals.setting.vocabulary.size
+    model, batch, tokens = cast(Any, rivals.model), len(token), rivals.setting.tokenizer.size
     cache = DynamicCache()
     logits = model(token, past_key_values=cache, logits_to_keep=1).logits[:, -1]
     score, codes = torch.zeros(batch, 1), token.new_zeros(batch, 1, 0)

@@ -12,25 +12,26 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
 
-from orchard.catalog.catalog import Catalog
-from orchard.policy.item_tokenizer import Vocabulary
+from orchard.policy.item_tokenizer import ItemTokenizer
 
 Allowed = Mapping[tuple[int, ...], Sequence[int]]
 """Legal next tokens after each run of codes, as token ids."""
 
 
-def paths(items: Catalog, words: Vocabulary) -> list[tuple[int, ...]]:
+def paths(tokenizer: ItemTokenizer) -> list[tuple[int, ...]]:
     """The token ids of every item's codes, all items having equally many."""
+    items = tokenizer.catalog
     levels = [
-        words.tokens_at(level).numpy()[items.codes[:, level]] for level in range(items.trie.depth)
+        tokenizer.tokens_at(level).numpy()[items.codes[:, level]]
+        for level in range(items.trie.depth)
     ]
     return [tuple(path) for path in np.stack(levels, 1).tolist()]
 
 
-def allowed_tokens(items: Catalog, words: Vocabulary) -> Allowed:
+def allowed_tokens(tokenizer: ItemTokenizer) -> Allowed:
     """The legal sequences as the dictionary that public codes keep."""
     allowed: dict[tuple[int, ...], set[int]] = {}
-    for path in paths(items, words):
+    for path in paths(tokenizer):
         for level, token in enumerate(path):
             allowed.setdefault(path[:level], set()).add(token)
     return {prefix: sorted(after) for prefix, after in allowed.items()}

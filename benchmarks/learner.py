@@ -22,7 +22,7 @@ from learner.loss import policy_loss
 from orchard.catalog import catalog as catalogs
 from orchard.catalog.catalog import Catalog
 from orchard.policy import model as models
-from orchard.policy.item_tokenizer import Vocabulary, compact_tokenizer, from_tokenizer
+from orchard.policy.item_tokenizer import ItemTokenizer, compact_tokenizer, make_item_tokenizer
 from orchard.policy.model import head_weight
 from orchard.settings import LearnerConfig, ModelConfig
 from orchard.types import PolicyVersion, Prompts, ScoredTrees
@@ -41,7 +41,7 @@ class Setting:
     """A policy and the catalog that it recommends from."""
 
     catalog: Catalog
-    vocabulary: Vocabulary
+    tokenizer: ItemTokenizer
     model: PreTrainedModel
 
 
@@ -83,9 +83,9 @@ def default_setting(num_items: int = 20_000, num_codes: int = 64) -> Setting:
     """A fresh policy of the default sizes over random items."""
     codes = np.random.default_rng(0).integers(num_codes, size=(num_items, 3))
     catalog = catalogs.from_codes(codes.tolist(), level_size=(256, 256, 256))
-    vocabulary = from_tokenizer(compact_tokenizer(catalog), catalog)
+    vocabulary = make_item_tokenizer(compact_tokenizer(catalog), catalog)
     model = models.create(ModelConfig(), vocabulary, seed=0)
-    return Setting(catalog=catalog, vocabulary=vocabulary, model=model)
+    return Setting(catalog=catalog, tokenizer=vocabulary, model=model)
 
 
 def random_prompts(
@@ -98,7 +98,7 @@ def random_prompts(
         target=draw.integers(len(setting.catalog), size=num_prompts),
         history=np.zeros(0, np.int64),
         history_start=np.zeros(num_prompts + 1, np.int64),
-        token=draw.integers(3, setting.vocabulary.size, int(start[-1])).astype(np.int32),
+        token=draw.integers(3, setting.tokenizer.size, int(start[-1])).astype(np.int32),
         token_start=start,
     )
 
@@ -107,11 +107,9 @@ def _trees(setting: Setting, length: int, group: int, num_prompts: int) -> Score
     """Scored beams, half of them with a hit, whose behaviour is some way off the policy."""
     draw = np.random.default_rng(length)
     prompts = random_prompts(setting, num_prompts, length, draw)
-    catalog, vocabulary = setting.catalog, setting.vocabulary
-    engine = TorchEngine(setting.model, catalog.trie, vocabulary, VERSION)
-    trees = build_search_trees(
-        prompts, beam(engine, prompts, width=group), catalog, vocabulary, VERSION
-    )
+    catalog, vocabulary = setting.catalog, setting.tokenizer
+    engine = TorchEngine(setting.model, vocabulary, VERSION)
+    trees = build_search_trees(prompts, beam(engine, prompts, width=group), vocabulary, VERSION)
     hit = trees.candidate_start[:-1:2] + draw.integers(group, size=len(prompts.id[::2]))
     target = prompts.target.copy()
     target[::2] = catalog.item_of_leaf[catalog.leaf_start[trees.leaf[hit]]]
@@ -126,8 +124,8 @@ def _compare(
     """Both layouts of the same trees: how equal, how large, how fast."""
     scored = _trees(setting, length, group, num_prompts)
     credits = [ESTIMATORS["group"](scored, 1e-4)]
-    packed = pack(scored, credits, setting.catalog, setting.vocabulary)
-    flat = flatten(scored, credits, setting.catalog, setting.vocabulary)
+    packed = pack(scored, credits, setting.tokenizer)
+    flat = flatten(scored, credits, setting.tokenizer)
     tree_batch, flat_batch = to_tensors(packed), to_tensors(flat)
     cases: dict[str, Callable[[], Outcome]] = {
         "packed": lambda: _update(setting, tree_batch, _packed_logprobs),
@@ -160,7 +158,7 @@ def _packing_rows(setting: Setting, quick: bool) -> list[Row]:
     for num_prompts in (128,) if quick else (128, 1024):
         scored = _trees(setting, 32, GROUP, num_prompts)
         credits = [ESTIMATORS["group"](scored, 1e-4)]
-        given = (scored, credits, setting.catalog, setting.vocabulary)
+        given = (scored, credits, setting.tokenizer)
         seconds = interleaved({"pack": lambda given=given: pack(*given)}, repeats=5)
         rows.append({"prompts": num_prompts, "candidates": GROUP, "pack_s": seconds["pack"]})
     return rows
@@ -172,7 +170,7 @@ Logprobs = Callable[[Setting, BatchTensors], tuple[Float32[Tensor, " E"], Float3
 def _packed_logprobs(
     setting: Setting, batch: BatchTensors
 ) -> tuple[Float32[Tensor, " E"], Float32[Tensor, " E"]]:
-    return choice_logprobs(setting.model, batch, setting.catalog.trie, setting.vocabulary)
+    return choice_logprobs(setting.model, batch, setting.tokenizer)
 
 
 def _flat_logprobs(
@@ -180,9 +178,7 @@ def _flat_logprobs(
 ) -> tuple[Float32[Tensor, " E"], Float32[Tensor, " E"]]:
     """By the causal kernel; padding, if any, is behind the tokens that could see it."""
     hidden = setting.model.base_model(input_ids=batch.token, use_cache=False).last_hidden_state
-    return score_choices(
-        hidden, head_weight(setting.model), batch, setting.catalog.trie, setting.vocabulary
-    )
+    return score_choices(hidden, head_weight(setting.model), batch, setting.tokenizer)
 
 
 def _update(setting: Setting, batch: BatchTensors, logprobs: Logprobs) -> Outcome:

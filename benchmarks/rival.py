@@ -14,7 +14,6 @@ from fastapi import FastAPI
 
 from benchmarks.hugging_face import allowed_tokens, beams, paths
 from orchard.catalog import catalog as catalogs
-from orchard.data.prompts import PromptFormat
 from orchard.policy import item_tokenizer
 from orchard.policy import model as models
 
@@ -22,17 +21,17 @@ from orchard.policy import model as models
 def recommender(folder: Path, width: int) -> Callable[[list[int]], list[int]]:
     """Histories to the items of the beams, one request at a time."""
     items = catalogs.load(folder / "catalogue")
-    words = item_tokenizer.from_tokenizer(item_tokenizer.read_tokenizer(folder), items)
+    words = item_tokenizer.make_item_tokenizer(item_tokenizer.read_tokenizer(folder), items)
     model = models.load(folder, words)
-    form, depth = PromptFormat(catalog=items, vocabulary=words), items.trie.depth
-    allowed = allowed_tokens(items, words)
+    form, depth = words, items.trie.depth
+    allowed = allowed_tokens(words)
     found: dict[tuple[int, ...], list[int]] = {}
-    for row, path in enumerate(paths(items, words)):
+    for row, path in enumerate(paths(words)):
         found.setdefault(path, []).append(int(items.item_id[row]))
 
     def recommend(history: list[int]) -> list[int]:
         rows = items.rows(np.array(history, dtype=np.int64))[-10:]
-        token, _ = form.tokens(rows, np.array([0, len(rows)]))
+        token, _ = form.encode_history(rows, np.array([0, len(rows)]))
         prompt = torch.from_numpy(token.astype(np.int64))[None]
         best = beams(model, prompt, allowed, width=width, levels=depth)
         return [item for path in best[0].tolist() for item in found[tuple(path)]]

@@ -25,11 +25,11 @@ from cluster.cli.commands import TRAINED, WARM_START, improve, warm_start
 from cluster.training.run import Run, prepare
 from cluster.training.run_dir import open_run_dir
 from orchard import config
-from orchard.catalog.catalog import Catalog
 from orchard.catalog.trie import ROOT
+from orchard.data.prompts import make_prompts
 from orchard.data.synthetic import WorldParams, write_world
 from orchard.evaluation import ranking
-from orchard.policy.item_tokenizer import Vocabulary
+from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.settings import Config
 from orchard.tracking.metrics_log import FILE, read_metrics
 from orchard.types import Prompts
@@ -127,11 +127,9 @@ def _speed(
     settings = _settings("speed", 0, [*changes, *own, "rollout.threads=1"])
     made = prepare(settings, "sft")
     open_run_dir(made)
-    rollout_worker = RolloutWorker(
-        settings.rollout, made.policy, made.catalog, made.vocabulary, seed=0
-    )
+    rollout_worker = RolloutWorker(settings.rollout, made.policy, made.tokenizer, seed=0)
     torch.set_num_threads(1)  # vLLM sets its own
-    asked = made.form.prompts(made.train, np.arange(prompts))
+    asked = make_prompts(made.tokenizer, made.train, np.arange(prompts))
     llm: Any = rollout_worker._holder.llm  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
     cap = settings.rollout.think.block_tokens
 
@@ -184,7 +182,7 @@ def _finish(
         ):
             one += answer.outputs[0].token_ids
 
-    special = made.vocabulary.tags
+    special = made.tokenizer.think
     assert special is not None
     text = SamplingParams(max_tokens=cap, stop_token_ids=[special.close], detokenize=False)
     for _ in range(made.catalog.trie.depth):
@@ -199,16 +197,16 @@ def _finish(
                 one.append(special.close)
     node = torch.full((len(contexts),), ROOT)
     for _ in range(made.catalog.trie.depth):
-        legal = _legal(made.catalog, made.vocabulary, node)
+        legal = _legal(made.tokenizer, node)
         ask([SamplingParams(max_tokens=1, allowed_token_ids=list(one)) for one in legal])
         node = torch.tensor([one[c[-1]] for one, c in zip(legal, contexts, strict=True)])
     return contexts
 
 
-def _legal(items: Catalog, vocabulary: Vocabulary, node: torch.Tensor) -> list[dict[int, int]]:
+def _legal(tokenizer: ItemTokenizer, node: torch.Tensor) -> list[dict[int, int]]:
     """For each trie node its legal tokens and where they lead."""
-    children = items.trie.children(node)
-    token = vocabulary.token_of(items.trie, children.node).tolist()
+    children = tokenizer.trie.children(node)
+    token = tokenizer.token_of(children.node).tolist()
     after = children.node.tolist()
     return [
         dict(zip(token[a:b], after[a:b], strict=True)) for a, b in pairwise(children.start.tolist())

@@ -79,7 +79,7 @@ def run(quick: bool) -> Report:
     folder = Path(tempfile.mkdtemp(prefix="orchard-serve-"))
     os.environ["ORCHARD_SERVE_TOKEN"] = TOKEN
     world = TinySetup(
-        catalog=setting.catalog, model=setting.model, vocabulary=setting.vocabulary,
+        catalog=setting.catalog, model=setting.model, tokenizer=setting.tokenizer,
         prompts=tiny_prompts(setting.catalog, [1]),
     )  # fmt: skip
     export_policy(world, folder / "policy", step=1)
@@ -143,7 +143,7 @@ def _many(items: int, number: int) -> dict[str, float]:
     """Opening and overhead with a catalog of that size."""
     setting = default_setting(items, 256)
     world = TinySetup(
-        catalog=setting.catalog, model=setting.model, vocabulary=setting.vocabulary,
+        catalog=setting.catalog, model=setting.model, tokenizer=setting.tokenizer,
         prompts=tiny_prompts(setting.catalog, [1]),
     )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="orchard-serve-") as folder:

@@ -42,7 +42,6 @@ from learner.advantage.estimators import compute_advantages
 from learner.batch.pack import pack
 from learner.batch.sft import pack_answers
 from learner.trainer import Trainer
-from orchard.data.prompts import PromptFormat
 from orchard.policy.item_tokenizer import compact_tokenizer
 from orchard.policy.model import load
 from orchard.policy.weights import digest, snapshot
@@ -79,13 +78,12 @@ class Task:
 
     def policy(self) -> PreTrainedModel:
         """The policy that all begin with, loaded anew."""
-        return load(self.folder, self.setting.vocabulary)
+        return load(self.folder, self.setting.tokenizer)
 
     def rollout_worker(self) -> RolloutWorker:
         """What a rollout actor holds, with that policy."""
         config = RolloutConfig(engine="torch", candidates=GROUP, threads=self.threads)
-        given = (self.setting.catalog, self.setting.vocabulary)
-        return RolloutWorker(config, self.folder, *given, seed=0)
+        return RolloutWorker(config, self.folder, self.setting.tokenizer, seed=0)
 
 
 class Orchard:
@@ -96,11 +94,10 @@ class Orchard:
         setting = task.setting
         self._task, self._config = task, config
         self._rollout_worker = task.rollout_worker()
-        context = (setting.catalog.trie, setting.vocabulary, config)
-        self._learner = Trainer(task.policy(), *context, total_steps=1000)
+        self._learner = Trainer(task.policy(), setting.tokenizer, config, total_steps=1000)
         probed = task.prompts.select(np.arange(min(PROBED, len(task.prompts))))
-        form = PromptFormat(catalog=setting.catalog, vocabulary=setting.vocabulary)
-        self._probed, self._answers = probed, pack_answers(probed, form, VERSION)
+        self._probed = probed
+        self._answers = pack_answers(probed, setting.tokenizer, VERSION)
         self.laps: list[dict[str, float]] = []
         """Seconds of the phases of each step."""
         self.metrics: dict[str, float] = {}
@@ -113,7 +110,7 @@ class Orchard:
         clock.mark("search_s")
         scored = score_trees(trees, setting.catalog, WEIGHTS)
         credits = compute_advantages(scored, self._config)
-        batch = pack(scored, credits, setting.catalog, setting.vocabulary)
+        batch = pack(scored, credits, setting.tokenizer)
         clock.mark("score_and_pack_s")
         self.metrics = self._learner.rl_step(batch)
         clock.mark("learn_s")
@@ -169,13 +166,13 @@ def _over_trl(ratios: dict[str, float], at: str) -> list[Figure]:
 def _task(num_items: int, batch: int, folder: Path, threads: int) -> Task:
     """Random prompts, of which every other one has its target among the first beams."""
     setting = default_setting(num_items)
-    catalog, vocabulary = setting.catalog, setting.vocabulary
+    catalog, vocabulary = setting.catalog, setting.tokenizer
     tokenizer = compact_tokenizer(catalog)
     save_model_folder(setting.model, tokenizer, folder)
     draw = np.random.default_rng(batch)
     prompts = random_prompts(setting, batch, LENGTH, draw)
     prompt = torch.from_numpy(prompts.token.astype(np.int64)).view(batch, LENGTH)
-    allowed = allowed_tokens(catalog, vocabulary)
+    allowed = allowed_tokens(vocabulary)
     found = beams(setting.model, prompt, allowed, width=GROUP, levels=LEVELS)
     codes = np.stack([vocabulary.tokens_at(n).numpy() for n in range(LEVELS)])
     target = prompts.target.copy()
@@ -196,22 +193,22 @@ def _compare(task: Task) -> dict[str, float]:
     clip and divergence all count; the rate is 0.
     """
     setting, still = task.setting, LEARNER.model_copy(update={"lr": 0.0, "grad_clip": 0.0})
-    catalog, vocabulary = setting.catalog, setting.vocabulary
+    catalog, vocabulary = setting.catalog, setting.tokenizer
     trees = task.rollout_worker().search(task.prompts, 0)
     draw = np.random.default_rng(0)
     moved = trees.logprob + draw.normal(0, 0.3, len(trees.logprob)).astype(np.float32)
     trees = replace(trees, logprob=np.where(trees.forced, trees.logprob, moved))
     scored = score_trees(trees, catalog, WEIGHTS)
     credits = compute_advantages(scored, still)
-    learner = Trainer(task.policy(), catalog.trie, vocabulary, still, total_steps=1)
-    allowed = allowed_tokens(catalog, vocabulary)
+    learner = Trainer(task.policy(), vocabulary, still, total_steps=1)
+    allowed = allowed_tokens(vocabulary)
     loop = FlatLoop(task.policy(), allowed, still, group=GROUP, levels=LEVELS, rows=ROWS)
     for model in (learner.policy, loop.policy):
         _shake(model)
     codes, behaviour = _as_sequences(trees)
     found = beams(setting.model, task.prompt, allowed, width=GROUP, levels=LEVELS)
     earned = advantages(rewards(codes, task.target))
-    metrics = learner.rl_step(pack(scored, credits, catalog, vocabulary))
+    metrics = learner.rl_step(pack(scored, credits, vocabulary))
     packed = metrics["surrogate"] + still.kl.weight * metrics["kl"]
     flat = loop.update(task.prompt, codes, earned, behaviour)
     same = [
@@ -253,7 +250,7 @@ def _apart(one: PreTrainedModel, other: PreTrainedModel) -> float:
 def _time(task: Task, repeats: int) -> tuple[list[Row], dict[str, float]]:
     """Median seconds of every way, and how many of Orchard's each takes."""
     setting = task.setting
-    allowed = allowed_tokens(setting.catalog, setting.vocabulary)
+    allowed = allowed_tokens(setting.tokenizer)
     ours = Orchard(task)
     whole = Orchard(task, LEARNER.model_copy(update={"logprob": "full"}))
     loop = FlatLoop(task.policy(), allowed, LEARNER, group=GROUP, levels=LEVELS, rows=ROWS)
@@ -292,7 +289,7 @@ def _time(task: Task, repeats: int) -> tuple[list[Row], dict[str, float]]:
 def _trl(task: Task) -> dict[str, trl_step.TrlSteps]:
     """A training by TRL in each of the ways."""
     setting = task.setting
-    allowed = allowed_tokens(setting.catalog, setting.vocabulary)
+    allowed = allowed_tokens(setting.tokenizer)
     tokenizer = compact_tokenizer(setting.catalog)
     begin = partial(
         trl_step.TrlSteps, tokenizer=tokenizer, prompt=task.prompt, target=task.target,
@@ -312,9 +309,9 @@ def _search(
     """Orchard's search with TRL's policy, for prompts in TRL's order."""
     setting = task.setting
     training = policy.training
-    engine = TorchEngine(policy, setting.catalog.trie, setting.vocabulary, VERSION)
+    engine = TorchEngine(policy, setting.tokenizer, VERSION)
     prompts = replace(task.prompts, token=prompt.numpy().astype(np.int32).ravel())
     found = beam(engine, prompts, width=GROUP)
     policy.train(training)  # by which TRL tells a step from an evaluation
-    trees = build_search_trees(prompts, found, setting.catalog, setting.vocabulary, VERSION)
+    trees = build_search_trees(prompts, found, setting.tokenizer, VERSION)
     return _as_sequences(trees)[0]

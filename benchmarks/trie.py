@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -32,7 +34,7 @@ from orchard.catalog import trie as tries
 from orchard.catalog.trie import Trie
 from orchard.catalog.view import full_view
 from orchard.policy import model as models
-from orchard.policy.item_tokenizer import Vocabulary
+from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.policy.model import segment_log_softmax
 from orchard.settings import ModelConfig
 from orchard.types import Prompts
@@ -172,7 +174,7 @@ class FreeEngine:
 
     def __init__(self, trie: Trie) -> None:
         """Draw the logits."""
-        self.trie, self.vocabulary, self.version = trie, _vocabulary(), VERSION
+        self.trie, self.tokenizer, self.version = trie, _tokenizer(trie), VERSION
         self._logit = torch.randn(CODES, generator=torch.Generator().manual_seed(0))
 
     def prefill(self, prompts: Prompts) -> NextCodeLogprobs:
@@ -202,7 +204,7 @@ class Stopwatch:
 
     def __init__(self, engine: DecodingBackend) -> None:
         """Stand in for `engine`."""
-        self.trie, self.vocabulary, self.version = engine.trie, engine.vocabulary, engine.version
+        self.trie, self.tokenizer, self.version = engine.trie, engine.tokenizer, engine.version
         self._engine = engine
         self.asked: list[float] = []
 
@@ -223,10 +225,13 @@ class Stopwatch:
         return self._engine.extend(state, token, start, node)
 
 
-def _vocabulary() -> Vocabulary:
+def _tokenizer(trie: Trie) -> ItemTokenizer:
     """Three special tokens and one token per code."""
+    catalog: Any = SimpleNamespace(trie=trie)  # all that decoding needs of a catalog
     levels = tuple(torch.arange(CODES) + 3 + level * CODES for level in range(LEVELS))
-    return Vocabulary(level_tokens=levels, bos=1, pad=0, size=3 + LEVELS * CODES)
+    return ItemTokenizer(
+        catalog=catalog, level_tokens=levels, bos=1, pad=0, size=3 + LEVELS * CODES
+    )
 
 
 def _prompts(count: int) -> Prompts:
@@ -272,8 +277,9 @@ def _steps(loaded: Mapping[int, Trie]) -> list[Row]:
 
 def _beside_a_policy(trie: Trie) -> list[Row]:
     """Each level step with and without a policy, for one prompt and for many at once."""
-    model = models.create(ModelConfig(), _vocabulary(), seed=0)
-    cases = {"free": FreeEngine(trie), "policy": TorchEngine(model, trie, _vocabulary(), VERSION)}
+    tokenizer = _tokenizer(trie)
+    model = models.create(ModelConfig(), tokenizer, seed=0)
+    cases = {"free": FreeEngine(trie), "policy": TorchEngine(model, tokenizer, VERSION)}
     rows: list[Row] = []
     for count in BATCHES:
         found = _timed(cases, _prompts(count), REPEATS)

@@ -29,6 +29,7 @@ from learner.batch.pack import pack
 from learner.logprob_model import LogprobModel
 from learner.logprobs import to_tensors
 from orchard import config
+from orchard.data.prompts import make_prompts
 from orchard.evaluation import bootstrap, ranking
 from orchard.evaluation.diagnostics import grouped_spearman
 from orchard.evaluation.ranking import Evaluation
@@ -124,7 +125,7 @@ def _costs(*, repeats: int) -> tuple[list[Row], list[Figure]]:
     torch.set_num_threads(1)
     settings = config.load(RUN, ["name=vstar-costs"])
     at = prepare(settings, "sft")
-    policy = model.create(settings.model, at.vocabulary, seed=0)
+    policy = model.create(settings.model, at.tokenizer, seed=0)
     value_head.attach(policy, seed=0)
     version = PolicyVersion(step=0, digest="")
     folder = settings.run_dir / "policy"
@@ -132,9 +133,9 @@ def _costs(*, repeats: int) -> tuple[list[Row], list[Figure]]:
     value_head.save(policy, folder)
     rollout = settings.rollout.model_copy(update={"threads": 1})
     engines: dict[str, SearchRunner] = {
-        "vllm": VllmEngine(folder, policy, at.catalog.trie, at.vocabulary, version, rollout,
+        "vllm": VllmEngine(folder, policy, at.tokenizer, version, rollout,
                            seed=0),
-        "torch": TorchEngine(policy, at.catalog.trie, at.vocabulary, version),
+        "torch": TorchEngine(policy, at.tokenizer, version),
     }  # fmt: skip
     prompts, rows, figures = _prompts(at), list[Row](), list[Figure]()
     for name, engine in engines.items():
@@ -169,7 +170,7 @@ def _searches() -> dict[str, Search]:
 
 
 def _prompts(at: Run) -> Prompts:
-    token = np.random.default_rng(SEED).integers(3, at.vocabulary.size, BATCH * LENGTH)
+    token = np.random.default_rng(SEED).integers(3, at.tokenizer.size, BATCH * LENGTH)
     return Prompts(
         id=np.arange(BATCH),
         target=np.zeros(BATCH, np.int64),
@@ -234,11 +235,11 @@ def _sets(runs: list[Config], *, num_rows: int) -> tuple[list[Row], list[Figure]
     ranks: dict[str, list[list[float]]] = {}
     for settings in runs:
         at = prepare(settings, "train", policy=settings.run_dir / "policy")
-        policy = model.load(at.policy, at.vocabulary)
+        policy = model.load(at.policy, at.tokenizer)
         version = PolicyVersion(step=0, digest="")
-        engine = TorchEngine(policy, at.catalog.trie, at.vocabulary, version)
+        engine = TorchEngine(policy, at.tokenizer, version)
         rows = np.arange(min(num_rows, len(at.test)))
-        prompts = at.form.prompts(at.test, rows)
+        prompts = make_prompts(at.tokenizer, at.test, rows)
         target = at.catalog.leaf_of_item[prompts.target]
 
         for name, find in searches.items():
@@ -291,15 +292,15 @@ def _values(
     policy: PreTrainedModel, at: Run, prompts: Prompts, found: Candidates
 ) -> Float64[np.ndarray, "C L"]:
     """What the head says of every prefix of every candidate, as in an update."""
-    trie, vocabulary = at.catalog.trie, at.vocabulary
-    scorer, values = LogprobModel(policy, trie, vocabulary, "trie"), list[np.ndarray]()
+    trie, vocabulary = at.catalog.trie, at.tokenizer
+    scorer, values = LogprobModel(policy, vocabulary, "trie"), list[np.ndarray]()
     for first in range(0, len(prompts), BATCH):
         rows = np.arange(first, min(first + BATCH, len(prompts)))
         part = found.select(rows)
         version = PolicyVersion(step=0, digest="")
-        trees = build_search_trees(prompts.select(rows), part, at.catalog, vocabulary, version)
+        trees = build_search_trees(prompts.select(rows), part, vocabulary, version)
         scored = ScoredTrees(trees=trees, reward=np.zeros(len(trees.leaf), np.float32), parts={})
-        batch = pack(scored, [ESTIMATORS["group"](scored, 1e-4)], at.catalog, vocabulary,
+        batch = pack(scored, [ESTIMATORS["group"](scored, 1e-4)], vocabulary,
                      node_reward=np.zeros(len(trees.step), np.float32))  # fmt: skip
         with torch.inference_mode():
             of_state: Tensor = scorer(to_tensors(batch))[2]

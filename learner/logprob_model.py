@@ -11,8 +11,7 @@ from transformers import PreTrainedModel
 
 from learner.logprobs import BatchTensors, choice_logprobs, score_choices, tree_mask
 from learner.value import state_values
-from orchard.catalog.trie import Trie
-from orchard.policy.item_tokenizer import Vocabulary
+from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.policy.model import head_weight, hidden_states
 from orchard.policy.value_head import value_head_of
 
@@ -23,8 +22,7 @@ class LogprobModel(nn.Module):
     def __init__(
         self,
         policy: PreTrainedModel,
-        trie: Trie,
-        vocabulary: Vocabulary,
+        tokenizer: ItemTokenizer,
         distribution: Literal["trie", "full"],
         *,
         detach: bool = True,
@@ -37,8 +35,8 @@ class LogprobModel(nn.Module):
         """
         super().__init__()
         self.policy = policy
-        self._context: tuple[Trie, Vocabulary, Literal["trie", "full"]]
-        self._context = (trie, vocabulary, distribution)
+        self._context: tuple[ItemTokenizer, Literal["trie", "full"]]
+        self._context = (tokenizer, distribution)
         self._detach, self._temperature = detach, temperature
 
     def forward(
@@ -50,8 +48,8 @@ class LogprobModel(nn.Module):
         `distribution` than the configured one may be asked for.
         """
         head, heat = value_head_of(self.policy), self._temperature
-        trie, vocabulary, own = self._context
-        context = (trie, vocabulary, distribution or own)
+        tokenizer, own = self._context
+        context = (tokenizer, distribution or own)
         if head is None or batch.values is None:
             scores = choice_logprobs(self.policy, batch, *context, temperature=heat)
             return *scores, None

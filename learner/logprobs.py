@@ -12,8 +12,7 @@ from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from orchard.catalog.trie import Trie
-from orchard.policy.item_tokenizer import Vocabulary
+from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.policy.model import child_logprobs, head_weight, hidden_states
 from orchard.types import SearchTrees, SequenceTargets, TrainBatch, ValueTargets
 
@@ -97,8 +96,7 @@ def tree_mask(subtree_end: Int64[Tensor, "B S"]) -> Bool[Tensor, "B S S"]:
 def choice_logprobs(
     model: PreTrainedModel,
     batch: BatchTensors,
-    trie: Trie,
-    vocabulary: Vocabulary,
+    tokenizer: ItemTokenizer,
     distribution: Literal["trie", "full"] = "trie",
     *,
     temperature: float = 1.0,
@@ -110,17 +108,14 @@ def choice_logprobs(
     """
     hidden = hidden_states(model, batch.token, batch.position, tree_mask(batch.subtree_end))
     head = head_weight(model)
-    return score_choices(
-        hidden, head, batch, trie, vocabulary, distribution, temperature=temperature
-    )
+    return score_choices(hidden, head, batch, tokenizer, distribution, temperature=temperature)
 
 
 def score_choices(
     hidden: Float[Tensor, "B S D"],
     head: Float[Tensor, "tokens D"],
     batch: BatchTensors,
-    trie: Trie,
-    vocabulary: Vocabulary,
+    tokenizer: ItemTokenizer,
     distribution: Literal["trie", "full"] = "trie",
     *,
     temperature: float = 1.0,
@@ -130,16 +125,17 @@ def score_choices(
     whole = text if distribution == "trie" else torch.ones_like(text)
     in_trie, in_vocabulary = (~whole).nonzero().squeeze(1), whole.nonzero().squeeze(1)
     at, state, query = _predictors(hidden, batch, in_trie)
-    logprob, children = child_logprobs(at, state, head, trie, vocabulary)
+    logprob, children = child_logprobs(at, state, head, tokenizer)
     # Children are consecutive nodes, so a child's place among them is a difference.
-    chosen = children.start[query] + batch.chosen[in_trie] - trie.child_start[batch.state[in_trie]]
+    first_child = tokenizer.trie.child_start
+    chosen = children.start[query] + batch.chosen[in_trie] - first_child[batch.state[in_trie]]
     surprise = -(logprob.exp() * logprob).detach()
     entropy = surprise.new_zeros(len(state)).index_add(0, children.owner, surprise)[query]
     logprob = logprob[chosen]
 
     at, before, query = _predictors(hidden, batch, in_vocabulary)
     token = batch.chosen.clone()
-    token[~text] = vocabulary.token_of(trie, batch.chosen[~text])
+    token[~text] = tokenizer.token_of(batch.chosen[~text])
     logit = (at @ head.T.to(at.dtype)).float()
     if temperature != 1:
         heat = torch.where(before == SearchTrees.FREE_TEXT, temperature, 1.0)

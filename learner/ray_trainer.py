@@ -48,7 +48,7 @@ def worker_loop(task: dict[str, Any]) -> None:
     rank, world = context.get_world_rank(), context.get_world_size()
     config = assignment.config
     torch.set_num_threads(config.learner.threads)
-    policy = model.load(assignment.policy, assignment.vocabulary)
+    policy = model.load(assignment.policy, assignment.tokenizer)
     supervised = assignment.phase == "sft"
     lora.attach(policy, config.model.lora, seed=config.seed)
     if config.model.value_head and not supervised:
@@ -58,8 +58,7 @@ def worker_loop(task: dict[str, Any]) -> None:
     model.add_dropout(policy, config.model.dropout if supervised else config.learner.dropout)
     learner = Trainer(
         policy,
-        assignment.catalog.trie,
-        assignment.vocabulary,
+        assignment.tokenizer,
         learner_config(config, assignment.phase),
         total_steps=assignment.total_steps,
         average=config.sft.average if supervised else config.learner.average,
@@ -68,7 +67,7 @@ def worker_loop(task: dict[str, Any]) -> None:
         rank=rank,
         world=world,
     )
-    digest, number = assignment.catalog.digest, 0
+    digest, number = assignment.tokenizer.catalog.digest, 0
     if (saved := ray.train.get_checkpoint()) is not None:
         with saved.as_directory() as folder:
             number = checkpoint.load(learner, Path(folder), catalog=digest)

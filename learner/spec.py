@@ -10,11 +10,10 @@ from jaxtyping import Int64
 
 from learner.batch import sft
 from learner.trainer import Trainer
-from orchard.catalog.catalog import Catalog
-from orchard.data.prompts import PromptFormat, Split, TrainingWindows
+from orchard.data.prompts import Split, TrainingWindows
 from orchard.data.rationales import TokenizedRationales
 from orchard.data.sft_tasks import SftTasks
-from orchard.policy.item_tokenizer import Vocabulary
+from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.settings import Config, LearnerConfig
 from orchard.types import PolicyVersion, Prompts, TrainBatch
 
@@ -27,8 +26,7 @@ class LearnerSpec:
     phase: Literal["sft", "train"]
     policy: Path
     """Hugging Face folder of the policy to start from."""
-    catalog: Catalog
-    vocabulary: Vocabulary
+    tokenizer: ItemTokenizer
     sequences: TrainingWindows | None
     """Of the warm start."""
     traces: tuple[Split, TokenizedRationales] | None
@@ -62,16 +60,17 @@ def sft_epoch(learner: Trainer, assignment: LearnerSpec, number: int) -> dict[st
     """One pass over the sequences in an order drawn from (seed, epoch)."""
     begin, config = time.perf_counter(), assignment.config
     traces, tasks, windows = assignment.traces, assignment.tasks, assignment.sequences
-    form = PromptFormat(catalog=assignment.catalog, vocabulary=assignment.vocabulary)
+    tokenizer = assignment.tokenizer
     version, forced = PolicyVersion(step=number, digest=""), config.sft.logprob == "full"
 
     def batch(rows: Int64[np.ndarray, " R"]) -> TrainBatch:
         if tasks is not None:
-            return sft.pack_examples(tasks.examples(rows, form), form, version, forced=forced)
+            examples = tasks.examples(rows, tokenizer)
+            return sft.pack_examples(examples, tokenizer, version, forced=forced)
         if traces is not None:
-            return sft.pack_traces(*traces, rows, form, version, forced=forced)
+            return sft.pack_traces(*traces, rows, tokenizer, version, forced=forced)
         return sft.pack_sequences(
-            cast(TrainingWindows, windows), rows, form, version, forced=forced
+            cast(TrainingWindows, windows), rows, tokenizer, version, forced=forced
         )
 
     if tasks is not None:
@@ -93,5 +92,4 @@ def sft_epoch(learner: Trainer, assignment: LearnerSpec, number: int) -> dict[st
 
 def probe_of(assignment: LearnerSpec, prompts: Prompts) -> TrainBatch:
     """The prompts and their targets as a batch that a learner can score."""
-    form = PromptFormat(catalog=assignment.catalog, vocabulary=assignment.vocabulary)
-    return sft.pack_answers(prompts, form, PolicyVersion(step=0, digest=""))
+    return sft.pack_answers(prompts, assignment.tokenizer, PolicyVersion(step=0, digest=""))

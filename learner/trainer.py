@@ -28,9 +28,8 @@ from learner.logprob_model import LogprobModel
 from learner.logprobs import BatchTensors, to_tensors
 from learner.loss import LossStats, policy_loss
 from learner.value import value_loss
-from orchard.catalog.trie import Trie
 from orchard.optim import make_optimizer, make_schedule
-from orchard.policy.item_tokenizer import Vocabulary
+from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.policy.value_head import detach, value_head_of
 from orchard.settings import LearnerConfig
 from orchard.types import SequenceTargets, TrainBatch, ValueTargets
@@ -64,8 +63,7 @@ class Trainer:
     def __init__(
         self,
         policy: PreTrainedModel,
-        trie: Trie,
-        vocabulary: Vocabulary,
+        tokenizer: ItemTokenizer,
         config: LearnerConfig,
         *,
         total_steps: int,
@@ -79,8 +77,7 @@ class Trainer:
 
         Args:
             policy: to be trained, in place.
-            trie: the legal sequences.
-            vocabulary: the tokens of their codes.
+            tokenizer: the catalog's legal sequences and the tokens of their codes.
             config: rates, clips and the anchor.
             total_steps: length of the learning-rate schedule.
             average: decay of a moving average of the weights, kept beside them; 0 keeps none.
@@ -91,7 +88,7 @@ class Trainer:
         """
         self.config, self.rank, self.world = config, rank, world
         self.device = torch.device(device)
-        context = (trie.to(self.device), vocabulary.to(self.device), config.logprob)
+        context = (tokenizer.to(self.device), config.logprob)
         self.policy = policy
         cast(nn.Module, policy).to(self.device)
         self.copies: dict[str, LogprobModel] = {}

@@ -20,7 +20,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 from orchard import ragged
 from orchard.catalog import catalog as catalogs
 from orchard.catalog.catalog import Catalog
-from orchard.data.prompts import PromptFormat
 from orchard.evaluation import ranking
 from orchard.evaluation.ranking import Evaluation, TargetRanks
 from orchard.policy import model as models
@@ -31,9 +30,9 @@ from orchard.policy.item_tokenizer import (
     PAD,
     THINK,
     THOUGHT,
-    Vocabulary,
+    ItemTokenizer,
     compact_tokenizer,
-    from_tokenizer,
+    make_item_tokenizer,
     sid_token,
     think_tokens,
 )
@@ -69,9 +68,9 @@ def tiny_catalog(
 
 def tiny_policy(
     catalog: Catalog, *, seed: int = 0, tokenizer: PreTrainedTokenizerBase | None = None
-) -> tuple[PreTrainedModel, Vocabulary]:
+) -> tuple[PreTrainedModel, ItemTokenizer]:
     """A policy of two layers and width 32 whose distributions are far from uniform."""
-    vocabulary = from_tokenizer(tokenizer or compact_tokenizer(catalog), catalog)
+    vocabulary = make_item_tokenizer(tokenizer or compact_tokenizer(catalog), catalog)
     sizes = ModelConfig(hidden_size=32, intermediate_size=64, layers=2, heads=2, kv_heads=1)
     model = models.create(sizes, vocabulary, seed=seed)
     draw = torch.Generator().manual_seed(seed)
@@ -91,11 +90,10 @@ def tiny_prompts(
 ) -> Prompts:
     """One prompt per history length, with random items as history and target."""
     draw = np.random.default_rng(seed)
-    vocabulary = from_tokenizer(tokenizer or compact_tokenizer(catalog), catalog)
+    vocabulary = make_item_tokenizer(tokenizer or compact_tokenizer(catalog), catalog)
     history_start = ragged.starts(np.asarray(lengths, dtype=np.int64))
     history = draw.integers(len(catalog), size=int(history_start[-1]))
-    form = PromptFormat(catalog=catalog, vocabulary=vocabulary)
-    token, token_start = form.tokens(history, history_start)
+    token, token_start = vocabulary.encode_history(history, history_start)
     return Prompts(
         id=np.arange(len(lengths)),
         target=draw.integers(len(catalog), size=len(lengths)),
@@ -108,23 +106,23 @@ def tiny_prompts(
 
 def brute_force(
     model: PreTrainedModel,
-    vocabulary: Vocabulary,
-    catalog: Catalog,
+    tokenizer: ItemTokenizer,
     prompt: Int32[np.ndarray, " T"],
 ) -> Float64[np.ndarray, " K"]:
     """Log-probability of every leaf, by one ordinary forward pass per leaf and plain Python."""
+    catalog = tokenizer.catalog
     leaf_codes = {
         tuple(int(c) for c in row if c >= 0): int(leaf)
         for row, leaf in zip(catalog.codes, catalog.leaf_of_item, strict=True)
     }
     result = np.zeros(len(leaf_codes))
     for codes, leaf in leaf_codes.items():
-        tokens = [int(vocabulary.tokens_at(level)[code]) for level, code in enumerate(codes)]
+        tokens = [int(tokenizer.tokens_at(level)[code]) for level, code in enumerate(codes)]
         with torch.inference_mode():
             logits = model(torch.tensor([[*prompt.tolist(), *tokens]])).logits[0].double()
         for level, code in enumerate(codes):
             legal = sorted({other[level] for other in leaf_codes if other[:level] == codes[:level]})
-            row = logits[len(prompt) - 1 + level, vocabulary.tokens_at(level)[legal]]
+            row = logits[len(prompt) - 1 + level, tokenizer.tokens_at(level)[legal]]
             result[leaf] += float(row.log_softmax(0)[legal.index(code)])
     return result
 
@@ -143,7 +141,7 @@ class TinySetup:
 
     catalog: Catalog
     model: PreTrainedModel
-    vocabulary: Vocabulary
+    tokenizer: ItemTokenizer
     prompts: Prompts
 
     @property
@@ -155,7 +153,7 @@ class TinySetup:
     def leaf_logprob(self) -> list[Float64[np.ndarray, " K"]]:
         """For each prompt the log-probability of every leaf."""
         rows = np.split(self.prompts.token, self.prompts.token_start[1:-1])
-        return [brute_force(self.model, self.vocabulary, self.catalog, row) for row in rows]
+        return [brute_force(self.model, self.tokenizer, row) for row in rows]
 
     @cached_property
     def leaf_path(self) -> list[tuple[int, ...]]:
@@ -165,7 +163,7 @@ class TinySetup:
 
     def save(self, folder: Path) -> Path:
         """Write the policy to a folder."""
-        make = tiny_text_tokenizer if self.vocabulary.tags else compact_tokenizer
+        make = tiny_text_tokenizer if self.tokenizer.think else compact_tokenizer
         save_model_folder(self.model, make(self.catalog), folder)
         return folder
 
@@ -184,7 +182,7 @@ def tiny_setup(
     )
     model, vocabulary = tiny_policy(catalog, seed=seed)
     prompts = tiny_prompts(catalog, lengths, seed=seed)
-    return TinySetup(catalog=catalog, model=model, vocabulary=vocabulary, prompts=prompts)
+    return TinySetup(catalog=catalog, model=model, tokenizer=vocabulary, prompts=prompts)
 
 
 def tiny_title_tokenizer() -> PreTrainedTokenizerBase:
@@ -203,7 +201,7 @@ def tiny_title_setup(
     catalog = from_titles(title, tokenizer)
     model, vocabulary = tiny_policy(catalog, seed=seed, tokenizer=tokenizer)
     prompts = tiny_prompts(catalog, lengths, seed=seed, tokenizer=tokenizer)
-    return TinySetup(catalog=catalog, model=model, vocabulary=vocabulary, prompts=prompts)
+    return TinySetup(catalog=catalog, model=model, tokenizer=vocabulary, prompts=prompts)
 
 
 def tiny_thinking_setup(*, seed: int = 0, lengths: Sequence[int] = (1, 3, 2)) -> TinySetup:
@@ -212,8 +210,8 @@ def tiny_thinking_setup(*, seed: int = 0, lengths: Sequence[int] = (1, 3, 2)) ->
     tokenizer = tiny_text_tokenizer(catalog)
     model, vocabulary = tiny_policy(catalog, seed=seed, tokenizer=tokenizer)
     prompts = tiny_prompts(catalog, lengths, seed=seed, tokenizer=tokenizer)
-    vocabulary = replace(vocabulary, tags=think_tokens(tokenizer))
-    return TinySetup(catalog=catalog, model=model, vocabulary=vocabulary, prompts=prompts)
+    vocabulary = replace(vocabulary, think=think_tokens(tokenizer))
+    return TinySetup(catalog=catalog, model=model, tokenizer=vocabulary, prompts=prompts)
 
 
 def tiny_text_tokenizer(catalog: Catalog) -> PreTrainedTokenizerBase:

@@ -11,9 +11,8 @@ import ray
 import torch
 from torch import nn
 
-from orchard.catalog.catalog import Catalog
 from orchard.errors import EngineError, WeightMismatchError
-from orchard.policy.item_tokenizer import Vocabulary
+from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.policy.model import load
 from orchard.policy.weights import Weights, digest, snapshot
 from orchard.scorers.prefix_critic import PrefixCritic
@@ -38,8 +37,7 @@ class RolloutWorker:
         self,
         config: RolloutConfig,
         folder: Path,
-        catalog: Catalog,
-        vocabulary: Vocabulary,
+        tokenizer: ItemTokenizer,
         seed: int,
         critic: PrefixCritic | None = None,
     ) -> None:
@@ -51,20 +49,17 @@ class RolloutWorker:
             DataError: the folder holds no policy.
             EngineError: the engine cannot be had on this machine.
         """
-        self._config, self._catalog, self._vocabulary = config, catalog, vocabulary
-        self._critic = critic
+        self._config, self._tokenizer, self._critic = config, tokenizer, critic
         torch.set_num_threads(config.threads)
-        model = load(folder, vocabulary)
+        model = load(folder, tokenizer)
         version = PolicyVersion(step=0, digest=digest(snapshot(model)))
         self._holder: InferenceEngine
         if config.engine == "vllm":
-            self._holder = VllmEngine(
-                folder, model, catalog.trie, vocabulary, version, config, seed=seed
-            )
+            self._holder = VllmEngine(folder, model, tokenizer, version, config, seed=seed)
         else:
             device = "cuda" if config.gpus else "cpu"
             nn.Module.to(model, device=device, dtype=getattr(torch, config.dtype))
-            self._holder = TorchEngine(model, catalog.trie, vocabulary, version)
+            self._holder = TorchEngine(model, tokenizer, version)
         self._fit = True
         """False from when weights are installed until their probe is answered rightly."""
 
@@ -94,13 +89,11 @@ class RolloutWorker:
         if wanted == "think":
             return self._think_and_search(prompts, seed)
         given = SearchContext(
-            config=self._config, catalog=self._catalog, seed=seed, critic=self._critic
+            config=self._config, catalog=self._tokenizer.catalog, seed=seed, critic=self._critic
         )
         find = make_search(wanted, given)
         found = self._in_batches(prompts, find)
-        return build_search_trees(
-            prompts, found, self._catalog, self._vocabulary, self._holder.version
-        )
+        return build_search_trees(prompts, found, self._tokenizer, self._holder.version)
 
     def rank(self, prompts: Prompts, beams: int, thinking: bool = False) -> Candidates:
         """The best `beams` leaves of each prompt, whatever the configured search.
@@ -125,12 +118,12 @@ class RolloutWorker:
             find = partial(beam, width=config.think.width)
         contexts, version = thoughts.contexts(prompts), self._holder.version
         found = self._in_batches(contexts, find)
-        codes = build_search_trees(contexts, found, self._catalog, self._vocabulary, version)
-        trees = attach_thoughts(prompts, thoughts, codes, self._catalog.trie.depth)
+        codes = build_search_trees(contexts, found, self._tokenizer, version)
+        trees = attach_thoughts(prompts, thoughts, codes, self._tokenizer.catalog.trie.depth)
         return replace(trees, cost=replace(trees.cost, seconds=perf_counter() - began))
 
     def _thoughts(self, prompts: Prompts, *, count: int, temperature: float, seed: int) -> Thoughts:
-        if (tags := self._vocabulary.tags) is None:
+        if (tags := self._tokenizer.think) is None:
             raise EngineError(
                 "the policy has no tags to think between; warm-start it on rationales "
                 "(data.rationales), or choose a search without thoughts"
@@ -140,7 +133,7 @@ class RolloutWorker:
             prompts,
             tags,
             count=count,
-            blocks=self._catalog.trie.depth,
+            blocks=self._tokenizer.catalog.trie.depth,
             cap=self._config.think.block_tokens,
             temperature=temperature,
             seed=seed,

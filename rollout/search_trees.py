@@ -8,9 +8,8 @@ import torch
 from jaxtyping import Float32, Int64
 
 from orchard import ragged
-from orchard.catalog.catalog import Catalog
 from orchard.catalog.trie import ROOT
-from orchard.policy.item_tokenizer import Vocabulary
+from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.types import PolicyVersion, Prompts, SearchTrees
 from rollout.candidates import Candidates
 
@@ -18,12 +17,11 @@ from rollout.candidates import Candidates
 def build_search_trees(
     prompts: Prompts,
     candidates: Candidates,
-    catalog: Catalog,
-    vocabulary: Vocabulary,
+    tokenizer: ItemTokenizer,
     policy: PolicyVersion,
 ) -> SearchTrees:
-    """The tree of each prompt: its root and one node per trie node on its candidates' paths."""
-    owner = ragged.owners(candidates.start)
+    """Build each prompt's tree: a root and one node per trie node on its candidates' paths."""
+    catalog, owner = tokenizer.catalog, ragged.owners(candidates.start)
     order = np.lexsort((*candidates.node.T[::-1], owner))
     # Column d is the node at depth d; the root's column tells the prompts apart.
     path = np.column_stack([owner[order], candidates.node[order]])
@@ -43,7 +41,7 @@ def build_search_trees(
         parent=parent,
         step=step.astype(np.int32),
         state=state,
-        token=vocabulary.token_of(catalog.trie, here).numpy().astype(np.int32),
+        token=tokenizer.token_of(here).numpy().astype(np.int32),
         token_start=ragged.starts(inner.astype(np.int64)),
         logprob=candidates.logprob[order][row[inner], step[inner] - 1],
         forced=(catalog.trie.num_children(above) == 1).numpy(),

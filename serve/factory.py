@@ -8,12 +8,11 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from orchard.catalog import catalog as catalogs
-from orchard.catalog.catalog import Catalog
 from orchard.errors import ConfigError, EngineError
 from orchard.parquet import read_table
 from orchard.policy import item_tokenizer
 from orchard.policy import model as models
-from orchard.policy.item_tokenizer import Vocabulary
+from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.settings import RolloutConfig, ServeConfig
 from rollout.engine.protocol import InferenceEngine
 from rollout.engine.torch import TorchEngine
@@ -50,7 +49,7 @@ def open_service(
     torch.set_num_threads(config.threads)
     models.check_folder(folder)
     items = catalogs.load(folder / "catalogue")
-    words = item_tokenizer.from_tokenizer(item_tokenizer.read_tokenizer(folder), items)
+    words = item_tokenizer.make_item_tokenizer(item_tokenizer.read_tokenizer(folder), items)
     attributes = NOTHING
     if config.attributes is not None:
         attributes = read_attributes(config.attributes, config.filters)
@@ -58,17 +57,17 @@ def open_service(
     popularity = read_popularity(config.popularity) if config.popularity is not None else {}
     shared_state = SharedState(config.state or folder.parent / "serve", items.digest)
     catalog_store = CatalogStore(
-        items, words, attributes=attributes, filters=config.filters, popularity=popularity,
+        words, attributes=attributes, filters=config.filters, popularity=popularity,
         keep=config.versions,
     )  # fmt: skip
-    slots = {MAIN: _slot(MAIN, folder, config, items, words, shared_state)}
+    slots = {MAIN: _slot(MAIN, folder, config, words, shared_state)}
     known = slot.read_facts(folder)
     for name in sorted(config.variants):
         one = config.variants[name]
         slots[name] = _slot(
-            name, one.policy, config, items, words, shared_state, share=one.share, shadow=one.shadow
+            name, one.policy, config, words, shared_state, share=one.share, shadow=one.shadow
         )
-        _check_prompts(name, one.policy, words, items, known)
+        _check_prompts(name, one.policy, words, known)
     return Service(
         config, slots, catalog_store, shared_state, meters,
         max_history=max_history or (known["max_history"] if known else 10),
@@ -78,14 +77,16 @@ def open_service(
 
 
 def _check_prompts(
-    name: str, folder: Path, words: Vocabulary, items: Catalog, main: dict[str, Any] | None
+    name: str, folder: Path, tokenizer: ItemTokenizer, main: dict[str, Any] | None
 ) -> None:
     """All variants read one prompt, that of the main policy."""
-    own = item_tokenizer.from_tokenizer(item_tokenizer.read_tokenizer(folder), items)
+    own = item_tokenizer.make_item_tokenizer(
+        item_tokenizer.read_tokenizer(folder), tokenizer.catalog
+    )
     facts = slot.read_facts(folder)
-    same = (own.size, own.bos, own.pad, own.tags, own.instruction) == (
-        words.size, words.bos, words.pad, words.tags, words.instruction,
-    ) and all(map(torch.equal, own.level_tokens, words.level_tokens))  # fmt: skip
+    same = (own.size, own.bos, own.pad, own.think, own.instruction) == (
+        tokenizer.size, tokenizer.bos, tokenizer.pad, tokenizer.think, tokenizer.instruction,
+    ) and all(map(torch.equal, own.level_tokens, tokenizer.level_tokens))  # fmt: skip
     if not same:
         raise ConfigError(
             f"serve.variants.{name}: the tokens of {folder} are not those of the main policy; "
@@ -102,38 +103,35 @@ def _slot(
     name: str,
     folder: Path,
     config: ServeConfig,
-    items: Catalog,
-    words: Vocabulary,
+    tokenizer: ItemTokenizer,
     shared_state: SharedState,
     *,
     share: float = 0.0,
     shadow: bool = False,
 ) -> PolicySlot:
-    first = slot.read_policy(folder, words, items.digest)
+    first = slot.read_policy(folder, tokenizer)
 
     def make(loaded: LoadedPolicy) -> InferenceEngine:
-        return engine_of(folder, loaded, items, words, config)
+        return engine_of(folder, loaded, tokenizer, config)
 
     return PolicySlot(
-        name, folder, first, words, items, make,
+        name, folder, first, tokenizer, make,
         keep=shared_state.policies, versions=config.versions, tolerance=config.probe_tolerance,
         share=share, shadow=shadow,
     )  # fmt: skip
 
 
 def engine_of(
-    folder: Path, loaded: LoadedPolicy, items: Catalog, words: Vocabulary, config: ServeConfig
+    folder: Path, loaded: LoadedPolicy, tokenizer: ItemTokenizer, config: ServeConfig
 ) -> InferenceEngine:
     """The configured engine; torch, with a warning, where vLLM cannot be had."""
     if config.engine == "vllm":
         rollout = RolloutConfig(engine="vllm", threads=config.threads)
         try:
-            return VllmEngine(
-                folder, loaded.model, items.trie, words, loaded.version, rollout, seed=0
-            )
+            return VllmEngine(folder, loaded.model, tokenizer, loaded.version, rollout, seed=0)
         except EngineError as error:
             _log.warning("serving with the torch engine: %s", error)
-    return TorchEngine(loaded.model, items.trie, words, loaded.version)
+    return TorchEngine(loaded.model, tokenizer, loaded.version)
 
 
 def read_popularity(path: Path) -> dict[int, float]:

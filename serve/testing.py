@@ -48,8 +48,7 @@ def attributes_of(num_items: int) -> Attributes:
 def make_catalog_store(world: TinySetup, keep: int = 3) -> CatalogStore:
     """The catalog of a world as it is served."""
     return CatalogStore(
-        world.catalog,
-        world.vocabulary,
+        world.tokenizer,
         attributes=attributes_of(len(world.catalog)),
         filters=FILTERS,
         popularity={3: 9.0, 1: 7.0, 4: 7.0},

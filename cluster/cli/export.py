@@ -46,7 +46,7 @@ def export_policy(run: Run, out: Path, *, overwrite: bool = False, adapter: bool
             f"{run.policy} is no policy of a run; warm-start or train one first, or name its "
             "folder with --policy"
         )
-    policy = model.load(run.policy, run.vocabulary)
+    policy = model.load(run.policy, run.tokenizer)
     with folders.atomic_dir(out) as partial:
         if adapter:
             _save_adapters(run, policy, partial)
@@ -55,7 +55,7 @@ def export_policy(run: Run, out: Path, *, overwrite: bool = False, adapter: bool
             # Every policy has one: who reads the folder to generate text would else invent it.
             assert policy.generation_config is not None
             policy.generation_config.save_pretrained(partial)
-        run.tokenizer.save_pretrained(partial)
+        run.text_tokenizer.save_pretrained(partial)
         catalog.write(run.catalog, partial / "catalogue")
         shutil.copy2(run.policy / _MARK, partial / _MARK)
         (partial / "run.toml").write_text(config.dump(run.config))
@@ -127,7 +127,7 @@ def _of_adapters(run: Run) -> str:
     return (
         f"These are adapters and embeddings alone. Load the base model, `{base_of(run.config)}` in "
         "the run, by `AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)`, call its "
-        f"`resize_token_embeddings({run.vocabulary.size})`, and give both to "
+        f"`resize_token_embeddings({run.tokenizer.size})`, and give both to "
         "`peft.PeftModel.from_pretrained`"
     )
 

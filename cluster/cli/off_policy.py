@@ -13,12 +13,12 @@ from jaxtyping import Float64, Int64
 from orchard import ragged
 from orchard.catalog import catalog as catalogs
 from orchard.catalog.catalog import Catalog
-from orchard.data.prompts import PromptFormat
 from orchard.errors import DataError
 from orchard.evaluation import off_policy
 from orchard.folders import atomic_write
 from orchard.parquet import read_table
 from orchard.policy import item_tokenizer, model, weights
+from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.types import PolicyVersion, Prompts
 from rollout.engine.torch import TorchEngine
 from rollout.search.score_items import score_items
@@ -99,17 +99,17 @@ def evaluate_log(
     """
     model.check_folder(folder)
     items = catalogs.load(folder / "catalogue")
-    words = item_tokenizer.from_tokenizer(item_tokenizer.read_tokenizer(folder), items)
+    words = item_tokenizer.make_item_tokenizer(item_tokenizer.read_tokenizer(folder), items)
     policy = model.load(folder, words)
     version = PolicyVersion(step=0, digest=weights.digest(weights.snapshot(policy)))
-    engine = TorchEngine(policy, items.trie, words, version)
-    form, read = PromptFormat(catalog=items, vocabulary=words), read_log(log, rewards, items)
+    engine = TorchEngine(policy, words, version)
+    read = read_log(log, rewards, items)
     target = np.zeros((len(read.row), items.trie.depth))
     behaviour, reward = np.zeros_like(target), np.zeros_like(target)
     root: list[np.ndarray] = []
     for at in range(0, len(read.row), _BATCH):
         rows = slice(at, min(at + _BATCH, len(read.row)))
-        prompts = prompts_of(read.history[rows], items, form)
+        prompts = prompts_of(read.history[rows], words)
         target[rows], first = score_items(engine, prompts, items.leaf_of_item[read.row[rows]])
         root.append(np.exp(first.astype(np.float64)))
     for row, logprob in enumerate(read.logprob):
@@ -136,15 +136,15 @@ def evaluate_log(
     return found
 
 
-def prompts_of(history: list[list[int]], items: Catalog, form: PromptFormat) -> Prompts:
+def prompts_of(history: list[list[int]], tokenizer: ItemTokenizer) -> Prompts:
     """What the policy reads of logged histories; items that are gone are passed over."""
     rows: list[np.ndarray] = []
     for one in history:
-        row, known = items.find(np.array(one, dtype=np.int64))
+        row, known = tokenizer.catalog.find(np.array(one, dtype=np.int64))
         rows.append(row[known])
     start = ragged.starts(np.array([len(one) for one in rows]))
     flat = np.concatenate([np.zeros(0, np.int64), *rows])
-    token, token_start = form.tokens(flat, start)
+    token, token_start = tokenizer.encode_history(flat, start)
     return Prompts(
         id=np.arange(len(rows)), target=np.zeros(len(rows), np.int64), history=flat,
         history_start=start, token=token, token_start=token_start,

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from cluster.actors.session import address_of, cpus_needed
 from cluster.training.run import Run
+from orchard.data.prompts import make_prompts
 from orchard.policy import model, value_head
 from orchard.settings import Config
 
@@ -208,7 +209,7 @@ def sizes_of(run: Run) -> Sizes:
     """Of the run's policy, whose weights are not read, and of its data."""
     policy = skeleton(run)
     hidden = int(policy.config.hidden_size)
-    count = np.diff(run.form.prompts(run.train, np.arange(len(run.train))).token_start)
+    count = np.diff(make_prompts(run.tokenizer, run.train, np.arange(len(run.train))).token_start)
     trie = run.catalog.trie
     depth = trie.path(trie.leaf_node)
     nodes = [int(torch.unique(column[column >= 0]).numel()) for column in depth.T]
@@ -231,10 +232,10 @@ def skeleton(run: Run) -> PreTrainedModel:
         if (folder := run.base or run.policy).is_dir():
             known = AutoConfig.from_pretrained(folder)
             if run.base is not None:
-                known.vocab_size = run.vocabulary.size
+                known.vocab_size = run.tokenizer.size
             made = cast(PreTrainedModel, AutoModelForCausalLM.from_config(known))
         else:
-            made = model.create(run.config.model, run.vocabulary, seed=0)
+            made = model.create(run.config.model, run.tokenizer, seed=0)
         if run.config.model.value_head:
             made.add_module(value_head.NAME, value_head.ValueHead(int(made.config.hidden_size)))
     return made

@@ -21,7 +21,7 @@ from cluster.training.run import Run
 from cluster.training.run_dir import open_run_dir
 from learner.ray_trainer import TrainerHandle
 from learner.spec import LearnerSpec
-from orchard.data.prompts import Split, make_windows, rows_of_step
+from orchard.data.prompts import Split, make_prompts, make_windows, rows_of_step
 from orchard.errors import ActorError, RunInterrupted
 from orchard.evaluation.ranking import Evaluation
 from orchard.policy.weights import Weights
@@ -64,7 +64,7 @@ class Controller:
         """Set once the run is told to stop; it then ends after the step in hand."""
         exporter.set("orchard_policy_lag_bound_versions", run.config.cluster.max_lag)
         exporter.set("orchard_logprob_gap_bound_nats", probe_tolerance(run.config))
-        self._catalog = ray.put(run.catalog)
+        self._tokenizer = ray.put(run.tokenizer)
         self._newest = PublishedWeights(policy=PolicyVersion(step=-1, digest=""), weights=None)
         self._held: dict[Pool, PublishedWeights] = {}
         """What each pool was last given, for actors that start later."""
@@ -156,7 +156,7 @@ class Controller:
         """One request to a rollout actor and one to a reward actor, in a training controller."""
         assert self.rollout is not None, "only a training house has rollout actors"
         assert self.rewards is not None
-        prompts = self.run.form.prompts(split, rows)
+        prompts = make_prompts(self.run.tokenizer, split, rows)
         trees: SearchTrees = await self.rollout.call("search", prompts, seed, kind)
         return await self.rewards.call("score", trees)
 
@@ -189,7 +189,8 @@ class Controller:
             await self._install(ranking, newest)
         size = config.evaluate.batch_size
         batches = [
-            self.run.form.prompts(split, rows[at : at + size]) for at in range(0, len(rows), size)
+            make_prompts(self.run.tokenizer, split, rows[at : at + size])
+            for at in range(0, len(rows), size)
         ]
 
         async def rank(prompts: Prompts) -> Candidates:
@@ -241,7 +242,7 @@ class Controller:
         run = self.run
         rows = np.arange(len(score))  # of the train split, and ids at the same time
         return LogprobProbe(
-            prompts=run.form.prompts(run.train, rows),
+            prompts=make_prompts(run.tokenizer, run.train, rows),
             leaf=run.catalog.leaf_of_item[run.train.target[rows]],
             score=score,
             tolerance=probe_tolerance(run.config),
@@ -260,12 +261,11 @@ class Controller:
             per_epoch = -(-len(examples) // config.sft.batch_size)
         probed = 0 if supervised else min(config.cluster.probe_prompts, len(run.train))
         return LearnerSpec(
-            probe=run.form.prompts(run.train, np.arange(probed)) if probed else None,
+            probe=make_prompts(run.tokenizer, run.train, np.arange(probed)) if probed else None,
             config=config,
             phase="sft" if supervised else "train",
             policy=run.policy.resolve(),
-            catalog=run.catalog,
-            vocabulary=run.vocabulary,
+            tokenizer=run.tokenizer,
             sequences=windows,
             traces=traces,
             tasks=tasks,
@@ -281,7 +281,7 @@ class Controller:
 
         def make(index: int) -> Any:
             return RolloutActor.options(num_cpus=1, num_gpus=rollout.gpus).remote(
-                settings, run.policy.resolve(), self._catalog, run.vocabulary,
+                settings, run.policy.resolve(), self._tokenizer,
                 run.config.seed + index, critic,
             )  # fmt: skip
 

@@ -107,8 +107,7 @@ def make_batch(scored: ScoredTrees, run: Run) -> TrainBatch:
     return pack(
         scored,
         compute_advantages(scored, settings),
-        run.catalog,
-        run.vocabulary,
+        run.tokenizer,
         node_reward=reward,
         discount=settings.value.discount,
         sequence_ratio=settings.ratio == "sequence",

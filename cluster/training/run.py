@@ -16,12 +16,12 @@ from orchard import config
 from orchard.catalog import catalog
 from orchard.catalog.catalog import Catalog
 from orchard.data import rationales
-from orchard.data.prompts import PromptFormat, Split, read_split
+from orchard.data.prompts import Split, read_split
 from orchard.data.rationales import RationaleBlocks, TokenizedRationales
 from orchard.data.sft_tasks import SftTasks
 from orchard.errors import ConfigError
 from orchard.policy import item_tokenizer, model, titles
-from orchard.policy.item_tokenizer import Vocabulary
+from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.policy.store import check_policy
 from orchard.scorers import prefix_critic
 from orchard.scorers.prefix_critic import PrefixCritic
@@ -55,8 +55,8 @@ class Run:
     config: Config
     phase: Phase
     catalog: Catalog
-    tokenizer: PreTrainedTokenizerBase
-    vocabulary: Vocabulary
+    text_tokenizer: PreTrainedTokenizerBase
+    tokenizer: ItemTokenizer
     policy: Path
     """Folder of the policy to start from; made by `open_folder` where it is new."""
     train: Split
@@ -127,11 +127,6 @@ class Run:
             settings.critic.path or self.dir / prefix_critic.KIND, self.catalog
         )
 
-    @cached_property
-    def form(self) -> PromptFormat:
-        """How histories become tokens."""
-        return PromptFormat(catalog=self.catalog, vocabulary=self.vocabulary)
-
     def with_phase(self, phase: Phase, policy: Path) -> "Run":
         """The same data and configuration in a later phase, which begins with that policy."""
         return replace(self, phase=phase, policy=policy)
@@ -199,9 +194,9 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
     if tokenizer is None:
         tokenizer = new_tokenizer(settings, items, reasons)
     grows = text_policy.add_instruction(settings, tokenizer, items, policy)
-    tokens, traces = item_tokenizer.from_tokenizer(tokenizer, items), None
+    tokens, traces = item_tokenizer.make_item_tokenizer(tokenizer, items), None
     if settings.thinks:
-        tokens = replace(tokens, tags=item_tokenizer.think_tokens(tokenizer))
+        tokens = replace(tokens, think=item_tokenizer.think_tokens(tokenizer))
     if reasons is not None:
         traces = rationales.tokenize_rationales(
             reasons, tokenizer, cap=settings.rollout.think.block_tokens
@@ -209,13 +204,13 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
     text_policy.check_adapters(settings, tokens, policy)
     lessons = None
     if phase == "sft":
-        lessons = text_policy.sft_tasks(settings, tokenizer, items, tokens, splits["train"], policy)
+        lessons = text_policy.sft_tasks(settings, tokenizer, tokens, splits["train"], policy)
     run = Run(
         config=settings,
         phase=phase,
         catalog=items,
-        tokenizer=tokenizer,
-        vocabulary=tokens,
+        text_tokenizer=tokenizer,
+        tokenizer=tokens,
         policy=settings.run_dir / "scratch" if policy is None or grows else policy,
         traces=traces,
         tasks=lessons,

@@ -28,9 +28,9 @@ def open_run_dir(run: Run) -> None:
         ) from error
     if run.policy == run.dir / "scratch" and not run.policy.is_dir():
         if run.base is not None:
-            fresh = text_policy.load_resized(run.base, run.vocabulary, seed=run.config.seed)
+            fresh = text_policy.load_resized(run.base, run.tokenizer, seed=run.config.seed)
         else:
-            fresh = model.create(run.config.model, run.vocabulary, seed=run.config.seed)
+            fresh = model.create(run.config.model, run.tokenizer, seed=run.config.seed)
         _save(run, run.policy, fresh, PolicyVersion(step=0, digest=""), {})
 
 
@@ -38,7 +38,7 @@ def save_policy(
     run: Run, folder: Path, policy: PolicyVersion, weights: Weights, **facts: float
 ) -> None:
     """Write a policy as a Hugging Face folder with its tokenizer, catalog and facts."""
-    trained = model.load(run.policy, run.vocabulary)
+    trained = model.load(run.policy, run.tokenizer)
     value_head.adapt_weights(trained, weights)
     restore(trained, weights)
     _save(run, folder, trained, policy, facts)
@@ -46,7 +46,7 @@ def save_policy(
 
 def saved_policy(run: Run, folder: Path) -> tuple[PolicyVersion, Weights]:
     """The weights of a policy folder, and which version they are."""
-    values = snapshot(model.load(folder, run.vocabulary))
+    values = snapshot(model.load(folder, run.tokenizer))
     return PolicyVersion(step=exported_step(folder), digest=digest(values)), values
 
 
@@ -66,6 +66,6 @@ def _save(
     }
     with atomic_dir(folder) as partial:
         value_head.save(trained, partial)
-        run.tokenizer.save_pretrained(partial)
+        run.text_tokenizer.save_pretrained(partial)
         catalog.write(run.catalog, partial / "catalogue")
         atomic_write(partial / FILE, json.dumps(about, indent=2) + "\n")

@@ -12,11 +12,11 @@ from transformers import (
 )
 
 from orchard.catalog.catalog import Catalog
-from orchard.data.prompts import PromptFormat, Split
+from orchard.data.prompts import Split
 from orchard.data.sft_tasks import SftTasks, build_sft_tasks
 from orchard.errors import ConfigError
-from orchard.policy import item_tokenizer, lora, model, prompt_template, token_embeddings
-from orchard.policy.item_tokenizer import Vocabulary
+from orchard.policy import lora, model, prompt_template, token_embeddings
+from orchard.policy.item_tokenizer import ItemTokenizer, read_tokenizer
 from orchard.settings import Config
 
 
@@ -51,8 +51,7 @@ def add_instruction(
 def sft_tasks(
     settings: Config,
     tokenizer: PreTrainedTokenizerBase,
-    items: Catalog,
-    words: Vocabulary,
+    item_tokenizer: ItemTokenizer,
     train: Split,
     policy: Path | None,
 ) -> SftTasks | None:
@@ -61,7 +60,7 @@ def sft_tasks(
         return None
     return build_sft_tasks(
         train,
-        PromptFormat(catalog=items, vocabulary=words),
+        item_tokenizer,
         tokenizer,
         settings.prompt,
         settings.sft.tasks.share,
@@ -69,13 +68,13 @@ def sft_tasks(
     )
 
 
-def check_adapters(settings: Config, words: Vocabulary, policy: Path | None) -> None:
+def check_adapters(settings: Config, item_tokenizer: ItemTokenizer, policy: Path | None) -> None:
     """Raise ConfigError where the policy cannot have the adapters that the run asks for."""
     if settings.model.lora.rank == 0:
         return
     with torch.device("meta"):
         if policy is None:
-            made = model.create(settings.model, words, seed=0)
+            made = model.create(settings.model, item_tokenizer, seed=0)
         else:
             known = AutoConfig.from_pretrained(policy)
             made = cast(PreTrainedModel, AutoModelForCausalLM.from_config(known))
@@ -89,9 +88,9 @@ def positions(policy: Path | None) -> int:
     return int(getattr(AutoConfig.from_pretrained(policy), "max_position_embeddings", 1 << 30))
 
 
-def load_resized(base: Path, words: Vocabulary, *, seed: int) -> PreTrainedModel:
+def load_resized(base: Path, tokenizer: ItemTokenizer, *, seed: int) -> PreTrainedModel:
     """The text model of a folder with a row of its embeddings for each token of the policy."""
     policy = model.load(base)
-    known = len(item_tokenizer.read_tokenizer(base))
-    token_embeddings.resize_embeddings(policy, known=known, size=words.size, seed=seed)
+    known = len(read_tokenizer(base))
+    token_embeddings.resize_embeddings(policy, known=known, size=tokenizer.size, seed=seed)
     return policy

@@ -19,18 +19,16 @@ from jaxtyping import Bool, Float32, Int64
 from learner.advantage.estimators import candidate_lengths
 from learner.value import value_targets
 from orchard import ragged
-from orchard.catalog.catalog import Catalog
 from orchard.catalog.trie import Trie
 from orchard.errors import CatalogError
-from orchard.policy.item_tokenizer import Vocabulary
+from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.types import Advantages, ScoredTrees, SearchTrees, SequenceTargets, TrainBatch
 
 
 def pack(
     scored: ScoredTrees,
     credits: Sequence[Advantages],
-    catalog: Catalog,
-    vocabulary: Vocabulary,
+    tokenizer: ItemTokenizer,
     *,
     node_reward: Float32[np.ndarray, " N"] | None = None,
     discount: float = 1.0,
@@ -47,7 +45,7 @@ def pack(
     Raises:
         CatalogError: the trees were grown on another catalog.
     """
-    trees = scored.trees
+    trees, catalog = scored.trees, tokenizer.catalog
     if trees.catalog != catalog.digest:
         raise CatalogError(
             f"the trees were grown on catalog {trees.catalog[:12]}, the learner holds "
@@ -64,7 +62,7 @@ def pack(
     length = candidate_lengths(trees)
     prompt_length = np.diff(trees.prompts.token_start)[trees.prompt_of_candidate]
     return TrainBatch(
-        **_rows(trees, layout, vocabulary.pad),
+        **_rows(trees, layout, tokenizer.pad),
         row=trees.prompt_of_node[at],
         query_slot=_predictors(trees, layout, at, choice).astype(np.int32),
         state=state,
@@ -87,14 +85,13 @@ def pack(
 def flatten(
     scored: ScoredTrees,
     credits: Sequence[Advantages],
-    catalog: Catalog,
-    vocabulary: Vocabulary,
+    tokenizer: ItemTokenizer,
     *,
     sequence_ratio: bool = False,
 ) -> TrainBatch:
     """The batch that `pack` makes with nothing shared: one candidate per row, prompt and all."""
     chains = replace(scored, trees=_unshare(scored.trees))
-    return pack(chains, credits, catalog, vocabulary, sequence_ratio=sequence_ratio)
+    return pack(chains, credits, tokenizer, sequence_ratio=sequence_ratio)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

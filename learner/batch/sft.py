@@ -19,16 +19,17 @@ from jaxtyping import Float32, Int32, Int64
 from torch import Tensor
 
 from orchard import ragged
-from orchard.data.prompts import PromptFormat, Split, TrainingWindows, code_states
+from orchard.data.prompts import Split, TrainingWindows, code_states, make_prompts
 from orchard.data.rationales import TokenizedRationales
 from orchard.data.sft_tasks import SftExamples
+from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.types import PolicyVersion, Prompts, SearchTrees, TrainBatch
 
 
 def pack_sequences(
     sequences: TrainingWindows,
     rows: Int64[np.ndarray, " B"],
-    form: PromptFormat,
+    tokenizer: ItemTokenizer,
     policy: PolicyVersion,
     *,
     forced: bool = False,
@@ -39,22 +40,22 @@ def pack_sequences(
     are something to learn.
     """
     item, start = ragged.take(sequences.item, sequences.start, rows)
-    token, token_start = form.tokens(item, start)
+    token, token_start = tokenizer.encode_history(item, start)
     owner, place = ragged.owners(start), ragged.places(start)
-    before, after = code_states(form.catalog, item)
+    before, after = code_states(tokenizer.catalog, item)
     exists = after >= 0
     # A code is predicted by the slot before it, which counts the codes of all earlier items.
     codes = exists.sum(1)
     first = np.cumsum(codes) - codes
     first -= np.repeat(first[start[:-1]], np.diff(start))
     slot = first[:, None] + np.arange(exists.shape[1])
-    children = form.catalog.trie.num_children(torch.from_numpy(before[exists])).numpy()
+    children = tokenizer.catalog.trie.num_children(torch.from_numpy(before[exists])).numpy()
     free = exists.copy()
     free[exists] = forced | (children > 1)
     chosen = free & (place >= sequences.fresh[rows][owner])[:, None]
     row = np.broadcast_to(owner[:, None], exists.shape)[chosen]
     return _batch(
-        form, policy, token, token_start, row, slot[chosen], before[chosen], after[chosen]
+        tokenizer, policy, token, token_start, row, slot[chosen], before[chosen], after[chosen]
     )
 
 
@@ -62,7 +63,7 @@ def pack_traces(
     split: Split,
     traces: TokenizedRationales,
     rows: Int64[np.ndarray, " B"],
-    form: PromptFormat,
+    tokenizer: ItemTokenizer,
     policy: PolicyVersion,
     *,
     forced: bool = False,
@@ -71,28 +72,28 @@ def pack_traces(
 
     Opening tags are forced in rollouts, and so are read but not learned here.
     """
-    prompts = form.prompts(split, rows)
-    assert form.vocabulary.tags is not None, "rationales need a vocabulary with tags"
+    prompts = make_prompts(tokenizer, split, rows)
+    assert tokenizer.think is not None, "rationales need a vocabulary with tags"
     examples = SftExamples(
         asked=(prompts.token, prompts.token_start),
         written=traces.of(rows),
         target=split.target[rows],
     )
-    return pack_examples(examples, form, policy, forced=forced, unlearned=form.vocabulary.tags.open)
+    return pack_examples(examples, tokenizer, policy, forced=forced, unlearned=tokenizer.think.open)
 
 
-def pack_answers(prompts: Prompts, form: PromptFormat, policy: PolicyVersion) -> TrainBatch:
+def pack_answers(prompts: Prompts, tokenizer: ItemTokenizer, policy: PolicyVersion) -> TrainBatch:
     """Each prompt with the codes of its target."""
     nothing = np.zeros(0, np.int32), np.zeros(len(prompts) + 1, np.int64)
     asked = prompts.token, prompts.token_start
     return pack_examples(
-        SftExamples(asked=asked, written=nothing, target=prompts.target), form, policy
+        SftExamples(asked=asked, written=nothing, target=prompts.target), tokenizer, policy
     )
 
 
 def pack_examples(
     examples: SftExamples,
-    form: PromptFormat,
+    tokenizer: ItemTokenizer,
     policy: PolicyVersion,
     *,
     forced: bool = False,
@@ -104,9 +105,9 @@ def pack_examples(
     """
     (asked, asked_start), (text, text_start) = examples.asked, examples.written
     item = examples.target[examples.target >= 0]
-    before, after = code_states(form.catalog, item)
+    before, after = code_states(tokenizer.catalog, item)
     exists = after >= 0
-    codes, _ = ragged.take(*form.item_tokens, item)
+    codes, _ = ragged.take(*tokenizer.item_tokens, item)
     depth = np.zeros(len(examples.target), np.int64)
     depth[examples.target >= 0] = exists.sum(1)
     shown, written = np.diff(asked_start), np.diff(text_start)
@@ -116,12 +117,12 @@ def pack_examples(
     token = np.empty(len(place), np.int32)
     token[kind == 0], token[kind == 1], token[kind == 2] = asked, text, codes
     learned = np.flatnonzero((kind == 1) & (token != unlearned))
-    children = form.catalog.trie.num_children(torch.from_numpy(before[exists])).numpy()
+    children = tokenizer.catalog.trie.num_children(torch.from_numpy(before[exists])).numpy()
     free = forced | (children > 1)
     chosen = np.concatenate([learned, np.flatnonzero(kind == 2)[free]])
     nowhere = np.full(len(learned), SearchTrees.FREE_TEXT)
     return _batch(
-        form,
+        tokenizer,
         policy,
         token,
         start,
@@ -133,7 +134,7 @@ def pack_examples(
 
 
 def _batch(
-    form: PromptFormat,
+    tokenizer: ItemTokenizer,
     policy: PolicyVersion,
     token: Int32[np.ndarray, " T"],
     start: Int64[np.ndarray, " Q1"],
@@ -145,7 +146,7 @@ def _batch(
     """Rows without branches and their choices, each with its share of the mean."""
     length, count = np.diff(start), len(row)
     return TrainBatch(
-        token=ragged.pad(token, start, fill=form.vocabulary.pad),
+        token=ragged.pad(token, start, fill=tokenizer.pad),
         position=ragged.pad(ragged.places(start).astype(np.int32), start, fill=0),
         subtree_end=ragged.pad(np.repeat(length, length).astype(np.int32), start, fill=0),
         row=row.astype(np.int64),
@@ -159,7 +160,7 @@ def _batch(
         forward_tokens=int(length.sum()),
         flat_tokens=int(length.sum()),
         policy=policy,
-        catalog=form.catalog.digest,
+        catalog=tokenizer.catalog.digest,
     )
 
 

@@ -9,21 +9,19 @@ Shapes:  R rows   H history items   B prompts   Q sequences   T tokens   (R1 = R
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
-from jaxtyping import Int, Int32, Int64
+from jaxtyping import Int, Int64
 
 from orchard import ragged
 from orchard.catalog.catalog import Catalog
 from orchard.errors import DataError
 from orchard.parquet import read_table
-from orchard.policy.item_tokenizer import Vocabulary
-from orchard.policy.prompt_template import fill_template
+from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.types import Prompts
 
 
@@ -93,43 +91,18 @@ def _combined(column: Any) -> Any:
     return combined
 
 
-@dataclass(frozen=True, kw_only=True)
-class PromptFormat:
-    """How a history becomes tokens."""
-
-    catalog: Catalog
-    vocabulary: Vocabulary
-
-    @cached_property
-    def item_tokens(self) -> tuple[Int32[np.ndarray, " T"], Int64[np.ndarray, " I1"]]:
-        """Tokens of every item, ragged."""
-        codes = self.catalog.codes
-        table = np.full(codes.shape, -1, dtype=np.int32)
-        for level in range(codes.shape[1]):
-            here = codes[:, level] >= 0
-            tokens = self.vocabulary.tokens_at(level).numpy()
-            table[here, level] = tokens[codes[here, level]]
-        start = ragged.starts((table >= 0).sum(1))
-        return table[table >= 0], start
-
-    def tokens(
-        self, item: Int64[np.ndarray, " H"], start: Int64[np.ndarray, " R1"]
-    ) -> tuple[Int32[np.ndarray, " T"], Int64[np.ndarray, " R1"]]:
-        """The codes of each row's items within the frame, the most recent that fit."""
-        return fill_template(self.vocabulary.frame, self.item_tokens, item, start)
-
-    def prompts(self, split: Split, rows: Int64[np.ndarray, " B"]) -> Prompts:
-        """The given rows as the policy reads them."""
-        history, history_start = ragged.take(split.history, split.history_start, rows)
-        token, token_start = self.tokens(history, history_start)
-        return Prompts(
-            id=rows.astype(np.int64),
-            target=split.target[rows],
-            history=history,
-            history_start=history_start,
-            token=token,
-            token_start=token_start,
-        )
+def make_prompts(tokenizer: ItemTokenizer, split: Split, rows: Int64[np.ndarray, " B"]) -> Prompts:
+    """The given rows of a split as the policy reads them."""
+    history, history_start = ragged.take(split.history, split.history_start, rows)
+    token, token_start = tokenizer.encode_history(history, history_start)
+    return Prompts(
+        id=rows.astype(np.int64),
+        target=split.target[rows],
+        history=history,
+        history_start=history_start,
+        token=token,
+        token_start=token_start,
+    )
 
 
 def rows_of_step(

@@ -16,9 +16,10 @@ from jaxtyping import Int32, Int64
 from transformers import PreTrainedTokenizerBase
 
 from orchard import ragged
-from orchard.data.prompts import PromptFormat, Split, rows_of_step
+from orchard.data.prompts import Split, rows_of_step
 from orchard.errors import DataError
 from orchard.policy import prompt_template
+from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.policy.prompt_template import PromptTemplate
 from orchard.settings import PromptConfig
 
@@ -69,26 +70,34 @@ class SftTasks:
         order = np.random.Generator(np.random.Philox(key=[seed, number])).permutation(len(self))
         return np.concatenate(drawn)[order]
 
-    def examples(self, chosen: Int64[np.ndarray, "B 2"], form: PromptFormat) -> SftExamples:
+    def examples(
+        self, chosen: Int64[np.ndarray, "B 2"], item_tokenizer: ItemTokenizer
+    ) -> SftExamples:
         """The chosen examples, by task."""
         kinds: list[int] = np.unique(chosen[:, 0]).tolist()
-        parts = [self._of(kind, chosen[chosen[:, 0] == kind, 1], form) for kind in kinds]
+        parts = [self._of(kind, chosen[chosen[:, 0] == kind, 1], item_tokenizer) for kind in kinds]
         return SftExamples(
             asked=ragged.concatenate([part.asked for part in parts]),
             written=ragged.concatenate([part.written for part in parts]),
             target=np.concatenate([part.target for part in parts]),
         )
 
-    def _of(self, kind: int, rows: Int64[np.ndarray, " B"], form: PromptFormat) -> SftExamples:
+    def _of(
+        self, kind: int, rows: Int64[np.ndarray, " B"], item_tokenizer: ItemTokenizer
+    ) -> SftExamples:
         nothing = np.zeros(0, np.int32), np.zeros(len(rows) + 1, np.int64)
         if kind < 2:
             history, start = ragged.take(self.split.history, self.split.history_start, rows)
             named = self.split.target[rows]
             if kind == 0:
-                return SftExamples(asked=form.tokens(history, start), written=nothing, target=named)
+                return SftExamples(
+                    asked=item_tokenizer.encode_history(history, start),
+                    written=nothing,
+                    target=named,
+                )
         else:
             history, start, named = rows, np.arange(len(rows) + 1), rows
-        words = form.item_tokens if kind == 3 else self.title
+        words = item_tokenizer.item_tokens if kind == 3 else self.title
         asked = prompt_template.fill_template(self.frame[TASKS[kind]], words, history, start)
         if kind < 3:
             return SftExamples(asked=asked, written=nothing, target=named)
@@ -103,7 +112,7 @@ class SftTasks:
 
 def build_sft_tasks(
     split: Split,
-    form: PromptFormat,
+    item_tokenizer: ItemTokenizer,
     tokenizer: PreTrainedTokenizerBase,
     settings: PromptConfig,
     share: Mapping[str, float],
@@ -114,7 +123,7 @@ def build_sft_tasks(
 
     Args:
         split: rows of the history tasks.
-        form: of the policy's own prompts.
+        item_tokenizer: the catalog and the tokens of its codes.
         tokenizer: of the policy.
         settings: templates.
         share: examples of each task per row of the split.
@@ -124,7 +133,7 @@ def build_sft_tasks(
         DataError: a task needs titles and an item has none.
         ConfigError: a template or a title has more tokens than there is room for.
     """
-    titles = form.catalog.title
+    titles = item_tokenizer.catalog.title
     needing = [name for name in TASKS[1:] if share[name] > 0]
     lacking = sum(not title for title in titles)
     if needing and lacking:
@@ -136,7 +145,7 @@ def build_sft_tasks(
     text = np.array([token for row in rows for token in row], np.int32)
     title = text, ragged.starts(np.array([len(row) for row in rows]))
     longest = 1 + int(np.diff(title[1]).max())
-    room = form.vocabulary.frame.limit
+    room = item_tokenizer.template.limit
     answer = {"item_to_title": min(room, positions - longest)}
     places = {"titles": "{history}", "title_to_item": "{title}", "item_to_title": "{item}"}
     templates = {
@@ -150,7 +159,7 @@ def build_sft_tasks(
         frame[name] = prompt_template.encode_template(
             templates[name], places[name], tokenizer, settings, limit=limit
         )
-        shown = form.item_tokens[1] if name == "item_to_title" else title[1]
+        shown = item_tokenizer.item_tokens[1] if name == "item_to_title" else title[1]
         if name != "titles":
             prompt_template.check_fits(
                 shown, frame[name], "item" if name == "item_to_title" else "title"

@@ -1,9 +1,10 @@
-"""Which token stands for which code.
+"""Items as tokens: the catalog, the token of each code and the template of a prompt.
 
 Compact policies own a word-level tokenizer with one token per code; text policies carry the code
 tokens among their words. The codes of title catalogs are text tokens, whatever their level.
 
-Shapes:  V codes of one level   F nodes
+Shapes:  V codes of one level   F nodes   I items   T tokens   R rows (R1 = R + 1)
+         H history items
 """
 
 from dataclasses import dataclass, replace
@@ -11,19 +12,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, Int32, Int64
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from orchard import ragged
 from orchard.catalog.catalog import Catalog
 from orchard.catalog.trie import Trie
 from orchard.errors import CatalogError, DataError
 from orchard.policy import prompt_template
-from orchard.policy.prompt_template import PromptTemplate
+from orchard.policy.prompt_template import PromptTemplate, fill_template
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 THINK, THOUGHT = "<think>", "</think>"
@@ -45,22 +48,32 @@ class ThinkTokens:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Vocabulary:
-    """Token ids of the codes of every level; in title mode one slice that all levels share."""
+class ItemTokenizer:
+    """A catalog with the tokens of its codes: items to tokens, trie nodes to tokens, prompts.
 
+    In title mode all levels share one slice of token ids.
+    """
+
+    catalog: Catalog
     level_tokens: tuple[Int[Tensor, " _"], ...]
+    """Token id of each code, level by level."""
     bos: int
     pad: int
     size: int
     """Number of token ids, hence of rows of the model's head."""
-    tags: ThinkTokens | None = None
-    """Of a policy that thinks before it names an item."""
+    think: ThinkTokens | None = None
+    """Tags of a policy that reasons before it names an item."""
     instruction: PromptTemplate | None = None
-    """Around the items of a text policy's prompt."""
+    """Template of a text policy's prompt."""
 
     @property
-    def frame(self) -> PromptTemplate:
-        """Around the items of a prompt; of a compact policy `<bos>` alone."""
+    def trie(self) -> Trie:
+        """The legal code sequences of the catalog."""
+        return self.catalog.trie
+
+    @property
+    def template(self) -> PromptTemplate:
+        """Tokens around the items of a prompt; for a compact policy `<bos>` alone."""
         return self.instruction or PromptTemplate(before=(self.bos,))
 
     def slice_of(self, level: Int[Tensor, " F"]) -> Int[Tensor, " F"]:
@@ -76,15 +89,45 @@ class Vocabulary:
         sizes = torch.tensor([0, *(len(t) for t in self.level_tokens)])
         return torch.cat(self.level_tokens), sizes.cumsum(0)[:-1]
 
-    def token_of(self, trie: Trie, node: Int[Tensor, " F"]) -> Int[Tensor, " F"]:
-        """Token id of the code that leads into each node (none of them the root)."""
+    def token_of(self, node: Int[Tensor, " F"]) -> Int[Tensor, " F"]:
+        """Token id of the code that leads into each trie node (none of them the root)."""
         table, first = self._table
-        level = self.slice_of(trie.depth_of(node) - 1)
-        return table.to(node.device)[first.to(node.device)[level] + trie.code[node]]
+        level = self.slice_of(self.trie.depth_of(node) - 1)
+        return table.to(node.device)[first.to(node.device)[level] + self.trie.code[node]]
 
-    def to(self, device: torch.device | str) -> "Vocabulary":
-        """The same vocabulary on another device."""
-        return replace(self, level_tokens=tuple(tokens.to(device) for tokens in self.level_tokens))
+    @cached_property
+    def item_tokens(self) -> tuple[Int32[np.ndarray, " T"], Int64[np.ndarray, " I1"]]:
+        """Tokens of every item of the catalog, ragged."""
+        codes = self.catalog.codes
+        table = np.full(codes.shape, -1, dtype=np.int32)
+        for level in range(codes.shape[1]):
+            present = codes[:, level] >= 0
+            tokens = self.tokens_at(level).cpu().numpy()
+            table[present, level] = tokens[codes[present, level]]
+        return table[table >= 0], ragged.starts((table >= 0).sum(1))
+
+    def encode_history(
+        self, item: Int64[np.ndarray, " H"], start: Int64[np.ndarray, " R1"]
+    ) -> tuple[Int32[np.ndarray, " T"], Int64[np.ndarray, " R1"]]:
+        """Tokens of a prompt for each row of items; the oldest items give way where it is full.
+
+        Args:
+            item: catalog rows, oldest first.
+            start: row r holds the items `start[r] : start[r + 1]`.
+        """
+        return fill_template(self.template, self.item_tokens, item, start)
+
+    def with_catalog(self, catalog: Catalog) -> "ItemTokenizer":
+        """The same tokens for another version of the catalog."""
+        return replace(self, catalog=catalog)
+
+    def to(self, device: torch.device | str) -> "ItemTokenizer":
+        """The same tokenizer with trie and token table on another device."""
+        return replace(
+            self,
+            catalog=replace(self.catalog, trie=self.trie.to(device)),
+            level_tokens=tuple(tokens.to(device) for tokens in self.level_tokens),
+        )
 
 
 def compact_tokenizer(catalog: Catalog) -> PreTrainedTokenizerFast:
@@ -144,7 +187,7 @@ def think_tokens(tokenizer: PreTrainedTokenizerBase) -> ThinkTokens:
     return ThinkTokens(open=found[0], close=found[1], end=end)
 
 
-def from_tokenizer(tokenizer: PreTrainedTokenizerBase, catalog: Catalog) -> Vocabulary:
+def make_item_tokenizer(tokenizer: PreTrainedTokenizerBase, catalog: Catalog) -> ItemTokenizer:
     """Look up the token of every code.
 
     Raises:
@@ -164,12 +207,12 @@ def from_tokenizer(tokenizer: PreTrainedTokenizerBase, catalog: Catalog) -> Voca
                 f"of level {level + 1} are missing); it was made for another catalog"
             )
         levels.append(torch.tensor([known[word] for word in words]))
-    return _with_specials(tokenizer, known, tuple(levels))
+    return _with_specials(tokenizer, known, catalog, tuple(levels))
 
 
 def _of_titles(
     tokenizer: PreTrainedTokenizerBase, known: dict[str, int], catalog: Catalog
-) -> Vocabulary:
+) -> ItemTokenizer:
     """The one slice of a title catalog, if it is this tokenizer's."""
     token = torch.tensor(catalog.code_token)
     if int(token.max()) >= len(tokenizer) or int(token[-1]) != tokenizer.eos_token_id:
@@ -178,15 +221,19 @@ def _of_titles(
             f"the policy's tokenizer ends with {tokenizer.eos_token_id} and has {len(tokenizer)}; "
             "tokenise the titles with the policy's own tokenizer"
         )
-    return _with_specials(tokenizer, known, (token,))
+    return _with_specials(tokenizer, known, catalog, (token,))
 
 
 def _with_specials(
-    tokenizer: PreTrainedTokenizerBase, known: dict[str, int], levels: tuple[Tensor, ...]
-) -> Vocabulary:
+    tokenizer: PreTrainedTokenizerBase,
+    known: dict[str, int],
+    catalog: Catalog,
+    levels: tuple[Tensor, ...],
+) -> ItemTokenizer:
     pad = known.get(str(tokenizer.pad_token), 0)
     bos = known.get(str(tokenizer.bos_token), pad)
-    return Vocabulary(
+    return ItemTokenizer(
+        catalog=catalog,
         level_tokens=levels,
         bos=bos,
         pad=pad,

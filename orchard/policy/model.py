@@ -18,23 +18,23 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from orchard.catalog.trie import Children, Trie
+from orchard.catalog.trie import Children
 from orchard.errors import CheckpointError, DataError
 from orchard.policy import value_head
-from orchard.policy.item_tokenizer import Vocabulary
+from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.settings import ModelConfig
 
 POSITIONS = 4096
 """Of a policy made from scratch."""
 
 
-def create(config: ModelConfig, vocabulary: Vocabulary, *, seed: int) -> PreTrainedModel:
+def create(config: ModelConfig, tokenizer: ItemTokenizer, *, seed: int) -> PreTrainedModel:
     """A small Qwen3 with tied embeddings from scratch; equal seeds give equal weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen3ForCausalLM(
             Qwen3Config(
-                vocab_size=vocabulary.size,
+                vocab_size=tokenizer.size,
                 hidden_size=config.hidden_size,
                 intermediate_size=config.intermediate_size,
                 num_hidden_layers=config.layers,
@@ -43,15 +43,15 @@ def create(config: ModelConfig, vocabulary: Vocabulary, *, seed: int) -> PreTrai
                 head_dim=max(32, config.hidden_size // config.heads),
                 max_position_embeddings=POSITIONS,
                 tie_word_embeddings=True,
-                bos_token_id=vocabulary.bos,
-                pad_token_id=vocabulary.pad,
+                bos_token_id=tokenizer.bos,
+                pad_token_id=tokenizer.pad,
                 eos_token_id=None,
             )
         )
     return model.float().eval()
 
 
-def load(folder: Path, vocabulary: Vocabulary | None = None) -> PreTrainedModel:
+def load(folder: Path, tokenizer: ItemTokenizer | None = None) -> PreTrainedModel:
     """The policy of a Hugging Face folder, in float32, with its value head if one was saved.
 
     Raises:
@@ -69,9 +69,9 @@ def load(folder: Path, vocabulary: Vocabulary | None = None) -> PreTrainedModel:
         reason = str(error).partition("\n")[0]
         raise DataError(f"{folder} holds no loadable weights: {reason}") from error
     rows = head_weight(model).shape[0]
-    if vocabulary is not None and rows < vocabulary.size:
+    if tokenizer is not None and rows < tokenizer.size:
         raise CheckpointError(
-            f"the policy in {folder} knows {rows} tokens, its tokenizer {vocabulary.size}; "
+            f"the policy in {folder} knows {rows} tokens, its tokenizer {tokenizer.size}; "
             "export the policy again with its own tokenizer"
         )
     value_head.load(model, folder)
@@ -133,22 +133,22 @@ def child_logprobs(
     hidden: Float[Tensor, "F D"],
     node: Int[Tensor, " F"],
     head: Float[Tensor, "tokens D"],
-    trie: Trie,
-    vocabulary: Vocabulary,
+    tokenizer: ItemTokenizer,
 ) -> tuple[Float[Tensor, " M"], Children]:
     """Log-probability of every legal child of each node, in float32: the policy itself.
 
     Only the head's rows of the node's level are evaluated, or in title mode those that all levels
     share. A single child has log-probability 0.
     """
+    trie = tokenizer.trie
     children = trie.children(node)
-    level = vocabulary.slice_of(trie.depth_of(node))
+    level = tokenizer.slice_of(trie.depth_of(node))
     code = trie.code.index_select(0, children.node)
     pieces: list[Tensor] = []
     places: list[Tensor] = []
     slices = cast(list[int], level.unique().tolist())
     if len(slices) == 1:
-        tokens = vocabulary.tokens_at(slices[0])
+        tokens = tokenizer.tokens_at(slices[0])
         pieces.append(_code_logits(hidden, head[tokens], children.owner, code))
         slices = []
     for at in slices:
@@ -156,7 +156,7 @@ def child_logprobs(
         place = (level[children.owner] == at).nonzero().squeeze(1)
         local = torch.full_like(node, -1)
         local[rows] = torch.arange(len(rows), device=node.device)
-        tokens, owner = vocabulary.tokens_at(at), local[children.owner[place]]
+        tokens, owner = tokenizer.tokens_at(at), local[children.owner[place]]
         pieces.append(_code_logits(hidden[rows], head[tokens], owner, code[place]))
         places.append(place)
     if not pieces:

@@ -21,7 +21,7 @@ from jaxtyping import Float, Float32, Int32, Int64
 from torch import Tensor
 
 from orchard.catalog.trie import ROOT, Trie
-from orchard.policy.item_tokenizer import Vocabulary
+from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.policy.model import child_logprobs
 from orchard.policy.value_head import ValueHead
 from orchard.types import PolicyVersion, Prompts
@@ -115,15 +115,19 @@ class PagedBackend:
     def __init__(
         self,
         model: PagedModel,
-        trie: Trie,
-        vocabulary: Vocabulary,
+        tokenizer: ItemTokenizer,
         version: PolicyVersion,
         head: Float[Tensor, "tokens D"],
         value_head: ValueHead | None = None,
     ) -> None:
         """Take over the whole cache of `model`. `head` is its output matrix."""
-        self.trie, self.vocabulary, self._model = trie, vocabulary, model
+        self.tokenizer, self._model = tokenizer, model
         self.load_weights(version, head, value_head)
+
+    @property
+    def trie(self) -> Trie:
+        """The legal sequences."""
+        return self.tokenizer.trie
 
     def load_weights(
         self,
@@ -197,7 +201,7 @@ class PagedBackend:
             path = self._lengthen(path, hidden, torch.searchsorted(start, wanted, right=True) - 1)
             value = self._value(self._value_head, path)
         end = hidden[torch.searchsorted(wanted, start[1:] - 1)]
-        logprob, children = child_logprobs(end, node, self._head, self.trie, self.vocabulary)
+        logprob, children = child_logprobs(end, node, self._head, self.tokenizer)
         first = len(self._states.length)
         self._states = self._states.join(_Prefixes(pages=pages, length=total, path=path))
         state = torch.arange(first, len(self._states.length), device=node.device)

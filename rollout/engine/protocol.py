@@ -15,9 +15,10 @@ import numpy as np
 from jaxtyping import Float32, Int32, Int64
 from torch import Tensor
 
+from orchard.catalog.catalog import Catalog
 from orchard.catalog.trie import Children, Trie
 from orchard.errors import EngineError
-from orchard.policy.item_tokenizer import Vocabulary
+from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.policy.weights import Weights, digest
 from orchard.types import PolicyVersion, Prompts
 from rollout.candidates import Candidates
@@ -70,8 +71,8 @@ class DecodingBackend(Protocol):
         ...
 
     @property
-    def vocabulary(self) -> Vocabulary:
-        """The tokens of their codes."""
+    def tokenizer(self) -> ItemTokenizer:
+        """The catalog and the tokens of its codes."""
         ...
 
     @property
@@ -133,8 +134,8 @@ class InferenceEngine(SearchRunner, Protocol):
         """
         ...
 
-    def set_catalog(self, trie: Trie) -> None:
-        """Search these sequences from now on, with the same vocabulary."""
+    def set_catalog(self, catalog: Catalog) -> None:
+        """Search these items from now on, with the same tokens for their codes."""
         ...
 
     def generate(

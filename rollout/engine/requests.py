@@ -17,7 +17,7 @@ from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from orchard.catalog.trie import ROOT, Children, Trie
-from orchard.policy.item_tokenizer import Vocabulary
+from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.types import PolicyVersion, Prompts
 from rollout.engine.protocol import NextCodeLogprobs, check_prompt_length
 
@@ -32,13 +32,16 @@ MAX_ALLOWED = 1024
 class RequestBackend:
     """Decodes with requests to a vLLM engine, which others may use in between."""
 
-    def __init__(
-        self, llm: "LLM", trie: Trie, vocabulary: Vocabulary, version: PolicyVersion
-    ) -> None:
+    def __init__(self, llm: "LLM", tokenizer: ItemTokenizer, version: PolicyVersion) -> None:
         """Ask `llm`, which holds the policy that `version` names."""
-        self.trie, self.vocabulary, self.version = trie, vocabulary, version
+        self.tokenizer, self.version = tokenizer, version
         self._llm = llm
         self._prefix: list[list[int]] = []
+
+    @property
+    def trie(self) -> Trie:
+        """The legal sequences."""
+        return self.tokenizer.trie
 
     def prefill(self, prompts: Prompts) -> NextCodeLogprobs:
         """Read each prompt once and score the children of the root."""
@@ -66,7 +69,7 @@ class RequestBackend:
     def _expand(self, first: int, node: Int64[Tensor, " F"]) -> NextCodeLogprobs:
         """Score the children of the nodes reached by the prefixes from number `first` on."""
         children = self.trie.children(node)
-        token = self.vocabulary.token_of(self.trie, children.node)
+        token = self.tokenizer.token_of(children.node)
         legal = [token[a:b].tolist() for a, b in pairwise(children.start.tolist())]
         requests: list[TokensPrompt] = [
             {"prompt_token_ids": prefix} for prefix in self._prefix[first:]

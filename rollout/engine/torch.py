@@ -19,9 +19,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from orchard import ragged
+from orchard.catalog.catalog import Catalog
 from orchard.catalog.trie import ROOT, Trie
 from orchard.policy import value_head
-from orchard.policy.item_tokenizer import Vocabulary
+from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.policy.model import child_logprobs, head_weight
 from orchard.policy.weights import Weights, restore
 from orchard.types import PolicyVersion, Prompts
@@ -44,12 +45,11 @@ class TorchEngine:
     """Decodes with a model of this process, on the model's device and in its precision."""
 
     def __init__(
-        self, model: PreTrainedModel, trie: Trie, vocabulary: Vocabulary, version: PolicyVersion
+        self, model: PreTrainedModel, tokenizer: ItemTokenizer, version: PolicyVersion
     ) -> None:
         """Take over `model`, whose weights are those that `version` names."""
         head = head_weight(model)
-        self.trie = trie.to(head.device)
-        self.vocabulary = vocabulary.to(head.device)
+        self.tokenizer = tokenizer.to(head.device)
         self.version = version
         self._model = model.eval()
         self._cache = DynamicCache()
@@ -58,6 +58,11 @@ class TorchEngine:
         # What the value head reads: the last slot of the prompt and all slots after it.
         self._hidden = head.new_zeros(0, 0, head.shape[1])
 
+    @property
+    def trie(self) -> Trie:
+        """The legal sequences."""
+        return self.tokenizer.trie
+
     def load_weights(self, version: PolicyVersion, weights: Weights) -> None:
         """Answer with these weights from now on; see `InferenceEngine.load_weights`."""
         check_weights(version, weights)
@@ -65,14 +70,15 @@ class TorchEngine:
         restore(self._model, weights)
         self.version, self._cache = version, DynamicCache()
 
-    def set_catalog(self, trie: Trie) -> None:
-        """Search these sequences from now on; see `Holder.turn_to`."""
-        self.trie, self._cache = trie.to(self._padding.device), DynamicCache()
+    def set_catalog(self, catalog: Catalog) -> None:
+        """Search these items from now on; see `InferenceEngine.set_catalog`."""
+        self.tokenizer = self.tokenizer.with_catalog(catalog).to(self._padding.device)
+        self._cache = DynamicCache()
 
     def run(
         self, find: Callable[[DecodingBackend, Prompts], Candidates], prompts: Prompts
     ) -> Candidates:
-        """Search with `find`; see `Holder.run`."""
+        """Search with `find`; see `SearchRunner.run`."""
         return find(self, prompts)
 
     def generate(
@@ -88,7 +94,7 @@ class TorchEngine:
         # Padded on the left, the last token of every prompt is in the same slot.
         short = widest - np.diff(prompts.token_start)
         row, place = ragged.owners(prompts.token_start), ragged.places(prompts.token_start)
-        table = np.full((len(prompts), widest), self.vocabulary.pad, dtype=np.int64)
+        table = np.full((len(prompts), widest), self.tokenizer.pad, dtype=np.int64)
         table[row, place + short[row]] = prompts.token
         token = torch.from_numpy(table).to(self._padding.device)
         slot = torch.arange(widest, device=token.device)
@@ -120,7 +126,7 @@ class TorchEngine:
         row, slot = state >> _SLOT_BITS, state & ((1 << _SLOT_BITS) - 1)
         place, owner = self._places(row, start)
         at, new = row[owner], int(place.max()) + 1
-        tokens = torch.full((num_rows, new), self.vocabulary.pad, device=token.device)
+        tokens = torch.full((num_rows, new), self.tokenizer.pad, device=token.device)
         tokens[at, place] = token
         step = torch.arange(len(token), device=token.device) - start[owner]
         above = torch.full_like(tokens, self._padding.shape[1] - 1)
@@ -184,7 +190,7 @@ class TorchEngine:
         node: Int64[Tensor, " F"],
     ) -> NextCodeLogprobs:
         head = head_weight(self._model)
-        logprob, children = child_logprobs(hidden, node, head, self.trie, self.vocabulary)
+        logprob, children = child_logprobs(hidden, node, head, self.tokenizer)
         return NextCodeLogprobs(
             state=state, logprob=logprob, children=children, value=self._value(state)
         )

@@ -22,10 +22,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from orchard import ragged
-from orchard.catalog.trie import Trie
+from orchard.catalog.catalog import Catalog
 from orchard.errors import EngineError
 from orchard.policy import value_head as value_heads
-from orchard.policy.item_tokenizer import Vocabulary
+from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.policy.model import head_weight
 from orchard.policy.value_head import ValueHead
 from orchard.policy.weights import Weights, restore, snapshot
@@ -67,8 +67,7 @@ class VllmEngine:
         self,
         folder: Path,
         model: PreTrainedModel,
-        trie: Trie,
-        vocabulary: Vocabulary,
+        tokenizer: ItemTokenizer,
         version: PolicyVersion,
         config: RolloutConfig,
         *,
@@ -94,13 +93,13 @@ class VllmEngine:
         self._sender = PayloadEncoder() if config.gpus else None
         longest = int(model.config.max_position_embeddings)
         self.llm = _start(folder, config, self._ranks, longest=longest, seed=seed)
-        self._requests = RequestBackend(self.llm, trie, vocabulary, version)
+        self._requests = RequestBackend(self.llm, tokenizer, version)
         if self._in_worker and not self._can_search():
             self._in_worker = False
             self._check_values(value_head)
         if self._in_worker:
             head = weights[self._head]
-            self._call("orchard_attach", trie, vocabulary, version, head, value_head)
+            self._call("orchard_attach", tokenizer, version, head, value_head)
 
     def load_weights(self, version: PolicyVersion, weights: Weights) -> None:
         """Answer with these weights from now on; see `InferenceEngine.load_weights`."""
@@ -114,20 +113,20 @@ class VllmEngine:
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": sent})
         self.llm.apply_model(_repack_head)
         if self._in_worker:
-            self._call("orchard_install", version, weights[self._head], value_head)
+            self._call("orchard_load_weights", version, weights[self._head], value_head)
         self._forget_prefixes()
         self.version = self._requests.version = version
 
-    def set_catalog(self, trie: Trie) -> None:
-        """Search these sequences from now on; see `Holder.turn_to`."""
+    def set_catalog(self, catalog: Catalog) -> None:
+        """Search these items from now on; see `InferenceEngine.set_catalog`."""
         if self._in_worker:
-            self._call("orchard_turn_to", trie)
-        self._requests.trie = trie
+            self._call("orchard_set_catalog", catalog)
+        self._requests.tokenizer = self._requests.tokenizer.with_catalog(catalog)
 
     def run(
         self, find: Callable[[DecodingBackend, Prompts], Candidates], prompts: Prompts
     ) -> Candidates:
-        """Run a search next to the model; see `Holder.run`."""
+        """Run a search next to the model; see `SearchRunner.run`."""
         if not self._in_worker:
             return find(self._requests, prompts)
         if self.llm.llm_engine.has_unfinished_requests():

@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
-from orchard.catalog.trie import Trie
+from orchard.catalog.catalog import Catalog
 from orchard.errors import EngineError
-from orchard.policy.item_tokenizer import Vocabulary
+from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.policy.value_head import ValueHead
 from orchard.types import PolicyVersion, Prompts
 from rollout.candidates import Candidates
@@ -143,8 +143,7 @@ class SearchExtension:
 
     def orchard_attach(
         self,
-        trie: Trie,
-        vocabulary: Vocabulary,
+        tokenizer: ItemTokenizer,
         version: PolicyVersion,
         head: Shaped[np.ndarray, "tokens D"],
         value_head: ValueHead | None,
@@ -153,15 +152,14 @@ class SearchExtension:
         model = VllmModel(self.model_runner)
         self.orchard_engine = PagedBackend(
             model,
-            trie.to(model.device),
-            vocabulary.to(model.device),
+            tokenizer.to(model.device),
             version,
             *_heads(model, head, value_head),
         )
         self.orchard_parcels = PayloadDecoder(model.device)
         self.orchard_batch = 1 << 31
 
-    def orchard_install(
+    def orchard_load_weights(
         self,
         version: PolicyVersion,
         head: Shaped[np.ndarray, "tokens D"],
@@ -171,9 +169,11 @@ class SearchExtension:
         heads = _heads(VllmModel(self.model_runner), head, value_head)
         self.orchard_engine.load_weights(version, *heads)
 
-    def orchard_turn_to(self, trie: Trie) -> None:
-        """Search these sequences from now on."""
-        self.orchard_engine.trie = trie.to(self.orchard_engine.trie.code.device)
+    def orchard_set_catalog(self, catalog: Catalog) -> None:
+        """Search these items from now on."""
+        engine = self.orchard_engine
+        device = engine.trie.code.device
+        engine.tokenizer = engine.tokenizer.with_catalog(catalog).to(device)
 
     def orchard_run(self, search: SearchFn | SearchPayload, prompts: Prompts) -> Candidates:
         """Search, overwriting vLLM's cache; batches that do not fit in it are split.

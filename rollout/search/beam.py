@@ -198,10 +198,10 @@ def spans(
     top = trie.depth_of(above)
     start = starts_of_mask(count := trie.depth_of(node) - top)
     if int(start[-1]) == len(node):  # one code each
-        return engine.vocabulary.token_of(trie, node), start
+        return engine.tokenizer.token_of(node), start
     owner = torch.arange(len(node), device=node.device).repeat_interleave(count)
     level = torch.arange(len(owner), device=node.device) + (top - start[:-1])[owner]
-    return engine.vocabulary.token_of(trie, trie.path(node)[owner, level]), start
+    return engine.tokenizer.token_of(trie.path(node)[owner, level]), start
 
 
 def uniforms(

@@ -20,9 +20,8 @@ from orchard.catalog import view as views
 from orchard.catalog.catalog import Catalog
 from orchard.catalog.versioned import Snapshot, VersionedCatalog
 from orchard.catalog.view import CatalogView
-from orchard.data.prompts import PromptFormat
 from orchard.errors import CatalogError, ConfigError, DataError
-from orchard.policy.item_tokenizer import Vocabulary
+from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.settings import FilterConfig
 from serve.catalog.attributes import Attributes
 from serve.errors import ConflictError, UnknownNameError, UnprocessableError
@@ -51,7 +50,7 @@ class CatalogVersion:
     live: VersionedCatalog
     """Changed by nobody once it is here."""
     snapshot: Snapshot
-    vocabulary: Vocabulary
+    tokenizer: ItemTokenizer
     attributes: Attributes
     filters: Mapping[str, FilterConfig]
     popularity: Mapping[int, float]
@@ -69,11 +68,6 @@ class CatalogVersion:
     def name(self) -> str:
         """Version and digest, as answers spell it."""
         return f"{self.version}-{self.catalog.digest[:8]}"
-
-    @cached_property
-    def form(self) -> PromptFormat:
-        """How histories become tokens."""
-        return PromptFormat(catalog=self.catalog, vocabulary=self.vocabulary)
 
     @cached_property
     def by_popularity(self) -> Int64[np.ndarray, " I"]:
@@ -131,8 +125,7 @@ class CatalogStore:
 
     def __init__(
         self,
-        catalog: Catalog,
-        vocabulary: Vocabulary,
+        tokenizer: ItemTokenizer,
         *,
         attributes: Attributes,
         filters: Mapping[str, FilterConfig],
@@ -140,9 +133,9 @@ class CatalogStore:
         keep: int,
     ) -> None:
         """Start with version 0."""
-        live = VersionedCatalog(catalog)
+        live = VersionedCatalog(tokenizer.catalog)
         self.current = CatalogVersion(
-            version=0, live=live, snapshot=live.snapshot, vocabulary=vocabulary,
+            version=0, live=live, snapshot=live.snapshot, tokenizer=tokenizer,
             attributes=attributes, filters=filters, popularity=popularity,
         )  # fmt: skip
         self._keep = keep
@@ -223,7 +216,7 @@ def _changed(catalog_version: CatalogVersion, delta: DeltaRequest) -> CatalogVer
         version=catalog_version.version + 1,
         live=live,
         snapshot=live.snapshot,
-        vocabulary=catalog_version.vocabulary,
+        tokenizer=catalog_version.tokenizer.with_catalog(live.snapshot.catalog),
         attributes=catalog_version.attributes.with_changes(attributes),
         filters=catalog_version.filters,
         popularity=catalog_version.popularity,

@@ -120,7 +120,7 @@ def read_queries(
         unknown.append(int((~known).sum()))
     history = np.concatenate([np.zeros(0, np.int64), *kept])
     start = ragged.starts(np.array([len(rows) for rows in kept]))
-    token, token_start = catalog_version.form.tokens(history, start)
+    token, token_start = catalog_version.tokenizer.encode_history(history, start)
     prompts = Prompts(
         id=np.array([query.seed for query in queries], dtype=np.int64),
         target=np.zeros(len(queries), dtype=np.int64),

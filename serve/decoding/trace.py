@@ -14,7 +14,7 @@ from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from orchard.catalog.trie import ROOT, Trie
-from orchard.policy.item_tokenizer import Vocabulary
+from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.types import PolicyVersion, Prompts
 from rollout.candidates import Candidates
 from rollout.engine.payload import split_search
@@ -72,9 +72,9 @@ class _Recorder:
         return self._engine.trie
 
     @property
-    def vocabulary(self) -> Vocabulary:
+    def tokenizer(self) -> ItemTokenizer:
         """The engine's."""
-        return self._engine.vocabulary
+        return self._engine.tokenizer
 
     @property
     def version(self) -> PolicyVersion:

@@ -22,11 +22,10 @@ import numpy as np
 
 from orchard import ragged
 from orchard.catalog.catalog import Catalog
-from orchard.data.prompts import PromptFormat
 from orchard.errors import CheckpointError, DataError, EngineError, OrchardError
 from orchard.policy import model as models
 from orchard.policy import value_head
-from orchard.policy.item_tokenizer import Vocabulary
+from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.policy.weights import Weights, digest, snapshot
 from orchard.types import PolicyVersion, Prompts
 from rollout.candidates import Candidates
@@ -54,21 +53,22 @@ class LoadedPolicy:
     """Of the folder when the reading began."""
 
 
-def read_policy(folder: Path, vocabulary: Vocabulary, catalog: str) -> LoadedPolicy:
+def read_policy(folder: Path, tokenizer: ItemTokenizer) -> LoadedPolicy:
     """The policy of a folder.
 
     Raises:
         DataError: the folder holds no policy.
         CheckpointError: the weights are not those that the folder names, or belong to another
-            catalog than the one with the given digest.
+            catalog than the tokenizer's.
     """
     stamp, about = folder_stamp(folder), read_facts(folder)
+    catalog = tokenizer.catalog.digest
     if about is not None and about["catalogue"] != catalog:
         raise CheckpointError(
             f"the policy was trained on catalog {about['catalogue'][:12]}, the endpoint serves "
             f"{catalog[:12]}; serve it from its own folder"
         )
-    model = models.load(folder, vocabulary)
+    model = models.load(folder, tokenizer)
     weights = snapshot(model)
     found = digest(weights)
     step = about["version"]["step"] if about is not None else 0
@@ -100,11 +100,11 @@ def read_facts(folder: Path) -> dict[str, Any] | None:
     return json.loads(facts.read_text()) if facts.is_file() else None
 
 
-def probe(holder: InferenceEngine, catalog: Catalog, form: PromptFormat) -> Candidates:
+def probe(holder: InferenceEngine, tokenizer: ItemTokenizer) -> Candidates:
     """What a policy makes of a few fixed histories."""
-    rows = np.linspace(0, len(catalog) - 1, 3 * _PROBES).astype(np.int64)
+    rows = np.linspace(0, len(tokenizer.catalog) - 1, 3 * _PROBES).astype(np.int64)
     start = ragged.starts(np.full(_PROBES, 3))
-    token, token_start = form.tokens(rows, start)
+    token, token_start = tokenizer.encode_history(rows, start)
     prompts = Prompts(
         id=np.arange(_PROBES), target=np.zeros(_PROBES, np.int64), history=rows,
         history_start=start, token=token, token_start=token_start,
@@ -115,8 +115,8 @@ def probe(holder: InferenceEngine, catalog: Catalog, form: PromptFormat) -> Cand
 class PolicySlot:
     """One variant: the engine that answers, and the folder that it follows.
 
-    `look` and `recall` may run in any thread but one at a time; `switch` and `turn_to` belong to
-    the thread that searches.
+    `poll` and `load_archived` may run in any thread but one at a time; `switch` and `set_catalog`
+    belong to the thread that searches.
     """
 
     def __init__(
@@ -124,8 +124,7 @@ class PolicySlot:
         name: str,
         folder: Path,
         first: LoadedPolicy,
-        vocabulary: Vocabulary,
-        catalog: Catalog,
+        tokenizer: ItemTokenizer,
         make: Callable[[LoadedPolicy], InferenceEngine],
         *,
         keep: Path,
@@ -140,8 +139,7 @@ class PolicySlot:
             name: of the variant.
             folder: where new policies are found.
             first: the policy there now.
-            vocabulary: of all policies of the slot.
-            catalog: that the policies were trained on.
+            tokenizer: of all policies of the slot, with the catalog that they were trained on.
             make: an engine for a policy.
             keep: folder in which accepted policies are kept.
             versions: how many are.
@@ -154,8 +152,8 @@ class PolicySlot:
         self.refused = ""
         self.holder = make(first)
         self.guided = first.guided and isinstance(self.holder, TorchEngine)
-        self._folder, self._vocabulary, self._base = folder, vocabulary, catalog
-        self._trie = catalog.trie.catalog
+        self._folder, self._tokenizer = folder, tokenizer
+        self._digest = tokenizer.catalog.digest
         self._weights = first.weights
         self._keep, self._versions, self._tolerance = keep / name, versions, tolerance
         self._seen = first.stamp  # an export since then is a new one
@@ -184,7 +182,7 @@ class PolicySlot:
         if self.pinned is not None or folder_stamp(self._folder) == self._seen:
             return None
         try:
-            loaded = read_policy(self._folder, self._vocabulary, self._base.digest)
+            loaded = read_policy(self._folder, self._tokenizer)
         except _TRANSIENT as error:
             # Half a policy may be there while training writes: it is looked at again.
             self.refused = _sentence(error)
@@ -211,7 +209,7 @@ class PolicySlot:
             )
         damaged = f"policy {version} is kept but damaged; activate another of GET /v1/policy"
         try:
-            loaded = read_policy(self._keep / version, self._vocabulary, self._base.digest)
+            loaded = read_policy(self._keep / version, self._tokenizer)
         except _TRANSIENT as error:
             raise UnknownNameError(damaged) from error
         if str(loaded.version) != version:
@@ -227,10 +225,10 @@ class PolicySlot:
 
         `refused` then says why.
         """
-        form = PromptFormat(catalog=catalog, vocabulary=self._vocabulary)
-        reference = TorchEngine(loaded.model, catalog.trie, self._vocabulary, loaded.version)
+        tokenizer = self._tokenizer.with_catalog(catalog)
+        reference = TorchEngine(loaded.model, tokenizer, loaded.version)
         try:
-            return probe(reference, catalog, form)
+            return probe(reference, tokenizer)
         except EngineError as error:
             self.refused = _sentence(error)
             return None
@@ -241,12 +239,12 @@ class PolicySlot:
         Returns:
             If it does; otherwise the policy before it answers on, and `refused` says why.
         """
-        form = PromptFormat(catalog=catalog, vocabulary=self._vocabulary)
+        tokenizer = self._tokenizer.with_catalog(catalog)
         before, weights = self.version, self._weights
         try:
             self.set_catalog(catalog)
             self.holder.load_weights(loaded.version, loaded.weights)
-            found = probe(self.holder, catalog, form)
+            found = probe(self.holder, tokenizer)
             check_probe(found, expected, loaded.version, self._tolerance)
         except (EngineError, CheckpointError) as error:
             if self.version is not before:
@@ -259,9 +257,9 @@ class PolicySlot:
 
     def set_catalog(self, catalog: Catalog) -> None:
         """Search this catalog from now on."""
-        if self._trie != catalog.digest:
-            self.holder.set_catalog(catalog.trie)
-            self._trie = catalog.digest
+        if self._digest != catalog.digest:
+            self.holder.set_catalog(catalog)
+            self._digest = catalog.digest
 
     def archive(self, accepted: LoadedPolicy) -> None:
         """Copy a policy that answers now, if it is still in the folder; drop the oldest copies."""

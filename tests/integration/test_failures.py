@@ -72,7 +72,7 @@ def begin(run_file: Path, *changes: str) -> Run:
     settings: Config = config.load(run_file, changes)
     begun = prepare(settings, "sft")
     open_run_dir(begun)
-    first = model.create(settings.model, begun.vocabulary, seed=0)
+    first = model.create(settings.model, begun.tokenizer, seed=0)
     save_policy(begun, begun.result, PolicyVersion(step=0, digest="x"), snapshot(first))
     return prepare(settings, "train")
 

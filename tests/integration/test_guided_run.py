@@ -12,6 +12,7 @@ from cluster.training.loop import make_batch, step_metrics
 from cluster.training.run import Run, prepare
 from cluster.training.run_dir import open_run_dir, save_policy
 from orchard import config
+from orchard.data.prompts import make_prompts
 from orchard.errors import ConfigError
 from orchard.policy import model, value_head
 from orchard.policy.weights import digest, snapshot
@@ -64,7 +65,7 @@ def guided(settings: Config) -> Run:
     """A run from a policy with a value head, saved as a run leaves it."""
     first = prepare(settings, "sft")
     open_run_dir(first)
-    policy = model.create(first.config.model, first.vocabulary, seed=0)
+    policy = model.create(first.config.model, first.tokenizer, seed=0)
     value_head.attach(policy, seed=1)
     weights = snapshot(policy)
     save_policy(first, first.result, PolicyVersion(step=0, digest=digest(weights)), weights)
@@ -72,23 +73,23 @@ def guided(settings: Config) -> Run:
 
 
 def search(run: Run, *, kind: str | None = None) -> ScoredTrees:
-    rollout_worker = RolloutWorker(
-        run.config.rollout, run.policy, run.catalog, run.vocabulary, seed=0
+    rollout_worker = RolloutWorker(run.config.rollout, run.policy, run.tokenizer, seed=0)
+    trees = rollout_worker.search(
+        make_prompts(run.tokenizer, run.train, np.arange(8)), seed=0, kind=kind
     )
-    trees = rollout_worker.search(run.form.prompts(run.train, np.arange(8)), seed=0, kind=kind)
     return score_trees(trees, run.catalog, run.config.rewards.weights)
 
 
 def test_an_exported_head_is_loaded_with_its_policy(settings: Callable[..., Config]) -> None:
     run = guided(settings())
-    loaded = model.load(run.policy, run.vocabulary)
+    loaded = model.load(run.policy, run.tokenizer)
     assert value_head.value_head_of(loaded) is not None
     assert sorted(path.name for path in run.policy.glob("*.safetensors")) == [
         "model.safetensors",
         "value_head.safetensors",
     ]
     names = set(snapshot(loaded))
-    assert names > set(snapshot(model.create(run.config.model, run.vocabulary, seed=0)))
+    assert names > set(snapshot(model.create(run.config.model, run.tokenizer, seed=0)))
 
 
 def test_guided_trees_carry_values_and_become_a_batch_that_teaches_them(

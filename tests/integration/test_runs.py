@@ -69,7 +69,7 @@ def untrained(settings: Config) -> None:
     """A run folder as a warm start leaves it, but with random weights."""
     run = prepare(settings, "sft")
     open_run_dir(run)
-    first = model.create(run.config.model, run.vocabulary, seed=0)
+    first = model.create(run.config.model, run.tokenizer, seed=0)
     save_policy(run, run.result, PolicyVersion(step=0, digest="x"), snapshot(first))
 
 
@@ -210,7 +210,7 @@ def test_an_actor_lost_during_an_evaluation_is_replaced_by_one_of_the_same_polic
 ) -> None:
     untrained(settings())
     run = prepare(settings("evaluate.batch_size=8", "rollout.max_restarts=1"), "evaluate")
-    first, other = (model.create(run.config.model, run.vocabulary, seed=s) for s in (0, 1))
+    first, other = (model.create(run.config.model, run.tokenizer, seed=s) for s in (0, 1))
 
     async def scenario(controller: Controller) -> None:
         async def ranks(advance: Callable[[], None] | None = None) -> list[int]:

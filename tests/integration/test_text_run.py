@@ -16,13 +16,14 @@ from cluster.training.run_dir import open_run_dir, save_policy
 from learner.batch.sft import pack_answers, pack_examples
 from learner.trainer import Trainer
 from orchard import config
+from orchard.data.prompts import make_prompts
 from orchard.errors import CatalogError, ConfigError, DataError
 from orchard.policy import item_tokenizer, model, prompt_template
 from orchard.policy.item_tokenizer import sid_token
 from orchard.policy.titles import make_title_tokenizer
 from orchard.policy.weights import digest, snapshot
 from orchard.settings import Config, ModelConfig
-from orchard.testing import save_model_folder
+from orchard.testing import save_model_folder, tiny_catalog
 from orchard.types import PolicyVersion, SearchTrees
 from rewards.score import score_trees
 from rollout.actor import RolloutWorker
@@ -39,8 +40,12 @@ def language(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("language")
     titles = pq.read_table(data / "items.parquet")["title"].to_pylist()
     tokenizer = make_title_tokenizer([*titles, TEMPLATE], 400)
-    words = item_tokenizer.Vocabulary(
-        level_tokens=(torch.tensor([0]),), bos=1, pad=0, size=len(tokenizer) + 16
+    words = item_tokenizer.ItemTokenizer(
+        catalog=tiny_catalog(),
+        level_tokens=(torch.tensor([0]),),
+        bos=1,
+        pad=0,
+        size=len(tokenizer) + 16,
     )
     sizes = ModelConfig(hidden_size=32, intermediate_size=48, layers=1, heads=2, kv_heads=1)
     save_model_folder(model.create(sizes, words, seed=3), tokenizer, folder)
@@ -84,16 +89,16 @@ def spelled(run: Run, item: int) -> str:
 
 def learner(run: Run, policy: model.PreTrainedModel, *, lr: float = 1e-2) -> Trainer:
     rates = run.config.learner.model_copy(update={"lr": lr})
-    return Trainer(policy, run.catalog.trie, run.vocabulary, rates, total_steps=100)
+    return Trainer(policy, run.tokenizer, rates, total_steps=100)
 
 
 def test_a_text_model_gets_a_row_for_each_code_near_the_mean_of_its_own(
     opened: Run, language: Path
 ) -> None:
-    before, after = model.load(language), model.load(opened.policy, opened.vocabulary)
+    before, after = model.load(language), model.load(opened.policy, opened.tokenizer)
     known = len(item_tokenizer.read_tokenizer(language))
     old, new = model.head_weight(before), model.head_weight(after)
-    assert new.shape[0] == opened.vocabulary.size == known + 5 + 6 + 7
+    assert new.shape[0] == opened.tokenizer.size == known + 5 + 6 + 7
     assert after.get_input_embeddings().weight is new
     assert torch.equal(new[:known], old[:known])
     assert (new[known:] - old[:known].mean(0)).abs().max() < 0.1 * old.std()
@@ -103,33 +108,33 @@ def test_a_text_model_gets_a_row_for_each_code_near_the_mean_of_its_own(
 def test_a_prompt_in_pieces_is_the_template_tokenised_whole(opened: Run) -> None:
     run = opened
     rows = np.arange(6)
-    prompts = run.form.prompts(run.train, rows)
+    prompts = make_prompts(run.tokenizer, run.train, rows)
     for row in rows:
         items = run.train.history[run.train.history_start[row] : run.train.history_start[row + 1]]
         text = TEMPLATE.replace("{history}", ", ".join(spelled(run, item) for item in items))
         found = prompts.token[prompts.token_start[row] : prompts.token_start[row + 1]]
-        assert found.tolist() == run.tokenizer.encode(text)
+        assert found.tolist() == run.text_tokenizer.encode(text)
 
 
 def test_a_prompt_that_is_too_long_loses_its_oldest_items_and_keeps_the_instruction(
     opened: Run, settings: Callable[..., Config]
 ) -> None:
-    whole = opened.vocabulary.frame
+    whole = opened.tokenizer.template
     item, start = np.array([3, 1, 4, 5]), np.array([0, 4, 4])
     two = whole.size + 2 * 3 + len(whole.between)
     short = prepare(settings(f"prompt.max_tokens={two + 2}", "sft.tasks={}", "name=short"), "sft")
-    token, bounds = short.form.tokens(item, start)
-    expected, _ = opened.form.tokens(item[2:], np.array([0, 2]))
+    token, bounds = short.tokenizer.encode_history(item, start)
+    expected, _ = opened.tokenizer.encode_history(item[2:], np.array([0, 2]))
     assert token[: bounds[1]].tolist() == expected.tolist()
     assert token[bounds[1] :].tolist() == [*whole.before, *whole.after]
     assert np.diff(bounds).tolist() == [two, whole.size]
 
 
 def test_the_instruction_travels_with_the_tokenizer(opened: Run) -> None:
-    again = item_tokenizer.from_tokenizer(
+    again = item_tokenizer.make_item_tokenizer(
         item_tokenizer.read_tokenizer(opened.policy), opened.catalog
     )
-    assert again.instruction == opened.vocabulary.instruction
+    assert again.instruction == opened.tokenizer.instruction
     assert again.instruction is not None
 
 
@@ -151,12 +156,12 @@ def test_only_answers_are_learned_and_scored_as_an_ordinary_forward_pass_does(op
     run, tasks = opened, opened.tasks
     assert tasks is not None
     chosen = np.array([[0, 5], [1, 5], [2, 7], [3, 7]])
-    examples = tasks.examples(chosen, run.form)
-    batch = pack_examples(examples, run.form, VERSION, forced=True)
-    policy = model.load(run.policy, run.vocabulary)
+    examples = tasks.examples(chosen, run.tokenizer)
+    batch = pack_examples(examples, run.tokenizer, VERSION, forced=True)
+    policy = model.load(run.policy, run.tokenizer)
     title = run.catalog.title[7]
     shown = zip(batch.token, batch.subtree_end, strict=True)
-    spoken = [run.tokenizer.decode(row[end > 0]) for row, end in shown]
+    spoken = [run.text_tokenizer.decode(row[end > 0]) for row, end in shown]
     name = spelled(run, 7)
     assert run.catalog.title[run.train.history[run.train.history_start[5]]] in spoken[1]
     assert spoken[2] == run.config.prompt.title.replace("{title}", title) + name
@@ -175,7 +180,7 @@ def test_only_answers_are_learned_and_scored_as_an_ordinary_forward_pass_does(op
         expected -= float(logprob[slots, token[slots + 1]].sum())
     assert (batch.chosen[batch.state == SearchTrees.FREE_TEXT][-1]) == tasks.end
     full = run.config.learner.model_copy(update={"logprob": "full"})
-    teacher = Trainer(policy, run.catalog.trie, run.vocabulary, full, total_steps=10)
+    teacher = Trainer(policy, run.tokenizer, full, total_steps=10)
     nll = teacher.sft_step(batch)["nll"]
     assert nll == pytest.approx(expected / len(batch.row), rel=1e-4)
 
@@ -185,32 +190,30 @@ def test_a_taught_text_model_is_searched_and_improved(
 ) -> None:
     run, tasks = opened, opened.tasks
     assert tasks is not None
-    policy = model.load(run.policy, run.vocabulary)
+    policy = model.load(run.policy, run.tokenizer)
     teacher = learner(run, policy)
     order, losses = tasks.epoch(0, seed=0), list[float]()
     for number in range(40):
-        examples = tasks.examples(order[np.arange(16) + 16 * (number % 10)], run.form)
-        losses.append(teacher.sft_step(pack_examples(examples, run.form, VERSION))["nll"])
+        examples = tasks.examples(order[np.arange(16) + 16 * (number % 10)], run.tokenizer)
+        losses.append(teacher.sft_step(pack_examples(examples, run.tokenizer, VERSION))["nll"])
     assert losses[-1] < losses[0] / 1.5
     weights = snapshot(policy)
     save_policy(run, run.result, PolicyVersion(step=0, digest=digest(weights)), weights)
     after = prepare(settings(), "train")
     assert after.base is None
     assert after.policy == run.result
-    rollout_worker = RolloutWorker(
-        after.config.rollout, after.policy, after.catalog, after.vocabulary, seed=0
-    )
-    trees = rollout_worker.search(after.form.prompts(after.train, np.arange(8)), seed=0)
+    rollout_worker = RolloutWorker(after.config.rollout, after.policy, after.tokenizer, seed=0)
+    trees = rollout_worker.search(make_prompts(after.tokenizer, after.train, np.arange(8)), seed=0)
     batch = make_batch(score_trees(trees, after.catalog, {"rule": 1.0}), after)
-    metrics = learner(after, model.load(after.policy, after.vocabulary)).rl_step(batch)
+    metrics = learner(after, model.load(after.policy, after.tokenizer)).rl_step(batch)
     assert metrics["logprob_gap"] < 1e-5
 
 
 def test_a_probe_of_a_text_model_is_scored_within_its_instruction(opened: Run) -> None:
-    run, policy = opened, model.load(opened.policy, opened.vocabulary)
-    prompts = run.form.prompts(run.train, np.arange(4))
-    known = learner(run, policy).score(pack_answers(prompts, run.form, VERSION))
-    engine = TorchEngine(policy, run.catalog.trie, run.vocabulary, VERSION)
+    run, policy = opened, model.load(opened.policy, opened.tokenizer)
+    prompts = make_prompts(run.tokenizer, run.train, np.arange(4))
+    known = learner(run, policy).score(pack_answers(prompts, run.tokenizer, VERSION))
+    engine = TorchEngine(policy, run.tokenizer, VERSION)
     found = score_leaf(engine, prompts, run.catalog.leaf_of_item[prompts.target])
     np.testing.assert_allclose(known, found.score, atol=1e-5)
 
@@ -222,8 +225,8 @@ def test_a_new_text_model_is_made_from_the_titles(settings: Callable[..., Config
     assert run.base is None
     open_run_dir(run)
     again = prepare(changed.model_copy(update={"model": sizes}), "sft")
-    assert again.tokenizer.get_vocab() == run.tokenizer.get_vocab()
-    assert len(run.tokenizer.encode(run.catalog.title[0])) < len(run.catalog.title[0])
+    assert again.text_tokenizer.get_vocab() == run.text_tokenizer.get_vocab()
+    assert len(run.text_tokenizer.encode(run.catalog.title[0])) < len(run.catalog.title[0])
 
 
 def test_a_chat_template_wraps_the_instruction(opened: Run) -> None:
@@ -263,7 +266,7 @@ def test_an_instruction_that_leaves_no_room_is_refused(settings: Callable[..., C
 def test_a_title_that_leaves_no_room_is_refused(
     opened: Run, settings: Callable[..., Config]
 ) -> None:
-    size = opened.vocabulary.frame.size
+    size = opened.tokenizer.template.size
     with pytest.raises(ConfigError, match="title has|instruction alone has"):
         prepare(settings(f"prompt.max_tokens={size}", "name=tight"), "sft")
 

@@ -15,6 +15,7 @@ from learner.batch.sft import pack_traces
 from learner.logprobs import choice_logprobs, to_tensors
 from learner.trainer import Trainer
 from orchard import config
+from orchard.data.prompts import make_prompts
 from orchard.errors import ConfigError, DataError
 from orchard.evaluation.ranking import diversity
 from orchard.policy import model
@@ -54,7 +55,7 @@ def settings(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[.
 
 def learner(run: Run, policy: model.PreTrainedModel, *, lr: float = 1e-3) -> Trainer:
     rates = run.config.learner.model_copy(update={"lr": lr})
-    return Trainer(policy, run.catalog.trie, run.vocabulary, rates, total_steps=100)
+    return Trainer(policy, run.tokenizer, rates, total_steps=100)
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +64,11 @@ def taught(settings: Callable[..., Config]) -> tuple[Run, list[float]]:
     run = prepare(settings(), "sft")
     open_run_dir(run)
     assert run.traces is not None
-    policy = model.create(run.config.model, run.vocabulary, seed=0)
+    policy = model.create(run.config.model, run.tokenizer, seed=0)
     teacher, losses = learner(run, policy, lr=1e-2), list[float]()
     for number in range(40):
         rows = np.arange(16) + 16 * (number % 8)
-        batch = pack_traces(run.train, run.traces, rows, run.form, VERSION)
+        batch = pack_traces(run.train, run.traces, rows, run.tokenizer, VERSION)
         losses.append(teacher.sft_step(batch)["nll"])
     weights = snapshot(policy)
     save_policy(run, run.result, PolicyVersion(step=0, digest=digest(weights)), weights)
@@ -79,14 +80,14 @@ def test_traces_are_scored_as_an_ordinary_forward_pass_scores_text_and_codes(
 ) -> None:
     run = prepare(settings(), "sft")
     assert run.traces is not None
-    policy = model.create(run.config.model, run.vocabulary, seed=0)
+    policy = model.create(run.config.model, run.tokenizer, seed=0)
     rows = np.array([5, 0])
-    batch = pack_traces(run.train, run.traces, rows, run.form, VERSION)
-    tags = run.vocabulary.tags
+    batch = pack_traces(run.train, run.traces, rows, run.tokenizer, VERSION)
+    tags = run.tokenizer.think
     assert tags is not None
     teacher = learner(run, policy)
     with torch.no_grad():
-        found, _ = choice_logprobs(policy, to_tensors(batch), run.catalog.trie, run.vocabulary)
+        found, _ = choice_logprobs(policy, to_tensors(batch), run.tokenizer)
     at = 0
     for row in range(2):
         length = int((batch.subtree_end[row] > 0).sum())
@@ -101,7 +102,7 @@ def test_traces_are_scored_as_an_ordinary_forward_pass_scores_text_and_codes(
         torch.testing.assert_close(found[torch.from_numpy(text)], expected, atol=1e-5, rtol=0)
         at += len(text)
     codes = batch.state != SearchTrees.FREE_TEXT
-    target = run.vocabulary.token_of(run.catalog.trie, torch.from_numpy(batch.chosen[codes]))
+    target = run.tokenizer.token_of(torch.from_numpy(batch.chosen[codes]))
     assert target.tolist() == batch.token[batch.row[codes], batch.query_slot[codes] + 1].tolist()
     assert at + codes.sum() == len(batch.row)
     assert batch.advantage_pos.sum() == pytest.approx(1, rel=1e-5)
@@ -113,10 +114,8 @@ def test_a_taught_policy_thinks_in_form_and_learns_from_its_own_thoughts(
 ) -> None:
     run, losses = taught
     assert losses[-1] < losses[0] / 3
-    rollout_worker = RolloutWorker(
-        run.config.rollout, run.policy, run.catalog, run.vocabulary, seed=0
-    )
-    trees = rollout_worker.search(run.form.prompts(run.train, np.arange(8)), seed=0)
+    rollout_worker = RolloutWorker(run.config.rollout, run.policy, run.tokenizer, seed=0)
+    trees = rollout_worker.search(make_prompts(run.tokenizer, run.train, np.arange(8)), seed=0)
     counts = trees.cost.counts
     assert counts["thoughts"] == 32
     assert counts["malformed_thoughts"] == 0
@@ -124,7 +123,7 @@ def test_a_taught_policy_thinks_in_form_and_learns_from_its_own_thoughts(
     scored = add_step_rewards(score_trees(trees, run.catalog, {"rule": 1.0}), run.catalog)
     batch = make_batch(scored, run)
     assert (batch.state == SearchTrees.FREE_TEXT).sum() > (batch.state != -1).sum() > 0
-    student = learner(run, model.load(run.policy, run.vocabulary))
+    student = learner(run, model.load(run.policy, run.tokenizer))
     metrics = student.rl_step(batch)
     assert metrics["logprob_gap"] < 1e-5
     assert metrics["flat_over_packed"] > 1
@@ -140,10 +139,8 @@ def test_evaluation_with_and_without_thinking_ask_the_same_policy(
     taught: tuple[Run, list[float]],
 ) -> None:
     run, _ = taught
-    rollout_worker = RolloutWorker(
-        run.config.rollout, run.policy, run.catalog, run.vocabulary, seed=0
-    )
-    prompts = run.form.prompts(run.valid, np.arange(6))
+    rollout_worker = RolloutWorker(run.config.rollout, run.policy, run.tokenizer, seed=0)
+    prompts = make_prompts(run.tokenizer, run.valid, np.arange(6))
     thinking, plain = rollout_worker.rank(prompts, 5, True), rollout_worker.rank(prompts, 5)
     assert np.diff(thinking.start).tolist() == np.diff(plain.start).tolist() == [5] * 6
     assert thinking.cost.counts["thoughts"] == 6
@@ -155,7 +152,7 @@ def test_a_run_goes_on_with_the_tokenizer_it_was_made_with(
 ) -> None:
     run, _ = taught
     again = prepare(settings(), "sft")
-    assert again.tokenizer.get_vocab() == run.tokenizer.get_vocab()
+    assert again.text_tokenizer.get_vocab() == run.text_tokenizer.get_vocab()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from orchard import ragged
 from orchard.catalog.catalog import Catalog
-from orchard.policy.item_tokenizer import Vocabulary
+from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.testing import tiny_catalog, tiny_policy, tiny_prompts
 from orchard.types import Cost, PolicyVersion, ScoredTrees
 from rollout.candidates import Candidates
@@ -23,14 +23,14 @@ def catalog() -> Catalog:
 
 
 @pytest.fixture(scope="session")
-def policy(catalog: Catalog) -> tuple[PreTrainedModel, Vocabulary]:
+def policy(catalog: Catalog) -> tuple[PreTrainedModel, ItemTokenizer]:
     """A tiny policy; nobody changes its weights."""
     return tiny_policy(catalog)
 
 
 @pytest.fixture(scope="session")
 def score_leaves(
-    catalog: Catalog, policy: tuple[PreTrainedModel, Vocabulary]
+    catalog: Catalog, policy: tuple[PreTrainedModel, ItemTokenizer]
 ) -> Callable[..., ScoredTrees]:
     """Makes the trees of given leaves; random behaviour and, unless given, random rewards."""
     trie = catalog.trie
@@ -62,7 +62,7 @@ def score_leaves(
         flat = draw.normal(size=len(leaf)) if rewards is None else np.concatenate(rewards)
         reward = flat.astype(np.float32)
         return ScoredTrees(
-            trees=build_search_trees(prompts, candidates, catalog, policy[1], version),
+            trees=build_search_trees(prompts, candidates, policy[1], version),
             reward=reward,
             parts={"rule": (reward == 1).astype(np.float32)},
             step_reward=np.repeat(reward[:, None], trie.depth, axis=1),
@@ -86,7 +86,7 @@ def score_random(
 
 
 @pytest.fixture(scope="module")
-def precise(catalog: Catalog) -> tuple[PreTrainedModel, Vocabulary]:
+def precise(catalog: Catalog) -> tuple[PreTrainedModel, ItemTokenizer]:
     """A float64 policy."""
     model, vocabulary = tiny_policy(catalog)
     return model.double(), vocabulary

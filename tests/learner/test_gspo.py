@@ -17,20 +17,20 @@ from learner.trainer import Trainer
 from orchard.catalog.catalog import Catalog
 from orchard.config import parse
 from orchard.errors import ConfigError
-from orchard.policy.item_tokenizer import Vocabulary
+from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.settings import LearnerConfig
 from orchard.testing import tiny_policy
 from orchard.types import ScoredTrees, TrainBatch
 
 Grow = Callable[..., ScoredTrees]
-Policy = tuple[PreTrainedModel, Vocabulary]
+Policy = tuple[PreTrainedModel, ItemTokenizer]
 CLIPS = {"clip_low": 0.1, "clip_high": 0.15, "dual_clip": 1.4}
 
 
 def both(
     scored: ScoredTrees, catalog: Catalog, policy: Policy, name: str = "group"
 ) -> tuple[TrainBatch, TrainBatch]:
-    given = (scored, [ESTIMATORS[name](scored, 1e-4)], catalog, policy[1])
+    given = (scored, [ESTIMATORS[name](scored, 1e-4)], policy[1])
     return pack(*given, sequence_ratio=True), flatten(*given, sequence_ratio=True)
 
 
@@ -43,7 +43,7 @@ def learn(
     total, log = 0.0, LossStats()
     for part in parts:
         batch = to_tensors(part)
-        got = choice_logprobs(model, batch, catalog.trie, vocabulary)
+        got = choice_logprobs(model, batch, vocabulary)
         value, logged = policy_loss(*got, None, batch, **CLIPS, kl_weight=0.0)
         value.backward()
         total, log = total + value.item(), log + logged
@@ -76,7 +76,7 @@ def test_the_loss_is_its_definition_candidate_by_candidate(
     packed, _ = both(scored, catalog, precise)
     trees, credit = scored.trees, ESTIMATORS["group"](scored, 1e-4)
     with torch.no_grad():
-        logprob, _ = choice_logprobs(precise[0], to_tensors(packed), catalog.trie, precise[1])
+        logprob, _ = choice_logprobs(precise[0], to_tensors(packed), precise[1])
     gap = dict(
         zip(zip(packed.row, packed.chosen, strict=True),
             logprob.numpy() - packed.behaviour_logprob, strict=True)
@@ -124,8 +124,8 @@ def test_where_the_policy_has_not_moved_the_gradient_is_that_of_token_ratios(
     credits = [ESTIMATORS["group"](scored, 1e-4)]
     gradients: list[Tensor] = []
     for whole in (False, True):
-        batch = to_tensors(pack(scored, credits, catalog, vocabulary, sequence_ratio=whole))
-        logprob, entropy = choice_logprobs(model, batch, catalog.trie, vocabulary)
+        batch = to_tensors(pack(scored, credits, vocabulary, sequence_ratio=whole))
+        logprob, entropy = choice_logprobs(model, batch, vocabulary)
         on_policy = type(batch)(
             **{f: getattr(batch, f) for f in batch.__dataclass_fields__}
             | {"behaviour_logprob": logprob.detach()}
@@ -143,7 +143,7 @@ def test_a_learner_takes_several_updates_with_sequence_ratios(
         ratio="sequence", clip_low=3e-4, clip_high=4e-4, updates_per_batch=3, lr=1e-3, warmup=0.0,
         max_tokens=200,
     )  # fmt: skip
-    learner = Trainer(model, catalog.trie, vocabulary, config, total_steps=3)
+    learner = Trainer(model, vocabulary, config, total_steps=3)
     batch, _ = both(scored, catalog, (model, vocabulary))
     metrics = learner.rl_step(batch)
     assert np.isfinite(list(metrics.values())).all()

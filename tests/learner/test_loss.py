@@ -17,12 +17,12 @@ from learner.batch.pack import flatten, pack
 from learner.logprobs import BatchTensors, choice_logprobs, to_tensors
 from learner.loss import LossStats, policy_loss
 from orchard.catalog.catalog import Catalog
-from orchard.policy.item_tokenizer import Vocabulary
+from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.testing import tiny_policy
 from orchard.types import ScoredTrees, TrainBatch
 
 Grow = Callable[..., ScoredTrees]
-Policy = tuple[PreTrainedModel, Vocabulary]
+Policy = tuple[PreTrainedModel, ItemTokenizer]
 CLIPS = {"clip_low": 0.2, "clip_high": 0.3, "dual_clip": 1.5}
 
 
@@ -120,8 +120,8 @@ def learn(
     for part in parts:
         batch = to_tensors(part)
         with torch.no_grad():
-            anchor, _ = choice_logprobs(reference, batch, catalog.trie, vocabulary)
-        got = choice_logprobs(model, batch, catalog.trie, vocabulary)
+            anchor, _ = choice_logprobs(reference, batch, vocabulary)
+        got = choice_logprobs(model, batch, vocabulary)
         value, logged = policy_loss(*got, anchor, batch, **CLIPS, kl_weight=0.1)
         value.backward()
         total, log = total + value.item(), log + logged
@@ -136,7 +136,7 @@ def assert_same(a: list[Tensor], b: list[Tensor]) -> None:
 
 def both(scored: ScoredTrees, catalog: Catalog, policy: Policy) -> tuple[TrainBatch, TrainBatch]:
     credits = [ESTIMATORS["group"](scored, 1e-4), ESTIMATORS["drgrpo"](scored, 1e-4)]
-    given = (scored, credits, catalog, policy[1])
+    given = (scored, credits, policy[1])
     return pack(*given), flatten(*given)
 
 
@@ -158,7 +158,7 @@ def test_every_kind_of_clip_is_active_where_packed_and_flat_are_compared(
 ) -> None:
     packed, _ = both(scored, catalog, precise)
     with torch.no_grad():
-        logprob, _ = choice_logprobs(precise[0], to_tensors(packed), catalog.trie, precise[1])
+        logprob, _ = choice_logprobs(precise[0], to_tensors(packed), precise[1])
     ratio = np.exp(logprob.numpy() - packed.behaviour_logprob)
     assert ((ratio > 1.3) & (packed.advantage_pos > 0) & (packed.advantage_neg < 0)).any()
     assert ((ratio < 0.8) & (packed.advantage_neg < 0)).any()
@@ -227,9 +227,9 @@ def test_the_full_distribution_is_the_softmax_over_the_vocabulary(
     _, flat = both(scored, catalog, policy)
     batch = to_tensors(flat)
     with torch.no_grad():
-        got = choice_logprobs(model, batch, catalog.trie, vocabulary, "full")
+        got = choice_logprobs(model, batch, vocabulary, "full")
         logits = model(input_ids=batch.token).logits[batch.row, batch.query_slot]
     expected = logits.log_softmax(-1)
-    token = vocabulary.token_of(catalog.trie, batch.chosen)
+    token = vocabulary.token_of(batch.chosen)
     torch.testing.assert_close(got[0], expected.gather(1, token[:, None])[:, 0], atol=1e-5, rtol=0)
     torch.testing.assert_close(got[1], -(expected.exp() * expected).sum(1), atol=1e-5, rtol=0)

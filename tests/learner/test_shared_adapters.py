@@ -12,7 +12,6 @@ from torch.multiprocessing.spawn import spawn
 from learner import checkpoint
 from learner.batch.sft import pack_examples
 from learner.trainer import Trainer
-from orchard.data.prompts import PromptFormat
 from orchard.data.sft_tasks import SftExamples
 from orchard.policy import lora
 from orchard.policy.weights import Weights
@@ -26,8 +25,8 @@ ON = LoraConfig(rank=3, targets=("q_proj", "down_proj"))
 def taught(folder: Path, *, rank: int = 0, world: int = 1) -> Weights:
     """The merged weights after three updates, of which the last follows a resumption."""
     tiny = tiny_setup()
-    form = PromptFormat(catalog=tiny.catalog, vocabulary=tiny.vocabulary)
-    asked = form.tokens(np.arange(4, 10), np.array([0, 1, 3, 4, 6]))
+    form = tiny.tokenizer
+    asked = form.encode_history(np.arange(4, 10), np.array([0, 1, 3, 4, 6]))
     written = np.zeros(0, np.int32), np.zeros(5, np.int64)
     examples = SftExamples(asked=asked, written=written, target=np.arange(4))
     batch = pack_examples(examples, form, PolicyVersion(step=0, digest=""), forced=True)
@@ -37,7 +36,7 @@ def taught(folder: Path, *, rank: int = 0, world: int = 1) -> Weights:
         lora.attach(policy, ON, seed=0)
         rates = LearnerConfig(lr=1e-2, parallel="fsdp")
         return Trainer(
-            policy, tiny.catalog.trie, tiny.vocabulary, rates,
+            policy, tiny.tokenizer, rates,
             total_steps=9, average=0.5, rank=rank, world=world,
         )  # fmt: skip
 

@@ -11,7 +11,7 @@ from learner.batch import sft
 from learner.batch.pack import pack
 from learner.trainer import Trainer, apply_tis
 from orchard.catalog.catalog import Catalog
-from orchard.data.prompts import PromptFormat, TrainingWindows
+from orchard.data.prompts import TrainingWindows
 from orchard.errors import CheckpointError
 from orchard.policy.model import add_dropout
 from orchard.policy.weights import digest, snapshot
@@ -31,20 +31,20 @@ BRISK = LearnerConfig(lr=3e-3, warmup=0.0, final_lr=1.0, grad_clip=1.0)
 
 def learner(config: LearnerConfig = BRISK, *, total_steps: int = 100) -> Trainer:
     model, vocabulary = tiny_policy(ITEMS)
-    return Trainer(model, ITEMS.trie, vocabulary, config, total_steps=total_steps)
+    return Trainer(model, vocabulary, config, total_steps=total_steps)
 
 
 def scored(one: Trainer, prompts: Prompts, catalog: Catalog = ITEMS) -> ScoredTrees:
     vocabulary = tiny_policy(catalog)[1]
-    engine = TorchEngine(one.policy, catalog.trie, vocabulary, FIRST)
+    engine = TorchEngine(one.policy, vocabulary, FIRST)
     found = beam.beam(engine, prompts, width=8)
-    trees = build_search_trees(prompts, found, catalog, vocabulary, FIRST)
+    trees = build_search_trees(prompts, found, vocabulary, FIRST)
     return score_trees(trees, catalog, {"rule": 1.0, "ranking": 1.0, "prefix": 0.5})
 
 
 def batch(one: Trainer, prompts: Prompts) -> TrainBatch:
     judged = scored(one, prompts)
-    return pack(judged, [ESTIMATORS["group"](judged, 1e-4)], ITEMS, tiny_policy(ITEMS)[1])
+    return pack(judged, [ESTIMATORS["group"](judged, 1e-4)], tiny_policy(ITEMS)[1])
 
 
 def windows(*, forced: bool = False) -> TrainBatch:
@@ -54,8 +54,8 @@ def windows(*, forced: bool = False) -> TrainBatch:
         start=np.arange(0, 25, 4),
         fresh=np.zeros(6, np.int64),
     )
-    form = PromptFormat(catalog=ITEMS, vocabulary=tiny_policy(ITEMS)[1])
-    return sft.pack_sequences(sequences, np.arange(6), form, FIRST, forced=forced)
+    tokenizer = tiny_policy(ITEMS)[1]
+    return sft.pack_sequences(sequences, np.arange(6), tokenizer, FIRST, forced=forced)
 
 
 def test_supervision_raises_the_likelihood_of_its_sequences() -> None:
@@ -71,9 +71,9 @@ def test_rows_are_scored_as_a_search_scores_their_items(change: dict[str, object
     add_dropout(one.policy, drops)
     one.policy.train()
     prompts = tiny_prompts(ITEMS, [1, 3, 2])
-    form = PromptFormat(catalog=ITEMS, vocabulary=tiny_policy(ITEMS)[1])
-    rows = sft.pack_answers(prompts, form, FIRST)
-    engine = TorchEngine(tiny_policy(ITEMS)[0], ITEMS.trie, form.vocabulary, FIRST)
+    tokenizer = tiny_policy(ITEMS)[1]
+    rows = sft.pack_answers(prompts, tokenizer, FIRST)
+    engine = TorchEngine(tiny_policy(ITEMS)[0], tokenizer, FIRST)
     found = score_leaf(engine, prompts, ITEMS.leaf_of_item[prompts.target])
     assert np.allclose(one.score(rows), found.score, atol=1e-5)
 
@@ -126,7 +126,7 @@ def test_under_dropout_the_ratio_is_to_the_same_pass() -> None:
 
 def test_improvement_may_keep_an_average() -> None:
     model, vocabulary = tiny_policy(ITEMS)
-    one = Trainer(model, ITEMS.trie, vocabulary, BRISK, total_steps=9, average=0.9)
+    one = Trainer(model, vocabulary, BRISK, total_steps=9, average=0.9)
     rows = batch(one, tiny_prompts(ITEMS, [1, 3, 2, 2, 4, 1]))
     first = snapshot(one.policy)
     one.rl_step(rows)
@@ -167,7 +167,7 @@ def test_an_ema_reference_moves_and_a_fixed_one_does_not() -> None:
 
 def test_the_average_lags_behind_the_policy_and_is_what_is_kept() -> None:
     model, vocabulary = tiny_policy(ITEMS)
-    one = Trainer(model, ITEMS.trie, vocabulary, BRISK, total_steps=100, average=0.9)
+    one = Trainer(model, vocabulary, BRISK, total_steps=100, average=0.9)
     before, rows = snapshot(one.policy), windows()
     for _ in range(20):
         one.sft_step(rows)
@@ -211,7 +211,7 @@ def test_a_checkpoint_of_another_catalog_or_model_is_refused(tmp_path: Path) -> 
         checkpoint.load(one, tmp_path, catalog=replace(ITEMS, digest="0" * 64).digest)
     other = tiny_catalog(level_size=(5, 4, 9), num_items=40)
     model, vocabulary = tiny_policy(other)
-    stranger = Trainer(model, other.trie, vocabulary, BRISK, total_steps=1)
+    stranger = Trainer(model, vocabulary, BRISK, total_steps=1)
     with pytest.raises(CheckpointError, match="does not fit"):
         checkpoint.load(stranger, tmp_path, catalog=ITEMS.digest)
     with pytest.raises(CheckpointError, match=r"holds no learner\.pt"):

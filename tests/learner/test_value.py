@@ -18,7 +18,7 @@ from learner.trainer import Trainer
 from learner.value import node_rewards, outcome_rewards, state_values, value_loss
 from orchard.catalog.catalog import Catalog, from_codes
 from orchard.policy import value_head
-from orchard.policy.item_tokenizer import Vocabulary
+from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.policy.model import hidden_states
 from orchard.policy.value_head import ValueHead
 from orchard.policy.weights import digest, snapshot
@@ -39,7 +39,7 @@ def packed(scored: ScoredTrees, catalog: Catalog, reward: np.ndarray | None = No
         reward = node_rewards(scored.trees, catalog, level_weight=WEIGHT)
     credits = [ESTIMATORS["group"](scored, 1e-4)]
     vocabulary = tiny_policy(catalog)[1]
-    return pack(scored, credits, catalog, vocabulary, node_reward=reward, discount=GAMMA)
+    return pack(scored, credits, vocabulary, node_reward=reward, discount=GAMMA)
 
 
 def tensors(batch: TrainBatch) -> ValueTensors:
@@ -58,7 +58,7 @@ def by_node(scored: ScoredTrees, states: Sequence[float]) -> dict[int, float]:
     return dict(zip(np.flatnonzero(scored.trees.step > 0).tolist(), states, strict=True))
 
 
-def policy_with_head(catalog: Catalog, *, seed: int = 0) -> tuple[PreTrainedModel, Vocabulary]:
+def policy_with_head(catalog: Catalog, *, seed: int = 0) -> tuple[PreTrainedModel, ItemTokenizer]:
     """A policy whose value head is far from constant."""
     model, vocabulary = tiny_policy(catalog, seed=seed)
     value_head.attach(model, seed=seed)
@@ -73,8 +73,8 @@ def test_step_rewards_compare_the_mean_embedding_of_a_bucket_with_the_target() -
     model, vocabulary = tiny_policy(catalog)
     version = PolicyVersion(step=0, digest="")
     prompts = replace(tiny_prompts(catalog, [2]), target=np.array([0]))
-    found = beam(TorchEngine(model, catalog.trie, vocabulary, version), prompts, width=3)
-    trees = build_search_trees(prompts, found, catalog, vocabulary, version)
+    found = beam(TorchEngine(model, vocabulary, version), prompts, width=3)
+    trees = build_search_trees(prompts, found, vocabulary, version)
     # The bucket of (0, 1) points along (.8, .6), its first member along (.6, .8).
     embedding = np.array([[1, 0], [0.6, 0.8], [1, 0.4]], np.float32)
     reward = node_rewards(trees, catalog, level_weight=WEIGHT, embedding=embedding)
@@ -199,7 +199,7 @@ def test_the_head_learns_what_its_states_are_worth(
     model, vocabulary = tiny_policy(catalog)
     value_head.attach(model, seed=0)
     config = BRISK.model_copy(update={"value": ValueConfig(lr=3e-3, target=target)})
-    one = Trainer(model, catalog.trie, vocabulary, config, total_steps=100)
+    one = Trainer(model, vocabulary, config, total_steps=100)
     # One candidate to a group: what follows a state is certain, and its error can vanish.
     batch = packed(score_random([1] * 6), catalog)
     losses = [one.rl_step(batch)["value_loss"] for _ in range(40)]
@@ -215,7 +215,7 @@ def test_the_head_moves_the_rest_of_the_policy_only_if_told_to(
     learners = []
     for make in (policy_with_head, tiny_policy):
         model, vocabulary = make(catalog)
-        one = Trainer(model, catalog.trie, vocabulary, config, total_steps=100)
+        one = Trainer(model, vocabulary, config, total_steps=100)
         one.rl_step(packed(scored, catalog))
         learners.append(snapshot(one.policy))
     with_head, without = learners
@@ -230,7 +230,7 @@ def test_a_resumed_learner_with_a_head_continues_bit_for_bit(
 
     def learner() -> Trainer:
         model, vocabulary = policy_with_head(catalog)
-        return Trainer(model, catalog.trie, vocabulary, BRISK, total_steps=100)
+        return Trainer(model, vocabulary, BRISK, total_steps=100)
 
     straight, first, second = learner(), learner(), learner()
     for batch in batches:
@@ -260,6 +260,6 @@ def test_a_part_without_states_still_takes_part_in_the_backward_pass(
 
 def test_an_average_keeps_its_own_head(catalog: Catalog) -> None:
     model, vocabulary = policy_with_head(catalog)
-    one = Trainer(model, catalog.trie, vocabulary, LearnerConfig(), total_steps=9, average=0.9)
+    one = Trainer(model, vocabulary, LearnerConfig(), total_steps=9, average=0.9)
     assert snapshot(one.result).keys() == snapshot(one.policy).keys()
     assert one.result is not one.policy

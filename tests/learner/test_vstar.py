@@ -36,7 +36,7 @@ SETTINGS = LearnerConfig(
 
 def search(engine: TorchEngine, *, seed: int) -> ScoredTrees:
     found = ved(engine, PROMPTS, SEARCH, count=8, seed=seed)
-    trees = build_search_trees(PROMPTS, found, ITEMS, engine.vocabulary, FIRST)
+    trees = build_search_trees(PROMPTS, found, engine.tokenizer, FIRST)
     return score_trees(trees, ITEMS, {"rule": 1.0, "prefix": 0.5})
 
 
@@ -50,13 +50,11 @@ def correlation(scored: ScoredTrees) -> float:
 def test_guided_search_and_sibling_credit_raise_the_reward_and_the_head_learns_to_rank() -> None:
     model, vocabulary = tiny_policy(ITEMS)
     value_head.attach(model, seed=0)
-    one = Trainer(model, ITEMS.trie, vocabulary, SETTINGS, total_steps=100)
-    engine = TorchEngine(model, ITEMS.trie, vocabulary, FIRST)
+    one = Trainer(model, vocabulary, SETTINGS, total_steps=100)
+    engine = TorchEngine(model, vocabulary, FIRST)
 
     def beam_reward() -> float:
-        trees = build_search_trees(
-            PROMPTS, beam(engine, PROMPTS, width=4), ITEMS, vocabulary, FIRST
-        )
+        trees = build_search_trees(PROMPTS, beam(engine, PROMPTS, width=4), vocabulary, FIRST)
         return float(score_trees(trees, ITEMS, {"rule": 1.0, "prefix": 0.5}).reward.mean())
 
     reward_before, correlation_before = beam_reward(), correlation(search(engine, seed=99))
@@ -65,7 +63,6 @@ def test_guided_search_and_sibling_credit_raise_the_reward_and_the_head_learns_t
         batch = pack(
             scored,
             compute_advantages(scored, SETTINGS),
-            ITEMS,
             vocabulary,
             node_reward=node_rewards(scored.trees, ITEMS, level_weight=(0.3, 0.5, 1.0)),
             discount=0.99,

@@ -24,8 +24,8 @@ def test_the_actor_scores_as_the_function_does() -> None:
     catalog, version = tiny_catalog(), PolicyVersion(step=0, digest="0" * 64)
     model, vocabulary = tiny_policy(catalog)
     prompts = tiny_prompts(catalog, [2, 3])
-    found = beam(TorchEngine(model, catalog.trie, vocabulary, version), prompts, width=30)
-    trees = build_search_trees(prompts, found, catalog, vocabulary, version)
+    found = beam(TorchEngine(model, vocabulary, version), prompts, width=30)
+    trees = build_search_trees(prompts, found, vocabulary, version)
     weights = {"rule": 1.0, "ranking": 1.0}
     known = RewardContext(catalog=catalog, settings=RewardsConfig(weights=weights))
     actor = RewardActor.remote(known)

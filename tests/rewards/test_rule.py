@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from orchard import ragged
 from orchard.catalog import catalog as catalogs
 from orchard.catalog.catalog import Catalog
-from orchard.policy.item_tokenizer import compact_tokenizer, from_tokenizer
+from orchard.policy.item_tokenizer import compact_tokenizer, make_item_tokenizer
 from orchard.settings import RewardsConfig
 from orchard.testing import tiny_catalog, tiny_prompts
 from orchard.types import Cost, PolicyVersion, SearchTrees
@@ -37,9 +37,9 @@ def trees_of(
         cost=Cost(),
     )
     prompts = replace(tiny_prompts(catalog, [2] * len(groups)), target=np.array(targets))
-    vocabulary = from_tokenizer(compact_tokenizer(catalog), catalog)
+    vocabulary = make_item_tokenizer(compact_tokenizer(catalog), catalog)
     return build_search_trees(
-        prompts, candidates, catalog, vocabulary, PolicyVersion(step=0, digest="0" * 64)
+        prompts, candidates, vocabulary, PolicyVersion(step=0, digest="0" * 64)
     )
 
 

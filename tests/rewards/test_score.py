@@ -27,10 +27,8 @@ def world() -> tuple[SearchTrees, Catalog]:
     catalog = tiny_catalog()
     model, vocabulary = tiny_policy(catalog)
     prompts = tiny_prompts(catalog, [3, 1, 2])
-    engine = TorchEngine(model, catalog.trie, vocabulary, VERSION)
-    trees = build_search_trees(
-        prompts, beam(engine, prompts, width=6), catalog, vocabulary, VERSION
-    )
+    engine = TorchEngine(model, vocabulary, VERSION)
+    trees = build_search_trees(prompts, beam(engine, prompts, width=6), vocabulary, VERSION)
     hit = catalog.item_of_leaf[catalog.leaf_start[trees.leaf[trees.candidate_start[:-1] + 2]]]
     return replace(trees, prompts=replace(prompts, target=hit)), catalog
 

@@ -9,7 +9,7 @@ from rollout.engine.torch import TorchEngine
 
 
 def engine_of(world: TinySetup) -> TorchEngine:
-    return TorchEngine(world.model, world.catalog.trie, world.vocabulary, world.version)
+    return TorchEngine(world.model, world.tokenizer, world.version)
 
 
 @pytest.fixture(scope="session")

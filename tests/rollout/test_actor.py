@@ -38,7 +38,7 @@ def wide() -> TinySetup:
 @pytest.fixture
 def reference(wide: TinySetup) -> TorchEngine:
     model = copy.deepcopy(wide.model)  # it takes over new weights in place
-    return TorchEngine(model, wide.catalog.trie, wide.vocabulary, wide.version)
+    return TorchEngine(model, wide.tokenizer, wide.version)
 
 
 @pytest.fixture(
@@ -60,7 +60,7 @@ def actor(
     decode = "worker" if request.param == "torch" else request.param
     config = CONFIG.model_copy(update={"engine": engine, "decode": decode})
     handle = RolloutActor.options(num_cpus=1).remote(
-        config, folder, wide.catalog, wide.vocabulary, 0
+        config, folder, wide.catalog, wide.tokenizer, 0
     )
     yield handle
     ray.kill(handle)
@@ -144,7 +144,7 @@ def test_a_holder_that_computes_something_else_than_the_learner_searches_nothing
 
 def rollout_worker(world: TinySetup, folder: Path, **options: object) -> RolloutWorker:
     config = CONFIG.model_copy(update={"engine": "torch", **options})
-    return RolloutWorker(config, folder, world.catalog, world.vocabulary, 0)
+    return RolloutWorker(config, folder, world.tokenizer, 0)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 100])

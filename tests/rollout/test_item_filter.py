@@ -195,7 +195,7 @@ def test_distinct_draws_are_of_the_allowed_leaves(
 def test_a_guided_search_visits_allowed_leaves_only(seed: int, budget: int) -> None:
     guided = tiny_setup(level_size=(4, 4, 5), num_items=40)
     value_head.attach(guided.model, seed=seed)
-    engine = TorchEngine(guided.model, guided.catalog.trie, guided.vocabulary, guided.version)
+    engine = TorchEngine(guided.model, guided.tokenizer, guided.version)
     allowed, leaves = drawn(guided, seed)
     ways = VedConfig(budget=budget, width=4)
     found = ved(engine, guided.prompts, ways, count=30, seed=seed, allowed=allowed)

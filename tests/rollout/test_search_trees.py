@@ -23,9 +23,7 @@ def candidates(request: pytest.FixtureRequest, world: TinySetup, engine: TorchEn
 
 @pytest.fixture(scope="session")
 def trees(world: TinySetup, candidates: Candidates) -> SearchTrees:
-    return build_search_trees(
-        world.prompts, candidates, world.catalog, world.vocabulary, world.version
-    )
+    return build_search_trees(world.prompts, candidates, world.tokenizer, world.version)
 
 
 def same(a: object, b: object) -> bool:
@@ -65,7 +63,7 @@ def test_every_leaf_is_a_catalog_item(world: TinySetup, trees: SearchTrees) -> N
         assert (trees.prompt_of_node[nodes] == trees.prompt_of_candidate[row]).all()
         items = catalog.item_of_leaf[catalog.leaf_start[leaf] : catalog.leaf_start[leaf + 1]]
         codes = catalog.codes[items[0]]
-        tokens = [int(world.vocabulary.tokens_at(d)[c]) for d, c in enumerate(codes) if c >= 0]
+        tokens = [int(world.tokenizer.tokens_at(d)[c]) for d, c in enumerate(codes) if c >= 0]
         assert trees.token[trees.token_start[nodes]].tolist() == tokens
 
 

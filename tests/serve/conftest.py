@@ -5,7 +5,6 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from orchard.data.prompts import PromptFormat
 from orchard.policy import value_head
 from orchard.testing import TinySetup, brute_force, tiny_setup
 from rollout.engine.torch import TorchEngine
@@ -22,7 +21,7 @@ def shop_world() -> TinySetup:
 @pytest.fixture
 def shop(shop_world: TinySetup) -> TinyShop:
     world = shop_world
-    engine = TorchEngine(world.model, world.catalog.trie, world.vocabulary, world.version)
+    engine = TorchEngine(world.model, world.tokenizer, world.version)
     return TinyShop(world=world, engine=engine, catalog_store=make_catalog_store(world))
 
 
@@ -30,11 +29,11 @@ def shop(shop_world: TinySetup) -> TinyShop:
 def leaf_logprob(shop_world: TinySetup) -> Callable[[list[int]], np.ndarray]:
     """Log-probability of every leaf after a history, by brute force."""
     world = shop_world
-    form = PromptFormat(catalog=world.catalog, vocabulary=world.vocabulary)
+    form = world.tokenizer
 
     def work(history: list[int]) -> np.ndarray:
         rows = np.array(history, np.int64)
-        token, _ = form.tokens(rows, np.array([0, len(rows)]))
-        return brute_force(world.model, world.vocabulary, world.catalog, token)
+        token, _ = form.encode_history(rows, np.array([0, len(rows)]))
+        return brute_force(world.model, world.tokenizer, token)
 
     return work

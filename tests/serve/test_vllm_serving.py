@@ -40,14 +40,14 @@ class Replica:
         # A cache that three searches of fifty beams outgrow.
         config = RolloutConfig(threads=1, kv_cache_gib=0.002)
         self._holder = VllmEngine(
-            folder, self._world.model, self._world.catalog.trie, self._world.vocabulary,
+            folder, self._world.model, self._world.tokenizer,
             self._world.version, config, seed=0,
         )  # fmt: skip
 
     def answer(self, num_items: int) -> tuple[list[RankedItems], float, int]:
         """Answers from a catalog of so many items, seconds of prefill, expansions seen."""
         world = small_world(num_items)
-        self._holder.set_catalog(world.catalog.trie)
+        self._holder.set_catalog(world.catalog)
         watch: list[Watched] = []
 
         class Watching:
@@ -77,9 +77,7 @@ def test_vllm_answers_as_torch_does_on_every_catalog_that_it_turns_to(
     try:
         for num_items in (40, 30, 40):
             world = small_world(num_items)
-            engine: DecodingBackend = TorchEngine(
-                first.model, world.catalog.trie, world.vocabulary, world.version
-            )
+            engine: DecodingBackend = TorchEngine(first.model, world.tokenizer, world.version)
             expected, _ = recommend(
                 engine,
                 make_catalog_store(world).current,

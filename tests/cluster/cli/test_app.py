@@ -154,7 +154,7 @@ def saved_policy(world: Path) -> Path:
     """A run folder with a warm start, as `orchard sft` leaves it, but untrained."""
     run = prepare(config.load(world), "sft")
     open_run_dir(run)
-    first = model.create(run.config.model, run.vocabulary, seed=0)
+    first = model.create(run.config.model, run.tokenizer, seed=0)
     save_policy(run, run.result, PolicyVersion(step=1, digest="x"), snapshot(first))
     return run.result
 

@@ -16,7 +16,7 @@ from cluster.cli.rllib import RllibBackend
 from cluster.training.run import prepare
 from orchard import config
 from orchard.catalog.catalog import Catalog
-from orchard.data.prompts import Split
+from orchard.data.prompts import Split, make_prompts
 from orchard.data.synthetic import WorldParams, write_world
 from orchard.errors import ConfigError
 from orchard.policy import model
@@ -65,7 +65,7 @@ def start(settings: Config) -> None:
 
     first = prepare(settings, "sft")
     open_run_dir(first)
-    weights = snapshot(model.create(first.config.model, first.vocabulary, seed=0))
+    weights = snapshot(model.create(first.config.model, first.tokenizer, seed=0))
     save_policy(first, first.result, PolicyVersion(step=0, digest=digest(weights)), weights)
 
 
@@ -80,8 +80,8 @@ def test_a_fitted_critic_guides_a_policy_that_has_no_head(
     assert "explained" in capsys.readouterr().out
     run = prepare(settings, "train")
     assert run.critic is not None
-    given = (run.config.rollout, run.policy, run.catalog, run.vocabulary, 0)
-    prompts = run.form.prompts(run.train, np.arange(8))
+    given = (run.config.rollout, run.policy, run.tokenizer, 0)
+    prompts = make_prompts(run.tokenizer, run.train, np.arange(8))
     trees = RolloutWorker(*given, run.critic).search(prompts, seed=0)
     assert trees.value is not None
     inside = np.flatnonzero((trees.step > 0) & np.isfinite(trees.value))

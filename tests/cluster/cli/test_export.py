@@ -18,6 +18,7 @@ from cluster.training.run import Run, prepare
 from cluster.training.run_dir import open_run_dir, save_policy
 from orchard import config
 from orchard.catalog import catalog
+from orchard.data.prompts import make_prompts
 from orchard.data.synthetic import WorldParams, write_world
 from orchard.evaluation import ranking
 from orchard.evaluation.ranking import Evaluation, TargetRanks
@@ -70,7 +71,7 @@ def logprobs(folder: Path, prompts: list[list[int]]) -> list[list[float]]:
 
 def test_the_folder_has_everything_and_computes_the_same(run_file: Path, tmp_path: Path) -> None:
     run = started(run_file)
-    policy = model.load(run.policy, run.vocabulary)
+    policy = model.load(run.policy, run.tokenizer)
     value_head.attach(policy, seed=3)
     value_head.save(policy, run.policy)
     evaluated(run)
@@ -80,12 +81,12 @@ def test_the_folder_has_everything_and_computes_the_same(run_file: Path, tmp_pat
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
             "value_head.safetensors", "catalogue", "policy.json", "run.toml", "evaluation",
             MODEL_CARD} <= names  # fmt: skip
-    prompts = run.form.prompts(run.test, np.arange(4))
+    prompts = make_prompts(run.tokenizer, run.test, np.arange(4))
     rows = [row.tolist() for row in np.split(prompts.token, prompts.token_start[1:-1])]
     assert logprobs(out, rows) == logprobs(run.policy, rows)
-    assert len(AutoTokenizer.from_pretrained(out)) == run.vocabulary.size
+    assert len(AutoTokenizer.from_pretrained(out)) == run.tokenizer.size
     assert catalog.load(out / "catalogue").digest == run.catalog.digest
-    head = value_head.value_head_of(model.load(out, run.vocabulary))
+    head = value_head.value_head_of(model.load(out, run.tokenizer))
     assert head is not None
     card = (out / MODEL_CARD).read_text()
     known = ranking.read(out / "evaluation" / "warm_start.json").metrics["ndcg@10/sid"]
@@ -141,7 +142,7 @@ def test_adapters_are_exported_for_their_base(
     names = {path.name for path in out.iterdir()}
     assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"} <= names
     assert "model.safetensors" not in names
-    assert f"`resize_token_embeddings({begun.vocabulary.size})`" in (out / MODEL_CARD).read_text()
+    assert f"`resize_token_embeddings({begun.tokenizer.size})`" in (out / MODEL_CARD).read_text()
     base = model.load(begun.policy)
     before = base(torch.tensor([[1, 5, 9]])).logits
     again = PeftModel.from_pretrained(base, str(out))(torch.tensor([[1, 5, 9]])).logits
@@ -172,7 +173,7 @@ def test_vllm_reads_the_folder_and_agrees_with_transformers(run_file: Path, tmp_
     run = started(run_file)
     out = tmp_path / "out"
     cli.main(["export", str(run_file), str(out)])
-    prompts = run.form.prompts(run.test, np.arange(4))
+    prompts = make_prompts(run.tokenizer, run.test, np.arange(4))
     rows = [row.tolist() for row in np.split(prompts.token, prompts.token_start[1:-1])]
     ended = subprocess.run(
         [sys.executable, "-c", VLLM, str(out), json.dumps(rows)],

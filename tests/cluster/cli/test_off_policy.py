@@ -8,7 +8,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.cli.off_policy import evaluate_log
-from orchard.data.prompts import PromptFormat
 from orchard.errors import DataError
 from orchard.policy import weights
 from orchard.testing import TinySetup, brute_force, tiny_setup
@@ -24,14 +23,14 @@ HISTORY = [3, 17, 5]
 def drawn(world: TinySetup, number: int) -> list[dict[str, object]]:
     """Single draws after one history, as the endpoint logs them."""
     items = world.catalog
-    form = PromptFormat(catalog=items, vocabulary=world.vocabulary)
+    form = world.tokenizer
     rows = np.array(HISTORY)
-    token, start = form.tokens(rows, np.array([0, 3]))
+    token, start = form.encode_history(rows, np.array([0, 3]))
     prompts = Prompts(
         id=np.zeros(1, np.int64), target=np.zeros(1, np.int64), history=rows,
         history_start=np.array([0, 3]), token=token, token_start=start,
     )  # fmt: skip
-    engine = TorchEngine(world.model, items.trie, world.vocabulary, world.version)
+    engine = TorchEngine(world.model, world.tokenizer, world.version)
     found = sample(engine, prompts, count=number, temperature=1.0, seed=0)
     return [
         {
@@ -65,9 +64,9 @@ def test_a_policy_is_judged_by_what_another_one_drew(tmp_path: Path) -> None:
     weights.restore(world.model, values | {name: values[name] * 0.8})
     folder = export_policy(world, tmp_path / "policy", step=1)
     items = world.catalog
-    form = PromptFormat(catalog=items, vocabulary=world.vocabulary)
-    token, _ = form.tokens(np.array(HISTORY), np.array([0, 3]))
-    logprob = brute_force(world.model, world.vocabulary, items, token)
+    form = world.tokenizer
+    token, _ = form.encode_history(np.array(HISTORY), np.array([0, 3]))
+    logprob = brute_force(world.model, world.tokenizer, token)
     truth = float(np.exp(logprob) @ reward[items.item_of_leaf[items.leaf_start[:-1]]])
 
     found = evaluate_log(folder, tmp_path / "log.parquet", tmp_path / "rewards.parquet", None)

@@ -62,10 +62,10 @@ def run(data: Path, tmp_path: Path) -> Run:
 @pytest.fixture
 def controller(run: Run) -> Controller:
     """Ranks in this process, whatever policy is asked for."""
-    policy = model.create(run.config.model, run.vocabulary, seed=0)
+    policy = model.create(run.config.model, run.tokenizer, seed=0)
     version = PolicyVersion(step=0, digest=digest(snapshot(policy)))
     save_policy(run, run.result, version, snapshot(policy), valid_score=0.5, valid_rows=8.0)
-    pool: Any = Here(TorchEngine(policy, run.catalog.trie, run.vocabulary, version))
+    pool: Any = Here(TorchEngine(policy, run.tokenizer, version))
     made = Controller.__new__(Controller)
     made.run = run.with_phase("evaluate", run.result)
     made.stopping = asyncio.Event()

@@ -29,10 +29,10 @@ def found() -> tuple[ScoredTrees, ScoredTrees]:
     model, vocabulary = tiny_policy(ITEMS)
     value_head.attach(model, seed=0)
     version = PolicyVersion(step=0, digest="")
-    engine = TorchEngine(model, ITEMS.trie, vocabulary, version)
+    engine = TorchEngine(model, vocabulary, version)
     guided = ved(engine, PROMPTS, VedConfig(budget=17, width=4), count=8, seed=0)
     both = [
-        build_search_trees(PROMPTS, one, ITEMS, vocabulary, version)
+        build_search_trees(PROMPTS, one, vocabulary, version)
         for one in (guided, beam(engine, PROMPTS, width=8))
     ]
     return score_trees(both[0], ITEMS, WEIGHTS), score_trees(both[1], ITEMS, WEIGHTS)

@@ -9,7 +9,6 @@ from torch import nn
 from cluster.training.controller import EXACT, ROUNDED, probe_tolerance
 from learner.batch.sft import pack_answers
 from learner.trainer import Trainer
-from orchard.data.prompts import PromptFormat
 from orchard.errors import WeightMismatchError
 from orchard.settings import ClusterConfig, Config, DataConfig, LearnerConfig, RolloutConfig
 from orchard.testing import TinySetup, tiny_policy, tiny_setup
@@ -34,14 +33,14 @@ def world() -> TinySetup:
 
 def probed(world: TinySetup, config: Config, *, seed: int) -> tuple[TorchEngine, LogprobProbe]:
     """An engine with the policy of a seed, and what a learner makes of that of seed 0."""
-    catalog, vocabulary = world.catalog, world.vocabulary
+    catalog, vocabulary = world.catalog, world.tokenizer
     model, _ = tiny_policy(catalog)
-    learner = Trainer(model, catalog.trie, vocabulary, config.learner, total_steps=1)
-    form = PromptFormat(catalog=catalog, vocabulary=vocabulary)
+    learner = Trainer(model, vocabulary, config.learner, total_steps=1)
+    form = vocabulary
     score = learner.score(pack_answers(world.prompts, form, world.version))
     found, _ = tiny_policy(catalog, seed=seed)
     nn.Module.to(found, dtype=getattr(torch, config.rollout.dtype))
-    return TorchEngine(found, catalog.trie, vocabulary, world.version), LogprobProbe(
+    return TorchEngine(found, vocabulary, world.version), LogprobProbe(
         prompts=world.prompts, leaf=catalog.leaf_of_item[world.prompts.target], score=score,
         tolerance=probe_tolerance(config),
     )  # fmt: skip

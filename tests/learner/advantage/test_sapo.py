@@ -51,7 +51,7 @@ def grown(cube: Catalog, prompts: object, groups: list[list[int]]) -> SearchTree
         leaf=leaf, cost=Cost(),
     )  # fmt: skip
     version = PolicyVersion(step=0, digest="0" * 64)
-    return build_search_trees(prompts, found, cube, tiny_policy(cube)[1], version)  # pyright: ignore
+    return build_search_trees(prompts, found, tiny_policy(cube)[1], version)  # pyright: ignore
 
 
 def scored(trees: SearchTrees) -> ScoredTrees:
@@ -220,11 +220,9 @@ def test_packed_thinking_groups_have_the_loss_and_gradients_of_flat_ones(
     layouts: list[Callable[..., object]] = [pack, flatten]
     for layout in layouts:
         model, vocabulary = tiny_policy(cube)
-        batch = layout(judged, credits, cube, vocabulary)
+        batch = layout(judged, credits, vocabulary)
         tensors = to_tensors(batch)  # pyright: ignore
-        logprob, entropy = choice_logprobs(
-            model, tensors, cube.trie, vocabulary, temperature=temperature
-        )
+        logprob, entropy = choice_logprobs(model, tensors, vocabulary, temperature=temperature)
         reference = logprob.detach() - 0.1
         value, parts = policy_loss(
             logprob, entropy, reference, tensors, clip_low=0.2, clip_high=0.3, dual_clip=3.0,
@@ -245,8 +243,8 @@ def test_a_prompt_is_read_once_for_all_its_samples(cube: Catalog) -> None:
     judged = add_step_rewards(thinking(cube, [4]), cube)
     vocabulary = tiny_policy(cube)[1]
     credits = compute_advantages(judged, LearnerConfig(estimator="step"))
-    packed = pack(judged, credits, cube, vocabulary)
-    flat = flatten(judged, credits, cube, vocabulary)
+    packed = pack(judged, credits, vocabulary)
+    flat = flatten(judged, credits, vocabulary)
     prompt = len(judged.trees.prompts.token)
     assert flat.forward_tokens - packed.forward_tokens == 3 * prompt
     forced = judged.trees.forced

@@ -30,7 +30,7 @@ def worked_example(num_prompts: int = 1) -> tuple[ScoredTrees, list[tuple[int, .
     model, vocabulary = tiny_policy(catalog)
     version = PolicyVersion(step=0, digest="")
     prompts = tiny_prompts(catalog, [2] * num_prompts)
-    found = beam(TorchEngine(model, catalog.trie, vocabulary, version), prompts, width=5)
+    found = beam(TorchEngine(model, vocabulary, version), prompts, width=5)
     codes = [tuple(row) for row in catalog.codes[catalog.item_of_leaf[found.leaf]].tolist()]
     kept = np.array([code in CODES for code in codes])
     start = np.concatenate([[0], np.cumsum(kept)])[found.start]
@@ -40,7 +40,7 @@ def worked_example(num_prompts: int = 1) -> tuple[ScoredTrees, list[tuple[int, .
     )  # fmt: skip
     codes = [code for code in codes if code in CODES]
     reward = np.array([float(code == CODES[0]) for code in codes], np.float32)
-    trees = build_search_trees(prompts, part, catalog, vocabulary, version)
+    trees = build_search_trees(prompts, part, vocabulary, version)
     return ScoredTrees(trees=trees, reward=reward, parts={}), codes
 
 
@@ -145,7 +145,7 @@ def test_the_sum_adds_two_losses_and_the_blend_averages_two_advantages(
 def test_a_packed_node_carries_its_term_once() -> None:
     scored, _ = worked_example()
     catalog = from_codes([*CODES, (0, 0, 0)], level_size=(8, 9, 10))
-    batch = pack(scored, [sibling(scored, EPSILON)], catalog, tiny_policy(catalog)[1])
+    batch = pack(scored, [sibling(scored, EPSILON)], tiny_policy(catalog)[1])
     advantage = node_advantages(scored, EPSILON)
     carried = dict(
         zip(

@@ -10,19 +10,19 @@ from learner.advantage.estimators import ESTIMATORS
 from learner.batch.microbatch import micro_batches, row_lengths, shard
 from learner.batch.pack import pack
 from orchard.catalog.catalog import Catalog
-from orchard.policy.item_tokenizer import Vocabulary
+from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.types import ScoredTrees, TrainBatch
 
 
 @pytest.fixture(scope="module")
 def batch(
     catalog: Catalog,
-    policy: tuple[PreTrainedModel, Vocabulary],
+    policy: tuple[PreTrainedModel, ItemTokenizer],
     score_random: Callable[..., ScoredTrees],
 ) -> TrainBatch:
     """Seven rows of different lengths."""
     scored = score_random([4, 2, 7, 12, 3, 16, 9])
-    return pack(scored, [ESTIMATORS["group"](scored, 1e-4)], catalog, policy[1])
+    return pack(scored, [ESTIMATORS["group"](scored, 1e-4)], policy[1])
 
 
 def signature(batch: TrainBatch) -> list[tuple[object, ...]]:

@@ -17,12 +17,12 @@ from orchard import ragged
 from orchard.catalog import catalog as catalogs
 from orchard.catalog.catalog import Catalog
 from orchard.errors import CatalogError
-from orchard.policy.item_tokenizer import Vocabulary
+from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.testing import brute_force, tiny_catalog, tiny_policy, tiny_prompts
 from orchard.types import Advantages, Cost, PolicyVersion, ScoredTrees, SearchTrees
 
 Grow = Callable[..., ScoredTrees]
-Policy = tuple[PreTrainedModel, Vocabulary]
+Policy = tuple[PreTrainedModel, ItemTokenizer]
 SIZES = (4, 1, 7, 12, 2)
 
 
@@ -49,13 +49,13 @@ def test_rows_hold_the_prompt_and_in_preorder_every_node_above_a_choice(
 ) -> None:
     scored = score_random(SIZES)
     trees, vocabulary = scored.trees, policy[1]
-    batch = pack(scored, credits_of(scored), catalog, vocabulary)
+    batch = pack(scored, credits_of(scored), vocabulary)
     visible = tree_mask(to_tensors(batch).subtree_end).numpy()
     for row in range(len(trees)):
         prompt = trees.prompts.select(np.array([row])).token
         above, choice = lay_out(trees, row)
         last = torch.tensor([path[-1] for path in above], dtype=torch.long)
-        tokens = [*prompt, *vocabulary.token_of(catalog.trie, last).tolist()] if choice else []
+        tokens = [*prompt, *vocabulary.token_of(last).tolist()] if choice else []
         places = [*range(len(prompt)), *(len(prompt) + len(path) - 1 for path in above)]
         assert batch.token[row, : len(tokens)].tolist() == tokens
         assert batch.position[row, : len(tokens)].tolist() == places[: len(tokens)]
@@ -73,7 +73,7 @@ def test_choices_are_the_unforced_codes_with_the_summed_credit_of_their_candidat
 ) -> None:
     scored = score_random(SIZES)
     trees, credits = scored.trees, credits_of(scored)
-    batch = pack(scored, credits, catalog, policy[1])
+    batch = pack(scored, credits, policy[1])
     paths, owner = trees.paths(), trees.prompt_of_candidate
     found: list[tuple[int, ...]] = []
     for choice, (row, edge) in enumerate(zip(batch.row, batch.chosen, strict=True)):
@@ -105,16 +105,16 @@ def test_choice_logprobs_add_up_to_those_of_an_ordinary_forward_pass_per_leaf(
     model, vocabulary = policy
     scored = score_random(SIZES)
     trees = scored.trees
-    batch = layout(scored, credits_of(scored), catalog, vocabulary)
+    batch = layout(scored, credits_of(scored), vocabulary)
     with torch.no_grad():
-        logprob, _ = choice_logprobs(model, to_tensors(batch), catalog.trie, vocabulary)
+        logprob, _ = choice_logprobs(model, to_tensors(batch), vocabulary)
     paths = trees.paths()
     for i, prompt in enumerate(trees.prompt_of_candidate):
         row = prompt if layout is pack else i
         edges = trees.state[paths[i][paths[i] >= 0]]
         total = logprob.numpy()[(batch.row == row) & np.isin(batch.chosen, edges)].sum()
         tokens = trees.prompts.select(np.array([prompt])).token
-        expected = brute_force(model, vocabulary, catalog, tokens)[trees.leaf[i]]
+        expected = brute_force(model, vocabulary, tokens)[trees.leaf[i]]
         assert total == pytest.approx(expected, abs=1e-5)
 
 
@@ -123,8 +123,8 @@ def test_flat_rows_hold_one_candidate_each(
 ) -> None:
     scored = score_random(SIZES)
     credits = credits_of(scored)
-    flat = flatten(scored, credits, catalog, policy[1])
-    packed = pack(scored, credits, catalog, policy[1])
+    flat = flatten(scored, credits, policy[1])
+    packed = pack(scored, credits, policy[1])
     assert len(flat.token) == sum(SIZES)
     trees = scored.trees
     prompt = np.diff(trees.prompts.token_start)[trees.prompt_of_candidate]
@@ -141,7 +141,7 @@ def test_a_tree_without_a_choice_is_a_row_of_padding(
     trees = scored.trees
     second = trees.prompt_of_node[ragged.owners(trees.token_start)] == 1
     scored = replace(scored, trees=replace(trees, forced=trees.forced | second))
-    batch = pack(scored, credits_of(scored), catalog, policy[1])
+    batch = pack(scored, credits_of(scored), policy[1])
     assert not batch.subtree_end[1].any()
     assert (batch.row == 0).all()
 
@@ -152,11 +152,11 @@ def test_a_tree_without_candidates_is_a_row_of_padding(
 ) -> None:
     scored = score_leaves([[0, 1, 2], []])
     node_reward = np.zeros(len(scored.trees.step), np.float32) if values else None
-    batch = pack(scored, credits_of(scored), catalog, policy[1], node_reward=node_reward)
+    batch = pack(scored, credits_of(scored), policy[1], node_reward=node_reward)
     assert batch.subtree_end[0].any()
     assert not batch.subtree_end[1].any()
     only = score_leaves([[]])
-    nothing = pack(only, credits_of(only), catalog, policy[1])
+    nothing = pack(only, credits_of(only), policy[1])
     assert nothing.token.tolist() == [[policy[1].pad]]
 
 
@@ -189,10 +189,10 @@ def test_spans_of_text_and_of_several_codes_are_predicted_token_by_token() -> No
     model, vocabulary = tiny_policy(catalog)
     scored = thoughts(catalog)
     prompt = scored.trees.prompts.token.tolist()
-    batch = pack(scored, credits_of(scored), catalog, vocabulary)
+    batch = pack(scored, credits_of(scored), vocabulary)
     assert batch.forward_tokens == len(prompt) + 9
     with torch.no_grad():
-        got = choice_logprobs(model, to_tensors(batch), catalog.trie, vocabulary)
+        got = choice_logprobs(model, to_tensors(batch), vocabulary)
     words, codes = list(range(vocabulary.size)), ([3, 4], [5, 6], [7, 8])
     cases: list[tuple[list[int], list[int], int]] = [
         ([], words, 3), ([3, 8], words, 5),
@@ -214,4 +214,4 @@ def test_trees_of_another_catalog_are_refused(
     scored, other = score_random([2]), tiny_catalog(seed=9)
     both = f"catalog {catalog.digest[:12]}, the learner holds {other.digest[:12]}; .* same items"
     with pytest.raises(CatalogError, match=both):
-        pack(scored, credits_of(scored), other, policy[1])
+        pack(scored, credits_of(scored), policy[1].with_catalog(other))

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from orchard import ragged
 from orchard.data.prompts import (
-    PromptFormat,
     Split,
     code_states,
     make_windows,
@@ -18,7 +17,7 @@ from orchard.data.prompts import (
     rows_of_step,
 )
 from orchard.errors import DataError
-from orchard.policy.item_tokenizer import compact_tokenizer, from_tokenizer
+from orchard.policy.item_tokenizer import compact_tokenizer, make_item_tokenizer
 from orchard.testing import tiny_catalog
 
 ITEMS = tiny_catalog(num_items=40)
@@ -70,9 +69,9 @@ def test_files_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_prompt_is_bos_and_the_codes_of_its_history() -> None:
-    vocabulary = from_tokenizer(compact_tokenizer(ITEMS), ITEMS)
-    form = PromptFormat(catalog=ITEMS, vocabulary=vocabulary)
-    token, start = form.tokens(np.array([3, 0, 5]), np.array([0, 2, 3]))
+    vocabulary = make_item_tokenizer(compact_tokenizer(ITEMS), ITEMS)
+    form = vocabulary
+    token, start = form.encode_history(np.array([3, 0, 5]), np.array([0, 2, 3]))
     for row, items in enumerate([[3, 0], [5]]):
         expected = [vocabulary.bos]
         for item in items:

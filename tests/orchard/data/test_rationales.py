@@ -12,7 +12,7 @@ from orchard.catalog.catalog import Catalog
 from orchard.data import rationales
 from orchard.data.prompts import Split
 from orchard.errors import DataError
-from orchard.policy.item_tokenizer import from_tokenizer, sid_token, think_tokens
+from orchard.policy.item_tokenizer import make_item_tokenizer, sid_token, think_tokens
 
 TEMPLATE = "seen {seen}, next {next}"
 WORDS = [["Lamp", "Tent"], ["Oak", "Steel"], ["Slim", "Royal"]]
@@ -89,7 +89,7 @@ def test_traces_are_the_blocks_between_their_tags(items: Catalog, split: Split) 
     flat = [block for blocks in texts for block in blocks]
     tokenizer = rationales.text_tokenizer(items, flat, size=300)
     tags = think_tokens(tokenizer)
-    assert from_tokenizer(tokenizer, items).size == len(tokenizer)
+    assert make_item_tokenizer(tokenizer, items).size == len(tokenizer)
     traces = rationales.tokenize_rationales(texts, tokenizer, cap=40)
     assert len(traces) == 2
     token, start = traces.of(np.array([1, 0]))

@@ -37,9 +37,9 @@ def world() -> TinySetup:
 
 def scored(world: TinySetup) -> ScoredTrees:
     """The four likeliest leaves of two prompts; only the last of each group is worth anything."""
-    engine = TorchEngine(world.model, world.catalog.trie, world.vocabulary, world.version)
+    engine = TorchEngine(world.model, world.tokenizer, world.version)
     found = beam(engine, world.prompts, width=4)
-    trees = build_search_trees(world.prompts, found, world.catalog, world.vocabulary, world.version)
+    trees = build_search_trees(world.prompts, found, world.tokenizer, world.version)
     reward = np.array([0, 0, 0, 1, 0, 0, 0, 0.5], np.float32)
     return ScoredTrees(trees=trees, reward=reward, parts={})
 

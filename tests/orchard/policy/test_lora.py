@@ -9,7 +9,6 @@ import torch
 
 from learner.batch.sft import pack_examples
 from learner.trainer import Trainer
-from orchard.data.prompts import PromptFormat
 from orchard.data.sft_tasks import SftExamples
 from orchard.errors import CheckpointError, ConfigError
 from orchard.policy import adapters, lora, model
@@ -42,14 +41,14 @@ def test_trained_adapters_merge_into_a_policy_that_computes_the_same() -> None:
     assert {n.split(".")[-1] for n in trained if "lora" not in n} == {"weight"}
     assert [n for n in trained if "lora" not in n] == ["model.embed_tokens.weight"]
 
-    form = PromptFormat(catalog=world.catalog, vocabulary=world.vocabulary)
+    form = world.tokenizer
     target = np.arange(3)
     empty = np.zeros(0, np.int32), np.zeros(4, np.int64)
-    asked = form.tokens(np.array([4, 5, 6, 7]), np.array([0, 1, 3, 4]))
+    asked = form.encode_history(np.array([4, 5, 6, 7]), np.array([0, 1, 3, 4]))
     examples = SftExamples(asked=asked, written=empty, target=target)
     batch = pack_examples(examples, form, PolicyVersion(step=0, digest=""), forced=True)
     rates = LearnerConfig(lr=1e-2)
-    learner = Trainer(world.model, world.catalog.trie, world.vocabulary, rates, total_steps=9)
+    learner = Trainer(world.model, world.tokenizer, rates, total_steps=9)
     losses = [learner.sft_step(batch)["nll"] for _ in range(5)]
     assert losses[-1] < losses[0]
 
@@ -92,7 +91,7 @@ def test_adapters_apart_from_the_policy_make_it_of_its_base_again(
     base = type(world.model)(type(own).from_dict(settings))
     base.load_state_dict(world.model.state_dict(), strict=False)
     base.save_pretrained(tmp_path / "base")
-    size = world.vocabulary.size + 3
+    size = world.tokenizer.size + 3
     grown = copy.deepcopy(base)
     grown.resize_token_embeddings(size, mean_resizing=False)
     warm = moved(grown, seed=0)

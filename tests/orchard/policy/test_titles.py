@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from orchard.catalog.catalog import load, write
 from orchard.errors import CatalogError
-from orchard.policy.item_tokenizer import compact_tokenizer, from_tokenizer, read_tokenizer
+from orchard.policy.item_tokenizer import compact_tokenizer, make_item_tokenizer, read_tokenizer
 from orchard.policy.titles import from_titles, make_title_tokenizer, read, read_titles
 from orchard.testing import tiny_catalog, tiny_title_tokenizer
 
@@ -25,10 +25,10 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 def test_every_leaf_reads_as_a_title(tokenizer: PreTrainedTokenizerBase) -> None:
     found = from_titles(TITLES, tokenizer)
-    vocabulary = from_tokenizer(tokenizer, found)
+    vocabulary = make_item_tokenizer(tokenizer, found)
     read: list[str] = []
     for path in found.trie.path(found.trie.leaf_node):
-        tokens = vocabulary.token_of(found.trie, path[path >= 0])
+        tokens = vocabulary.token_of(path[path >= 0])
         read.append(str(tokenizer.decode(tokens)).replace(" ", ""))
     assert sorted(read) == ["bluepen<eos>", "red<eos>", "redpen<eos>", "redpencil<eos>"]
 
@@ -43,7 +43,7 @@ def test_equal_titles_share_a_leaf_and_a_title_within_another_has_its_own(
 
 def test_all_levels_share_one_slice_of_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
     found = from_titles(TITLES, tokenizer)
-    vocabulary = from_tokenizer(tokenizer, found)
+    vocabulary = make_item_tokenizer(tokenizer, found)
     letters = sorted(set("".join(TITLES)))
     assert len(vocabulary.level_tokens) == 1
     assert vocabulary.tokens_at(0).tolist() == vocabulary.tokens_at(9).tolist()
@@ -53,7 +53,7 @@ def test_all_levels_share_one_slice_of_tokens(tokenizer: PreTrainedTokenizerBase
     assert set(found.level_size) == {len(letters) + 1}
     nodes = torch.arange(1, found.trie.num_nodes)
     depth_two = nodes[found.trie.depth_of(nodes) == 2]
-    both = [vocabulary.token_of(found.trie, n) for n in (depth_two, nodes)]
+    both = [vocabulary.token_of(n) for n in (depth_two, nodes)]
     assert tokenizer.convert_ids_to_tokens(both[0].tolist()) == ["l", "e"]
 
 
@@ -85,9 +85,9 @@ def test_a_tokenizer_is_made_from_titles_and_writes_every_one_of_them() -> None:
     assert 259 < len(made) <= 300
     titles = [*TITLES, "never seen: \N{EURO SIGN}", "Größe 7\N{MULTIPLICATION SIGN}9 \N{SNOWMAN}"]
     found = from_titles(titles, made)
-    vocabulary = from_tokenizer(made, found)
+    vocabulary = make_item_tokenizer(made, found)
     path = found.trie.path(found.trie.leaf_node)
-    read = [made.decode(vocabulary.token_of(found.trie, row[row >= 0])[:-1]) for row in path]
+    read = [made.decode(vocabulary.token_of(row[row >= 0])[:-1]) for row in path]
     assert sorted(read) == sorted(set(titles))
     assert vocabulary.size == len(made)
     # "red" begins "red pen", and both begin "red pencil": each ends in a leaf of its own.
@@ -143,7 +143,7 @@ def test_titles_need_a_token_that_ends_them(tokenizer: PreTrainedTokenizerBase) 
 def test_titles_of_another_tokenizer_are_refused(tokenizer: PreTrainedTokenizerBase) -> None:
     other = compact_tokenizer(tiny_catalog())
     with pytest.raises(CatalogError, match="with the policy's own tokenizer"):
-        from_tokenizer(other, from_titles(TITLES, tokenizer))
+        make_item_tokenizer(other, from_titles(TITLES, tokenizer))
 
 
 def test_a_title_catalog_is_read_with_the_tokenizer_of_a_saved_policy(

@@ -68,8 +68,7 @@ def paged(world: TinySetup, **options: int) -> PagedBackend:
     bounds = {"page_size": 4, "num_pages": 2000, "max_tokens": 512, "max_spans": 512} | options
     return PagedBackend(
         TokenPages(world, **bounds),
-        world.catalog.trie,
-        world.vocabulary,
+        world.tokenizer,
         world.version,
         head_weight(world.model).detach(),
         value_head.value_head_of(world.model),
@@ -103,10 +102,10 @@ def test_a_state_may_be_extended_again_after_its_children() -> None:
     ours, trie = paged(world, page_size=64), world.catalog.trie
     root = ours.prefill(world.prompts.select(np.array([0])))
     node = root.children.node[:1]
-    token, one = world.vocabulary.token_of(trie, node), torch.tensor([0, 1])
+    token, one = world.tokenizer.token_of(node), torch.tensor([0, 1])
     first = ours.extend(root.state, token, one, node)
     deeper = trie.children(node).node[:1]
-    ours.extend(first.state, world.vocabulary.token_of(trie, deeper), one, deeper)
+    ours.extend(first.state, world.tokenizer.token_of(deeper), one, deeper)
     again = ours.extend(root.state, token, one, node)
     assert torch.equal(first.logprob, again.logprob)
 
@@ -138,7 +137,7 @@ def test_guided_searches_are_those_of_the_reference(
     world: TinySetup, settings: VedConfig, page_size: int
 ) -> None:
     guided(world)
-    reference = TorchEngine(world.model, world.catalog.trie, world.vocabulary, world.version)
+    reference = TorchEngine(world.model, world.tokenizer, world.version)
     find = partial(ved, settings=settings, count=4, seed=2)
     ours = find(paged(world, page_size=page_size, max_tokens=9), world.prompts)
     expected = find(reference, world.prompts)

@@ -43,7 +43,7 @@ def both() -> tuple[PayloadEncoder, PayloadDecoder]:
 
 
 def test_a_search_finds_the_same_after_its_travel(world: TinySetup) -> None:
-    engine = TorchEngine(world.model, world.catalog.trie, world.vocabulary, world.version)
+    engine = TorchEngine(world.model, world.tokenizer, world.version)
     sender, receiver = both()
     for seed in (0, 1, 0):
         find = partial(beam, width=6, allowed=allowed(world, seed))

@@ -22,7 +22,7 @@ def extend(
     """Append the codes into the nodes of each path."""
     start = torch.tensor([0, *np.cumsum([len(path) for path in paths])])
     nodes = torch.tensor([node for path in paths for node in path])
-    token = engine.vocabulary.token_of(engine.trie, nodes)
+    token = engine.tokenizer.token_of(nodes)
     return engine.extend(state, token, start, torch.tensor([path[-1] for path in paths]))
 
 
@@ -126,7 +126,7 @@ def test_values_are_those_of_the_whole_prefix_read_at_once(
     for state, prompt, depth in [(first, p, 1) for p in range(4)] + [
         (found, p, 3) for p in range(4)
     ]:
-        codes = world.vocabulary.token_of(trie, torch.tensor(leaves[prompt][:depth]))
+        codes = world.tokenizer.token_of(torch.tensor(leaves[prompt][:depth]))
         token = torch.tensor([*rows[prompt].tolist(), *codes.tolist()])[None]
         visible = torch.ones(token.shape[1], token.shape[1], dtype=torch.bool).tril()[None]
         hidden = hidden_states(world.model, token, torch.arange(token.shape[1])[None], visible)[0]

@@ -32,11 +32,9 @@ class Owner:
 
     def __init__(self, world: TinySetup, folder: Path, dtype: str, kv_cache_gib: float) -> None:
         config = RolloutConfig(dtype=dtype, threads=1, kv_cache_gib=kv_cache_gib)
-        trie, vocabulary = world.catalog.trie, world.vocabulary
+        _trie, vocabulary = world.catalog.trie, world.tokenizer
         self._world = world
-        self._holder = VllmEngine(
-            folder, world.model, trie, vocabulary, world.version, config, seed=0
-        )
+        self._holder = VllmEngine(folder, world.model, vocabulary, world.version, config, seed=0)
 
     def search(self, width: int) -> tuple[Candidates, int]:
         """What is found, and how many prompts are searched at a time."""
@@ -102,7 +100,7 @@ def owner(
 
 def test_searches_and_generation_take_turns(owner: tuple[Any, str], world: TinySetup) -> None:
     handle, dtype = owner
-    reference = TorchEngine(world.model, world.catalog.trie, world.vocabulary, world.version)
+    reference = TorchEngine(world.model, world.tokenizer, world.version)
     text = ray.get(handle.generate.remote())
     for width in (40, 3):
         found, at_a_time = ray.get(handle.search.remote(width))
@@ -142,7 +140,7 @@ def test_guided_searches_follow_the_weights_that_were_pushed(
     handle, dtype = owner
     tolerance = 1e-5 if dtype == "float32" else 1.0
     model = copy.deepcopy(world.model)
-    reference = TorchEngine(model, world.catalog.trie, world.vocabulary, world.version)
+    reference = TorchEngine(model, world.tokenizer, world.version)
     first = weights.snapshot(world.model)
     before = guided(reference, handle, world, tolerance=tolerance)
     new = {name: part[::-1].copy() for name, part in first.items()}
@@ -162,7 +160,7 @@ def test_guided_searches_follow_the_weights_that_were_pushed(
 def test_a_view_and_exclusions_hold_in_the_worker(owner: tuple[Any, str], world: TinySetup) -> None:
     handle, dtype = owner
     trie, count = world.catalog.trie, len(world.prompts)
-    reference = TorchEngine(world.model, trie, world.vocabulary, world.version)
+    reference = TorchEngine(world.model, world.tokenizer, world.version)
     for every in (2, 3, 2):
         live = torch.arange(trie.num_leaves) % every > 0
         allowed = ItemFilter(
@@ -183,9 +181,9 @@ def test_values_by_requests_are_refused_before_vllm_starts(
     world: TinySetup, tmp_path: Path
 ) -> None:
     config = RolloutConfig(decode="requests")
-    trie, vocabulary = world.catalog.trie, world.vocabulary
+    _trie, vocabulary = world.catalog.trie, world.tokenizer
     with pytest.raises(EngineError, match=r'search in the worker \(rollout.decode = "worker"\)'):
-        VllmEngine(tmp_path, world.model, trie, vocabulary, world.version, config, seed=0)
+        VllmEngine(tmp_path, world.model, vocabulary, world.version, config, seed=0)
 
 
 def test_a_search_amid_requests_is_refused(owner: tuple[Any, str]) -> None:

@@ -41,7 +41,7 @@ def folder(world: TinySetup, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def actor(ray_cluster: None, world: TinySetup, folder: Path) -> Iterator[Any]:
     config = RolloutConfig.model_validate(SETTINGS)
     handle = RolloutActor.options(num_cpus=1).remote(
-        config, folder, world.catalog, world.vocabulary, 0
+        config, folder, world.catalog, world.tokenizer, 0
     )
     yield handle
     ray.kill(handle)
@@ -53,12 +53,10 @@ def test_text_and_codes_have_the_learners_logprobs(actor: Any, world: TinySetup)
     zero = np.zeros(len(trees.leaf), np.float32)
     judged = add_step_rewards(ScoredTrees(trees=trees, reward=zero, parts={}), world.catalog)
     credits = compute_advantages(judged, LearnerConfig(estimator="step"))
-    batch = pack(judged, credits, world.catalog, world.vocabulary)
+    batch = pack(judged, credits, world.tokenizer)
     tensors = to_tensors(batch)
     with torch.no_grad():
-        found, _ = choice_logprobs(
-            world.model, tensors, world.catalog.trie, world.vocabulary, temperature=0.8
-        )
+        found, _ = choice_logprobs(world.model, tensors, world.tokenizer, temperature=0.8)
     text = batch.state == SearchTrees.FREE_TEXT
     difference = (found - tensors.behaviour_logprob).abs().numpy()
     assert text.sum() > 32
@@ -73,7 +71,7 @@ def test_a_greedy_thought_and_its_beam_are_those_of_the_reference(
     actor: Any, world: TinySetup, folder: Path
 ) -> None:
     config = RolloutConfig.model_validate(SETTINGS | {"engine": "torch"})
-    reference = RolloutWorker(config, folder, world.catalog, world.vocabulary, seed=0)
+    reference = RolloutWorker(config, folder, world.tokenizer, seed=0)
     found: Candidates = ray.get(actor.rank.remote(world.prompts, 6, True))
     expected = reference.rank(world.prompts, 6, thinking=True)
     np.testing.assert_array_equal(found.leaf, expected.leaf)

@@ -96,7 +96,7 @@ def test_groups_that_hold_every_target_are_left_as_they_are(
 
 def test_titles_are_followed_through_their_forced_tokens() -> None:
     world = tiny_title_setup(["red pen", "red", "blue pen", "red pencil"])
-    engine = TorchEngine(world.model, world.catalog.trie, world.vocabulary, world.version)
+    engine = TorchEngine(world.model, world.tokenizer, world.version)
     target = world.catalog.leaf_of_item[world.prompts.target]
     found = score_leaf(engine, world.prompts, target)
     expected = [logprob[leaf] for logprob, leaf in zip(world.leaf_logprob, target, strict=True)]
@@ -107,7 +107,7 @@ def test_an_actor_adds_targets_where_it_is_told_to(tmp_path: Path) -> None:
     world = tiny_setup()
     folder = world.save(tmp_path)
     config = RolloutConfig(engine="torch", candidates=3, batch_size=2, threads=1, add_target=True)
-    given = (folder, world.catalog, world.vocabulary, 0)
+    given = (folder, world.tokenizer, 0)
     trees = RolloutWorker(config, *given).search(world.prompts, 0)
     target = world.catalog.leaf_of_item[world.prompts.target]
     hit = trees.leaf == target[trees.prompt_of_candidate]

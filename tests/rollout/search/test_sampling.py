@@ -131,7 +131,7 @@ def test_three_levels_cost_what_a_beam_costs(
     every = from_codes(list(product(range(16), range(2), range(2))))
     model, vocabulary = tiny_policy(every)
     prompts = tiny_prompts(every, (1, 2))
-    bushy = TinySetup(catalog=every, model=model, vocabulary=vocabulary, prompts=prompts)
+    bushy = TinySetup(catalog=every, model=model, tokenizer=vocabulary, prompts=prompts)
     cost = draw(torch_engine(bushy), prompts, width=width).cost
     # 17 and 33 with the pass over the prompt, which counts for one.
     assert cost.forward_tokens == 2 * 2 * width

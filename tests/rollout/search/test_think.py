@@ -40,7 +40,7 @@ def folder(world: TinySetup, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rollout_worker(world: TinySetup, folder: Path, **changes: object) -> RolloutWorker:
     settings = THINKING | {"think": {"block_tokens": 6}} | changes
     config = RolloutConfig.model_validate(settings)
-    return RolloutWorker(config, folder, world.catalog, world.vocabulary, seed=0)
+    return RolloutWorker(config, folder, world.tokenizer, seed=0)
 
 
 def gap(world: TinySetup, trees: SearchTrees, temperature: float = 1.0) -> float:
@@ -48,11 +48,9 @@ def gap(world: TinySetup, trees: SearchTrees, temperature: float = 1.0) -> float
     zero = np.zeros(len(trees.leaf), np.float32)
     judged = add_step_rewards(ScoredTrees(trees=trees, reward=zero, parts={}), world.catalog)
     credits = compute_advantages(judged, LearnerConfig(estimator="step"))
-    batch = to_tensors(pack(judged, credits, world.catalog, world.vocabulary))
+    batch = to_tensors(pack(judged, credits, world.tokenizer))
     with torch.no_grad():
-        found, _ = choice_logprobs(
-            world.model, batch, world.catalog.trie, world.vocabulary, temperature=temperature
-        )
+        found, _ = choice_logprobs(world.model, batch, world.tokenizer, temperature=temperature)
     assert len(found) > 4 * len(trees.leaf)
     return float((found - batch.behaviour_logprob).abs().max())
 
@@ -69,7 +67,7 @@ def spans(trees: SearchTrees, path: np.ndarray) -> list[list[int]]:
 def test_a_sample_is_a_block_per_code_and_then_the_codes(
     world: TinySetup, folder: Path, think: dict[str, object]
 ) -> None:
-    tags = world.vocabulary.tags
+    tags = world.tokenizer.think
     assert tags is not None
     trees = rollout_worker(world, folder, think={"block_tokens": 6} | think).search(
         world.prompts, 3
@@ -114,17 +112,15 @@ def test_text_drawn_at_a_temperature_is_scored_at_it(world: TinySetup, folder: P
     zero = np.zeros(len(trees.leaf), np.float32)
     judged = add_step_rewards(ScoredTrees(trees=only, reward=zero, parts={}), world.catalog)
     credits = compute_advantages(judged, LearnerConfig(estimator="step"))
-    batch = to_tensors(pack(judged, credits, world.catalog, world.vocabulary))
+    batch = to_tensors(pack(judged, credits, world.tokenizer))
     for heat, close in ((0.6, True), (1.0, False)):
         with torch.no_grad():
-            found, _ = choice_logprobs(
-                world.model, batch, world.catalog.trie, world.vocabulary, temperature=heat
-            )
+            found, _ = choice_logprobs(world.model, batch, world.tokenizer, temperature=heat)
         assert (float((found - batch.behaviour_logprob).abs().max()) < 1e-5) is close
 
 
 def test_frequencies_of_first_tokens_are_those_of_the_softmax(world: TinySetup) -> None:
-    engine = TorchEngine(world.model, world.catalog.trie, world.vocabulary, world.version)
+    engine = TorchEngine(world.model, world.tokenizer, world.version)
     context = world.prompts.token[: world.prompts.token_start[1]].tolist()
     how = GenerationParams(stop=(4,), limit=1, temperature=1.0)
     texts = engine.generate([context] * 4000, np.arange(4000), how)
@@ -155,7 +151,7 @@ def script(texts: Sequence[Sequence[int]]) -> tuple[list[list[int]], object]:
 
 
 def test_a_block_that_never_closes_is_closed_by_force_and_counted(world: TinySetup) -> None:
-    tags = world.vocabulary.tags
+    tags = world.tokenizer.think
     assert tags is not None
     long, short = [30] * 9, [31, tags.close]
     seen, write = script([short, long, long, short, [tags.close], short])
@@ -181,7 +177,7 @@ def test_a_block_that_never_closes_is_closed_by_force_and_counted(world: TinySet
 
 
 def test_a_text_that_ends_within_a_block_leaves_too_few_blocks(world: TinySetup) -> None:
-    tags = world.vocabulary.tags
+    tags = world.tokenizer.think
     assert tags is not None
     done = [tags.close]
     _, write = script([[31, tags.end], done, done, done])
@@ -202,7 +198,7 @@ def test_evaluation_thinks_greedily_and_then_searches_the_beam(
     thoughtful, plain = one.rank(world.prompts, 5, thinking=True), one.rank(world.prompts, 5)
     assert np.diff(thoughtful.start).tolist() == [5, 5, 5]
     assert not np.array_equal(thoughtful.score, plain.score)
-    engine = TorchEngine(world.model, world.catalog.trie, world.vocabulary, world.version)
+    engine = TorchEngine(world.model, world.tokenizer, world.version)
     for row in range(3):
         context = world.prompts.select(np.array([row])).token.tolist()
         for _ in range(3):
@@ -236,7 +232,7 @@ def test_tags_must_be_single_tokens(world: TinySetup) -> None:
 
 
 def test_thinking_without_tags_or_room_is_refused(world: TinySetup, folder: Path) -> None:
-    mute = replace(world, vocabulary=replace(world.vocabulary, tags=None))
+    mute = replace(world, tokenizer=replace(world.tokenizer, think=None))
     with pytest.raises(EngineError, match="no tags to think between"):
         rollout_worker(mute, folder).search(world.prompts, 0)
     with pytest.raises(EngineError, match="lower rollout.think.block_tokens"):

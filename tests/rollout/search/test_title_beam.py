@@ -44,8 +44,8 @@ def test_trees_of_titles_hold_the_tokens_of_the_titles(
 ) -> None:
     engine = torch_engine(world)
     found = sample(engine, world.prompts, count=8, temperature=1.0, seed=3)
-    trees = build_search_trees(world.prompts, found, world.catalog, world.vocabulary, world.version)
+    trees = build_search_trees(world.prompts, found, world.tokenizer, world.version)
     inner = torch.from_numpy(trees.state[trees.step > 0])
-    expected = world.vocabulary.token_of(world.catalog.trie, inner)
+    expected = world.tokenizer.token_of(inner)
     assert trees.token.tolist() == expected.tolist()
     assert set(trees.token.tolist()) <= set(world.catalog.code_token)

@@ -113,7 +113,7 @@ def test_attributes_change_at_once_and_new_items_bring_theirs(shop: TinyShop) ->
         catalog_version.offer(("stocked", "cheap")).items
     ].tolist() == [100]
     assert catalog_version.offer(("stocked", "red")).total == 0
-    shop.engine.set_catalog(catalog_version.catalog.trie)
+    shop.engine.set_catalog(catalog_version.catalog)
     (found,), _ = recommend(
         shop.engine, catalog_version, [query([100])], kind(filters=("stocked",)), max_history=10
     )

@@ -25,7 +25,7 @@ def guided(world: TinySetup, *, seed: int = 0, scale: float = 0.3) -> TorchEngin
     draw = torch.Generator().manual_seed(seed)
     for parameter in world.model.get_submodule(value_head.NAME).parameters():
         parameter.data.normal_(0.0, scale, generator=draw)
-    return TorchEngine(world.model, world.catalog.trie, world.vocabulary, world.version)
+    return TorchEngine(world.model, world.tokenizer, world.version)
 
 
 @pytest.fixture(scope="session")
@@ -142,7 +142,7 @@ class Plain:
         node = Node(trie=below, depth=depth, score=parent.score + logprob, parent=parent)
         node.logprob = logprob
         path = self.trie.path(torch.tensor([below]))[0, parent.depth : depth]
-        token = self.engine.vocabulary.token_of(self.trie, path)
+        token = self.engine.tokenizer.token_of(path)
         start = torch.tensor([0, len(token)])
         self.read(node, self.engine.extend(parent.state, token, start, torch.tensor([below])))
         parent.grown.append(node)
@@ -298,7 +298,7 @@ def test_several_traversals_share_a_pass(wide: TinySetup, engine: TorchEngine) -
 
 def test_the_nodes_of_the_trees_carry_their_values(wide: TinySetup, engine: TorchEngine) -> None:
     found = ved(engine, wide.prompts, VedConfig(), count=8, seed=0)
-    trees = build_search_trees(wide.prompts, found, wide.catalog, wide.vocabulary, wide.version)
+    trees = build_search_trees(wide.prompts, found, wide.tokenizer, wide.version)
     assert trees.value is not None
     assert found.value is not None
     path = trees.paths()
@@ -314,6 +314,6 @@ def test_a_budget_below_the_beam_and_a_policy_without_values_are_refused(
     with pytest.raises(ConfigError, match="raise it to at least 25"):
         ved(engine, wide.prompts, VedConfig(budget=24, count_leaves=True), count=8, seed=0)
     plain = tiny_setup()
-    blind = TorchEngine(plain.model, plain.catalog.trie, plain.vocabulary, plain.version)
+    blind = TorchEngine(plain.model, plain.tokenizer, plain.version)
     with pytest.raises(EngineError, match=r"set model\.value_head = true"):
         ved(blind, plain.prompts, VedConfig(), count=8, seed=0)
