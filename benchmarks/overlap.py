@@ -1,9 +1,9 @@
 """What a second rollout actor and one version of lag bring on this machine.
 
 The job of the quickstart (synthetic world, vLLM rollouts) with one or two rollout actors, and with
-`cluster.max_lag` 0 or 1, one thread to the learner and to each actor. Each way is one whole run
-from the same warm start, without evaluation or checkpoints in between; the first updates of a run,
-in which vLLM warms up, are left out. Throughput is what a user waits for: updates between two
+`cluster.max_off_policy_steps` 0 or 1, one thread to the learner and to each actor. Each way is one
+whole run from the same warm start, without evaluation or checkpoints in between; the first updates
+of a run, in which vLLM warms up, are left out. Throughput is what a user waits for: updates between two
 moments of the log, not what each room took on its own. `busy_cores` are those of the whole machine
 meanwhile, so that something else on it counts too.
 """
@@ -29,7 +29,7 @@ WAYS = {(actors, lag): f"{actors} actors, lag {lag}" for lag in (0, 1) for actor
 FIRST = 5
 """Updates that are left out."""
 ALONE = ("evaluate.every=0", "evaluate.test_rows=64", "evaluate.valid_rows=64",
-         "checkpoint.every=10000", "learner.truncate=2.0")  # fmt: skip
+         "checkpoint.every=10000", "learner.tis_clip=2.0")  # fmt: skip
 """Truncated importance sampling in all ways, so that lag is the only difference."""
 
 
@@ -49,7 +49,7 @@ def run(quick: bool) -> Report:
         for actors, lag in WAYS:
             own = config.load(QUICKSTART, [
                 *changes, f"name=ways-{actors}-{lag}", f"rollout.actors={actors}",
-                f"cluster.max_lag={lag}",
+                f"cluster.max_off_policy_steps={lag}",
             ])  # fmt: skip
             found[actors, lag] = _one(begin, own)
     finally:

@@ -38,7 +38,7 @@ from rollout.actor import RolloutWorker
 WAYS = {
     "grpo_exact": ("learner.estimator=group",),
     "grpo_prefix": ("learner.estimator=group", "rewards.weights={rule=0.0,prefix=1.0}"),
-    "sapo_think_only": ("learner.step.think_only=true",),
+    "sapo_think_only": ("learner.sapo.think_only=true",),
     "sapo": (),
 }
 WORLD = WorldParams(num_items=500, num_users=1200)
@@ -103,7 +103,7 @@ def _scores(settings: Config, name: str) -> dict[str, float]:
 def _course(settings: Config) -> dict[str, float]:
     """What the training log shows at its two ends, and on average."""
     log = read_metrics(settings.run_dir / FILE)["train"]
-    by_step = settings.learner.estimator == "step"
+    by_step = settings.learner.estimator == "sapo"
     name = "rewards/step_signal_share" if by_step else "rewards/zero_spread_share"
     share = float(np.mean(log[name].value))
     facts = {"signal": share if by_step else 1 - share}
@@ -123,7 +123,7 @@ def _speed(
 ) -> tuple[list[Figure], list[Row]]:
     """Samples per second in each of the ways, which take turns in one vLLM engine."""
     folder = tempfile.mkdtemp(prefix="orchard-sapo-")
-    own = [f"output={folder}", "rollout.engine=vllm", f"rollout.candidates={samples}"]
+    own = [f"output={folder}", "rollout.engine=vllm", f"rollout.group_size={samples}"]
     settings = _settings("speed", 0, [*changes, *own, "rollout.threads=1"])
     made = prepare(settings, "sft")
     open_run_dir(made)

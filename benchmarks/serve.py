@@ -86,7 +86,7 @@ def run(quick: bool) -> Report:
     try:
         overhead = asyncio.run(_overhead(folder / "policy", 20 if quick else 200))
         rival = _rival(folder / "policy", setting, 3 if quick else 20)
-        config = ServeConfig(width=WIDTH, replicas=2, follow_s=0.2, state=folder / "state")
+        config = ServeConfig(width=WIDTH, replicas=2, poll_interval_s=0.2, state=folder / "state")
         with ray_session(ClusterConfig(), cpus=4, logs=folder / "logs"):
             two = Arguments(
                 policy=folder / "policy", serve=config.model_copy(update={"port": PORT})
@@ -166,7 +166,9 @@ async def _overhead(folder: Path, number: int) -> dict[str, float]:
     from serve.http.routes import create_app
 
     meters = InMemoryMetrics()
-    service: Service = open_service(folder, ServeConfig(width=WIDTH, follow_s=3600.0), meters)
+    service: Service = open_service(
+        folder, ServeConfig(width=WIDTH, poll_interval_s=3600.0), meters
+    )
     app, draw = create_app(service), np.random.default_rng(0)
     items = len(catalogs.load(folder / "catalogue"))
     totals: list[float] = []

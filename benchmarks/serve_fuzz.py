@@ -75,7 +75,7 @@ def attack(world: TinySetup, folder: Path, number: int) -> Findings:
     popularity = folder / "popularity.parquet"
     item_id = world.catalog.item_id
     pq.write_table(pa.table({"item_id": item_id, "count": np.arange(len(item_id))}), popularity)
-    config = ServeConfig(follow_s=3600.0, state=folder / "state", popularity=popularity)
+    config = ServeConfig(poll_interval_s=3600.0, state=folder / "state", popularity=popularity)
     service = open_service(folder / "policy", config, meters := InMemoryMetrics())
     found = send(create_app(service), number, service)
     found.wrong["illegal_items"] += meters.total("orchard_serve_illegal")

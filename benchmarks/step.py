@@ -82,7 +82,7 @@ class Task:
 
     def rollout_worker(self) -> RolloutWorker:
         """What a rollout actor holds, with that policy."""
-        config = RolloutConfig(engine="torch", candidates=GROUP, threads=self.threads)
+        config = RolloutConfig(engine="torch", group_size=GROUP, threads=self.threads)
         return RolloutWorker(config, self.folder, self.setting.tokenizer, seed=0)
 
 

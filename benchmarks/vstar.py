@@ -61,7 +61,7 @@ WAYS: Mapping[str, tuple[str, ...]] = {
         "learner.value.outcome={rule=1.0,transition=0.5}", "learner.value.target=monte_carlo",
         "learner.value.lr=5e-3",
     ),
-    "beam_2x+grpo": (*BEAM, "learner.estimator=group", "rollout.candidates=32"),
+    "beam_2x+grpo": (*BEAM, "learner.estimator=group", "rollout.group_size=32"),
     "ved_2x+both": ("learner.estimator=group_sibling", "rollout.ved.budget=65"),
 }  # fmt: skip
 ENDS = ("beam+grpo", "ved+both")

@@ -61,7 +61,7 @@ def worker_loop(task: dict[str, Any]) -> None:
         assignment.tokenizer,
         learner_config(config, assignment.phase),
         total_steps=assignment.total_steps,
-        average=config.sft.average if supervised else config.learner.average,
+        average=config.sft.ema_decay if supervised else config.learner.ema_decay,
         temperature=1.0 if supervised else config.rollout.temperature,
         device=get_device(),
         rank=rank,

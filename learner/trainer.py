@@ -153,8 +153,8 @@ class Trainer:
             # The search's log-probabilities are of another distribution, so that a ratio to them
             # would be no importance ratio; published trainers compare with themselves, too.
             mine = [replace(part, behaviour_logprob=self._own(part)) for part in mine]
-        elif self.config.truncate:
-            both = [apply_tis(part, self._own(part), self.config.truncate) for part in mine]
+        elif self.config.tis_clip:
+            both = [apply_tis(part, self._own(part), self.config.tis_clip) for part in mine]
             mine, gap = [part for part, _ in both], self._largest(max(apart for _, apart in both))
         metrics: dict[str, float] = {}
         for _ in range(self.config.updates_per_batch):

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from orchard.errors import ConfigError
 from orchard.settings import Config
+from orchard.settings.section import current_key
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -70,7 +71,7 @@ def _set(tree: dict[str, Any], override: str) -> None:
         value: Any = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
-    *sections, last = key.strip().split(".")
+    *sections, last = current_key(Config, key.strip()).split(".")
     for section in sections:
         branch = tree.setdefault(section, {})
         if not isinstance(branch, dict):

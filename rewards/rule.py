@@ -22,7 +22,7 @@ def ranking(trees: SearchTrees, known: RewardContext) -> Float32[np.ndarray, " C
     """A penalty for each miss, largest for the best ranked (ReRe, arXiv 2510.12211).
 
     With G candidates, the miss at rank k gets -(1 / log2(k + 1)) / Z, and the target 0. There are
-    two forms, by `rewards.ranking`:
+    two forms, by `rewards.ranking_variant`:
 
     coded       Z = sum_j 1 / log2(j + 1) over all G ranks; 0 in a group without the target. This is
                 what ReRe and MiniOneRec (arXiv 2510.24431) run.
@@ -33,7 +33,7 @@ def ranking(trees: SearchTrees, known: RewardContext) -> Float32[np.ndarray, " C
     hit = _hit(trees, known)
     share: Float64[np.ndarray, " C"] = 1 / np.log2(trees.rank + 1)
     prompt, num_prompts = trees.prompt_of_candidate, len(trees)
-    if known.settings.ranking == "published":
+    if known.settings.ranking_variant == "paper":
         missed = np.bincount(prompt, weights=np.where(hit, 0, share), minlength=num_prompts)
         return np.where(hit, 0, -share / np.where(hit, 1, missed[prompt])).astype(np.float32)
     total = np.bincount(prompt, weights=share, minlength=num_prompts)

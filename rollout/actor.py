@@ -112,7 +112,7 @@ class RolloutWorker:
         """Thoughts, then codes after each of them."""
         began, config = perf_counter(), self._config
         heat = config.temperature
-        thoughts = self._thoughts(prompts, count=config.candidates, temperature=heat, seed=seed)
+        thoughts = self._thoughts(prompts, count=config.group_size, temperature=heat, seed=seed)
         find: SearchFn = partial(sample, count=config.think.width, temperature=heat, seed=seed)
         if config.think.codes == "beam":
             find = partial(beam, width=config.think.width)

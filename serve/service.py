@@ -105,7 +105,7 @@ class Service:
             raise UnavailableError("the policy is still being loaded; try again in a moment")
         began = time.monotonic()
         history = await self._history_of(request)
-        variant = assign_variant(request.user, self._shares, self.config.salt)
+        variant = assign_variant(request.user, self._shares, self.config.ab_salt)
         asked = self._settle(request, history, variant)
         cache, key = self._cache, None
         if cache is not None:
@@ -197,13 +197,15 @@ class Service:
 
     async def _follow(self) -> None:
         while True:
-            await asyncio.sleep(self.config.follow_s)
+            await asyncio.sleep(self.config.poll_interval_s)
             try:
                 await self.look()
                 if self._exposure is not None:
                     await self._load(self._exposure.flush)
             except Exception:
-                _log.exception("following failed; it is tried again in %g s", self.config.follow_s)
+                _log.exception(
+                    "following failed; it is tried again in %g s", self.config.poll_interval_s
+                )
             for name, slot in self.slots.items():
                 self.meters.set("orchard_serve_policy_step", slot.version.step, variant=name)
             self.meters.set("orchard_serve_catalogue_version", self.catalog_store.current.version)

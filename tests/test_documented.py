@@ -31,7 +31,7 @@ def test_the_search_keeps_every_second_candidate(monkeypatch: pytest.MonkeyPatch
     as_written(SEARCH)
     world = tiny_setup()
     engine = TorchEngine(world.model, world.tokenizer, world.version)
-    config = RolloutConfig(candidates=3)
+    config = RolloutConfig(group_size=3)
     given = registry.SearchContext(config=config, catalog=world.catalog, seed=0)
     found = registry.make_search("spread", given)(engine, world.prompts)
     whole = beam(engine, world.prompts, width=6)

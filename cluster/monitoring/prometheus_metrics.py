@@ -90,7 +90,7 @@ METRICS = (
         LAG,
     ),
     _gauge("orchard_policy_lag_last_versions", "Lag of the newest batch.", "rollout/lag_versions"),
-    _gauge("orchard_policy_lag_bound_versions", "The configured cluster.max_lag."),
+    _gauge("orchard_policy_lag_bound_versions", "The configured cluster.max_off_policy_steps."),
     # Rewards and groups.
     _gauge("orchard_reward_mean", "Mean reward of candidates.", "rewards/mean"),
     _gauge("orchard_reward_best", "Best reward of a group, mean.", "rewards/best"),

@@ -110,8 +110,8 @@ def plan(config: Config, sizes: Sizes, machine: Machine, speed: Speed) -> Capaci
     learner, rollout = config.learner, config.rollout
     rooms = layout(config, sizes)
     weights = 4 * sizes.parameters
-    saved = weights * (1 + _ADAM + bool(learner.average)) * config.checkpoint.keep
-    width = rollout.candidates
+    saved = weights * (1 + _ADAM + bool(learner.ema_decay)) * config.checkpoint.keep
+    width = rollout.group_size
     expanded = sum(min(width, nodes) for nodes in sizes.nodes_per_level[:-1])
     leaves = min(width, sizes.nodes_per_level[-1])
     prefill = learner.prompts_per_step * sizes.prompt_tokens
@@ -134,13 +134,13 @@ def layout(config: Config, sizes: Sizes) -> tuple[ProcessGroup, ...]:
     """Every kind of process of the training phase, and what one of them takes."""
     learner, rollout = config.learner, config.rollout
     weights = 4 * sizes.parameters
-    copies = 2 + _ADAM + bool(config.learner.kl.weight) + bool(learner.average)  # and gradients
+    copies = 2 + _ADAM + bool(config.learner.kl.weight) + bool(learner.ema_decay)  # and gradients
     own = copies if learner.parallel == "ddp" else -(-copies // learner.workers) + 1
     # Kept for the backward pass: about eight states and three inner states of a token per layer.
     kept = 4 * learner.max_tokens * sizes.layers * (8 * sizes.hidden + 3 * sizes.inner)
     served = sizes.parameters * (4 if rollout.dtype == "float32" else 2)
     states = 4 * 2 * sizes.layers * sizes.hidden  # keys and values of a token, at most
-    branches = rollout.candidates * len(sizes.nodes_per_level)
+    branches = rollout.group_size * len(sizes.nodes_per_level)
     cache = int(rollout.batch_size * (sizes.prompt_tokens_max + branches) * states)
     if rollout.engine == "vllm":
         cache = int(rollout.kv_cache_gib * GIB) + _PROCESS  # its engine is a process of its own

@@ -95,10 +95,10 @@ def model_of(config: Config, sizes: Sizes, assumed: Sequence[str]) -> Model:
         parameters=float(sizes.parameters),
         prompt_tokens=sizes.prompt_tokens,
         prompts_per_step=float(config.learner.prompts_per_step),
-        candidates=float(config.rollout.candidates),
+        candidates=float(config.rollout.group_size),
         levels=float(len(sizes.nodes_per_level)),
         batch_size=float(config.rollout.batch_size),
-        max_lag=float(config.cluster.max_lag),
+        max_lag=float(config.cluster.max_off_policy_steps),
         reward_actors=float(config.rewards.actors),
     )
     known, changes = {field.name for field in fields(Model)}, dict[str, float]()

@@ -62,7 +62,7 @@ class Controller:
         self.run, self.metrics_logger, self.exporter = run, metrics_logger, exporter
         self.stopping = asyncio.Event()
         """Set once the run is told to stop; it then ends after the step in hand."""
-        exporter.set("orchard_policy_lag_bound_versions", run.config.cluster.max_lag)
+        exporter.set("orchard_policy_lag_bound_versions", run.config.cluster.max_off_policy_steps)
         exporter.set("orchard_logprob_gap_bound_nats", probe_tolerance(run.config))
         self._tokenizer = ray.put(run.tokenizer)
         self._newest = PublishedWeights(policy=PolicyVersion(step=-1, digest=""), weights=None)
@@ -85,7 +85,7 @@ class Controller:
             self.exporter.attach("rollout", self.rollout)
             self.exporter.attach("rewards", self.rewards)
             # Rollout actors cannot rank with an average while they search with the newest weights.
-            if config.evaluate.engine == config.rollout.engine and not config.learner.average:
+            if config.evaluate.engine == config.rollout.engine and not config.learner.ema_decay:
                 if self.ranking is not None:
                     self.ranking.close()
                 self.ranking = self.rollout

@@ -51,7 +51,7 @@ async def train(controller: Controller) -> PolicyVersion:
         controller.scored_trees,
         first=policy.step,
         last=steps,
-        max_lag=run.config.cluster.max_lag,
+        max_lag=run.config.cluster.max_off_policy_steps,
         stop=controller.stopping,
     )
     with Progress("training", total=steps, done=policy.step) as progress:
@@ -59,7 +59,7 @@ async def train(controller: Controller) -> PolicyVersion:
         clock = PhaseTimer()
         async for found in scored:
             clock.mark("wait_s")
-            by_prefix = run.config.learner.step.match == "prefix_match"
+            by_prefix = run.config.learner.sapo.match == "prefix_match"
             trees = add_step_rewards(found, run.catalog, prefix=by_prefix)
             batch = make_batch(trees, run)
             clock.mark("pack_s")

@@ -183,7 +183,7 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
     }
     if settings.rollout.search == "ved":
         check_budget(settings.rollout.ved, items.trie)
-    width = max(settings.rollout.candidates, settings.evaluate.beams, settings.evaluate.valid_beams)
+    width = max(settings.rollout.group_size, settings.evaluate.beams, settings.evaluate.valid_beams)
     if width > items.trie.num_leaves:
         logging.getLogger("orchard").warning(
             "a beam of %d is wider than the catalog of %d distinct sequences: "

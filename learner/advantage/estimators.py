@@ -87,7 +87,7 @@ ESTIMATORS: dict[str, Estimator] = {
     "leave_one_out": leave_one_out,
     "sibling": sibling,
     "blend": blend,
-    "step": sapo,
+    "sapo": sapo,
 }
 """By the name in `learner.estimator`. To add one, write a function of the type `Estimator`, list it
 here and add its name to the choices of that setting."""
@@ -99,7 +99,7 @@ divergence from the reference."""
 
 def compute_advantages(scored: ScoredTrees, config: LearnerConfig) -> list[Advantages]:
     """The credits of a batch by the configured estimator; their losses add up."""
-    if config.estimator == "step":
+    if config.estimator == "sapo":
         return _by_steps(scored, config)
     names = SUMS.get(config.estimator, (config.estimator,))
     credits = [ESTIMATORS[name](scored, config.std_epsilon) for name in names]
@@ -111,15 +111,15 @@ def compute_advantages(scored: ScoredTrees, config: LearnerConfig) -> list[Advan
 
 def _by_steps(scored: ScoredTrees, config: LearnerConfig) -> list[Advantages]:
     """The credit of `step` as switched, and that of the format if it counts."""
-    credits = [apply_code_switches(scored, sapo(scored, config.std_epsilon), config.step)]
-    if config.step.format_weight:
+    credits = [apply_code_switches(scored, sapo(scored, config.std_epsilon), config.sapo)]
+    if config.sapo.format_weight:
         assert scored.step_reward is not None
         formed = well_formed(scored.trees, scored.step_reward.shape[1]).astype(np.float32)
         form = group(replace(scored, reward=formed), config.std_epsilon)
         form = apply_code_switches(
-            scored, form, config.step.model_copy(update={"sid_token_weight": 1.0})
+            scored, form, config.sapo.model_copy(update={"sid_token_weight": 1.0})
         )
-        credits.append(replace(form, weight=form.weight * np.float32(config.step.format_weight)))
+        credits.append(replace(form, weight=form.weight * np.float32(config.sapo.format_weight)))
     return credits
 
 

@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float32, Int64
 
 from learner.advantage.groups import group_normalize
 from orchard.catalog.catalog import Catalog
-from orchard.settings import StepConfig
+from orchard.settings import SapoConfig
 from orchard.types import Advantages, ScoredTrees, SearchTrees
 
 
@@ -80,7 +80,7 @@ def step_of_column(width: int, num_steps: int) -> Int64[np.ndarray, " P"]:
     return np.arange(width) % num_steps
 
 
-def apply_code_switches(scored: ScoredTrees, credit: Advantages, config: StepConfig) -> Advantages:
+def apply_code_switches(scored: ScoredTrees, credit: Advantages, config: SapoConfig) -> Advantages:
     """The credit of `step` under the switches that concern codes.
 
     `think_only` takes the advantage away from codes but leaves them their share of the divergence

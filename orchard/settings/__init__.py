@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeInt, model_validator
 
 from orchard.settings.critic import CriticConfig
 from orchard.settings.data import DataConfig
-from orchard.settings.learner import KlConfig, LearnerConfig, StepConfig, ValueConfig
+from orchard.settings.learner import KlConfig, LearnerConfig, SapoConfig, ValueConfig
 from orchard.settings.model import LoraConfig, ModelConfig, PromptConfig, SftConfig, TasksConfig
 from orchard.settings.rewards import (
     CollaborativeConfig,
@@ -40,10 +40,10 @@ __all__ = [
     "PromptConfig",
     "RewardsConfig",
     "RolloutConfig",
+    "SapoConfig",
     "ScorerConfig",
     "ServeConfig",
     "SftConfig",
-    "StepConfig",
     "TasksConfig",
     "ThinkConfig",
     "TransitionConfig",
@@ -97,10 +97,10 @@ class Config(Section):
                     f"model.{whole} = {sizes[whole]} is not a multiple of "
                     f"model.{part} = {sizes[part]}; choose one that is"
                 )
-        if self.learner.estimator == "leave_one_out" and self.rollout.candidates < 2:
+        if self.learner.estimator == "leave_one_out" and self.rollout.group_size < 2:
             raise ValueError(
-                "learner.estimator = leave_one_out needs rollout.candidates >= 2, "
-                f"not {self.rollout.candidates}"
+                "learner.estimator = leave_one_out needs rollout.group_size >= 2, "
+                f"not {self.rollout.group_size}"
             )
         by_requests = self.rollout.decode == "requests"
         if (
@@ -164,9 +164,9 @@ class Config(Section):
                 'model.value_head = true learns from codes alone, rollout.search = "think" gives '
                 "it blocks of thought; switch one of them off"
             )
-        if self.learner.step.think_only and not thinks:
+        if self.learner.sapo.think_only and not thinks:
             raise ValueError(
-                "learner.step.think_only = true leaves nothing to learn without thoughts; set "
+                "learner.sapo.think_only = true leaves nothing to learn without thoughts; set "
                 'rollout.search = "think"'
             )
         if 0 < self.learner.dual_clip <= 1:
@@ -174,24 +174,24 @@ class Config(Section):
                 f"learner.dual_clip = {self.learner.dual_clip} would bind at ratio 1; "
                 "take a value above 1, or 0 to switch it off"
             )
-        updates, lag = self.learner.updates_per_batch, self.cluster.max_lag
+        updates, lag = self.learner.updates_per_batch, self.cluster.max_off_policy_steps
         if self.learner.dropout and (updates > 1 or lag):
             raise ValueError(
                 f"learner.dropout = {self.learner.dropout} needs learner.updates_per_batch = 1 and "
-                f"cluster.max_lag = 0, not {updates} and {lag}: the ratio of two passes under "
-                "different dropout is noise"
+                f"cluster.max_off_policy_steps = 0, not {updates} and {lag}: the ratio of two "
+                "passes under different dropout is noise"
             )
         learner = self.learner
-        if learner.truncate and (
+        if learner.tis_clip and (
             learner.dropout or learner.logprob == "full" or learner.ratio == "sequence"
         ):
             raise ValueError(
-                'learner.truncate > 0 needs learner.dropout = 0, logprob = "trie" and ratio = '
+                'learner.tis_clip > 0 needs learner.dropout = 0, logprob = "trie" and ratio = '
                 '"token"'
             )
-        if 0 < learner.truncate < 1:
+        if 0 < learner.tis_clip < 1:
             raise ValueError(
-                f"learner.truncate = {learner.truncate} would shrink every advantage; take 1 or "
+                f"learner.tis_clip = {learner.tis_clip} would shrink every advantage; take 1 or "
                 "more, or 0 to switch it off"
             )
         if not any(self.rewards.weights.values()):

@@ -1,6 +1,7 @@
 """Scored trees to the next policy."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -38,8 +39,8 @@ class ValueConfig(Section):
     """Keep its gradient out of the rest of the policy."""
 
 
-class StepConfig(Section):
-    """Credit by steps (SAPO, arXiv 2605.17648), for `learner.estimator = "step"`."""
+class SapoConfig(Section):
+    """Credit by steps (SAPO, arXiv 2605.17648), for `learner.estimator = "sapo"`."""
 
     match: Literal["step_match", "prefix_match"] = "step_match"
     """Code k earns its reward by being the target's, or only where all codes before it are, too."""
@@ -54,6 +55,12 @@ class StepConfig(Section):
 class LearnerConfig(Section):
     """Scored trees to the next policy."""
 
+    section: ClassVar[str] = "learner"
+    renamed: ClassVar[Mapping[str, str]] = {
+        "step": "sapo", "truncate": "tis_clip", "average": "ema_decay",
+    }  # fmt: skip
+    renamed_values: ClassVar[Mapping[str, Mapping[str, str]]] = {"estimator": {"step": "sapo"}}
+
     workers: PositiveInt = 1
     """Ray Train workers."""
     gpus: NonNegativeFloat = 0.0
@@ -64,14 +71,14 @@ class LearnerConfig(Section):
     updates_per_batch: PositiveInt = 1
     """Gradient steps on one batch; above 1 the clip comes into force."""
     estimator: Literal[
-        "group", "dapo", "drgrpo", "leave_one_out", "sibling", "blend", "group_sibling", "step"
+        "group", "dapo", "drgrpo", "leave_one_out", "sibling", "blend", "group_sibling", "sapo"
     ] = "group"
     """Who a candidate is compared with: its group, or at each code the alternatives that were also
     found; `group_sibling` adds both losses, `blend` averages both advantages; `step` compares each
     step of a candidate with the same step of its group."""
     sibling_weight: NonNegativeFloat = 1.0
     """Of the sibling loss beside the group's, in `group_sibling`."""
-    step: StepConfig = StepConfig()
+    sapo: SapoConfig = SapoConfig()
     std_epsilon: Annotated[float, Field(gt=0.0)] = 1e-4
     lr: NonNegativeFloat = 2e-4
     warmup: Fraction = 0.03
@@ -86,14 +93,14 @@ class LearnerConfig(Section):
     clip_high: NonNegativeFloat = 0.2
     dual_clip: NonNegativeFloat = 3.0
     """Bound above 1 on the ratio of choices with negative advantage; 0 switches it off."""
-    truncate: NonNegativeFloat = 0.0
+    tis_clip: NonNegativeFloat = 0.0
     """Bound of truncated importance weights to the version that searched (TIS); 0: none."""
     logprob: Literal["trie", "full"] = "trie"
     """Distribution of a code: over its legal siblings, or over the whole vocabulary."""
     dropout: Fraction = 0.0
     """Of embeddings and of each block's output while a batch is learned from, with one update per
     batch and no lag: the ratio is then one, to the same pass."""
-    average: Fraction = 0.0
+    ema_decay: Fraction = 0.0
     """Decay per update of the moving average of the weights that is evaluated and kept; 0: none.
     Rollouts always follow the newest weights."""
     kl: KlConfig = KlConfig()

@@ -1,7 +1,8 @@
 """The policy and its supervised warm start."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, NonNegativeFloat, NonNegativeInt, PositiveInt
 
@@ -96,6 +97,9 @@ class ModelConfig(Section):
 class SftConfig(Section):
     """The supervised warm start: next code over whole user sequences."""
 
+    section: ClassVar[str] = "sft"
+    renamed: ClassVar[Mapping[str, str]] = {"average": "ema_decay"}
+
     epochs: PositiveInt = 20
     batch_size: PositiveInt = 64
     """User sequences per update, over all workers."""
@@ -109,7 +113,7 @@ class SftConfig(Section):
     logprob: Literal["trie", "full"] = "trie"
     """Distribution whose likelihood is raised: over the legal siblings, or over the whole
     vocabulary, forced codes included, which generalised better on real data."""
-    average: Fraction = 0.998
+    ema_decay: Fraction = 0.998
     """Decay per update of the moving average of the weights that is evaluated and kept; 0: none."""
     minutes: NonNegativeFloat = 0.0
     """Stop after the epoch in which so many minutes have passed; 0 sets no limit."""

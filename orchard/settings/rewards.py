@@ -1,7 +1,8 @@
 """The settings of the rewards, and of the models that some of them ask."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import (
     Field,
@@ -52,7 +53,7 @@ class ListwiseConfig(ScorerConfig):
     """The list evaluator behind the reward `listwise`; `orchard fit listwise` makes it."""
 
     list_size: Annotated[int, Field(ge=2)] = 16
-    """Candidates of a training list: the target and others; best near `rollout.candidates`."""
+    """Candidates of a training list: the target and others; best near `rollout.group_size`."""
     near: Fraction = 0.5
     """Share of the others that are neighbours of the target in the trie; the rest are drawn as
     often as they are targets."""
@@ -73,9 +74,15 @@ class TransitionConfig(Section):
 class RewardsConfig(Section):
     """Search trees to scored trees."""
 
+    section: ClassVar[str] = "rewards"
+    renamed: ClassVar[Mapping[str, str]] = {"ranking": "ranking_variant"}
+    renamed_values: ClassVar[Mapping[str, Mapping[str, str]]] = {
+        "ranking_variant": {"coded": "reference_code", "published": "paper"}
+    }
+
     weights: dict[str, float] = Field(default_factory=lambda: {"rule": 1.0, "ranking": 1.0})
     """Weight of each part, by name; the names are those of `rewards.REWARDS`."""
-    ranking: Literal["coded", "published"] = "coded"
+    ranking_variant: Literal["reference_code", "paper"] = "reference_code"
     """Form of the part `ranking`: as the authors run it, or as printed, which also punishes groups
     without the target (see `docs/rewards.md`)."""
     collaborative: CollaborativeConfig = CollaborativeConfig()

@@ -1,6 +1,7 @@
 """Prompts to search trees."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -46,11 +47,14 @@ class ThinkConfig(Section):
     codes: Literal["sample", "beam"] = "sample"
     """How codes are found after a thought."""
     width: PositiveInt = 1
-    """Candidates after each thought, of which there are `rollout.candidates`."""
+    """Candidates after each thought, of which there are `rollout.group_size`."""
 
 
 class RolloutConfig(Section):
     """Prompts to search trees."""
+
+    section: ClassVar[str] = "rollout"
+    renamed: ClassVar[Mapping[str, str]] = {"candidates": "group_size"}
 
     actors: PositiveInt = 1
     engine: Literal["vllm", "torch"] = "vllm"
@@ -61,7 +65,7 @@ class RolloutConfig(Section):
     `sample`: independent draws; `dynamic`: the target and little twice, of half as many draws
     again; `ved`: what a value head guides to; `think`: independent thoughts, a block for each code,
     and what codes follow them."""
-    candidates: PositiveInt = 16
+    group_size: PositiveInt = 16
     """Candidates per prompt; the width of the beam."""
     add_target: bool = False
     """Put the target in the place of the worst candidate where a search for training missed it."""

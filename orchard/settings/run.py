@@ -1,6 +1,7 @@
 """What is evaluated, what survives, and where things run."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -37,11 +38,14 @@ class CheckpointConfig(Section):
 class ClusterConfig(Section):
     """Where things run and how far ahead rollouts may run."""
 
+    section: ClassVar[str] = "cluster"
+    renamed: ClassVar[Mapping[str, str]] = {"max_lag": "max_off_policy_steps"}
+
     address: str | None = None
     """Ray cluster to join; by default RAY_ADDRESS, or a local cluster of this run's own."""
     cpus: PositiveInt | None = None
     """CPUs of the local cluster; by default what the plan needs."""
-    max_lag: NonNegativeInt = 0
+    max_off_policy_steps: NonNegativeInt = 0
     """Updates that a rollout's policy may be behind the learner's; 0 is synchronous."""
     publish_timeout_s: PositiveFloat = 60.0
     probe_prompts: NonNegativeInt = 2

@@ -1,7 +1,8 @@
 """The settings of the recommendation endpoint. Importable without torch and without Ray."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 from urllib.parse import parse_qs, urlsplit
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
@@ -39,6 +40,11 @@ class VariantConfig(Section):
 class ServeConfig(Section):
     """The recommendation endpoint."""
 
+    section: ClassVar[str] = "serve"
+    renamed: ClassVar[Mapping[str, str]] = {
+        "linger_ms": "batch_wait_ms", "salt": "ab_salt", "follow_s": "poll_interval_s",
+    }  # fmt: skip
+
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     replicas: PositiveInt = 1
@@ -54,7 +60,7 @@ class ServeConfig(Section):
     """Beam rows that one batch may hold."""
     queue: PositiveInt = 8192
     """Beam rows that may wait; beyond it requests are refused with 429."""
-    linger_ms: NonNegativeFloat = 0.0
+    batch_wait_ms: NonNegativeFloat = 0.0
     """Time that a batch waits for company."""
     deadline_ms: NonNegativeFloat = 0.0
     """Where a request does not say; 0 sets none."""
@@ -81,14 +87,14 @@ class ServeConfig(Section):
     """Views by name; requests may ask for several at once."""
     variants: dict[str, VariantConfig] = Field(default_factory=dict[str, VariantConfig])
     """Other policies by name, beside the main one, which is named `main`."""
-    salt: str = "orchard"
+    ab_salt: str = "orchard"
     """Of the hash that spreads users over variants; another one spreads them anew."""
     state: Path | None = None
     """Folder that the replicas share: catalog deltas and the pinned policy. By default `serve`
     beside the policy."""
     exposure: Path | None = None
     """Folder of the exposure log; by default none is kept."""
-    follow_s: PositiveFloat = 0.5
+    poll_interval_s: PositiveFloat = 0.5
     """Time between two looks at the policy folder and at the shared state."""
     versions: PositiveInt = 3
     """Policies and catalogs kept for rollback."""

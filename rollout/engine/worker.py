@@ -198,7 +198,7 @@ class SearchExtension:
             raise EngineError(
                 f"the search of one prompt needs more than {full.num_pages} pages of key-value "
                 f"cache ({full.needed} so far); raise rollout.kv_cache_gib or rollout.gpu_memory, "
-                "or lower rollout.candidates"
+                "or lower rollout.group_size"
             ) from full
         self.orchard_batch = num_prompts // 2
         _log.warning(

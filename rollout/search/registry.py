@@ -40,19 +40,19 @@ SearchFactory = Callable[[SearchContext], SearchFn]
 
 
 def _beam(given: SearchContext) -> SearchFn:
-    return partial(beam, width=given.config.candidates)
+    return partial(beam, width=given.config.group_size)
 
 
 def _beam_sample(given: SearchContext) -> SearchFn:
     config = given.config
     return partial(
-        beam_sample, width=config.candidates, temperature=config.temperature, seed=given.seed
+        beam_sample, width=config.group_size, temperature=config.temperature, seed=given.seed
     )
 
 
 def _sample(given: SearchContext) -> SearchFn:
     config = given.config
-    return partial(sample, count=config.candidates, temperature=config.temperature, seed=given.seed)
+    return partial(sample, count=config.group_size, temperature=config.temperature, seed=given.seed)
 
 
 def _dynamic(given: SearchContext) -> SearchFn:
@@ -60,7 +60,7 @@ def _dynamic(given: SearchContext) -> SearchFn:
     return partial(
         dynamic,
         catalog=given.catalog,
-        count=config.candidates,
+        count=config.group_size,
         temperature=config.temperature,
         seed=given.seed,
     )
@@ -68,7 +68,7 @@ def _dynamic(given: SearchContext) -> SearchFn:
 
 def _ved(given: SearchContext) -> SearchFn:
     config, seed = given.config, given.seed
-    count, critic = config.candidates, given.critic
+    count, critic = config.group_size, given.critic
     return partial(ved, settings=config.ved, count=count, seed=seed, critic=critic)
 
 

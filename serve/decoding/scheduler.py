@@ -66,7 +66,7 @@ class DecodeScheduler:
         self._pace = {name: LatencyModel() for name in slots}
         self._batcher = Batcher[ResolvedRequest, tuple[str, BatchKey], DecodeResult](
             self._run, self._plan, budget=config.budget, queue=config.queue,
-            linger_s=config.linger_ms / 1000,
+            linger_s=config.batch_wait_ms / 1000,
         )  # fmt: skip
 
     @property

@@ -28,7 +28,8 @@ import typer
 from cluster.cli import main
 from cluster.cli.app import app
 from orchard import config
-from orchard.settings import ServeConfig
+from orchard.settings import Config, ServeConfig
+from orchard.settings.section import current_key
 from serve.factory import open_service
 from serve.http.routes import create_app
 from serve.metrics import InMemoryMetrics
@@ -53,8 +54,24 @@ def resolved(path: Path) -> str:
 
 RENAMED_METRICS: dict[str, str] = {}
 """Keys of metrics.jsonl and of evaluations."""
-RENAMED_SETTINGS: dict[str, str] = {}
+RENAMED_SETTINGS: dict[str, str] = {
+    "rollout.candidates": "rollout.group_size",
+    "learner.step": "learner.sapo",
+    "learner.truncate": "learner.tis_clip",
+    "learner.average": "learner.ema_decay",
+    "sft.average": "sft.ema_decay",
+    "cluster.max_lag": "cluster.max_off_policy_steps",
+    "rewards.ranking": "rewards.ranking_variant",
+    "serve.linger_ms": "serve.batch_wait_ms",
+    "serve.salt": "serve.ab_salt",
+    "serve.follow_s": "serve.poll_interval_s",
+}
 """Dotted settings."""
+RENAMED_CHOICES: dict[str, dict[str, str]] = {
+    "learner.estimator": {"step": "sapo"},
+    "rewards.ranking_variant": {"coded": "reference_code", "published": "paper"},
+}
+"""Values of settings."""
 RENAMED_SCHEMAS: dict[str, str] = {"CatalogueInfo": "CatalogInfo"}
 """Schemas of the API."""
 ADDED_FIELDS: dict[str, set[str]] = {"RecommendResponse": {"catalog"}, "ItemInfo": {"catalog"}}
@@ -291,7 +308,21 @@ def test_help_names_the_commands_and_options_that_it_named() -> None:
 def test_run_files_resolve_to_what_they_resolved_to() -> None:
     now = configurations()
     for name, settings in read("configurations.json").items():
-        assert now[name] == renamed(settings, RENAMED_SETTINGS), name
+        assert now[name] == as_named_now(settings), name
+
+
+def as_named_now(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Recorded dotted settings under today's names."""
+    return {
+        (name := current_key(Config, key)): RENAMED_CHOICES.get(name, {}).get(value, value)
+        if isinstance(value, str)
+        else value
+        for key, value in settings.items()
+    }
+
+
+def test_the_table_of_settings_is_that_of_the_product() -> None:
+    assert {old: current_key(Config, old) for old in RENAMED_SETTINGS} == RENAMED_SETTINGS
 
 
 def test_a_synthetic_world_is_what_it_was(here: Path) -> None:

@@ -51,7 +51,7 @@ def settings(data: Path, tmp_path: Path) -> Callable[..., Config]:
         [rollout]
         engine = "torch"
         search = "ved"
-        candidates = 6
+        group_size = 6
         threads = 1
         ved = {{budget = 17, width = 4}}
         [learner]

@@ -56,7 +56,7 @@ def settings(data: Path, tmp_path: Path) -> Callable[..., Config]:
         data.path = "{data}"
         model = {{hidden_size = 32, heads = 2, kv_heads = 1, intermediate_size = 32, layers = 1}}
         sft = {{epochs = 2, valid_rows = 40, valid_beams = 10, lr = 5e-3}}
-        rollout = {{engine = "torch", candidates = 6, batch_size = 4, threads = 1}}
+        rollout = {{engine = "torch", group_size = 6, batch_size = 4, threads = 1}}
         learner = {{steps = 4, prompts_per_step = 16, threads = 1, lr = 5e-3}}
         evaluate = {{every = 2, valid_rows = 20, valid_beams = 10}}
         checkpoint = {{every = 2}}
@@ -138,7 +138,7 @@ def test_training_runs_resumes_and_equals_an_undisturbed_twin(
 def test_an_average_is_what_is_judged_and_kept_while_rollouts_follow_the_newest(
     settings: Callable[..., Config],
 ) -> None:
-    changed = settings("learner.average=0.9", "learner.dropout=0.1")
+    changed = settings("learner.ema_decay=0.9", "learner.dropout=0.1")
     untrained(changed)
     run = prepare(changed, "train")
     newest = in_a_controller(train, run)
@@ -312,7 +312,12 @@ def test_a_text_model_is_taught_and_improved_through_adapters_with_vllm(
 def test_rollouts_run_ahead_as_far_as_the_bound_and_no_further(
     settings: Callable[..., Config],
 ) -> None:
-    changes = ("cluster.max_lag=2", "rollout.batch_size=16", "learner.steps=6", "evaluate.every=0")
+    changes = (
+        "cluster.max_off_policy_steps=2",
+        "rollout.batch_size=16",
+        "learner.steps=6",
+        "evaluate.every=0",
+    )
     untrained(settings(*changes))
     run = prepare(settings(*changes), "train")
     assert in_a_controller(train, run).step == 6
@@ -344,7 +349,7 @@ def test_a_policy_is_taught_to_think_and_improved_by_its_own_thoughts(
         "rollout.search=think",
         "rollout.think.block_tokens=24",
         "evaluate.think=true",
-        "learner.estimator=step",
+        "learner.estimator=sapo",
         "learner.steps=2",
         "sft.epochs=1",
     )

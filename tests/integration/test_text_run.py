@@ -68,7 +68,7 @@ def settings(
         sft.logprob = "full"
         sft.tasks = {{titles = 0.5, title_to_item = 0.25, item_to_title = 0.25}}
         rewards = {{weights = {{rule = 1.0}}}}
-        rollout = {{engine = "torch", candidates = 4, threads = 1}}
+        rollout = {{engine = "torch", group_size = 4, threads = 1}}
         """
     )
     return lambda *changes: config.load(path, changes)

@@ -40,12 +40,12 @@ def settings(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[.
         data = {{path = "{data}", rationale_template = "seen {{seen}}, next {{next}}"}}
         model = {{hidden_size = 32, heads = 2, kv_heads = 1, intermediate_size = 32, layers = 1}}
         rewards = {{weights = {{rule = 1.0}}}}
-        learner = {{estimator = "step", std_epsilon = 1e-6, lr = 1e-3}}
+        learner = {{estimator = "sapo", std_epsilon = 1e-6, lr = 1e-3}}
         evaluate = {{think = true}}
         [rollout]
         engine = "torch"
         search = "think"
-        candidates = 4
+        group_size = 4
         threads = 1
         think = {{block_tokens = 24}}
         """
@@ -161,7 +161,7 @@ def test_a_run_goes_on_with_the_tokenizer_it_was_made_with(
         (["data.varying_depth=true"], "semantic IDs of one length"),
         (["data.rationales=why"], "set one of them"),
         (["model.value_head=true", "evaluate.engine=torch"], "switch one of them off"),
-        (["rollout.search=beam", "learner.step.think_only=true"], "nothing to learn without"),
+        (["rollout.search=beam", "learner.sapo.think_only=true"], "nothing to learn without"),
     ],
 )
 def test_settings_that_cannot_think_are_refused(
@@ -187,4 +187,4 @@ def test_a_policy_without_tags_is_refused_before_anything_starts(
 def test_the_shipped_run_is_valid() -> None:
     shipped = config.load(ROOT / "cluster" / "runs" / "sapo_tiny.toml")
     assert shipped.rollout.search == "think"
-    assert shipped.learner.estimator == "step"
+    assert shipped.learner.estimator == "sapo"

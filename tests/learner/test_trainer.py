@@ -233,13 +233,13 @@ def test_truncated_weights_replace_an_older_behaviour() -> None:
 
 
 def test_truncation_corrects_a_stale_batch_and_leaves_a_fresh_one_alone() -> None:
-    plain, corrected = learner(), learner(BRISK.model_copy(update={"truncate": 2.0}))
+    plain, corrected = learner(), learner(BRISK.model_copy(update={"tis_clip": 2.0}))
     fresh = batch(plain, tiny_prompts(ITEMS, (1, 2, 3)))
     left, right = plain.rl_step(fresh), corrected.rl_step(fresh)
     np.testing.assert_allclose(left["surrogate"], right["surrogate"], atol=1e-5)
     assert right["logprob_gap"] < 1e-5
     stale = replace(fresh, behaviour_logprob=fresh.behaviour_logprob - 3.0)
-    found = learner(BRISK.model_copy(update={"truncate": 2.0})).rl_step(stale)
+    found = learner(BRISK.model_copy(update={"tis_clip": 2.0})).rl_step(stale)
     # Every weight is at its bound, and none of the first update's ratios is at the clip.
     np.testing.assert_allclose(found["surrogate"], 2 * left["surrogate"], rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(found["logprob_gap"], 3.0, atol=1e-3)

@@ -43,7 +43,7 @@ def test_overrides_reach_their_key_with_their_type(run_file: Path) -> None:
         ("model.heads=3", "not a multiple"),
         ("learner.dual_clip=0.5", "above 1"),
         ("learner={dropout=0.1,updates_per_batch=2}", "under different dropout is noise"),
-        ("learner={truncate=2.0,dropout=0.1}", "learner.truncate > 0 needs"),
+        ("learner={tis_clip=2.0,dropout=0.1}", "learner.tis_clip > 0 needs"),
         ("name=a/b", "name"),
         ("rewards.weights={}", "rewards.weights"),
         ("rollout={add_target=true,search='think'}", "rollout.add_target = true has no effect"),

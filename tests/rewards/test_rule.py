@@ -45,7 +45,7 @@ def trees_of(
 
 WIDE = catalogs.from_codes([[code] for code in range(17)])
 KNOWN = RewardContext(catalog=WIDE)
-PUBLISHED = RewardContext(catalog=WIDE, settings=RewardsConfig(ranking="published"))
+PUBLISHED = RewardContext(catalog=WIDE, settings=RewardsConfig(ranking_variant="paper"))
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from rollout.search.sampling import beam_sample, dynamic
 # tokens, which end anywhere in its pages of 32.
 WIDE = {"level_size": (1100, 2, 3), "num_items": 4000, "lengths": (0, 12, 3, 15, 10, 7)}
 CONFIG = RolloutConfig(
-    search="sample", candidates=9, temperature=1.3, batch_size=4, threads=1, kv_cache_gib=0.125
+    search="sample", group_size=9, temperature=1.3, batch_size=4, threads=1, kv_cache_gib=0.125
 )
 
 
@@ -158,7 +158,7 @@ def test_batches_change_nothing_but_the_work(
 def test_the_configured_beam_grows_trees_of_distinct_leaves(
     wide: TinySetup, tmp_path: Path
 ) -> None:
-    trees = rollout_worker(wide, wide.save(tmp_path), search="beam", candidates=6).search(
+    trees = rollout_worker(wide, wide.save(tmp_path), search="beam", group_size=6).search(
         wide.prompts, 0
     )
     assert np.diff(trees.candidate_start).tolist() == [6] * len(wide.prompts)

@@ -105,7 +105,7 @@ ROLLOUT = Board(
         ),
         (
             _graph(
-                "Lag", "none", "Versions behind, beside the bound of cluster.max_lag.",
+                "Lag", "none", "Versions behind, beside the bound of cluster.max_off_policy_steps.",
                 (_value("orchard_policy_lag_last_versions"), "{{run}} last batch"),
                 (_value("orchard_policy_lag_bound_versions"), "{{run}} bound"),
                 (

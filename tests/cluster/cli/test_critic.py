@@ -49,7 +49,7 @@ def file(data: Path, tmp_path: Path) -> Path:
         [rollout]
         engine = "torch"
         search = "ved"
-        candidates = 6
+        group_size = 6
         threads = 1
         ved = {{guide = "critic", budget = 17, width = 4}}
         """

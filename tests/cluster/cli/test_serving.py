@@ -143,7 +143,7 @@ def test_replicas_on_ray_serve_answer_alike_and_a_death_costs_a_retry_at_most(
 ) -> None:
     port = free_port()
     arguments, _ = serving.resolve(
-        policy, [f"serve.port={port}", "serve.replicas=2", "serve.follow_s=0.2"]
+        policy, [f"serve.port={port}", "serve.replicas=2", "serve.poll_interval_s=0.2"]
     )
     serving.start(arguments)
 
@@ -191,7 +191,7 @@ def test_every_metric_is_scraped_and_a_redeployed_replica_loses_no_request(
     pq.write_table(pa.table({"item_id": [1, 2], "count": [2, 1]}), counts)
     arguments, _ = serving.resolve(
         policy,
-        [f"serve.port={port}", "serve.follow_s=0.2", "serve.cache_s=60",
+        [f"serve.port={port}", "serve.poll_interval_s=0.2", "serve.cache_s=60",
          f"serve.popularity={counts}"],
     )  # fmt: skip
     serving.start(arguments)

@@ -70,7 +70,7 @@ def test_the_command_simulates_a_run_under_assumptions(
     )
     plot = tmp_path / "plot.svg"
     asked = ["--simulate", "--assume", "pack_rate=1", "--plot", str(plot)]
-    cli.main(["plan", str(run), "rollout.candidates=4", *asked])
+    cli.main(["plan", str(run), "rollout.group_size=4", *asked])
     said = capsys.readouterr().out
     assert "simulated, not measured: " in said
     assert "candidates=4, " in said

@@ -97,7 +97,7 @@ def test_step_advantages_equal_the_worked_example(cube: Catalog) -> None:
     judged = add_step_rewards(plain(cube, [leaf], [0]), cube)
     assert judged.step_reward is not None
     assert judged.step_reward.tolist() == [list(map(float, m)) for m in MATCHES]
-    credit = ESTIMATORS["step"](judged, EPSILON)
+    credit = ESTIMATORS["sapo"](judged, EPSILON)
     expected = [[0.8660, 1.5, 0], [0.8660, -0.5, 0], [-0.8660, -0.5, 0], [-0.8660, -0.5, 0]]
     np.testing.assert_allclose(credit.advantage, expected, atol=5e-5)
     np.testing.assert_allclose(credit.weight, 1 / (4 * 3), rtol=1e-6)
@@ -117,9 +117,9 @@ def test_a_code_matches_by_position_or_only_below_a_matching_prefix(cube: Catalo
 
 def test_two_prompts_give_what_each_gives_alone(cube: Catalog) -> None:
     groups, target = [[0, 1, 5], [7, 7, 2, 4]], [0, 6]
-    together = ESTIMATORS["step"](add_step_rewards(plain(cube, groups, target), cube), EPSILON)
+    together = ESTIMATORS["sapo"](add_step_rewards(plain(cube, groups, target), cube), EPSILON)
     alone = [
-        ESTIMATORS["step"](add_step_rewards(plain(cube, [g], [t]), cube), EPSILON).advantage
+        ESTIMATORS["sapo"](add_step_rewards(plain(cube, [g], [t]), cube), EPSILON).advantage
         for g, t in zip(groups, target, strict=True)
     ]
     np.testing.assert_allclose(together.advantage, np.concatenate(alone), atol=1e-6)
@@ -129,7 +129,7 @@ def test_block_and_code_of_a_step_share_its_advantage_and_the_length_of_both(
     cube: Catalog,
 ) -> None:
     judged = add_step_rewards(thinking(cube, [4, 3]), cube)
-    credit, trees = ESTIMATORS["step"](judged, EPSILON), judged.trees
+    credit, trees = ESTIMATORS["sapo"](judged, EPSILON), judged.trees
     assert credit.advantage.shape == (7, 6)
     np.testing.assert_array_equal(credit.advantage[:, :3], credit.advantage[:, 3:])
     for i, path in enumerate(trees.paths()):
@@ -152,10 +152,10 @@ def test_a_sample_with_a_wrong_number_of_blocks_earns_nothing(cube: Catalog) -> 
     assert not judged.reward[~formed].any()
     path = judged.trees.paths()
     assert (path[~formed] >= 0).sum() == 5
-    credit = ESTIMATORS["step"](judged, EPSILON)
+    credit = ESTIMATORS["sapo"](judged, EPSILON)
     assert credit.weight[~formed][0, 2] == 0
     assert credit.weight[~formed][0, 5] == pytest.approx(1 / (6 * 3))
-    config = LearnerConfig.model_validate({"estimator": "step", "step": {"format_weight": 0.5}})
+    config = LearnerConfig.model_validate({"estimator": "sapo", "sapo": {"format_weight": 0.5}})
     step, form = compute_advantages(judged, config)
     np.testing.assert_allclose(form.weight, ESTIMATORS["group"](judged, EPSILON).weight / 2)
     assert (form.advantage[~formed][path[~formed] >= 0] < 0).all()
@@ -167,12 +167,12 @@ def test_a_sample_with_a_wrong_number_of_blocks_earns_nothing(cube: Catalog) -> 
 
 def test_switches_act_on_codes_alone(cube: Catalog) -> None:
     judged = add_step_rewards(thinking(cube, [5]), cube)
-    whole = ESTIMATORS["step"](judged, EPSILON)
-    settings = {"estimator": "step", "std_epsilon": EPSILON}
+    whole = ESTIMATORS["sapo"](judged, EPSILON)
+    settings = {"estimator": "sapo", "std_epsilon": EPSILON}
 
     def switched(**step: float) -> np.ndarray:
         (credit,) = compute_advantages(
-            judged, LearnerConfig.model_validate(settings | {"step": step})
+            judged, LearnerConfig.model_validate(settings | {"sapo": step})
         )
         return credit.advantage * credit.weight
 
@@ -214,7 +214,7 @@ def test_packed_thinking_groups_have_the_loss_and_gradients_of_flat_ones(
     cube: Catalog, codes: int, temperature: float
 ) -> None:
     judged = add_step_rewards(thinking(cube, [4, 2, 3], codes=codes, missing=2), cube)
-    config = LearnerConfig.model_validate({"estimator": "step", "step": {"format_weight": 0.3}})
+    config = LearnerConfig.model_validate({"estimator": "sapo", "sapo": {"format_weight": 0.3}})
     credits = compute_advantages(judged, config)
     found: list[tuple[float, float, list[Tensor]]] = []
     layouts: list[Callable[..., object]] = [pack, flatten]
@@ -242,7 +242,7 @@ def test_packed_thinking_groups_have_the_loss_and_gradients_of_flat_ones(
 def test_a_prompt_is_read_once_for_all_its_samples(cube: Catalog) -> None:
     judged = add_step_rewards(thinking(cube, [4]), cube)
     vocabulary = tiny_policy(cube)[1]
-    credits = compute_advantages(judged, LearnerConfig(estimator="step"))
+    credits = compute_advantages(judged, LearnerConfig(estimator="sapo"))
     packed = pack(judged, credits, vocabulary)
     flat = flatten(judged, credits, vocabulary)
     prompt = len(judged.trees.prompts.token)

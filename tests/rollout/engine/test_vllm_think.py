@@ -22,7 +22,7 @@ from rollout.candidates import Candidates
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow]
 
 SETTINGS = {
-    "search": "think", "candidates": 8, "threads": 1, "kv_cache_gib": 0.125, "temperature": 0.8,
+    "search": "think", "group_size": 8, "threads": 1, "kv_cache_gib": 0.125, "temperature": 0.8,
     "think": {"block_tokens": 6},
 }  # fmt: skip
 
@@ -52,7 +52,7 @@ def test_text_and_codes_have_the_learners_logprobs(actor: Any, world: TinySetup)
     assert np.diff(trees.candidate_start).tolist() == [8] * 4
     zero = np.zeros(len(trees.leaf), np.float32)
     judged = add_step_rewards(ScoredTrees(trees=trees, reward=zero, parts={}), world.catalog)
-    credits = compute_advantages(judged, LearnerConfig(estimator="step"))
+    credits = compute_advantages(judged, LearnerConfig(estimator="sapo"))
     batch = pack(judged, credits, world.tokenizer)
     tensors = to_tensors(batch)
     with torch.no_grad():

@@ -106,7 +106,7 @@ def test_titles_are_followed_through_their_forced_tokens() -> None:
 def test_an_actor_adds_targets_where_it_is_told_to(tmp_path: Path) -> None:
     world = tiny_setup()
     folder = world.save(tmp_path)
-    config = RolloutConfig(engine="torch", candidates=3, batch_size=2, threads=1, add_target=True)
+    config = RolloutConfig(engine="torch", group_size=3, batch_size=2, threads=1, add_target=True)
     given = (folder, world.tokenizer, 0)
     trees = RolloutWorker(config, *given).search(world.prompts, 0)
     target = world.catalog.leaf_of_item[world.prompts.target]

@@ -24,7 +24,7 @@ from rollout.engine.torch import TorchEngine
 from rollout.search.beam import beam
 from rollout.search.think import think
 
-THINKING = {"search": "think", "engine": "torch", "candidates": 4, "threads": 1}
+THINKING = {"search": "think", "engine": "torch", "group_size": 4, "threads": 1}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def gap(world: TinySetup, trees: SearchTrees, temperature: float = 1.0) -> float
     """Largest difference between what was stored and what the learner computes."""
     zero = np.zeros(len(trees.leaf), np.float32)
     judged = add_step_rewards(ScoredTrees(trees=trees, reward=zero, parts={}), world.catalog)
-    credits = compute_advantages(judged, LearnerConfig(estimator="step"))
+    credits = compute_advantages(judged, LearnerConfig(estimator="sapo"))
     batch = to_tensors(pack(judged, credits, world.tokenizer))
     with torch.no_grad():
         found, _ = choice_logprobs(world.model, batch, world.tokenizer, temperature=temperature)
@@ -111,7 +111,7 @@ def test_text_drawn_at_a_temperature_is_scored_at_it(world: TinySetup, folder: P
     only = replace(trees, forced=trees.forced | (trees.state[text] != SearchTrees.FREE_TEXT))
     zero = np.zeros(len(trees.leaf), np.float32)
     judged = add_step_rewards(ScoredTrees(trees=only, reward=zero, parts={}), world.catalog)
-    credits = compute_advantages(judged, LearnerConfig(estimator="step"))
+    credits = compute_advantages(judged, LearnerConfig(estimator="sapo"))
     batch = to_tensors(pack(judged, credits, world.tokenizer))
     for heat, close in ((0.6, True), (1.0, False)):
         with torch.no_grad():

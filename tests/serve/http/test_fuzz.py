@@ -39,7 +39,7 @@ class Served:
                 "cheap": FilterConfig(column="price", op="<", value=3),
                 "stocked": FilterConfig(column="stock"),
             },
-            follow_s=3600.0,
+            poll_interval_s=3600.0,
             state=beside / "state",
         )
         app = create_app(open_service(folder, config, self.meters))

@@ -67,7 +67,7 @@ def settings(folder: Path, **changes: Any) -> ServeConfig:
             "cheap": FilterConfig(column="price", op="<", value=3),
             "stocked": FilterConfig(column="stock"),
         },
-        "follow_s": 3600.0,  # the tests look themselves
+        "poll_interval_s": 3600.0,  # the tests look themselves
     }
     return ServeConfig(**(whole | changes))
 
