@@ -3,9 +3,9 @@
 The job of the quickstart (synthetic world, vLLM rollouts) with one or two rollout actors, and with
 `cluster.max_off_policy_steps` 0 or 1, one thread to the learner and to each actor. Each way is one
 whole run from the same warm start, without evaluation or checkpoints in between; the first updates
-of a run, in which vLLM warms up, are left out. Throughput is what a user waits for: updates between two
-moments of the log, not what each room took on its own. `busy_cores` are those of the whole machine
-meanwhile, so that something else on it counts too.
+of a run, in which vLLM warms up, are left out. Throughput is what a user waits for: updates between
+two moments of the log, not the time of each phase. `busy_cores` counts the whole machine, other
+processes included.
 """
 
 import shutil

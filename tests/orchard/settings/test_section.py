@@ -17,7 +17,7 @@ OLD = {
     "cluster.max_lag": 2,
     "rewards.ranking": "published",
     "learner.estimator": "step",
-    "learner.step.think_only": True,
+    "learner.step.format_weight": 0.5,
 }
 
 
@@ -29,17 +29,15 @@ def test_old_keys_and_values_of_a_file_mean_what_the_new_ones_mean() -> None:
     tree = {"data": {"path": "data"}, "name": "old"}
     new = dict(tree)
     for key, value in OLD.items():
-        config._set(tree, f"{key}={value!r}".replace("True", "true"))  # pyright: ignore
+        config._set(tree, f"{key}={value!r}")  # pyright: ignore
     settings = config.parse(tree)
     assert settings.rollout.group_size == 6
     assert (settings.learner.tis_clip, settings.learner.ema_decay) == (2.0, 0.5)
     assert settings.sft.ema_decay == 0.25
     assert settings.cluster.max_off_policy_steps == 2
     assert settings.rewards.ranking_variant == "paper"
-    assert (settings.learner.estimator, settings.learner.sapo.think_only) == ("sapo", True)
-    assert (
-        config.parse(new, [f"{k}={v}".replace("True", "true") for k, v in OLD.items()]) == settings
-    )
+    assert (settings.learner.estimator, settings.learner.sapo.format_weight) == ("sapo", 0.5)
+    assert config.parse(new, [f"{k}={v}" for k, v in OLD.items()]) == settings
 
 
 def test_an_old_key_is_announced_under_its_new_name(caplog: pytest.LogCaptureFixture) -> None:
