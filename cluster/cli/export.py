@@ -9,20 +9,21 @@ and evaluations, and `README.md`, which says what the policy is, what it reached
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from cluster.training.run import Run
 from orchard import config, folders
-from orchard.catalog import catalog
 from orchard.data.importers.card import CARD
 from orchard.errors import CheckpointError, ConfigError, DataError
 from orchard.evaluation import ranking
 from orchard.evaluation.ranking import Evaluation
 from orchard.policy import adapters, model, value_head
+from orchard.policy.store import FILE, Policy
 from orchard.settings import Config
 
 _SHOWN = ("hr@1", "hr@3", "hr@10", "hr@50", "ndcg@3", "ndcg@10")
-_MARK = "policy.json"
+_MARK = FILE
 MODEL_CARD = "README.md"
 
 
@@ -46,25 +47,31 @@ def export_policy(run: Run, out: Path, *, overwrite: bool = False, adapter: bool
             f"{run.policy} is no policy of a run; warm-start or train one first, or name its "
             "folder with --policy"
         )
-    policy = model.load(run.policy, run.tokenizer)
-    with folders.atomic_dir(out) as partial:
-        if adapter:
-            _save_adapters(run, policy, partial)
-        else:
-            value_head.save(policy, partial)
-            # Every policy has one: who reads the folder to generate text would else invent it.
-            assert policy.generation_config is not None
-            policy.generation_config.save_pretrained(partial)
-        run.text_tokenizer.save_pretrained(partial)
-        catalog.write(run.catalog, partial / "catalogue")
-        shutil.copy2(run.policy / _MARK, partial / _MARK)
+    policy = Policy.open(run.policy, run.tokenizer, verify=False)
+    # The version as it was saved: a lie about the weights must not be made true by an export.
+    policy = replace(policy, version=policy.facts.version)
+
+    def describe(partial: Path) -> None:
+        if not adapter:
+            # Without its generation config, libraries that generate text would make one up.
+            assert policy.model.generation_config is not None
+            policy.model.generation_config.save_pretrained(partial)
         (partial / "run.toml").write_text(config.dump(run.config))
-        found = evaluations_of(run)
-        for name, one in found.items():
-            ranking.write(one, partial / "evaluation" / f"{name}.json")
-        (partial / MODEL_CARD).write_text(
-            model_card(run, found, parameters=policy.num_parameters(), adapter=adapter)
+        evaluations = evaluations_of(run)
+        for name, evaluation in evaluations.items():
+            ranking.write(evaluation, partial / "evaluation" / f"{name}.json")
+        card = model_card(
+            run, evaluations, parameters=policy.model.num_parameters(), adapter=adapter
         )
+        (partial / MODEL_CARD).write_text(card)
+
+    if not adapter:
+        policy.save(out, describe)
+        return
+    with folders.atomic_dir(out) as partial:
+        _save_adapters(run, policy.model, partial)
+        policy.save_description(partial)
+        describe(partial)
 
 
 def base_of(settings: Config) -> Path:

@@ -32,7 +32,7 @@ from orchard import config
 from orchard.errors import ConfigError, DataError
 from orchard.parquet import read_table
 from orchard.policy import model
-from orchard.policy.store import read_metadata
+from orchard.policy.store import PolicyFacts
 from orchard.settings import ClusterConfig, Config, ServeConfig
 from serve.app import Arguments, build, options
 
@@ -71,7 +71,7 @@ def resolve(target: Path, overrides: list[str]) -> tuple[Arguments, Config]:
                 "run `orchard sft` or `orchard train` first"
             )
     model.check_folder(folder)
-    read_metadata(folder)
+    PolicyFacts.read(folder)
     if not (folder / "catalogue").is_dir():
         raise DataError(f"{folder} holds no catalog; give a folder that `orchard` exported")
     serving = settings.serve

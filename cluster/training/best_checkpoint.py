@@ -7,7 +7,7 @@ from jaxtyping import Int64
 
 from cluster.training.controller import Controller
 from cluster.training.run_dir import save_policy, saved_policy
-from orchard.policy.store import read_facts
+from orchard.policy.store import PolicyFacts
 from orchard.policy.weights import Weights
 from orchard.types import PolicyVersion
 
@@ -34,7 +34,7 @@ class BestCheckpoint:
         generator = np.random.Generator(np.random.Philox(key=[run.config.seed, 2**32]))
         rows = np.sort(generator.permutation(len(run.valid))[:num_rows])
         best_checkpoint = cls(controller=controller, rows=rows, beams=beams)
-        facts = read_facts(run.result)
+        facts = PolicyFacts.read(run.result).measurements
         best_checkpoint.best = facts.get("valid_score", float("-inf"))
         by = {"valid_rows": float(len(rows)), "valid_beams": float(beams)}
         if facts and any(facts.get(name, wanted) != wanted for name, wanted in by.items()):

@@ -22,7 +22,7 @@ from orchard.data.sft_tasks import SftTasks
 from orchard.errors import ConfigError
 from orchard.policy import item_tokenizer, model, titles
 from orchard.policy.item_tokenizer import ItemTokenizer
-from orchard.policy.store import check_policy
+from orchard.policy.store import PolicyFacts
 from orchard.scorers import prefix_critic
 from orchard.scorers.prefix_critic import PrefixCritic
 from orchard.settings import Config, DataConfig
@@ -176,7 +176,7 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
         )
     items = read_items(data, tokenizer)
     if policy is not None:
-        check_policy(policy, items)
+        PolicyFacts.read(policy).check_catalog(items, policy)
     splits = {
         name: read_split([data.path / file for file in files], items, max_history=data.max_history)
         for name, files in (("train", data.train), ("valid", [data.valid]), ("test", [data.test]))

@@ -1,17 +1,15 @@
 """The folder of a run, and the policies written into it."""
 
-import json
 from pathlib import Path
 
 from cluster.training import text_policy
 from cluster.training.run import Run
 from orchard import config
-from orchard.catalog import catalog
 from orchard.errors import ConfigError
-from orchard.folders import atomic_dir, atomic_write
+from orchard.folders import atomic_write
 from orchard.policy import model, value_head
-from orchard.policy.store import FILE, exported_step
-from orchard.policy.weights import Weights, digest, restore, snapshot
+from orchard.policy.store import Policy, PolicyFacts
+from orchard.policy.weights import Weights, restore
 from orchard.types import PolicyVersion
 
 
@@ -31,41 +29,35 @@ def open_run_dir(run: Run) -> None:
             fresh = text_policy.load_resized(run.base, run.tokenizer, seed=run.config.seed)
         else:
             fresh = model.create(run.config.model, run.tokenizer, seed=run.config.seed)
-        _save(run, run.policy, fresh, PolicyVersion(step=0, digest=""), {})
+        _as_policy(run, fresh, PolicyVersion(step=0, digest=""), {}).save(run.policy)
 
 
 def save_policy(
-    run: Run, folder: Path, policy: PolicyVersion, weights: Weights, **facts: float
+    run: Run, folder: Path, version: PolicyVersion, weights: Weights, **measurements: float
 ) -> None:
-    """Write a policy as a Hugging Face folder with its tokenizer, catalog and facts."""
+    """Write a version of the run's policy as a policy folder."""
     trained = model.load(run.policy, run.tokenizer)
     value_head.adapt_weights(trained, weights)
     restore(trained, weights)
-    _save(run, folder, trained, policy, facts)
+    _as_policy(run, trained, version, measurements).save(folder)
 
 
 def saved_policy(run: Run, folder: Path) -> tuple[PolicyVersion, Weights]:
-    """The weights of a policy folder, and which version they are."""
-    values = snapshot(model.load(folder, run.tokenizer))
-    return PolicyVersion(step=exported_step(folder), digest=digest(values)), values
+    """Return version and weights of a policy folder of the run's catalog."""
+    policy = Policy.open(folder, run.tokenizer, verify=False)
+    return policy.version, policy.weights
 
 
-def _save(
+def _as_policy(
     run: Run,
-    folder: Path,
     trained: model.PreTrainedModel,
-    policy: PolicyVersion,
-    facts: dict[str, float],
-) -> None:
-    """Write the folder whole, so that a reader never meets half a policy."""
-    about = {
-        "version": {"step": policy.step, "digest": policy.digest},
-        "catalogue": run.catalog.digest,
-        "max_history": run.config.data.max_history,
-        "facts": facts,
-    }
-    with atomic_dir(folder) as partial:
-        value_head.save(trained, partial)
-        run.text_tokenizer.save_pretrained(partial)
-        catalog.write(run.catalog, partial / "catalogue")
-        atomic_write(partial / FILE, json.dumps(about, indent=2) + "\n")
+    version: PolicyVersion,
+    measurements: dict[str, float],
+) -> Policy:
+    return Policy(
+        version=version,
+        model=trained,
+        tokenizer=run.tokenizer,
+        text_tokenizer=run.text_tokenizer,
+        facts=PolicyFacts(max_history=run.config.data.max_history, measurements=measurements),
+    )

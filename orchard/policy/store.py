@@ -1,45 +1,160 @@
-"""What a policy folder says of the policy in it: version, catalog, facts."""
+"""The policy folder: `Policy.open` is its only reader, `Policy.save` its only writer.
+
+model.safetensors, config.json      the Hugging Face model
+value_head.safetensors              the value head, where there is one
+tokenizer.json, ...                 tokens and the prompt template
+catalogue/                          the items and their codes
+policy.json                         version, catalog digest, length of histories, measurements
+"""
 
 import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from orchard.catalog import catalog as catalogs
 from orchard.catalog.catalog import Catalog
 from orchard.errors import CheckpointError
+from orchard.folders import atomic_dir, atomic_write
+from orchard.policy import item_tokenizer, model, value_head
+from orchard.policy.item_tokenizer import ItemTokenizer
+from orchard.policy.weights import Weights, digest, snapshot
+from orchard.types import PolicyVersion
 
 FILE = "policy.json"
+CATALOG = "catalogue"
 
 
-def check_policy(folder: Path, items: Catalog) -> None:
-    """Refuse a saved policy of another catalog; raises CheckpointError."""
-    made_for = read_metadata(folder).get("catalogue", items.digest)
-    if made_for != items.digest:
-        raise CheckpointError(
-            f"the policy in {folder} was trained on catalog {made_for[:12]}, the run has "
-            f"{items.digest[:12]}; use the items file that it was trained on, or warm-start anew"
+@dataclass(frozen=True, kw_only=True)
+class PolicyFacts:
+    """Content of `policy.json`; every field is empty for a folder that Orchard did not write."""
+
+    version: PolicyVersion = field(default=PolicyVersion(step=0, digest=""))
+    """Step, and digest of the weights."""
+    catalog: str = ""
+    """Digest of the catalog that the policy was trained on."""
+    max_history: int | None = None
+    """Items of a history that the policy reads."""
+    measurements: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Measurements of the policy, such as its validation score."""
+
+    @classmethod
+    def read(cls, folder: Path) -> "PolicyFacts":
+        """Read the facts of a policy folder.
+
+        Raises:
+            CheckpointError: `policy.json` cannot be read.
+        """
+        path = folder / FILE
+        if not path.is_file():
+            return cls()
+        try:
+            tree: dict[str, Any] = json.loads(path.read_text())
+        except ValueError as error:
+            raise CheckpointError(f"{path} is damaged: {error}; export the policy again") from error
+        version = tree.get("version", {})
+        return cls(
+            version=PolicyVersion(step=version.get("step", 0), digest=version.get("digest", "")),
+            catalog=tree.get("catalogue", ""),
+            max_history=tree.get("max_history"),
+            measurements=tree.get("facts", {}),
         )
 
+    def to_json(self) -> str:
+        """Return the text of `policy.json`."""
+        tree = {
+            "version": {"step": self.version.step, "digest": self.version.digest},
+            "catalogue": self.catalog,
+            "max_history": self.max_history,
+            "facts": dict(self.measurements),
+        }
+        return json.dumps(tree, indent=2) + "\n"
 
-def exported_step(folder: Path) -> int:
-    """Step of the policy in a folder; 0 for one that Orchard did not export."""
-    return read_metadata(folder).get("version", {}).get("step", 0)
+    def check_catalog(self, catalog: Catalog, folder: Path) -> None:
+        """Raise CheckpointError where the policy was trained on another catalog."""
+        if self.catalog and self.catalog != catalog.digest:
+            raise CheckpointError(
+                f"the policy in {folder} was trained on catalog {self.catalog[:12]}, the one in "
+                f"use is {catalog.digest[:12]}; use the items file that it was trained on, or run "
+                "SFT on the new one"
+            )
 
 
-def read_facts(folder: Path) -> dict[str, float]:
-    """What `export` wrote of its policy; empty where there is none."""
-    return read_metadata(folder).get("facts", {})
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Policy:
+    """A model with its tokens, its catalog and its version."""
 
+    version: PolicyVersion
+    model: PreTrainedModel
+    tokenizer: ItemTokenizer
+    text_tokenizer: PreTrainedTokenizerBase
+    facts: PolicyFacts = field(default_factory=PolicyFacts)
+    """Facts of the folder that the policy was read from."""
 
-def read_metadata(folder: Path) -> dict[str, Any]:
-    """What `export` wrote beside a policy; empty for one that Orchard did not export.
+    @classmethod
+    def open(
+        cls, folder: Path, tokenizer: ItemTokenizer | None = None, *, verify: bool = True
+    ) -> "Policy":
+        """Read a policy folder; the version carries the digest of the weights as read.
 
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    path = folder / FILE
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged: {error}; export the policy again") from error
+        Args:
+            folder: a policy folder.
+            tokenizer: tokens and catalog that are in memory already; by default the folder's own.
+            verify: refuse weights whose digest is not the one that the folder names.
+
+        Raises:
+            DataError: the folder holds no policy, or no catalog where none is given.
+            CheckpointError: weights or `policy.json` are damaged, or belong to another catalog.
+        """
+        model.check_folder(folder)
+        facts, text_tokenizer = PolicyFacts.read(folder), item_tokenizer.read_tokenizer(folder)
+        if tokenizer is None:
+            catalog = catalogs.load(folder / CATALOG)
+            tokenizer = item_tokenizer.make_item_tokenizer(text_tokenizer, catalog)
+        facts.check_catalog(tokenizer.catalog, folder)
+        network = model.load(folder, tokenizer)
+        found, named = digest(snapshot(network)), facts.version.digest
+        if verify and named and named != found:
+            raise CheckpointError(
+                f"the weights have digest {found[:8]}, their folder names {named[:8]}; it is being "
+                "written, or was damaged"
+            )
+        return cls(
+            version=PolicyVersion(step=facts.version.step, digest=found),
+            model=network,
+            tokenizer=tokenizer,
+            text_tokenizer=text_tokenizer,
+            facts=facts,
+        )
+
+    @cached_property
+    def weights(self) -> Weights:
+        """Every parameter by name, in float32, in memory of its own."""
+        return snapshot(self.model)
+
+    def save(self, folder: Path, extra: Callable[[Path], None] | None = None) -> None:
+        """Write the folder as a whole; a reader never meets half a policy.
+
+        `extra` may write more files into the folder before it takes the place of an older one.
+        """
+        with atomic_dir(folder) as partial:
+            value_head.save(self.model, partial)
+            self.save_description(partial)
+            if extra is not None:
+                extra(partial)
+
+    def save_description(self, folder: Path) -> None:
+        """Write everything but the weights into an existing folder."""
+        self.text_tokenizer.save_pretrained(folder)
+        catalogs.write(self.tokenizer.catalog, folder / CATALOG)
+        facts = PolicyFacts(
+            version=self.version,
+            catalog=self.tokenizer.catalog.digest,
+            max_history=self.facts.max_history,
+            measurements=self.facts.measurements,
+        )
+        atomic_write(folder / FILE, facts.to_json())

@@ -30,7 +30,7 @@ from orchard import config
 from orchard.data.synthetic import WorldParams, write_world
 from orchard.errors import ActorError, CheckpointError, ConfigError, DataError, RunInterrupted
 from orchard.policy import model
-from orchard.policy.store import read_facts
+from orchard.policy.store import PolicyFacts
 from orchard.policy.weights import digest, snapshot
 from orchard.settings import Config
 from orchard.tracking.metrics_log import read_metrics
@@ -442,4 +442,4 @@ class TestOnRay:
         other = run_of(run_file, "twin")
         assert_same_state(run, other, 5)
         assert untimed(run) == untimed(other)
-        assert read_facts(run.result) == read_facts(other.result)
+        assert PolicyFacts.read(run.result) == PolicyFacts.read(other.result)

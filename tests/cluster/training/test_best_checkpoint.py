@@ -21,7 +21,7 @@ from orchard.errors import RunInterrupted
 from orchard.evaluation import ranking
 from orchard.evaluation.ranking import Evaluation
 from orchard.policy import model
-from orchard.policy.store import exported_step, read_facts
+from orchard.policy.store import PolicyFacts
 from orchard.policy.weights import Weights, digest, snapshot
 from orchard.types import PolicyVersion, Prompts
 from rollout.candidates import Candidates
@@ -130,5 +130,5 @@ def test_a_best_checkpoint_judged_otherwise_is_judged_again(
         await best_checkpoint.evaluate_and_keep()
 
     asyncio.run(kept(PolicyVersion(step=6, digest="y"), policy))
-    assert exported_step(run.result) == 7  # no better than it, by the new measure
-    assert read_facts(run.result)["valid_score"] == 0.5
+    assert PolicyFacts.read(run.result).version.step == 7  # no better than it, by the new measure
+    assert PolicyFacts.read(run.result).measurements["valid_score"] == 0.5

@@ -1,0 +1,92 @@
+"""A policy folder is read and written by one type, whole, and verified."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from orchard.errors import CheckpointError, DataError
+from orchard.policy import value_head
+from orchard.policy.item_tokenizer import compact_tokenizer
+from orchard.policy.store import FILE, Policy, PolicyFacts
+from orchard.policy.weights import digest
+from orchard.testing import TinySetup, tiny_setup
+
+
+@pytest.fixture(scope="module")
+def setup() -> TinySetup:
+    setup = tiny_setup(num_items=20)
+    value_head.attach(setup.model, seed=1)
+    return setup
+
+
+@pytest.fixture
+def policy(setup: TinySetup) -> Policy:
+    return Policy(
+        version=replace(setup.version, step=7),
+        model=setup.model,
+        tokenizer=setup.tokenizer,
+        text_tokenizer=compact_tokenizer(setup.catalog),
+        facts=PolicyFacts(max_history=9, measurements={"valid_score": 0.25}),
+    )
+
+
+def test_what_is_saved_is_read_back(policy: Policy, tmp_path: Path) -> None:
+    policy.save(tmp_path / "policy")
+    read = Policy.open(tmp_path / "policy")
+    assert read.version == policy.version
+    assert read.version.digest == policy.version.digest == digest(read.weights)
+    assert read.tokenizer.catalog.digest == policy.tokenizer.catalog.digest
+    assert read.facts.max_history == 9
+    assert read.facts.measurements == {"valid_score": 0.25}
+    assert value_head.value_head_of(read.model) is not None
+    assert all(np.array_equal(read.weights[name], value) for name, value in policy.weights.items())
+
+
+def test_a_folder_in_use_is_replaced_as_a_whole(policy: Policy, tmp_path: Path) -> None:
+    out = tmp_path / "policy"
+    policy.save(out)
+    (out / "left").write_text("over")
+
+    def fail(partial: Path) -> None:
+        assert (partial / FILE).is_file()
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        policy.save(out, fail)
+    assert (out / "left").is_file()
+    policy.save(out, lambda partial: (partial / "note").touch())
+    assert (out / "note").is_file()
+    assert not (out / "left").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["policy"]
+
+
+def test_weights_that_are_not_the_named_ones_are_refused(policy: Policy, tmp_path: Path) -> None:
+    other = replace(policy, version=replace(policy.version, digest="0" * 64))
+    other.save(tmp_path / "policy")
+    with pytest.raises(CheckpointError, match="their folder names 00000000"):
+        Policy.open(tmp_path / "policy")
+    assert Policy.open(tmp_path / "policy", verify=False).version.digest == policy.version.digest
+
+
+def test_a_policy_of_another_catalog_is_refused(policy: Policy, tmp_path: Path) -> None:
+    policy.save(tmp_path / "policy")
+    with pytest.raises(CheckpointError, match="was trained on catalog"):
+        Policy.open(tmp_path / "policy", tiny_setup(num_items=21).tokenizer)
+
+
+def test_a_folder_of_others_has_no_facts_and_a_damaged_one_says_so(
+    policy: Policy, tmp_path: Path
+) -> None:
+    policy.save(tmp_path / "policy")
+    assert json.loads((tmp_path / "policy" / FILE).read_text())["version"]["step"] == 7
+    (tmp_path / "policy" / FILE).unlink()
+    read = Policy.open(tmp_path / "policy")
+    assert (read.facts, read.version.step) == (PolicyFacts(), 0)
+    (tmp_path / "policy" / FILE).write_text("{")
+    with pytest.raises(CheckpointError, match="policy.json is damaged"):
+        Policy.open(tmp_path / "policy")
+    with pytest.raises(DataError):
+        Policy.open(tmp_path / "nothing")
