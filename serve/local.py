@@ -1,0 +1,148 @@
+"""A policy in this process, without Ray or HTTP: what `orchard.load` returns.
+
+It answers as the endpoint does, by the same decoder, and shows what a search does below.
+
+Shapes:  H histories   C candidates
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float64
+from torch import nn
+
+from orchard import ragged
+from orchard.catalog.catalog import Catalog
+from orchard.errors import ConfigError
+from orchard.policy.store import Policy
+from orchard.types import PolicyVersion, Prompts, SearchTrees
+from rollout.engine.torch import TorchEngine
+from rollout.search.beam import beam
+from rollout.search.score_items import score_items
+from rollout.search_trees import build_search_trees
+from serve.catalog.attributes import NOTHING
+from serve.catalog.store import CatalogStore
+from serve.decoding.recommender import BatchKey, Query, recommend
+from serve.schema import Item
+
+_ROWS = 256
+"""Items scored in one batch."""
+
+
+class LocalPolicy:
+    """A policy with its catalog, ready to recommend, to score items and to show its searches."""
+
+    def __init__(self, policy: Policy, *, device: str = "cpu", dtype: str = "float32") -> None:
+        """Take over an open policy; `device` and `dtype` are torch's names."""
+        nn.Module.to(policy.model, device=device, dtype=getattr(torch, dtype))
+        self._policy = policy
+        self._max_history = policy.facts.max_history or 10
+        self._engine = TorchEngine(policy.model, policy.tokenizer, policy.version)
+        self._store = CatalogStore(
+            policy.tokenizer, attributes=NOTHING, filters={}, popularity={}, keep=0
+        )
+
+    @property
+    def version(self) -> PolicyVersion:
+        """Step and digest of the weights."""
+        return self._policy.version
+
+    @property
+    def catalog(self) -> Catalog:
+        """Items that the policy can recommend, with their codes and titles."""
+        return self._policy.tokenizer.catalog
+
+    def recommend(
+        self,
+        history: Sequence[int],
+        k: int = 10,
+        *,
+        exclude_seen: bool = False,
+        exclude: Sequence[int] = (),
+        width: int | None = None,
+    ) -> list[Item]:
+        """Return the best `k` items after a history, best first.
+
+        Args:
+            history: item ids, oldest first; items that the catalog lacks are passed over.
+            k: items to return; fewer come back where no more may be shown.
+            exclude_seen: leave out the items of the history.
+            exclude: further item ids to leave out.
+            width: beam width; by default twice `k`, at least 50.
+
+        Raises:
+            ConfigError: `k` or `width` is below 1.
+        """
+        if k < 1 or (width is not None and width < 1):
+            raise ConfigError(f"k = {k} and width = {width} must be at least 1")
+        left_out = [*exclude, *(history if exclude_seen else ())]
+        query = Query(
+            history=np.array(history, np.int64), k=k, exclude=np.array(left_out, np.int64),
+            per_prefix=None, seed=0, levels=False,
+        )  # fmt: skip
+        key = BatchKey(decoder="beam", width=width or max(50, 2 * k), filters=())
+        (ranked,), _ = recommend(
+            self._engine, self._store.current, [query], key, max_history=self._max_history
+        )
+        return ranked.items
+
+    def score(self, history: Sequence[int], items: Sequence[int]) -> Float64[np.ndarray, " C"]:
+        """Return the log-probability of each item's code sequence after a history.
+
+        Items that share a sequence share its score.
+
+        Raises:
+            DataError: the catalog lacks one of the items.
+        """
+        leaf = self.catalog.leaf_of_item[self.catalog.rows(np.array(items, np.int64))]
+        prompts = self._prompts([history])
+        scores = [np.zeros(0)]
+        for start in range(0, len(leaf), _ROWS):
+            part = leaf[start : start + _ROWS]
+            repeated = prompts.select(np.zeros(len(part), np.int64))
+            logprob, _ = score_items(self._engine, repeated, part)
+            scores.append(logprob.sum(1, dtype=np.float64))
+        return np.concatenate(scores)
+
+    def search_trees(self, histories: Sequence[Sequence[int]], *, width: int = 16) -> SearchTrees:
+        """Return the tree of an exact beam search for each history, with every log-probability.
+
+        `SearchTrees.leaf` holds catalog leaves; `catalog.item_of_leaf` leads from them to items.
+        """
+        prompts = self._prompts(histories)
+        candidates = beam(self._engine, prompts, width=width)
+        return build_search_trees(prompts, candidates, self._policy.tokenizer, self.version)
+
+    def _prompts(self, histories: Sequence[Sequence[int]]) -> Prompts:
+        """Histories as the policy reads them, items that the catalog lacks passed over."""
+        rows: list[np.ndarray] = []
+        for history in histories:
+            row, present = self.catalog.find(np.array(history, np.int64))
+            rows.append(row[present][-self._max_history :])
+        start = ragged.starts(np.array([len(row) for row in rows], np.int64))
+        item = np.concatenate([np.zeros(0, np.int64), *rows])
+        token, token_start = self._policy.tokenizer.encode_history(item, start)
+        return Prompts(
+            id=np.arange(len(rows)), target=np.zeros(len(rows), np.int64), history=item,
+            history_start=start, token=token, token_start=token_start,
+        )  # fmt: skip
+
+
+def load(
+    folder: str | Path, *, device: str = "cpu", dtype: Literal["float32", "bfloat16"] = "float32"
+) -> LocalPolicy:
+    """Open a policy folder, verified by its digest, in this process.
+
+    Args:
+        folder: a folder that a run or `orchard export` wrote.
+        device: torch's name of a device, such as `cuda`.
+        dtype: precision of the search.
+
+    Raises:
+        DataError: the folder holds no policy.
+        CheckpointError: the weights are damaged, or belong to another catalog.
+    """
+    return LocalPolicy(Policy.open(Path(folder)), device=device, dtype=dtype)
