@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,35 @@ MAY_IMPORT = {
     "serve": {"orchard", "rollout"},
     "cluster": {"orchard", "rollout", "rewards", "learner", "serve"},
 }
+# Arrows between the inner packages of one package; modules beside them are free to be imported.
+INNER = {
+    "orchard": {
+        "settings": set[str](),
+        "catalog": set[str](),
+        "evaluation": set[str](),
+        "tracking": set[str](),
+        "policy": {"catalog", "settings"},
+        "data": {"catalog", "evaluation", "policy", "settings"},
+        "scorers": {"catalog", "data", "evaluation", "settings"},
+    },
+    "rollout": {"engine": set[str](), "search": {"engine"}},
+    "learner": {"advantage": set[str](), "batch": {"advantage"}},
+    "serve": {
+        "catalog": set[str](),
+        "policies": set[str](),
+        "decoding": {"catalog", "policies"},
+        "http": {"catalog", "policies"},
+    },
+    "cluster": {
+        "actors": set[str](),
+        "monitoring": set[str](),
+        "training": {"actors", "monitoring"},
+        "report": {"training"},
+        "planning": {"actors", "report", "training"},
+        "cli": {"actors", "planning", "report", "training"},
+    },
+}
+MOST_MODULES = 16
 RAY_SHELLS = {
     "rollout": {"actor.py"},
     "rewards": {"actor.py"},
@@ -61,6 +91,39 @@ def test_only_the_shells_speak_ray(room: str) -> None:
     for path in modules(room):
         if path.name not in RAY_SHELLS.get(room, set()):
             assert "ray" not in set(imported(path)), path
+
+
+@pytest.mark.parametrize("room", INNER)
+def test_inner_packages_import_only_what_lies_below_them(room: str) -> None:
+    inner = {path.name for path in (ROOT / room).iterdir() if (path / "__init__.py").is_file()}
+    assert INNER[room].keys() == inner
+    for name, allowed in INNER[room].items():
+        for path in modules(f"{room}/{name}"):
+            found = set(inner_imported(path, room)) & INNER[room].keys() - {name}
+            assert found <= allowed, path
+
+
+def inner_imported(path: Path, room: str) -> Iterator[str]:
+    """Inner packages of `room` that a module imports."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module is not None:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            parts = [name.split(".") for name in names]
+            yield from (part[1] for part in parts if part[0] == room and len(part) > 1)
+
+
+def test_no_folder_is_flat_and_long() -> None:
+    for room in (*MAY_IMPORT, "benchmarks"):
+        for folder in {path.parent for path in modules(room)}:
+            assert len(list(folder.glob("*.py"))) <= MOST_MODULES + 1, folder  # and __init__
+
+
+def test_docstrings_stand_alone() -> None:
+    opening = re.compile(r'^\s*r?"""(Of|What|Whoever|Where|How) ', re.MULTILINE)
+    for room in (*MAY_IMPORT, "benchmarks"):
+        for path in modules(room):
+            found = opening.search(path.read_text())
+            assert found is None, f"{path}: {found[0] if found else ''}"
 
 
 def test_no_file_is_too_long_to_read() -> None:

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -418,9 +418,21 @@ class TestOnRay:
         last = in_a_controller(train, run)
         assert (last.digest, counted(run)) == (twin[0].digest, twin[1])
 
-    @pytest.mark.timeout(900)  # six launches
-    def test_a_driver_killed_in_every_phase_of_a_step_ends_where_its_twin_does(
+    @pytest.mark.timeout(900)
+    @pytest.mark.parametrize(
+        "deaths",
+        [
+            (("publish", 2),),
+            pytest.param(
+                (("rollout", 1), ("rewards", 2), ("learn", 3), ("publish", 4), ("save", 4)),
+                marks=pytest.mark.nightly,  # six launches
+            ),
+        ],
+        ids=["while weights are published", "in every phase"],
+    )
+    def test_a_driver_killed_during_a_step_ends_where_its_twin_does(
         self,
+        deaths: Sequence[tuple[str, int]],
         run_file: Path,
         twin: tuple[PolicyVersion, dict[str, list[float]]],
         elsewhere: Elsewhere,
@@ -429,7 +441,6 @@ class TestOnRay:
         command = ("train", str(run_file), "name=killed")
         record = run.dir / "checkpoints" / "learner-train" / "checkpoint_manager_snapshot.json"
         # Each launch resumes what the one before it left. Its policy has so many updates then.
-        deaths = (("rollout", 1), ("rewards", 2), ("learn", 3), ("publish", 4), ("save", 4))
         for phase, step in deaths:
             ended = elsewhere.run("tests/integration/dying.py", phase, str(step), *command)
             assert ended.returncode == -signal.SIGKILL, ended.stderr
