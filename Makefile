@@ -49,7 +49,7 @@ bench: env  ## the figures of one bench, e.g. make bench NAME=learner
 	@$(BIN)/orchard bench $(NAME)
 
 figures:  ## write docs/figures.md and the README's table from benchmarks/results
-	@$(BIN)/python -m benchmarks.tables
+	@$(BIN)/python -m benchmarks.shared.tables
 
 LOCK := uv pip compile --quiet --python-version 3.11 --no-emit-index-url --no-header --no-annotate
 

@@ -1,7 +1,7 @@
 """Amazon Industrial and Scientific from scratch: warm start, RL, control."""
 
-from benchmarks.measure import Report
-from benchmarks.recipe import measure
+from benchmarks.shared.measure import Report
+from benchmarks.shared.recipe import measure
 
 
 def run(quick: bool) -> Report:

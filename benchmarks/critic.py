@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.measure import Figure, Report, Row, figure, report
+from benchmarks.shared.measure import Figure, Report, Row, figure, report
 from cluster.cli.fit import BACKENDS
 from cluster.training.run import Run, prepare
 from orchard import config

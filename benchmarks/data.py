@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv as csv
 
-from benchmarks.measure import Report, Row, figure, report
+from benchmarks.shared.measure import Report, Row, figure, report
 from orchard import config
 from orchard.catalog import catalog
 from orchard.data.semantic_ids.build import QUANTIZERS, SemanticIdConfig, build

@@ -14,7 +14,7 @@ from jaxtyping import Float32
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.measure import Report, Row, figure, interleaved, report
+from benchmarks.shared.measure import Report, Row, figure, interleaved, report
 from learner.advantage.estimators import ESTIMATORS
 from learner.batch.pack import flatten, pack
 from learner.logprobs import BatchTensors, choice_logprobs, score_choices, to_tensors

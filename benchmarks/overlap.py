@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from benchmarks.measure import Figure, Report, Row, figure, report
-from benchmarks.recipe import ONE_THREAD, branch
+from benchmarks.shared.measure import Figure, Report, Row, figure, report
+from benchmarks.shared.recipe import ONE_THREAD, branch
 from cluster.cli.commands import QUICKSTART, warm_start
 from orchard import config
 from orchard.data.synthetic import WorldParams, write_world

@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.measure import Figure, Report, Row, figure, report
-from benchmarks.recipe import ONE_THREAD, branch, means, over_seeds, read
+from benchmarks.shared.measure import Figure, Report, Row, figure, report
+from benchmarks.shared.recipe import ONE_THREAD, branch, means, over_seeds, read
 from cluster.cli.commands import WARM_START
 from cluster.cli.fit import fit
 from orchard import config

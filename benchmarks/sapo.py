@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.measure import Figure, Report, Row, figure, interleaved, report
-from benchmarks.recipe import ONE_THREAD
+from benchmarks.shared.measure import Figure, Report, Row, figure, interleaved, report
+from benchmarks.shared.recipe import ONE_THREAD
 from cluster.cli.commands import TRAINED, WARM_START, improve, warm_start
 from cluster.training.run import Run, prepare
 from cluster.training.run_dir import open_run_dir

@@ -30,7 +30,7 @@ import ray
 from ray import serve as ray_serve
 
 from benchmarks.learner import Setting, default_setting
-from benchmarks.measure import Report, Row, figure, report
+from benchmarks.shared.measure import Report, Row, figure, report
 from cluster.actors.session import ray_session
 from cluster.cli import serving
 from orchard.catalog import catalog as catalogs
@@ -314,7 +314,7 @@ async def _death(setting: Setting, seconds: float, rate: float) -> dict[str, flo
 def _rival(folder: Path, setting: Setting, number: int) -> dict[str, Any]:
     """Requests per second of the Hugging Face server, and its answers."""
     server = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.rival", str(folder), str(RIVAL_PORT), str(WIDTH)],
+        [sys.executable, "-m", "benchmarks.shared.rival", str(folder), str(RIVAL_PORT), str(WIDTH)],
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
     )
     histories = _histories(setting, number)

@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from schemathesis import Case, GenerationMode
 from schemathesis.core.failures import Failure, FailureGroup
 
-from benchmarks.measure import Report, Row, figure, report
+from benchmarks.shared.measure import Report, Row, figure, report
 from orchard.settings import ServeConfig
 from orchard.testing import TinySetup, tiny_setup
 from serve.factory import open_service

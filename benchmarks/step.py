@@ -6,12 +6,12 @@ items, float32, two threads. All begin with the same weights, learn from the sam
 turns in one process.
 
 Orchard's step is the synchronous loop without Ray: search on the torch engine, rewards, packing,
-update, and the push, with digest and probe. `benchmarks.flat_loop` is what MiniOneRec describes;
-`benchmarks.trl_step` has TRL, in three ways. Of those, two are TRL's own: `generate` constrained by
-`prefix_allowed_tokens_fn` and by a masking processor. In the third TRL is handed Orchard's
-candidates, and only the rest of the step is its own. Its vLLM modes want a GPU or another version,
-and its continuous batching takes no such constraint. TRL 1.9.2, which computes logits at the codes
-alone, can be installed in place of the pinned version to compare the two.
+update, and the push, with digest and probe. `benchmarks.shared.flat_loop` is what MiniOneRec
+describes; `benchmarks.shared.trl_step` has TRL, in three ways. Of those, two are TRL's own:
+`generate` constrained by `prefix_allowed_tokens_fn` and by a masking processor. In the third TRL is
+handed Orchard's candidates, and only the rest of the step is its own. Its vLLM modes want a GPU or
+another version, and its continuous batching takes no such constraint. TRL 1.9.2, which computes
+logits at the codes alone, can be installed in place of the pinned version to compare the two.
 
 Rivals use micro-batches of 32 sequences: of 16, 32, 64 and 128 among the fastest for both, on one
 thread of a busy machine.
@@ -31,11 +31,11 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks import trl_step
-from benchmarks.flat_loop import FlatLoop, advantages, rewards
-from benchmarks.hugging_face import allowed_tokens, beams
 from benchmarks.learner import VERSION, Setting, default_setting, random_prompts
-from benchmarks.measure import Figure, Report, Row, figure, interleaved, report
+from benchmarks.shared import trl_step
+from benchmarks.shared.flat_loop import FlatLoop, advantages, rewards
+from benchmarks.shared.hugging_face import allowed_tokens, beams
+from benchmarks.shared.measure import Figure, Report, Row, figure, interleaved, report
 from cluster.training.controller import EXACT
 from cluster.training.loop import PhaseTimer
 from learner.advantage.estimators import compute_advantages

@@ -27,7 +27,7 @@ from jaxtyping import Float32, Float64, Int64
 from torch import Tensor
 
 from benchmarks.learner import VERSION
-from benchmarks.measure import Report, Row, figure, report
+from benchmarks.shared.measure import Report, Row, figure, report
 from orchard.catalog import catalog as catalogs
 from orchard.catalog import index as indices
 from orchard.catalog import trie as tries

@@ -236,11 +236,7 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Smaller run of the same code.")] = False,
 ) -> None:
     """The published figures, measured side by side."""
-    shared = {
-        "__init__", "flat_loop", "hugging_face", "measure", "plots", "readme", "recipe", "rival",
-        "tables", "trl_step",
-    }  # fmt: skip
-    known = sorted({p.stem for p in Path("benchmarks").glob("*.py")} - shared)
+    known = sorted({p.stem for p in Path("benchmarks").glob("*.py")} - {"__init__"})
     if name not in known:
         raise ConfigError(
             f"there is no bench {name!r}; choose from {', '.join(known) or 'none'} "

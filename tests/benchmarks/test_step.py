@@ -5,8 +5,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from benchmarks import step, trl_step
-from benchmarks.flat_loop import advantages, rewards
+from benchmarks import step
+from benchmarks.shared import trl_step
+from benchmarks.shared.flat_loop import advantages, rewards
 
 
 @pytest.fixture(autouse=True)

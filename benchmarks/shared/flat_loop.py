@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from benchmarks.hugging_face import Allowed, beams, legal_logits
+from benchmarks.shared.hugging_face import Allowed, beams, legal_logits
 from orchard.optim import make_optimizer
 from orchard.settings import LearnerConfig
 

@@ -12,7 +12,7 @@ import torch
 import uvicorn
 from fastapi import FastAPI
 
-from benchmarks.hugging_face import allowed_tokens, beams, paths
+from benchmarks.shared.hugging_face import allowed_tokens, beams, paths
 from orchard.catalog import catalog as catalogs
 from orchard.policy import item_tokenizer
 from orchard.policy import model as models

@@ -11,12 +11,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import cast
 
-from benchmarks.measure import Figure, Report, Row
-from benchmarks.plots import ablation
-from benchmarks.readme import TABLES, within
+from benchmarks.shared.measure import Figure, Report, Row
+from benchmarks.shared.plots import ablation
+from benchmarks.shared.readme import TABLES, within
 
-ROOT = Path(__file__).parents[1]
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "figures.md"
 README = ROOT / "README.md"
 

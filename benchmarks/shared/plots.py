@@ -5,10 +5,10 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from benchmarks.measure import Report
+from benchmarks.shared.measure import Report
 from cluster.report.plots import COLOURS, FAINT, INK, apply_style
 
-ABLATION = Path(__file__).parents[1] / "docs" / "vstar.svg"
+ABLATION = Path(__file__).parents[2] / "docs" / "vstar.svg"
 METRIC = "ndcg@10/sid"
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from benchmarks.measure import Report, Row
+from benchmarks.shared.measure import Report, Row
 
 DECODERS = {
     "floor_s": "the floor: prefill and two forward passes of all beams, no search",

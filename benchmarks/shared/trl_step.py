@@ -27,8 +27,8 @@ from transformers import (
     TrainerCallback,
 )
 
-from benchmarks.flat_loop import rewards
-from benchmarks.hugging_face import Allowed, AllowedTokens
+from benchmarks.shared.flat_loop import rewards
+from benchmarks.shared.hugging_face import Allowed, AllowedTokens
 from orchard.settings import LearnerConfig
 
 WAYS = ("hook", "processor", "search")

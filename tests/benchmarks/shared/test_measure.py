@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks import learner
-from benchmarks.measure import figure, interleaved, report
+from benchmarks.shared.measure import figure, interleaved, report
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import plots, readme, tables
-from benchmarks.measure import Report, figure
+from benchmarks.shared import plots, readme, tables
+from benchmarks.shared.measure import Report, figure
 
 
 def a_report() -> Report:

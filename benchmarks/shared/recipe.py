@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.measure import Figure, Report, Row, figure, report
+from benchmarks.shared.measure import Figure, Report, Row, figure, report
 from cluster.cli.commands import TRAINED, WARM_START, improve, warm_start
 from orchard import config
 from orchard.evaluation import ranking
