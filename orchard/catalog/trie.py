@@ -1,4 +1,4 @@
-"""The trie over all legal code sequences, as arrays (decoding.md calls it an implicit-child CSR).
+"""The trie over all legal code sequences, as arrays.
 
 Nodes are numbered level by level and, within a level, in lexicographic order of their path, so the
 children of consecutive nodes are consecutive: `child_start` alone is the whole structure, a child's
@@ -11,8 +11,10 @@ Shapes:  N nodes   P nodes above the last level   E leaves among them   K leaves
          D2 = D + 2
 """
 
+import warnings
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,6 +86,14 @@ class Trie:
             level_start=self.level_start.to(device),
             early_leaf=self.early_leaf.to(device),
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as NumPy arrays, which Ray's object store maps instead of copying.
+
+        All actors of a machine that receive the same reference share one copy.
+        """
+        tensors = (self.code, self.child_start, self.level_start, self.early_leaf)
+        return _from_arrays, (*(tensor.cpu().numpy() for tensor in tensors), self.catalog)
 
     def first_child(self, node: Int[Tensor, "... F"]) -> Int[Tensor, "... F"]:
         """The first child of each node; where it has none, the node at which one would be put."""
@@ -167,6 +177,19 @@ class Trie:
             legal &= found | ~walking
             node = torch.where(walking & found & legal, low, node)
         return node, legal
+
+
+def _from_arrays(*parts: Any) -> Trie:
+    """Rebuild a pickled trie around its arrays, read-only where they are mapped."""
+    *arrays, catalog = parts
+    with warnings.catch_warnings():
+        # Nothing writes to a trie, so that a tensor on read-only memory is safe.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        code, child_start, level_start, early_leaf = map(torch.from_numpy, arrays)
+    return Trie(
+        code=code, child_start=child_start, level_start=level_start, early_leaf=early_leaf,
+        catalog=catalog,
+    )  # fmt: skip
 
 
 def build(codes: Int[np.ndarray, "I D"], *, catalog: str) -> tuple[Trie, Int[np.ndarray, " I"]]:

@@ -1,5 +1,6 @@
 """The trie against a dictionary of sets, on random catalogs."""
 
+import pickle
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from orchard.catalog.catalog import Catalog, from_codes
 from orchard.catalog.trie import Trie, offset_type, sort_rows
+from orchard.testing import tiny_catalog
 
 Path = tuple[int, ...]
 
@@ -169,3 +171,19 @@ def test_codes_and_offsets_are_as_wide_as_they_need_to_be() -> None:
     assert from_codes([[0], [1]]).trie.child_start.dtype == torch.int32
     assert offset_type(2**31 - 1) is np.int32
     assert offset_type(2**31) is np.int64
+
+
+def test_a_trie_is_rebuilt_around_the_buffers_of_its_pickle() -> None:
+    trie = tiny_catalog(varying_depth=True).trie
+    buffers: list[pickle.PickleBuffer] = []
+    data = pickle.dumps(trie, protocol=5, buffer_callback=buffers.append)
+    read_only = [memoryview(bytes(buffer.raw())) for buffer in buffers]
+    again: Trie = pickle.loads(data, buffers=read_only)
+    for name in ("code", "child_start", "level_start", "early_leaf"):
+        assert torch.equal(getattr(again, name), getattr(trie, name))
+    mapped = [np.frombuffer(view, np.uint8) for view in read_only if len(view)]
+    assert any(np.shares_memory(again.code.numpy().view(np.uint8), part) for part in mapped)
+    assert again.catalog == trie.catalog
+    assert torch.equal(
+        again.children(torch.tensor([0])).node, trie.children(torch.tensor([0])).node
+    )
