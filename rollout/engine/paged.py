@@ -111,7 +111,7 @@ class CacheFullError(Exception):
 
     def __init__(self, needed: int, num_pages: int) -> None:
         """Store the pages needed up to the failure, a lower bound, and the pages of the cache."""
-        super().__init__(f"{needed} pages needed, {num_pages} available")
+        super().__init__(f"{needed} pages needed, {num_pages} there")
         self.needed, self.num_pages = needed, num_pages
 
 
