@@ -13,7 +13,7 @@ class RewardWorker:
     """Stateless scorer of trees with fixed weights; any actor may repeat any call."""
 
     def __init__(self, ctx: RewardContext) -> None:
-        """Load what the weighted rewards need.
+        """Load the inputs of the weighted rewards.
 
         Raises:
             ConfigError, DataError, CatalogError: a reward is unknown, or its input is missing or

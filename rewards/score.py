@@ -54,7 +54,7 @@ def score_trees(
         ctx = RewardContext(catalog=ctx)
     if trees.catalog != ctx.catalog.digest:
         raise CatalogError(
-            f"the trees were grown on catalog {trees.catalog[:12]}, the rewards hold "
+            f"the trees were built on catalog {trees.catalog[:12]}, the rewards use "
             f"{ctx.catalog.digest[:12]}; start both from the same items file"
         )
     parts = {name: REWARDS[name](trees, ctx) for name in weights}

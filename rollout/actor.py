@@ -129,7 +129,7 @@ class RolloutWorker:
         return replace(trees, cost=replace(trees.cost, seconds=perf_counter() - began))
 
     def _thoughts(self, prompts: Prompts, *, count: int, temperature: float, seed: int) -> Thoughts:
-        """Generate `count` thoughts per prompt; raises EngineError without thinking tags."""
+        """Generate `count` thoughts per prompt; raise EngineError without thinking tags."""
         if (tags := self._tokenizer.think) is None:
             raise EngineError(
                 "the policy has no tags to think between; warm-start it on rationales "

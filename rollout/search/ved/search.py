@@ -40,8 +40,8 @@ from rollout.search.ved.select import select_candidates
 from rollout.search.ved.tree import expand, expand_roots
 
 TRAVERSALS_PER_TOKEN = 4
-"""Maximum number of simulations of a prompt per token of its budget: one without expansions costs
-no tokens, so that the budget alone is no bound."""
+"""Maximum number of simulations of a prompt per token of its budget. The budget itself does not
+bound them, since a simulation without expansions costs no tokens."""
 
 
 def ved(
@@ -54,7 +54,7 @@ def ved(
     allowed: ItemFilter | None = None,
     critic: PrefixCritic | None = None,
 ) -> Candidates:
-    """Search up to `count` candidates per prompt, with `settings.budget` forward tokens each.
+    """Return up to `count` candidates per prompt, from at most `settings.budget` forward tokens.
 
     The candidates of a prompt depend only on `seed` and its id, not on its batch. They are fewer
     than `count` if too few leaves can be completed without a forward pass. The cost counts

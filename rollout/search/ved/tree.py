@@ -106,7 +106,7 @@ def expand_roots(
     mask: PrefixMask | None = None,
     values: Values | None = None,
 ) -> tuple[VedTree, Cost]:
-    """Make trees of the roots alone; children that the `mask` does not allow are taken.
+    """Make trees that contain only roots; children that the `mask` does not allow are taken.
 
     Values come from `values`, by default from the policy's own head.
 
