@@ -130,7 +130,7 @@ def _speed(
     rollout_worker = RolloutWorker(settings.rollout, made.policy, made.tokenizer, seed=0)
     torch.set_num_threads(1)  # vLLM sets its own
     asked = make_prompts(made.tokenizer, made.train, np.arange(prompts))
-    llm: Any = rollout_worker._holder.llm  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+    llm: Any = rollout_worker._engine.llm  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
     cap = settings.rollout.think.block_tokens
 
     def fresh(work: Callable[[], object]) -> Callable[[], object]:

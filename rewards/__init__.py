@@ -1,1 +1,1 @@
-"""Rewards of candidates and of steps, and the actors that compute them."""
+"""Rewards of candidates, and the Ray actors that compute them."""

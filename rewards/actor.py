@@ -1,4 +1,4 @@
-"""The Ray shell of the room: holds what rewards look up, and judges what it is sent."""
+"""Ray actor that loads the inputs of the rewards once and scores search trees."""
 
 from typing import Any
 
@@ -10,21 +10,21 @@ from rewards.score import preload, score_trees
 
 
 class RewardWorker:
-    """Scores trees with fixed weights; without state, so that any call may be repeated anywhere."""
+    """Stateless scorer of trees with fixed weights; any actor may repeat any call."""
 
-    def __init__(self, known: RewardContext) -> None:
-        """Load what the weighted rewards need.
+    def __init__(self, ctx: RewardContext) -> None:
+        """Load the inputs of the weighted rewards.
 
         Raises:
-            ConfigError, DataError, CatalogError: a reward is unknown, or what it needs is missing
-                or another catalog's.
+            ConfigError, DataError, CatalogError: a reward is unknown, or its input is missing or
+                belongs to another catalog.
         """
-        self._known, self._weights = known, dict(known.settings.weights)
-        preload(self._weights, known)
+        self._ctx, self._weights = ctx, dict(ctx.settings.weights)
+        preload(self._weights, ctx)
 
     def score(self, trees: SearchTrees) -> ScoredTrees:
-        """As `rewards.score.score`."""
-        return score_trees(trees, self._known, self._weights)
+        """Score the candidates of trees; see `rewards.score.score_trees`."""
+        return score_trees(trees, self._ctx, self._weights)
 
 
 RewardActor: Any = ray.remote(RewardWorker)

@@ -1,4 +1,4 @@
-"""The opinion of a collaborative recommender: SASRec's logit of a candidate after the history.
+"""Reward from a collaborative recommender: SASRec's logit of a candidate after the history.
 
 Shapes:  C candidates
 """
@@ -11,26 +11,26 @@ from orchard.types import SearchTrees
 from rewards.context import RewardContext
 
 
-def collaborative(trees: SearchTrees, known: RewardContext) -> Float32[np.ndarray, " C"]:
-    """Raw logit of each candidate given its prompt's history (ReRe, arXiv 2510.12211).
+def collaborative(trees: SearchTrees, ctx: RewardContext) -> Float32[np.ndarray, " C"]:
+    """Return the raw logit of each candidate given its prompt's history (ReRe, arXiv 2510.12211).
 
-    A candidate that the scorer does not know gets the mean of those of its group that it knows, so
-    that ignorance neither rewards nor punishes; a group of none, or a history without any item that
-    it knows, gets 0 throughout.
+    A candidate unknown to the scorer gets the mean of the known candidates of its group, so that a
+    missing score neither rewards nor punishes. All candidates get 0 if the group has no known
+    candidate or the history no known item.
     """
     prompts, prompt = trees.prompts, trees.prompt_of_candidate
     logit = leaf_logits(
-        known.sasrec, known.catalog, prompts.history, prompts.history_start, prompt, trees.leaf
+        ctx.sasrec, ctx.catalog, prompts.history, prompts.history_start, prompt, trees.leaf
     )
     return no_signal(logit, prompt, len(trees))
 
 
 def no_signal(
-    opinion: Float64[np.ndarray, " C"], prompt: Int64[np.ndarray, " C"], num_prompts: int
+    score: Float64[np.ndarray, " C"], prompt: Int64[np.ndarray, " C"], num_prompts: int
 ) -> Float32[np.ndarray, " C"]:
-    """Opinions, with the mean of the finite ones of a prompt, or 0, in the place of the others."""
-    sure = np.isfinite(opinion)
-    count = np.bincount(prompt[sure], minlength=num_prompts)
-    total = np.bincount(prompt[sure], weights=opinion[sure], minlength=num_prompts)
+    """Replace non-finite scores by the mean finite score of their prompt, or 0 if it has none."""
+    finite = np.isfinite(score)
+    count = np.bincount(prompt[finite], minlength=num_prompts)
+    total = np.bincount(prompt[finite], weights=score[finite], minlength=num_prompts)
     mean = total / np.maximum(1, count)
-    return np.where(sure, opinion, mean[prompt]).astype(np.float32)
+    return np.where(finite, score, mean[prompt]).astype(np.float32)

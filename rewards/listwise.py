@@ -1,4 +1,4 @@
-"""The opinion of a model that reads all candidates of a prompt together.
+"""Reward from a listwise ranker, which reads all candidates of a prompt together.
 
 Shapes:  C candidates   U distinct leaves of all prompts
 """
@@ -13,18 +13,21 @@ from rewards.collaborative import no_signal
 from rewards.context import RewardContext
 
 
-def listwise(trees: SearchTrees, known: RewardContext) -> Float32[np.ndarray, " C"]:
-    """Log-probability that the user takes this candidate of those in the list.
+def listwise(trees: SearchTrees, ctx: RewardContext) -> Float32[np.ndarray, " C"]:
+    """Return the log-probability that the user takes each candidate out of its prompt's list.
 
-    Candidates that repeat one another are read once and share their reward. What the evaluator does
-    not know is not in its list, and gets the mean of what is; a history without any item that it
-    knows gets 0 throughout.
+    Duplicate candidates are scored once and share their reward. Candidates unknown to the ranker
+    are left out of its list and get the mean of the others; all candidates get 0 if the history has
+    no known item.
     """
-    prompts, items = trees.prompts, known.catalog
-    key = trees.prompt_of_candidate * items.trie.num_leaves + trees.leaf
-    distinct, place = np.unique(key, return_inverse=True)
-    owner, leaf = np.divmod(distinct, items.trie.num_leaves)
-    start = ragged.starts(np.bincount(owner, minlength=len(trees)))
+    prompts, catalog = trees.prompts, ctx.catalog
+    key = trees.prompt_of_candidate * catalog.trie.num_leaves + trees.leaf
+    # Distinct (prompt, leaf) pairs, and the pair of each candidate.
+    distinct, pair_of_candidate = np.unique(key, return_inverse=True)
+    prompt_of_pair, leaf = np.divmod(distinct, catalog.trie.num_leaves)
+    start = ragged.starts(np.bincount(prompt_of_pair, minlength=len(trees)))
     with torch.no_grad():
-        found = known.listwise_ranker.score(prompts.history, prompts.history_start, leaf, start)
-    return no_signal(found.double().numpy()[place], trees.prompt_of_candidate, len(trees))
+        logprob = ctx.listwise_ranker.score(prompts.history, prompts.history_start, leaf, start)
+    return no_signal(
+        logprob.double().numpy()[pair_of_candidate], trees.prompt_of_candidate, len(trees)
+    )

@@ -1,9 +1,9 @@
-"""SearchTrees -> ScoredTrees: what each candidate is worth.
+"""Registry of the reward functions, by their name in `rewards.weights`.
 
-To add a reward, write a function of the type `Reward` in a module of this package and give it a
-name in `REWARDS`; the name is then a key of `rewards.weights` in a run file. What it looks up
-beyond trees and catalog is a property of `Knowledge`, named in `NEEDS` so that its absence is
-found before anything starts. `docs/rewards.md` has an example.
+To add a reward, write a function of the type `Reward` in a module of this package and register it
+in `REWARDS`; its name is then a key of `rewards.weights` in a run file. If the reward needs more
+than the trees and the catalog, add a property to `RewardContext` and list it in `REQUIREMENTS`, so
+that a missing input stops the run before it starts. `docs/rewards.md` has an example.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from rewards.similarity import diversity, popularity_debias, semantic
 from rewards.transition import transition
 
 Reward = Callable[[SearchTrees, RewardContext], Float32[np.ndarray, " C"]]
-"""One finite number per candidate, larger for better; all candidates of a batch at once."""
+"""Function from the trees of a batch to one finite number per candidate, larger for better."""
 
 REWARDS: dict[str, Reward] = {
     "rule": rule,
@@ -35,12 +35,12 @@ REWARDS: dict[str, Reward] = {
 }
 
 REQUIREMENTS: dict[str, Callable[[RewardContext], object]] = {
-    "semantic": lambda known: known.leaf_embedding,
-    "collaborative": lambda known: known.sasrec,
-    "transition": lambda known: known.counted_transitions,
-    "listwise": lambda known: known.listwise_ranker,
-    "popularity_debias": lambda known: known.leaf_popularity,
+    "semantic": lambda ctx: ctx.leaf_embedding,
+    "collaborative": lambda ctx: ctx.sasrec,
+    "transition": lambda ctx: ctx.counted_transitions,
+    "listwise": lambda ctx: ctx.listwise_ranker,
+    "popularity_debias": lambda ctx: ctx.leaf_popularity,
 }
-"""What a reward looks up, for those that do; raises a sentence where it is not there."""
+"""Loader of the input of each reward that needs one; raises an OrchardError if it is missing."""
 
 __all__ = ["REQUIREMENTS", "REWARDS", "Reward", "RewardContext"]

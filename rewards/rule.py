@@ -1,7 +1,8 @@
-"""Verifiable rewards: a candidate against the item that really came next.
+"""Verifiable rewards: compare each candidate with the next item of the data.
 
-The target is the item of the prompt's own row, so equal histories with different targets are each
-judged by their own. Items that share a semantic ID share a leaf and cannot be told apart here.
+The target is the item of the prompt's own row, so equal histories with different targets are scored
+against different targets. Items that share a semantic ID share a leaf, so these rewards cannot
+distinguish them.
 
 Shapes:  B prompts   C candidates   D longest sequence
 """
@@ -13,48 +14,49 @@ from orchard.types import SearchTrees
 from rewards.context import RewardContext
 
 
-def rule(trees: SearchTrees, known: RewardContext) -> Float32[np.ndarray, " C"]:
-    """1 for a candidate that is the target, else 0."""
-    return _hit(trees, known).astype(np.float32)
+def rule(trees: SearchTrees, ctx: RewardContext) -> Float32[np.ndarray, " C"]:
+    """Return 1 for each candidate that is the target, else 0."""
+    return _hit(trees, ctx).astype(np.float32)
 
 
-def ranking(trees: SearchTrees, known: RewardContext) -> Float32[np.ndarray, " C"]:
-    """A penalty for each miss, largest for the best ranked (ReRe, arXiv 2510.12211).
+def ranking(trees: SearchTrees, ctx: RewardContext) -> Float32[np.ndarray, " C"]:
+    """Penalize each miss, most at the best rank (ReRe, arXiv 2510.12211).
 
-    With G candidates, the miss at rank k gets -(1 / log2(k + 1)) / Z, and the target 0. There are
-    two forms, by `rewards.ranking_variant`:
+    With G candidates, the miss at rank k gets -(1 / log2(k + 1)) / Z, and the target 0.
+    `rewards.ranking_variant` selects one of two forms:
 
-    coded       Z = sum_j 1 / log2(j + 1) over all G ranks; 0 in a group without the target. This is
-                what ReRe and MiniOneRec (arXiv 2510.24431) run.
-    published   Z sums over the misses alone, so that they share -1; groups without the target
-                included. Standardised, such a group pushes the policy towards its own tail, with no
-                evidence behind it.
+    reference_code  Z = sum_j 1 / log2(j + 1) over all G ranks; 0 in a group without the target.
+                    The reference code of ReRe and MiniOneRec (arXiv 2510.24431) computes this.
+    paper           Z sums over the misses alone, so that they share -1, in groups without the
+                    target too. Standardized, such a group pushes the policy towards its own tail
+                    without any evidence.
     """
-    hit = _hit(trees, known)
-    share: Float64[np.ndarray, " C"] = 1 / np.log2(trees.rank + 1)
+    hit = _hit(trees, ctx)
+    discount: Float64[np.ndarray, " C"] = 1 / np.log2(trees.rank + 1)
     prompt, num_prompts = trees.prompt_of_candidate, len(trees)
-    if known.settings.ranking_variant == "paper":
-        missed = np.bincount(prompt, weights=np.where(hit, 0, share), minlength=num_prompts)
-        return np.where(hit, 0, -share / np.where(hit, 1, missed[prompt])).astype(np.float32)
-    total = np.bincount(prompt, weights=share, minlength=num_prompts)
+    if ctx.settings.ranking_variant == "paper":
+        missed = np.bincount(prompt, weights=np.where(hit, 0, discount), minlength=num_prompts)
+        return np.where(hit, 0, -discount / np.where(hit, 1, missed[prompt])).astype(np.float32)
+    total = np.bincount(prompt, weights=discount, minlength=num_prompts)
     has_hit = np.bincount(prompt, weights=hit, minlength=num_prompts) > 0
-    return np.where(has_hit[prompt] & ~hit, -share / total[prompt], 0).astype(np.float32)
+    return np.where(has_hit[prompt] & ~hit, -discount / total[prompt], 0).astype(np.float32)
 
 
-def prefix(trees: SearchTrees, known: RewardContext) -> Float32[np.ndarray, " C"]:
-    """Share of the target's codes that the candidate has in common from the first code on.
+def prefix(trees: SearchTrees, ctx: RewardContext) -> Float32[np.ndarray, " C"]:
+    """Return the share of the target's codes in the common prefix of candidate and target.
 
     An end marker counts as a code, so 1 means a hit and nothing else.
     """
-    catalog = known.catalog
+    catalog = ctx.catalog
     target = catalog.codes[trees.prompts.target[trees.prompt_of_candidate]]
     candidate = catalog.codes[catalog.item_of_leaf[catalog.leaf_start[trees.leaf]]]
     same = (candidate == target) & (target >= 0)
+    # Length of the common prefix: codes before the first difference.
     common = np.logical_and.accumulate(same, axis=1).sum(1)
     return (common / (target >= 0).sum(1)).astype(np.float32)
 
 
-def _hit(trees: SearchTrees, known: RewardContext) -> Bool[np.ndarray, " C"]:
-    """Candidates that are the target; copies drawn more than once all count."""
-    target: Int64[np.ndarray, " B"] = known.catalog.leaf_of_item[trees.prompts.target]
+def _hit(trees: SearchTrees, ctx: RewardContext) -> Bool[np.ndarray, " C"]:
+    """Return whether each candidate is the target; duplicates of the target all count."""
+    target: Int64[np.ndarray, " B"] = ctx.catalog.leaf_of_item[trees.prompts.target]
     return trees.leaf == target[trees.prompt_of_candidate]

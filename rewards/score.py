@@ -1,4 +1,4 @@
-"""The weighted sum of rewards, with its parts kept for the log.
+"""Score trees by the weighted sum of rewards, and keep the terms of the sum for the log.
 
 Shapes:  C candidates
 """
@@ -16,7 +16,7 @@ from rewards.registry import REQUIREMENTS, REWARDS, RewardContext
 
 
 def check_rewards(weights: Mapping[str, float]) -> None:
-    """Refuse weights of rewards that do not exist; raises ConfigError with the nearest name."""
+    """Raise ConfigError, with the nearest name, if a weight is of an unknown reward."""
     for name in weights:
         if name not in REWARDS:
             near = difflib.get_close_matches(name, REWARDS, n=1)
@@ -24,48 +24,50 @@ def check_rewards(weights: Mapping[str, float]) -> None:
             raise ConfigError(f"rewards.weights names an unknown reward {name}; {hint}")
 
 
-def preload(weights: Mapping[str, float], known: RewardContext) -> None:
-    """Load what the rewards need, so that what is missing is found before anything is scored.
+def preload(weights: Mapping[str, float], ctx: RewardContext) -> None:
+    """Load the inputs of the weighted rewards, so that a missing one is reported before scoring.
 
     Raises:
-        ConfigError, DataError, CatalogError: one sentence on what is missing or does not fit.
+        ConfigError, DataError, CatalogError: a reward is unknown, or its input is missing or
+            belongs to another catalog.
     """
     check_rewards(weights)
     for name in weights:
         if name in REQUIREMENTS:
-            REQUIREMENTS[name](known)
+            REQUIREMENTS[name](ctx)
 
 
 def score_trees(
-    trees: SearchTrees, known: RewardContext | Catalog, weights: Mapping[str, float]
+    trees: SearchTrees, ctx: RewardContext | Catalog, weights: Mapping[str, float]
 ) -> ScoredTrees:
-    """Judge every candidate; a part of weight 0 is computed for the log alone.
+    """Score every candidate; a reward of weight 0 is computed for the log only.
 
-    A bare catalog will do for rewards that look up nothing else.
+    A bare catalog is enough for rewards without entries in `REQUIREMENTS`.
 
     Raises:
-        ConfigError: a weight of an unknown reward.
-        CatalogError: the trees were grown on another catalog, so that leaves mean other items.
+        ConfigError: a weight is of an unknown reward.
+        CatalogError: the trees were built on another catalog, whose leaves are other items.
         DataError: a reward is not finite.
     """
     check_rewards(weights)
-    if isinstance(known, Catalog):
-        known = RewardContext(catalog=known)
-    if trees.catalog != known.catalog.digest:
+    if isinstance(ctx, Catalog):
+        ctx = RewardContext(catalog=ctx)
+    if trees.catalog != ctx.catalog.digest:
         raise CatalogError(
-            f"the trees were grown on catalog {trees.catalog[:12]}, the rewards hold "
-            f"{known.catalog.digest[:12]}; start both from the same items file"
+            f"the trees were built on catalog {trees.catalog[:12]}, the rewards use "
+            f"{ctx.catalog.digest[:12]}; start both from the same items file"
         )
-    parts = {name: REWARDS[name](trees, known) for name in weights}
+    parts = {name: REWARDS[name](trees, ctx) for name in weights}
     for name, part in parts.items():
-        _refuse_non_finite(name, part, trees)
+        _check_finite(name, part, trees)
     total = np.zeros(len(trees.leaf), np.float32)
     for name, weight in weights.items():
         total += np.float32(weight) * parts[name]
     return ScoredTrees(trees=trees, reward=total, parts=parts)
 
 
-def _refuse_non_finite(name: str, part: Float32[np.ndarray, " C"], trees: SearchTrees) -> None:
+def _check_finite(name: str, part: Float32[np.ndarray, " C"], trees: SearchTrees) -> None:
+    """Raise DataError if a reward is not finite."""
     bad = np.flatnonzero(~np.isfinite(part))
     if len(bad):
         prompt = trees.prompts.id[trees.prompt_of_candidate[bad[0]]]

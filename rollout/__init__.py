@@ -1,1 +1,1 @@
-"""Prompts to search trees: search under the trie, the engines that forward it, and the actor."""
+"""Rollouts: trie-constrained search algorithms, inference engines, and the rollout actor."""

@@ -1,4 +1,4 @@
-"""The Ray shell of the room: holds an engine and its policy, and searches what it is sent."""
+"""Ray actor for rollouts: an inference engine with its policy, searched for batches of prompts."""
 
 from dataclasses import replace
 from functools import partial
@@ -31,7 +31,7 @@ from rollout.search_trees import build_search_trees
 
 
 class RolloutWorker:
-    """Searches with one engine. What it returns depends on its policy and the arguments alone."""
+    """Searcher with one engine; results depend only on its policy and the arguments."""
 
     def __init__(
         self,
@@ -41,95 +41,102 @@ class RolloutWorker:
         seed: int,
         critic: PrefixCritic | None = None,
     ) -> None:
-        """Start with the policy saved in `folder`, as step 0, until another is installed.
+        """Load the policy saved in `folder` as step 0; `load_weights` replaces it.
 
-        A `critic` guides in the place of the policy's own value head.
+        A `critic` replaces the policy's own value head as the guide of `ved`.
 
         Raises:
-            DataError: the folder holds no policy.
-            EngineError: the engine cannot be had on this machine.
+            DataError: the folder contains no policy.
+            EngineError: the engine cannot run on this machine.
         """
         self._config, self._tokenizer, self._critic = config, tokenizer, critic
         torch.set_num_threads(config.threads)
         model = load(folder, tokenizer)
         version = PolicyVersion(step=0, digest=digest(snapshot(model)))
-        self._holder: InferenceEngine
+        self._engine: InferenceEngine
         if config.engine == "vllm":
-            self._holder = VllmEngine(folder, model, tokenizer, version, config, seed=seed)
+            self._engine = VllmEngine(folder, model, tokenizer, version, config, seed=seed)
         else:
             device = "cuda" if config.gpus else "cpu"
             nn.Module.to(model, device=device, dtype=getattr(torch, config.dtype))
-            self._holder = TorchEngine(model, tokenizer, version)
-        self._fit = True
-        """False from when weights are installed until their probe is answered rightly."""
+            self._engine = TorchEngine(model, tokenizer, version)
+        self._verified = True
+        """Whether the loaded weights passed their probe; False from loading until the check."""
 
     def load_weights(
         self, version: PolicyVersion, weights: Weights, probe: LogprobProbe | None = None
     ) -> PolicyVersion:
-        """Search with these weights from now on; returns the version held then.
+        """Load weights, verify them with the probe, and return the engine's version.
 
         Raises:
-            UnfitError: the probe is answered otherwise than the learner does. Nothing is searched
-                from then on, until an installation succeeds.
+            EngineError: the weights are not those of the version.
+            WeightMismatchError: the probe's log-probabilities differ from the learner's. The worker
+                then refuses to search until another `load_weights` succeeds.
         """
-        self._holder.load_weights(version, weights)
-        self._fit = False
+        self._engine.load_weights(version, weights)
+        self._verified = False
         if probe is not None:
-            verify(self._holder, probe)
-        self._fit = True
-        return self._holder.version
+            verify(self._engine, probe)
+        self._verified = True
+        return self._engine.version
 
     def version(self) -> PolicyVersion:
-        """The policy that searches now."""
-        return self._holder.version
+        """Return the version of the loaded policy."""
+        return self._engine.version
 
     def search(self, prompts: Prompts, seed: int, kind: str | None = None) -> SearchTrees:
-        """A tree per prompt, by the configured search or by that of another kind."""
-        wanted = kind or self._config.search
-        if wanted == "think":
+        """Search one tree per prompt, with the configured search or the one named by `kind`."""
+        name = kind or self._config.search
+        if name == "think":
             return self._think_and_search(prompts, seed)
-        given = SearchContext(
+        ctx = SearchContext(
             config=self._config, catalog=self._tokenizer.catalog, seed=seed, critic=self._critic
         )
-        find = make_search(wanted, given)
-        found = self._in_batches(prompts, find)
-        return build_search_trees(prompts, found, self._tokenizer, self._holder.version)
+        search_fn = make_search(name, ctx)
+        candidates = self._in_batches(prompts, search_fn)
+        return build_search_trees(prompts, candidates, self._tokenizer, self._engine.version)
 
     def rank(self, prompts: Prompts, beams: int, thinking: bool = False) -> Candidates:
-        """The best `beams` leaves of each prompt, whatever the configured search.
+        """Return the best `beams` leaves of each prompt by beam search.
 
-        With `thinking`, those after the policy's likeliest thought.
+        The configured search does not matter. With `thinking`, the beam search follows the
+        policy's greedy thought.
         """
         if not thinking:
             return self._in_batches(prompts, partial(beam, width=beams))
         began = perf_counter()
         thoughts = self._thoughts(prompts, count=1, temperature=0.0, seed=0)
-        found = self._in_batches(thoughts.contexts(prompts), partial(beam, width=beams))
-        cost = thoughts.cost + found.cost
-        return replace(found, cost=replace(cost, seconds=perf_counter() - began))
+        candidates = self._in_batches(thoughts.contexts(prompts), partial(beam, width=beams))
+        cost = thoughts.cost + candidates.cost
+        return replace(candidates, cost=replace(cost, seconds=perf_counter() - began))
 
     def _think_and_search(self, prompts: Prompts, seed: int) -> SearchTrees:
-        """Thoughts, then codes after each of them."""
+        """Generate thoughts, then search codes after each of them."""
         began, config = perf_counter(), self._config
-        heat = config.temperature
-        thoughts = self._thoughts(prompts, count=config.group_size, temperature=heat, seed=seed)
-        find: SearchFn = partial(sample, count=config.think.width, temperature=heat, seed=seed)
+        temperature = config.temperature
+        thoughts = self._thoughts(
+            prompts, count=config.group_size, temperature=temperature, seed=seed
+        )
+        search_fn: SearchFn = partial(
+            sample, count=config.think.width, temperature=temperature, seed=seed
+        )
         if config.think.codes == "beam":
-            find = partial(beam, width=config.think.width)
-        contexts, version = thoughts.contexts(prompts), self._holder.version
-        found = self._in_batches(contexts, find)
-        codes = build_search_trees(contexts, found, self._tokenizer, version)
+            search_fn = partial(beam, width=config.think.width)
+        contexts, version = thoughts.contexts(prompts), self._engine.version
+        candidates = self._in_batches(contexts, search_fn)
+        codes = build_search_trees(contexts, candidates, self._tokenizer, version)
         trees = attach_thoughts(prompts, thoughts, codes, self._tokenizer.catalog.trie.depth)
         return replace(trees, cost=replace(trees.cost, seconds=perf_counter() - began))
 
     def _thoughts(self, prompts: Prompts, *, count: int, temperature: float, seed: int) -> Thoughts:
+        """Generate `count` thoughts per prompt; raise EngineError without thinking tags."""
         if (tags := self._tokenizer.think) is None:
             raise EngineError(
                 "the policy has no tags to think between; warm-start it on rationales "
                 "(data.rationales), or choose a search without thoughts"
             )
         return think(
-            self._holder.generate,
+            self._engine.generate,
             prompts,
             tags,
             count=count,
@@ -139,22 +146,27 @@ class RolloutWorker:
             seed=seed,
         )
 
-    def _in_batches(self, prompts: Prompts, find: SearchFn) -> Candidates:
-        """What `find` finds, in batches of the configured size."""
-        if not self._fit:
+    def _in_batches(self, prompts: Prompts, search_fn: SearchFn) -> Candidates:
+        """Run `search_fn` in batches of `rollout.batch_size`; candidates in order of the prompts.
+
+        Raises:
+            WeightMismatchError: the loaded weights have not passed their probe.
+        """
+        if not self._verified:
             raise WeightMismatchError(
-                f"policy {self._holder.version} failed its probe here; install a version first"
+                f"policy {self._engine.version} failed its probe here; load a version first"
             )
         began = perf_counter()
-        # Prompts of like length go together, so that little of a batch is padding.
+        # Batches of prompts of similar length, to limit padding.
         order = np.argsort(np.diff(prompts.token_start), kind="stable")
         size = self._config.batch_size
-        rows = [order[at : at + size] for at in range(0, len(order), size)]
-        found = Candidates.concatenate(
-            [self._holder.run(find, prompts.select(one)) for one in rows]
+        batches = [order[first : first + size] for first in range(0, len(order), size)]
+        candidates = Candidates.concatenate(
+            [self._engine.run(search_fn, prompts.select(rows)) for rows in batches]
         )
-        cost = replace(found.cost, seconds=perf_counter() - began)
-        return replace(found.select(np.argsort(order)), cost=cost)
+        cost = replace(candidates.cost, seconds=perf_counter() - began)
+        # argsort(order) inverts the permutation.
+        return replace(candidates.select(np.argsort(order)), cost=cost)
 
 
 RolloutActor: Any = ray.remote(RolloutWorker)

@@ -1,6 +1,6 @@
-"""What a search finds.
+"""Candidates: the catalog leaves that a search returns for a batch of prompts.
 
-Shapes:  B prompts   C candidates   D longest sequence   R prompts asked for   B1 = B + 1
+Shapes:  B prompts   C candidates   D longest sequence   R selected prompts   B1 = B + 1
 """
 
 from collections.abc import Sequence
@@ -15,43 +15,45 @@ from orchard.types import Cost, concatenate_optional
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidates:
-    """Catalog leaves found for each prompt, best first within it."""
+    """Catalog leaves of each prompt, best first within the prompt."""
 
     start: Int64[np.ndarray, " B1"]
+    """Boundaries: the candidates of prompt b are `start[b] : start[b + 1]`."""
     node: Int64[np.ndarray, "C D"]
-    """Trie node at each depth 1..D, -1 past the end."""
+    """Trie node of each candidate at each depth 1..D, -1 past its end."""
     logprob: Float32[np.ndarray, "C D"]
-    """Log-probability of the code into each of them; 0 where it was forced, and past the end."""
+    """Log-probability of the code into each node; 0 for forced codes and past the end."""
     score: Float32[np.ndarray, " C"]
     """Log-probability of the leaf given the prompt."""
     leaf: Int64[np.ndarray, " C"]
+    """Catalog leaf of each candidate."""
     cost: Cost
     value: Float32[np.ndarray, "C D"] | None = None
-    """Value of the prefix that ends with each code, NaN where it was not asked for; None where the
-    search is not guided by values."""
+    """Value of the prefix that ends with each code, NaN where it was not computed; None if the
+    search does not use values."""
 
     @property
     def count(self) -> Int64[np.ndarray, " B"]:
-        """Candidates of each prompt: fewer than asked for where fewer leaves may be found."""
+        """Number of candidates of each prompt, below the requested width if leaves are too few."""
         return np.diff(self.start)
 
     def select(self, rows: Int64[np.ndarray, " R"]) -> "Candidates":
-        """The candidates of the given prompts, in the order asked for."""
+        """Return the candidates of the prompts `rows`, in that order; the cost is unchanged."""
         count = np.diff(self.start)[rows]
-        which = ragged.ranges(self.start[rows], count)
+        candidate_index = ragged.ranges(self.start[rows], count)
         return Candidates(
             start=ragged.starts(count),
-            node=self.node[which],
-            logprob=self.logprob[which],
-            score=self.score[which],
-            leaf=self.leaf[which],
+            node=self.node[candidate_index],
+            logprob=self.logprob[candidate_index],
+            score=self.score[candidate_index],
+            leaf=self.leaf[candidate_index],
             cost=self.cost,
-            value=None if self.value is None else self.value[which],
+            value=None if self.value is None else self.value[candidate_index],
         )
 
     @staticmethod
     def concatenate(parts: "Sequence[Candidates]") -> "Candidates":
-        """Several batches one after another; costs add up."""
+        """Concatenate batches in order and sum their costs."""
         leaf, start = ragged.concatenate([(p.leaf, p.start) for p in parts])
         return Candidates(
             start=start,

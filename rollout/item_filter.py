@@ -1,10 +1,10 @@
-"""What a search may find: the live leaves of a view, less a few leaves of each prompt.
+"""Restrict a search to the live leaves of a view, minus excluded leaves of each prompt.
 
-The policy is untouched: it stays the softmax over all legal codes of the catalog, and what is
-reported are its own log-probabilities. Forbidding only decides which prefixes may be entered.
+The policy does not change: it stays the softmax over all legal codes of the catalog, and searches
+report its own log-probabilities. The filter only decides which prefixes a search may enter.
 
-Shapes:  B prompts   X excluded leaves of all prompts   M nodes asked about   K dead nodes
-         R prompts of a part   B1 = B + 1
+Shapes:  B prompts   X excluded leaves of all prompts   M queried nodes   K dead nodes
+         R selected prompts   B1 = B + 1
 """
 
 from dataclasses import dataclass
@@ -22,61 +22,66 @@ from orchard.errors import CatalogError
 
 @dataclass(frozen=True, kw_only=True)
 class ItemFilter:
-    """A view, and what each prompt is not to be shown again."""
+    """Catalog view shared by a batch, and the excluded leaves of each prompt."""
 
     view: CatalogView
     excluded: Int64[np.ndarray, " X"]
-    """Leaves, in any order and repeated at will. A leaf goes with all items that share it."""
+    """Excluded leaves, in any order, repeats allowed; a leaf excludes all items that share it."""
     excluded_start: Int64[np.ndarray, " B1"]
-    """Those of prompt b are `excluded_start[b] : excluded_start[b + 1]`."""
+    """Boundaries: prompt b excludes `excluded[excluded_start[b] : excluded_start[b + 1]]`."""
 
     def select(self, rows: Int64[np.ndarray, " R"]) -> "ItemFilter":
-        """What the given prompts may find, in the order asked for."""
+        """Return the filter of the prompts `rows`, in that order."""
         excluded, start = ragged.take(self.excluded, self.excluded_start, rows)
         return ItemFilter(view=self.view, excluded=excluded, excluded_start=start)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixMask:
-    """Which nodes the prompts of one search may enter."""
+    """Mask of the trie nodes that each prompt of a search may enter."""
 
     view: CatalogView
     dead: Int64[Tensor, " K"]
-    """Ascending numbers prompt * N + node of nodes that are live, but not for that prompt."""
+    """Ascending keys prompt * N + node of nodes that are live in the view, but not for the
+    prompt."""
 
     def allows(self, prompt: Int64[Tensor, " M"], node: Int64[Tensor, " M"]) -> Bool[Tensor, " M"]:
-        """If a leaf that the prompt may find is at or below the node."""
+        """Return whether an allowed leaf of the prompt is at or below each node."""
         live = self.view.live[node]
         if len(self.dead) == 0:
             return live
         key = prompt * len(self.view.live) + node
-        place = torch.searchsorted(self.dead, key).clamp(max=len(self.dead) - 1)
-        return live & (self.dead[place] != key)
+        index = torch.searchsorted(self.dead, key).clamp(max=len(self.dead) - 1)
+        return live & (self.dead[index] != key)
 
 
 def make_prefix_mask(trie: Trie, allowed: ItemFilter, num_prompts: int) -> PrefixMask:
-    """Count the excluded leaves along their paths: where all live leaves are, the node is dead.
+    """Make the mask of a filter: a node is dead for a prompt that excludes all its live leaves.
 
-    Costs a few operations per excluded leaf and level, however large the catalog.
+    Counts the excluded leaves below each node, at a cost of a few operations per excluded leaf and
+    level that does not depend on the size of the catalog.
 
     Raises:
-        CatalogError: the view is of another catalog, an excluded leaf does not exist, or the
-            exclusions are not those of as many prompts.
+        CatalogError: the view belongs to another catalog, an excluded leaf does not exist, or the
+            filter is for another number of prompts.
     """
     _check(trie, allowed, num_prompts)
     device = trie.code.device
     view, num_nodes = allowed.view.to(device), trie.num_nodes
-    owner = torch.from_numpy(ragged.owners(allowed.excluded_start)).to(device)
-    leaf = trie.node_of(torch.from_numpy(allowed.excluded).to(device))
-    distinct = torch.unique((owner * num_nodes + leaf)[view.live[leaf]])
-    owner, leaf = distinct // num_nodes, distinct % num_nodes
-    path = torch.cat([torch.full_like(leaf[:, None], ROOT), trie.path(leaf)], 1)
-    key = (owner[:, None] * num_nodes + path)[path >= 0]
-    key, excluded = torch.unique(key, return_counts=True)
-    return PrefixMask(view=view, dead=key[excluded == view.num_live(key % num_nodes)])
+    prompt = torch.from_numpy(ragged.owners(allowed.excluded_start)).to(device)
+    node = trie.node_of(torch.from_numpy(allowed.excluded).to(device))  # of each excluded leaf
+    # Distinct (prompt, leaf node) pairs of live leaves.
+    distinct = torch.unique((prompt * num_nodes + node)[view.live[node]])
+    prompt, node = distinct // num_nodes, distinct % num_nodes
+    path = torch.cat([torch.full_like(node[:, None], ROOT), trie.path(node)], 1)
+    # (prompt, node) of every prefix of an excluded leaf, and its number of excluded leaves.
+    key = (prompt[:, None] * num_nodes + path)[path >= 0]
+    key, num_excluded = torch.unique(key, return_counts=True)
+    return PrefixMask(view=view, dead=key[num_excluded == view.num_live(key % num_nodes)])
 
 
 def _check(trie: Trie, allowed: ItemFilter, num_prompts: int) -> None:
+    """Raise CatalogError unless the filter belongs to the trie's catalog and the batch."""
     if allowed.view.catalog != trie.catalog:
         raise CatalogError(
             f"the view was made for catalog {allowed.view.catalog[:12]}, the engine searches "

@@ -1,9 +1,9 @@
-"""A probe: some prompts and answers that a holder of new weights scores before it searches.
+"""Log-probability probe: verify that an engine computes what the learner computes.
 
-A digest says that the right numbers arrived. It does not say that the model multiplies by them: an
-engine may keep a packed copy of old weights, load them under other names, or sit on a device that
-computes wrongly. So the learner tells with each version how likely it finds a few answers, and who
-finds something else is no holder of that version.
+A digest shows that the right numbers arrived, not that the model multiplies by them: an engine may
+keep a packed copy of old weights, load them under other names, or run on a device that computes
+wrong results. So the learner publishes with each version the log-probabilities of a few leaves, and
+an engine that computes others after loading the weights does not search.
 
 Shapes:  B prompts
 """
@@ -23,39 +23,39 @@ from rollout.search.add_target import score_leaf
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogprobProbe:
-    """What a holder is asked, and what it must answer."""
+    """Prompts, one leaf each, and the learner's log-probabilities of these leaves."""
 
     prompts: Prompts
-    """Their ids are 0, 1, 2, ..."""
+    """Prompts with the ids 0, 1, 2, ..."""
     leaf: Int64[np.ndarray, " B"]
-    """The answer whose log-probability is compared, one per prompt."""
+    """Leaf whose log-probability is compared, one per prompt."""
     score: Float32[np.ndarray, " B"]
-    """Its log-probability as the learner has it, in nats."""
+    """Learner's log-probability of the leaf, in nats."""
     tolerance: float
-    """Largest difference of one answer, in nats."""
+    """Largest allowed difference of one log-probability, in nats."""
 
 
-def verify(holder: SearchRunner, probe: LogprobProbe) -> float:
-    """The largest difference between holder and learner, in nats.
+def verify(engine: SearchRunner, probe: LogprobProbe) -> float:
+    """Return the largest difference between the engine's and the learner's scores, in nats.
 
     Raises:
-        UnfitError: it is above the tolerance, or no number.
+        WeightMismatchError: the difference is above the tolerance, or not a number.
         EngineError: a prompt does not fit the engine.
     """
-    found = holder.run(partial(_answer, leaf=probe.leaf), probe.prompts)
-    apart = float(np.abs(found.score - probe.score).max(initial=0.0))
-    if not apart <= probe.tolerance:
+    scored = engine.run(partial(_score_probe, leaf=probe.leaf), probe.prompts)
+    difference = float(np.abs(scored.score - probe.score).max(initial=0.0))
+    if not difference <= probe.tolerance:
         raise WeightMismatchError(
-            f"the answers to the probe are {apart:.2g} nats from the learner's where "
+            f"the answers to the probe are {difference:.2g} nats from the learner's where "
             f"{probe.tolerance:g} are allowed: the weights have the right digest and the model "
             "computes something else; try rollout.engine = torch, or raise cluster.probe_tolerance "
             "if the two only round differently"
         )
-    return apart
+    return difference
 
 
-def _answer(
+def _score_probe(
     engine: DecodingBackend, prompts: Prompts, *, leaf: Int64[np.ndarray, " B"]
 ) -> Candidates:
-    """A batch may be cut; the ids still say which answers are whose."""
+    """Score the probe's leaf of each prompt; the ids select the leaves if the batch was split."""
     return score_leaf(engine, prompts, leaf[prompts.id])

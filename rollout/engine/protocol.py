@@ -1,7 +1,7 @@
-"""What a search asks of a model: forward spans of codes, and score what may follow.
+"""Engine interfaces: forward spans of codes and score the legal next codes.
 
-An engine owns a policy, its keys and values, and the trie that says which codes are legal. It knows
-nothing of beams or draws; `rollout.search` knows nothing of models.
+An engine owns a policy, its key-value cache, and the trie of legal codes, independently of any
+search algorithm; the searches of `rollout.search` are independent of the model.
 
 Shapes:  B prompts   F nodes of a frontier   F1 = F + 1   S tokens of their spans   M legal children
          R texts   R1 = R + 1   T tokens of all texts
@@ -26,62 +26,68 @@ from rollout.candidates import Candidates
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NextCodeLogprobs:
-    """The policy at the nodes of a frontier, and what the engine needs to go on from them."""
+    """Log-probabilities of the next codes at the nodes of a frontier, and the nodes' states."""
 
     state: Int64[Tensor, " F"]
-    """Opaque handles, valid until the next `prefill`; any state may be extended any number of
-    times."""
+    """Opaque handle of each node, valid until the next `prefill`; any state may be extended any
+    number of times."""
     logprob: Float32[Tensor, " M"]
     """Log-probability of each legal child, as `orchard.policy.model.child_logprobs` defines it."""
     children: Children
+    """Legal children of the frontier's nodes."""
     value: Float32[Tensor, " F"] | None = None
-    """Value of the frontier's states, where the policy has a value head that the engine runs; at
-    the root, which no training reaches, it means nothing."""
+    """Value of each state; None without a value head that the engine can run. The value at the
+    root is never trained and has no meaning."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completions:
-    """What was written behind each of several contexts."""
+    """Generated texts, one per context."""
 
     token: Int32[np.ndarray, " T"]
-    """Ends with a stop token where one was written."""
+    """Generated tokens of all texts, including the stop token if one was generated."""
     logprob: Float32[np.ndarray, " T"]
-    """Under the distribution, at its temperature, that each token was drawn from."""
+    """Log-probability of each token under the tempered distribution that it was drawn from."""
     start: Int64[np.ndarray, " R1"]
+    """Boundaries: the tokens of text r are `start[r] : start[r + 1]`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationParams:
-    """How to write: by drawing from the whole vocabulary, or greedily at temperature 0."""
+    """Parameters of free-text generation, which samples from the whole vocabulary."""
 
     stop: Sequence[int]
     """Tokens that end a text."""
     limit: int
-    """Most tokens of a text."""
+    """Maximum number of tokens of a text."""
     temperature: float
+    """Sampling temperature; 0 is greedy."""
 
 
 @runtime_checkable
 class DecodingBackend(Protocol):
-    """A policy ready to decode. All tensors are on the device of `trie`."""
+    """A policy that decodes under a trie. All tensors are on the device of `trie`."""
 
     @property
     def trie(self) -> Trie:
-        """The legal sequences."""
+        """Trie of the legal code sequences."""
         ...
 
     @property
     def tokenizer(self) -> ItemTokenizer:
-        """The catalog and the tokens of its codes."""
+        """Item tokenizer: the catalog and the tokens of its codes."""
         ...
 
     @property
     def version(self) -> PolicyVersion:
-        """The policy that answers now."""
+        """Version of the loaded policy."""
         ...
 
     def prefill(self, prompts: Prompts) -> NextCodeLogprobs:
-        """Read each prompt once and score the children of the root; older states become invalid."""
+        """Run prefill on the prompts and score the children of the root.
+
+        States of earlier calls become invalid.
+        """
         ...
 
     def extend(
@@ -91,57 +97,62 @@ class DecodingBackend(Protocol):
         start: Int64[Tensor, " F1"],
         node: Int64[Tensor, " F"],
     ) -> NextCodeLogprobs:
-        """Append the span `token[start[f] : start[f + 1]]` (one token or more) to each state.
+        """Append the span `token[start[f] : start[f + 1]]` (one or more tokens) to each state.
 
-        `node` is the trie node after the span, whose children are scored.
+        `node` is the trie node at the end of each span; its children are scored.
         """
         ...
 
 
 @runtime_checkable
 class SearchRunner(Protocol):
-    """Lets searches run where a policy is."""
+    """Interface to run searches in the process of a policy."""
 
     def run(
-        self, find: Callable[[DecodingBackend, Prompts], Candidates], prompts: Prompts
+        self, search_fn: Callable[[DecodingBackend, Prompts], Candidates], prompts: Prompts
     ) -> Candidates:
-        """Search with `find`, a function that can be pickled, for one batch of prompts.
+        """Run `search_fn`, a picklable function, for one batch of prompts.
 
-        What the prompts may find is bound to it by the keyword `allowed` (`functools.partial`), so
-        that it can be cut where the batch is.
+        An item filter is bound to the keyword `allowed` by `functools.partial`, so that the engine
+        can split the filter with the batch.
 
         Raises:
-            EngineError: the batch does not fit, or as `find` raises it.
+            EngineError: the batch does not fit, or `search_fn` raises it.
         """
         ...
 
 
 @runtime_checkable
 class InferenceEngine(SearchRunner, Protocol):
-    """Holds a policy, and lets searches run where the policy is."""
+    """Interface of an inference engine: a policy that runs searches and generates text."""
 
     @property
     def version(self) -> PolicyVersion:
-        """The policy that answers now."""
+        """Version of the loaded policy."""
         ...
 
     def load_weights(self, version: PolicyVersion, weights: Weights) -> None:
-        """Answer with these weights from now on; states of earlier searches become invalid.
+        """Load the weights of a version; states of earlier searches become invalid.
 
         Raises:
-            EngineError: the weights are not those that the version names.
-            CheckpointError: they belong to another model.
+            EngineError: the digest of the weights is not that of the version.
+            CheckpointError: the weights belong to another model.
         """
         ...
 
     def set_catalog(self, catalog: Catalog) -> None:
-        """Search these items from now on, with the same tokens for their codes."""
+        """Replace the catalog to search; the tokens of its codes stay the same."""
         ...
 
     def generate(
-        self, contexts: Sequence[Sequence[int]], key: Int64[np.ndarray, " R"], how: GenerationParams
+        self,
+        contexts: Sequence[Sequence[int]],
+        key: Int64[np.ndarray, " R"],
+        params: GenerationParams,
     ) -> Completions:
-        """Continue each context; what is drawn depends on its key and not on its neighbours.
+        """Generate a continuation of each context.
+
+        `key` seeds the draws of each context, which do not depend on the rest of the batch.
 
         Raises:
             EngineError: a context and its text exceed the policy's positions.
@@ -150,15 +161,15 @@ class InferenceEngine(SearchRunner, Protocol):
 
 
 def check_weights(version: PolicyVersion, weights: Weights) -> None:
-    """Raise EngineError unless the weights are those that the version names."""
-    if (found := digest(weights)) != version.digest:
+    """Raise EngineError unless the digest of the weights is that of the version."""
+    if (actual := digest(weights)) != version.digest:
         raise EngineError(
-            f"weights with digest {found[:8]} arrived as policy {version}; publish them again"
+            f"weights with digest {actual[:8]} arrived as policy {version}; publish them again"
         )
 
 
 def check_prompt_length(prompts: Prompts, trie: Trie, limit: int) -> int:
-    """Tokens of the longest prompt; raises EngineError where its codes would not fit behind it."""
+    """Return the length of the longest prompt; raise EngineError if its codes do not fit."""
     longest = int(np.diff(prompts.token_start).max())
     if longest + trie.depth > limit:
         raise EngineError(
@@ -169,12 +180,12 @@ def check_prompt_length(prompts: Prompts, trie: Trie, limit: int) -> int:
 
 
 def check_context_length(
-    contexts: Sequence[Sequence[int]], how: GenerationParams, limit: int
+    contexts: Sequence[Sequence[int]], params: GenerationParams, limit: int
 ) -> None:
-    """Raise EngineError where a text would not fit behind its context."""
+    """Raise EngineError if a text of maximum length does not fit after its context."""
     longest = max(map(len, contexts), default=0)
-    if longest + how.limit > limit:
+    if longest + params.limit > limit:
         raise EngineError(
-            f"a context of {longest} tokens and a text of up to {how.limit} exceed the policy's "
+            f"a context of {longest} tokens and a text of up to {params.limit} exceed the policy's "
             f"{limit} positions; lower rollout.think.block_tokens or data.max_history"
         )

@@ -1,8 +1,8 @@
-"""vLLM through its public interface: one request per frontier node.
+"""Decode through vLLM's public interface, with one request per frontier node.
 
-Each request carries the whole prefix of its node and asks for one token, for the log-probabilities
-of the legal ones. What prefixes have in common, vLLM's prefix cache computes once, page by page.
-Slower than a search inside the worker, but it depends on nothing that vLLM does not promise.
+Each request contains the whole prefix of its node and generates one token, to get the
+log-probabilities of the legal ones. vLLM's prefix cache computes common prefixes once, page by
+page. This is slower than a search inside the worker, but uses only vLLM's public interface.
 
 Shapes:  F frontier nodes   F1 = F + 1   N tokens of their spans   M legal children
 """
@@ -26,25 +26,25 @@ if TYPE_CHECKING:
     from vllm.logprobs import FlatLogprobs
 
 MAX_ALLOWED = 1024
-"""Longest list of allowed tokens that every vLLM model runner takes."""
+"""Maximum length of a list of allowed tokens that every vLLM model runner accepts."""
 
 
 class RequestBackend:
-    """Decodes with requests to a vLLM engine, which others may use in between."""
+    """Decoding backend that sends requests to a vLLM engine, which may serve others as well."""
 
     def __init__(self, llm: "LLM", tokenizer: ItemTokenizer, version: PolicyVersion) -> None:
-        """Ask `llm`, which holds the policy that `version` names."""
+        """Decode with `llm`, which has loaded the policy of `version`."""
         self.tokenizer, self.version = tokenizer, version
         self._llm = llm
         self._prefix: list[list[int]] = []
 
     @property
     def trie(self) -> Trie:
-        """The legal sequences."""
+        """Trie of the legal code sequences."""
         return self.tokenizer.trie
 
     def prefill(self, prompts: Prompts) -> NextCodeLogprobs:
-        """Read each prompt once and score the children of the root."""
+        """Run prefill on the prompts and score the children of the root."""
         check_prompt_length(prompts, self.trie, self._llm.llm_engine.model_config.max_model_len)
         token = prompts.token.tolist()
         self._prefix = [token[a:b] for a, b in pairwise(prompts.token_start.tolist())]
@@ -67,7 +67,7 @@ class RequestBackend:
         return self._expand(first, node)
 
     def _expand(self, first: int, node: Int64[Tensor, " F"]) -> NextCodeLogprobs:
-        """Score the children of the nodes reached by the prefixes from number `first` on."""
+        """Score the children of `node`, the trie nodes of the prefixes from index `first` on."""
         children = self.trie.children(node)
         token = self.tokenizer.token_of(children.node)
         legal = [token[a:b].tolist() for a, b in pairwise(children.start.tolist())]
@@ -77,14 +77,17 @@ class RequestBackend:
         params = [_params(ids) for ids in legal]
         outputs = self._llm.generate(requests, params, use_tqdm=False)
         state = torch.arange(first, len(self._prefix))
-        answers = [cast("FlatLogprobs", output.outputs[0].logprobs) for output in outputs]
+        logprobs = [cast("FlatLogprobs", output.outputs[0].logprobs) for output in outputs]
         return NextCodeLogprobs(
-            state=state, logprob=_read(answers, children, token), children=children
+            state=state, logprob=_child_logprobs(logprobs, children, token), children=children
         )
 
 
 def _params(legal: list[int]) -> "SamplingParams":
-    """Ask for the log-probability of each legal token."""
+    """Make the parameters of a request for the log-probability of each legal token.
+
+    A list too long to be allowed requests the whole vocabulary instead.
+    """
     from vllm import SamplingParams
 
     few = len(legal) <= MAX_ALLOWED
@@ -99,21 +102,23 @@ def _params(legal: list[int]) -> "SamplingParams":
     )
 
 
-def _read(
-    answers: "Sequence[FlatLogprobs]", children: Children, token: Int64[Tensor, " M"]
+def _child_logprobs(
+    responses: "Sequence[FlatLogprobs]", children: Children, token: Int64[Tensor, " M"]
 ) -> Float32[Tensor, " M"]:
-    """The answers of all requests in the order of the children, renormalised over them."""
-    count = np.array([len(answer.token_ids) for answer in answers])
-    found = np.concatenate([answer.token_ids for answer in answers])
-    value = np.concatenate([answer.logprobs for answer in answers])
-    width = int(max(found.max(), int(token.max()))) + 1
-    wanted = (children.owner * width + token).numpy()
-    order = wanted.argsort()
-    given = np.repeat(np.arange(len(answers)), count) * width + found
-    place = order[np.searchsorted(wanted[order], given).clip(max=len(order) - 1)]
-    asked = wanted[place] == given
-    logprob = np.full(len(wanted), np.nan)
-    logprob[place[asked]] = value[asked]
-    # Lists too long to be allowed one by one come normalised over the whole vocabulary.
-    total = np.bincount(children.owner.numpy(), np.exp(logprob), minlength=len(answers))
+    """Return the responses' log-probabilities in the order of the children, renormalized."""
+    count = np.array([len(response.token_ids) for response in responses])
+    token_id = np.concatenate([response.token_ids for response in responses])
+    value = np.concatenate([response.logprobs for response in responses])
+    width = int(max(token_id.max(), int(token.max()))) + 1
+    # Keys (node, token) of the children, and of the responses' entries.
+    child_key = (children.owner * width + token).numpy()
+    order = child_key.argsort()
+    key = np.repeat(np.arange(len(responses)), count) * width + token_id
+    # Child of each entry, valid if `legal`: responses may contain other tokens.
+    child = order[np.searchsorted(child_key[order], key).clip(max=len(order) - 1)]
+    legal = child_key[child] == key
+    logprob = np.full(len(child_key), np.nan)
+    logprob[child[legal]] = value[legal]
+    # Lists too long to be allowed are normalized over the whole vocabulary.
+    total = np.bincount(children.owner.numpy(), np.exp(logprob), minlength=len(responses))
     return torch.from_numpy(logprob - np.log(total)[children.owner.numpy()]).float()

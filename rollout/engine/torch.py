@@ -1,8 +1,8 @@
-"""The reference engine: a Hugging Face causal language model and tree attention.
+"""Reference engine: a Hugging Face causal language model with tree attention.
 
 The keys and values of a prompt are computed once, in one row of the cache. Each frontier node
-appends its own to the row of its prompt and sees the prompt and its own ancestors only, through an
-explicit mask; nothing in the cache is ever reordered.
+appends its keys and values to the row of its prompt. An explicit mask limits its attention to the
+prompt and its ancestors; nothing in the cache is ever reordered.
 
 Shapes:  B prompts (rows of the cache)   P slots of the longest prompt   C slots of the cache
          S new slots of each row   F frontier nodes   F1 = F + 1   N tokens of their spans   D width
@@ -38,16 +38,16 @@ from rollout.engine.protocol import (
 )
 
 _SLOT_BITS = 32
-"""A state is a row and, in its lower bits, the slot of the last token there."""
+"""Number of low bits of a state that hold the slot of its last token; the others hold the row."""
 
 
 class TorchEngine:
-    """Decodes with a model of this process, on the model's device and in its precision."""
+    """Engine on a model in this process, on the model's device and in its precision."""
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: ItemTokenizer, version: PolicyVersion
     ) -> None:
-        """Take over `model`, whose weights are those that `version` names."""
+        """Take ownership of `model`, which has the weights of `version`."""
         head = head_weight(model)
         self.tokenizer = tokenizer.to(head.device)
         self.version = version
@@ -55,55 +55,59 @@ class TorchEngine:
         self._cache = DynamicCache()
         self._padding = head.new_zeros(0, 0)
         self._position = self._above = torch.zeros(0, 0, dtype=torch.long, device=head.device)
-        # What the value head reads: the last slot of the prompt and all slots after it.
+        # Hidden states for the value head, from the last slot of the prompt on.
         self._hidden = head.new_zeros(0, 0, head.shape[1])
 
     @property
     def trie(self) -> Trie:
-        """The legal sequences."""
+        """Trie of the legal code sequences."""
         return self.tokenizer.trie
 
     def load_weights(self, version: PolicyVersion, weights: Weights) -> None:
-        """Answer with these weights from now on; see `InferenceEngine.load_weights`."""
+        """Load the weights of a version; see `InferenceEngine.load_weights`."""
         check_weights(version, weights)
         value_head.adapt_weights(self._model, weights)
         restore(self._model, weights)
         self.version, self._cache = version, DynamicCache()
 
     def set_catalog(self, catalog: Catalog) -> None:
-        """Search these items from now on; see `InferenceEngine.set_catalog`."""
+        """Replace the catalog to search; see `InferenceEngine.set_catalog`."""
         self.tokenizer = self.tokenizer.with_catalog(catalog).to(self._padding.device)
         self._cache = DynamicCache()
 
     def run(
-        self, find: Callable[[DecodingBackend, Prompts], Candidates], prompts: Prompts
+        self, search_fn: Callable[[DecodingBackend, Prompts], Candidates], prompts: Prompts
     ) -> Candidates:
-        """Search with `find`; see `SearchRunner.run`."""
-        return find(self, prompts)
+        """Run a search; see `SearchRunner.run`."""
+        return search_fn(self, prompts)
 
     def generate(
-        self, contexts: Sequence[Sequence[int]], key: Int64[np.ndarray, " R"], how: GenerationParams
+        self,
+        contexts: Sequence[Sequence[int]],
+        key: Int64[np.ndarray, " R"],
+        params: GenerationParams,
     ) -> Completions:
-        """Continue each context with text; see `Holder.write`."""
-        return generate(self._model, contexts, key, how)
+        """Generate a continuation of each context; see `InferenceEngine.generate`."""
+        return generate(self._model, contexts, key, params)
 
     @torch.inference_mode()
     def prefill(self, prompts: Prompts) -> NextCodeLogprobs:
-        """Read each prompt once and score the children of the root."""
+        """Run prefill on the prompts and score the children of the root."""
         widest = check_prompt_length(prompts, self.trie, self._model.config.max_position_embeddings)
-        # Padded on the left, the last token of every prompt is in the same slot.
-        short = widest - np.diff(prompts.token_start)
-        row, place = ragged.owners(prompts.token_start), ragged.places(prompts.token_start)
+        # Left padding puts the last token of every prompt in the same slot.
+        num_pad = widest - np.diff(prompts.token_start)
+        row, index = ragged.owners(prompts.token_start), ragged.places(prompts.token_start)
         table = np.full((len(prompts), widest), self.tokenizer.pad, dtype=np.int64)
-        table[row, place + short[row]] = prompts.token
+        table[row, index + num_pad[row]] = prompts.token
         token = torch.from_numpy(table).to(self._padding.device)
         slot = torch.arange(widest, device=token.device)
-        position = slot - torch.from_numpy(short).to(token.device)[:, None]
+        # [B, P], negative at padding.
+        position = slot - torch.from_numpy(num_pad).to(token.device)[:, None]
         blocked = torch.finfo(self._padding.dtype).min
         self._padding = torch.zeros_like(token, dtype=self._padding.dtype)
         self._padding.masked_fill_(position < 0, blocked)
         mask = self._padding[:, None].masked_fill(slot > slot[:, None], blocked)
-        # A padding slot sees itself: over nothing at all, a softmax is undefined.
+        # A padding slot attends to itself, since the softmax of an empty set is undefined.
         mask.diagonal(dim1=1, dim2=2).zero_()
         self._cache = DynamicCache()
         self._position = position.clamp(min=0)
@@ -124,47 +128,55 @@ class TorchEngine:
         """Append a span to each state and score the children of `node`, the trie node after it."""
         num_rows, used = self._position.shape
         row, slot = state >> _SLOT_BITS, state & ((1 << _SLOT_BITS) - 1)
-        place, owner = self._places(row, start)
-        at, new = row[owner], int(place.max()) + 1
-        tokens = torch.full((num_rows, new), self.tokenizer.pad, device=token.device)
-        tokens[at, place] = token
-        step = torch.arange(len(token), device=token.device) - start[owner]
+        # Column among the new slots, span and row of each token.
+        column, span = self._columns(row, start)
+        token_row, num_new = row[span], int(column.max()) + 1
+        tokens = torch.full((num_rows, num_new), self.tokenizer.pad, device=token.device)
+        tokens[token_row, column] = token
+        step = torch.arange(len(token), device=token.device) - start[span]
+        # Slot of the parent token of each new slot; the end of the prompt for unused slots.
         above = torch.full_like(tokens, self._padding.shape[1] - 1)
-        above[at, place] = torch.where(step == 0, slot[owner], used + place - 1)
+        above[token_row, column] = torch.where(step == 0, slot[span], used + column - 1)
         position = torch.zeros_like(tokens)
-        position[at, place] = self._position[row, slot][owner] + 1 + step
+        position[token_row, column] = self._position[row, slot][span] + 1 + step
         self._above = torch.cat([self._above, above], 1)
         self._position = torch.cat([self._position, position], 1)
-        hidden = self._forward(tokens, position, self._tree_mask(new))
+        hidden = self._forward(tokens, position, self._tree_mask(num_new))
         if value_head.value_head_of(self._model) is not None:
             self._hidden = torch.cat([self._hidden, hidden], 1)
-        end = place[start[1:] - 1]
+        end = column[start[1:] - 1]  # of the last token of each span
         return self._expand((row << _SLOT_BITS) + used + end, hidden[row, end], node)
 
-    def _places(
+    def _columns(
         self, row: Int64[Tensor, " F"], start: Int64[Tensor, " F1"]
     ) -> tuple[Int64[Tensor, " N"], Int64[Tensor, " N"]]:
-        """For each token its place among the new ones of its row, and the span that it is of."""
+        """Return each token's column among the new slots of its row, and its span."""
         count = start.diff()
-        order = row.argsort(stable=True)
+        order = row.argsort(stable=True)  # spans by row
         before = count[order].cumsum(0) - count[order]
         total = torch.zeros(len(self._position), dtype=torch.long, device=row.device)
-        total = total.index_add(0, row, count)
-        first = torch.empty_like(before)
+        total = total.index_add(0, row, count)  # new tokens of each row
+        first = torch.empty_like(before)  # column of the first token of each span
         first[order] = before - (total.cumsum(0) - total)[row[order]]
-        owner = torch.arange(len(row), device=row.device).repeat_interleave(count)
-        return first[owner] + torch.arange(len(owner), device=row.device) - start[owner], owner
+        span = torch.arange(len(row), device=row.device).repeat_interleave(count)
+        return first[span] + torch.arange(len(span), device=row.device) - start[span], span
 
-    def _tree_mask(self, new: int) -> Float[Tensor, "B S C"]:
-        """Additive mask of the newest slots: the prompt, their ancestors and themselves."""
-        num_rows, slots = self._above.shape
-        prompt = self._padding.shape[1]
-        mask = self._padding.new_full((num_rows, new, slots), torch.finfo(self._padding.dtype).min)
-        mask[:, :, :prompt] = self._padding[:, None]
-        at = torch.arange(slots - new, slots, device=mask.device).expand(num_rows, new)
-        while bool((at >= prompt).any()):
-            mask.scatter_(2, at[:, :, None], 0.0)
-            at = self._above.gather(1, at)
+    def _tree_mask(self, num_new: int) -> Float[Tensor, "B S C"]:
+        """Make the additive mask of the new slots: they see the prompt, ancestors and themselves.
+
+        Follows `_above` from every new slot up to the prompt, one level per iteration.
+        """
+        num_rows, num_slots = self._above.shape
+        prompt_slots = self._padding.shape[1]
+        blocked = torch.finfo(self._padding.dtype).min
+        mask = self._padding.new_full((num_rows, num_new, num_slots), blocked)
+        mask[:, :, :prompt_slots] = self._padding[:, None]
+        # [B, S]: the ancestor of each new slot that is unmasked next.
+        ancestor = torch.arange(num_slots - num_new, num_slots, device=mask.device)
+        ancestor = ancestor.expand(num_rows, num_new)
+        while bool((ancestor >= prompt_slots).any()):
+            mask.scatter_(2, ancestor[:, :, None], 0.0)
+            ancestor = self._above.gather(1, ancestor)
         return mask
 
     def _forward(
@@ -173,7 +185,7 @@ class TorchEngine:
         position: Int64[Tensor, "B S"],
         mask: Float[Tensor, "B S C"],
     ) -> Float[Tensor, "B S D"]:
-        """Last hidden states of new slots, whose keys and values join the cache."""
+        """Return the last hidden states of new slots and append their keys and values."""
         output = self._model.base_model(
             input_ids=token,
             position_ids=position,
@@ -189,6 +201,7 @@ class TorchEngine:
         hidden: Float[Tensor, "F D"],
         node: Int64[Tensor, " F"],
     ) -> NextCodeLogprobs:
+        """Score the children of `node` from the hidden state at the end of each state."""
         head = head_weight(self._model)
         logprob, children = child_logprobs(hidden, node, head, self.tokenizer)
         return NextCodeLogprobs(
@@ -196,7 +209,7 @@ class TorchEngine:
         )
 
     def _value(self, state: Int64[Tensor, " F"]) -> Float32[Tensor, " F"] | None:
-        """Value of each state, if the policy has a head for it."""
+        """Return the value of each state, or None if the policy has no value head."""
         head = value_head.value_head_of(self._model)
         if head is None:
             return None
@@ -206,10 +219,12 @@ class TorchEngine:
         while bool((slot > prompt_end).any()):
             slot = self._above[row, slot]
             steps.append(slot)
-        # From the prompt's end down; a path shorter than the longest repeated it at the top.
+        # Slots of each path, counted from the prompt's end down. A path shorter than the longest
+        # repeats the prompt's end at the front.
         table = torch.stack(steps[::-1], 1) - prompt_end
         surplus = (table == 0).sum(1, keepdim=True) - 1
-        place = torch.arange(table.shape[1], device=row.device) + surplus
-        path = table.gather(1, place.clamp(max=table.shape[1] - 1)) + row[:, None] * slots
-        path = path.masked_fill(place >= table.shape[1], -1)
+        # Shift the repeats out, so that each row starts with one prompt end and is padded with -1.
+        column = torch.arange(table.shape[1], device=row.device) + surplus
+        path = table.gather(1, column.clamp(max=table.shape[1] - 1)) + row[:, None] * slots
+        path = path.masked_fill(column >= table.shape[1], -1)
         return head(self._hidden.flatten(0, 1), path)

@@ -1,11 +1,11 @@
-"""vLLM inside this process: the engine's life, its weights, and where its searches run.
+"""vLLM engine inside this process: start it, load weights into it, and run searches on it.
 
-`decode = worker` searches next to the model (`rollout.engine.worker`); `decode = requests` asks
-through vLLM's public interface (`rollout.engine.requests`), slower and with equal results.
+`decode = worker` searches inside the worker (`rollout.engine.worker`); `decode = requests` uses
+vLLM's public interface (`rollout.engine.requests`), which is slower and gives equal results.
 
-The key-value cache has one owner at a time. While a search runs it is the search's, and nothing
-else may be under way; when the search ends, vLLM's record of what the cache held is thrown away,
-so that generation starts from a clean one.
+The key-value cache has one owner at a time. While a search runs, the search owns it and no request
+may be in progress; when the search ends, vLLM's prefix cache is reset, so that generation does not
+read pages that the search has overwritten.
 """
 
 import logging
@@ -50,18 +50,18 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in this process and dies with it
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # engines and learner share the cores they are given
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # run the engine in this process, and end with it
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # engines and learner share the available cores
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
 }
 
-_TOKENS_AT_ONCE = 8192
-"""Of prompts in one forward pass, where none is longer."""
+_MAX_BATCHED_TOKENS = 8192
+"""Maximum number of tokens in one forward pass, unless a CPU prompt may be longer."""
 
 
 class VllmEngine:
-    """Holds a policy in a vLLM engine inside this process, which it takes over for good."""
+    """Inference engine on vLLM, which runs inside this process until the process ends."""
 
     def __init__(
         self,
@@ -73,10 +73,10 @@ class VllmEngine:
         *,
         seed: int,
     ) -> None:
-        """Load the policy saved in `folder`: `model`, whose weights `version` names.
+        """Start vLLM with the policy in `folder`: `model`, which has the weights of `version`.
 
         Raises:
-            EngineError: vLLM is not installed, cannot serve the policy within its memory, or is to
+            EngineError: vLLM is not installed, cannot serve the policy within its memory, or would
                 search by requests with a policy that has a value head.
         """
         self.version = version
@@ -87,10 +87,10 @@ class VllmEngine:
         with torch.device("meta"):
             self._shapes = AutoModelForCausalLM.from_config(model.config)
         self._in_worker = config.decode == "worker"
-        self._check_values(value_head)  # before vLLM takes its time to start
+        self._check_values(value_head)  # before vLLM's slow start
         self._ranks = max(1, int(config.gpus))
-        # On a CPU the worker lives in this process, and nothing has to travel to it.
-        self._sender = PayloadEncoder() if config.gpus else None
+        # On a CPU the worker runs in this process, so that searches need no encoding.
+        self._encoder = PayloadEncoder() if config.gpus else None
         longest = int(model.config.max_position_embeddings)
         self.llm = _start(folder, config, self._ranks, longest=longest, seed=seed)
         self._requests = RequestBackend(self.llm, tokenizer, version)
@@ -102,81 +102,87 @@ class VllmEngine:
             self._call("orchard_attach", tokenizer, version, head, value_head)
 
     def load_weights(self, version: PolicyVersion, weights: Weights) -> None:
-        """Answer with these weights from now on; see `InferenceEngine.load_weights`."""
+        """Load the weights of a version; see `InferenceEngine.load_weights`."""
         check_weights(version, weights)
         weights, value_head = value_heads.split(weights, self._width)
         self._check_values(value_head)
         restore(self._shapes, weights)  # raises before vLLM has loaded half of them
         tensors = ((name, torch.from_numpy(np.array(part))) for name, part in weights.items())
-        # Other processes are sent all copies at once; in this one they are made one by one.
-        sent = tensors if self._ranks == 1 else list(tensors)
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": sent})
+        # With several ranks all tensors are pickled together; with one they are copied one by one.
+        weights_iterator = tensors if self._ranks == 1 else list(tensors)
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights_iterator})
         self.llm.apply_model(_repack_head)
         if self._in_worker:
             self._call("orchard_load_weights", version, weights[self._head], value_head)
-        self._forget_prefixes()
+        self._reset_prefix_cache()
         self.version = self._requests.version = version
 
     def set_catalog(self, catalog: Catalog) -> None:
-        """Search these items from now on; see `InferenceEngine.set_catalog`."""
+        """Replace the catalog to search; see `InferenceEngine.set_catalog`."""
         if self._in_worker:
             self._call("orchard_set_catalog", catalog)
         self._requests.tokenizer = self._requests.tokenizer.with_catalog(catalog)
 
     def run(
-        self, find: Callable[[DecodingBackend, Prompts], Candidates], prompts: Prompts
+        self, search_fn: Callable[[DecodingBackend, Prompts], Candidates], prompts: Prompts
     ) -> Candidates:
-        """Run a search next to the model; see `SearchRunner.run`."""
+        """Run a search in the worker or by requests; see `SearchRunner.run`."""
         if not self._in_worker:
-            return find(self._requests, prompts)
+            return search_fn(self._requests, prompts)
         if self.llm.llm_engine.has_unfinished_requests():
             raise EngineError(
                 "vLLM is generating, and a search needs its key-value cache; "
                 "search when the requests are finished"
             )
-        search = find if self._sender is None else self._sender.encode(find)
+        search = search_fn if self._encoder is None else self._encoder.encode(search_fn)
         try:
             return self._call("orchard_run", search, prompts)
         finally:
-            self._forget_prefixes()
+            self._reset_prefix_cache()
 
     def generate(
-        self, contexts: Sequence[Sequence[int]], key: Int64[np.ndarray, " R"], how: GenerationParams
+        self,
+        contexts: Sequence[Sequence[int]],
+        key: Int64[np.ndarray, " R"],
+        params: GenerationParams,
     ) -> Completions:
-        """Continue each context with text, all at once; see `Holder.write`.
+        """Generate a continuation of each context; see `InferenceEngine.generate`.
 
-        What contexts have in common, vLLM's prefix cache computes once, page by page.
+        vLLM's prefix cache computes common prefixes of the contexts once, page by page.
         """
         from vllm import SamplingParams
 
-        check_context_length(contexts, how, self.llm.llm_engine.model_config.max_model_len)
-        requests: list[TokensPrompt] = [{"prompt_token_ids": list(one)} for one in contexts]
-        params = [
+        check_context_length(contexts, params, self.llm.llm_engine.model_config.max_model_len)
+        requests: list[TokensPrompt] = [{"prompt_token_ids": list(ids)} for ids in contexts]
+        sampling_params = [
             SamplingParams(
-                max_tokens=how.limit,
-                temperature=how.temperature,
-                stop_token_ids=list(how.stop),
+                max_tokens=params.limit,
+                temperature=params.temperature,
+                stop_token_ids=list(params.stop),
                 ignore_eos=True,
-                seed=int(one),
+                seed=int(seed),
                 logprobs=0,
                 flat_logprobs=True,
                 detokenize=False,
                 skip_clone=True,
             )
-            for one in key
+            for seed in key
         ]
-        outputs = [o.outputs[0] for o in self.llm.generate(requests, params, use_tqdm=False)]
+        responses = self.llm.generate(requests, sampling_params, use_tqdm=False)
+        outputs = [response.outputs[0] for response in responses]
         logprobs = [cast("FlatLogprobs", output.logprobs) for output in outputs]
-        # Each position may list others, too; its own token is the first.
-        first = [np.asarray(one.logprobs)[np.asarray(one.start_indices, int)] for one in logprobs]
+        # A position may list other tokens, too; the generated token is the first.
+        chosen = [
+            np.asarray(text.logprobs)[np.asarray(text.start_indices, int)] for text in logprobs
+        ]
         return Completions(
             token=np.concatenate([np.asarray(o.token_ids, np.int32) for o in outputs]),
-            logprob=np.concatenate(first).astype(np.float32),
+            logprob=np.concatenate(chosen).astype(np.float32),
             start=ragged.starts(np.array([len(output.token_ids) for output in outputs])),
         )
 
     def _can_search(self) -> bool:
-        """Whether vLLM's worker has all that a search needs; says so once where it has not."""
+        """Return whether vLLM's worker supports searches; log a warning if not."""
         missing: str = self._call("orchard_missing")
         if missing:
             _log.warning(
@@ -187,6 +193,7 @@ class VllmEngine:
         return not missing
 
     def _check_values(self, value_head: ValueHead | None) -> None:
+        """Raise EngineError if there is a value head and searches run by requests."""
         if value_head is not None and not self._in_worker:
             raise EngineError(
                 "the policy has a value head, and searches by requests cannot run it: vLLM's "
@@ -196,10 +203,11 @@ class VllmEngine:
             )
 
     def _call(self, method: str, *args: object) -> Any:
-        """The answer of the first rank; all of them do the same."""
+        """Call a worker method on all ranks and return the result of the first one."""
         return self.llm.collective_rpc(method, args=args)[0]
 
-    def _forget_prefixes(self) -> None:
+    def _reset_prefix_cache(self) -> None:
+        """Reset vLLM's prefix cache; raise EngineError if a request is unfinished."""
         if not self.llm.reset_prefix_cache():
             raise EngineError(
                 "vLLM still holds pages of unfinished requests; wait for them before a search"
@@ -207,10 +215,10 @@ class VllmEngine:
 
 
 def _start(folder: Path, config: RolloutConfig, ranks: int, *, longest: int, seed: int) -> "LLM":
-    """A vLLM engine for the policy in `folder`, which reads at most `longest` tokens.
+    """Start a vLLM engine for the policy in `folder`, whose maximum length is `longest` tokens.
 
     Raises:
-        EngineError: it cannot be had.
+        EngineError: vLLM is not usable, or cannot serve the policy.
     """
     os.environ.update(_ENVIRONMENT)
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
@@ -221,18 +229,19 @@ def _start(folder: Path, config: RolloutConfig, ranks: int, *, longest: int, see
     except ImportError as error:
         raise EngineError(f"vLLM is not usable ({error}); set rollout.engine = torch") from error
     memory: dict[str, Any]
-    at_once = _TOKENS_AT_ONCE
+    max_batched_tokens = _MAX_BATCHED_TOKENS
     if config.gpus:
         memory = {"gpu_memory_utilization": config.gpu_memory}
     else:
-        # Pages of 32 tokens are the smallest that the CPU kernels take. A prompt must not be cut: a
-        # request with a seed would have its generator wound back, which torch does on GPUs alone.
+        # Pages of 32 tokens are the smallest that the CPU kernels support. Prompts must not be
+        # chunked: a request with a seed would have its generator rewound, which torch supports on
+        # GPUs only.
         memory = {
             "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30),
             "block_size": 32,
             "enable_chunked_prefill": False,
         }
-        at_once = max(at_once, longest)
+        max_batched_tokens = max(max_batched_tokens, longest)
     try:
         return LLM(
             str(folder),
@@ -248,7 +257,7 @@ def _start(folder: Path, config: RolloutConfig, ranks: int, *, longest: int, see
             max_logprobs=-1,
             max_model_len=-1,
             max_num_seqs=1024,
-            max_num_batched_tokens=at_once,
+            max_num_batched_tokens=max_batched_tokens,
             **memory,
         )
     except (RuntimeError, ValueError) as error:
@@ -258,11 +267,11 @@ def _start(folder: Path, config: RolloutConfig, ranks: int, *, longest: int, see
 
 
 def _repack_head(model: nn.Module) -> None:
-    """Let a tied head see new weights.
+    """Repack the weights of a tied head after a weight update.
 
     On a CPU each layer multiplies by a packed copy of its weights, made when they are loaded. A
     head tied to the embeddings is loaded with them, under their name, so that vLLM renews the
-    embeddings' copy and leaves the head's as it was. Some models have no such second module.
+    packed copy of the embeddings only. Some models have no separate head module.
     """
     head: Any = getattr(model, "lm_head", None)
     if head is not None:

@@ -1,7 +1,7 @@
-"""The search inside vLLM's worker: its model, its paged cache, its attention kernels.
+"""Run searches inside vLLM's worker, on its model, paged cache and attention kernels.
 
-vLLM mixes `SearchExtension` into its worker class. A batch is one remote call: in tensor-parallel
-groups every rank runs the same deterministic search on its own copy of trie and head.
+vLLM mixes `SearchExtension` into its worker class. A batch is one remote call: in a tensor-parallel
+group every rank runs the same deterministic search on its own copy of the trie and the head.
 
 Shapes:  T tokens of a pass   F pages   D hidden width
 """
@@ -26,8 +26,7 @@ from rollout.engine.payload import PayloadDecoder, SearchFn, SearchPayload, spli
 _log = logging.getLogger(__name__)
 
 _PARTS = ("model", "vllm_config", "attn_groups", "kv_cache_config", "kv_caches")
-"""What a search uses of a model runner."""
-
+"""Attributes of vLLM's model runner that a search uses."""
 
 _SPLITS = (
     "pipeline_parallel_size",
@@ -35,14 +34,14 @@ _SPLITS = (
     "decode_context_parallel_size",
     "prefill_context_parallel_size",
 )
-"""Ways to split a model or its cache that leave no rank with all that a search looks at."""
+"""Kinds of parallelism that searches do not support: no rank has the whole model or cache."""
 
 
 class VllmModel:
-    """The model of a vLLM worker, without vLLM's scheduler."""
+    """Paged model of a vLLM worker, called without vLLM's scheduler."""
 
     def __init__(self, runner: Any) -> None:
-        """`runner` is the worker's model runner, which `missing` finds nothing amiss with."""
+        """Wrap the worker's model runner, for which `missing` must return an empty string."""
         self._runner = runner
         self._cache: list[Tensor] = list({c.data_ptr(): c for c in runner.kv_caches}.values())
         self.page_size = int(runner.kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size)
@@ -54,7 +53,7 @@ class VllmModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the cache is."""
+        """Device of the cache."""
         return self._cache[0].device
 
     @property
@@ -63,7 +62,7 @@ class VllmModel:
         return self._runner.vllm_config.model_config.dtype
 
     def forward(self, work: ForwardBatch) -> Float[Tensor, "T D"]:
-        """Last hidden states of the tokens, whose keys and values join the cache."""
+        """Return the last hidden states of the tokens and write their keys and values."""
         from vllm.forward_context import set_forward_context
         from vllm.v1.attention.backend import CommonAttentionMetadata
 
@@ -102,13 +101,13 @@ class VllmModel:
     def copy_pages(self, source: Int64[Tensor, " F"], target: Int64[Tensor, " F"]) -> None:
         """Copy pages; the targets are distinct, and none of them is a source."""
         for cache in self._cache:
-            # Kernels may want smaller blocks than the cache is managed in.
+            # Kernels may use smaller blocks than the pages of the cache.
             pages = cache.unflatten(0, (self.num_pages, -1))
             pages[target] = pages[source]
 
 
 def missing(runner: Any) -> str:
-    """What a search would need of the model runner and does not find; empty where it has all."""
+    """Return why the model runner does not support searches, or an empty string if it does."""
     absent = [part for part in _PARTS if getattr(runner, part, None) is None]
     if absent:
         return f"its model runner has no {', '.join(absent)}"
@@ -123,14 +122,14 @@ def missing(runner: Any) -> str:
 def _heads(
     model: VllmModel, head: Shaped[np.ndarray, "tokens D"], value_head: ValueHead | None
 ) -> tuple[Float[Tensor, "tokens D"], ValueHead | None]:
-    """Both heads where the model is, in its precision."""
+    """Return both heads on the model's device, in its precision."""
     if value_head is not None:
         value_head = value_head.to(model.device, model.dtype)
     return torch.from_numpy(np.array(head)).to(model.device, model.dtype), value_head
 
 
 class SearchExtension:
-    """Methods that vLLM adds to its worker; all are called on every rank."""
+    """Worker methods for searches, which vLLM adds to its worker class; called on every rank."""
 
     model_runner: Any
     orchard_engine: PagedBackend
@@ -138,7 +137,7 @@ class SearchExtension:
     orchard_batch: int
 
     def orchard_missing(self) -> str:
-        """What keeps this worker from searching; empty where nothing does."""
+        """Return why this worker does not support searches, or an empty string if it does."""
         return missing(self.model_runner)
 
     def orchard_attach(
@@ -148,7 +147,7 @@ class SearchExtension:
         head: Shaped[np.ndarray, "tokens D"],
         value_head: ValueHead | None,
     ) -> None:
-        """Get ready to search with the policy that is loaded, whose output matrix is `head`."""
+        """Prepare to search with the loaded policy, whose output matrix is `head`."""
         model = VllmModel(self.model_runner)
         self.orchard_engine = PagedBackend(
             model,
@@ -165,35 +164,38 @@ class SearchExtension:
         head: Shaped[np.ndarray, "tokens D"],
         value_head: ValueHead | None,
     ) -> None:
-        """Search with the policy that was loaded just now."""
+        """Update version and heads after vLLM has loaded new weights."""
         heads = _heads(VllmModel(self.model_runner), head, value_head)
         self.orchard_engine.load_weights(version, *heads)
 
     def orchard_set_catalog(self, catalog: Catalog) -> None:
-        """Search these items from now on."""
+        """Replace the catalog to search."""
         engine = self.orchard_engine
         device = engine.trie.code.device
         engine.tokenizer = engine.tokenizer.with_catalog(catalog).to(device)
 
     def orchard_run(self, search: SearchFn | SearchPayload, prompts: Prompts) -> Candidates:
-        """Search, overwriting vLLM's cache; batches that do not fit in it are split.
+        """Run a search, overwriting vLLM's cache; split batches that do not fit into it.
 
         Raises:
-            EngineError: a single prompt's search does not fit, or as the search raises it.
+            EngineError: the search of a single prompt does not fit, or the search raises it.
         """
-        find = self.orchard_parcels.decode(search) if isinstance(search, SearchPayload) else search
+        decode = self.orchard_parcels.decode
+        search_fn = decode(search) if isinstance(search, SearchPayload) else search
         parts: list[Candidates] = []
         done = 0
         while done < len(prompts):
             rows = np.arange(done, min(done + self.orchard_batch, len(prompts)))
             try:
-                parts.append(split_search(find, rows)(self.orchard_engine, prompts.select(rows)))
+                part_fn = split_search(search_fn, rows)
+                parts.append(part_fn(self.orchard_engine, prompts.select(rows)))
                 done += len(rows)
             except CacheFullError as full:
                 self._halve(len(rows), full)
         return Candidates.concatenate(parts)
 
     def _halve(self, num_prompts: int, full: CacheFullError) -> None:
+        """Halve the batch size; raise EngineError if the batch is a single prompt."""
         if num_prompts == 1:
             raise EngineError(
                 f"the search of one prompt needs more than {full.num_pages} pages of key-value "

@@ -1,11 +1,11 @@
-"""Groups that hold their target whatever the search finds: `rollout.add_target`.
+"""Add the target to groups of candidates that missed it: `rollout.add_target`.
 
-A group without its target has rewards that are all alike under an exact match, and teaches nothing.
-With the switch on, the target takes the place of the worst candidate of a group that missed it. Its
-log-probability is the policy's own, by a forward pass of its own along its path. ReRe's `add_gt`
-(arXiv 2510.12211) replaces the last candidate even of a group that holds the target already.
+Without its target, all rewards of a group are equal under an exact match, so that the group has no
+advantage signal. With this setting, the target replaces the worst candidate of such a group. Its
+log-probability is the policy's own, from extra forward passes along its path. ReRe's `add_gt`
+(arXiv 2510.12211) replaces the last candidate even of a group that already contains the target.
 
-Shapes:  B prompts   D longest sequence   F prompts still on their way
+Shapes:  B prompts   D longest sequence   F prompts whose path has not ended
 """
 
 from collections.abc import Callable
@@ -30,38 +30,42 @@ def inject_target(
     find: Callable[[DecodingBackend, Prompts], Candidates],
     catalog: Catalog,
 ) -> Candidates:
-    """What `find` finds, but where it missed a prompt's target, that instead of the last candidate.
+    """Run the search `find`, and replace the last candidate of each prompt whose target it missed.
 
-    Groups keep their size and the order of their scores. The cost counts the targets `added`.
+    Groups keep their size and stay sorted by score. The cost counts the targets `added`.
 
     Raises:
         EngineError: a prompt does not fit the engine, or the policy has diverged.
     """
-    found = find(engine, prompts)
+    candidates = find(engine, prompts)
     target = catalog.leaf_of_item[prompts.target]
-    owner = ragged.owners(found.start)
-    held = np.bincount(owner[found.leaf == target[owner]], minlength=len(prompts)) > 0
-    missed = np.flatnonzero(~held)
+    prompt_of = ragged.owners(candidates.start)
+    has_target = (
+        np.bincount(prompt_of[candidates.leaf == target[prompt_of]], minlength=len(prompts)) > 0
+    )
+    missed = np.flatnonzero(~has_target)
     if len(missed) == 0:
-        return found
+        return candidates
     added = score_leaf(engine, prompts.select(missed), target[missed])
-    count = np.diff(found.start)
-    stays = held[owner] | (ragged.places(found.start) < count[owner] - 1)
-    prompt = np.concatenate([owner[stays], missed])
-    score = np.concatenate([found.score[stays], added.score])
-    # Stable: candidates of one score keep the order that their search gave them.
+    count = np.diff(candidates.start)
+    # All candidates but the last one of each prompt without its target.
+    stays = has_target[prompt_of] | (ragged.places(candidates.start) < count[prompt_of] - 1)
+    # Remaining candidates, followed by the added targets.
+    prompt = np.concatenate([prompt_of[stays], missed])
+    score = np.concatenate([candidates.score[stays], added.score])
+    # Stable: candidates of equal score keep the order of their search.
     order = np.lexsort((-score, prompt))
     value = None
-    if found.value is not None:
+    if candidates.value is not None:
         unknown = np.full(added.logprob.shape, np.nan, np.float32)
-        value = np.concatenate([found.value[stays], unknown])[order]
+        value = np.concatenate([candidates.value[stays], unknown])[order]
     return Candidates(
         start=ragged.starts(np.bincount(prompt, minlength=len(prompts))),
-        node=np.concatenate([found.node[stays], added.node])[order],
-        logprob=np.concatenate([found.logprob[stays], added.logprob])[order],
+        node=np.concatenate([candidates.node[stays], added.node])[order],
+        logprob=np.concatenate([candidates.logprob[stays], added.logprob])[order],
         score=score[order],
-        leaf=np.concatenate([found.leaf[stays], added.leaf])[order],
-        cost=found.cost + added.cost + Cost(counts={"added": len(missed)}),
+        leaf=np.concatenate([candidates.leaf[stays], added.leaf])[order],
+        cost=candidates.cost + added.cost + Cost(counts={"added": len(missed)}),
         value=value,
     )
 
@@ -69,7 +73,7 @@ def inject_target(
 def score_leaf(
     engine: DecodingBackend, prompts: Prompts, leaf: Int64[np.ndarray, " B"]
 ) -> Candidates:
-    """One given leaf per prompt, as a search would have found it.
+    """Score one leaf per prompt and return it in the form of a search result.
 
     Raises:
         EngineError: a prompt does not fit the engine, or the policy has diverged.
@@ -79,20 +83,22 @@ def score_leaf(
     path = trie.path(end)
     expansion = check_finite(engine, engine.prefill(prompts))
     cost = Cost(prefill_tokens=len(prompts.token), passes=1)
+    # Prompts whose path has not ended, and the trie node that each has reached.
     live = torch.arange(num_prompts, device=path.device)
-    here = torch.full_like(live, ROOT)
+    node = torch.full_like(live, ROOT)
     logprob = torch.zeros(path.shape, device=path.device)
     while True:
-        child = path[live, trie.depth_of(here)]
-        place = expansion.children.start[:-1] + child - trie.first_child(here)
-        logprob[live, trie.depth_of(here)] = expansion.logprob[place]
+        child = path[live, trie.depth_of(node)]
+        # Siblings have consecutive numbers, in the trie as among the expansion's children.
+        child_index = expansion.children.start[:-1] + child - trie.first_child(node)
+        logprob[live, trie.depth_of(node)] = expansion.logprob[child_index]
         below = trie.descend(child)
-        on = (trie.num_children(below) > 0).nonzero().squeeze(1)
-        if len(on) == 0:
+        goes_on = (trie.num_children(below) > 0).nonzero().squeeze(1)
+        if len(goes_on) == 0:
             break
-        token, start = spans(engine, here[on], below[on])
-        state, live, here = expansion.state[on], live[on], below[on]
-        expansion = check_finite(engine, engine.extend(state, token, start, here))
+        token, start = spans(engine, node[goes_on], below[goes_on])
+        state, live, node = expansion.state[goes_on], live[goes_on], below[goes_on]
+        expansion = check_finite(engine, engine.extend(state, token, start, node))
         cost += Cost(forward_tokens=len(token), passes=1)
-    owner = torch.arange(num_prompts, device=path.device)
-    return collect(trie, owner, end, logprob, logprob.sum(1), num_prompts, cost)
+    prompt = torch.arange(num_prompts, device=path.device)
+    return collect(trie, prompt, end, logprob, logprob.sum(1), num_prompts, cost)

@@ -1,12 +1,14 @@
-"""Search under the trie for many prompts at once, with any engine.
+"""Beam search and i.i.d. sampling under the trie, batched over prompts, with any engine.
 
-The policy is the softmax over the legal children of a trie node. Codes without an alternative have
-log-probability 0 and need no forward pass of their own: inside a sequence they travel with the next
-code that is a choice, at its end they are not computed at all.
+The policy is the softmax over the legal children of a trie node. Forced codes, which have no
+sibling, have log-probability 0 and need no forward pass of their own: inside a sequence they are
+forwarded with the next code that is a choice, at its end they are not forwarded at all.
 
-Shapes:  B prompts   F beams or draws of all prompts   M legal children of them   C candidates
-         D longest sequence   S tokens of all spans   F1 = F + 1
+Shapes:  B prompts   F beams, draws or frontier nodes of all prompts   M legal children of them
+         C candidates   D longest sequence   S tokens of all spans   F1 = F + 1
 """
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,40 +34,42 @@ def beam(
     noise: GumbelNoise | None = None,
     allowed: ItemFilter | None = None,
 ) -> Candidates:
-    """Exact beam search: at each depth, the `width` best prefixes of each prompt survive.
+    """Run exact beam search: keep the `width` best prefixes of each prompt at each depth.
 
-    Leaves already reached keep competing with their score. Equal scores are ordered by trie node.
-    Only prefixes that survive and have a choice to make are forwarded. A prompt gets fewer
-    candidates where the catalog has fewer leaves, and never the same one twice. With `noise` the
-    prefixes that survive, and the order of the candidates, are the noise's choice instead.
+    Leaves reached early keep competing with their score. Ties are broken by trie node. Only kept
+    prefixes with more than one child are forwarded. The candidates of a prompt are distinct, and
+    fewer than `width` if the catalog has fewer leaves. With `noise`, prefixes are kept and
+    candidates ordered by their noisy keys instead of their scores.
 
-    With `allowed`, prefixes compete only if they lead to a leaf that the prompt may find: it gets
-    as many candidates as there are such leaves, up to `width`, and none where there are none.
+    With `allowed`, only prefixes of allowed leaves compete: a prompt gets as many candidates as it
+    has allowed leaves, up to `width`, possibly none.
 
     Raises:
         CatalogError: `allowed` belongs to another catalog or another batch.
         EngineError: a prompt does not fit the engine, or the policy has diverged.
     """
     trie, num_prompts = engine.trie, len(prompts)
-    entry = make_prefix_mask(trie, allowed, num_prompts) if allowed else None
+    mask = make_prefix_mask(trie, allowed, num_prompts) if allowed else None
     expansion = check_finite(engine, engine.prefill(prompts))
     tokens, passes = 0, 1
     # The beams of prompt b are `start[b] : start[b + 1]`.
     start = torch.arange(num_prompts + 1, device=trie.code.device)
     prompt = start[:-1]
     node = torch.full_like(prompt, ROOT)
-    # The trie node that the engine has read up to: forced codes after it have yet to be sent.
-    read, state = node, expansion.state
+    # Trie node of each beam's engine state: forced codes after it have not been forwarded yet.
+    forwarded, state = node, expansion.state
     score = torch.zeros(num_prompts, device=prompt.device)
     logprob = torch.zeros(num_prompts, trie.depth, device=prompt.device)
+    # Number of children of each beam's node, and whether the expansion has its children.
     fanout, scored = trie.num_children(node), torch.ones_like(prompt, dtype=torch.bool)
     for level in range(trie.depth):
-        source, child, gain, first = _next(trie, node, fanout, scored, expansion)
-        start = first[start]  # of the children, from here on
-        if entry is not None:
-            may = entry.allows(prompt[source], child)
-            source, child, gain = source[may], child[may], gain[may]
-            start = starts_of_mask(may)[start]
+        # [M]: beam, trie node and log-probability of each child.
+        source, child, gain, child_start = _children(trie, node, fanout, scored, expansion)
+        start = child_start[start]  # now the boundaries of each prompt's children
+        if mask is not None:
+            admitted = mask.allows(prompt[source], child)
+            source, child, gain = source[admitted], child[admitted], gain[admitted]
+            start = starts_of_mask(admitted)[start]
         if noise is None:
             key = score.index_select(0, source) + gain
             kept = top_k(start, key, child, width)
@@ -76,19 +80,21 @@ def beam(
         start = starts_of_mask(start.diff().clamp(max=width))
         source, node, gain = source[kept], child[kept], gain[kept]
         prompt, score = prompt[source], score[source] + gain
-        read, state, logprob = read[source], state[source], logprob[source]
-        logprob[:, level] = gain  # 0 where a beam has come to its leaf
+        forwarded, state, logprob = forwarded[source], state[source], logprob[source]
+        logprob[:, level] = gain  # 0 for a beam that is at its leaf
         if level + 1 == trie.depth:
             break
         fanout = trie.num_children(node)
         scored = fanout > 1
-        ask = scored.nonzero().squeeze(1)
+        rows = scored.nonzero().squeeze(1)
         expansion = None
-        if len(ask):
-            token, edge = spans(engine, read[ask], node[ask])
-            expansion = check_finite(engine, engine.extend(state[ask], token, edge, node[ask]))
-            read = torch.where(scored, node, read)
-            state = state.index_copy(0, ask, expansion.state)
+        if len(rows):
+            token, span_start = spans(engine, forwarded[rows], node[rows])
+            expansion = check_finite(
+                engine, engine.extend(state[rows], token, span_start, node[rows])
+            )
+            forwarded = torch.where(scored, node, forwarded)
+            state = state.index_copy(0, rows, expansion.state)
             tokens, passes = tokens + len(token), passes + 1
     cost = Cost(prefill_tokens=len(prompts.token), forward_tokens=tokens, passes=passes)
     return collect(trie, prompt, node, logprob, score, num_prompts, cost)
@@ -103,59 +109,72 @@ def sample(
     seed: int,
     allowed: ItemFilter | None = None,
 ) -> Candidates:
-    """`count` independent draws per prompt; draws that share a prefix share its forward pass.
+    """Draw `count` independent leaves per prompt; draws with a common prefix share forward passes.
 
-    Each code is drawn from the policy's distribution to the power `1 / temperature`, renormalised;
-    log-probabilities and scores are those of the policy itself. The draws of a prompt depend on
-    `seed` and on its id alone: not on its batch, nor on `count` (more draws extend fewer).
+    Each code is drawn from the policy's distribution to the power `1 / temperature`, renormalized;
+    log-probabilities and scores are those of the policy itself. The draws of a prompt depend only
+    on `seed` and its id, not on its batch; a larger `count` adds draws and keeps the others.
 
-    With `allowed`, a code is drawn among those that lead to a leaf that the prompt may find; a
-    prompt that may find none gets no draws.
+    With `allowed`, codes are drawn among prefixes of allowed leaves; a prompt without any allowed
+    leaf gets no draws.
 
     Raises:
         CatalogError: `allowed` belongs to another catalog or another batch.
         EngineError: a prompt does not fit the engine, or the policy has diverged.
     """
     trie, num_prompts = engine.trie, len(prompts)
-    entry = make_prefix_mask(trie, allowed, num_prompts) if allowed else None
+    mask = make_prefix_mask(trie, allowed, num_prompts) if allowed else None
     expansion = check_finite(engine, engine.prefill(prompts))
     cost = Cost(prefill_tokens=len(prompts.token), passes=1)
     root = torch.arange(num_prompts, device=trie.code.device)
-    if entry is not None:
-        root = root[entry.allows(root, torch.full_like(root, ROOT))]
+    if mask is not None:
+        root = root[mask.allows(root, torch.full_like(root, ROOT))]
     uniform = uniforms(prompts.id[root.cpu().numpy()], count, trie.depth, seed).to(root.device)
-    prompt, frontier = root.repeat_interleave(count), torch.arange(num_prompts).to(root)
+    # Prompt of each draw, and of each frontier node.
+    prompt, frontier_prompt = root.repeat_interleave(count), torch.arange(num_prompts).to(root)
     node = torch.full_like(prompt, ROOT)
     logprob = torch.zeros(len(prompt), trie.depth, device=prompt.device)
-    live, at = torch.arange(len(prompt), device=prompt.device), prompt
+    # Draws that are not at a leaf, and the frontier node of each.
+    live, frontier_of = torch.arange(len(prompt), device=prompt.device), prompt
     for step in range(trie.depth):
-        may = _admitted(entry, frontier, expansion)
+        admitted = _admitted(mask, frontier_prompt, expansion)
         pick = draw(
-            expansion.logprob, expansion.children, may, at, uniform[live, step], temperature
+            expansion.logprob,
+            expansion.children,
+            admitted,
+            frontier_of,
+            uniform[live, step],
+            temperature,
         )
         child = expansion.children.node[pick]
         logprob[live, trie.depth_of(child) - 1] = expansion.logprob[pick]
         above, below = node[live], trie.descend(child)
         node[live] = below
         goes_on = trie.num_children(below) > 0
-        live, at, above, below = live[goes_on], at[goes_on], above[goes_on], below[goes_on]
+        live, frontier_of = live[goes_on], frontier_of[goes_on]
+        above, below = above[goes_on], below[goes_on]
         if len(live) == 0:
             break
-        distinct, owner = torch.unique(prompt[live] * trie.num_nodes + below, return_inverse=True)
-        # Draws of one prefix agree in everything that follows, so any of them speaks for all.
-        voice = torch.empty_like(distinct).index_copy(0, owner, torch.arange(len(owner)).to(owner))
-        token, start = spans(engine, above[voice], below[voice])
-        before = expansion.state[at[voice]]
-        expansion = check_finite(engine, engine.extend(before, token, start, below[voice]))
-        at, frontier = owner, distinct // trie.num_nodes
+        # The new frontier: distinct (prompt, node) pairs, and the pair of each live draw.
+        distinct, pair_of = torch.unique(prompt[live] * trie.num_nodes + below, return_inverse=True)
+        # All draws with the same prefix share one engine state; use any one of them.
+        shared = torch.empty_like(distinct).index_copy(
+            0, pair_of, torch.arange(len(pair_of)).to(pair_of)
+        )
+        token, start = spans(engine, above[shared], below[shared])
+        before = expansion.state[frontier_of[shared]]
+        expansion = check_finite(engine, engine.extend(before, token, start, below[shared]))
+        frontier_of, frontier_prompt = pair_of, distinct // trie.num_nodes
         cost += Cost(forward_tokens=len(token), passes=1)
     score = logprob.sum(1)
-    by = sort_by_score(prompt, score, node)
-    return collect(trie, prompt[by], node[by], logprob[by], score[by], num_prompts, cost)
+    order = sort_by_score(prompt, score, node)
+    return collect(
+        trie, prompt[order], node[order], logprob[order], score[order], num_prompts, cost
+    )
 
 
 def check_finite(engine: DecodingBackend, expansion: NextCodeLogprobs) -> NextCodeLogprobs:
-    """The expansion itself; raises EngineError where it holds no numbers to choose by."""
+    """Return the expansion; raise EngineError if its log-probabilities are not finite."""
     if not bool(expansion.logprob.sum().isfinite()):
         raise EngineError(
             f"policy {engine.version} gives log-probabilities that are not finite; its training "
@@ -164,91 +183,108 @@ def check_finite(engine: DecodingBackend, expansion: NextCodeLogprobs) -> NextCo
     return expansion
 
 
-def _next(
+class _Children(NamedTuple):
+    """Continuations of all beams, grouped by beam."""
+
+    source: Int64[Tensor, " M"]
+    """Beam that each child continues."""
+    node: Int64[Tensor, " M"]
+    """Trie node of each child."""
+    gain: Float32[Tensor, " M"]
+    """Log-probability that each child adds to the score."""
+    start: Int64[Tensor, " F1"]
+    """Boundaries: the children of beam f are `start[f] : start[f + 1]`."""
+
+
+def _children(
     trie: Trie,
     node: Int64[Tensor, " F"],
     fanout: Int64[Tensor, " F"],
     scored: Bool[Tensor, " F"],
     expansion: NextCodeLogprobs | None,
-) -> tuple[Int64[Tensor, " M"], Int64[Tensor, " M"], Float32[Tensor, " M"], Int64[Tensor, " F1"]]:
-    """What may follow each beam: the beam's index, the trie node, what that adds to the score.
+) -> _Children:
+    """Return the continuations of each beam.
 
-    Last comes where each beam's own begin. The beams that are `scored` have the expansion's
-    children. Of the others, those at a leaf stay where they are, and the rest follow their only
-    child.
+    Beams that are `scored` have the expansion's children. The others either stay at their leaf or
+    follow their only child, with gain 0.
     """
     if expansion is not None and bool(scored.all()):
         children = expansion.children
-        return children.owner, children.node, expansion.logprob, children.start
+        return _Children(children.owner, children.node, expansion.logprob, children.start)
+    # First child of each beam, or the leaf itself.
     below = torch.where(fanout > 0, trie.first_child(node), node)
-    first = starts_of_mask(fanout.clamp(min=1))
-    source = torch.repeat_interleave(first.diff())
-    child = torch.arange(len(source), device=node.device) + (below - first[:-1])[source]
+    start = starts_of_mask(fanout.clamp(min=1))
+    source = torch.repeat_interleave(start.diff())
+    child = torch.arange(len(source), device=node.device) + (below - start[:-1])[source]
     gain = torch.zeros_like(source, dtype=torch.float32)
     if expansion is not None:
         gain[scored[source]] = expansion.logprob
-    return source, child, gain, first
+    return _Children(source, child, gain, start)
 
 
 def spans(
     engine: DecodingBackend, above: Int64[Tensor, " F"], node: Int64[Tensor, " F"]
 ) -> tuple[Int64[Tensor, " S"], Int64[Tensor, " F1"]]:
-    """Tokens of the codes that lead from `above` down to `node`."""
+    """Return the tokens of the codes from `above` down to `node`, and their boundaries."""
     trie = engine.trie
     top = trie.depth_of(above)
     start = starts_of_mask(count := trie.depth_of(node) - top)
     if int(start[-1]) == len(node):  # one code each
         return engine.tokenizer.token_of(node), start
-    owner = torch.arange(len(node), device=node.device).repeat_interleave(count)
-    level = torch.arange(len(owner), device=node.device) + (top - start[:-1])[owner]
-    return engine.tokenizer.token_of(trie.path(node)[owner, level]), start
+    # Span of each token, and its column in the path of the span's node.
+    span_of = torch.arange(len(node), device=node.device).repeat_interleave(count)
+    level = torch.arange(len(span_of), device=node.device) + (top - start[:-1])[span_of]
+    return engine.tokenizer.token_of(trie.path(node)[span_of, level]), start
 
 
 def uniforms(
     prompt_id: Int64[np.ndarray, " B"], count: int, depth: int, seed: int
 ) -> Float64[Tensor, "F D"]:
-    """Numbers in [0, 1) for each draw and decision, from (seed, prompt id) and nothing else."""
+    """Draw numbers in [0, 1) for each draw and decision, which depend only on (seed, prompt id)."""
     draws = [
-        np.random.Generator(np.random.Philox(key=[seed, int(one)])).random((count, depth))
-        for one in prompt_id
+        np.random.Generator(np.random.Philox(key=[seed, int(id_)])).random((count, depth))
+        for id_ in prompt_id
     ]
     return torch.from_numpy(np.concatenate([np.zeros((0, depth)), *draws]))
 
 
 def _admitted(
-    entry: PrefixMask | None, prompt: Int64[Tensor, " F"], expansion: NextCodeLogprobs
+    mask: PrefixMask | None, prompt: Int64[Tensor, " F"], expansion: NextCodeLogprobs
 ) -> Bool[Tensor, " M"]:
-    """Which legal children may be entered by the prompts of the frontier's nodes."""
+    """Return whether the mask allows each legal child for the prompt of its frontier node."""
     children = expansion.children
-    if entry is None:
+    if mask is None:
         return torch.ones_like(children.node, dtype=torch.bool)
-    return entry.allows(prompt[children.owner], children.node)
+    return mask.allows(prompt[children.owner], children.node)
 
 
 def draw(
     logprob: Float32[Tensor, " M"],
     children: Children,
-    may: Bool[Tensor, " M"],
-    at: Int64[Tensor, " F"],
+    admitted: Bool[Tensor, " M"],
+    frontier_of: Int64[Tensor, " F"],
     uniform: Float64[Tensor, " F"],
     temperature: float,
 ) -> Int64[Tensor, " F"]:
-    """For each draw the child chosen at node `at[f]` of the frontier, by inverting its CDF.
+    """Draw a child of frontier node `frontier_of[f]` for each draw f, by inverting its CDF.
 
-    Only children that `may` be entered are drawn, in proportion to their probability.
+    Only `admitted` children are drawn, in proportion to their tempered probability. Returns the
+    index of each drawn child in `children`.
     """
     owner, start = children.owner, children.start
-    scaled = (logprob.double() / temperature).masked_fill(~may, float("-inf"))
+    scaled = (logprob.double() / temperature).masked_fill(~admitted, float("-inf"))
     peak = scaled.new_full((len(start) - 1,), float("-inf"))
     peak = peak.scatter_reduce(0, owner, scaled, "amax")
-    weight = (scaled - peak[owner]).exp().masked_fill(~may, 0.0)
+    # Unnormalized probabilities, and one CDF over the children of all nodes.
+    weight = (scaled - peak[owner]).exp().masked_fill(~admitted, 0.0)
     edge = torch.cat([weight.new_zeros(1), weight.cumsum(0)])
-    low, high = edge[start[:-1]][at], edge[start[1:]][at]
+    # Interval of the CDF that belongs to the node of each draw.
+    low, high = edge[start[:-1]][frontier_of], edge[start[1:]][frontier_of]
     pick = torch.searchsorted(edge, low + uniform * (high - low), right=True) - 1
-    # Rounding may carry a number just below 1 past the last child that may be drawn.
-    place = torch.arange(len(owner), device=owner.device).masked_fill(~may, -1)
-    last = torch.full_like(start[1:], -1).scatter_reduce(0, owner, place, "amax")
-    return pick.minimum(last[at])
+    # Rounding may move a number just below 1 past the last admitted child of its node.
+    child_index = torch.arange(len(owner), device=owner.device).masked_fill(~admitted, -1)
+    last = torch.full_like(start[1:], -1).scatter_reduce(0, owner, child_index, "amax")
+    return pick.minimum(last[frontier_of])
 
 
 def collect(
@@ -260,7 +296,7 @@ def collect(
     num_prompts: int,
     cost: Cost,
 ) -> Candidates:
-    """Candidates of leaves that are grouped by prompt and in order."""
+    """Make candidates of leaves that are grouped by prompt and sorted within each prompt."""
     return Candidates(
         start=ragged.starts(torch.bincount(prompt, minlength=num_prompts).cpu().numpy()),
         node=trie.path(node).cpu().numpy(),

@@ -1,4 +1,4 @@
-"""Gumbel noise that turns a beam search into draws without replacement.
+"""Gumbel noise that turns a beam search into sampling without replacement.
 
 Shapes:  B prompts   F beams   M legal children of them
 """
@@ -10,19 +10,19 @@ from torch import Tensor
 
 
 class GumbelNoise:
-    """Ranks the beams of one search by log-probabilities with Gumbel noise.
+    """Gumbel-perturbed log-probabilities that rank the beams of one search.
 
-    The noise of a child is conditioned on the largest among siblings being that of their parent, so
-    that the leaves of a beam of width k are the k largest of all leaves: draws without replacement
+    The noise of children is conditioned on their maximum being the key of their parent, so that the
+    leaves of a beam of width k have the k largest keys of all leaves: a sample without replacement
     from the policy (Kool, van Hoof and Welling, arXiv 1903.06059, algorithm 1). The noise of a node
-    comes from (seed, prompt id, node) and nothing else: neither the batch nor the width matters,
-    and a wider beam holds every candidate of a narrower one.
+    depends only on (seed, prompt id, node), not on the batch or the width, so that a wider beam
+    contains every candidate of a narrower one.
     """
 
     def __init__(
         self, prompt_id: Int64[np.ndarray, " B"], *, temperature: float, seed: int
     ) -> None:
-        """Begin at the root of each prompt."""
+        """Start at the root of each prompt, with key 0."""
         self._prompt_id, self._temperature, self._seed = prompt_id, temperature, seed
         self._logprob: Float64[Tensor, " F"] = torch.zeros(len(prompt_id), dtype=torch.float64)
         self._key: Float64[Tensor, " F"] = torch.zeros_like(self._logprob)
@@ -34,13 +34,13 @@ class GumbelNoise:
         child: Int64[Tensor, " M"],
         gain: Float32[Tensor, " M"],
     ) -> Float64[Tensor, " M"]:
-        """What to rank the children by.
+        """Compute the keys that rank the children of all beams.
 
         Args:
-            prompt: of each child, 0..B-1.
+            prompt: prompt of each child, 0..B-1.
             source: beam that each child continues; ascending.
-            child: trie node.
-            gain: log-probability of the code into it, 0 where it is forced.
+            child: trie node of each child.
+            gain: log-probability of the code into the child, 0 for a forced code.
         """
         above_logprob, above_key = self._logprob.to(gain.device), self._key.to(gain.device)
         scaled = gain.double() / self._temperature
@@ -57,12 +57,13 @@ class GumbelNoise:
         return self._key
 
     def keep(self, best: Int64[Tensor, " F"]) -> None:
-        """Go on with these of the children that were ranked last."""
+        """Continue with the children `best`, indices into the last result of `keys`."""
         self._logprob, self._key = self._logprob[best], self._key[best]
 
     def _gumbel(
         self, prompt: Int64[Tensor, " M"], child: Int64[Tensor, " M"]
     ) -> Float64[Tensor, " M"]:
+        """Draw the Gumbel noise of each child from a hash of (seed, prompt id, node)."""
         state = _mixed(np.full(len(self._prompt_id), self._seed).astype(np.uint64))
         state = _mixed(state ^ self._prompt_id.astype(np.uint64))
         state = _mixed(state[prompt.cpu().numpy()] ^ child.cpu().numpy().astype(np.uint64))
@@ -73,18 +74,18 @@ class GumbelNoise:
 def _peaks(
     value: Float64[Tensor, " M"], owner: Int64[Tensor, " M"], num_owners: int
 ) -> Float64[Tensor, " F"]:
-    """Largest value of each owner."""
+    """Return the largest value of each owner."""
     low = value.new_full((num_owners,), float("-inf"))
     return low.scatter_reduce(0, owner, value, "amax")
 
 
 def _log1mexp(x: Float64[Tensor, " M"]) -> Float64[Tensor, " M"]:
-    """log(1 - exp(x)) for x <= 0, accurate at both ends."""
+    """Return log(1 - exp(x)) for x <= 0, accurate at both ends."""
     return torch.where(x > -0.7, (-x.expm1()).log(), (-x.exp()).log1p())
 
 
 def _mixed(state: UInt64[np.ndarray, " M"]) -> UInt64[np.ndarray, " M"]:
-    """One step of SplitMix64: neighbouring states become unrelated 64-bit numbers."""
+    """Hash 64-bit states by one step of SplitMix64, so that neighboring states are unrelated."""
     state = state + np.uint64(0x9E3779B97F4A7C15)
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

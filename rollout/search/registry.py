@@ -1,7 +1,9 @@
-"""The searches of `rollout.search`, but for `think`, which writes before it searches.
+"""Registry of the search algorithms that `rollout.search` names, except `think`.
 
-To add one, write a function of the type `Search`, give it a name in `SEARCHES`, and add the name to
-the choices of that setting. `docs/extending.md` has an example.
+`think` generates text before it searches: see `rollout.actor`.
+
+To add a search, write a `SearchFactory`, register it in `SEARCHES`, and add its name to the choices
+of that setting. `docs/extending.md` has an example.
 """
 
 from collections.abc import Callable
@@ -20,55 +22,55 @@ from rollout.search.sampling import beam_sample, dynamic
 from rollout.search.ved.search import ved
 
 SearchFn = Callable[[DecodingBackend, Prompts], Candidates]
-"""Asks an engine for log-probabilities below a batch of prompts, and returns what it found."""
+"""Search function: from a decoding backend and a batch of prompts to candidates."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchContext:
-    """What a search may be made of."""
+    """Inputs from which a `SearchFactory` makes a search."""
 
     config: RolloutConfig
     catalog: Catalog
     seed: int
-    """Of the step."""
+    """Random seed of the training step."""
     critic: PrefixCritic | None = None
-    """Guides `ved` in the place of the policy's value head."""
+    """Critic that guides `ved` instead of the policy's value head."""
 
 
 SearchFactory = Callable[[SearchContext], SearchFn]
-"""From what is given to a function that an engine can be sent."""
+"""Factory of a search: from its context to a picklable search function."""
 
 
-def _beam(given: SearchContext) -> SearchFn:
-    return partial(beam, width=given.config.group_size)
+def _beam(ctx: SearchContext) -> SearchFn:
+    return partial(beam, width=ctx.config.group_size)
 
 
-def _beam_sample(given: SearchContext) -> SearchFn:
-    config = given.config
+def _beam_sample(ctx: SearchContext) -> SearchFn:
+    config = ctx.config
     return partial(
-        beam_sample, width=config.group_size, temperature=config.temperature, seed=given.seed
+        beam_sample, width=config.group_size, temperature=config.temperature, seed=ctx.seed
     )
 
 
-def _sample(given: SearchContext) -> SearchFn:
-    config = given.config
-    return partial(sample, count=config.group_size, temperature=config.temperature, seed=given.seed)
+def _sample(ctx: SearchContext) -> SearchFn:
+    config = ctx.config
+    return partial(sample, count=config.group_size, temperature=config.temperature, seed=ctx.seed)
 
 
-def _dynamic(given: SearchContext) -> SearchFn:
-    config = given.config
+def _dynamic(ctx: SearchContext) -> SearchFn:
+    config = ctx.config
     return partial(
         dynamic,
-        catalog=given.catalog,
+        catalog=ctx.catalog,
         count=config.group_size,
         temperature=config.temperature,
-        seed=given.seed,
+        seed=ctx.seed,
     )
 
 
-def _ved(given: SearchContext) -> SearchFn:
-    config, seed = given.config, given.seed
-    count, critic = config.group_size, given.critic
+def _ved(ctx: SearchContext) -> SearchFn:
+    config, seed = ctx.config, ctx.seed
+    count, critic = config.group_size, ctx.critic
     return partial(ved, settings=config.ved, count=count, seed=seed, critic=critic)
 
 
@@ -81,9 +83,9 @@ SEARCHES: dict[str, SearchFactory] = {
 }
 
 
-def make_search(name: str, given: SearchContext) -> SearchFn:
-    """The search of a name, which puts targets in where the settings say so."""
-    find = SEARCHES[name](given)
-    if given.config.add_target:
-        return partial(inject_target, find=find, catalog=given.catalog)
-    return find
+def make_search(name: str, ctx: SearchContext) -> SearchFn:
+    """Make the search called `name`, which adds missed targets if `rollout.add_target` is set."""
+    search_fn = SEARCHES[name](ctx)
+    if ctx.config.add_target:
+        return partial(inject_target, find=search_fn, catalog=ctx.catalog)
+    return search_fn

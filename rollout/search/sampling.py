@@ -1,9 +1,10 @@
-"""Random searches that keep their candidates apart: `beam_sample` and `dynamic`.
+"""Random searches with few or no duplicate candidates: `beam_sample` and `dynamic`.
 
-Independent draws repeat what is likely. A stochastic beam draws distinct leaves instead, without
-replacement, at the cost of a beam of the same width; `dynamic` draws too many and keeps few copies.
+Independent draws repeat likely leaves. A stochastic beam (`beam_sample`) draws distinct leaves,
+without replacement, at the cost of a beam of the same width; `dynamic` draws more than needed and
+drops duplicates first.
 
-Shapes:  B prompts   C candidates   K of them kept
+Shapes:  B prompts   C candidates   K kept candidates
 """
 
 from dataclasses import replace
@@ -30,19 +31,19 @@ def beam_sample(
     seed: int,
     allowed: ItemFilter | None = None,
 ) -> Candidates:
-    """`width` distinct leaves per prompt, drawn without replacement from the tempered policy.
+    """Draw `width` distinct leaves per prompt without replacement from the tempered policy.
 
-    A beam search ranked by `GumbelNoise`; it forwards what a beam of that width forwards.
-    Log-probabilities and scores are those of the policy itself, free of noise, and the candidates
-    are in their order. A prompt gets fewer where the catalog has fewer leaves.
+    Runs a beam search ranked by `GumbelNoise`, at the cost of a beam of that width.
+    Log-probabilities and scores are those of the policy itself, without noise, and candidates are
+    sorted by score. A prompt gets fewer candidates if the catalog has fewer leaves.
 
     Raises:
         EngineError: a prompt does not fit the engine, or the policy has diverged.
     """
     noise = GumbelNoise(prompts.id, temperature=temperature, seed=seed)
-    found = beam(engine, prompts, width=width, noise=noise, allowed=allowed)
-    order = np.lexsort((found.leaf, -found.score, ragged.owners(found.start)))
-    return _pick(found, order, np.diff(found.start))
+    candidates = beam(engine, prompts, width=width, noise=noise, allowed=allowed)
+    order = np.lexsort((candidates.leaf, -candidates.score, ragged.owners(candidates.start)))
+    return _pick(candidates, order, np.diff(candidates.start))
 
 
 def dynamic(
@@ -54,43 +55,45 @@ def dynamic(
     temperature: float,
     seed: int,
 ) -> Candidates:
-    """`count` of half as many draws again, chosen to hold the target and little twice.
+    """Draw 1.5 `count` leaves per prompt and keep `count`: the target and few duplicates.
 
     Every copy of the prompt's target is kept first; then one copy of each other leaf, those drawn
-    most often first; then second copies in the same order, and so on. Equally frequent leaves go
-    by score. This is ReRe's dynamic sampling (arXiv 2510.12211).
+    most often first; then second copies in the same order, and so on. Equally frequent leaves are
+    ordered by score. This is ReRe's dynamic sampling (arXiv 2510.12211).
 
     Raises:
         EngineError: a prompt does not fit the engine, or the policy has diverged.
     """
     draws = -(-3 * count // 2)
-    found = sample(engine, prompts, count=draws, temperature=temperature, seed=seed)
-    prompt = ragged.owners(found.start)
-    target = found.leaf == catalog.leaf_of_item[prompts.target][prompt]
-    # Equal leaves of a prompt have equal scores, so a stable sort by leaf lines their copies up.
-    order = np.lexsort((found.leaf, prompt))
+    candidates = sample(engine, prompts, count=draws, temperature=temperature, seed=seed)
+    prompt = ragged.owners(candidates.start)
+    is_target = candidates.leaf == catalog.leaf_of_item[prompts.target][prompt]
+    # Stable sort by prompt and leaf: the copies of a leaf form a run.
+    order = np.lexsort((candidates.leaf, prompt))
     opens = np.ones(len(order), dtype=bool)
-    opens[1:] = (np.diff(found.leaf[order]) != 0) | (np.diff(prompt[order]) != 0)
-    first = np.append(np.flatnonzero(opens), len(order))
+    opens[1:] = (np.diff(candidates.leaf[order]) != 0) | (np.diff(prompt[order]) != 0)
+    run_start = np.append(np.flatnonzero(opens), len(order))
+    # Number of each copy within its run, and the number of copies.
     copy, frequency = np.empty_like(order), np.empty_like(order)
-    copy[order] = ragged.places(first)
-    frequency[order] = np.diff(first)[ragged.owners(first)]
-    copy[target] = 0
-    order = np.lexsort((found.leaf, -found.score, -frequency, copy, ~target, prompt))
-    kept = order[ragged.places(found.start) < count]
-    kept = kept[np.lexsort((found.leaf[kept], -found.score[kept], prompt[kept]))]
-    return _pick(found, kept, np.minimum(np.diff(found.start), count))
+    copy[order] = ragged.places(run_start)
+    frequency[order] = np.diff(run_start)[ragged.owners(run_start)]
+    copy[is_target] = 0
+    # Candidates of each prompt in the order of preference.
+    order = np.lexsort((candidates.leaf, -candidates.score, -frequency, copy, ~is_target, prompt))
+    kept = order[ragged.places(candidates.start) < count]
+    kept = kept[np.lexsort((candidates.leaf[kept], -candidates.score[kept], prompt[kept]))]
+    return _pick(candidates, kept, np.minimum(np.diff(candidates.start), count))
 
 
 def _pick(
-    found: Candidates, which: Int64[np.ndarray, " K"], count: Int64[np.ndarray, " B"]
+    candidates: Candidates, kept: Int64[np.ndarray, " K"], count: Int64[np.ndarray, " B"]
 ) -> Candidates:
-    """These candidates, which are grouped by prompt: `count[b]` of them for prompt b."""
+    """Return the candidates `kept`, which are grouped by prompt, `count[b]` for prompt b."""
     return replace(
-        found,
+        candidates,
         start=ragged.starts(count),
-        node=found.node[which],
-        logprob=found.logprob[which],
-        score=found.score[which],
-        leaf=found.leaf[which],
+        node=candidates.node[kept],
+        logprob=candidates.logprob[kept],
+        score=candidates.score[kept],
+        leaf=candidates.leaf[kept],
     )

@@ -1,10 +1,10 @@
-"""Thinking: K blocks of free text for every sample, all samples' block k at a time.
+"""Generate thoughts: K blocks of free text per sample, block k of all samples at once.
 
-A sample is `<think> text </think>` K times, and then K codes. The opening tags are forced, and so
-is the closing tag of a block that has reached its cap. Those tokens are read but teach nothing. A
-policy that ends its text within a block has stopped: its block is closed by force and no other
-follows. Its codes are searched all the same, so that it has an item, but it has too few blocks and
-earns nothing for them (`learner.advantage.sapo`).
+A sample is `<think> text </think>` K times, and then K codes. The opening tags are forced, as is
+the closing tag of a block that has reached its maximum length; forced tokens are forwarded but get
+no gradient. A policy that generates the end token within a block stops thinking: the closing tag is
+forced and no block follows. Its codes are still searched, so that it has an item, but the sample
+has too few blocks and gets no advantage for them (`learner.advantage.sapo`).
 
 Shapes:  B prompts   S samples
 """
@@ -22,22 +22,22 @@ from rollout.engine.protocol import Completions, GenerationParams
 from rollout.search.thoughts import Thoughts
 
 Write = Callable[[Sequence[Sequence[int]], np.ndarray, GenerationParams], Completions]
-"""As `rollout.engine.Holder.write`."""
+"""Text generator with the signature of `rollout.engine.protocol.InferenceEngine.generate`."""
 
 
 @dataclass
 class _Sample:
-    """One sample while it is being written."""
+    """Sample that is being generated."""
 
     context: list[int]
     token: list[int] = field(default_factory=list[int])
     logprob: list[float] = field(default_factory=list[float])
     forced: list[bool] = field(default_factory=list[bool])
     lengths: list[int] = field(default_factory=list[int])
-    """Of its blocks so far."""
+    """Number of tokens of each block so far."""
 
     def add(self, token: Sequence[int], logprob: Sequence[float], *, forced: bool) -> None:
-        """Tokens at the end of the newest block."""
+        """Append tokens to the last block."""
         self.context += token
         self.token += token
         self.logprob += logprob
@@ -56,31 +56,32 @@ def think(
     temperature: float,
     seed: int,
 ) -> Thoughts:
-    """`count` independent thoughts of `blocks` blocks per prompt.
+    """Generate `count` independent thoughts of `blocks` blocks per prompt.
 
     Args:
-        write: of the policy that thinks.
-        prompts: to think about.
-        tags: that open and close a block, and end a text.
+        write: text generation with the policy, as `InferenceEngine.generate`.
+        prompts: prompts to continue.
+        tags: tokens that open a block, close a block, and end a text.
         count: thoughts per prompt.
-        blocks: codes of an item.
-        cap: most tokens that a block may choose, its closing tag included.
-        temperature: of the draws; 0 is greedy.
-        seed: the draws of a sample depend on it, on the prompt's id and on the sample's number.
+        blocks: blocks per thought, one for each code of an item.
+        cap: maximum number of generated tokens of a block, including its closing tag.
+        temperature: sampling temperature; 0 is greedy.
+        seed: random seed; draws depend on it, the prompt's id and the sample's index.
 
     Raises:
         EngineError: a thought exceeds the policy's positions.
     """
     token = np.split(prompts.token, prompts.token_start[1:-1])
-    samples = [_Sample(context=one.tolist()) for one in token for _ in range(count)]
+    samples = [_Sample(context=ids.tolist()) for ids in token for _ in range(count)]
     keys = draw_keys(prompts.id, count, blocks, seed)
-    how = GenerationParams(stop=(tags.close, tags.end), limit=cap, temperature=temperature)
+    params = GenerationParams(stop=(tags.close, tags.end), limit=cap, temperature=temperature)
+    # Samples that have not ended, blocks cut at their cap, and forward passes.
     live, cut, passes = list(range(len(samples))), 0, 0
-    for k in range(blocks):
+    for block in range(blocks):
         for row in live:
             samples[row].lengths.append(0)
             samples[row].add([tags.open], [0.0], forced=True)
-        texts = write([samples[row].context for row in live], keys[live, k], how)
+        texts = write([samples[row].context for row in live], keys[live, block], params)
         passes += int(np.diff(texts.start).max())
         for row, a, b in zip(live, texts.start[:-1], texts.start[1:], strict=True):
             samples[row].add(texts.token[a:b].tolist(), texts.logprob[a:b].tolist(), forced=False)
@@ -91,25 +92,25 @@ def think(
         live = [row for row, ended in zip(live, ends, strict=True) if not ended]
         if not live:
             break
-    written = sum(len(one.token) for one in samples)
-    broken = sum(len(one.lengths) != blocks for one in samples)
-    lengths = [np.array(one.lengths) for one in samples]
+    num_tokens = sum(len(sample.token) for sample in samples)
+    malformed = sum(len(sample.lengths) != blocks for sample in samples)
+    lengths = [np.array(sample.lengths) for sample in samples]
     return Thoughts(
         sample_start=np.arange(len(prompts) + 1) * count,
-        block_start=ragged.starts(np.array([len(one) for one in lengths])),
-        token=np.concatenate([np.array(one.token, np.int32) for one in samples]),
+        block_start=ragged.starts(np.array([len(length) for length in lengths])),
+        token=np.concatenate([np.array(sample.token, np.int32) for sample in samples]),
         token_start=ragged.starts(np.concatenate(lengths)),
-        logprob=np.concatenate([np.array(one.logprob, np.float32) for one in samples]),
-        forced=np.concatenate([np.array(one.forced) for one in samples]),
+        logprob=np.concatenate([np.array(sample.logprob, np.float32) for sample in samples]),
+        forced=np.concatenate([np.array(sample.forced) for sample in samples]),
         cost=Cost(
-            forward_tokens=written,
+            forward_tokens=num_tokens,
             prefill_tokens=len(prompts.token),
             passes=passes,
             counts={
                 "thoughts": len(samples),
-                "thought_tokens": written,
+                "thought_tokens": num_tokens,
                 "cut_blocks": cut,
-                "malformed_thoughts": broken,
+                "malformed_thoughts": malformed,
             },
         ),
     )
@@ -118,12 +119,12 @@ def think(
 def draw_keys(
     prompt_id: Int64[np.ndarray, " B"], count: int, blocks: int, seed: int
 ) -> Int64[np.ndarray, "S blocks"]:
-    """A number for each block of each sample that its draws depend on."""
+    """Draw the random seed of each block of each sample, which depends on (seed, prompt id)."""
     return np.concatenate(
         [
-            np.random.Generator(np.random.Philox(key=[seed, int(one)])).integers(
+            np.random.Generator(np.random.Philox(key=[seed, int(id_)])).integers(
                 2**62, size=(count, blocks), dtype=np.int64
             )
-            for one in prompt_id
+            for id_ in prompt_id
         ]
     )

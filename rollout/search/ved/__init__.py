@@ -1,1 +1,1 @@
-"""Value-guided efficient decoding (V-STAR)."""
+"""Value-guided efficient decoding (VED) of V-STAR."""

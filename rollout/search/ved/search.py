@@ -1,20 +1,20 @@
 """Value-guided efficient decoding (VED) of V-STAR, arXiv 2602.10699: a search with a token budget.
 
-A likelihood beam begins the tree of each prompt. Each traversal then descends from the root to the
-child with the largest
+A beam search initializes the tree of each prompt. Each simulation (a traversal in the settings and
+the counts) then descends from the root to the child with the largest
 
-    U(s) = G(s) + beta sqrt(ln(traversals + 1) / (visits(s) + 1)),   G(s) = V(s) + lambda H(s)
+    U(s) = G(s) + beta sqrt(ln(simulations + 1) / (visits(s) + 1)),   G(s) = V(s) + lambda H(s)
 
-until there is none (G = V at a leaf; H is the entropy over legal children). Every node on the way
-that has free children and whose G reaches the mean of its depth grows one child, drawn from the
-policy over the free ones. When the budget is spent, the leaves of the highest value are the
-candidates; where they are too few, free leaves below visited prefixes complete them, by
-distributions that are known already.
+until there is none (G = V at a leaf; H is the entropy over legal children). Every node on the path
+that has free children and whose G reaches the mean of its depth is expanded by one child, drawn
+from the policy over the free ones. When the budget is spent, the leaves of highest value are the
+candidates; if they are too few, free leaves below visited prefixes complete them, which needs no
+further forward pass.
 
-All prompts advance together, one forward pass for all of them, and G of a node never changes.
-Where the paper leaves a point open, `orchard.settings.VedConfig` has a switch.
+All prompts advance together in shared forward passes, and G of a node never changes. For each point
+that the paper leaves open, `orchard.settings.VedConfig` has a setting.
 
-Shapes:  B prompts   N nodes visited   F nodes chosen   A prompts in play   P nodes on a path
+Shapes:  B prompts   N visited nodes   F chosen nodes   A active prompts   P nodes on a path
          C candidates   L levels of decisions   M entries
 """
 
@@ -40,7 +40,8 @@ from rollout.search.ved.select import select_candidates
 from rollout.search.ved.tree import expand, expand_roots
 
 TRAVERSALS_PER_TOKEN = 4
-"""Bound on the traversals of a prompt: one that grows nothing costs nothing."""
+"""Maximum number of simulations of a prompt per token of its budget. The budget itself does not
+bound them, since a simulation without expansions costs no tokens."""
 
 
 def ved(
@@ -53,16 +54,15 @@ def ved(
     allowed: ItemFilter | None = None,
     critic: PrefixCritic | None = None,
 ) -> Candidates:
-    """Up to `count` candidates per prompt, within `settings.budget` forward tokens each.
+    """Return up to `count` candidates per prompt, from at most `settings.budget` forward tokens.
 
-    What is found for a prompt depends on `seed` and on its id alone, not on its batch. A prompt
-    gets fewer candidates where too few leaves can be reached without a further forward pass. The
-    cost tells, by name, how often the selection went against the priority (`overruled`), how often
-    the gate refused (`refused`), and how many children grew at each depth (`expanded_1`, ...).
+    The candidates of a prompt depend only on `seed` and its id, not on its batch. They are fewer
+    than `count` if too few leaves can be completed without a forward pass. The cost counts
+    `traversals`, selections of a child without the highest priority G (`overruled`), nodes whose G
+    was below the mean of their depth (`refused`), and expansions by depth (`expanded_1`, ...).
 
-    With `allowed`, only prefixes that lead to a leaf that the prompt may find are visited; draws
-    are then among the free children that do. With a `critic`, V is what it says; without one, what
-    the policy's own head says.
+    With `allowed`, only prefixes of allowed leaves are visited and drawn. Values come from the
+    `critic`, or from the policy's own head without one.
 
     Raises:
         CatalogError: `allowed` belongs to another catalog or another batch.
@@ -71,23 +71,23 @@ def ved(
             a critic nor a value head.
     """
     check_budget(settings, engine.trie)
-    entry = make_prefix_mask(engine.trie, allowed, len(prompts)) if allowed else None
+    mask = make_prefix_mask(engine.trie, allowed, len(prompts)) if allowed else None
     values = critic.values(prompts) if critic else None
-    search = _Search(engine, prompts, settings, seed, entry, values)
-    search.begin()
+    search = _Search(engine, prompts, settings, seed, mask, values)
+    search.init_with_beam()
     limit = TRAVERSALS_PER_TOKEN * settings.budget
-    traversal = 0
-    while traversal < limit and (active := search.active()).any():
-        for _ in range(min(settings.traversals, limit - traversal)):
-            search.traverse(active & search.active(), traversal)
-            traversal += 1
-        search.evaluate()
+    simulation = 0
+    while simulation < limit and (active := search.active()).any():
+        for _ in range(min(settings.traversals, limit - simulation)):
+            search.simulate(active & search.active(), simulation)
+            simulation += 1
+        search.evaluate_pending()
     cost = replace(search.cost, counts=search.counts)
     return select_candidates(engine.trie, search.visited, count, len(prompts), cost)
 
 
 def check_budget(settings: VedConfig, trie: Trie) -> None:
-    """Raise ConfigError unless the budget covers the beam that a tree begins with."""
+    """Raise ConfigError unless the budget covers the initial beam search."""
     depth = trie.depth
     least = 1 + settings.width * (depth if settings.count_leaves else depth - 1)
     if settings.budget < least:
@@ -98,17 +98,19 @@ def check_budget(settings: VedConfig, trie: Trie) -> None:
 
 
 @dataclass
-class _Growth:
-    """Children that wait for the next forward pass."""
+class _PendingExpansion:
+    """Children chosen for expansion in the next forward pass."""
 
     entry: Int64[np.ndarray, " F"]
+    """Index of each child among the children of all nodes."""
     owner: Int64[np.ndarray, " F"]
+    """Tree node of each child's parent."""
     stream: Int64[np.ndarray, " F"]
-    """Column of the table of uniform numbers for what may follow the child."""
+    """Column of each child in the table of uniform numbers; later draws below it use the next."""
 
 
 class _Search:
-    """The state of a search over all prompts."""
+    """State of a search over all prompts."""
 
     def __init__(
         self,
@@ -116,128 +118,131 @@ class _Search:
         prompts: Prompts,
         settings: VedConfig,
         seed: int,
-        entry: PrefixMask | None,
+        mask: PrefixMask | None,
         values: Values | None,
     ) -> None:
-        self._engine, self._settings, self._gate, self._values = engine, settings, entry, values
-        self.visited, self.cost = expand_roots(engine, prompts, entry, values)
+        self._engine, self._settings, self._mask, self._values = engine, settings, mask, values
+        self.visited, self.cost = expand_roots(engine, prompts, mask, values)
         depth, self.counts = engine.trie.depth, Counter[str]()
-        # The root's own distribution counts one, as in the paper.
+        # Tokens spent per prompt; the root's own distribution counts as one, as in the paper.
         self._spent = np.ones(len(prompts), np.int64)
-        self._visits = np.zeros(len(prompts), np.int64)
-        self._passed = np.zeros(len(prompts), np.int64)
+        self._visits = np.zeros(len(prompts), np.int64)  # of each node
+        self._simulations = np.zeros(len(prompts), np.int64)  # of each prompt
         rows = TRAVERSALS_PER_TOKEN * settings.budget
         draws = uniforms(prompts.id, rows, depth * depth, seed).numpy()
         self._uniform: Float64[np.ndarray, "B rows levels"] = draws.reshape(len(prompts), rows, -1)
-        self._waiting: list[_Growth] = []
+        self._pending: list[_PendingExpansion] = []
 
     def active(self) -> Bool[np.ndarray, " B"]:
-        """Prompts with budget left and something left to grow."""
+        """Return which prompts have budget and free children left."""
         free = np.bincount(self.visited.prompt, self.visited.num_free(), minlength=len(self._spent))
         return (self._spent < self._settings.budget) & (free > 0)
 
-    def begin(self) -> None:
-        """Likelihood beam search; all prefixes that it visits are in the tree.
+    def init_with_beam(self) -> None:
+        """Run beam search by log-probability and add all prefixes that it forwards to the tree.
 
-        A child with forced codes is visited once it has survived down to the last of them: no level
-        costs more tokens than the beam is wide.
+        A child with forced codes is forwarded at the depth of the last of them if it is still in
+        the beam there, so that no level costs more tokens than the width of the beam.
         """
-        beams = np.arange(len(self._spent))
+        beams = np.arange(len(self._spent))  # tree nodes in the beam
+        # Children in the beam that are not forwarded yet, and their parents in the tree.
         entry = owner = np.zeros(0, np.int64)
-        for step in range(1, self._engine.trie.depth + 1):
+        for depth in range(1, self._engine.trie.depth + 1):
             tree = self.visited
-            grows = ~tree.is_leaf[beams]
-            parents, waits = beams[grows], beams[~grows]
+            is_leaf = tree.is_leaf[beams]
+            parents, leaves = beams[~is_leaf], beams[is_leaf]
             new, above = tree.free_children(parents)
             entry, owner = np.concatenate([entry, new]), np.concatenate([owner, parents[above]])
-            kept = self._best(
-                np.concatenate([tree.prompt[waits], tree.prompt[owner]]),
-                np.concatenate([tree.score[waits], tree.score[owner] + tree.child_logprob[entry]]),
-                np.concatenate([tree.node[waits], tree.child[entry]]),
+            kept = self._top(
+                np.concatenate([tree.prompt[leaves], tree.prompt[owner]]),
+                np.concatenate([tree.score[leaves], tree.score[owner] + tree.child_logprob[entry]]),
+                np.concatenate([tree.node[leaves], tree.child[entry]]),
             )
-            beams, alive = waits[kept[kept < len(waits)]], kept[kept >= len(waits)] - len(waits)
+            num_leaves = len(leaves)
+            beams, alive = leaves[kept[kept < num_leaves]], kept[kept >= num_leaves] - num_leaves
             entry, owner = entry[alive], owner[alive]
-            here = self._ends(entry)[0] == step
-            beams = np.concatenate([beams, np.arange(here.sum()) + len(tree)])
-            self._spent += self._charge(entry[here], owner[here])[0]
-            self._visit(entry[here], owner[here])
-            entry, owner = entry[~here], owner[~here]
+            ready = self._ends(entry)[0] == depth
+            beams = np.concatenate([beams, np.arange(ready.sum()) + len(tree)])
+            self._spent += self._charge(entry[ready], owner[ready])[0]
+            self._visit(entry[ready], owner[ready])
+            entry, owner = entry[~ready], owner[~ready]
         if self._settings.warm_visits:
-            self._passed = np.bincount(self.visited.prompt[beams], minlength=len(self._spent))
+            self._simulations = np.bincount(self.visited.prompt[beams], minlength=len(self._spent))
             while len(beams):
                 np.add.at(self._visits, beams, 1)
                 beams = self.visited.parent[beams]
                 beams = beams[beams >= 0]
 
-    def _best(
+    def _top(
         self,
         prompt: Int64[np.ndarray, " M"],
         score: Float32[np.ndarray, " M"],
         node: Int64[np.ndarray, " M"],
     ) -> Int64[np.ndarray, " F"]:
-        """The likeliest entries of each prompt, as many as the beam is wide."""
-        by = prompt.argsort(kind="stable")
+        """Select the entries of highest score of each prompt, up to the width of the beam."""
+        order = prompt.argsort(kind="stable")
         start = ragged.starts(np.bincount(prompt, minlength=len(self._spent)))
         kept = top_k(
             torch.from_numpy(start),
-            torch.from_numpy(score[by]),
-            torch.from_numpy(node[by]),
+            torch.from_numpy(score[order]),
+            torch.from_numpy(node[order]),
             self._settings.width,
         )
-        return by[kept.numpy()]
+        return order[kept.numpy()]
 
-    def traverse(self, active: Bool[np.ndarray, " B"], traversal: int) -> None:
-        """Descend once for each active prompt; what grows on the way waits to be evaluated."""
+    def simulate(self, active: Bool[np.ndarray, " B"], simulation: int) -> None:
+        """Descend once for each active prompt and queue expansions of the nodes on the path."""
         tree, settings = self.visited, self._settings
         priority = self._priority()
         mean = self._depth_means(priority)
         path = self._descend(active, priority)
         inside = path >= 0
         np.add.at(self._visits, path[inside], 1)
-        self._passed += active
+        self._simulations += active
         row, level = np.nonzero(inside)
         node = path[row, level]
-        wide = tree.num_free()[node] > 0
+        expandable = tree.num_free()[node] > 0
         if not settings.expand_root:
-            wide &= tree.depth[node] > 0
-        node, level = node[wide], level[wide]
-        # A mean of equal numbers may come out a rounding error above them.
+            expandable &= tree.depth[node] > 0
+        node, level = node[expandable], level[expandable]
+        # Rounding may put the mean of equal numbers slightly above them.
         passes = priority[node] >= mean[tree.prompt[node], tree.depth[node]] - 1e-9
         self.counts["refused"] += int((~passes).sum())
-        stream = traversal * self._uniform.shape[2] + level * self._engine.trie.depth
-        self._grow(node[passes], stream[passes])
+        stream = simulation * self._uniform.shape[2] + level * self._engine.trie.depth
+        self._draw_children(node[passes], stream[passes])
         self.counts["traversals"] += int(active.sum())
 
-    def evaluate(self) -> None:
-        """One forward pass for all that waits, and further ones where it is followed to a leaf."""
-        while self._waiting:
-            entry = np.concatenate([w.entry for w in self._waiting])
-            owner = np.concatenate([w.owner for w in self._waiting])
-            stream = np.concatenate([w.stream for w in self._waiting])
-            first, self._waiting = len(self.visited), []
+    def evaluate_pending(self) -> None:
+        """Evaluate pending expansions in one forward pass; more passes follow with `to_leaf`."""
+        while self._pending:
+            entry = np.concatenate([pending.entry for pending in self._pending])
+            owner = np.concatenate([pending.owner for pending in self._pending])
+            stream = np.concatenate([pending.stream for pending in self._pending])
+            first, self._pending = len(self.visited), []
             self._visit(entry, owner)
             if self._settings.to_leaf:
                 new = np.arange(first, len(self.visited))
                 inner = ~self.visited.is_leaf[new]
-                self._grow(new[inner], stream[inner] + 1)
+                self._draw_children(new[inner], stream[inner] + 1)
 
     def _visit(self, entry: Int64[np.ndarray, " F"], owner: Int64[np.ndarray, " F"]) -> None:
+        """Evaluate chosen children and add them to the tree."""
         if len(entry) == 0:
             return
         self.visited, cost = expand(
-            self._engine, self.visited, entry, owner, self._gate, self._values
+            self._engine, self.visited, entry, owner, self._mask, self._values
         )
         self._visits = np.concatenate([self._visits, np.zeros(len(entry), np.int64)])
         self.cost += cost
 
     def _priority(self) -> Float64[np.ndarray, " N"]:
-        """G of every node."""
+        """Return G of every node."""
         tree, settings = self.visited, self._settings
         value = settings.value_weight * tree.value.astype(np.float64)
         return value + settings.entropy_weight * tree.entropy
 
     def _depth_means(self, priority: Float64[np.ndarray, " N"]) -> Float64[np.ndarray, "B L"]:
-        """Mean priority of each prompt's nodes by depth."""
+        """Return the mean priority of each prompt's nodes by depth."""
         levels = self._engine.trie.depth + 1
         key, size = self.visited.prompt * levels + self.visited.depth, len(self._spent) * levels
         total = np.bincount(key, priority, minlength=size)
@@ -247,42 +252,42 @@ class _Search:
     def _descend(
         self, active: Bool[np.ndarray, " B"], priority: Float64[np.ndarray, " N"]
     ) -> Int64[np.ndarray, "A P"]:
-        """The nodes from the root down to where the selection ends, -1 past it, by prompt."""
+        """Return the path from the root to the last selected node by prompt, -1 past its end."""
         tree = self.visited
-        curiosity = np.log(self._passed[tree.prompt] + 1) / (self._visits + 1)
-        bound = priority + self._settings.exploration * np.sqrt(curiosity)
-        at = np.where(active, np.arange(len(active)), -1)
-        path = [at[active]]
+        exploration = np.log(self._simulations[tree.prompt] + 1) / (self._visits + 1)
+        bound = priority + self._settings.exploration * np.sqrt(exploration)
+        current = np.where(active, np.arange(len(active)), -1)  # node of each prompt
+        path = [current[active]]
         while True:
-            member = np.flatnonzero((tree.parent >= 0) & (at[tree.prompt] == tree.parent))
-            if len(member) == 0:
+            child = np.flatnonzero((tree.parent >= 0) & (current[tree.prompt] == tree.parent))
+            if len(child) == 0:
                 return np.stack(path, 1)
-            winner, favourite = (
-                self._first(member, key) for key in (bound[member], priority[member])
-            )
-            self.counts["overruled"] += int((winner != favourite).sum())
-            at = np.full(len(active), -1)
-            at[tree.prompt[winner]] = winner
-            path.append(at[active])
+            selected, greedy = (self._argmax(child, key) for key in (bound[child], priority[child]))
+            self.counts["overruled"] += int((selected != greedy).sum())
+            current = np.full(len(active), -1)
+            current[tree.prompt[selected]] = selected
+            path.append(current[active])
 
-    def _first(
-        self, member: Int64[np.ndarray, " F"], key: Float64[np.ndarray, " F"]
+    def _argmax(
+        self, node: Int64[np.ndarray, " F"], key: Float64[np.ndarray, " F"]
     ) -> Int64[np.ndarray, " A"]:
-        """The node of the largest key of each prompt; ties go by value, likelihood and code."""
+        """Return the node of largest key per prompt; ties by value, log-probability, trie node."""
         tree = self.visited
-        by = np.lexsort(
-            (tree.node[member], -tree.logprob[member], -tree.value[member], -key,
-             tree.prompt[member])
-        )  # fmt: skip
-        prompt = tree.prompt[member[by]]
-        return member[by[np.flatnonzero(np.diff(prompt, prepend=-1))]]
+        order = np.lexsort(
+            (tree.node[node], -tree.logprob[node], -tree.value[node], -key, tree.prompt[node])
+        )
+        prompt = tree.prompt[node[order]]
+        return node[order[np.flatnonzero(np.diff(prompt, prepend=-1))]]
 
-    def _grow(self, node: Int64[np.ndarray, " F"], stream: Int64[np.ndarray, " F"]) -> None:
-        """Draw a free child of each node, as far as the budget goes, to be evaluated later."""
+    def _draw_children(
+        self, node: Int64[np.ndarray, " F"], stream: Int64[np.ndarray, " F"]
+    ) -> None:
+        """Draw a free child of each node within the budget, and queue them for evaluation."""
         tree = self.visited
         entry, owner = tree.free_children(node)
-        some = np.unique(owner)
-        node, stream, owner = node[some], stream[some], np.searchsorted(some, owner)
+        # Drop nodes without free children.
+        rows = np.unique(owner)
+        node, stream, owner = node[rows], stream[rows], np.searchsorted(rows, owner)
         if len(node) == 0:
             return
         start = ragged.starts(np.bincount(owner, minlength=len(node)))
@@ -291,13 +296,13 @@ class _Search:
             owner=torch.from_numpy(owner),
             start=torch.from_numpy(start),
         )
-        number = self._uniform.reshape(len(self._spent), -1)[tree.prompt[node], stream]
+        uniform = self._uniform.reshape(len(self._spent), -1)[tree.prompt[node], stream]
         pick = draw(
             torch.from_numpy(tree.child_logprob[entry]),
             children,
             torch.ones(len(owner), dtype=torch.bool),
             torch.arange(len(node)),
-            torch.from_numpy(number),
+            torch.from_numpy(uniform),
             1.0,
         ).numpy()
         spent, affordable = self._charge(entry[pick], node)
@@ -306,12 +311,12 @@ class _Search:
         tree.taken[entry[pick]] = True
         for depth in tree.depth[node].tolist():
             self.counts[f"expanded_{depth + 1}"] += 1
-        self._waiting.append(_Growth(entry[pick], node, stream))
+        self._pending.append(_PendingExpansion(entry[pick], node, stream))
 
     def _ends(
         self, entry: Int64[np.ndarray, " F"]
     ) -> tuple[Int64[np.ndarray, " F"], Bool[np.ndarray, " F"]]:
-        """Depth to which the forced codes after each child lead, and whether it is a leaf there."""
+        """Return the depth after the forced codes of each child, and whether a leaf is there."""
         trie = self._engine.trie
         below = trie.descend(torch.from_numpy(self.visited.child[entry]).to(trie.code.device))
         return trie.depth_of(below).cpu().numpy(), (trie.num_children(below) == 0).cpu().numpy()
@@ -319,16 +324,17 @@ class _Search:
     def _charge(
         self, entry: Int64[np.ndarray, " F"], owner: Int64[np.ndarray, " F"]
     ) -> tuple[Int64[np.ndarray, " B"], Bool[np.ndarray, " F"]]:
-        """What each prompt pays for chosen children, in their order, and which it can afford."""
+        """Return the tokens that each prompt spends on children, and which children it affords."""
         tree, size = self.visited, len(self._spent)
         depth, is_leaf = self._ends(entry)
         tokens = depth - tree.depth[owner] - (is_leaf & (not self._settings.count_leaves))
         prompt = tree.prompt[owner]
-        by = prompt.argsort(kind="stable")
-        running = np.cumsum(tokens[by])
+        order = prompt.argsort(kind="stable")
+        running = np.cumsum(tokens[order])
         first = ragged.starts(np.bincount(prompt, minlength=size))[:-1]
+        # Tokens of each child and the chosen ones of its prompt before it.
         total = np.empty_like(running)
-        total[by] = running - np.concatenate([[0], running])[first][prompt[by]]
+        total[order] = running - np.concatenate([[0], running])[first][prompt[order]]
         affordable = self._spent[prompt] + total <= self._settings.budget
         paid = np.bincount(prompt, np.where(affordable, tokens, 0), minlength=size)
         return paid.astype(np.int64), affordable

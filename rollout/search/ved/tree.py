@@ -1,11 +1,11 @@
-"""What a guided search has visited: the nodes of many prompts' trees, each evaluated once.
+"""Trees of a value-guided search: the visited nodes of all prompts, each evaluated once.
 
 A node is a prefix that ends before a choice or at a leaf: forced codes belong to the node that they
-lead to, so every node has several children or none. The books are kept on the CPU, whatever device
-the engine computes on.
+lead to, so every node has several children or none. The tree's arrays are on the CPU, whatever the
+engine's device.
 
 Shapes:  B prompts   N nodes   M legal children of all nodes   F new nodes   C candidates
-         D longest sequence
+         D longest sequence   K free children
 """
 
 from dataclasses import dataclass, fields, replace
@@ -27,60 +27,64 @@ from rollout.search.beam import check_finite, spans
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VedTree:
-    """Nodes in the order in which they were visited, the roots first: node b is prompt b itself."""
+    """Tree nodes in the order of their visits, the roots first: node b is the root of prompt b."""
 
     prompt: Int64[np.ndarray, " N"]
+    """Prompt of each node."""
     parent: Int64[np.ndarray, " N"]
-    """-1 at a root."""
+    """Parent of each node; -1 at a root."""
     node: Int64[np.ndarray, " N"]
-    """In the trie."""
+    """Trie node of each node."""
     depth: Int64[np.ndarray, " N"]
-    """Codes so far, forced ones included."""
+    """Number of codes of the prefix, including forced ones."""
     logprob: Float32[np.ndarray, " N"]
-    """Of the choice at the parent."""
+    """Log-probability of the choice at the parent."""
     score: Float32[np.ndarray, " N"]
     """Log-probability of the whole prefix given its prompt."""
     value: Float32[np.ndarray, " N"]
+    """Value of the prefix, by the critic or the policy's value head."""
     entropy: Float32[np.ndarray, " N"]
-    """Of the choice at the node; 0 at a leaf."""
+    """Entropy of the choice at the node; 0 at a leaf."""
     state: Int64[np.ndarray, " N"]
-    """Of the engine."""
+    """Engine state of each node."""
     child_start: Int64[np.ndarray, " N1"]
-    """Children of node n are the entries `child_start[n] : child_start[n + 1]` of the next two."""
+    """Boundaries: the children of node n are the entries `child_start[n] : child_start[n + 1]`."""
     child: Int64[np.ndarray, " M"]
     """Trie node of each legal child."""
     child_logprob: Float32[np.ndarray, " M"]
+    """Log-probability of each legal child."""
     taken: Bool[np.ndarray, " M"]
-    """The child has a node, is to get one, or must not have one. Changes in place."""
+    """Whether the child has a node, is pending, or is excluded by the mask. Changed in place."""
 
     def __len__(self) -> int:
         return len(self.node)
 
     @property
     def is_leaf(self) -> Bool[np.ndarray, " N"]:
-        """The nodes without children."""
+        """Whether each node has no children."""
         return np.diff(self.child_start) == 0
 
     def free_children(
         self, nodes: Int64[np.ndarray, " F"]
     ) -> tuple[Int64[np.ndarray, " K"], Int64[np.ndarray, " K"]]:
-        """Entries of the children not taken of the given nodes, and the index of their owner."""
+        """Return the entries of the free children of `nodes`, and the index of each in `nodes`."""
         count = np.diff(self.child_start)[nodes]
         entry = ragged.ranges(self.child_start[nodes], count)
         free = ~self.taken[entry]
         return entry[free], np.repeat(np.arange(len(nodes)), count)[free]
 
     def num_free(self) -> Int64[np.ndarray, " N"]:
-        """Number of children of each node that are not taken."""
+        """Return the number of free (not taken) children of each node."""
         taken = ragged.starts(self.taken.astype(np.int64))[self.child_start]
         return np.diff(self.child_start) - np.diff(taken)
 
     def branches(
         self, end: Int64[np.ndarray, " C"], depth: int
     ) -> tuple[Float32[np.ndarray, "C D"], Float32[np.ndarray, "C D"]]:
-        """Log-probability of each code down to the given nodes, and value after it (NaN: unknown).
+        """Return log-probability and value (NaN if not computed) of each code on paths to `end`.
 
-        Forced codes and what lies past the end have log-probability 0.
+        Forced codes and entries past the end have log-probability 0. Walks up from `end` to the
+        roots, one node per iteration.
         """
         logprob = np.zeros((len(end), depth), np.float32)
         value = np.full((len(end), depth), np.nan, np.float32)
@@ -89,32 +93,33 @@ class VedTree:
             inside = self.parent[node] >= 0
             if not inside.any():
                 return logprob, value
-            at, above = node[inside], self.parent[node[inside]]
-            logprob[rows[inside], self.depth[above]] = self.logprob[at]
-            value[rows[inside], self.depth[at] - 1] = self.value[at]
+            below, above = node[inside], self.parent[node[inside]]
+            # The choice is the first code after the parent, the value is of the last code.
+            logprob[rows[inside], self.depth[above]] = self.logprob[below]
+            value[rows[inside], self.depth[below] - 1] = self.value[below]
             node = np.where(inside, self.parent[node], node)
 
 
 def expand_roots(
     engine: DecodingBackend,
     prompts: Prompts,
-    entry: PrefixMask | None = None,
+    mask: PrefixMask | None = None,
     values: Values | None = None,
 ) -> tuple[VedTree, Cost]:
-    """The trees of nothing but their prompts; children that `entry` does not admit are taken.
+    """Make trees that contain only roots; children that the `mask` does not allow are taken.
 
-    Nodes are worth what `values` has them, by default what the policy's own head has.
+    Values come from `values`, by default from the policy's own head.
 
     Raises:
-        EngineError: a prompt does not fit the engine, the policy has diverged, or there is neither
-            `values` nor a value head to guide by.
+        EngineError: a prompt does not fit the engine, the policy has diverged, or there are neither
+            `values` nor a value head.
     """
     expansion = check_finite(engine, engine.prefill(prompts))
-    number, root = np.arange(len(prompts)), np.full(len(prompts), ROOT)
-    nothing, zero = np.zeros(len(prompts), np.int64), np.zeros(len(prompts), np.float32)
+    prompt, root = np.arange(len(prompts)), np.full(len(prompts), ROOT)
+    depth, zero = np.zeros(len(prompts), np.int64), np.zeros(len(prompts), np.float32)
     visited = VedTree(
-        prompt=number, parent=nothing - 1, node=root, depth=nothing, logprob=zero, score=zero,
-        **_evaluated(expansion, number, torch.from_numpy(root), entry, values),
+        prompt=prompt, parent=depth - 1, node=root, depth=depth, logprob=zero, score=zero,
+        **_expansion_fields(expansion, prompt, torch.from_numpy(root), mask, values),
     )  # fmt: skip
     return visited, Cost(prefill_tokens=len(prompts.token), passes=1)
 
@@ -124,18 +129,18 @@ def expand(
     visited: VedTree,
     entry: Int64[np.ndarray, " F"],
     owner: Int64[np.ndarray, " F"],
-    gate: PrefixMask | None = None,
+    mask: PrefixMask | None = None,
     values: Values | None = None,
 ) -> tuple[VedTree, Cost]:
-    """Evaluate chosen children in one forward pass; their forced codes go with them.
+    """Evaluate chosen children, with the forced codes after them, in one forward pass.
 
     Args:
-        engine: that holds the states.
-        visited: the trees so far.
-        entry: place of each chosen child among all children.
-        owner: node that it is a child of.
-        gate: which of the new nodes' children may be visited; by default all.
-        values: what nodes are worth; by default what the policy's own head says.
+        engine: backend that has the states.
+        visited: trees so far.
+        entry: index of each chosen child among all children.
+        owner: node that each chosen child is a child of.
+        mask: mask of the children that may be visited; by default all.
+        values: values of nodes; by default those of the policy's own head.
 
     Raises:
         EngineError: the policy has diverged.
@@ -156,22 +161,22 @@ def expand(
         depth=trie.depth_of(below).cpu().numpy(),
         logprob=logprob,
         score=visited.score[owner] + logprob,
-        **_evaluated(expansion, visited.prompt[owner], below, gate, values),
+        **_expansion_fields(expansion, visited.prompt[owner], below, mask, values),
     )
-    leaves = int(is_leaf.sum())
+    num_leaves = int(is_leaf.sum())
     return _join(visited, new), Cost(
-        forward_tokens=len(token) - leaves, leaf_tokens=leaves, passes=1
+        forward_tokens=len(token) - num_leaves, leaf_tokens=num_leaves, passes=1
     )
 
 
-def _evaluated(
+def _expansion_fields(
     expansion: NextCodeLogprobs,
     prompt: Int64[np.ndarray, " F"],
     node: Int64[Tensor, " F"],
-    gate: PrefixMask | None,
+    mask: PrefixMask | None,
     values: Values | None,
 ) -> dict[str, np.ndarray]:
-    """The fields that an expansion of nodes of the given prompts knows."""
+    """Return the fields of `VedTree` that follow from an expansion: value, entropy, children."""
     if values is not None:
         value = values(prompt, node)
     elif expansion.value is not None:
@@ -187,9 +192,9 @@ def _evaluated(
     surprise: Float64[np.ndarray, " M"] = -np.exp(logprob.astype(np.float64)) * logprob
     owner = expansion.children.owner.cpu().numpy()
     taken = np.zeros(len(logprob), bool)
-    if gate is not None:
+    if mask is not None:
         child = expansion.children.node
-        taken = ~gate.allows(torch.from_numpy(prompt[owner]).to(child.device), child).cpu().numpy()
+        taken = ~mask.allows(torch.from_numpy(prompt[owner]).to(child.device), child).cpu().numpy()
     return {
         "value": value,
         "entropy": np.bincount(owner, surprise, minlength=len(start) - 1).astype(np.float32),
@@ -201,12 +206,12 @@ def _evaluated(
     }
 
 
-def _join(one: VedTree, other: VedTree) -> VedTree:
-    """The nodes of both, the children of the second behind those of the first."""
-    start = np.concatenate([one.child_start, one.child_start[-1] + other.child_start[1:]])
-    both = {
-        f.name: np.concatenate([getattr(one, f.name), getattr(other, f.name)])
+def _join(first: VedTree, second: VedTree) -> VedTree:
+    """Append the nodes and children of `second` to those of `first`."""
+    start = np.concatenate([first.child_start, first.child_start[-1] + second.child_start[1:]])
+    joined = {
+        f.name: np.concatenate([getattr(first, f.name), getattr(second, f.name)])
         for f in fields(VedTree)
         if f.name != "child_start"
     }
-    return replace(one, **both, child_start=start)
+    return replace(first, **joined, child_start=start)

@@ -90,11 +90,11 @@ def test_what_is_kept_does_not_grow_with_what_is_sent() -> None:
         return len(parcel.new)
 
     assert [send(one) for one in views] == [1] * len(views)
-    assert len(receiver._kept) == CAPACITY
+    assert len(receiver._cached) == CAPACITY
     assert send(views[-CAPACITY]) == 0  # the one that was used longest ago and is still there
     assert send(views[0]) == 1
     assert send(views[-CAPACITY]) == 0
-    assert len(receiver._kept) == CAPACITY
+    assert len(receiver._cached) == CAPACITY
 
 
 def test_views_differ_in_digest_where_they_differ_in_what_is_live(world: TinySetup) -> None:

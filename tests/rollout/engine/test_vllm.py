@@ -34,20 +34,20 @@ class Owner:
         config = RolloutConfig(dtype=dtype, threads=1, kv_cache_gib=kv_cache_gib)
         _trie, vocabulary = world.catalog.trie, world.tokenizer
         self._world = world
-        self._holder = VllmEngine(folder, world.model, vocabulary, world.version, config, seed=0)
+        self._engine = VllmEngine(folder, world.model, vocabulary, world.version, config, seed=0)
 
     def search(self, width: int) -> tuple[Candidates, int]:
         """What is found, and how many prompts are searched at a time."""
-        found = self._holder.run(partial(beam, width=width), self._world.prompts)
-        return found, self._holder.llm.collective_rpc(lambda worker: worker.orchard_batch)[0]
+        found = self._engine.run(partial(beam, width=width), self._world.prompts)
+        return found, self._engine.llm.collective_rpc(lambda worker: worker.orchard_batch)[0]
 
     def find(self, find: Any) -> Candidates:
         """What any search finds."""
-        return self._holder.run(find, self._world.prompts)
+        return self._engine.run(find, self._world.prompts)
 
     def load_weights(self, version: PolicyVersion, new: weights.Weights) -> None:
         """Search with other weights."""
-        self._holder.load_weights(version, new)
+        self._engine.load_weights(version, new)
 
     def generate(self) -> list[list[int]]:
         """Greedy text after each prompt."""
@@ -55,7 +55,7 @@ class Owner:
 
         prompts, params = self._world.prompts, SamplingParams(max_tokens=20, temperature=0.0)
         tokens = np.split(prompts.token, prompts.token_start[1:-1])
-        answers = self._holder.llm.generate(
+        answers = self._engine.llm.generate(
             [{"prompt_token_ids": t.tolist()} for t in tokens], params, use_tqdm=False
         )
         return [list(answer.outputs[0].token_ids) for answer in answers]
@@ -64,7 +64,7 @@ class Owner:
         """Leave a request unfinished, search, and withdraw it again."""
         from vllm import SamplingParams
 
-        engine = self._holder.llm.llm_engine
+        engine = self._engine.llm.llm_engine
         engine.add_request("1", {"prompt_token_ids": [3, 4]}, SamplingParams(max_tokens=5))
         try:
             self.search(2)
