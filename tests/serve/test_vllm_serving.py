@@ -15,7 +15,7 @@ from rollout.engine.protocol import DecodingBackend
 from rollout.engine.torch import TorchEngine
 from rollout.engine.vllm import VllmEngine
 from serve.decoding.recommender import RankedItems, recommend
-from serve.decoding.trace import Watched
+from serve.decoding.trace import TracedSearch
 from serve.testing import kind, make_catalog_store, query
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow]
@@ -39,7 +39,7 @@ class Replica:
         self._world = small_world(40)
         # A cache that three searches of fifty beams outgrow.
         config = RolloutConfig(threads=1, kv_cache_gib=0.002)
-        self._holder = VllmEngine(
+        self._engine = VllmEngine(
             folder, self._world.model, self._world.tokenizer,
             self._world.version, config, seed=0,
         )  # fmt: skip
@@ -47,22 +47,22 @@ class Replica:
     def answer(self, num_items: int) -> tuple[list[RankedItems], float, int]:
         """Answers from a catalog of so many items, seconds of prefill, expansions seen."""
         world = small_world(num_items)
-        self._holder.set_catalog(world.catalog)
-        watch: list[Watched] = []
+        self._engine.set_catalog(world.catalog)
+        traces: list[TracedSearch] = []
 
-        class Watching:
+        class TracingRunner:
             def run(inner, find: Any, prompts: Prompts) -> Candidates:
-                watch.append(Watched(find, trace=True))
-                return self._holder.run(watch[0], prompts)
+                traces.append(TracedSearch(find, record_steps=True))
+                return self._engine.run(traces[0], prompts)
 
         found, _ = recommend(
-            Watching(),
+            TracingRunner(),
             make_catalog_store(world).current,
             QUERIES,
             kind(filters=("stocked",)),
             max_history=10,
         )
-        return found, watch[0].prefill_s, len(watch[0].seen)
+        return found, traces[0].prefill_s, len(traces[0].steps)
 
 
 def plain(found: list[RankedItems]) -> list[list[tuple[int, float]]]:

@@ -118,7 +118,7 @@ def test_attributes_change_at_once_and_new_items_bring_theirs(shop: TinyShop) ->
         shop.engine, catalog_version, [query([100])], kind(filters=("stocked",)), max_history=10
     )
     assert [item.item_id for item in found.items] == [100]
-    assert (found.unknown, found.fewer) == (0, "exhausted")
+    assert (found.unknown_items, found.shortfall_reason) == (0, "exhausted")
 
 
 def test_filters_that_cannot_be_applied_are_refused() -> None:

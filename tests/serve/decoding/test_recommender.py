@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from serve.decoding.recommender import places_among, popular_items, recommend
-from serve.decoding.trace import Watched, draw_tree
+from serve.decoding.trace import TracedSearch, draw_tree
 from serve.errors import UnprocessableError
 from serve.testing import FILTERS, TinyShop, kind, query
 
@@ -70,10 +70,10 @@ def test_an_answer_is_the_ranking_of_all_items_less_those_excluded(
     for one in found.items:
         assert one.score == pytest.approx(score[catalog.leaf_of_item[one.item_id]], abs=1e-4)
         assert one.sid == catalog.codes[one.item_id].tolist()
-    assert (found.fewer == "") == (len(found.items) == k)
+    assert (found.shortfall_reason == "") == (len(found.items) == k)
     if len(found.items) < k:
         short = len(found.items) == len(allowed)
-        assert found.fewer == ("exhausted" if short else "per_prefix")
+        assert found.shortfall_reason == ("exhausted" if short else "per_prefix")
 
 
 @pytest.mark.parametrize("decoder", ["beam", "beam_sample", "ved"])
@@ -120,8 +120,8 @@ def test_unknown_items_of_a_history_are_passed_over_and_counted(shop: TinyShop) 
         kind(),
         max_history=10,
     )
-    assert strange.unknown == 2
-    assert plain.unknown == 0
+    assert strange.unknown_items == 2
+    assert plain.unknown_items == 0
     assert [i.item_id for i in strange.items] == [i.item_id for i in plain.items]
 
 
@@ -133,7 +133,7 @@ def test_a_beam_narrower_than_the_list_says_so(shop: TinyShop) -> None:
         kind(width=2),
         max_history=10,
     )
-    assert found.fewer == "width"
+    assert found.shortfall_reason == "width"
     assert len(found.items) >= 2
 
 
@@ -156,18 +156,18 @@ def test_the_fallback_shows_what_is_popular_and_allowed(shop: TinyShop) -> None:
         shop.catalog_store.current, query([], k=50, exclude=np.arange(39)), ("stocked",)
     )
     assert {i.item_id for i in everything.items} <= {39}
-    assert everything.fewer == "exhausted"
+    assert everything.shortfall_reason == "exhausted"
 
 
 def test_a_tree_shows_what_was_kept_and_what_was_pruned(shop: TinyShop) -> None:
     catalog_version, asked = shop.catalog_store.current, query(HISTORY, k=3)
-    traces: list[Watched] = []
+    traces: list[TracedSearch] = []
 
     class Tracing:
         version = shop.engine.version
 
         def run(self, find: Any, prompts: Any) -> Any:
-            traces.append(Watched(find, trace=True))
+            traces.append(TracedSearch(find, record_steps=True))
             return shop.engine.run(traces[0], prompts)
 
         def load_weights(self, version: Any, weights: Any) -> None: ...
@@ -177,7 +177,7 @@ def test_a_tree_shows_what_was_kept_and_what_was_pruned(shop: TinyShop) -> None:
     (found,), candidates = recommend(
         Tracing(), catalog_version, [asked], kind(width=3), max_history=10
     )
-    nodes = draw_tree(catalog_version, candidates, traces[0].seen, found.leaf)
+    nodes = draw_tree(catalog_version, candidates, traces[0].steps, found.leaf)
     known = {node.id: node for node in nodes}
     assert [n.id for n in nodes if n.parent == -1] == [0]
     for node in nodes[1:]:

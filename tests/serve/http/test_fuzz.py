@@ -31,7 +31,7 @@ class Served:
     """An endpoint that is up, driven from ordinary code."""
 
     def __init__(self, folder: Path, beside: Path) -> None:
-        self.meters, self.loop = InMemoryMetrics(), asyncio.new_event_loop()
+        self.metrics, self.loop = InMemoryMetrics(), asyncio.new_event_loop()
         config = ServeConfig(
             attributes=beside / "attributes.parquet",
             popularity=beside / "popularity.parquet",
@@ -42,7 +42,7 @@ class Served:
             poll_interval_s=3600.0,
             state=beside / "state",
         )
-        app = create_app(open_service(folder, config, self.meters))
+        app = create_app(open_service(folder, config, self.metrics))
         self._lifespan = app.router.lifespan_context(app)
         self.client = httpx.AsyncClient(
             transport=httpx.ASGITransport(app, raise_app_exceptions=False),
@@ -83,7 +83,7 @@ def served(shop_world: TinySetup, tmp_path_factory: pytest.TempPathFactory) -> I
     one = Served(folder, beside)
     yield one
     one.close()
-    assert one.meters.total("orchard_serve_illegal") == 0
+    assert one.metrics.total("orchard_serve_illegal") == 0
     torch.set_num_threads(threads)
 
 
@@ -135,7 +135,7 @@ def test_valid_requests_are_answered_with_legal_items_or_refused(
         shown = [item.item_id for item in answer.items]
         assert len(set(shown)) == len(shown) == answer.returned <= body.get("k", 10)
         assert set(shown) <= allowed
-        if answer.fewer == "exhausted":
+        if answer.shortfall_reason == "exhausted":
             assert set(shown) == allowed
 
 

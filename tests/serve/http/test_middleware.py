@@ -1,4 +1,4 @@
-"""What is let in, around an application that says how much it was sent."""
+"""The middleware around an application that returns the size of the body."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping

@@ -24,12 +24,18 @@ from serve.factory import open_service
 from serve.http.routes import create_app
 from serve.metrics import InMemoryMetrics
 from serve.policies.ab_test import assign_variant
+from serve.schema import RecommendResponse
 from serve.service import Service
 from serve.testing import export_policy
 
 T = TypeVar("T")
 TOKEN = "a-token-of-the-operator"
 OPERATOR = {"authorization": f"Bearer {TOKEN}"}
+RENAMED = {
+    "catalogue": "catalog", "asked": "requested", "fewer": "shortfall_reason",
+    "unknown": "unknown_items",
+}  # fmt: skip
+"""Old to new fields of a response."""
 
 
 @pytest.fixture
@@ -75,7 +81,7 @@ def settings(folder: Path, **changes: Any) -> ServeConfig:
 def served(
     folder: Path, work: Callable[[httpx.AsyncClient, Service], Awaitable[T]], **changes: Any
 ) -> T:
-    """What `work` makes of an endpoint that is up."""
+    """Run `work` against a started endpoint and return its result."""
 
     async def run() -> T:
         service = open_service(folder, settings(folder, **changes), InMemoryMetrics())
@@ -110,10 +116,15 @@ def test_a_request_is_answered_with_items_versions_and_cost(folder: Path) -> Non
         answer = response.json()
         assert response.headers["x-request-id"] == "mine-1"
         assert [item["rank"] for item in answer["items"]] == [1, 2, 3, 4, 5]
-        assert (answer["returned"], answer["fewer"], answer["source"]) == (5, "", "policy")
+        assert (answer["returned"], answer["source"]) == (5, "policy")
+        assert (answer["shortfall_reason"], answer["requested"]) == ("", 5)
+        assert answer["unknown_items"] == 0
+        for old, new in RENAMED.items():
+            assert answer[old] == answer[new]
+        assert RecommendResponse.model_validate(answer).model_dump(mode="json") == answer
         assert answer["policy"] == str(service.slots["main"].version)
         assert answer["policy"].startswith("3-")
-        assert answer["catalogue"].startswith("0-")
+        assert answer["catalog"].startswith("0-")
         assert answer["cost"]["forward_tokens"] > 0
         levels = answer["items"][0]["levels"]
         assert sum(level["logprob"] for level in levels) == pytest.approx(
@@ -138,12 +149,12 @@ def test_what_is_excluded_or_filtered_is_never_shown(folder: Path) -> None:
         )  # fmt: skip
         allowed = {i for i in range(40) if i % 7 < 3 and i % 2 == 0} - {0, 7, 14, 3, 18, 5}
         assert set(shown(filtered)) == allowed
-        assert filtered["fewer"] == "exhausted"
+        assert filtered["shortfall_reason"] == "exhausted"
         nothing = await recommend(client, history=[1], exclude=list(range(40)))
-        assert (nothing["items"], nothing["fewer"]) == ([], "exhausted")
+        assert (nothing["items"], nothing["shortfall_reason"]) == ([], "exhausted")
         capped = await recommend(client, history=[1], k=40, per_prefix=1)
         assert len({item["sid"][0] for item in capped["items"]}) == len(capped["items"])
-        assert service.meters.total("orchard_serve_illegal") == 0
+        assert service.metrics.total("orchard_serve_illegal") == 0
 
     served(folder, work)
 
@@ -214,8 +225,8 @@ def test_deltas_and_activations_need_the_token(
                 assert response.status_code == 401
                 assert response.headers["www-authenticate"] == "Bearer"
         assert service.catalog_store.current.version == 0
-        assert isinstance(service.meters, InMemoryMetrics)
-        assert service.meters.total("orchard_serve_refused") == 14
+        assert isinstance(service.metrics, InMemoryMetrics)
+        assert service.metrics.total("orchard_serve_refused") == 14
         monkeypatch.setenv("ORCHARD_SERVE_TOKEN", "")
         closed = await client.post(
             "/v1/catalog/delta", json={"remove": [1]}, headers={"authorization": "Bearer "}
@@ -240,7 +251,7 @@ def test_a_delta_shows_in_the_next_answer_and_can_be_taken_back(folder: Path) ->
         await change(client, remove=[gone], add=[{"item_id": 99, "sid": [4, 3, 5]}])
         after = await recommend(client, history=[3], k=41)
         assert set(shown(after)) == set(first) - {gone} | {99}
-        assert after["catalogue"].startswith("1-")
+        assert after["catalog"].startswith("1-")
         assert (await client.get(f"/v1/items/{gone}")).status_code == 404
         stale = await client.post(
             "/v1/catalog/delta", json={"remove": [5], "base_version": 0}, headers=OPERATOR
@@ -265,11 +276,11 @@ def test_replicas_share_deltas_and_later_ones_read_them_all(folder: Path) -> Non
         await other.look()
         late = open_service(folder, settings(folder), InMemoryMetrics())
         await late.start()
-        for desk_of in (other, late):
-            assert desk_of.catalog_store.current.version == 4
-            live = desk_of.catalog_store.current.snapshot
+        for replica in (other, late):
+            assert replica.catalog_store.current.version == 4
+            live = replica.catalog_store.current.snapshot
             assert set(live.catalog.item_id[live.live]) == set(range(40)) - {1, 2, 3}
-            await desk_of.close()
+            await replica.close()
 
     served(folder, work)
 
@@ -388,16 +399,16 @@ def test_a_policy_that_is_not_what_it_says_is_not_followed(
         # An engine that scores otherwise than the model is taken back.
         trained_further(shop_world, folder, step=6)
         slot = service.slots["main"]
-        install = slot.holder.load_weights
+        install = slot.inference_engine.load_weights
 
         def broken(version: Any, values: Any) -> None:
             name = next(iter(values))
             torn = values | {name: values[name] * (0.5 if version.step == 6 else 1.0)}
-            slot.holder.load_weights = install  # type: ignore[method-assign]
-            weights.restore(slot.holder._model, torn)  # type: ignore[attr-defined]
-            slot.holder.version = version  # type: ignore[misc]
+            slot.inference_engine.load_weights = install  # type: ignore[method-assign]
+            weights.restore(slot.inference_engine._model, torn)  # type: ignore[attr-defined]
+            slot.inference_engine.version = version  # type: ignore[misc]
 
-        slot.holder.load_weights = broken  # type: ignore[method-assign]
+        slot.inference_engine.load_weights = broken  # type: ignore[method-assign]
         before = [i["score"] for i in (await recommend(client, history=[3]))["items"]]
         await service.look()
         after = await recommend(client, history=[3])
@@ -456,7 +467,7 @@ def test_late_answers_are_popular_items_and_say_so(folder: Path) -> None:
         assert (late["source"], late["fallback"]) == ("popularity", "deadline")
         assert shown(late) == [0, 2, 3, 4]
         assert late["items"][0]["score"] is None
-        assert service.meters.total("orchard_serve_fallbacks") == 1
+        assert service.metrics.total("orchard_serve_fallbacks") == 1
         assert (await recommend(client, history=[3], deadline_ms=60_000))["source"] == "policy"
 
     served(folder, work)
@@ -483,7 +494,7 @@ def test_cached_answers_are_marked_and_end_with_their_versions(folder: Path) -> 
         third = await recommend(client, history=[3])
         assert third["source"] == "policy"
         assert shown(first)[0] not in shown(third)
-        assert service.meters.total("orchard_serve_cache_hits") == 1
+        assert service.metrics.total("orchard_serve_cache_hits") == 1
 
     served(folder, work, cache_s=60.0)
 
