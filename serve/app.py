@@ -63,7 +63,7 @@ def _boundaries(name: str) -> list[float]:
 
 
 class Endpoint:
-    """Replica: a service and its HTTP application in one process, so that no call crosses one."""
+    """Replica: a service and its HTTP application in the same process, to avoid a network hop."""
 
     def __init__(self, arguments: Arguments) -> None:
         """Load the service; Serve sends no request before the application has started."""

@@ -1,4 +1,4 @@
-"""The exposure log where it cannot be written for a while."""
+"""The exposure log while its folder cannot be written."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The endpoint over HTTP, in this process and without Ray."""
+"""The endpoint over HTTP, in-process and without Ray."""
 
 import asyncio
 import json
@@ -40,7 +40,7 @@ RENAMED = {
 
 @pytest.fixture
 def folder(shop_world: TinySetup, tmp_path: Path) -> Path:
-    """A policy as training exports it, with all the files that settings may name."""
+    """Export a policy as training does, with all files that the settings can refer to."""
     export_policy(shop_world, tmp_path / "policy", step=3)
     ids = np.arange(40)
     pq.write_table(
@@ -64,18 +64,18 @@ def _token(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def settings(folder: Path, **changes: Any) -> ServeConfig:
-    beside = folder.parent
-    whole: dict[str, Any] = {
-        "attributes": beside / "attributes.parquet",
-        "popularity": beside / "popularity.parquet",
-        "histories": beside / "histories.parquet",
+    parent = folder.parent
+    defaults: dict[str, Any] = {
+        "attributes": parent / "attributes.parquet",
+        "popularity": parent / "popularity.parquet",
+        "histories": parent / "histories.parquet",
         "filters": {
             "cheap": FilterConfig(column="price", op="<", value=3),
             "stocked": FilterConfig(column="stock"),
         },
-        "poll_interval_s": 3600.0,  # the tests look themselves
+        "poll_interval_s": 3600.0,  # the tests poll themselves
     }
-    return ServeConfig(**(whole | changes))
+    return ServeConfig(**(defaults | changes))
 
 
 def served(
@@ -161,8 +161,8 @@ def test_what_is_excluded_or_filtered_is_never_shown(folder: Path) -> None:
 
 def test_users_are_answered_from_the_history_store(folder: Path) -> None:
     async def work(client: httpx.AsyncClient, service: Service) -> None:
-        known = await recommend(client, user="ann")
-        assert shown(known) == shown(await recommend(client, history=[1, 2, 3]))
+        answer = await recommend(client, user="ann")
+        assert shown(answer) == shown(await recommend(client, history=[1, 2, 3]))
         response = await client.post("/v1/recommend", json={"user": "eve"})
         assert response.status_code == 404
         assert response.headers["content-type"] == "application/problem+json"
@@ -183,11 +183,11 @@ def test_a_batch_answers_or_refuses_each_by_itself(folder: Path) -> None:
 
 def test_items_catalog_policy_and_health_can_be_looked_at(folder: Path) -> None:
     async def work(client: httpx.AsyncClient, service: Service) -> None:
-        items = catalogs.load(folder / "catalogue")
-        one = (await client.get("/v1/items/39")).json()
-        assert one["sid"] == items.codes[39].tolist()
-        assert 0 in one["shares_sid_with"]  # the tiny catalog's collision
-        assert one["filters"] == []
+        catalog = catalogs.load(folder / "catalogue")
+        item = (await client.get("/v1/items/39")).json()
+        assert item["sid"] == catalog.codes[39].tolist()
+        assert 0 in item["shares_sid_with"]  # the tiny catalog's collision
+        assert item["filters"] == []
         assert (await client.get("/v1/items/4000")).status_code == 404
         assert (await client.get("/v1/items/99999999999999999999999")).status_code == 404
         info = (await client.get("/v1/catalog")).json()
@@ -244,15 +244,15 @@ def test_a_delta_shows_in_the_next_answer_and_can_be_taken_back(folder: Path) ->
 
     async def work(client: httpx.AsyncClient, service: Service) -> None:
         first = shown(await recommend(client, history=[3], k=40))
-        gone = first[0]
-        dry = await change(client, remove=[gone], dry_run=True)
+        removed = first[0]
+        dry = await change(client, remove=[removed], dry_run=True)
         assert (dry["version"], dry["items"], dry["dry_run"]) == (1, 39, True)
         assert shown(await recommend(client, history=[3], k=40)) == first
-        await change(client, remove=[gone], add=[{"item_id": 99, "sid": [4, 3, 5]}])
+        await change(client, remove=[removed], add=[{"item_id": 99, "sid": [4, 3, 5]}])
         after = await recommend(client, history=[3], k=41)
-        assert set(shown(after)) == set(first) - {gone} | {99}
+        assert set(shown(after)) == set(first) - {removed} | {99}
         assert after["catalog"].startswith("1-")
-        assert (await client.get(f"/v1/items/{gone}")).status_code == 404
+        assert (await client.get(f"/v1/items/{removed}")).status_code == 404
         stale = await client.post(
             "/v1/catalog/delta", json={"remove": [5], "base_version": 0}, headers=OPERATOR
         )
@@ -286,7 +286,7 @@ def test_replicas_share_deltas_and_later_ones_read_them_all(folder: Path) -> Non
 
 
 def trained_further(world: TinySetup, folder: Path, *, step: int, spoil: bool = False) -> None:
-    """Export another policy over the first, as training does."""
+    """Replace the exported policy with another one, as training does."""
     values = weights.snapshot(world.model)
     name = next(iter(values))
     changed = values | {name: values[name] + 0.05 * step}
@@ -342,7 +342,7 @@ def test_a_policy_exported_while_the_endpoint_starts_is_found(
 
     async def work(client: httpx.AsyncClient, service: Service) -> None:
         assert (await recommend(client, history=[3]))["policy"].startswith("3-")
-        assert service.slots["main"].kept == []  # what lies in the folder is another policy
+        assert service.slots["main"].kept == []  # the folder contains another policy
         await service.look()
         assert (await recommend(client, history=[3]))["policy"].startswith("4-")
         (kept,) = service.slots["main"].kept
@@ -396,7 +396,7 @@ def test_a_policy_that_is_not_what_it_says_is_not_followed(
         shutil.rmtree(folder)
         await service.look()
         assert (await recommend(client, history=[3]))["policy"] == first
-        # An engine that scores otherwise than the model is taken back.
+        # A switch is undone if the engine scores differently from the model.
         trained_further(shop_world, folder, step=6)
         slot = service.slots["main"]
         install = slot.inference_engine.load_weights
@@ -501,8 +501,8 @@ def test_cached_answers_are_marked_and_end_with_their_versions(folder: Path) -> 
 
 def test_a_full_cache_forgets_what_came_first(folder: Path) -> None:
     async def work(client: httpx.AsyncClient, service: Service) -> None:
-        asked = [[3], [4], [4], [3]]
-        source = [(await recommend(client, history=history))["source"] for history in asked]
+        histories = [[3], [4], [4], [3]]
+        source = [(await recommend(client, history=history))["source"] for history in histories]
         assert source == ["policy", "policy", "cache", "policy"]
 
     served(folder, work, cache_s=60.0, cache_size=1)
@@ -526,9 +526,9 @@ def test_a_full_queue_answers_429_with_a_time_to_retry(folder: Path) -> None:
 def test_settings_that_do_not_fit_the_policy_are_refused(
     folder: Path, shop_world: TinySetup, tmp_path: Path
 ) -> None:
-    strange = {"odd": FilterConfig(column="size", value=1)}
+    filters = {"odd": FilterConfig(column="size", value=1)}
     with pytest.raises(ConfigError, match=r"serve\.filters\.odd\.column = 'size'"):
-        open_service(folder, settings(folder, filters=strange), InMemoryMetrics())
+        open_service(folder, settings(folder, filters=filters), InMemoryMetrics())
     export_policy(tiny_setup(num_items=30), tmp_path / "foreign", step=1)
     foreign = {"b": VariantConfig(policy=tmp_path / "foreign", share=0.1)}
     with pytest.raises(CheckpointError, match="was trained on catalog"):
