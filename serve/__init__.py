@@ -1,1 +1,1 @@
-"""A user -> items: the trained policy behind HTTP."""
+"""HTTP service for recommendations from a trained policy."""

@@ -1,10 +1,10 @@
-"""Refusals of the endpoint; `api` turns them into RFC 9457 problems."""
+"""API errors; `serve.http` returns them as RFC 9457 problem responses."""
 
 from orchard.errors import OrchardError
 
 
 class ApiError(OrchardError):
-    """A request that is not answered, and why. The detail names no path and no code."""
+    """Base of the errors returned to clients. Messages contain no file paths and no code."""
 
     status = 400
     title = "The request cannot be answered"
@@ -13,46 +13,46 @@ class ApiError(OrchardError):
 
 
 class UnknownNameError(ApiError):
-    """A filter, user, item or version that does not exist."""
+    """Error for a filter, user, item or version that does not exist."""
 
     status, title, kind = 404, "There is no such thing", "unknown"
 
 
 class UnprocessableError(ApiError):
-    """A request that this catalog or policy cannot satisfy as written."""
+    """Error for a valid request that this catalog or policy cannot satisfy."""
 
     status, title, kind = 422, "The request does not fit", "unsuitable"
 
 
 class ConflictError(ApiError):
-    """The state has changed since the caller looked."""
+    """Error for a change based on an outdated state."""
 
     status, title, kind = 409, "The state has changed", "conflict"
 
 
-class UnauthorisedError(ApiError):
-    """A missing or wrong token."""
+class UnauthorizedError(ApiError):
+    """Error for a missing or wrong token."""
 
     status, title, kind = 401, "A bearer token is needed", "unauthorised"
 
 
 class OverloadedError(ApiError):
-    """The queue is full."""
+    """Error for a full queue."""
 
     status, title, kind = 429, "Too many requests wait", "overloaded"
 
     def __init__(self, detail: str, retry_after_s: float) -> None:
-        """`retry_after_s` is when the queue should have drained."""
+        """Create the error; `retry_after_s` is the expected time until the queue has drained."""
         super().__init__(detail)
         self.retry_after_s = retry_after_s
 
 
 class UnavailableError(ApiError):
-    """Not ready, or nothing can answer in time."""
+    """Error for a service that is not ready or cannot answer in time."""
 
     status, title, kind = 503, "The service cannot answer now", "unavailable"
 
     def __init__(self, detail: str, retry_after_s: float = 1.0) -> None:
-        """`retry_after_s` is when to try again."""
+        """Create the error; `retry_after_s` is the time to wait before a retry."""
         super().__init__(detail)
         self.retry_after_s = retry_after_s

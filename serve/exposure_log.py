@@ -1,7 +1,7 @@
-"""The exposure log: what was shown to whom, by which policy, and how likely that was.
+"""Exposure log: shown items with user, policy and log-probabilities, for off-policy evaluation.
 
-One row per shown item, in Parquet files of their own below a folder, each there whole or not at
-all. Rewards are joined later by `request_id` and `item_id` (see `orchard.evaluation.off_policy`).
+The log has one row per shown item, in Parquet files that are written atomically to one folder.
+Rewards are joined later by `request_id` and `item_id` (see `orchard.evaluation.off_policy`).
 """
 
 import threading
@@ -28,14 +28,14 @@ SCHEMA = pa.schema(
 )  # fmt: skip
 
 _KEPT_FILES = 10
-"""Worth of rows that are kept in memory while they cannot be written."""
+"""Number of files whose rows stay in memory if they cannot be written; older rows are dropped."""
 
 
 class ExposureLog:
-    """Collects rows and writes them out; any thread may add, one writes at a time."""
+    """Buffer of rows written to Parquet files. Thread-safe; one thread writes at a time."""
 
     def __init__(self, folder: Path, *, rows: int = 5000) -> None:
-        """Write below `folder` whenever so many rows have come together."""
+        """Create the folder of a log whose buffer holds `rows` rows."""
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._size = folder, rows
         self._rows: list[dict[str, object]] = []
@@ -52,16 +52,16 @@ class ExposureLog:
         restricted: bool,
         shadow: bool,
     ) -> bool:
-        """Note an answer with its levels; returns if it is time to `flush`.
+        """Buffer an answer with its levels; return whether the buffer should be flushed.
 
         Args:
-            answer: what was shown.
-            request_id: of the request.
-            user: if the request named one.
-            history: item ids that the policy was asked to read.
-            temperature: of the draws.
-            restricted: items were excluded or filtered, so that draws were among fewer.
-            shadow: the answer was shown to nobody.
+            answer: answer with its items and levels.
+            request_id: ID of the request.
+            user: user of the request, if it has one.
+            history: item ids in the prompt of the policy.
+            temperature: sampling temperature.
+            restricted: whether items were excluded or filtered, so that fewer could be drawn.
+            shadow: whether the answer was only logged and not shown.
         """
         shared: dict[str, object] = {
             "request_id": request_id, "time": time.time(), "user": user,
@@ -83,7 +83,7 @@ class ExposureLog:
             return len(self._rows) >= self._size
 
     def flush(self) -> None:
-        """Write what has come together as a file of its own."""
+        """Write the buffered rows to a new file; keep them in the buffer if that fails."""
         with self._writing:
             with self._lock:
                 rows, self._rows = self._rows, []
@@ -96,6 +96,6 @@ class ExposureLog:
                 partial.rename(self._folder / f"{name}.parquet")
             except OSError:
                 partial.unlink(missing_ok=True)
-                with self._lock:  # for the next try, as far as memory may be spent on them
+                with self._lock:  # retried by the next flush, up to the memory limit
                     self._rows = (rows + self._rows)[-_KEPT_FILES * self._size :]
                 raise

@@ -1,4 +1,4 @@
-"""From a policy folder and the settings to a service that can start."""
+"""Service factory: build a service from a policy folder and the settings."""
 
 import logging
 from pathlib import Path
@@ -32,70 +32,74 @@ _log = logging.getLogger("orchard.serve")
 
 
 def open_service(
-    folder: Path, config: ServeConfig, meters: ServeMetrics, *, max_history: int | None = None
+    folder: Path, config: ServeConfig, metrics: ServeMetrics, *, max_history: int | None = None
 ) -> Service:
-    """A service for the policy in `folder`; reads and checks everything that the settings name.
+    """Build a service for the policy in `folder`; load and check all files in the settings.
 
     Args:
-        folder: of an exported policy; its catalog is what is served.
-        config: the settings.
-        meters: where figures go.
-        max_history: items that the policy reads; by default what it was exported with.
+        folder: folder of an exported policy, whose catalog is served.
+        config: serving settings.
+        metrics: destination of the metrics.
+        max_history: number of history items that the policy reads; by default as exported.
 
     Raises:
-        DataError, ConfigError, CheckpointError, EngineError: one sentence each.
+        DataError, ConfigError, CheckpointError, EngineError: each with a one-sentence message.
     """
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(config.threads)
     models.check_folder(folder)
-    items = catalogs.load(folder / "catalogue")
-    words = item_tokenizer.make_item_tokenizer(item_tokenizer.read_tokenizer(folder), items)
+    catalog = catalogs.load(folder / "catalogue")
+    text_tokenizer = item_tokenizer.read_tokenizer(folder)
+    tokenizer = item_tokenizer.make_item_tokenizer(text_tokenizer, catalog)
     attributes = NOTHING
     if config.attributes is not None:
         attributes = read_attributes(config.attributes, config.filters)
     check_filters(attributes, config.filters)
     popularity = read_popularity(config.popularity) if config.popularity is not None else {}
-    shared_state = SharedState(config.state or folder.parent / "serve", items.digest)
+    shared_state = SharedState(config.state or folder.parent / "serve", catalog.digest)
     catalog_store = CatalogStore(
-        words, attributes=attributes, filters=config.filters, popularity=popularity,
+        tokenizer, attributes=attributes, filters=config.filters, popularity=popularity,
         keep=config.versions,
     )  # fmt: skip
-    slots = {MAIN: _slot(MAIN, folder, config, words, shared_state)}
-    known = slot.read_facts(folder)
+    slots = {MAIN: _slot(MAIN, folder, config, tokenizer, shared_state)}
+    facts = slot.read_facts(folder)
     for name in sorted(config.variants):
-        one = config.variants[name]
+        variant = config.variants[name]
         slots[name] = _slot(
-            name, one.policy, config, words, shared_state, share=one.share, shadow=one.shadow
-        )
-        _check_prompts(name, one.policy, words, known)
+            name, variant.policy, config, tokenizer, shared_state,
+            share=variant.share, shadow=variant.shadow,
+        )  # fmt: skip
+        _check_prompts(name, variant.policy, tokenizer, facts)
     return Service(
-        config, slots, catalog_store, shared_state, meters,
-        max_history=max_history or (known["max_history"] if known else 10),
+        config, slots, catalog_store, shared_state, metrics,
+        max_history=max_history or (facts["max_history"] if facts else 10),
         histories=open_histories(config),
         exposure=ExposureLog(config.exposure) if config.exposure is not None else None,
     )  # fmt: skip
 
 
 def _check_prompts(
-    name: str, folder: Path, tokenizer: ItemTokenizer, main: dict[str, Any] | None
+    name: str, folder: Path, tokenizer: ItemTokenizer, main_facts: dict[str, Any] | None
 ) -> None:
-    """All variants read one prompt, that of the main policy."""
-    own = item_tokenizer.make_item_tokenizer(
+    """Raise ConfigError unless a variant reads the same prompts as the main policy."""
+    other = item_tokenizer.make_item_tokenizer(
         item_tokenizer.read_tokenizer(folder), tokenizer.catalog
     )
     facts = slot.read_facts(folder)
-    same = (own.size, own.bos, own.pad, own.think, own.instruction) == (
+    is_same = (other.size, other.bos, other.pad, other.think, other.instruction) == (
         tokenizer.size, tokenizer.bos, tokenizer.pad, tokenizer.think, tokenizer.instruction,
-    ) and all(map(torch.equal, own.level_tokens, tokenizer.level_tokens))  # fmt: skip
-    if not same:
+    ) and all(map(torch.equal, other.level_tokens, tokenizer.level_tokens))  # fmt: skip
+    if not is_same:
         raise ConfigError(
             f"serve.variants.{name}: the tokens of {folder} are not those of the main policy; "
-            "serve it from an endpoint of its own"
+            "serve it from another endpoint"
         )
-    if main is not None and facts is not None and facts["max_history"] != main["max_history"]:
+    if main_facts is None or facts is None:
+        return
+    if facts["max_history"] != main_facts["max_history"]:
         raise ConfigError(
             f"serve.variants.{name} was trained with data.max_history = {facts['max_history']}, "
-            f"the main policy with {main['max_history']}; serve it from an endpoint of its own"
+            f"the main policy with {main_facts['max_history']}; serve it from another endpoint"
         )
 
 
@@ -109,6 +113,7 @@ def _slot(
     share: float = 0.0,
     shadow: bool = False,
 ) -> PolicySlot:
+    """Build the slot of a variant with the policy that is in its folder now."""
     first = slot.read_policy(folder, tokenizer)
 
     def make(loaded: LoadedPolicy) -> InferenceEngine:
@@ -124,7 +129,7 @@ def _slot(
 def engine_of(
     folder: Path, loaded: LoadedPolicy, tokenizer: ItemTokenizer, config: ServeConfig
 ) -> InferenceEngine:
-    """The configured engine; torch, with a warning, where vLLM cannot be had."""
+    """Create the configured engine; fall back to torch, with a warning, if vLLM is unavailable."""
     if config.engine == "vllm":
         rollout = RolloutConfig(engine="vllm", threads=config.threads)
         try:
@@ -135,7 +140,7 @@ def engine_of(
 
 
 def read_popularity(path: Path) -> dict[int, float]:
-    """Item to count.
+    """Read the interaction count of each item.
 
     Raises:
         DataError: the file or a column is missing, or unreadable.

@@ -1,11 +1,11 @@
-"""What an endpoint counts. Names are Prometheus names; the shell hands them on to Ray.
+"""Metrics of an endpoint, under their Prometheus names; `serve.app` exports them through Ray.
 
 | name | kind | tags |
 |---|---|---|
 | orchard_serve_requests | counter | variant, source, policy |
 | orchard_serve_fallbacks | counter | variant, reason |
 | orchard_serve_cache_hits | counter | variant |
-| orchard_serve_illegal | counter | variant: items in an answer that must not be; stays 0 |
+| orchard_serve_illegal | counter | variant: illegal items in an answer; must stay 0 |
 | orchard_serve_refused | counter | kind |
 | orchard_serve_phase_seconds | histogram | variant, phase: queue, prefill, levels, post, total |
 | orchard_serve_beam_fill | histogram | variant: beam rows of a batch over the budget |
@@ -40,14 +40,14 @@ SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 @runtime_checkable
 class ServeMetrics(Protocol):
-    """Where figures go."""
+    """Destination of the metrics."""
 
     def count(self, name: str, by: float = 1.0, **tags: str) -> None:
-        """Add to a counter."""
+        """Increase a counter."""
         ...
 
     def observe(self, name: str, value: float, **tags: str) -> None:
-        """Add to a histogram."""
+        """Add an observation to a histogram."""
         ...
 
     def set(self, name: str, value: float, **tags: str) -> None:
@@ -56,20 +56,20 @@ class ServeMetrics(Protocol):
 
 
 class InMemoryMetrics:
-    """Figures kept in memory, for tests and benchmarks."""
+    """Metrics in memory, for tests and benchmarks."""
 
     def __init__(self) -> None:
-        """Start with nothing."""
+        """Start with empty metrics."""
         self.counts = Counter[tuple[str, ...]]()
         self.values: dict[tuple[str, ...], list[float]] = defaultdict(list)
         self.gauges: dict[tuple[str, ...], float] = {}
 
     def count(self, name: str, by: float = 1.0, **tags: str) -> None:
-        """Add to a counter."""
+        """Increase a counter."""
         self.counts[_key(name, COUNTERS[name], tags)] += int(by)
 
     def observe(self, name: str, value: float, **tags: str) -> None:
-        """Add to a histogram."""
+        """Add an observation to a histogram."""
         self.values[_key(name, HISTOGRAMS[name], tags)].append(value)
 
     def set(self, name: str, value: float, **tags: str) -> None:
@@ -77,10 +77,11 @@ class InMemoryMetrics:
         self.gauges[_key(name, GAUGES[name], tags)] = value
 
     def total(self, name: str) -> int:
-        """A counter over all its tags."""
+        """Return the sum of a counter over all tags."""
         return sum(n for key, n in self.counts.items() if key[0] == name)
 
 
-def _key(name: str, known: tuple[str, ...], tags: Mapping[str, str]) -> tuple[str, ...]:
-    assert tags.keys() == set(known), (name, tags)
-    return (name, *(tags[tag] for tag in known))
+def _key(name: str, tag_names: tuple[str, ...], tags: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the metric name and its tag values, in the declared order."""
+    assert tags.keys() == set(tag_names), (name, tags)
+    return (name, *(tags[tag] for tag in tag_names))

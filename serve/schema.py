@@ -1,4 +1,4 @@
-"""What the endpoint is asked and what it answers. Unknown fields are refused."""
+"""Request and response models of the HTTP API. Models refuse unknown fields."""
 
 from typing import Annotated, Any, Literal
 
@@ -13,6 +13,7 @@ from pydantic import (
 )
 
 Decoder = Literal["beam", "ved", "beam_sample"]
+Shortfall = Literal["", "exhausted", "width", "budget", "per_prefix"]
 ItemId = Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)]
 Ids = Annotated[list[ItemId], Field(max_length=10_000, fail_fast=True)]
 Name = Annotated[str, Field(min_length=1, max_length=100)]
@@ -20,16 +21,28 @@ Count = Annotated[StrictInt, Field(ge=1, le=100_000)]
 
 
 class ResponseModel(BaseModel):
-    """A request or a response."""
+    """Base of all requests and responses."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
-_MOST_FIELDS = 64
+_MAX_FIELDS = 64
 
 
-class _NamesCatalog(ResponseModel):
-    """Responses that name the catalog, under the old spelling `catalogue` for one more release."""
+class _RenamedFields(ResponseModel):
+    """Response that repeats renamed fields under their old names for one more release."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_old_names(cls, data: Any) -> Any:
+        """Drop the computed old names, so that a response's own JSON can be read back."""
+        if not isinstance(data, dict):
+            return data
+        return {k: v for k, v in data.items() if k not in cls.model_computed_fields}
+
+
+class _NamesCatalog(_RenamedFields):
+    """Response that names the catalog, also under the old spelling `catalogue`."""
 
     catalog: str
     """Version number and digest of the catalog."""
@@ -37,69 +50,66 @@ class _NamesCatalog(ResponseModel):
     @computed_field(json_schema_extra={"deprecated": True})
     @property
     def catalogue(self) -> str:
-        """The value of `catalog`."""
+        """Old name of `catalog`."""
         return self.catalog
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_old_name(cls, data: Any) -> Any:
-        """Let a response's own JSON be read back."""
-        return {k: v for k, v in data.items() if k != "catalogue"} if "catalogue" in data else data
 
 
 class RequestModel(ResponseModel):
-    """A request, or a part of one.
+    """Base of requests and of their parts.
 
-    Lists are judged up to their first fault, objects up to a size: a body full of faults must not
-    cost more than a good one.
+    Validation of a list stops at its first error, and an object has a bounded number of fields, so
+    that an invalid body does not cost more than a valid one.
     """
 
     @model_validator(mode="before")
     @classmethod
-    def _small(cls, data: Any) -> Any:
-        if isinstance(data, dict) and len(data) > _MOST_FIELDS:
-            raise ValueError(f"at most {_MOST_FIELDS} fields, not {len(data)}")
+    def _limit_fields(cls, data: Any) -> Any:
+        """Refuse an object with too many fields before any of them is validated."""
+        if isinstance(data, dict) and len(data) > _MAX_FIELDS:
+            raise ValueError(f"at most {_MAX_FIELDS} fields, not {len(data)}")
         return data
 
 
 class RecommendRequest(RequestModel):
-    """Whose next items, how many, and which not."""
+    """Request for the next items of one history or user."""
 
     history: Ids | None = None
-    """Item ids, oldest first. The policy reads the last ones that it was trained to read."""
+    """Item ids, oldest first. The policy reads the last `max_history` of them."""
     user: Annotated[str, Field(min_length=1, max_length=200)] | None = None
-    """Chooses the variant; without `history`, also the row of the history store."""
+    """User id that selects the variant and, without `history`, the row of the history store."""
     k: Count = 10
-    """Items wanted."""
+    """Number of items to return."""
     exclude: Ids = Field(default_factory=list[int])
-    """Item ids that must not be shown. Unknown ones exclude nothing."""
+    """Item ids that must not be shown; unknown ids are ignored."""
     exclude_seen: StrictBool = False
-    """Exclude the whole history."""
+    """Whether to exclude every item of the history."""
     filters: Annotated[list[Name], Field(max_length=16)] = Field(default_factory=list[str])
-    """Named views; an item must be in all of them."""
+    """Names of configured filters; an item must pass all of them."""
     width: Count | None = None
-    """Width of the beam; for `ved`, that of the beam it begins with."""
+    """Beam width; `ved` gets the forward budget of a beam of this width."""
     decoder: Decoder = "beam"
     per_prefix: Count | None = None
-    """At most so many items that begin with the same code."""
+    """Maximum number of items that share their first code."""
     temperature: Annotated[float, Field(gt=0.0, le=100.0, allow_inf_nan=False)] = 1.0
-    """Of `beam_sample`."""
+    """Sampling temperature of `beam_sample`."""
     seed: Annotated[StrictInt, Field(ge=0, lt=2**63)] | None = None
-    """Of the random decoders; drawn, and named in the answer, where it is missing."""
+    """Seed of the random decoders; if missing, one is drawn and returned in the response."""
     deadline_ms: Annotated[float, Field(gt=0.0, le=60_000.0, allow_inf_nan=False)] | None = None
-    """The beam is narrowed, and at last popular items are shown, rather than to answer later."""
+    """Deadline in milliseconds; to meet it the beam is narrowed or popular items are shown."""
     explain: Literal["none", "levels", "tree"] = "none"
-    """`levels`: log-probability and value of every code; `tree`: also what the search saw."""
+    """Detail to add: `levels` the log-probability and value of every code, `tree` also the search
+    tree."""
 
     @model_validator(mode="after")
-    def _someone(self) -> "RecommendRequest":
+    def _require_history_or_user(self) -> "RecommendRequest":
+        """Require a history, which may be empty, or a user."""
         if self.history is None and self.user is None:
             raise ValueError("give a history (it may be empty) or a user")
         return self
 
 
 class BatchRequest(RequestModel):
-    """Several requests, answered in their order."""
+    """Several requests, answered in order."""
 
     requests: Annotated[list[RecommendRequest], Field(min_length=1, max_length=256, fail_fast=True)]
 
@@ -109,9 +119,9 @@ class Level(ResponseModel):
 
     code: int
     logprob: float
-    """Given the codes before it; 0 where it was the only choice."""
+    """Log-probability of the code given the codes before it; 0 if no other code was legal."""
     value: float | None = None
-    """What the value head makes of the prefix that ends here, where the decoder asked."""
+    """Value estimate of the prefix that ends with this code, if the decoder used the value head."""
 
 
 class Item(ResponseModel):
@@ -120,73 +130,96 @@ class Item(ResponseModel):
     rank: int
     item_id: int
     score: float | None
-    """Log-probability of the semantic ID given the history; none where the policy did not answer.
-    Items that share a semantic ID share it."""
+    """Log-probability of the semantic ID given the history, null if the policy did not answer.
+    Items that share a semantic ID share the score."""
     sid: list[int]
     title: str
     levels: list[Level] | None = None
 
 
 class Node(ResponseModel):
-    """A prefix that the search saw."""
+    """Node of the search tree: one prefix of codes."""
 
     id: int
     parent: int
-    """-1 at the root."""
+    """Id of the parent node; -1 at the root."""
     code: int
     logprob: float
     score: float
-    """Sum of the log-probabilities down to here."""
+    """Sum of the log-probabilities from the root to this node."""
     value: float | None = None
     kept: bool
-    """It leads to an answer. The others were pruned, or may not be shown."""
+    """Whether the node leads to a returned item; the others were pruned or may not be shown."""
     item_id: int | None = None
-    """The best of its items, where the prefix is a whole semantic ID."""
+    """First item of the leaf, if the prefix is a complete semantic ID."""
 
 
 class Cost(ResponseModel):
-    """What the search of the batch that the request was in spent."""
+    """Cost of the search of the batch that contained the request."""
 
     prefill_tokens: int
     forward_tokens: int
     passes: int
     batch: int
-    """Requests in the batch."""
+    """Number of requests in the batch."""
     seconds: float
 
 
+def _old_names_are_optional(schema: dict[str, Any]) -> None:
+    """Leave old names that always had a default out of the required properties."""
+    if "required" in schema:
+        schema["required"] = [n for n in schema["required"] if n not in ("fewer", "unknown")]
+
+
 class RecommendResponse(_NamesCatalog):
-    """Items, best first, and what made them."""
+    """Recommended items, best first, with their provenance and cost."""
+
+    model_config = ConfigDict(json_schema_extra=_old_names_are_optional)
 
     items: list[Item]
     returned: int
-    asked: int
-    fewer: Literal["", "exhausted", "width", "budget", "per_prefix"] = ""
-    """Why there are fewer than asked for: no other item may be shown; the beam was too narrow; the
-    guided search ended; the cap on items that begin with one code."""
+    """Number of items returned."""
+    requested: int
+    """Number of items requested."""
+    shortfall_reason: Shortfall = ""
+    """Reason for returning fewer items than requested: `exhausted`, no other item may be shown;
+    `width`, the beam was too narrow; `budget`, the value-guided search used up its budget;
+    `per_prefix`, the cap on items that share their first code."""
     source: Literal["policy", "cache", "popularity"]
-    """`popularity` is the fallback: nothing in it is personal but what is excluded."""
+    """Origin of the items; `popularity` is the fallback, personal only in what it excludes."""
     fallback: Literal["", "deadline", "engine"] = ""
     variant: str
     policy: str
     decoder: Decoder
     width: int
-    """The width that was searched with, which a deadline may have narrowed."""
+    """Beam width of the search, which a deadline may have reduced."""
     seed: int | None = None
-    unknown: int = 0
-    """Items of the history that the catalog does not know; they were passed over."""
+    unknown_items: int = 0
+    """Number of history items that the catalog does not contain; the policy does not read them."""
     cost: Cost
     tree: list[Node] | None = None
 
+    @computed_field(json_schema_extra={"deprecated": True})
+    @property
+    def asked(self) -> int:
+        """Old name of `requested`."""
+        return self.requested
 
-class BatchResponse(ResponseModel):
-    """One answer or problem per request, in their order."""
+    @computed_field(json_schema_extra={"deprecated": True, "default": ""})
+    @property
+    def fewer(self) -> Shortfall:
+        """Old name of `shortfall_reason`."""
+        return self.shortfall_reason
 
-    responses: list["RecommendResponse | Problem"]
+    @computed_field(json_schema_extra={"deprecated": True, "default": 0})
+    @property
+    def unknown(self) -> int:
+        """Old name of `unknown_items`."""
+        return self.unknown_items
 
 
 class NewItem(RequestModel):
-    """An item to put into the catalog."""
+    """Item to add to the catalog."""
 
     item_id: ItemId
     sid: Annotated[list[Annotated[StrictInt, Field(ge=0, lt=2**31)]], Field(max_length=64)]
@@ -197,7 +230,7 @@ class NewItem(RequestModel):
 
 
 class ChangedItem(RequestModel):
-    """What changes of an item; what is left out stays."""
+    """Changes to an item; omitted fields keep their values."""
 
     item_id: ItemId
     sid: Annotated[list[Annotated[StrictInt, Field(ge=0, lt=2**31)]], Field(max_length=64)] | (
@@ -210,7 +243,7 @@ class ChangedItem(RequestModel):
 
 
 class DeltaRequest(RequestModel):
-    """A change of the catalog: all of it happens, or nothing."""
+    """Atomic change of the catalog."""
 
     add: Annotated[list[NewItem], Field(max_length=100_000, fail_fast=True)] = Field(
         default_factory=list[NewItem]
@@ -222,14 +255,15 @@ class DeltaRequest(RequestModel):
         default_factory=list[ChangedItem]
     )
     dry_run: StrictBool = False
-    """Check everything, change nothing."""
+    """Whether to validate the delta without applying it."""
     base_version: Annotated[StrictInt, Field(ge=0)] | None = None
-    """Refuse unless this is the version now."""
+    """Catalog version that the delta was made for; refused if another one is current."""
     rollback_to: Annotated[StrictInt, Field(ge=0)] | None = None
-    """Instead of changes: the items of an earlier version, as a new one."""
+    """Earlier version whose items become a new version, instead of changes."""
 
     @model_validator(mode="after")
-    def _one_thing(self) -> "DeltaRequest":
+    def _require_changes_or_rollback(self) -> "DeltaRequest":
+        """Require either changes or `rollback_to`."""
         changes = bool(self.add or self.remove or self.update)
         if changes == (self.rollback_to is not None):
             raise ValueError("give items to add, remove or update, or rollback_to, and not both")
@@ -237,34 +271,34 @@ class DeltaRequest(RequestModel):
 
 
 class CatalogInfo(ResponseModel):
-    """The catalog that answers now."""
+    """Current version of the catalog."""
 
     version: int
     digest: str
     items: int
     leaves: int
-    """Distinct semantic IDs."""
+    """Number of distinct semantic IDs."""
     levels: int
     level_size: list[int]
     filters: list[str]
     kept: list[int]
-    """Versions that can be rolled back to."""
+    """Versions available for rollback."""
     dry_run: bool = False
 
 
 class ItemInfo(_NamesCatalog):
-    """One item of the catalog."""
+    """Item of the catalog."""
 
     item_id: int
     sid: list[int]
     title: str
     shares_sid_with: list[int]
     filters: list[str]
-    """Views that the item is in."""
+    """Names of the filters that the item passes."""
 
 
 class VariantInfo(ResponseModel):
-    """One policy behind the endpoint."""
+    """Policy variant behind the endpoint."""
 
     name: str
     policy: str
@@ -274,29 +308,29 @@ class VariantInfo(ResponseModel):
     shadow: bool
     pinned: bool
     kept: list[str]
-    """Versions that can be activated."""
+    """Policy versions that can be activated."""
     engine: str
     decoders: list[Decoder]
     refused: str = ""
-    """Why the newest policy that was found is not the one that answers."""
+    """Reason for not serving the newest policy in the folder, empty if it is served."""
 
 
 class PolicyInfo(ResponseModel):
-    """The policies that answer now."""
+    """Policies that serve requests now."""
 
     variants: list[VariantInfo]
 
 
 class ActivateRequest(RequestModel):
-    """Which version is to answer."""
+    """Policy version to serve from now on."""
 
     version: Annotated[str, Field(min_length=1, max_length=100)]
-    """One of those kept, which is pinned; or `latest`, which follows training again."""
+    """Archived version to pin, or `latest` to follow training again."""
     variant: Name = "main"
 
 
 class Problem(BaseModel):
-    """An error, as RFC 9457 writes it."""
+    """Error body (RFC 9457)."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -305,6 +339,6 @@ class Problem(BaseModel):
     status: int
     detail: str
     instance: str
-    """Of the request: its `x-request-id`."""
+    """Request ID, the `x-request-id` of the request."""
     errors: list[dict[str, Any]] | None = None
-    """Fields at fault."""
+    """Invalid fields with the reason for each."""

@@ -1,8 +1,8 @@
-"""What the replicas of an endpoint share: catalog deltas and pins, as files in one folder.
+"""State shared by the replicas of an endpoint: catalog deltas and pins, as files in one folder.
 
-Delta n makes version n of version n - 1. Its file appears whole or not at all, and only once: of
-two replicas that write the same number, one is told to look again. Whoever starts later reads them
-all, and so arrives at the same catalog.
+Delta n turns version n - 1 into version n. Its file is created atomically and only once: of two
+replicas that write the same number, one gets a ConflictError. A replica that starts later applies
+all deltas and so reaches the same catalog.
 """
 
 import json
@@ -16,44 +16,44 @@ from serve.schema import DeltaRequest
 
 
 class SharedState:
-    """The shared folder of the endpoints of one base catalog."""
+    """Shared folder of the replicas that serve one base catalog."""
 
     def __init__(self, folder: Path, catalog: str) -> None:
-        """`catalog` is the digest of the catalog that version 0 is."""
+        """Open or create the folder; `catalog` is the digest of the catalog at version 0."""
         self._folder = folder / catalog[:16]
         self._deltas = self._folder / "deltas"
         self._deltas.mkdir(parents=True, exist_ok=True)
 
     @property
     def policies(self) -> Path:
-        """Where accepted policies are kept."""
+        """Folder of archived policies."""
         return self._folder / "policies"
 
     def next_after(self, version: int) -> DeltaRequest | None:
-        """The delta that makes the version after this one, once there is one."""
+        """Return the delta from this version to the next, None if there is none yet."""
         path = self._path(version + 1)
         return DeltaRequest.model_validate_json(path.read_text()) if path.is_file() else None
 
     def append(self, version: int, delta: DeltaRequest) -> None:
-        """Write down what makes `version`.
+        """Write the delta that creates `version`.
 
         Raises:
-            ConflictError: another replica has made that version.
+            ConflictError: another replica has already created that version.
         """
-        whole = self._deltas / f".{uuid.uuid4().hex}"
-        whole.write_text(delta.model_dump_json())
+        temporary = self._deltas / f".{uuid.uuid4().hex}"
+        temporary.write_text(delta.model_dump_json())
         try:
-            os.link(whole, self._path(version))
+            os.link(temporary, self._path(version))
         except FileExistsError as error:
             raise ConflictError(
-                f"catalog version {version} was made elsewhere at the same time; look at the "
-                "catalog again and send the delta anew"
+                f"another replica created catalog version {version} at the same time; read the "
+                "catalog again and send a new delta"
             ) from error
         finally:
-            whole.unlink()
+            temporary.unlink()
 
     def catch_up(self, catalog_store: CatalogStore) -> CatalogVersion:
-        """Apply every delta that the store has not seen; return the catalog version then in use."""
+        """Apply all new deltas to the store; return its current catalog version."""
         while (delta := self.next_after(catalog_store.current.version)) is not None:
             catalog_store.activate(
                 catalog_store.apply(delta.model_copy(update={"base_version": None}))
@@ -61,13 +61,13 @@ class SharedState:
         return catalog_store.current
 
     def pin(self, variant: str, version: str | None) -> None:
-        """Note which version of a variant all replicas are to hold; None follows training."""
-        whole = self._folder / f".{uuid.uuid4().hex}"
-        whole.write_text(json.dumps({"version": version}))
-        whole.replace(self._folder / f"pin-{variant}.json")
+        """Record the version of a variant that all replicas pin; None follows training."""
+        temporary = self._folder / f".{uuid.uuid4().hex}"
+        temporary.write_text(json.dumps({"version": version}))
+        temporary.replace(self._folder / f"pin-{variant}.json")
 
     def pinned(self, variant: str) -> str | None:
-        """The version noted."""
+        """Return the pinned version of a variant, None if it follows training."""
         path = self._folder / f"pin-{variant}.json"
         return json.loads(path.read_text())["version"] if path.is_file() else None
 

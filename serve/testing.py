@@ -1,4 +1,4 @@
-"""A tiny shop for tests and benchmarks: a policy, its items with attributes, and an engine."""
+"""Test fixtures: a tiny policy, its catalog with attributes, and a torch engine."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ FILTERS = {
 
 @dataclass(frozen=True, kw_only=True)
 class TinyShop:
-    """What answers, and what it answers from."""
+    """Tiny setup with the engine and catalog store that serve it."""
 
     world: TinySetup
     engine: TorchEngine
@@ -32,21 +32,21 @@ class TinyShop:
 
 
 def attributes_of(num_items: int) -> Attributes:
-    """Prices and colours of most items, catalog_store of all."""
+    """Create random attributes; price and color are missing for some items."""
     draw, ids = np.random.default_rng(5), np.arange(num_items)
-    known = draw.random(num_items) < 0.9
+    is_known = draw.random(num_items) < 0.9
     return Attributes(
         item_id=ids,
         column={
-            "price": (draw.integers(0, 10, num_items), known),
-            "colour": (np.array(["red", "blue"])[draw.integers(0, 2, num_items)], known),
+            "price": (draw.integers(0, 10, num_items), is_known),
+            "colour": (np.array(["red", "blue"])[draw.integers(0, 2, num_items)], is_known),
             "stock": (draw.random(num_items) < 0.8, np.ones(num_items, bool)),
         },
     )
 
 
 def make_catalog_store(world: TinySetup, keep: int = 3) -> CatalogStore:
-    """The catalog of a world as it is served."""
+    """Create a catalog store for the catalog of a tiny setup."""
     return CatalogStore(
         world.tokenizer,
         attributes=attributes_of(len(world.catalog)),
@@ -57,32 +57,32 @@ def make_catalog_store(world: TinySetup, keep: int = 3) -> CatalogStore:
 
 
 def query(history: list[int], **changes: object) -> Query:
-    """A query for ten items, with changes."""
-    settled: dict[str, object] = {
+    """Create a query for ten items, with changes."""
+    defaults: dict[str, object] = {
         "history": np.array(history, np.int64), "k": 10, "exclude": np.zeros(0, np.int64),
         "per_prefix": None, "seed": 0, "levels": False,
     }  # fmt: skip
-    return Query(**(settled | changes))  # pyright: ignore[reportArgumentType]
+    return Query(**(defaults | changes))  # pyright: ignore[reportArgumentType]
 
 
 def kind(**changes: object) -> BatchKey:
-    """A beam wider than the catalog, with changes."""
-    settled: dict[str, object] = {"decoder": "beam", "width": 50, "filters": ()}
-    return BatchKey(**(settled | changes))  # pyright: ignore[reportArgumentType]
+    """Create the batch key of a beam wider than the catalog, with changes."""
+    defaults: dict[str, object] = {"decoder": "beam", "width": 50, "filters": ()}
+    return BatchKey(**(defaults | changes))  # pyright: ignore[reportArgumentType]
 
 
 def export_policy(world: TinySetup, folder: Path, *, step: int, digest: str | None = None) -> Path:
-    """Write a world's policy as training exports it; `digest` may lie about the weights."""
+    """Write a policy folder as training exports it; `digest` replaces the digest of the weights."""
     partial = folder.with_name(f".{folder.name}.partial")
     world.save(partial)
     catalogs.write(world.catalog, partial / "catalogue")
-    about = {
+    facts = {
         "version": {"step": step, "digest": digest or world.version.digest},
         "catalogue": world.catalog.digest,
         "max_history": 10,
         "facts": {},
     }
-    (partial / "policy.json").write_text(json.dumps(about))
+    (partial / "policy.json").write_text(json.dumps(facts))
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     return folder

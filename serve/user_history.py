@@ -1,6 +1,6 @@
-"""Where the history of a user is, for requests that name only the user.
+"""User history stores, for requests that give a user instead of a history.
 
-Every store answers with item ids, oldest first, and refuses users that it does not know.
+Every store returns item ids, oldest first, and raises UnknownNameError for an unknown user.
 """
 
 import importlib
@@ -19,71 +19,71 @@ from orchard.settings import ServeConfig
 from serve.errors import UnavailableError, UnknownNameError
 
 MOST_ITEMS = 10_000
-"""Of a history: as many as a request may hold."""
+"""Maximum number of items of a history, the same as in a request."""
 
 
 @runtime_checkable
 class Histories(Protocol):
-    """What a service asks."""
+    """Interface of a user history store."""
 
     async def of(self, user: str) -> list[int]:
-        """Item ids, oldest first, at most `MOST_ITEMS` of them, the latest.
+        """Return the latest item ids of a user, oldest first, at most `MOST_ITEMS`.
 
         Raises:
-            UnknownNameError: there is no history of this user.
-            UnavailableError: the store does not answer, or not with a history.
+            UnknownNameError: the user has no history.
+            UnavailableError: the store does not answer, or returns something other than a history.
         """
         ...
 
     async def close(self) -> None:
-        """Let go of connections."""
+        """Close the connections."""
         ...
 
 
 class NoHistories:
-    """Knows nobody."""
+    """Empty store, for an endpoint without a history store."""
 
     async def of(self, user: str) -> list[int]:
-        """Raises UnknownNameError."""
+        """Raise UnknownNameError."""
         raise UnknownNameError(
             "no history store is configured; give a history, if only an empty one"
         )
 
     async def close(self) -> None:
-        """Nothing to let go of."""
+        """Do nothing; there are no connections."""
 
 
 class TableHistories:
-    """All histories in memory."""
+    """Store that keeps all histories in memory."""
 
     def __init__(self, of_user: Mapping[str, Int64[np.ndarray, " H"]]) -> None:
-        """From user to item ids."""
+        """Create a store from a mapping of users to item ids."""
         self._of_user = of_user
 
     async def of(self, user: str) -> list[int]:
-        """See `Histories`."""
+        """Return the history of a user; see `Histories`."""
         if user not in self._of_user:
-            raise _unknown()
+            raise _unknown_user()
         return self._of_user[user][-MOST_ITEMS:].tolist()
 
     async def close(self) -> None:
-        """Nothing to let go of."""
+        """Do nothing; there are no connections."""
 
 
 class RedisHistories:
-    """A Redis list per user, oldest item first: RPUSH adds to it."""
+    """Store with one Redis list per user, oldest item first; RPUSH appends an item."""
 
     def __init__(self, url: str, *, prefix: str, timeout_s: float, password: str | None) -> None:
-        """Connects with the first request.
+        """Create a client; it connects with the first request.
 
         Args:
-            url: such as redis://host:6379/0, or rediss:// for TLS.
-            prefix: of the keys, before the user.
-            timeout_s: of connecting, and of an answer.
-            password: None where the server asks for none.
+            url: server address, such as redis://host:6379/0, or rediss:// for TLS.
+            prefix: prefix of the keys; the user id follows.
+            timeout_s: timeout of the connection and of each reply, in seconds.
+            password: server password; None if the server requires none.
 
         Raises:
-            ConfigError: the client library is not installed, or the address is none.
+            ConfigError: the client library is not installed, or the address is invalid.
         """
         try:
             library: Any = importlib.import_module("redis.asyncio")
@@ -95,7 +95,7 @@ class RedisHistories:
             ) from error
         self._prefix, self._failures = prefix, (errors.RedisError, OSError)
         try:
-            # A request has no time for a second try, and tells the server nothing of its client.
+            # No retries, since a request has no time for them, and no client name or version sent.
             self._client = library.Redis.from_url(
                 url, password=password, protocol=2, driver_info=None, retry=None,
                 socket_timeout=timeout_s, socket_connect_timeout=timeout_s,
@@ -104,18 +104,18 @@ class RedisHistories:
             raise ConfigError(f"serve.redis is no address of a Redis server: {error}") from error
 
     async def of(self, user: str) -> list[int]:
-        """See `Histories`."""
+        """Return the history of a user; see `Histories`."""
         key = (self._prefix + user).encode("utf-8", "surrogatepass")
         try:
-            found: list[bytes] = await self._client.lrange(key, -MOST_ITEMS, -1)
+            reply: list[bytes] = await self._client.lrange(key, -MOST_ITEMS, -1)
         except self._failures as error:
             raise UnavailableError(
                 "the history store gave no history in time; try again, or give a history"
             ) from error
-        if not found:  # Redis keeps no empty lists
-            raise _unknown()
+        if not reply:  # Redis stores no empty lists
+            raise _unknown_user()
         try:
-            items = [int(one) for one in found]
+            items = [int(entry) for entry in reply]
         except ValueError as error:
             raise UnavailableError(
                 "the history store holds something else than item ids for this user; give a history"
@@ -132,11 +132,11 @@ class RedisHistories:
 
 
 def open_histories(config: ServeConfig) -> Histories:
-    """The store that the settings name.
+    """Open the configured history store.
 
     Raises:
-        DataError: the file is missing or unreadable, or names a user twice.
-        ConfigError: the Redis client is not installed, or the address is none.
+        DataError: the file is missing or unreadable, or contains a user twice.
+        ConfigError: the Redis client is not installed, or the address is invalid.
     """
     if config.redis is not None:
         return RedisHistories(
@@ -149,7 +149,7 @@ def open_histories(config: ServeConfig) -> Histories:
 
 
 def read_histories(path: Path) -> Mapping[str, Int64[np.ndarray, " H"]]:
-    """User, as text, to item ids, oldest first.
+    """Read a Parquet file of histories into a mapping of user ids, as text, to item ids.
 
     Raises:
         DataError: the file or a column is missing or unreadable, or a user occurs twice.
@@ -158,6 +158,7 @@ def read_histories(path: Path) -> Mapping[str, Int64[np.ndarray, " H"]]:
         path, role="histories", columns=("user_id", "history"), remedy="serve.histories"
     )
     lists = table["history"].combine_chunks()
+    # Item ids of all users, row r at start[r] : start[r + 1].
     start = ragged.starts(lists.value_lengths().fill_null(0).to_numpy().astype(np.int64))
     flat = lists.flatten().to_numpy(zero_copy_only=False).astype(np.int64)
     users = [str(user) for user in table["user_id"].to_pylist()]
@@ -169,5 +170,6 @@ def read_histories(path: Path) -> Mapping[str, Int64[np.ndarray, " H"]]:
     return dict(zip(users, np.split(flat, start[1:-1]), strict=True))
 
 
-def _unknown() -> UnknownNameError:
+def _unknown_user() -> UnknownNameError:
+    """Return the error for a user without a history."""
     return UnknownNameError("there is no history of this user; give one, if only an empty one")

@@ -1,1 +1,1 @@
-"""The served catalog: versions, deltas, attributes and filters."""
+"""Served catalog: versions, deltas, attributes and filters."""

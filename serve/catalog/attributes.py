@@ -1,6 +1,6 @@
-"""Attributes of items, and the named comparisons that make views of them.
+"""Item attributes and the filters that compare them.
 
-Shapes:  R rows of the attributes file   I items asked about
+Shapes:  R rows of the attributes file   I items to filter
 """
 
 import operator
@@ -27,37 +27,39 @@ _COMPARE: dict[str, Callable[[Any, Any], Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Attributes:
-    """A table of what is known of items, and changes to it. Immutable."""
+    """Table of item attributes with later changes. Immutable."""
 
     item_id: Int64[np.ndarray, " R"]
-    """Ascending."""
+    """Item id of each row, ascending."""
     column: Mapping[str, tuple[Shaped[np.ndarray, " R"], Bool[np.ndarray, " R"]]]
-    """Values, and where they are known."""
+    """Values and their validity mask, by attribute."""
     changed: Mapping[int, Mapping[str, Value]] = field(default_factory=dict[int, Any])
-    """By item, over what the table says."""
+    """Changed attributes by item id; they override the table."""
 
     def passing(self, item_id: Int[np.ndarray, " I"], by: FilterConfig) -> Bool[np.ndarray, " I"]:
-        """The items whose attribute is known and passes the comparison."""
-        values, known = self.column[by.column]
+        """Return which items have a known attribute that passes the comparison."""
+        values, is_known = self.column[by.column]
         passes = np.zeros(len(item_id), dtype=np.bool_)
         if len(self.item_id):
-            place = np.searchsorted(self.item_id, item_id).clip(max=len(self.item_id) - 1)
-            there = (self.item_id[place] == item_id) & known[place]
-            passes[there] = _COMPARE[by.op](values[place[there]], by.value)
+            # Row of each item in the table, valid where `in_table`.
+            row = np.searchsorted(self.item_id, item_id).clip(max=len(self.item_id) - 1)
+            in_table = (self.item_id[row] == item_id) & is_known[row]
+            passes[in_table] = _COMPARE[by.op](values[row[in_table]], by.value)
         if self.changed:
             order = np.argsort(item_id, kind="stable")
             changed = np.array([i for i, c in self.changed.items() if by.column in c], np.int64)
-            at = order[np.searchsorted(item_id, changed, sorter=order).clip(max=len(order) - 1)]
-            for row, item in zip(at.tolist(), changed.tolist(), strict=True):
-                if item_id[row] == item:
-                    passes[row] = _passes(self.changed[item][by.column], by)
+            # Position in `item_id` of each changed item, or of a neighbor if it is not there.
+            position = np.searchsorted(item_id, changed, sorter=order).clip(max=len(order) - 1)
+            for index, item in zip(order[position].tolist(), changed.tolist(), strict=True):
+                if item_id[index] == item:
+                    passes[index] = _passes(self.changed[item][by.column], by)
         return passes
 
     def with_changes(self, changes: Mapping[int, Mapping[str, Value]]) -> "Attributes":
-        """The same with more attributes of some items known.
+        """Return a copy with changed attributes of some items.
 
         Raises:
-            ConfigError: an attribute has no column.
+            ConfigError: an attribute does not exist.
         """
         for item, values in changes.items():
             unknown = sorted(values.keys() - self.column.keys())
@@ -74,6 +76,7 @@ class Attributes:
 
 
 def _passes(value: Value, by: FilterConfig) -> bool:
+    """Return whether a single value passes the comparison; null and other types do not."""
     if value is None:
         return False
     try:
@@ -86,11 +89,11 @@ NOTHING = Attributes(item_id=np.zeros(0, np.int64), column={})
 
 
 def read_attributes(path: Path, filters: Mapping[str, FilterConfig]) -> Attributes:
-    """The columns of a Parquet file that the filters compare, and all others for the deltas.
+    """Read all attribute columns of a Parquet file and check the filters against them.
 
     Raises:
         DataError: the file is missing or unreadable.
-        ConfigError: a filter's column is missing, or cannot be compared with its value.
+        ConfigError: a filter's column is missing or not comparable with its value.
     """
     table = read_table(path, role="attributes", columns=("item_id",), remedy="serve.attributes")
     ids = table["item_id"].to_numpy().astype(np.int64)
@@ -100,13 +103,13 @@ def read_attributes(path: Path, filters: Mapping[str, FilterConfig]) -> Attribut
         for name in table.column_names
         if name != "item_id"
     }
-    found = Attributes(item_id=ids[order], column=column)
-    check_filters(found, filters)
-    return found
+    attributes = Attributes(item_id=ids[order], column=column)
+    check_filters(attributes, filters)
+    return attributes
 
 
 def check_filters(attributes: Attributes, filters: Mapping[str, FilterConfig]) -> None:
-    """Raise ConfigError unless every filter can be applied."""
+    """Raise ConfigError unless every filter fits the attribute columns."""
     for name, by in filters.items():
         if by.column not in attributes.column:
             raise ConfigError(
@@ -119,23 +122,24 @@ def check_filters(attributes: Attributes, filters: Mapping[str, FilterConfig]) -
                 f"it has {by.op} {by.value!r}"
             )
         values, _ = attributes.column[by.column]
-        text = values.dtype.kind == "U"
-        asked = by.value if isinstance(by.value, tuple) else (by.value,)
-        if any(isinstance(value, str) != text for value in asked):
+        is_text = values.dtype.kind == "U"
+        operands = by.value if isinstance(by.value, tuple) else (by.value,)
+        if any(isinstance(operand, str) != is_text for operand in operands):
             raise ConfigError(
                 f"serve.filters.{name}: column {by.column!r} holds "
-                f"{'text' if text else 'numbers'}, which {by.value!r} cannot be compared with"
+                f"{'text' if is_text else 'numbers'}, which {by.value!r} cannot be compared with"
             )
 
 
 def _column(
     values: Any, order: Int64[np.ndarray, " R"]
 ) -> tuple[Shaped[np.ndarray, " R"], Bool[np.ndarray, " R"]]:
-    known = ~values.is_null().to_numpy(zero_copy_only=False)
-    text = pa.types.is_string(values.type) or pa.types.is_large_string(values.type)
+    """Return the values of a column and where they are not null, both in the given row order."""
+    is_known = ~values.is_null().to_numpy(zero_copy_only=False)
+    is_text = pa.types.is_string(values.type) or pa.types.is_large_string(values.type)
     array: np.ndarray
-    if text:
+    if is_text:
         array = np.array([value or "" for value in values.to_pylist()], dtype=np.str_)
     else:
         array = values.fill_null(pa.scalar(0).cast(values.type)).to_numpy(zero_copy_only=False)
-    return array[order], known[order]
+    return array[order], is_known[order]

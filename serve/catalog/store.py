@@ -1,7 +1,7 @@
-"""The catalog as it is served: versions, deltas, rollback, and what each filter leaves of it.
+"""Served catalog: versions, deltas, rollback and filtered views.
 
-A batch takes one `Shelf` and keeps it. A delta is worked out beside the catalog version in use and
-put in its place by one assignment, when the engine has turned to its trie.
+A batch uses one `CatalogVersion` throughout. A delta builds a new version while the current one
+stays in use; one assignment then makes the new version current.
 
 Shapes:  I items   K leaves
 """
@@ -28,69 +28,71 @@ from serve.errors import ConflictError, UnknownNameError, UnprocessableError
 from serve.schema import DeltaRequest
 
 _VIEWS = 32
-"""Combinations of filters whose views are kept per catalog version."""
+"""Maximum number of filter combinations cached per catalog version."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FilteredItems:
-    """The items that a combination of filters leaves."""
+    """Items that pass a combination of filters."""
 
     items: Bool[np.ndarray, " I"]
     view: CatalogView
     per_leaf: Int64[np.ndarray, " K"]
-    """Number of items left on each leaf."""
+    """Number of passing items on each leaf."""
     total: int
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CatalogVersion:
-    """One version of the catalog with all that answers need. Immutable but for its cache."""
+    """One version of the catalog with its tokenizer and filters. Immutable except for a cache."""
 
     version: int
     live: VersionedCatalog
-    """Changed by nobody once it is here."""
+    """Versioned catalog of this version; never modified."""
     snapshot: Snapshot
     tokenizer: ItemTokenizer
     attributes: Attributes
     filters: Mapping[str, FilterConfig]
     popularity: Mapping[int, float]
-    _offers: OrderedDict[tuple[str, ...], FilteredItems] = field(
+    _filtered: OrderedDict[tuple[str, ...], FilteredItems] = field(
         default_factory=OrderedDict[tuple[str, ...], FilteredItems]
     )
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def catalog(self) -> Catalog:
-        """Its items, those with a tombstone included."""
+        """Catalog of this version, including removed items."""
         return self.snapshot.catalog
 
     @property
     def name(self) -> str:
-        """Version and digest, as answers spell it."""
+        """Version number and digest, as shown in responses."""
         return f"{self.version}-{self.catalog.digest[:8]}"
 
     @cached_property
     def by_popularity(self) -> Int64[np.ndarray, " I"]:
-        """Rows of the live items, most popular first, then in catalog order."""
+        """Catalog rows of the live items, most popular first, ties in catalog order."""
         ids = self.catalog.item_id
         count = np.zeros(len(ids))
-        known = np.fromiter(self.popularity, np.int64, len(self.popularity))
-        row, there = self.catalog.find(known)
-        count[row[there]] = np.fromiter(self.popularity.values(), float, len(known))[there]
+        counted_ids = np.fromiter(self.popularity, np.int64, len(self.popularity))
+        rows, in_catalog = self.catalog.find(counted_ids)
+        counts = np.fromiter(self.popularity.values(), float, len(counted_ids))
+        # Popularity of each catalog row, 0 if it was not counted.
+        count[rows[in_catalog]] = counts[in_catalog]
         order = np.argsort(-count, kind="stable")
         return order[self.snapshot.live[order]]
 
     def offer(self, names: tuple[str, ...]) -> FilteredItems:
-        """What the named filters leave; all that is live where there are none.
+        """Return the live items that pass all named filters; all live items without filters.
 
         Raises:
-            UnsuitableError: there is no such filter.
+            UnprocessableError: a filter does not exist.
         """
         key = tuple(sorted(set(names)))
         with self._lock:
-            if key in self._offers:
-                self._offers.move_to_end(key)
-                return self._offers[key]
+            if key in self._filtered:
+                self._filtered.move_to_end(key)
+                return self._filtered[key]
         items = self.snapshot.live
         for name in key:
             if name not in self.filters:
@@ -99,29 +101,29 @@ class CatalogVersion:
                 )
             passing = self.attributes.passing(self.catalog.item_id, self.filters[name])
             items = items & passing
-        # Of two views' ancestors an intersection is only a bound: the view is of the items' one.
+        # Built from the items: intersecting the filters' views would keep prefixes without items.
         view = views.view_of_items(self.catalog, items) if key else self.snapshot.view
         leaves = self.catalog.leaf_of_item[items]
-        offer = FilteredItems(
+        filtered = FilteredItems(
             items=items,
             view=view,
             per_leaf=np.bincount(leaves, minlength=self.catalog.trie.num_leaves),
             total=int(items.sum()),
         )
         with self._lock:
-            self._offers[key] = offer
-            while len(self._offers) > _VIEWS:
-                self._offers.popitem(last=False)
-        return offer
+            self._filtered[key] = filtered
+            while len(self._filtered) > _VIEWS:
+                self._filtered.popitem(last=False)
+        return filtered
 
     def plain_sid(self, row: int) -> list[int]:
-        """Codes of an item without padding and end marker."""
-        codes, ends = self.catalog.codes[row].tolist(), self.catalog.end_code
-        return [c for c, end in zip(codes, ends, strict=True) if c >= 0 and c != end]
+        """Return the codes of the item at a catalog row without padding and end code."""
+        codes, end_codes = self.catalog.codes[row].tolist(), self.catalog.end_code
+        return [c for c, end in zip(codes, end_codes, strict=True) if c >= 0 and c != end]
 
 
 class CatalogStore:
-    """Holds the catalog version in use and the earlier ones that can be gone back to."""
+    """Current catalog version and the earlier versions available for rollback."""
 
     def __init__(
         self,
@@ -143,37 +145,38 @@ class CatalogStore:
 
     @property
     def kept(self) -> list[int]:
-        """Versions that can be rolled back to, oldest first."""
+        """Versions available for rollback, oldest first."""
         return [catalog_version.version for catalog_version in self._earlier]
 
     def apply(self, delta: DeltaRequest) -> CatalogVersion:
-        """Apply a delta to the current catalog version, which stays in use until `activate`.
+        """Build the next version from a delta; the current one stays in use until `activate`.
 
         Raises:
             ConflictError: the delta was made for another version.
-            UnknownNameError: the version to go back to is not kept.
-            UnsuitableError: the items do not fit the catalog; the sentence says which and why.
+            UnknownNameError: the version to roll back to is not kept.
+            UnprocessableError: the items do not fit the catalog; the message names them and why.
         """
-        now = self.current
-        if delta.base_version is not None and delta.base_version != now.version:
+        current = self.current
+        if delta.base_version is not None and delta.base_version != current.version:
             raise ConflictError(
-                f"the delta is for version {delta.base_version}, the catalog has {now.version}; "
-                "look at it again and send the delta anew"
+                f"the delta is for version {delta.base_version}, the catalog has "
+                f"{current.version}; read the catalog again and send a new delta"
             )
         if delta.rollback_to is not None:
-            return replace(self._earlier_one(delta.rollback_to), version=now.version + 1)
+            return replace(self._earlier_version(delta.rollback_to), version=current.version + 1)
         try:
-            return _changed(now, delta)
+            return _apply_changes(current, delta)
         except (DataError, ConfigError) as error:
             raise UnprocessableError(str(error)) from error
 
     def activate(self, catalog_version: CatalogVersion) -> None:
-        """Use this catalog version from now on."""
+        """Make a catalog version built by `apply` the current one."""
         assert catalog_version.version == self.current.version + 1
         self._earlier = [*self._earlier, self.current][-self._keep :]
         self.current = catalog_version
 
-    def _earlier_one(self, version: int) -> CatalogVersion:
+    def _earlier_version(self, version: int) -> CatalogVersion:
+        """Return an earlier version; raise UnknownNameError if it is not kept."""
         for catalog_version in self._earlier:
             if catalog_version.version == version:
                 return catalog_version
@@ -183,25 +186,26 @@ class CatalogStore:
         )
 
 
-def _changed(catalog_version: CatalogVersion, delta: DeltaRequest) -> CatalogVersion:
-    """The next catalog version after items are removed, added and changed."""
-    _refuse_twins([*delta.remove, *(one.item_id for one in (*delta.add, *delta.update))])
+def _apply_changes(catalog_version: CatalogVersion, delta: DeltaRequest) -> CatalogVersion:
+    """Return the next catalog version, with items removed, added and updated."""
+    _refuse_duplicates([*delta.remove, *(item.item_id for item in (*delta.add, *delta.update))])
     live, old = catalog_version.live.copy(), catalog_version.snapshot
     add: list[tuple[int, Sequence[int], str]] = [
-        (one.item_id, one.sid, one.title) for one in delta.add
+        (item.item_id, item.sid, item.title) for item in delta.add
     ]
     remove = list(delta.remove)
-    for one in delta.update:
-        row, known = old.catalog.find(np.array([one.item_id]))
-        if not (known[0] and old.live[row[0]]):
-            raise DataError(f"item {one.item_id} is to be changed and is not in the catalog")
-        if one.sid is None and one.title is None:
+    # An update of codes or title removes the item and adds it again.
+    for item in delta.update:
+        rows, in_catalog = old.catalog.find(np.array([item.item_id]))
+        if not (in_catalog[0] and old.live[rows[0]]):
+            raise DataError(f"item {item.item_id} is to be changed and is not in the catalog")
+        if item.sid is None and item.title is None:
             continue
-        at = int(row[0])
-        sid = catalog_version.plain_sid(at) if one.sid is None else one.sid
-        title = old.catalog.title[at] if one.title is None else one.title
-        remove.append(one.item_id)
-        add.append((one.item_id, sid, title))
+        row = int(rows[0])
+        sid = catalog_version.plain_sid(row) if item.sid is None else item.sid
+        title = old.catalog.title[row] if item.title is None else item.title
+        remove.append(item.item_id)
+        add.append((item.item_id, sid, title))
     if remove:
         live.remove(remove)
         if not live.snapshot.live.any() and not add:
@@ -210,7 +214,7 @@ def _changed(catalog_version: CatalogVersion, delta: DeltaRequest) -> CatalogVer
         live.add([sid for _, sid, _ in add], [i for i, _, _ in add], [t for _, _, t in add])
         live.swap(live.build())
     attributes: dict[int, Mapping[str, Any]] = {
-        one.item_id: one.attributes for one in (*delta.add, *delta.update)
+        item.item_id: item.attributes for item in (*delta.add, *delta.update)
     }
     return CatalogVersion(
         version=catalog_version.version + 1,
@@ -223,9 +227,10 @@ def _changed(catalog_version: CatalogVersion, delta: DeltaRequest) -> CatalogVer
     )
 
 
-def _refuse_twins(ids: Sequence[int]) -> None:
+def _refuse_duplicates(ids: Sequence[int]) -> None:
+    """Raise DataError if an item id occurs more than once."""
     seen: set[int] = set()
-    for item in ids:
-        if item in seen:
-            raise DataError(f"item {item} occurs twice in the delta; say once what is to become")
-        seen.add(item)
+    for item_id in ids:
+        if item_id in seen:
+            raise DataError(f"item {item_id} occurs twice in the delta; list each item once")
+        seen.add(item_id)

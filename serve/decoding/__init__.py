@@ -1,1 +1,1 @@
-"""From a request to ranked items: batching, scheduling, search."""
+"""Decoding: request resolution, batching, scheduling and search."""

@@ -1,11 +1,11 @@
-"""Batches by a budget of beam rows, first come first served, with a bounded queue.
+"""First-come, first-served batching of requests by a budget of beam rows, with a bounded queue.
 
     submit -> wait -> plan -> batch of one kind -> run -> answer
 
-A beam row is one beam of one request: what a forward pass of the engine costs grows with rows, not
-with requests. When the engine is free the oldest request is planned, and all others of its kind
-join it until the budget is full. A request is planned when its turn has come, so that what is left
-of its deadline decides its width; requests that were cancelled meanwhile cost nothing.
+A beam row is one beam of one request: the cost of a forward pass grows with rows, not with
+requests. When the engine is free, the oldest request is planned, and all others of the same kind
+join its batch until the budget is full. A request is planned only when its turn comes, so that the
+time left until its deadline decides its width; requests canceled in the queue cost nothing.
 """
 
 import asyncio
@@ -24,14 +24,16 @@ A = TypeVar("A")
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan(Generic[K]):
-    """What a request is to be searched with."""
+    """Batch kind and beam rows of one request."""
 
     kind: K
     rows: int
 
 
 @dataclass(slots=True, eq=False)
-class _Waiting(Generic[Q, A]):
+class _QueueEntry(Generic[Q, A]):
+    """Request in the queue, with the future that its caller awaits."""
+
     request: Q
     rows: int
     since: float
@@ -40,11 +42,11 @@ class _Waiting(Generic[Q, A]):
 
 
 class TooLateError(Exception):
-    """The deadline is nearer than any search could end."""
+    """Raised if no search can finish before the deadline."""
 
 
 class Batcher(Generic[Q, K, A]):
-    """Runs requests in batches, one batch at a time. Belongs to one event loop."""
+    """Queue that runs requests in batches, one at a time. Belongs to one event loop."""
 
     def __init__(
         self,
@@ -56,19 +58,20 @@ class Batcher(Generic[Q, K, A]):
         linger_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Call `run(kind, requests, seconds waited)` for each batch.
+        """Create a batcher that calls `run(kind, requests, seconds waited)` for each batch.
 
         Args:
-            run: answers a batch; one answer per request.
-            plan: kind and rows of a request, given the seconds left; None where it is too late.
-            budget: beam rows that a batch may hold; a larger request is a batch of its own.
-            queue: beam rows that may wait.
-            linger_s: time that a batch waits for company once the engine is free.
-            clock: monotonic seconds.
+            run: runs a batch and returns one answer per request.
+            plan: returns kind and rows of a request, given the seconds left until its deadline, or
+                None if it is too late.
+            budget: maximum beam rows of a batch; a larger request forms a batch alone.
+            queue: maximum beam rows in the queue.
+            linger_s: seconds to wait for more requests before a batch runs.
+            clock: monotonic clock in seconds.
         """
         self._run, self._plan, self._clock = run, plan, clock
         self._budget, self._queue, self._linger_s = budget, queue, linger_s
-        self._waiting: deque[_Waiting[Q, A]] = deque()
+        self._waiting: deque[_QueueEntry[Q, A]] = deque()
         self._rows = 0
         self._arrived = asyncio.Event()
         self._worker: asyncio.Task[None] | None = None
@@ -77,16 +80,16 @@ class Batcher(Generic[Q, K, A]):
 
     @property
     def waiting_rows(self) -> int:
-        """Beam rows in the queue."""
+        """Number of beam rows in the queue."""
         return self._rows
 
     async def submit(self, request: Q, *, rows: int, deadline: float = float("inf")) -> A:
-        """The answer, once the request has been in a batch.
+        """Queue a request and return its answer once its batch has run.
 
         Args:
-            request: what `plan` and `run` take.
-            rows: beam rows that it takes of the queue's bound.
-            deadline: on the batcher's clock.
+            request: argument of `plan` and `run`.
+            rows: beam rows that the request counts for in the queue.
+            deadline: latest answer time on the batcher's clock.
 
         Raises:
             OverloadedError: the queue is full.
@@ -103,22 +106,23 @@ class Batcher(Generic[Q, K, A]):
             )
         if self._worker is None:
             self._worker = asyncio.create_task(self._work())
-        one = _Waiting[Q, A](
+        entry = _QueueEntry[Q, A](
             request, rows, self._clock(), deadline, asyncio.get_running_loop().create_future()
         )
-        self._waiting.append(one)
+        self._waiting.append(entry)
         self._rows += rows
         self._arrived.set()
-        return await one.answer
+        return await entry.answer
 
     async def close(self) -> None:
-        """Answer what waits, take nothing more."""
+        """Stop accepting requests and answer those in the queue."""
         self._closed = True
         self._arrived.set()
         if self._worker is not None:
             await self._worker
 
     async def _work(self) -> None:
+        """Run batches until the batcher is closed and its queue is empty."""
         while True:
             while not self._waiting:
                 if self._closed:
@@ -127,74 +131,78 @@ class Batcher(Generic[Q, K, A]):
                 await self._arrived.wait()
             if self._linger_s and not self._closed:
                 await asyncio.sleep(self._linger_s)
-            planned = self._next()
+            planned = self._next_batch()
             if planned is not None:
-                await self._answer(*planned)
+                await self._run_batch(*planned)
             else:
                 await asyncio.sleep(0)
 
-    def _next(self) -> tuple[K, list[_Waiting[Q, A]]] | None:
-        """Take the oldest request that can still be answered, and all of its kind that fit."""
+    def _next_batch(self) -> tuple[K, list[_QueueEntry[Q, A]]] | None:
+        """Remove and return the next batch: the oldest viable request and others of its kind.
+
+        Return None if no request in the queue can still be answered.
+        """
         kind, total = None, 0
-        batch: list[_Waiting[Q, A]] = []
-        others: deque[_Waiting[Q, A]] = deque()
+        batch: list[_QueueEntry[Q, A]] = []
+        others: deque[_QueueEntry[Q, A]] = deque()
         now = self._clock()
         while self._waiting:
-            one = self._waiting.popleft()
-            if one.answer.done():  # cancelled
-                self._rows -= one.rows
+            entry = self._waiting.popleft()
+            if entry.answer.done():  # canceled
+                self._rows -= entry.rows
                 continue
             try:
-                plan = self._plan(one.request, one.deadline - now)
+                plan = self._plan(entry.request, entry.deadline - now)
             except Exception as error:
-                self._rows -= one.rows
-                one.answer.set_exception(error)
+                self._rows -= entry.rows
+                entry.answer.set_exception(error)
                 continue
             if plan is None:
-                self._rows -= one.rows
-                one.answer.set_exception(TooLateError())
+                self._rows -= entry.rows
+                entry.answer.set_exception(TooLateError())
                 continue
             fits = not batch or (plan.kind == kind and total + plan.rows <= self._budget)
             if not fits:
-                others.append(one)
+                others.append(entry)
                 if total >= self._budget:
                     break
                 continue
             kind, total = plan.kind, total + plan.rows
-            batch.append(one)
-            self._rows -= one.rows
+            batch.append(entry)
+            self._rows -= entry.rows
         others.extend(self._waiting)
         self._waiting = others
         return (kind, batch) if batch and kind is not None else None
 
-    async def _answer(self, kind: K, batch: list[_Waiting[Q, A]]) -> None:
-        began = self._clock()
-        waited = [began - one.since for one in batch]
+    async def _run_batch(self, kind: K, batch: list[_QueueEntry[Q, A]]) -> None:
+        """Run a batch, resolve its futures and update the measured throughput."""
+        start_time = self._clock()
+        waited = [start_time - entry.since for entry in batch]
         try:
-            answers = await self._run(kind, [one.request for one in batch], waited)
+            answers = await self._run(kind, [entry.request for entry in batch], waited)
         except Exception as error:
-            for one in batch:
-                if not one.answer.done():
-                    one.answer.set_exception(error)
+            for entry in batch:
+                if not entry.answer.done():
+                    entry.answer.set_exception(error)
             return
-        seconds = max(self._clock() - began, 1e-6)
-        rate = sum(one.rows for one in batch) / seconds
+        seconds = max(self._clock() - start_time, 1e-6)
+        rate = sum(entry.rows for entry in batch) / seconds
         self._rows_per_s = rate if not self._rows_per_s else 0.8 * self._rows_per_s + 0.2 * rate
-        for one, answer in zip(batch, answers, strict=True):
-            if not one.answer.done():
-                one.answer.set_result(answer)
+        for entry, answer in zip(batch, answers, strict=True):
+            if not entry.answer.done():
+                entry.answer.set_result(answer)
 
 
 class LatencyModel:
-    """How long batches take: seconds = a + b * rows, by least squares that forget."""
+    """Latency of batches, seconds = a + b * rows, by exponentially weighted least squares."""
 
     def __init__(self, forget: float = 0.95) -> None:
-        """`forget` is what an observation is worth after each further one."""
+        """Create an empty model; each observation scales the weight of earlier ones by `forget`."""
         self._forget = forget
         self._n = self._x = self._y = self._xx = self._xy = 0.0
 
     def observe(self, rows: int, seconds: float) -> None:
-        """Learn from a batch."""
+        """Add the measured seconds of one batch."""
         self._n, self._x, self._y, self._xx, self._xy = (
             self._forget * old + new
             for old, new in (
@@ -204,9 +212,10 @@ class LatencyModel:
         )  # fmt: skip
 
     def seconds(self, rows: int) -> float:
-        """What a batch of so many rows should take; 0 while nothing is known."""
+        """Return the predicted seconds of a batch, 0 before the first observation."""
         if self._n == 0:
             return 0.0
+        # Weighted sum of squared deviations of the rows from their mean.
         spread = self._xx - self._x * self._x / self._n
         slope = 0.0
         if spread > 1e-9 * self._xx:
@@ -214,7 +223,10 @@ class LatencyModel:
         return max(0.0, (self._y - slope * self._x) / self._n + slope * rows)
 
     def width(self, *, wanted: int, least: int, left_s: float) -> int | None:
-        """The widest of wanted, half of it, ... that ends in time, at least `least`; else None."""
+        """Return the largest of `wanted`, `wanted / 2`, ... that finishes in `left_s` seconds.
+
+        The width is at least `least`; return None if even that is too slow.
+        """
         width = wanted
         while self.seconds(width) > left_s:
             if width <= least:

@@ -1,8 +1,8 @@
-"""Histories in, ranked items out: one batch, one search. Knows neither HTTP nor Ray nor the clock.
+"""Batched recommendation: encode histories, search once, rank items. Independent of HTTP and Ray.
 
-All queries of a batch share decoder, width and filters, so that an answer is that of its query
-alone, whatever the batch. What is excluded is excluded inside the search: a list is short only
-where nothing else may be shown or the beam was asked to be narrower than the list.
+All queries of a batch share decoder, width and filters, so that the answer to a query does not
+depend on its batch. Exclusions are applied inside the search: a list is short only if no other item
+may be shown or the beam is narrower than the list.
 
 Shapes:  B queries   H history items   X excluded rows   C candidates   M items
 """
@@ -24,31 +24,30 @@ from rollout.search.beam import beam
 from rollout.search.sampling import beam_sample
 from rollout.search.ved.search import ved
 from serve.catalog.store import CatalogVersion, FilteredItems
-from serve.schema import Decoder, Item, Level
+from serve.schema import Decoder, Item, Level, Shortfall
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchKey:
-    """What the queries of one batch have in common."""
+    """Search parameters shared by the queries of one batch."""
 
     decoder: Decoder
     width: int
     filters: tuple[str, ...]
     temperature: float = 1.0
     trace: int | None = None
-    """Of a query whose search is to be written down, and which is therefore searched alone: a
-    number of its own."""
+    """Unique number of a query whose search is traced, which therefore forms a batch alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Query:
-    """A request whose defaults are settled."""
+    """Request-specific input of a search."""
 
     history: Int64[np.ndarray, " H"]
     """Item ids, oldest first."""
     k: int
     exclude: Int64[np.ndarray, " X"]
-    """Item ids, the history among them where it is excluded."""
+    """Item ids, including the history if it is excluded."""
     per_prefix: int | None
     seed: int
     levels: bool
@@ -56,13 +55,15 @@ class Query:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RankedItems:
-    """The answer to one query."""
+    """Ranked items of one query."""
 
     items: list[Item]
     leaf: list[int]
-    """Of each item."""
-    fewer: str
-    unknown: int
+    """Trie leaf of each item."""
+    shortfall_reason: Shortfall
+    """Reason for fewer than k items; empty if there are k."""
+    unknown_items: int
+    """Number of history items that the catalog does not contain."""
 
 
 def recommend(
@@ -73,53 +74,55 @@ def recommend(
     *,
     max_history: int,
 ) -> tuple[list[RankedItems], Candidates]:
-    """The items of each query, and what was searched.
+    """Return the ranked items of each query and the candidates of the whole batch.
 
     Raises:
-        UnsuitableError: there is no such filter.
-        EngineError: the engine cannot search for the batch, or its policy has diverged.
-        ConfigError: the guided search has no budget for its beam.
+        UnprocessableError: a filter does not exist.
+        EngineError: the engine cannot search the batch, or its policy has diverged.
+        ConfigError: the budget of the value-guided search is too small for its beam.
     """
-    offer = catalog_version.offer(kind.filters)
-    prompts, unknown = read_queries(catalog_version, queries, max_history)
-    gone = [excluded_rows(catalog_version, offer, query) for query in queries]
-    leaves = [full_leaves(catalog_version, offer, rows) for rows in gone]
+    filtered = catalog_version.offer(kind.filters)
+    prompts, unknown_items = read_queries(catalog_version, queries, max_history)
+    excluded = [excluded_rows(catalog_version, filtered, query) for query in queries]
+    # Leaves that the search must not reach, per query.
+    leaves = [full_leaves(catalog_version, filtered, rows) for rows in excluded]
     allowed = ItemFilter(
-        view=offer.view,
+        view=filtered.view,
         excluded=np.concatenate([np.zeros(0, np.int64), *leaves]),
-        excluded_start=ragged.starts(np.array([len(one) for one in leaves])),
+        excluded_start=ragged.starts(np.array([len(rows) for rows in leaves])),
     )
-    found = runner.run(search_of(kind, queries, allowed), prompts)
-    answers = [
+    candidates = runner.run(search_of(kind, allowed), prompts)
+    ranked = [
         rank_items(
             catalog_version,
-            offer,
+            filtered,
             query,
             kind,
-            found.select(np.array([row])),
-            gone[row],
-            unknown[row],
+            candidates.select(np.array([query_index])),
+            excluded[query_index],
+            unknown_items[query_index],
         )
-        for row, query in enumerate(queries)
+        for query_index, query in enumerate(queries)
     ]
-    return answers, found
+    return ranked, candidates
 
 
 def read_queries(
     catalog_version: CatalogVersion, queries: Sequence[Query], max_history: int
 ) -> tuple[Prompts, list[int]]:
-    """What the policy reads of each query, and how many of its items are unknown.
+    """Return the prompt of each query and the number of its history items not in the catalog.
 
-    The random numbers of a query come from its own seed, which takes the place of the row number.
+    The prompt id is the seed of the query, so that its random numbers do not depend on the batch.
     """
-    kept: list[Int64[np.ndarray, " H"]] = []
-    unknown: list[int] = []
+    histories: list[Int64[np.ndarray, " H"]] = []
+    unknown_items: list[int] = []
     for query in queries:
-        row, known = catalog_version.catalog.find(query.history)
-        kept.append(row[known][-max_history:])
-        unknown.append(int((~known).sum()))
-    history = np.concatenate([np.zeros(0, np.int64), *kept])
-    start = ragged.starts(np.array([len(rows) for rows in kept]))
+        rows, in_catalog = catalog_version.catalog.find(query.history)
+        histories.append(rows[in_catalog][-max_history:])
+        unknown_items.append(int((~in_catalog).sum()))
+    # Catalog rows of all histories, history q at start[q] : start[q + 1].
+    history = np.concatenate([np.zeros(0, np.int64), *histories])
+    start = ragged.starts(np.array([len(rows) for rows in histories]))
     token, token_start = catalog_version.tokenizer.encode_history(history, start)
     prompts = Prompts(
         id=np.array([query.seed for query in queries], dtype=np.int64),
@@ -129,30 +132,30 @@ def read_queries(
         token=token,
         token_start=token_start,
     )
-    return prompts, unknown
+    return prompts, unknown_items
 
 
 def excluded_rows(
-    catalog_version: CatalogVersion, offer: FilteredItems, query: Query
+    catalog_version: CatalogVersion, filtered: FilteredItems, query: Query
 ) -> Int64[np.ndarray, " X"]:
-    """Distinct rows of the items on offer that the query excludes."""
-    row, known = catalog_version.catalog.find(query.exclude)
-    row = np.unique(row[known])
-    return row[offer.items[row]]
+    """Return the distinct catalog rows of the filtered items that the query excludes."""
+    rows, in_catalog = catalog_version.catalog.find(query.exclude)
+    rows = np.unique(rows[in_catalog])
+    return rows[filtered.items[rows]]
 
 
 def full_leaves(
-    catalog_version: CatalogVersion, offer: FilteredItems, rows: Int64[np.ndarray, " X"]
+    catalog_version: CatalogVersion, filtered: FilteredItems, rows: Int64[np.ndarray, " X"]
 ) -> Int64[np.ndarray, " K"]:
-    """Leaves all of whose items on offer are among the rows: those the search must not find."""
+    """Return the leaves whose filtered items are all among the rows; the search must skip them."""
     leaf, count = np.unique(catalog_version.catalog.leaf_of_item[rows], return_counts=True)
-    return leaf[count == offer.per_leaf[leaf]]
+    return leaf[count == filtered.per_leaf[leaf]]
 
 
 def search_of(
-    kind: BatchKey, queries: Sequence[Query], allowed: ItemFilter
+    kind: BatchKey, allowed: ItemFilter
 ) -> Callable[[DecodingBackend, Prompts], Candidates]:
-    """The decoder's search for the batch."""
+    """Return the search function of the batch's decoder."""
     if kind.decoder == "beam":
         return partial(beam, width=kind.width, allowed=allowed)
     if kind.decoder == "beam_sample":
@@ -165,7 +168,10 @@ def search_of(
 def _guided(
     engine: DecodingBackend, prompts: Prompts, *, width: int, count: int, allowed: ItemFilter
 ) -> Candidates:
-    """A guided search with what a beam of that width forwards: half for its own beam."""
+    """Run a value-guided search with the forward budget of a beam of that width.
+
+    Half of the width goes to the initial likelihood beam.
+    """
     depth = engine.trie.depth
     settings = VedConfig(width=max(1, width // 2), budget=1 + width * max(1, depth - 1))
     return ved(engine, prompts, settings, count=count, seed=0, allowed=allowed)
@@ -173,88 +179,100 @@ def _guided(
 
 def rank_items(
     catalog_version: CatalogVersion,
-    offer: FilteredItems,
+    filtered: FilteredItems,
     query: Query,
     kind: BatchKey,
-    found: Candidates,
-    gone: Int64[np.ndarray, " X"],
-    unknown: int,
+    candidates: Candidates,
+    excluded: Int64[np.ndarray, " X"],
+    unknown_items: int,
 ) -> RankedItems:
-    """The first k items of the candidates of one query."""
+    """Return the first k items of the candidates of one query."""
     catalog = catalog_version.catalog
-    row, start = ragged.take(catalog.item_of_leaf, catalog.leaf_start, found.leaf)
-    candidate = ragged.owners(start)
-    shown = offer.items[row] & ~np.isin(row, gone)
-    row, candidate = row[shown], candidate[shown]
-    capped = 0
+    # Catalog rows of the items of all candidates, best candidate first, items in catalog order.
+    rows, start = ragged.take(catalog.item_of_leaf, catalog.leaf_start, candidates.leaf)
+    # Candidate of each of those items.
+    candidate_of = ragged.owners(start)
+    shown = filtered.items[rows] & ~np.isin(rows, excluded)
+    rows, candidate_of = rows[shown], candidate_of[shown]
+    num_capped = 0
     if query.per_prefix is not None:
-        kept = places_among(found.node[candidate, 0]) < query.per_prefix
-        capped = int((~kept).sum())
-        row, candidate = row[kept], candidate[kept]
-    row, candidate = row[: query.k], candidate[: query.k]
-    fewer = ""
-    if len(row) < query.k:
-        if len(row) == offer.total - len(gone):
-            fewer = "exhausted"
-        elif capped:
-            fewer = "per_prefix"
+        # Node at depth 1 stands for the first code.
+        kept = places_among(candidates.node[candidate_of, 0]) < query.per_prefix
+        num_capped = int((~kept).sum())
+        rows, candidate_of = rows[kept], candidate_of[kept]
+    rows, candidate_of = rows[: query.k], candidate_of[: query.k]
+    shortfall_reason: Shortfall = ""
+    if len(rows) < query.k:
+        if len(rows) == filtered.total - len(excluded):
+            shortfall_reason = "exhausted"
+        elif num_capped:
+            shortfall_reason = "per_prefix"
         else:
-            fewer = "budget" if kind.decoder == "ved" else "width"
+            shortfall_reason = "budget" if kind.decoder == "ved" else "width"
     items = [
         Item.model_construct(
             rank=rank,
-            item_id=int(catalog.item_id[item]),
-            score=float(found.score[one]),
-            sid=catalog_version.plain_sid(item),
-            title=catalog.title[item],
-            levels=levels_of(catalog_version, item, found, one) if query.levels else None,
+            item_id=int(catalog.item_id[row]),
+            score=float(candidates.score[candidate_index]),
+            sid=catalog_version.plain_sid(row),
+            title=catalog.title[row],
+            levels=levels_of(catalog_version, row, candidates, candidate_index)
+            if query.levels
+            else None,
         )
-        for rank, (item, one) in enumerate(
-            zip(row.tolist(), candidate.tolist(), strict=True), start=1
+        for rank, (row, candidate_index) in enumerate(
+            zip(rows.tolist(), candidate_of.tolist(), strict=True), start=1
         )
     ]
     return RankedItems(
-        items=items, leaf=found.leaf[candidate].tolist(), fewer=fewer, unknown=unknown
+        items=items,
+        leaf=candidates.leaf[candidate_of].tolist(),
+        shortfall_reason=shortfall_reason,
+        unknown_items=unknown_items,
     )
 
 
 def popular_items(
     catalog_version: CatalogVersion, query: Query, filters: tuple[str, ...]
 ) -> RankedItems:
-    """The most popular items that the query allows, for when the policy cannot answer."""
-    offer = catalog_version.offer(filters)
-    gone = excluded_rows(catalog_version, offer, query)
-    row = catalog_version.by_popularity
-    row = row[offer.items[row] & ~np.isin(row, gone)]
-    few = row[: query.k]
+    """Return the most popular allowed items, the fallback if the policy cannot answer."""
+    catalog = catalog_version.catalog
+    filtered = catalog_version.offer(filters)
+    excluded = excluded_rows(catalog_version, filtered, query)
+    # Catalog rows of the allowed items, most popular first.
+    rows = catalog_version.by_popularity
+    rows = rows[filtered.items[rows] & ~np.isin(rows, excluded)]
     if query.per_prefix is not None:
-        row = row[places_among(catalog_version.catalog.codes[row, 0]) < query.per_prefix]
-        few = row[: query.k]
+        rows = rows[places_among(catalog.codes[rows, 0]) < query.per_prefix]
+    rows = rows[: query.k]
     items = [
         Item.model_construct(
-            rank=rank, item_id=int(catalog_version.catalog.item_id[item]), score=None,
-            sid=catalog_version.plain_sid(item), title=catalog_version.catalog.title[item],
-            levels=None,
+            rank=rank, item_id=int(catalog.item_id[row]), score=None,
+            sid=catalog_version.plain_sid(row), title=catalog.title[row], levels=None,
         )
-        for rank, item in enumerate(few.tolist(), start=1)
+        for rank, row in enumerate(rows.tolist(), start=1)
     ]  # fmt: skip
-    short = len(few) < query.k
-    everything = len(few) == offer.total - len(gone)
+    shortfall_reason: Shortfall = ""
+    if len(rows) < query.k:
+        is_exhausted = len(rows) == filtered.total - len(excluded)
+        shortfall_reason = "exhausted" if is_exhausted else "per_prefix"
     return RankedItems(
         items=items,
-        leaf=catalog_version.catalog.leaf_of_item[few].tolist(),
-        fewer=("exhausted" if everything else "per_prefix") if short else "",
-        unknown=0,
+        leaf=catalog.leaf_of_item[rows].tolist(),
+        shortfall_reason=shortfall_reason,
+        unknown_items=0,
     )
 
 
 def levels_of(
-    catalog_version: CatalogVersion, item: int, found: Candidates, one: int
+    catalog_version: CatalogVersion, row: int, candidates: Candidates, candidate_index: int
 ) -> list[Level]:
-    """Code, log-probability and value at every level of a candidate."""
-    codes = catalog_version.catalog.codes[item]
-    value: Float[np.ndarray, " D"] | None = None if found.value is None else found.value[one]
-    logprob: Float32[np.ndarray, " D"] = found.logprob[one]
+    """Return code, log-probability and value at every level of an item's semantic ID."""
+    codes = catalog_version.catalog.codes[row]
+    value: Float[np.ndarray, " D"] | None = (
+        None if candidates.value is None else candidates.value[candidate_index]
+    )
+    logprob: Float32[np.ndarray, " D"] = candidates.logprob[candidate_index]
     return [
         Level.model_construct(
             code=int(codes[level]),
@@ -266,9 +284,11 @@ def levels_of(
 
 
 def places_among(group: Int[np.ndarray, " M"]) -> Int64[np.ndarray, " M"]:
-    """How many earlier entries are of the same group, for each entry."""
+    """Return for each entry the number of earlier entries of the same group."""
+    # Indices sorted by group, in order of appearance within a group.
     order = np.argsort(group, kind="stable")
     place = np.empty(len(group), dtype=np.int64)
+    # Start of each group's run in `order`.
     first = np.flatnonzero(np.diff(group[order], prepend=group[order][:1] - 1))
     start = np.append(first, len(group))
     place[order] = ragged.places(start) if len(group) else np.zeros(0, np.int64)

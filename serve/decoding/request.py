@@ -1,4 +1,4 @@
-"""A request on its way: its variant chosen, its defaults settled."""
+"""Request resolution: defaults, limits, batch key and cache key."""
 
 import hashlib
 import itertools
@@ -18,17 +18,18 @@ _NUMBERS = itertools.count()
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ResolvedRequest:
-    """A request with its defaults settled."""
+    """Request with its variant, history and defaults."""
 
     request: RecommendRequest
     history: list[int]
     variant: str
     width: int
-    """Wanted; a deadline may narrow it."""
+    """Requested beam width; a deadline may narrow it."""
     seed: int
     levels: bool
-    """Log-probabilities by level are needed."""
+    """Whether per-level log-probabilities are needed."""
     number: int = field(default_factory=_NUMBERS.__next__)
+    """Process-wide unique number."""
 
 
 def resolve(
@@ -39,17 +40,18 @@ def resolve(
     *,
     guided: bool,
 ) -> ResolvedRequest:
-    """The request with its defaults.
+    """Apply defaults to a request and check it against the configured limits.
 
     Args:
-        request: as it came.
-        history: of the request, or of its user.
-        variant: that answers.
-        config: bounds and defaults.
-        guided: the variant can search by values.
+        request: validated request body.
+        history: item ids of the request or of its user.
+        variant: name of the variant that answers.
+        config: limits and defaults.
+        guided: whether the variant supports value-guided search.
 
     Raises:
-        UnsuitableError: it exceeds a bound, or names what is not there.
+        UnprocessableError: the request exceeds a limit, or names an unknown filter or an
+            unsupported decoder.
     """
     if request.k > config.max_k:
         raise UnprocessableError(f"k = {request.k} exceeds {config.max_k}; ask for fewer items")
@@ -79,45 +81,45 @@ def resolve(
     )
 
 
-def batch_key(asked: ResolvedRequest, width: int) -> BatchKey:
-    """What it shares with the other requests of its batch."""
-    request = asked.request
+def batch_key(resolved: ResolvedRequest, width: int) -> BatchKey:
+    """Return the search parameters that all requests of a batch must share."""
+    request = resolved.request
     return BatchKey(
         decoder=request.decoder,
         width=width,
         filters=tuple(sorted(set(request.filters))),
         temperature=request.temperature if request.decoder == "beam_sample" else 1.0,
-        trace=asked.number if request.explain == "tree" else None,
+        trace=resolved.number if request.explain == "tree" else None,
     )
 
 
-def query_of(asked: ResolvedRequest) -> Query:
-    """What is its own."""
-    request = asked.request
-    excluded = [*request.exclude, *(asked.history if request.exclude_seen else ())]
+def query_of(resolved: ResolvedRequest) -> Query:
+    """Return the part of a request that is specific to it within a batch."""
+    request = resolved.request
+    excluded = [*request.exclude, *(resolved.history if request.exclude_seen else ())]
     return Query(
-        history=np.array(asked.history, dtype=np.int64),
+        history=np.array(resolved.history, dtype=np.int64),
         k=request.k,
         exclude=np.array(excluded, dtype=np.int64),
         per_prefix=request.per_prefix,
-        seed=asked.seed,
-        levels=asked.levels,
+        seed=resolved.seed,
+        levels=resolved.levels,
     )
 
 
 def cache_key(
-    asked: ResolvedRequest, policy: str, catalog_version: CatalogVersion
+    resolved: ResolvedRequest, policy: str, catalog_version: CatalogVersion
 ) -> tuple[object, ...] | None:
-    """What the answer depends on; None where it is drawn anew every time."""
-    request = asked.request
+    """Return everything the answer depends on; None if the answer must not be cached."""
+    request = resolved.request
     if request.explain == "tree" or (request.decoder != "beam" and request.seed is None):
         return None
-    settled = request.model_copy(update={"user": None, "deadline_ms": None, "history": []})
-    # As long as a history and its exclusions may be, their digest is as short.
-    whole = f"{asked.history}{settled.model_dump_json()}".encode()
+    normalized = request.model_copy(update={"user": None, "deadline_ms": None, "history": []})
+    # A digest: histories and exclusions may hold thousands of items.
+    content = f"{resolved.history}{normalized.model_dump_json()}".encode()
     return (
-        asked.variant,
+        resolved.variant,
         policy,
         catalog_version.version,
-        hashlib.blake2b(whole, digest_size=16).digest(),
+        hashlib.blake2b(content, digest_size=16).digest(),
     )

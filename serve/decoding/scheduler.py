@@ -1,8 +1,7 @@
-"""Where requests wait and are searched: one queue, one thread that searches, for all variants.
+"""Decode scheduler: one queue and one search thread for all variants.
 
-Between two searches the thread does other work that no search must see half done, such as a switch
-of policies. Catalogs are switched by the search itself: it takes the catalog version in use when it
-begins.
+Between two searches the thread also runs work that must not overlap with a search, such as a policy
+switch. A search switches the catalog itself: it uses the version that is current when it starts.
 """
 
 import asyncio
@@ -23,7 +22,7 @@ from serve.catalog.store import CatalogStore, CatalogVersion
 from serve.decoding.batching import Batcher, BatchPlan, LatencyModel
 from serve.decoding.recommender import BatchKey, Query, RankedItems, recommend
 from serve.decoding.request import ResolvedRequest, batch_key, query_of
-from serve.decoding.trace import Watched
+from serve.decoding.trace import TracedSearch
 from serve.metrics import ServeMetrics
 from serve.policies.slot import PolicySlot
 
@@ -33,37 +32,37 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class DecodeResult:
-    """What a batch made of one request."""
+    """Result of one request, with its batch's candidates, trace and cost."""
 
-    found: RankedItems
+    ranked: RankedItems
     candidates: Candidates
-    """Of the whole batch, as is what it cost."""
-    watch: Watched
+    """Candidates and cost of the whole batch."""
+    trace: TracedSearch
     catalog_version: CatalogVersion
     policy: str
     width: int
     batch: int
-    """Requests in it."""
+    """Number of requests in the batch."""
     seconds: float
 
 
 class DecodeScheduler:
-    """The queue and the search. Belongs to one event loop."""
+    """Queue and search thread for all variants. Belongs to one event loop."""
 
     def __init__(
         self,
         config: ServeConfig,
         slots: Mapping[str, PolicySlot],
         catalog_store: CatalogStore,
-        meters: ServeMetrics,
+        metrics: ServeMetrics,
         *,
         max_history: int,
     ) -> None:
-        """Search with the engines of `slots` in what `catalog_store` has on its catalog version."""
-        self._slots, self._catalog_store, self._meters = slots, catalog_store, meters
+        """Search the current version of `catalog_store` with the engines of `slots`."""
+        self._slots, self._catalog_store, self._metrics = slots, catalog_store, metrics
         self._budget, self._max_history = config.budget, max_history
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="decoder")
-        self._pace = {name: LatencyModel() for name in slots}
+        self._latency = {name: LatencyModel() for name in slots}
         self._batcher = Batcher[ResolvedRequest, tuple[str, BatchKey], DecodeResult](
             self._run, self._plan, budget=config.budget, queue=config.queue,
             linger_s=config.batch_wait_ms / 1000,
@@ -71,80 +70,82 @@ class DecodeScheduler:
 
     @property
     def waiting_rows(self) -> int:
-        """Beam rows in the queue."""
+        """Number of beam rows in the queue."""
         return self._batcher.waiting_rows
 
     async def submit(
-        self, asked: ResolvedRequest, *, deadline: float = float("inf")
+        self, resolved: ResolvedRequest, *, deadline: float = float("inf")
     ) -> DecodeResult:
-        """The answer; see `Batcher.submit`."""
-        return await self._batcher.submit(asked, rows=asked.width, deadline=deadline)
+        """Queue a request and return its result; see `Batcher.submit`."""
+        return await self._batcher.submit(resolved, rows=resolved.width, deadline=deadline)
 
     async def run_exclusive(self, call: Callable[..., T], *args: object) -> T:
-        """Call something between two searches, in the thread that searches."""
+        """Run a call in the search thread, between two searches."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, call, *args)
 
-    async def warm(self, asked: ResolvedRequest) -> None:
-        """Search once, past the queue and the figures."""
+    async def warm(self, resolved: ResolvedRequest) -> None:
+        """Run one search that bypasses the queue and the metrics."""
         await self.run_exclusive(
-            self._search, (asked.variant, batch_key(asked, asked.width)), [asked]
+            self._search, (resolved.variant, batch_key(resolved, resolved.width)), [resolved]
         )
 
     async def close(self) -> None:
-        """Answer what waits and stop."""
+        """Answer the queued requests, then stop the search thread."""
         await self._batcher.close()
         self._thread.shutdown()
 
     def _plan(
-        self, asked: ResolvedRequest, left_s: float
+        self, resolved: ResolvedRequest, left_s: float
     ) -> BatchPlan[tuple[str, BatchKey]] | None:
-        """The widest search of the request that ends in time."""
-        least = min(asked.request.k, asked.width)
-        pace = self._pace[asked.variant]
-        width = pace.width(wanted=asked.width, least=least, left_s=left_s)
+        """Return the widest search that finishes before the deadline, None if there is none."""
+        least = min(resolved.request.k, resolved.width)
+        latency = self._latency[resolved.variant]
+        width = latency.width(wanted=resolved.width, least=least, left_s=left_s)
         if width is None or left_s <= 0:
             return None
-        return BatchPlan((asked.variant, batch_key(asked, width)), width)
+        return BatchPlan((resolved.variant, batch_key(resolved, width)), width)
 
     async def _run(
         self, kind: tuple[str, BatchKey], batch: Sequence[ResolvedRequest], waited: Sequence[float]
     ) -> list[DecodeResult]:
-        answers = await self.run_exclusive(self._search, kind, batch)
-        rows, name = len(batch) * kind[1].width, kind[0]
-        watch, seconds = answers[0].watch, answers[0].seconds
-        self._pace[name].observe(rows, seconds)
-        for one in waited:
-            self._phase(name, "queue", one)
-        self._phase(name, "prefill", watch.prefill_s)
-        self._phase(name, "levels", watch.levels_s)
-        self._phase(name, "post", max(0.0, seconds - watch.prefill_s - watch.levels_s))
-        fill = min(1.0, rows / self._budget)
-        self._meters.observe("orchard_serve_beam_fill", fill, variant=name)
-        return answers
+        """Search a batch in the search thread and record its metrics."""
+        results = await self.run_exclusive(self._search, kind, batch)
+        variant, key = kind
+        num_rows = len(batch) * key.width
+        trace, seconds = results[0].trace, results[0].seconds
+        self._latency[variant].observe(num_rows, seconds)
+        for waited_s in waited:
+            self._observe_phase(variant, "queue", waited_s)
+        self._observe_phase(variant, "prefill", trace.prefill_s)
+        self._observe_phase(variant, "levels", trace.levels_s)
+        post_s = max(0.0, seconds - trace.prefill_s - trace.levels_s)
+        self._observe_phase(variant, "post", post_s)
+        fill = min(1.0, num_rows / self._budget)
+        self._metrics.observe("orchard_serve_beam_fill", fill, variant=variant)
+        return results
 
     def _search(
         self, kind: tuple[str, BatchKey], batch: Sequence[ResolvedRequest]
     ) -> list[DecodeResult]:
-        began, slot, catalog_version = (
-            time.monotonic(),
-            self._slots[kind[0]],
-            self._catalog_store.current,
-        )
+        """Search a batch; runs in the search thread."""
+        start_time = time.monotonic()
+        variant, key = kind
+        slot, catalog_version = self._slots[variant], self._catalog_store.current
         slot.set_catalog(catalog_version.catalog)
-        watching = _Watching(slot.holder, trace=kind[1].trace is not None)
-        queries = [query_of(asked) for asked in batch]
-        found, candidates = recommend(
-            watching, catalog_version, queries, kind[1], max_history=self._max_history
+        runner = _TracingRunner(slot.inference_engine, record_steps=key.trace is not None)
+        queries = [query_of(resolved) for resolved in batch]
+        ranked, candidates = recommend(
+            runner, catalog_version, queries, key, max_history=self._max_history
         )
-        self._check_legal(catalog_version, kind, queries, found)
-        seconds = time.monotonic() - began
+        self._check_legal(catalog_version, kind, queries, ranked)
+        seconds = time.monotonic() - start_time
         return [
             DecodeResult(
-                found=one, candidates=candidates, watch=watching.watch,
-                catalog_version=catalog_version, policy=str(slot.version), width=kind[1].width,
+                ranked=of_query, candidates=candidates, trace=runner.trace,
+                catalog_version=catalog_version, policy=str(slot.version), width=key.width,
                 batch=len(batch), seconds=seconds,
             )
-            for one in found
+            for of_query in ranked
         ]  # fmt: skip
 
     def _check_legal(
@@ -152,32 +153,34 @@ class DecodeScheduler:
         catalog_version: CatalogVersion,
         kind: tuple[str, BatchKey],
         queries: Sequence[Query],
-        found: Sequence[RankedItems],
+        ranked: Sequence[RankedItems],
     ) -> None:
-        """Count items that must not have been shown: a guard, for the search admits none."""
-        offer = catalog_version.offer(kind[1].filters)
-        for query, one in zip(queries, found, strict=True):
-            ids = np.array([item.item_id for item in one.items], dtype=np.int64)
-            row, known = catalog_version.catalog.find(ids)
-            bad = ~known | ~offer.items[row] | np.isin(ids, query.exclude)
-            if bad.any():
-                self._meters.count("orchard_serve_illegal", by=float(bad.sum()), variant=kind[0])
-                _log.error("%d illegal items in an answer of %s", int(bad.sum()), kind[0])
+        """Count and log illegal items; a safeguard, since the search admits none."""
+        variant, key = kind
+        filtered = catalog_version.offer(key.filters)
+        for query, of_query in zip(queries, ranked, strict=True):
+            ids = np.array([item.item_id for item in of_query.items], dtype=np.int64)
+            rows, in_catalog = catalog_version.catalog.find(ids)
+            illegal = ~in_catalog | ~filtered.items[rows] | np.isin(ids, query.exclude)
+            if illegal.any():
+                num_illegal = int(illegal.sum())
+                self._metrics.count("orchard_serve_illegal", by=float(num_illegal), variant=variant)
+                _log.error("%d illegal items in an answer of %s", num_illegal, variant)
 
-    def _phase(self, variant: str, phase: str, seconds: float) -> None:
-        self._meters.observe("orchard_serve_phase_seconds", seconds, variant=variant, phase=phase)
+    def _observe_phase(self, variant: str, phase: str, seconds: float) -> None:
+        self._metrics.observe("orchard_serve_phase_seconds", seconds, variant=variant, phase=phase)
 
 
-class _Watching:
-    """A runner whose next search is watched."""
+class _TracingRunner:
+    """Search runner that traces its next search."""
 
-    def __init__(self, runner: SearchRunner, *, trace: bool) -> None:
-        self._runner, self._trace = runner, trace
-        self.watch: Watched
+    def __init__(self, runner: SearchRunner, *, record_steps: bool) -> None:
+        self._runner, self._record_steps = runner, record_steps
+        self.trace: TracedSearch
 
     def run(
         self, find: Callable[[DecodingBackend, Prompts], Candidates], prompts: Prompts
     ) -> Candidates:
-        """As the runner does, watched."""
-        self.watch = Watched(find, trace=self._trace)
-        return self._runner.run(self.watch, prompts)
+        """Run a search in the wrapped runner and keep its trace."""
+        self.trace = TracedSearch(find, record_steps=self._record_steps)
+        return self._runner.run(self.trace, prompts)

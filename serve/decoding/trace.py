@@ -1,6 +1,6 @@
-"""What a search saw on its way to an answer: the prefixes it kept, the best it dropped.
+"""Tracing of a search: timings, and a tree of kept prefixes with the best pruned ones.
 
-Shapes:  F nodes of a frontier   M legal children   R prompts of a part
+Shapes:  F nodes of a frontier   M legal children   R prompts of a split
 """
 
 from collections import Counter
@@ -23,12 +23,12 @@ from serve.catalog.store import CatalogVersion
 from serve.schema import Node
 
 PRUNED = 5
-"""Dropped children shown of a prefix, the likeliest."""
+"""Maximum number of pruned children shown per prefix, the likeliest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Seen:
-    """The legal children of one prefix."""
+class TracedStep:
+    """Expansion of one prefix: its legal children and their log-probabilities."""
 
     node: int
     value: float | None
@@ -37,56 +37,58 @@ class Seen:
 
 
 @dataclass(eq=False)
-class Watched:
-    """A search, how long its engine took, and what its engine gave it."""
+class TracedSearch:
+    """Search function that records its time in the engine and, on request, every expansion."""
 
-    find: Callable[[DecodingBackend, Prompts], Candidates]
-    trace: bool = False
-    """Write down every expansion; the prompts of a traced search are one."""
+    search_fn: Callable[[DecodingBackend, Prompts], Candidates]
+    record_steps: bool = False
+    """Whether to record every expansion; the search then has a single prompt."""
     prefill_s: float = 0.0
     levels_s: float = 0.0
-    """Time in forward passes after the first."""
-    seen: list[Seen] = field(default_factory=list[Seen])
+    """Seconds in forward passes after the first."""
+    steps: list[TracedStep] = field(default_factory=list[TracedStep])
 
     def __call__(self, engine: DecodingBackend, prompts: Prompts) -> Candidates:
-        """Search."""
-        return self.find(_Recorder(engine, self), prompts)
+        """Run the search and record its use of the engine."""
+        return self.search_fn(_RecordingBackend(engine, self), prompts)
 
     def part(
         self, rows: Int64[np.ndarray, " R"]
     ) -> Callable[[DecodingBackend, Prompts], Candidates]:
-        """The search for some prompts of its batch, watched by the same."""
-        find = split_search(self.find, rows)
-        return lambda engine, prompts: find(_Recorder(engine, self), prompts)
+        """Return the search for some prompts of the batch, recorded in this same trace."""
+        search_fn = split_search(self.search_fn, rows)
+        return lambda engine, prompts: search_fn(_RecordingBackend(engine, self), prompts)
 
 
-class _Recorder:
-    """Passes everything on to an engine and keeps what comes back."""
+class _RecordingBackend:
+    """Decoding backend that forwards to an engine and records its expansions."""
 
-    def __init__(self, engine: DecodingBackend, watch: Watched) -> None:
-        self._engine, self._watch = engine, watch
+    def __init__(self, engine: DecodingBackend, trace: TracedSearch) -> None:
+        self._engine, self._trace = engine, trace
 
     @property
     def trie(self) -> Trie:
-        """The engine's."""
+        """Trie of the engine."""
         return self._engine.trie
 
     @property
     def tokenizer(self) -> ItemTokenizer:
-        """The engine's."""
+        """Item tokenizer of the engine."""
         return self._engine.tokenizer
 
     @property
     def version(self) -> PolicyVersion:
-        """The engine's."""
+        """Policy version of the engine."""
         return self._engine.version
 
     def prefill(self, prompts: Prompts) -> NextCodeLogprobs:
-        """As the engine does."""
-        began = perf_counter()
+        """Prefill in the engine and record the time and the expansions."""
+        start_time = perf_counter()
         expansion = self._engine.prefill(prompts)
-        self._watch.prefill_s += perf_counter() - began
-        return self._keep(expansion, [ROOT] * len(prompts)) if self._watch.trace else expansion
+        self._trace.prefill_s += perf_counter() - start_time
+        if self._trace.record_steps:
+            self._record(expansion, [ROOT] * len(prompts))
+        return expansion
 
     def extend(
         self,
@@ -95,111 +97,126 @@ class _Recorder:
         start: Int64[Tensor, " F1"],
         node: Int64[Tensor, " F"],
     ) -> NextCodeLogprobs:
-        """As the engine does."""
-        began = perf_counter()
+        """Extend in the engine and record the time and the expansions."""
+        start_time = perf_counter()
         expansion = self._engine.extend(state, token, start, node)
-        self._watch.levels_s += perf_counter() - began
-        return self._keep(expansion, node.tolist()) if self._watch.trace else expansion
+        self._trace.levels_s += perf_counter() - start_time
+        if self._trace.record_steps:
+            self._record(expansion, node.tolist())
+        return expansion
 
-    def _keep(self, expansion: NextCodeLogprobs, node: list[int]) -> NextCodeLogprobs:
+    def _record(self, expansion: NextCodeLogprobs, nodes: list[int]) -> None:
+        """Append one step per node of the expansion."""
+        # Children of frontier node f are at start[f] : start[f + 1] of `child` and `logprob`.
         start = expansion.children.start.tolist()
         child = expansion.children.node.cpu().numpy()
         logprob = expansion.logprob.float().cpu().numpy()
         value = expansion.value
-        for at, one in enumerate(node):
-            rows = slice(start[at], start[at + 1])
-            # At the root, which no training reaches, a value means nothing.
-            known = value is not None and one != ROOT
-            self._watch.seen.append(
-                Seen(
-                    node=one,
-                    value=float(value[at]) if value is not None and known else None,
-                    child=child[rows],
-                    logprob=logprob[rows],
+        for node_index, node in enumerate(nodes):
+            children = slice(start[node_index], start[node_index + 1])
+            # The value head is not trained at the root, so its value there is meaningless.
+            has_value = value is not None and node != ROOT
+            self._trace.steps.append(
+                TracedStep(
+                    node=node,
+                    value=float(value[node_index]) if value is not None and has_value else None,
+                    child=child[children],
+                    logprob=logprob[children],
                 )
             )
-        return expansion
 
 
 def draw_tree(
-    catalog_version: CatalogVersion, found: Candidates, seen: list[Seen], shown: list[int]
+    catalog_version: CatalogVersion,
+    candidates: Candidates,
+    steps: list[TracedStep],
+    shown: list[int],
 ) -> list[Node]:
-    """The nodes of one query's search, parents first.
+    """Return the nodes of one query's search tree, parents before children.
 
     Args:
-        catalog_version: the catalog that was searched.
-        found: the candidates of the query.
-        seen: what a traced search wrote down; without it the tree is that of the candidates.
-        shown: the leaves that are in the answer.
+        catalog_version: catalog version that was searched.
+        candidates: candidates of the query.
+        steps: recorded expansions; if empty, the tree holds only the candidates' prefixes.
+        shown: leaves of the returned items.
     """
     trie, catalog = catalog_version.catalog.trie, catalog_version.catalog
-    value = {one.node: one.value for one in seen}
-    first = {
+    value_of = {step.node: step.value for step in steps}
+    # First item of each candidate leaf.
+    item_of = {
         int(leaf): int(catalog.item_id[catalog.item_of_leaf[catalog.leaf_start[leaf]]])
-        for leaf in found.leaf
+        for leaf in candidates.leaf
     }
-    answered = np.isin(found.leaf, np.array(shown, dtype=np.int64))
+    # Whether each candidate's leaf is in the answer.
+    is_shown = np.isin(candidates.leaf, np.array(shown, dtype=np.int64))
     nodes: dict[int, Node] = {
         ROOT: Node(id=ROOT, parent=-1, code=-1, logprob=0.0, score=0.0, kept=True)
     }
-    for row in np.argsort(~answered, kind="stable").tolist():
-        above = ROOT
-        for level, node in enumerate(found.node[row].tolist()):
+    # Shown candidates first, so that a prefix they share with others counts as kept.
+    for row in np.argsort(~is_shown, kind="stable").tolist():
+        parent = ROOT
+        # Node of the candidate at each depth, negative past its end.
+        for level, node in enumerate(candidates.node[row].tolist()):
             if node < 0:
                 break
             if node not in nodes:
-                logprob = float(found.logprob[row, level])
-                last = level + 1 == found.node.shape[1] or found.node[row, level + 1] < 0
+                logprob = float(candidates.logprob[row, level])
+                is_leaf = (
+                    level + 1 == candidates.node.shape[1] or candidates.node[row, level + 1] < 0
+                )
                 nodes[node] = Node(
-                    id=node, parent=above, code=int(trie.code[node]), logprob=logprob,
-                    score=nodes[above].score + logprob, value=value.get(node),
-                    kept=bool(answered[row]),
-                    item_id=first[int(found.leaf[row])] if last else None,
+                    id=node, parent=parent, code=int(trie.code[node]), logprob=logprob,
+                    score=nodes[parent].score + logprob, value=value_of.get(node),
+                    kept=bool(is_shown[row]),
+                    item_id=item_of[int(candidates.leaf[row])] if is_leaf else None,
                 )  # fmt: skip
-            above = node
-    gain = {
+            parent = node
+    logprob_of = {
         child: logprob
-        for one in seen
-        for child, logprob in zip(one.child.tolist(), one.logprob.tolist(), strict=True)
+        for step in steps
+        for child, logprob in zip(step.child.tolist(), step.logprob.tolist(), strict=True)
     }
-    pruned = Counter(node.parent for node in nodes.values() if not node.kept)
-    for one in sorted(seen, key=lambda one: one.node):
-        if one.node not in nodes:
-            for new in _hang_in(nodes, one.node, trie, gain, value):
-                pruned[new.parent] += 1
-        for at in np.argsort(-one.logprob, kind="stable"):
-            child = int(one.child[at])
+    # Number of pruned children drawn below each node.
+    num_pruned = Counter(node.parent for node in nodes.values() if not node.kept)
+    for step in sorted(steps, key=lambda step: step.node):
+        if step.node not in nodes:
+            for added in _add_pruned_path(nodes, step.node, trie, logprob_of, value_of):
+                num_pruned[added.parent] += 1
+        for child_index in np.argsort(-step.logprob, kind="stable"):
+            child = int(step.child[child_index])
             if child in nodes:
                 continue
-            if pruned[one.node] >= PRUNED:
+            if num_pruned[step.node] >= PRUNED:
                 break
-            pruned[one.node] += 1
-            logprob = float(one.logprob[at])
+            num_pruned[step.node] += 1
+            logprob = float(step.logprob[child_index])
             nodes[child] = Node(
-                id=child, parent=one.node, code=int(trie.code[child]), logprob=logprob,
-                score=nodes[one.node].score + logprob, value=value.get(child), kept=False,
+                id=child, parent=step.node, code=int(trie.code[child]), logprob=logprob,
+                score=nodes[step.node].score + logprob, value=value_of.get(child), kept=False,
             )  # fmt: skip
     return list(nodes.values())
 
 
-def _hang_in(
+def _add_pruned_path(
     nodes: dict[int, Node],
     node: int,
     trie: Trie,
-    gain: Mapping[int, float],
-    value: Mapping[int, float | None],
+    logprob_of: Mapping[int, float],
+    value_of: Mapping[int, float | None],
 ) -> list[Node]:
-    """Add a prefix that was expanded and led to no candidate, with what is above it."""
+    """Add a pruned prefix and its missing ancestors to the tree; return the added nodes."""
+    # From the prefix up to its first ancestor in the tree, exclusive.
     path, added = list[int](), list[Node]()
     while node not in nodes:
         path.append(node)
         node = int(trie.parent(torch.tensor([node])))
-    for one in reversed(path):
-        logprob = gain.get(one, 0.0)
-        nodes[one] = Node(
-            id=one, parent=node, code=int(trie.code[one]), logprob=logprob,
-            score=nodes[node].score + logprob, value=value.get(one), kept=False,
+    parent = node
+    for child in reversed(path):
+        logprob = logprob_of.get(child, 0.0)
+        nodes[child] = Node(
+            id=child, parent=parent, code=int(trie.code[child]), logprob=logprob,
+            score=nodes[parent].score + logprob, value=value_of.get(child), kept=False,
         )  # fmt: skip
-        added.append(nodes[one])
-        node = one
+        added.append(nodes[child])
+        parent = child
     return added

@@ -1,1 +1,1 @@
-"""The HTTP interface: routes, middleware, information pages."""
+"""HTTP interface: routes, middleware, item, catalog and policy information."""

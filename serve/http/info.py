@@ -1,4 +1,4 @@
-"""What the endpoint tells about itself: items, catalog, policies."""
+"""Information about items, the catalog and the served policies."""
 
 import numpy as np
 
@@ -11,34 +11,36 @@ from serve.service import Service
 
 
 def item_info(catalog_version: CatalogVersion, item_id: int) -> ItemInfo:
-    """What is known of an item; raises UnknownNameError where there is none."""
-    row, known = np.zeros(1, np.int64), np.zeros(1, np.bool_)
+    """Describe an item; raise UnknownNameError if the catalog does not contain it."""
+    catalog = catalog_version.catalog
+    rows, in_catalog = np.zeros(1, np.int64), np.zeros(1, np.bool_)
     if -(2**63) <= item_id < 2**63:
-        row, known = catalog_version.catalog.find(np.array([item_id], dtype=np.int64))
-    if not (known[0] and catalog_version.snapshot.live[row[0]]):
+        rows, in_catalog = catalog.find(np.array([item_id], dtype=np.int64))
+    if not (in_catalog[0] and catalog_version.snapshot.live[rows[0]]):
         raise UnknownNameError(f"item {item_id} is not in the catalog")
-    at = int(row[0])
-    others, _ = catalog_version.snapshot.items(catalog_version.catalog.leaf_of_item[[at]])
+    row = int(rows[0])
+    # Rows of all live items with the same semantic ID.
+    same_leaf, _ = catalog_version.snapshot.items(catalog.leaf_of_item[[row]])
     return ItemInfo(
         item_id=item_id,
-        sid=catalog_version.plain_sid(at),
-        title=catalog_version.catalog.title[at],
-        shares_sid_with=[int(i) for i in catalog_version.catalog.item_id[others] if i != item_id],
+        sid=catalog_version.plain_sid(row),
+        title=catalog.title[row],
+        shares_sid_with=[int(i) for i in catalog.item_id[same_leaf] if i != item_id],
         filters=[
-            name for name in catalog_version.filters if catalog_version.offer((name,)).items[at]
+            name for name in catalog_version.filters if catalog_version.offer((name,)).items[row]
         ],
         catalog=catalog_version.name,
     )
 
 
 def catalog_info(service: Service, catalog_version: CatalogVersion) -> CatalogInfo:
-    """A version of the catalog in numbers."""
-    offer = catalog_version.offer(())
+    """Describe a catalog version."""
+    all_items = catalog_version.offer(())
     return CatalogInfo(
         version=catalog_version.version,
         digest=catalog_version.catalog.digest,
-        items=offer.total,
-        leaves=offer.view.num_leaves,
+        items=all_items.total,
+        leaves=all_items.view.num_leaves,
         levels=catalog_version.catalog.trie.depth,
         level_size=list(catalog_version.catalog.level_size),
         filters=sorted(catalog_version.filters),
@@ -47,11 +49,12 @@ def catalog_info(service: Service, catalog_version: CatalogVersion) -> CatalogIn
 
 
 def policy_info(service: Service) -> PolicyInfo:
-    """Every variant."""
+    """Describe all policy variants."""
     return PolicyInfo(variants=[_variant_info(service, slot) for slot in service.slots.values()])
 
 
 def _variant_info(service: Service, slot: PolicySlot) -> VariantInfo:
+    """Describe one variant; the main one gets the share that the others leave."""
     others = sum(s.share for s in service.slots.values() if not s.shadow and s.name != MAIN)
     return VariantInfo(
         name=slot.name,

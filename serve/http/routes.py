@@ -1,6 +1,6 @@
-"""The HTTP face of a service: routes, checks, problems. Knows no Ray; `serve.app` adds that.
+"""FastAPI application of a service: routes and error handlers, without Ray (see `serve.app`).
 
-Every answer carries `x-request-id`. Errors are problems (RFC 9457) naming neither paths nor code.
+Every response carries `x-request-id`. Errors are problems (RFC 9457) without file paths or code.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from serve.errors import (
     ApiError,
     ConflictError,
     OverloadedError,
-    UnauthorisedError,
+    UnauthorizedError,
     UnavailableError,
     UnknownNameError,
     UnprocessableError,
@@ -49,23 +49,25 @@ from serve.service import Service
 
 _log = logging.getLogger("orchard.serve")
 _EXPLORER = Path(__file__).with_name("explorer.html")
-_POLICY = "default-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
+_CONTENT_SECURITY_POLICY = (
+    "default-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
+)
 _CLOSED_REQUEST = 499
-"""What proxies log where the client has gone; nobody reads the answer."""
+"""Status that proxies log for a client that disconnected; no client receives it."""
 T = TypeVar("T")
-_KINDS = (
-    ApiError, UnauthorisedError, UnknownNameError, ConflictError, UnprocessableError,
+_ERRORS = (
+    ApiError, UnauthorizedError, UnknownNameError, ConflictError, UnprocessableError,
     OverloadedError, UnavailableError,
 )  # fmt: skip
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     408: {"model": Problem, "description": "The body came too late"},
     413: {"model": Problem, "description": "The body is too large"},
-    **{kind.status: {"model": Problem, "description": kind.title} for kind in _KINDS},
+    **{error.status: {"model": Problem, "description": error.title} for error in _ERRORS},
 }
 
 
 def create_app(service: Service) -> FastAPI:
-    """The application; its lifespan starts and closes the service."""
+    """Create the application, whose lifespan starts and closes the service."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
@@ -78,151 +80,152 @@ def create_app(service: Service) -> FastAPI:
         responses=PROBLEMS, docs_url="/docs", redoc_url=None,
     )  # fmt: skip
 
-    def count(error: ApiError) -> None:
-        service.meters.count("orchard_serve_refused", kind=error.kind)
+    def count_refused(error: ApiError) -> None:
+        service.metrics.count("orchard_serve_refused", kind=error.kind)
 
-    app.add_middleware(RequestMiddleware, token_env=service.config.token_env, refused=count)
-    _add_problems(app, service)
-    _add_reading(app, service)
-    _add_writing(app, service)
-    _add_explorer(app, service)
+    app.add_middleware(RequestMiddleware, token_env=service.config.token_env, refused=count_refused)
+    _add_error_handlers(app, service)
+    _add_read_routes(app, service)
+    _add_operator_routes(app, service)
+    _add_explorer_routes(app, service)
     return app
 
 
-def _add_reading(app: FastAPI, service: Service) -> None:
-    """Routes that change nothing."""
+def _add_read_routes(app: FastAPI, service: Service) -> None:
+    """Add the routes that change nothing."""
 
     @app.post("/v1/recommend", response_model=RecommendResponse, tags=["recommend"])
     async def recommend(request: Request, body: RecommendRequest) -> Response:
-        """Items for one history, best first."""
+        """Recommend items for one history or user, best first."""
         work = service.recommend(body, request.state.id)
-        answer = await _unless_gone(request, work)
+        answer = await _cancel_on_disconnect(request, work)
         return Response(answer.model_dump_json(), media_type="application/json")
 
     @app.post("/v1/recommend:batch", response_model=None, tags=["recommend"])
     async def recommend_batch(request: Request, body: BatchRequest) -> Response:
-        """Several requests at once; each is answered or refused by itself."""
+        """Answer several requests at once; each succeeds or fails independently."""
 
-        async def one(place: int, asked: RecommendRequest) -> str:
-            name = f"{request.state.id}.{place}"
+        async def answer_one(index: int, part: RecommendRequest) -> str:
+            request_id = f"{request.state.id}.{index}"
             try:
-                return (await service.recommend(asked, name)).model_dump_json()
-            except ApiError as refusal:
-                service.meters.count("orchard_serve_refused", kind=refusal.kind)
-                return json.dumps(problem(refusal, name))
+                return (await service.recommend(part, request_id)).model_dump_json()
+            except ApiError as error:
+                service.metrics.count("orchard_serve_refused", kind=error.kind)
+                return json.dumps(problem(error, request_id))
 
-        work = asyncio.gather(*(one(i, asked) for i, asked in enumerate(body.requests)))
-        answers = await _unless_gone(request, work)
+        work = asyncio.gather(*(answer_one(i, part) for i, part in enumerate(body.requests)))
+        answers = await _cancel_on_disconnect(request, work)
         return Response(f'{{"responses":[{",".join(answers)}]}}', media_type="application/json")
 
     @app.get("/v1/items/{item_id}", tags=["catalogue"])
     async def item(item_id: int) -> ItemInfo:
-        """One item, and which filters let it pass."""
-        # A filter that nobody has asked for yet takes a look at every item.
+        """Describe one item and the filters that it passes."""
+        # In a thread: a filter that is not cached yet scans the whole catalog.
         return await asyncio.to_thread(item_info, service.catalog_store.current, item_id)
 
     @app.get("/v1/catalog", tags=["catalogue"])
     async def catalog() -> CatalogInfo:
-        """The catalog that answers now."""
+        """Describe the current catalog version."""
         return catalog_info(service, service.catalog_store.current)
 
     @app.get("/v1/policy", tags=["policy"])
     async def policy() -> PolicyInfo:
-        """The policies that answer now."""
+        """Describe the served policies."""
         return policy_info(service)
 
     @app.get("/healthz", tags=["health"])
     async def healthz() -> dict[str, str]:
-        """The process answers."""
+        """Report that the process is alive."""
         return {"status": "alive"}
 
     @app.get("/readyz", tags=["health"])
     async def readyz() -> dict[str, str]:
-        """Policy and catalog are loaded and warm."""
+        """Report whether policy and catalog are loaded and warmed up."""
         if not service.ready:
             raise UnavailableError("the policy is still being loaded; try again in a moment")
         return {"status": "ready"}
 
 
-def _add_explorer(app: FastAPI, service: Service) -> None:
-    """The page, and what it alone asks for."""
+def _add_explorer_routes(app: FastAPI, service: Service) -> None:
+    """Add the explorer page and its private routes."""
 
     @app.get("/", include_in_schema=False)
     async def explorer() -> HTMLResponse:
-        """A page to look at recommendations."""
+        """Return the explorer page."""
         text = await asyncio.to_thread(_EXPLORER.read_text)
-        return HTMLResponse(text, headers={"content-security-policy": _POLICY})
+        return HTMLResponse(text, headers={"content-security-policy": _CONTENT_SECURITY_POLICY})
 
     @app.get("/v1/explore", include_in_schema=False)
     async def some_items() -> dict[str, list[int]]:
-        """A few items, to begin with."""
+        """Return a few random items as an initial history."""
         rows = np.flatnonzero(service.catalog_store.current.snapshot.live)
         chosen = np.random.default_rng().choice(rows, min(5, len(rows)), replace=False)
         return {"item_ids": service.catalog_store.current.catalog.item_id[chosen].tolist()}
 
     @app.post("/v1/explore/{variant}", include_in_schema=False)
     async def explore(request: Request, variant: str, body: RecommendRequest) -> Response:
-        """As `recommend`, from the variant that is named, past cache and log."""
-        answer = await _unless_gone(request, service.explore(body, variant))
+        """Recommend with a given variant, without cache or exposure log."""
+        answer = await _cancel_on_disconnect(request, service.explore(body, variant))
         return Response(answer.model_dump_json(), media_type="application/json")
 
 
-def _add_writing(app: FastAPI, service: Service) -> None:
-    """Routes of the operator, behind the token."""
+def _add_operator_routes(app: FastAPI, service: Service) -> None:
+    """Add the operator routes, which require the token."""
 
     @app.post("/v1/catalog/delta", tags=["catalogue"])
     async def delta(request: Request, body: Annotated[DeltaRequest, Body()]) -> CatalogInfo:
-        """Add, remove and change items, or go back to an earlier version."""
+        """Add, remove and update items, or roll back to an earlier version."""
         check_token(request.headers.get("authorization"), service.config.token_env)
         catalog_version = await service.change(body)
         return catalog_info(service, catalog_version).model_copy(update={"dry_run": body.dry_run})
 
     @app.post("/v1/policy:activate", tags=["policy"])
     async def activate(request: Request, body: Annotated[ActivateRequest, Body()]) -> PolicyInfo:
-        """Pin a policy, or follow training again."""
+        """Pin a policy version, or follow training again."""
         check_token(request.headers.get("authorization"), service.config.token_env)
         await service.activate(body)
         return policy_info(service)
 
 
-async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
-    """The result, unless the client hangs up first, which cancels the work."""
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_gone(request))
+async def _cancel_on_disconnect(request: Request, work: Awaitable[T]) -> T:
+    """Await the work; cancel it and raise HTTPException if the client disconnects first."""
+    task = asyncio.ensure_future(work)
+    disconnect = asyncio.ensure_future(_disconnected(request))
     try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
+        await asyncio.wait({task, disconnect}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
             raise HTTPException(_CLOSED_REQUEST, "the client has gone")
-        return working.result()
+        return task.result()
     finally:
-        working.cancel()
-        leaving.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
+        task.cancel()
+        disconnect.cancel()
+        await asyncio.gather(task, disconnect, return_exceptions=True)
 
 
-async def _gone(request: Request) -> None:
+async def _disconnected(request: Request) -> None:
+    """Return once the client has disconnected."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
-def _add_problems(app: FastAPI, service: Service) -> None:
-    """Every error as a problem."""
+def _add_error_handlers(app: FastAPI, service: Service) -> None:
+    """Add handlers that return every error as a problem."""
 
     @app.exception_handler(ApiError)
     async def refused(request: Request, error: ApiError) -> JSONResponse:
-        service.meters.count("orchard_serve_refused", kind=error.kind)
+        service.metrics.count("orchard_serve_refused", kind=error.kind)
         return error_response(error, request)
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
-        wrong = error.errors()
+        failures = error.errors()
         fields = [
-            {"field": ".".join(str(part) for part in one["loc"]), "detail": one["msg"]}
-            for one in wrong[:20]
+            {"field": ".".join(str(part) for part in failure["loc"]), "detail": failure["msg"]}
+            for failure in failures[:20]
         ]
         return problem_response(
             422, "The request does not fit", "malformed",
-            f"{len(wrong)} fields are wrong; see errors", request, errors=fields,
+            f"{len(failures)} fields are wrong; see errors", request, errors=fields,
         )  # fmt: skip
 
     @app.exception_handler(HTTPException)
@@ -238,5 +241,5 @@ def _add_problems(app: FastAPI, service: Service) -> None:
             500, "An internal error", "internal",
             "the request could not be answered; its instance is in the log", request,
         )  # fmt: skip
-        response.headers["x-request-id"] = request.state.id  # the middleware is behind us
+        response.headers["x-request-id"] = request.state.id  # outside the middleware
         return response

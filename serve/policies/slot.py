@@ -1,10 +1,10 @@
-"""A policy behind the endpoint, and its successors: found, verified, switched to, gone back from.
+"""Policy slot: hot reload, verification, pinning and rollback of one served policy.
 
     folder -> load (digest, catalog) -> reference of a probe -> install -> probe again -> answer
 
-Loading goes on beside the searches. The switch happens between two of them, in the thread that
-searches, so that no answer mixes policies. Weights that the engine then scores otherwise than an
-independent copy of the model are taken back before anyone is answered by them.
+Loading runs concurrently with the searches. The switch happens between two searches, in the search
+thread, so that no answer mixes policies. If the engine then scores the probe differently from an
+independent copy of the model, the previous weights are restored before any request is answered.
 """
 
 import json
@@ -42,66 +42,67 @@ _TRANSIENT = (OSError, OrchardError, ValueError, KeyError)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LoadedPolicy:
-    """A policy that was read and whose digest holds."""
+    """Policy read from a folder, with a verified digest."""
 
     version: PolicyVersion
     weights: Weights
     model: models.PreTrainedModel
     guided: bool
-    """It has a value head."""
+    """Whether the policy has a value head."""
     stamp: str
-    """Of the folder when the reading began."""
+    """Stamp of the folder when reading started; see `folder_stamp`."""
 
 
 def read_policy(folder: Path, tokenizer: ItemTokenizer) -> LoadedPolicy:
-    """The policy of a folder.
+    """Load and verify the policy of a folder.
 
     Raises:
-        DataError: the folder holds no policy.
-        CheckpointError: the weights are not those that the folder names, or belong to another
+        DataError: the folder contains no policy.
+        CheckpointError: the weights do not match the digest in the folder, or belong to another
             catalog than the tokenizer's.
     """
-    stamp, about = folder_stamp(folder), read_facts(folder)
-    catalog = tokenizer.catalog.digest
-    if about is not None and about["catalogue"] != catalog:
+    stamp, facts = folder_stamp(folder), read_facts(folder)
+    catalog_digest = tokenizer.catalog.digest
+    if facts is not None and facts["catalogue"] != catalog_digest:
         raise CheckpointError(
-            f"the policy was trained on catalog {about['catalogue'][:12]}, the endpoint serves "
-            f"{catalog[:12]}; serve it from its own folder"
+            f"the policy was trained on catalog {facts['catalogue'][:12]}, the endpoint serves "
+            f"{catalog_digest[:12]}; serve it from its own folder"
         )
     model = models.load(folder, tokenizer)
     weights = snapshot(model)
-    found = digest(weights)
-    step = about["version"]["step"] if about is not None else 0
-    named = about["version"]["digest"] if about is not None else ""
-    if named and named != found:
+    weights_digest = digest(weights)
+    step = facts["version"]["step"] if facts is not None else 0
+    expected = facts["version"]["digest"] if facts is not None else ""
+    if expected and expected != weights_digest:
         raise CheckpointError(
-            f"the weights have digest {found[:8]}, their folder names {named[:8]}; it is being "
-            "written, or was damaged"
+            f"the weights have digest {weights_digest[:8]}, their folder names {expected[:8]}; the "
+            "export is being written, or was damaged"
         )
     return LoadedPolicy(
-        version=PolicyVersion(step=step, digest=found), weights=weights, model=model,
+        version=PolicyVersion(step=step, digest=weights_digest), weights=weights, model=model,
         guided=value_head.value_head_of(model) is not None, stamp=stamp,
     )  # fmt: skip
 
 
 def folder_stamp(folder: Path) -> str:
-    """What changes when a policy is exported; empty while there is none."""
+    """Return a string that changes with every export to the folder; empty without an export."""
     try:
-        facts = folder / "policy.json"
-        at = facts.stat()
-        return f"{at.st_ino}-{at.st_mtime_ns}-{facts.read_text()}"
+        path = folder / "policy.json"
+        status = path.stat()
+        return f"{status.st_ino}-{status.st_mtime_ns}-{path.read_text()}"
     except OSError:
         return ""
 
 
 def read_facts(folder: Path) -> dict[str, Any] | None:
-    """What an export says of its policy; None where the folder is not an export."""
-    facts = folder / "policy.json"
-    return json.loads(facts.read_text()) if facts.is_file() else None
+    """Read the facts of an exported policy; None if the folder is not an export."""
+    path = folder / "policy.json"
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
-def probe(holder: InferenceEngine, tokenizer: ItemTokenizer) -> Candidates:
-    """What a policy makes of a few fixed histories."""
+def probe(engine: InferenceEngine, tokenizer: ItemTokenizer) -> Candidates:
+    """Search the probe, a few fixed histories, with a policy's engine."""
+    # Evenly spaced catalog rows, three per history.
     rows = np.linspace(0, len(tokenizer.catalog) - 1, 3 * _PROBES).astype(np.int64)
     start = ragged.starts(np.full(_PROBES, 3))
     token, token_start = tokenizer.encode_history(rows, start)
@@ -109,14 +110,14 @@ def probe(holder: InferenceEngine, tokenizer: ItemTokenizer) -> Candidates:
         id=np.arange(_PROBES), target=np.zeros(_PROBES, np.int64), history=rows,
         history_start=start, token=token, token_start=token_start,
     )  # fmt: skip
-    return holder.run(partial(beam, width=_PROBE_WIDTH), prompts)
+    return engine.run(partial(beam, width=_PROBE_WIDTH), prompts)
 
 
 class PolicySlot:
-    """One variant: the engine that answers, and the folder that it follows.
+    """One variant: its inference engine and the folder that it follows.
 
-    `poll` and `load_archived` may run in any thread but one at a time; `switch` and `set_catalog`
-    belong to the thread that searches.
+    `poll` and `load_archived` may run in any thread, one at a time; `switch` and `set_catalog` must
+    run in the search thread.
     """
 
     def __init__(
@@ -133,58 +134,61 @@ class PolicySlot:
         share: float = 0.0,
         shadow: bool = False,
     ) -> None:
-        """Answer with the first policy, whose engine `make` makes.
+        """Create the engine of the first policy with `make` and archive that policy.
 
         Args:
-            name: of the variant.
-            folder: where new policies are found.
-            first: the policy there now.
-            tokenizer: of all policies of the slot, with the catalog that they were trained on.
-            make: an engine for a policy.
-            keep: folder in which accepted policies are kept.
-            versions: how many are.
-            tolerance: between engine and reference on the probe.
-            share: of the users.
-            shadow: answers for the log alone.
+            name: name of the variant.
+            folder: folder that training exports new policies to.
+            first: policy in the folder now.
+            tokenizer: item tokenizer of all policies of the slot, with their training catalog.
+            make: creates an engine for a policy.
+            keep: folder for archived policies.
+            versions: maximum number of archived policies.
+            tolerance: largest score difference between engine and reference on the probe.
+            share: share of the users.
+            shadow: whether answers are only logged.
         """
         self.name, self.share, self.shadow = name, share, shadow
         self.pinned: str | None = None
         self.refused = ""
-        self.holder = make(first)
-        self.guided = first.guided and isinstance(self.holder, TorchEngine)
+        self.inference_engine = make(first)
+        self.guided = first.guided and isinstance(self.inference_engine, TorchEngine)
         self._folder, self._tokenizer = folder, tokenizer
         self._digest = tokenizer.catalog.digest
         self._weights = first.weights
         self._keep, self._versions, self._tolerance = keep / name, versions, tolerance
-        self._seen = first.stamp  # an export since then is a new one
+        self._seen = first.stamp  # an export after this one is new
         self.archive(first)
 
     @property
     def version(self) -> PolicyVersion:
-        """The policy that answers."""
-        return self.holder.version
+        """Version of the policy that answers."""
+        return self.inference_engine.version
 
     @property
     def engine(self) -> str:
-        """What the policy runs in."""
-        return "torch" if isinstance(self.holder, TorchEngine) else "vllm"
+        """Name of the inference engine, `torch` or `vllm`."""
+        return "torch" if isinstance(self.inference_engine, TorchEngine) else "vllm"
 
     @property
     def kept(self) -> list[str]:
-        """Versions that can be activated, oldest first."""
+        """Archived versions that can be activated, oldest first."""
         if not self._keep.is_dir():
             return []
-        there = [p for p in self._keep.iterdir() if not p.name.startswith(".")]
-        return [p.name for p in sorted(there, key=lambda p: int(p.name.split("-")[0]))]
+        archived = [p for p in self._keep.iterdir() if not p.name.startswith(".")]
+        return [p.name for p in sorted(archived, key=lambda p: int(p.name.split("-")[0]))]
 
     def poll(self) -> LoadedPolicy | None:
-        """A new policy in the folder, unless a version is pinned; notes why it was refused."""
+        """Return a new policy from the folder, None if there is none or a version is pinned.
+
+        A policy that cannot be read sets `refused`.
+        """
         if self.pinned is not None or folder_stamp(self._folder) == self._seen:
             return None
         try:
             loaded = read_policy(self._folder, self._tokenizer)
         except _TRANSIENT as error:
-            # Half a policy may be there while training writes: it is looked at again.
+            # Training may still be writing the export: the next poll reads it again.
             self.refused = _sentence(error)
             return None
         if folder_stamp(self._folder) != loaded.stamp:
@@ -198,10 +202,10 @@ class PolicySlot:
         return loaded
 
     def load_archived(self, version: str) -> LoadedPolicy:
-        """A kept version, verified anew.
+        """Load an archived version and verify it again.
 
         Raises:
-            UnknownNameError: it is not kept, or is damaged.
+            UnknownNameError: the version is not archived, or is damaged.
         """
         if version not in self.kept:
             raise UnknownNameError(
@@ -217,13 +221,14 @@ class PolicySlot:
         return loaded
 
     def unpin(self) -> None:
-        """Follow the folder again; what is there now counts as new."""
+        """Follow the folder again; its current policy counts as new."""
         self.pinned, self._seen = None, ""
 
     def reference_scores(self, loaded: LoadedPolicy, catalog: Catalog) -> Candidates | None:
-        """What a policy's own model makes of the probe, beside the searches; None if it cannot.
+        """Score the probe with an independent copy of a policy's model.
 
-        `refused` then says why.
+        Safe to run concurrently with searches. Return None if the model cannot search, and set
+        `refused` to the reason.
         """
         tokenizer = self._tokenizer.with_catalog(catalog)
         reference = TorchEngine(loaded.model, tokenizer, loaded.version)
@@ -234,45 +239,46 @@ class PolicySlot:
             return None
 
     def switch(self, loaded: LoadedPolicy, catalog: Catalog, expected: Candidates) -> bool:
-        """Answer with this policy, if its engine scores the probe as its own model does.
+        """Switch to a policy if the engine reproduces the reference scores of the probe.
 
         Returns:
-            If it does; otherwise the policy before it answers on, and `refused` says why.
+            Whether the switch succeeded; otherwise the previous policy stays active, and `refused`
+            gives the reason.
         """
         tokenizer = self._tokenizer.with_catalog(catalog)
-        before, weights = self.version, self._weights
+        old_version, old_weights = self.version, self._weights
         try:
             self.set_catalog(catalog)
-            self.holder.load_weights(loaded.version, loaded.weights)
-            found = probe(self.holder, tokenizer)
-            check_probe(found, expected, loaded.version, self._tolerance)
+            self.inference_engine.load_weights(loaded.version, loaded.weights)
+            candidates = probe(self.inference_engine, tokenizer)
+            check_probe(candidates, expected, loaded.version, self._tolerance)
         except (EngineError, CheckpointError) as error:
-            if self.version is not before:
-                self.holder.load_weights(before, weights)
+            if self.version is not old_version:
+                self.inference_engine.load_weights(old_version, old_weights)
             self.refused = _sentence(error)
             return False
         self._weights, self.refused = loaded.weights, ""
-        self.guided = loaded.guided and isinstance(self.holder, TorchEngine)
+        self.guided = loaded.guided and isinstance(self.inference_engine, TorchEngine)
         return True
 
     def set_catalog(self, catalog: Catalog) -> None:
-        """Search this catalog from now on."""
+        """Switch the engine to a catalog, unless it searches it already."""
         if self._digest != catalog.digest:
-            self.holder.set_catalog(catalog)
+            self.inference_engine.set_catalog(catalog)
             self._digest = catalog.digest
 
     def archive(self, accepted: LoadedPolicy) -> None:
-        """Copy a policy that answers now, if it is still in the folder; drop the oldest copies."""
+        """Archive an accepted policy if its export is unchanged; delete the oldest copies."""
         target = self._keep / str(accepted.version)
         if not target.is_dir():
-            # Replicas share the folder of copies: each makes one of its own, the first is kept.
+            # Replicas share the archive: each writes its own copy, and the first rename wins.
             copy = target.with_name(f".{target.name}.{uuid4().hex}")
             try:
                 shutil.copytree(self._folder, copy, ignore=shutil.ignore_patterns("catalogue"))
                 if folder_stamp(self._folder) == accepted.stamp:
                     copy.rename(target)
-            except OSError as error:  # another was first, or training swapped the folder meanwhile
-                _log.info("policy %s is not kept: %s", accepted.version, error)
+            except OSError as error:  # another replica was first, or training replaced the folder
+                _log.info("policy %s is not archived: %s", accepted.version, error)
             finally:
                 shutil.rmtree(copy, ignore_errors=True)
         for old in self.kept[: -self._versions]:
@@ -281,11 +287,16 @@ class PolicySlot:
 
 
 def check_probe(
-    found: Candidates, expected: Candidates, version: PolicyVersion, tolerance: float
+    candidates: Candidates, expected: Candidates, version: PolicyVersion, tolerance: float
 ) -> None:
-    """Raise EngineError where an engine and its reference disagree on a probe."""
-    same = np.array_equal(found.start, expected.start)
-    gap = float(np.abs(found.score - expected.score).max(initial=0.0)) if same else float("inf")
+    """Raise EngineError if the engine's probe scores differ from the reference by more than this.
+
+    A different number of candidates counts as an infinite difference.
+    """
+    same_shape = np.array_equal(candidates.start, expected.start)
+    gap = float("inf")
+    if same_shape:
+        gap = float(np.abs(candidates.score - expected.score).max(initial=0.0))
     if not gap <= tolerance:
         raise EngineError(
             f"the engine scores the probe {gap:.2g} away from policy {version}'s own model, more "
@@ -294,7 +305,7 @@ def check_probe(
 
 
 def _sentence(error: Exception) -> str:
-    """A reason without paths, which an endpoint may show."""
+    """Return an error message without file paths, safe to show to clients."""
     if isinstance(error, OSError | ValueError | KeyError | DataError):
         return "the policy folder could not be read"
     return re.sub(r"\S*/\S+", "its folder", str(error))

@@ -74,7 +74,10 @@ RENAMED_CHOICES: dict[str, dict[str, str]] = {
 """Values of settings."""
 RENAMED_SCHEMAS: dict[str, str] = {"CatalogueInfo": "CatalogInfo"}
 """Schemas of the API."""
-ADDED_FIELDS: dict[str, set[str]] = {"RecommendResponse": {"catalog"}, "ItemInfo": {"catalog"}}
+ADDED_FIELDS: dict[str, set[str]] = {
+    "RecommendResponse": {"catalog", "requested", "shortfall_reason", "unknown_items"},
+    "ItemInfo": {"catalog"},
+}
 """Fields of the API that came beside the recorded ones, by the name of their schema."""
 
 # What is observed. All of it is a function of the code, seconds and memory aside.

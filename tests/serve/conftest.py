@@ -1,4 +1,4 @@
-"""A tiny shop, and brute force over its items."""
+"""Fixtures: a tiny served catalog, and brute-force scores of its items."""
 
 from collections.abc import Callable
 
@@ -27,13 +27,12 @@ def shop(shop_world: TinySetup) -> TinyShop:
 
 @pytest.fixture(scope="session")
 def leaf_logprob(shop_world: TinySetup) -> Callable[[list[int]], np.ndarray]:
-    """Log-probability of every leaf after a history, by brute force."""
+    """Return a function from a history to the log-probability of every leaf, by brute force."""
     world = shop_world
-    form = world.tokenizer
 
-    def work(history: list[int]) -> np.ndarray:
+    def score(history: list[int]) -> np.ndarray:
         rows = np.array(history, np.int64)
-        token, _ = form.encode_history(rows, np.array([0, len(rows)]))
+        token, _ = world.tokenizer.encode_history(rows, np.array([0, len(rows)]))
         return brute_force(world.model, world.tokenizer, token)
 
-    return work
+    return score

@@ -1,4 +1,4 @@
-"""The exposure log where it cannot be written for a while."""
+"""The exposure log while its folder cannot be written."""
 
 import shutil
 from pathlib import Path
@@ -14,7 +14,7 @@ def answer(number: int) -> RecommendResponse:
     cost = Cost(prefill_tokens=1, forward_tokens=2, passes=3, batch=1, seconds=0.1)
     item = Item(rank=1, item_id=number, score=-1.0, sid=[1, 2], title="")
     return RecommendResponse(
-        items=[item], returned=1, asked=1, source="policy", variant="main", policy="v1",
+        items=[item], returned=1, requested=1, source="policy", variant="main", policy="v1",
         catalog="0", decoder="beam", width=4, cost=cost,
     )  # fmt: skip
 

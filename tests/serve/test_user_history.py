@@ -1,4 +1,4 @@
-"""Stores of histories: a file, and a Redis server that speaks its protocol over a socket."""
+"""History stores: a file, and a fake Redis server that speaks the protocol over a socket."""
 
 import asyncio
 import sys
@@ -29,7 +29,7 @@ LISTS = {
 
 
 class Server:
-    """Answers LRANGE on the lists above, AUTH, and nothing else; `hangs` ends its answers."""
+    """Fake server for LRANGE on the lists above and AUTH; with `hangs` it never replies."""
 
     def __init__(self, *, hangs: bool = False) -> None:
         self.hangs, self.commands = hangs, list[list[bytes]]()
@@ -37,22 +37,22 @@ class Server:
     async def talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             while head := await reader.readline():
-                words = [await self._word(reader) for _ in range(int(head[1:]))]
-                self.commands.append(words)
+                command = [await self._argument(reader) for _ in range(int(head[1:]))]
+                self.commands.append(command)
                 if self.hangs:
                     await reader.read()
                     break
-                writer.write(self._reply(words))
+                writer.write(self._reply(command))
                 await writer.drain()
         finally:
             writer.close()
 
-    async def _word(self, reader: asyncio.StreamReader) -> bytes:
+    async def _argument(self, reader: asyncio.StreamReader) -> bytes:
         size = int((await reader.readline())[1:])
         return (await reader.readexactly(size + 2))[:-2]
 
-    def _reply(self, words: list[bytes]) -> bytes:
-        name, *rest = words
+    def _reply(self, command: list[bytes]) -> bytes:
+        name, *rest = command
         if name == b"AUTH":
             return b"+OK\r\n" if rest[-1] == PASSWORD.encode() else b"-WRONGPASS no\r\n"
         if name != b"LRANGE":
@@ -61,13 +61,13 @@ class Server:
         if key == "history:text":
             return b"-WRONGTYPE Operation against a key holding the wrong kind of value\r\n"
         assert last == -1
-        found = LISTS.get(key, [])[first:]
-        return b"*%d\r\n" % len(found) + b"".join(b"$%d\r\n%s\r\n" % (len(w), w) for w in found)
+        values = LISTS.get(key, [])[first:]
+        return b"*%d\r\n" % len(values) + b"".join(b"$%d\r\n%s\r\n" % (len(v), v) for v in values)
 
 
 @asynccontextmanager
 async def listening(server: Server, *, password: str | None = None) -> AsyncGenerator[Histories]:
-    """A store that asks `server`."""
+    """Open a store that is connected to `server`."""
     pytest.importorskip("redis", reason="the Redis client (requirements/dev.txt) is not installed")
     socket = await asyncio.start_server(server.talk, "127.0.0.1", 0)
     port = socket.sockets[0].getsockname()[1]
@@ -82,7 +82,7 @@ async def listening(server: Server, *, password: str | None = None) -> AsyncGene
         await socket.wait_closed()
 
 
-def asked(work: Callable[[Histories], Awaitable[T]], server: Server, password: str = "") -> T:
+def with_store(work: Callable[[Histories], Awaitable[T]], server: Server, password: str = "") -> T:
     async def run() -> T:
         async with listening(server, password=password or None) as store:
             return await work(store)
@@ -100,7 +100,7 @@ def test_redis_gives_the_latest_items_of_a_user_oldest_first() -> None:
         together = await asyncio.gather(*(store.of("ann") for _ in range(20)))
         assert together == [[3, -17, 5]] * 20
 
-    asked(work, Server())
+    with_store(work, Server())
 
 
 @pytest.mark.parametrize("user", ["text", "odd", "huge"])
@@ -112,7 +112,7 @@ def test_what_is_no_list_of_item_ids_is_refused_without_telling_it(user: str) ->
         assert "WRONGTYPE" not in str(refused.value)
         assert await store.of("ann") == [3, -17, 5]
 
-    asked(work, Server())
+    with_store(work, Server())
 
 
 def test_a_server_that_hangs_or_is_gone_costs_a_503_and_is_asked_once() -> None:
@@ -121,9 +121,9 @@ def test_a_server_that_hangs_or_is_gone_costs_a_503_and_is_asked_once() -> None:
     async def hanging(store: Histories) -> None:
         with pytest.raises(UnavailableError, match="no history in time"):
             await store.of("ann")
-        assert [words[0] for words in server.commands] == [b"LRANGE"]
+        assert [command[0] for command in server.commands] == [b"LRANGE"]
 
-    asked(hanging, server)
+    with_store(hanging, server)
 
     async def gone() -> None:
         socket = await asyncio.start_server(server.talk, "127.0.0.1", 0)
@@ -143,21 +143,21 @@ def test_the_password_comes_from_the_environment() -> None:
         return await store.of("ann")
 
     server = Server()
-    assert asked(work, server, PASSWORD) == [3, -17, 5]
-    assert [words[0] for words in server.commands] == [b"AUTH", b"LRANGE"]
+    assert with_store(work, server, PASSWORD) == [3, -17, 5]
+    assert [command[0] for command in server.commands] == [b"AUTH", b"LRANGE"]
     with pytest.raises(UnavailableError):
-        asked(work, Server(), "another")
-    for told in (f"redis://:{PASSWORD}@host", f"redis://host/0?password={PASSWORD}"):
+        with_store(work, Server(), "another")
+    for address in (f"redis://:{PASSWORD}@host", f"redis://host/0?password={PASSWORD}"):
         with pytest.raises(ValidationError, match="ORCHARD_REDIS_PASSWORD"):
-            ServeConfig(redis=told)
+            ServeConfig(redis=address)
 
 
 def test_an_address_that_is_refused_for_its_password_is_not_repeated(tmp_path: Path) -> None:
     run = tmp_path / "run.toml"
     run.write_text('name = "x"\ndata.path = "data"\n')
-    with pytest.raises(ConfigError, match="ORCHARD_REDIS_PASSWORD") as said:
+    with pytest.raises(ConfigError, match="ORCHARD_REDIS_PASSWORD") as failure:
         config.load(run, [f"serve.redis=redis://:{PASSWORD}@host"])
-    assert PASSWORD not in str(said.value)
+    assert PASSWORD not in str(failure.value)
 
 
 def test_settings_choose_the_store(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The endpoint's core on vLLM: the same answers as on torch, watched, on another catalog too."""
+"""Serving on vLLM: the same traced answers as on torch, also after a catalog change."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from rollout.engine.protocol import DecodingBackend
 from rollout.engine.torch import TorchEngine
 from rollout.engine.vllm import VllmEngine
 from serve.decoding.recommender import RankedItems, recommend
-from serve.decoding.trace import Watched
+from serve.decoding.trace import TracedSearch
 from serve.testing import kind, make_catalog_store, query
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow]
@@ -28,45 +28,48 @@ QUERIES = [
 
 
 def small_world(num_items: int) -> TinySetup:
-    """Larger catalogs have the same codes to name their items with."""
+    """Create a tiny setup whose code levels do not depend on the number of items."""
     return tiny_setup(level_size=(5, 4, 6), num_items=num_items)
 
 
 class Replica:
-    """A vLLM engine and the store that it answers from."""
+    """Actor with a vLLM engine."""
 
     def __init__(self, folder: Path) -> None:
         self._world = small_world(40)
-        # A cache that three searches of fifty beams outgrow.
+        # Too small a cache for three searches of fifty beams at once.
         config = RolloutConfig(threads=1, kv_cache_gib=0.002)
-        self._holder = VllmEngine(
+        self._engine = VllmEngine(
             folder, self._world.model, self._world.tokenizer,
             self._world.version, config, seed=0,
         )  # fmt: skip
 
     def answer(self, num_items: int) -> tuple[list[RankedItems], float, int]:
-        """Answers from a catalog of so many items, seconds of prefill, expansions seen."""
+        """Return answers on a catalog of that size, prefill seconds and number of steps."""
         world = small_world(num_items)
-        self._holder.set_catalog(world.catalog)
-        watch: list[Watched] = []
+        self._engine.set_catalog(world.catalog)
+        traces: list[TracedSearch] = []
 
-        class Watching:
+        class TracingRunner:
             def run(inner, find: Any, prompts: Prompts) -> Candidates:
-                watch.append(Watched(find, trace=True))
-                return self._holder.run(watch[0], prompts)
+                traces.append(TracedSearch(find, record_steps=True))
+                return self._engine.run(traces[0], prompts)
 
-        found, _ = recommend(
-            Watching(),
+        ranked, _ = recommend(
+            TracingRunner(),
             make_catalog_store(world).current,
             QUERIES,
             kind(filters=("stocked",)),
             max_history=10,
         )
-        return found, watch[0].prefill_s, len(watch[0].seen)
+        return ranked, traces[0].prefill_s, len(traces[0].steps)
 
 
-def plain(found: list[RankedItems]) -> list[list[tuple[int, float]]]:
-    return [[(item.item_id, round(item.score or 0.0, 4)) for item in one.items] for one in found]
+def plain(ranked: list[RankedItems]) -> list[list[tuple[int, float]]]:
+    return [
+        [(item.item_id, round(item.score or 0.0, 4)) for item in of_query.items]
+        for of_query in ranked
+    ]
 
 
 def test_vllm_answers_as_torch_does_on_every_catalog_that_it_turns_to(
@@ -85,10 +88,10 @@ def test_vllm_answers_as_torch_does_on_every_catalog_that_it_turns_to(
                 kind(filters=("stocked",)),
                 max_history=10,
             )
-            found, prefill_s, seen = ray.get(replica.answer.remote(num_items))
-            assert plain(found) == plain(expected)
-            assert all(one.items for one in found)
+            ranked, prefill_s, num_steps = ray.get(replica.answer.remote(num_items))
+            assert plain(ranked) == plain(expected)
+            assert all(of_query.items for of_query in ranked)
             assert prefill_s > 0
-            assert seen > 0
+            assert num_steps > 0
     finally:
         ray.kill(replica)

@@ -1,4 +1,4 @@
-"""A catalog that is changed while it is served, against one made anew."""
+"""Deltas of a served catalog, compared with a catalog built from scratch."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def delta(**changes: object) -> DeltaRequest:
 
 
 def offered(catalog_version: CatalogVersion) -> dict[int, tuple[list[int], str]]:
-    """Codes and title of every live item."""
+    """Return codes and title of every live item."""
     rows = np.flatnonzero(catalog_version.snapshot.live)
     return {
         int(catalog_version.catalog.item_id[r]): (
@@ -44,20 +44,20 @@ def test_a_delta_happens_as_a_whole_and_leaves_the_catalog_version_in_use_alone(
     )
     assert offered(catalog_store.current) == before
     catalog_store.activate(new)
-    expected = {i: one for i, one in before.items() if i not in (2, 7)}
+    expected = {i: item for i, item in before.items() if i not in (2, 7)}
     expected |= {100: ([4, 3, 5], "new"), 5: (before[5][0], "renamed"), 6: ([0, 0, 0], "")}
     assert offered(catalog_store.current) == expected
     assert (catalog_store.current.version, catalog_store.kept) == (1, [0])
-    made_anew = from_codes(
+    rebuilt = from_codes(
         [expected[int(i)][0] for i in catalog_store.current.catalog.item_id],
         item_id=catalog_store.current.catalog.item_id,
         level_size=shop.world.catalog.level_size,
     )
-    assert catalog_store.current.catalog.digest == made_anew.digest
+    assert catalog_store.current.catalog.digest == rebuilt.digest
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"remove": [999]}, "item 999 is not in the catalog"),
         ({"add": [{"item_id": 1, "sid": [0, 0, 0]}]}, "identifier that is in use"),
@@ -73,10 +73,10 @@ def test_a_delta_happens_as_a_whole_and_leaves_the_catalog_version_in_use_alone(
     ],
 )
 def test_a_delta_that_does_not_fit_is_refused_whole(
-    shop: TinyShop, changes: dict[str, object], said: str
+    shop: TinyShop, changes: dict[str, object], message: str
 ) -> None:
     before = offered(shop.catalog_store.current)
-    with pytest.raises(UnprocessableError, match=said):
+    with pytest.raises(UnprocessableError, match=message):
         shop.catalog_store.apply(delta(**changes))
     assert offered(shop.catalog_store.current) == before
 
@@ -114,21 +114,21 @@ def test_attributes_change_at_once_and_new_items_bring_theirs(shop: TinyShop) ->
     ].tolist() == [100]
     assert catalog_version.offer(("stocked", "red")).total == 0
     shop.engine.set_catalog(catalog_version.catalog)
-    (found,), _ = recommend(
+    (ranked,), _ = recommend(
         shop.engine, catalog_version, [query([100])], kind(filters=("stocked",)), max_history=10
     )
-    assert [item.item_id for item in found.items] == [100]
-    assert (found.unknown, found.fewer) == (0, "exhausted")
+    assert [item.item_id for item in ranked.items] == [100]
+    assert (ranked.unknown_items, ranked.shortfall_reason) == (0, "exhausted")
 
 
 def test_filters_that_cannot_be_applied_are_refused() -> None:
     attributes = attributes_of(4)
-    for by, said in (
+    for by, message in (
         (FilterConfig(column="size", value=1), "'size' is no column"),
         (FilterConfig(column="price", op="in", value=1), "takes a list"),
         (FilterConfig(column="price", value="cheap"), "holds numbers"),
         (FilterConfig(column="colour", op="in", value=("red", 3)), "holds text"),
     ):
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(ConfigError, match=message):
             check_filters(attributes, {"one": by})
     check_filters(attributes, {"one": FilterConfig(column="colour", op="in", value=("red",))})

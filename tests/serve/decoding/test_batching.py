@@ -1,4 +1,4 @@
-"""Batches against an engine that the test opens and shuts."""
+"""Batching with an engine that the test blocks and releases."""
 
 import asyncio
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ from serve.decoding.batching import Batcher, BatchPlan, LatencyModel, TooLateErr
 from serve.errors import OverloadedError, UnavailableError
 
 
-class Line:
-    """A batcher whose engine waits to be let go, and what it was given."""
+class BlockedBatcher:
+    """Batcher with a blocked engine, and the batches that the engine received."""
 
     def __init__(self, **settings: Any) -> None:
         self.batches: list[tuple[str, list[str]]] = []
@@ -45,84 +45,84 @@ async def settle() -> None:
 
 def test_a_batch_is_of_one_kind_within_the_budget_and_in_order_of_arrival() -> None:
     async def work() -> None:
-        line = Line()
-        first = line.ask("a0")
+        blocked = BlockedBatcher()
+        first = blocked.ask("a0")
         await settle()  # the engine is busy with it
-        rest = [line.ask(r) for r in ("a1", "b1", "a2", "a3")]
+        rest = [blocked.ask(r) for r in ("a1", "b1", "a2", "a3")]
         await settle()
-        line.gate.set()
+        blocked.gate.set()
         assert await asyncio.gather(first, *rest) == ["A0", "A1", "B1", "A2", "A3"]
-        assert line.batches == [("a", ["a0"]), ("a", ["a1", "a2"]), ("b", ["b1"]), ("a", ["a3"])]
-        assert line.batcher.waiting_rows == 0
-        await line.batcher.close()
+        assert blocked.batches == [("a", ["a0"]), ("a", ["a1", "a2"]), ("b", ["b1"]), ("a", ["a3"])]
+        assert blocked.batcher.waiting_rows == 0
+        await blocked.batcher.close()
 
     asyncio.run(work())
 
 
 def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
     async def work() -> None:
-        line = Line(queue=8)
-        tasks = [line.ask("a0")]
+        blocked = BlockedBatcher(queue=8)
+        tasks = [blocked.ask("a0")]
         await settle()
-        tasks += [line.ask("a1"), line.ask("a2")]
+        tasks += [blocked.ask("a1"), blocked.ask("a2")]
         await settle()
         with pytest.raises(OverloadedError, match="8 beam rows wait and 4 more") as refusal:
-            await line.batcher.submit("a3", rows=4)
+            await blocked.batcher.submit("a3", rows=4)
         assert refusal.value.retry_after_s is not None
         assert refusal.value.retry_after_s > 0
-        line.gate.set()
+        blocked.gate.set()
         await asyncio.gather(*tasks)
-        assert await line.batcher.submit("a4", rows=4) == "A4"
-        await line.batcher.close()
+        assert await blocked.batcher.submit("a4", rows=4) == "A4"
+        await blocked.batcher.close()
 
     asyncio.run(work())
 
 
 def test_what_is_cancelled_is_never_searched() -> None:
     async def work() -> None:
-        line = Line()
-        first = line.ask("a0")
+        blocked = BlockedBatcher()
+        first = blocked.ask("a0")
         await settle()
-        gone, stays = line.ask("a1"), line.ask("a2")
+        canceled, kept = blocked.ask("a1"), blocked.ask("a2")
         await settle()
-        gone.cancel()
-        line.gate.set()
-        assert await stays == "A2"
+        canceled.cancel()
+        blocked.gate.set()
+        assert await kept == "A2"
         await first
-        assert all("a1" not in batch for _, batch in line.batches)
-        assert line.batcher.waiting_rows == 0
-        await line.batcher.close()
+        assert all("a1" not in batch for _, batch in blocked.batches)
+        assert blocked.batcher.waiting_rows == 0
+        await blocked.batcher.close()
 
     asyncio.run(work())
 
 
-def test_a_deadline_that_passes_in_the_queue_is_told_at_once_when_its_turn_comes() -> None:
+def test_a_deadline_that_passes_in_the_queue_raises_at_the_next_batch() -> None:
     async def work() -> None:
-        line = Line()
-        first, late = line.ask("a0"), line.ask("a1", deadline=5.0)
+        blocked = BlockedBatcher()
+        first, late = blocked.ask("a0"), blocked.ask("a1", deadline=5.0)
         await settle()
-        third = line.ask("a2", deadline=5.0)
+        third = blocked.ask("a2", deadline=5.0)
         await settle()
-        line.now = 4.5
-        line.gate.set()
+        blocked.now = 4.5
+        blocked.gate.set()
         assert (await first, await late) == ("A0", "A1")  # both were in the first batch
         with pytest.raises(TooLateError):
             await third
-        await line.batcher.close()
+        await blocked.batcher.close()
 
     asyncio.run(work())
 
 
 def test_an_error_of_the_engine_fails_its_batch_and_no_other() -> None:
     async def work() -> None:
-        line = Line()
-        line.gate.set()
+        blocked = BlockedBatcher()
+        blocked.gate.set()
         with pytest.raises(RuntimeError, match="boom"):
-            await line.ask("a-boom")
-        assert await line.ask("a1") == "A1"
-        await line.batcher.close()
+            await blocked.ask("a-boom")
+        assert await blocked.ask("a1") == "A1"
+        await blocked.batcher.close()
         with pytest.raises(UnavailableError, match="shutting down"):
-            await line.batcher.submit("a2", rows=1)
+            await blocked.batcher.submit("a2", rows=1)
 
     asyncio.run(work())
 
@@ -137,26 +137,26 @@ def test_everything_is_answered_once_whatever_arrives(
     kinds: list[str], rows: int, budget: int
 ) -> None:
     async def work() -> None:
-        line = Line(budget=budget, queue=1000)
-        line.rows = rows
-        line.gate.set()
-        asked = [f"{kind}{at}" for at, kind in enumerate(kinds)]
-        assert await asyncio.gather(*map(line.ask, asked)) == [a.upper() for a in asked]
-        for kind, batch in line.batches:
+        blocked = BlockedBatcher(budget=budget, queue=1000)
+        blocked.rows = rows
+        blocked.gate.set()
+        requests = [f"{kind}{index}" for index, kind in enumerate(kinds)]
+        assert await asyncio.gather(*map(blocked.ask, requests)) == [r.upper() for r in requests]
+        for kind, batch in blocked.batches:
             assert {request[0] for request in batch} == {kind}
             assert len(batch) * rows <= max(budget, rows)
-        await line.batcher.close()
+        await blocked.batcher.close()
 
     asyncio.run(work())
 
 
-def test_the_pace_of_batches_is_learnt_and_narrows_what_would_be_late() -> None:
-    pace = LatencyModel()
-    assert pace.width(wanted=50, least=10, left_s=0.0) == 50  # nothing is known yet
+def test_the_latency_model_narrows_searches_that_would_be_late() -> None:
+    latency = LatencyModel()
+    assert latency.width(wanted=50, least=10, left_s=0.0) == 50  # nothing is known yet
     for rows in (10, 50, 100, 20, 80):
-        pace.observe(rows, 0.01 + 0.001 * rows)
-    assert pace.seconds(200) == pytest.approx(0.21)
-    assert pace.width(wanted=64, least=10, left_s=1.0) == 64
-    assert pace.width(wanted=64, least=10, left_s=0.03) == 16
-    assert pace.width(wanted=64, least=10, left_s=0.021) == 10
-    assert pace.width(wanted=64, least=10, left_s=0.015) is None
+        latency.observe(rows, 0.01 + 0.001 * rows)
+    assert latency.seconds(200) == pytest.approx(0.21)
+    assert latency.width(wanted=64, least=10, left_s=1.0) == 64
+    assert latency.width(wanted=64, least=10, left_s=0.03) == 16
+    assert latency.width(wanted=64, least=10, left_s=0.021) == 10
+    assert latency.width(wanted=64, least=10, left_s=0.015) is None

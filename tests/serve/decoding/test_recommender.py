@@ -1,4 +1,4 @@
-"""Answers against enumeration of the whole catalog."""
+"""Ranked items compared with an enumeration of the whole catalog."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from serve.decoding.recommender import places_among, popular_items, recommend
-from serve.decoding.trace import Watched, draw_tree
+from serve.decoding.trace import TracedSearch, draw_tree
 from serve.errors import UnprocessableError
 from serve.testing import FILTERS, TinyShop, kind, query
 
@@ -19,7 +19,7 @@ examples = settings(max_examples=12, suppress_health_check=[HealthCheck.function
 
 
 def passing(shop: TinyShop, names: list[str]) -> set[int]:
-    """The items in all of the views, by plain comparisons."""
+    """Return the items that pass all filters, by plain comparisons."""
     column = shop.catalog_store.current.attributes.column
     tests: dict[str, Callable[[Any], bool]] = {
         "price": lambda v: v < 5, "colour": lambda v: v == "red", "stock": bool,
@@ -50,91 +50,91 @@ def test_an_answer_is_the_ranking_of_all_items_less_those_excluded(
     k: int,
     cap: int | None,
 ) -> None:
-    asked = query(HISTORY, k=k, exclude=np.array(exclude, np.int64), per_prefix=cap)
-    (found,), _ = recommend(
+    single = query(HISTORY, k=k, exclude=np.array(exclude, np.int64), per_prefix=cap)
+    (ranked,), _ = recommend(
         shop.engine,
         shop.catalog_store.current,
-        [asked],
+        [single],
         kind(filters=tuple(names)),
         max_history=10,
     )
     catalog, score = shop.world.catalog, leaf_logprob(HISTORY)
     allowed = passing(shop, names) - set(exclude)
-    ranked = sorted(allowed, key=lambda i: (-score[catalog.leaf_of_item[i]], i))
+    ordered = sorted(allowed, key=lambda i: (-score[catalog.leaf_of_item[i]], i))
     expected: list[int] = []
-    for item in ranked:
-        alike = sum(catalog.codes[o, 0] == catalog.codes[item, 0] for o in expected)
-        if cap is None or alike < cap:
+    for item in ordered:
+        same_code = sum(catalog.codes[o, 0] == catalog.codes[item, 0] for o in expected)
+        if cap is None or same_code < cap:
             expected.append(item)
-    assert [one.item_id for one in found.items] == expected[:k]
-    for one in found.items:
-        assert one.score == pytest.approx(score[catalog.leaf_of_item[one.item_id]], abs=1e-4)
-        assert one.sid == catalog.codes[one.item_id].tolist()
-    assert (found.fewer == "") == (len(found.items) == k)
-    if len(found.items) < k:
-        short = len(found.items) == len(allowed)
-        assert found.fewer == ("exhausted" if short else "per_prefix")
+    assert [item.item_id for item in ranked.items] == expected[:k]
+    for item in ranked.items:
+        assert item.score == pytest.approx(score[catalog.leaf_of_item[item.item_id]], abs=1e-4)
+        assert item.sid == catalog.codes[item.item_id].tolist()
+    assert (ranked.shortfall_reason == "") == (len(ranked.items) == k)
+    if len(ranked.items) < k:
+        is_exhausted = len(ranked.items) == len(allowed)
+        assert ranked.shortfall_reason == ("exhausted" if is_exhausted else "per_prefix")
 
 
 @pytest.mark.parametrize("decoder", ["beam", "beam_sample", "ved"])
 def test_an_answer_does_not_depend_on_its_batch(shop: TinyShop, decoder: str) -> None:
-    asked = [
+    queries = [
         query(HISTORY, seed=7),
         query([], seed=8, exclude=np.arange(20)),
         query([1, 2, 3, 4, 5, 6, 7, 8], seed=9, k=3, levels=True),
     ]
-    one = kind(decoder=decoder, width=8)
+    key = kind(decoder=decoder, width=8)
     catalog_version = shop.catalog_store.current
-    together, _ = recommend(shop.engine, catalog_version, asked, one, max_history=4)
-    for wanted, mine in zip(asked, together, strict=True):
-        (alone,), _ = recommend(shop.engine, catalog_version, [wanted], one, max_history=4)
-        assert [i.item_id for i in alone.items] == [i.item_id for i in mine.items]
+    together, _ = recommend(shop.engine, catalog_version, queries, key, max_history=4)
+    for single, in_batch in zip(queries, together, strict=True):
+        (alone,), _ = recommend(shop.engine, catalog_version, [single], key, max_history=4)
+        assert [i.item_id for i in alone.items] == [i.item_id for i in in_batch.items]
         assert [i.score for i in alone.items] == pytest.approx(
-            [i.score for i in mine.items], abs=1e-5
+            [i.score for i in in_batch.items], abs=1e-5
         )
 
 
 def test_levels_add_up_to_the_score_and_guided_searches_tell_values(shop: TinyShop) -> None:
-    asked = query(HISTORY, levels=True)
-    (found,), _ = recommend(
+    single = query(HISTORY, levels=True)
+    (ranked,), _ = recommend(
         shop.engine,
         shop.catalog_store.current,
-        [asked],
+        [single],
         kind(decoder="ved", width=12),
         max_history=10,
     )
-    assert found.items
-    for item in found.items:
+    assert ranked.items
+    for item in ranked.items:
         assert item.levels is not None
         assert [level.code for level in item.levels] == item.sid
         assert sum(level.logprob for level in item.levels) == pytest.approx(item.score, abs=1e-5)
-    assert any(level.value is not None for i in found.items for level in i.levels or [])
+    assert any(level.value is not None for i in ranked.items for level in i.levels or [])
 
 
 def test_unknown_items_of_a_history_are_passed_over_and_counted(shop: TinyShop) -> None:
     catalog_version = shop.catalog_store.current
-    (strange, plain), _ = recommend(
+    (with_unknown, plain), _ = recommend(
         shop.engine,
         catalog_version,
         [query([900, 3, -5, 17, 5]), query(HISTORY)],
         kind(),
         max_history=10,
     )
-    assert strange.unknown == 2
-    assert plain.unknown == 0
-    assert [i.item_id for i in strange.items] == [i.item_id for i in plain.items]
+    assert with_unknown.unknown_items == 2
+    assert plain.unknown_items == 0
+    assert [i.item_id for i in with_unknown.items] == [i.item_id for i in plain.items]
 
 
 def test_a_beam_narrower_than_the_list_says_so(shop: TinyShop) -> None:
-    (found,), _ = recommend(
+    (ranked,), _ = recommend(
         shop.engine,
         shop.catalog_store.current,
         [query(HISTORY)],
         kind(width=2),
         max_history=10,
     )
-    assert found.fewer == "width"
-    assert len(found.items) >= 2
+    assert ranked.shortfall_reason == "width"
+    assert len(ranked.items) >= 2
 
 
 def test_a_filter_that_does_not_exist_is_named(shop: TinyShop) -> None:
@@ -149,42 +149,42 @@ def test_a_filter_that_does_not_exist_is_named(shop: TinyShop) -> None:
 
 
 def test_the_fallback_shows_what_is_popular_and_allowed(shop: TinyShop) -> None:
-    found = popular_items(shop.catalog_store.current, query([], k=4, exclude=np.array([1])), ())
-    assert [item.item_id for item in found.items] == [3, 4, 0, 2]
-    assert found.items[0].score is None
+    ranked = popular_items(shop.catalog_store.current, query([], k=4, exclude=np.array([1])), ())
+    assert [item.item_id for item in ranked.items] == [3, 4, 0, 2]
+    assert ranked.items[0].score is None
     everything = popular_items(
         shop.catalog_store.current, query([], k=50, exclude=np.arange(39)), ("stocked",)
     )
     assert {i.item_id for i in everything.items} <= {39}
-    assert everything.fewer == "exhausted"
+    assert everything.shortfall_reason == "exhausted"
 
 
 def test_a_tree_shows_what_was_kept_and_what_was_pruned(shop: TinyShop) -> None:
-    catalog_version, asked = shop.catalog_store.current, query(HISTORY, k=3)
-    traces: list[Watched] = []
+    catalog_version, single = shop.catalog_store.current, query(HISTORY, k=3)
+    traces: list[TracedSearch] = []
 
-    class Tracing:
+    class TracingRunner:
         version = shop.engine.version
 
         def run(self, find: Any, prompts: Any) -> Any:
-            traces.append(Watched(find, trace=True))
+            traces.append(TracedSearch(find, record_steps=True))
             return shop.engine.run(traces[0], prompts)
 
         def load_weights(self, version: Any, weights: Any) -> None: ...
 
         def set_catalog(self, catalog: Any) -> None: ...
 
-    (found,), candidates = recommend(
-        Tracing(), catalog_version, [asked], kind(width=3), max_history=10
+    (ranked,), candidates = recommend(
+        TracingRunner(), catalog_version, [single], kind(width=3), max_history=10
     )
-    nodes = draw_tree(catalog_version, candidates, traces[0].seen, found.leaf)
-    known = {node.id: node for node in nodes}
+    nodes = draw_tree(catalog_version, candidates, traces[0].steps, ranked.leaf)
+    node_of = {node.id: node for node in nodes}
     assert [n.id for n in nodes if n.parent == -1] == [0]
     for node in nodes[1:]:
-        assert node.score == pytest.approx(known[node.parent].score + node.logprob, abs=1e-5)
-        assert not node.kept or known[node.parent].kept
+        assert node.score == pytest.approx(node_of[node.parent].score + node.logprob, abs=1e-5)
+        assert not node.kept or node_of[node.parent].kept
     ends = {n.item_id: n for n in nodes if n.item_id is not None and n.kept}
-    for item in found.items:
+    for item in ranked.items:
         if item.item_id in ends:
             assert ends[item.item_id].score == pytest.approx(item.score, abs=1e-5)
     assert any(not node.kept for node in nodes)

@@ -1,4 +1,4 @@
-"""The explorer page in a real browser, where one is installed."""
+"""The explorer page in a real browser, if one is installed."""
 
 import re
 import shutil
@@ -45,7 +45,7 @@ def test_a_browser_shows_recommendations_and_the_tree(
             time.sleep(0.05)
             assert thread.is_alive()
         port = server.servers[0].sockets[0].getsockname()[1]
-        ended = subprocess.run(
+        completed = subprocess.run(
             [browser, "--headless=new", "--no-sandbox", "--disable-gpu",
              f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=20000",
              "--dump-dom", f"http://127.0.0.1:{port}/"],
@@ -55,8 +55,8 @@ def test_a_browser_shows_recommendations_and_the_tree(
         server.should_exit = True
         thread.join()
         torch.set_num_threads(threads)
-    assert "policy 3-" in ended.stdout
-    assert ended.stdout.count("<tr>") == 11
-    assert 'class="kept"' in ended.stdout
-    assert 'class="pruned"' in ended.stdout
-    assert "problem" not in re.sub(r"(?s)<(style|script)>.*?</\1>", "", ended.stdout)
+    assert "policy 3-" in completed.stdout
+    assert completed.stdout.count("<tr>") == 11
+    assert 'class="kept"' in completed.stdout
+    assert 'class="pruned"' in completed.stdout
+    assert "problem" not in re.sub(r"(?s)<(style|script)>.*?</\1>", "", completed.stdout)

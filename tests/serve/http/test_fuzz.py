@@ -1,4 +1,4 @@
-"""Whatever is sent: no 5xx, no illegal item, no path or trace in an answer."""
+"""Fuzzing of the endpoint: no 5xx, no illegal item, no file path or traceback in a response."""
 
 import asyncio
 import json
@@ -28,21 +28,21 @@ PATHS = ("/v1/recommend", "/v1/recommend:batch", "/v1/catalog/delta", "/v1/polic
 
 
 class Served:
-    """An endpoint that is up, driven from ordinary code."""
+    """Running endpoint with a synchronous client."""
 
-    def __init__(self, folder: Path, beside: Path) -> None:
-        self.meters, self.loop = InMemoryMetrics(), asyncio.new_event_loop()
+    def __init__(self, folder: Path, directory: Path) -> None:
+        self.metrics, self.loop = InMemoryMetrics(), asyncio.new_event_loop()
         config = ServeConfig(
-            attributes=beside / "attributes.parquet",
-            popularity=beside / "popularity.parquet",
+            attributes=directory / "attributes.parquet",
+            popularity=directory / "popularity.parquet",
             filters={
                 "cheap": FilterConfig(column="price", op="<", value=3),
                 "stocked": FilterConfig(column="stock"),
             },
             poll_interval_s=3600.0,
-            state=beside / "state",
+            state=directory / "state",
         )
-        app = create_app(open_service(folder, config, self.meters))
+        app = create_app(open_service(folder, config, self.metrics))
         self._lifespan = app.router.lifespan_context(app)
         self.client = httpx.AsyncClient(
             transport=httpx.ASGITransport(app, raise_app_exceptions=False),
@@ -74,16 +74,16 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(shop_world: TinySetup, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    beside, threads = tmp_path_factory.mktemp("fuzz"), torch.get_num_threads()
-    folder = export_policy(shop_world, beside / "policy", step=3)
+    directory, threads = tmp_path_factory.mktemp("fuzz"), torch.get_num_threads()
+    folder = export_policy(shop_world, directory / "policy", step=3)
     ids = np.arange(40)
     table = pa.table({"item_id": ids, "price": ids % 7, "stock": ids % 2 == 0})
-    pq.write_table(table, beside / "attributes.parquet")
-    pq.write_table(pa.table({"item_id": ids, "count": 40 - ids}), beside / "popularity.parquet")
-    one = Served(folder, beside)
-    yield one
-    one.close()
-    assert one.meters.total("orchard_serve_illegal") == 0
+    pq.write_table(table, directory / "attributes.parquet")
+    pq.write_table(pa.table({"item_id": ids, "count": 40 - ids}), directory / "popularity.parquet")
+    endpoint = Served(folder, directory)
+    yield endpoint
+    endpoint.close()
+    assert endpoint.metrics.total("orchard_serve_illegal") == 0
     torch.set_num_threads(threads)
 
 
@@ -135,7 +135,7 @@ def test_valid_requests_are_answered_with_legal_items_or_refused(
         shown = [item.item_id for item in answer.items]
         assert len(set(shown)) == len(shown) == answer.returned <= body.get("k", 10)
         assert set(shown) <= allowed
-        if answer.fewer == "exhausted":
+        if answer.shortfall_reason == "exhausted":
             assert set(shown) == allowed
 
 
@@ -184,7 +184,7 @@ def test_any_bytes_are_refused(served: Served, path: str, body: bytes) -> None:
         (json.dumps({"history": [1], "exclude": list(range(40))}), 200),
     ],
 )  # fmt: skip
-def test_nasties(served: Served, body: str, status: int) -> None:
+def test_edge_cases(served: Served, body: str, status: int) -> None:
     response = served.send("/v1/recommend", body.encode())
     assert response.status_code == status, response.text
 

@@ -1,4 +1,4 @@
-"""What is let in, around an application that says how much it was sent."""
+"""The middleware around an application that returns the size of the body."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping
@@ -16,7 +16,7 @@ from serve.http.middleware import RequestMiddleware
 from serve.schema import DeltaRequest, RecommendRequest
 
 TOKEN = "a-token"
-sent_away: list[ApiError] = []
+refused_errors: list[ApiError] = []
 
 
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:
@@ -25,7 +25,7 @@ async def echo(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 async def pieces(count: int, size: int, pause_s: float = 0.0) -> AsyncGenerator[bytes]:
-    """A body that says nothing of its length beforehand."""
+    """Yield a body in chunks, without a declared length."""
     for _ in range(count):
         await asyncio.sleep(pause_s)
         yield b"x" * size
@@ -35,8 +35,8 @@ def post(
     path: str, content: bytes | AsyncGenerator[bytes], headers: Mapping[str, str] | None = None
 ) -> httpx.Response:
     async def ask() -> httpx.Response:
-        entered = RequestMiddleware(echo, token_env="DOOR_TOKEN", refused=sent_away.append)
-        transport = httpx.ASGITransport(entered)
+        application = RequestMiddleware(echo, token_env="TEST_TOKEN", refused=refused_errors.append)
+        transport = httpx.ASGITransport(application)
         async with httpx.AsyncClient(transport=transport, base_url="http://shop") as client:
             return await client.post(path, content=content, headers=headers)
 
@@ -59,7 +59,7 @@ def test_a_body_is_read_up_to_the_bound_of_its_route(path: str, mebibytes: int) 
         assert refused.headers["x-request-id"] == refused.json()["instance"]
 
 
-def test_a_client_that_dawdles_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_body_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(middleware, "_BODY_S", 0.05)
     late = post("/v1/recommend", pieces(1000, 10, pause_s=0.01))
     assert late.status_code == 408
@@ -67,29 +67,27 @@ def test_a_client_that_dawdles_is_not_waited_for(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("path", sorted(middleware.OPERATOR))
-def test_nobody_without_the_token_has_a_body_read(
-    path: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("DOOR_TOKEN", TOKEN)
+def test_a_body_is_not_read_without_the_token(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEST_TOKEN", TOKEN)
     read = []
-    sent_away.clear()
+    refused_errors.clear()
 
-    async def watched() -> AsyncGenerator[bytes]:
+    async def counted_body() -> AsyncGenerator[bytes]:
         read.append(1)
         yield b"{"
 
-    refused = post(path, watched(), {"authorization": "Bearer wrong"})
+    refused = post(path, counted_body(), {"authorization": "Bearer wrong"})
     assert (refused.status_code, read) == (401, [])
     assert refused.headers["www-authenticate"] == "Bearer"
-    assert [error.kind for error in sent_away] == ["unauthorised"]
-    assert post(path, watched(), {"authorization": f"Bearer {TOKEN}"}).text == "1"
+    assert [error.kind for error in refused_errors] == ["unauthorised"]
+    assert post(path, counted_body(), {"authorization": f"Bearer {TOKEN}"}).text == "1"
 
 
-def test_a_body_full_of_faults_is_not_judged_to_its_end() -> None:
-    for whole in ({"history": ["x"] * 10_000}, {f"key{n}": n for n in range(100_000)}):
-        with pytest.raises(ValidationError) as said:
-            RecommendRequest.model_validate(whole)
-        assert said.value.error_count() == 1
-    with pytest.raises(ValidationError) as said:
+def test_validation_of_a_body_stops_at_its_first_error() -> None:
+    for body in ({"history": ["x"] * 10_000}, {f"key{n}": n for n in range(100_000)}):
+        with pytest.raises(ValidationError) as failure:
+            RecommendRequest.model_validate(body)
+        assert failure.value.error_count() == 1
+    with pytest.raises(ValidationError) as failure:
         DeltaRequest.model_validate({"add": [{"item_id": "x", "sid": []}] * 1000})
-    assert said.value.error_count() == 1
+    assert failure.value.error_count() == 1

@@ -1,4 +1,4 @@
-"""The endpoint over HTTP, in this process and without Ray."""
+"""The endpoint over HTTP, in-process and without Ray."""
 
 import asyncio
 import json
@@ -24,17 +24,23 @@ from serve.factory import open_service
 from serve.http.routes import create_app
 from serve.metrics import InMemoryMetrics
 from serve.policies.ab_test import assign_variant
+from serve.schema import RecommendResponse
 from serve.service import Service
 from serve.testing import export_policy
 
 T = TypeVar("T")
 TOKEN = "a-token-of-the-operator"
 OPERATOR = {"authorization": f"Bearer {TOKEN}"}
+RENAMED = {
+    "catalogue": "catalog", "asked": "requested", "fewer": "shortfall_reason",
+    "unknown": "unknown_items",
+}  # fmt: skip
+"""Old to new fields of a response."""
 
 
 @pytest.fixture
 def folder(shop_world: TinySetup, tmp_path: Path) -> Path:
-    """A policy as training exports it, with all the files that settings may name."""
+    """Export a policy as training does, with all files that the settings can refer to."""
     export_policy(shop_world, tmp_path / "policy", step=3)
     ids = np.arange(40)
     pq.write_table(
@@ -58,24 +64,24 @@ def _token(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def settings(folder: Path, **changes: Any) -> ServeConfig:
-    beside = folder.parent
-    whole: dict[str, Any] = {
-        "attributes": beside / "attributes.parquet",
-        "popularity": beside / "popularity.parquet",
-        "histories": beside / "histories.parquet",
+    parent = folder.parent
+    defaults: dict[str, Any] = {
+        "attributes": parent / "attributes.parquet",
+        "popularity": parent / "popularity.parquet",
+        "histories": parent / "histories.parquet",
         "filters": {
             "cheap": FilterConfig(column="price", op="<", value=3),
             "stocked": FilterConfig(column="stock"),
         },
-        "poll_interval_s": 3600.0,  # the tests look themselves
+        "poll_interval_s": 3600.0,  # the tests poll themselves
     }
-    return ServeConfig(**(whole | changes))
+    return ServeConfig(**(defaults | changes))
 
 
 def served(
     folder: Path, work: Callable[[httpx.AsyncClient, Service], Awaitable[T]], **changes: Any
 ) -> T:
-    """What `work` makes of an endpoint that is up."""
+    """Run `work` against a started endpoint and return its result."""
 
     async def run() -> T:
         service = open_service(folder, settings(folder, **changes), InMemoryMetrics())
@@ -110,10 +116,15 @@ def test_a_request_is_answered_with_items_versions_and_cost(folder: Path) -> Non
         answer = response.json()
         assert response.headers["x-request-id"] == "mine-1"
         assert [item["rank"] for item in answer["items"]] == [1, 2, 3, 4, 5]
-        assert (answer["returned"], answer["fewer"], answer["source"]) == (5, "", "policy")
+        assert (answer["returned"], answer["source"]) == (5, "policy")
+        assert (answer["shortfall_reason"], answer["requested"]) == ("", 5)
+        assert answer["unknown_items"] == 0
+        for old, new in RENAMED.items():
+            assert answer[old] == answer[new]
+        assert RecommendResponse.model_validate(answer).model_dump(mode="json") == answer
         assert answer["policy"] == str(service.slots["main"].version)
         assert answer["policy"].startswith("3-")
-        assert answer["catalogue"].startswith("0-")
+        assert answer["catalog"].startswith("0-")
         assert answer["cost"]["forward_tokens"] > 0
         levels = answer["items"][0]["levels"]
         assert sum(level["logprob"] for level in levels) == pytest.approx(
@@ -138,20 +149,20 @@ def test_what_is_excluded_or_filtered_is_never_shown(folder: Path) -> None:
         )  # fmt: skip
         allowed = {i for i in range(40) if i % 7 < 3 and i % 2 == 0} - {0, 7, 14, 3, 18, 5}
         assert set(shown(filtered)) == allowed
-        assert filtered["fewer"] == "exhausted"
+        assert filtered["shortfall_reason"] == "exhausted"
         nothing = await recommend(client, history=[1], exclude=list(range(40)))
-        assert (nothing["items"], nothing["fewer"]) == ([], "exhausted")
+        assert (nothing["items"], nothing["shortfall_reason"]) == ([], "exhausted")
         capped = await recommend(client, history=[1], k=40, per_prefix=1)
         assert len({item["sid"][0] for item in capped["items"]}) == len(capped["items"])
-        assert service.meters.total("orchard_serve_illegal") == 0
+        assert service.metrics.total("orchard_serve_illegal") == 0
 
     served(folder, work)
 
 
 def test_users_are_answered_from_the_history_store(folder: Path) -> None:
     async def work(client: httpx.AsyncClient, service: Service) -> None:
-        known = await recommend(client, user="ann")
-        assert shown(known) == shown(await recommend(client, history=[1, 2, 3]))
+        answer = await recommend(client, user="ann")
+        assert shown(answer) == shown(await recommend(client, history=[1, 2, 3]))
         response = await client.post("/v1/recommend", json={"user": "eve"})
         assert response.status_code == 404
         assert response.headers["content-type"] == "application/problem+json"
@@ -172,11 +183,11 @@ def test_a_batch_answers_or_refuses_each_by_itself(folder: Path) -> None:
 
 def test_items_catalog_policy_and_health_can_be_looked_at(folder: Path) -> None:
     async def work(client: httpx.AsyncClient, service: Service) -> None:
-        items = catalogs.load(folder / "catalogue")
-        one = (await client.get("/v1/items/39")).json()
-        assert one["sid"] == items.codes[39].tolist()
-        assert 0 in one["shares_sid_with"]  # the tiny catalog's collision
-        assert one["filters"] == []
+        catalog = catalogs.load(folder / "catalogue")
+        item = (await client.get("/v1/items/39")).json()
+        assert item["sid"] == catalog.codes[39].tolist()
+        assert 0 in item["shares_sid_with"]  # the tiny catalog's collision
+        assert item["filters"] == []
         assert (await client.get("/v1/items/4000")).status_code == 404
         assert (await client.get("/v1/items/99999999999999999999999")).status_code == 404
         info = (await client.get("/v1/catalog")).json()
@@ -214,8 +225,8 @@ def test_deltas_and_activations_need_the_token(
                 assert response.status_code == 401
                 assert response.headers["www-authenticate"] == "Bearer"
         assert service.catalog_store.current.version == 0
-        assert isinstance(service.meters, InMemoryMetrics)
-        assert service.meters.total("orchard_serve_refused") == 14
+        assert isinstance(service.metrics, InMemoryMetrics)
+        assert service.metrics.total("orchard_serve_refused") == 14
         monkeypatch.setenv("ORCHARD_SERVE_TOKEN", "")
         closed = await client.post(
             "/v1/catalog/delta", json={"remove": [1]}, headers={"authorization": "Bearer "}
@@ -233,15 +244,15 @@ def test_a_delta_shows_in_the_next_answer_and_can_be_taken_back(folder: Path) ->
 
     async def work(client: httpx.AsyncClient, service: Service) -> None:
         first = shown(await recommend(client, history=[3], k=40))
-        gone = first[0]
-        dry = await change(client, remove=[gone], dry_run=True)
+        removed = first[0]
+        dry = await change(client, remove=[removed], dry_run=True)
         assert (dry["version"], dry["items"], dry["dry_run"]) == (1, 39, True)
         assert shown(await recommend(client, history=[3], k=40)) == first
-        await change(client, remove=[gone], add=[{"item_id": 99, "sid": [4, 3, 5]}])
+        await change(client, remove=[removed], add=[{"item_id": 99, "sid": [4, 3, 5]}])
         after = await recommend(client, history=[3], k=41)
-        assert set(shown(after)) == set(first) - {gone} | {99}
-        assert after["catalogue"].startswith("1-")
-        assert (await client.get(f"/v1/items/{gone}")).status_code == 404
+        assert set(shown(after)) == set(first) - {removed} | {99}
+        assert after["catalog"].startswith("1-")
+        assert (await client.get(f"/v1/items/{removed}")).status_code == 404
         stale = await client.post(
             "/v1/catalog/delta", json={"remove": [5], "base_version": 0}, headers=OPERATOR
         )
@@ -265,17 +276,17 @@ def test_replicas_share_deltas_and_later_ones_read_them_all(folder: Path) -> Non
         await other.look()
         late = open_service(folder, settings(folder), InMemoryMetrics())
         await late.start()
-        for desk_of in (other, late):
-            assert desk_of.catalog_store.current.version == 4
-            live = desk_of.catalog_store.current.snapshot
+        for replica in (other, late):
+            assert replica.catalog_store.current.version == 4
+            live = replica.catalog_store.current.snapshot
             assert set(live.catalog.item_id[live.live]) == set(range(40)) - {1, 2, 3}
-            await desk_of.close()
+            await replica.close()
 
     served(folder, work)
 
 
 def trained_further(world: TinySetup, folder: Path, *, step: int, spoil: bool = False) -> None:
-    """Export another policy over the first, as training does."""
+    """Replace the exported policy with another one, as training does."""
     values = weights.snapshot(world.model)
     name = next(iter(values))
     changed = values | {name: values[name] + 0.05 * step}
@@ -331,7 +342,7 @@ def test_a_policy_exported_while_the_endpoint_starts_is_found(
 
     async def work(client: httpx.AsyncClient, service: Service) -> None:
         assert (await recommend(client, history=[3]))["policy"].startswith("3-")
-        assert service.slots["main"].kept == []  # what lies in the folder is another policy
+        assert service.slots["main"].kept == []  # the folder contains another policy
         await service.look()
         assert (await recommend(client, history=[3]))["policy"].startswith("4-")
         (kept,) = service.slots["main"].kept
@@ -385,19 +396,19 @@ def test_a_policy_that_is_not_what_it_says_is_not_followed(
         shutil.rmtree(folder)
         await service.look()
         assert (await recommend(client, history=[3]))["policy"] == first
-        # An engine that scores otherwise than the model is taken back.
+        # A switch is undone if the engine scores differently from the model.
         trained_further(shop_world, folder, step=6)
         slot = service.slots["main"]
-        install = slot.holder.load_weights
+        install = slot.inference_engine.load_weights
 
         def broken(version: Any, values: Any) -> None:
             name = next(iter(values))
             torn = values | {name: values[name] * (0.5 if version.step == 6 else 1.0)}
-            slot.holder.load_weights = install  # type: ignore[method-assign]
-            weights.restore(slot.holder._model, torn)  # type: ignore[attr-defined]
-            slot.holder.version = version  # type: ignore[misc]
+            slot.inference_engine.load_weights = install  # type: ignore[method-assign]
+            weights.restore(slot.inference_engine._model, torn)  # type: ignore[attr-defined]
+            slot.inference_engine.version = version  # type: ignore[misc]
 
-        slot.holder.load_weights = broken  # type: ignore[method-assign]
+        slot.inference_engine.load_weights = broken  # type: ignore[method-assign]
         before = [i["score"] for i in (await recommend(client, history=[3]))["items"]]
         await service.look()
         after = await recommend(client, history=[3])
@@ -456,7 +467,7 @@ def test_late_answers_are_popular_items_and_say_so(folder: Path) -> None:
         assert (late["source"], late["fallback"]) == ("popularity", "deadline")
         assert shown(late) == [0, 2, 3, 4]
         assert late["items"][0]["score"] is None
-        assert service.meters.total("orchard_serve_fallbacks") == 1
+        assert service.metrics.total("orchard_serve_fallbacks") == 1
         assert (await recommend(client, history=[3], deadline_ms=60_000))["source"] == "policy"
 
     served(folder, work)
@@ -483,15 +494,15 @@ def test_cached_answers_are_marked_and_end_with_their_versions(folder: Path) -> 
         third = await recommend(client, history=[3])
         assert third["source"] == "policy"
         assert shown(first)[0] not in shown(third)
-        assert service.meters.total("orchard_serve_cache_hits") == 1
+        assert service.metrics.total("orchard_serve_cache_hits") == 1
 
     served(folder, work, cache_s=60.0)
 
 
 def test_a_full_cache_forgets_what_came_first(folder: Path) -> None:
     async def work(client: httpx.AsyncClient, service: Service) -> None:
-        asked = [[3], [4], [4], [3]]
-        source = [(await recommend(client, history=history))["source"] for history in asked]
+        histories = [[3], [4], [4], [3]]
+        source = [(await recommend(client, history=history))["source"] for history in histories]
         assert source == ["policy", "policy", "cache", "policy"]
 
     served(folder, work, cache_s=60.0, cache_size=1)
@@ -515,9 +526,9 @@ def test_a_full_queue_answers_429_with_a_time_to_retry(folder: Path) -> None:
 def test_settings_that_do_not_fit_the_policy_are_refused(
     folder: Path, shop_world: TinySetup, tmp_path: Path
 ) -> None:
-    strange = {"odd": FilterConfig(column="size", value=1)}
+    filters = {"odd": FilterConfig(column="size", value=1)}
     with pytest.raises(ConfigError, match=r"serve\.filters\.odd\.column = 'size'"):
-        open_service(folder, settings(folder, filters=strange), InMemoryMetrics())
+        open_service(folder, settings(folder, filters=filters), InMemoryMetrics())
     export_policy(tiny_setup(num_items=30), tmp_path / "foreign", step=1)
     foreign = {"b": VariantConfig(policy=tmp_path / "foreign", share=0.1)}
     with pytest.raises(CheckpointError, match="was trained on catalog"):
