@@ -153,7 +153,7 @@ def _retry_until_agent(send: Callable[[], str]) -> str:
 
 
 def find(jobs: JobSubmissionClient, job: str) -> Any:
-    """Return the `ray.job_submission.JobDetails` of a job; raises ConfigError for an unknown one."""
+    """Return the `JobDetails` of a job from Ray; raises ConfigError for an unknown job."""
     try:
         return jobs.get_job_info(job)
     except RuntimeError as error:
@@ -198,5 +198,6 @@ def ended(jobs: JobSubmissionClient, job: str) -> None:
         code = "" if details.driver_exit_code is None else f", exit code {details.driver_exit_code}"
         message = " ".join((details.message or "").split())[-300:]
         raise ActorError(
-            f"job {job} ended as {details.status.value}{code}: {message}; submit the run again to resume"
+            f"job {job} ended as {details.status.value}{code}: {message}; "
+            "submit the run again to resume"
         )

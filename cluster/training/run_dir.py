@@ -1,4 +1,4 @@
-"""The folder of a run, and the policies written into it."""
+"""Create the folder of a run, and read and write the policies in it."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from orchard.types import PolicyVersion
 
 
 def open_run_dir(run: Run) -> None:
-    """Make the run folder: the resolved configuration and, for a new policy, its first weights."""
+    """Create the run folder with the resolved configuration and, for a new policy, its weights."""
     try:
         run.dir.mkdir(parents=True, exist_ok=True)
         if run.phase != "evaluate":
@@ -28,10 +28,10 @@ def open_run_dir(run: Run) -> None:
         ) from error
     if run.policy == run.dir / "scratch" and not run.policy.is_dir():
         if run.base is not None:
-            fresh = text_policy.load_resized(run.base, run.tokenizer, seed=run.config.seed)
+            initial = text_policy.load_resized(run.base, run.tokenizer, seed=run.config.seed)
         else:
-            fresh = model.create(run.config.model, run.tokenizer, seed=run.config.seed)
-        _save(run, run.policy, fresh, PolicyVersion(step=0, digest=""), {})
+            initial = model.create(run.config.model, run.tokenizer, seed=run.config.seed)
+        _save(run, run.policy, initial, PolicyVersion(step=0, digest=""), {})
 
 
 def save_policy(
@@ -45,9 +45,9 @@ def save_policy(
 
 
 def saved_policy(run: Run, folder: Path) -> tuple[PolicyVersion, Weights]:
-    """The weights of a policy folder, and which version they are."""
-    values = snapshot(model.load(folder, run.tokenizer))
-    return PolicyVersion(step=exported_step(folder), digest=digest(values)), values
+    """Load the version and the weights of a policy folder."""
+    loaded = snapshot(model.load(folder, run.tokenizer))
+    return PolicyVersion(step=exported_step(folder), digest=digest(loaded)), loaded
 
 
 def _save(
@@ -57,8 +57,8 @@ def _save(
     policy: PolicyVersion,
     facts: dict[str, float],
 ) -> None:
-    """Write the folder whole, so that a reader never meets half a policy."""
-    about = {
+    """Write a policy folder atomically, so that a reader never sees a partial policy."""
+    metadata = {
         "version": {"step": policy.step, "digest": policy.digest},
         "catalogue": run.catalog.digest,
         "max_history": run.config.data.max_history,
@@ -68,4 +68,4 @@ def _save(
         value_head.save(trained, partial)
         run.text_tokenizer.save_pretrained(partial)
         catalog.write(run.catalog, partial / "catalogue")
-        atomic_write(partial / FILE, json.dumps(about, indent=2) + "\n")
+        atomic_write(partial / FILE, json.dumps(metadata, indent=2) + "\n")

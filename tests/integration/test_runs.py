@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
+from cluster.report.examples import read_examples
 from cluster.training.controller import Controller, start_controller
 from cluster.training.evaluate import evaluate, evaluation_file
 from cluster.training.loop import train
 from cluster.training.run import Run, prepare
 from cluster.training.run_dir import open_run_dir, save_policy
-from cluster.training.search_examples import read_examples
 from cluster.training.sft import sft
 from orchard import config
 from orchard.catalog.catalog import load

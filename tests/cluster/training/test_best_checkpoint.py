@@ -71,7 +71,7 @@ def controller(run: Run) -> Controller:
     made.stopping = asyncio.Event()
     made.ranking = pool
     held: dict[Pool, PublishedWeights] = {pool: PublishedWeights(policy=version, weights=None)}
-    made._held = held  # pyright: ignore[reportPrivateUsage]
+    made._published = held  # pyright: ignore[reportPrivateUsage]
     learner: Any = SimpleNamespace(eval_weights=(version, snapshot(policy)))
     made.learner = learner
     return made
