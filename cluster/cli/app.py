@@ -44,7 +44,7 @@ def plan(
         Path | None, typer.Option(help="File to plot the simulation to (.svg or .png).")
     ] = None,
 ) -> None:
-    """Estimate the memory, layout, time and disk of a run, and check that it can work."""
+    """Estimate memory, layout, time and disk of a run, and check it without starting it."""
     settings = config.load(run, overrides or [])
     if (assume or plot) and not simulate:
         raise ConfigError("--assume and --plot are for --simulate; add it")
@@ -146,7 +146,7 @@ def serve(
         Path | None, typer.Option(help="Write a config file for `serve deploy`, then exit.")
     ] = None,
     check_config: Annotated[
-        Path | None, typer.Option(help="Check such a config file, then exit.")
+        Path | None, typer.Option(help="Check a config file for `serve deploy`, then exit.")
     ] = None,
     dry_run: DryRun = False,
 ) -> None:
