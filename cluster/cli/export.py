@@ -150,7 +150,7 @@ def _data(run: Run) -> str:
 
 def _metrics(evaluations: Mapping[str, Evaluation]) -> str:
     if not evaluations:
-        return "None were measured before the policy was handed over."
+        return "The run contains no evaluation of this catalog."
     names = [f"{metric}/{level}" for level in ("sid", "item") for metric in _SHOWN]
     names = [name for name in names if any(name in each.metrics for each in evaluations.values())]
     rows: list[list[str]] = []

@@ -297,7 +297,7 @@ def _median_seconds(call: Callable[[], None], seconds: float) -> float:
     call()
     end, times = time.perf_counter() + seconds, list[float]()
     while not times or time.perf_counter() < end:
-        begin = time.perf_counter()
+        start = time.perf_counter()
         call()
-        times.append(time.perf_counter() - begin)
+        times.append(time.perf_counter() - start)
     return float(np.median(times))

@@ -185,9 +185,9 @@ def simulate(model: Model, gpus: int, *, steps: int = _STEPS, seed: int = 0) -> 
             slowness = np.exp(model.spread * generator.standard_normal(durations.requests))
             for factor in slowness:
                 service = durations.search * float(factor)
-                begin = max(heapq.heappop(actors), published[version])
-                heapq.heappush(actors, begin + service)
-                finished.append(begin + service)
+                start = max(heapq.heappop(actors), published[version])
+                heapq.heappush(actors, start + service)
+                finished.append(start + service)
                 busy["search"] += service / durations.actors
             scored = 0.0
             for search_end in sorted(finished):
@@ -233,7 +233,7 @@ def draw(path: Path, panels: Mapping[str, Model]) -> None:
     plots.stages(path, shares)
 
 
-def lines(found: Sequence[Simulated], model: Model) -> list[str]:
+def lines(results: Sequence[Simulated], model: Model) -> list[str]:
     """Format the results as a table with one row per number of GPUs."""
     table = [
         "simulated, not measured: " + ", ".join(f"{f.name}={getattr(model, f.name):g}"
@@ -241,12 +241,12 @@ def lines(found: Sequence[Simulated], model: Model) -> list[str]:
         f"{'GPUs':>5} {'step s':>8} {'prompts/s':>10} {'speedup':>8}  "
         + " ".join(f"{stage:>8}" for stage in STAGES) + "  waits for",
     ]  # fmt: skip
-    for result in found:
+    for result in results:
         shares = " ".join(f"{result.busy[stage]:>8.0%}" for stage in STAGES)
         rate = model.prompts_per_step / result.step_s
         table.append(
             f"{result.gpus:>5} {result.step_s:>8.2f} {rate:>10.0f} "
-            f"{found[0].step_s / result.step_s:>8.1f}  {shares}  {result.bottleneck}"
+            f"{results[0].step_s / result.step_s:>8.1f}  {shares}  {result.bottleneck}"
         )
     return table
 

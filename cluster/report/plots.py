@@ -73,7 +73,7 @@ def apply_style(salt: str) -> Any:
     return _STYLE | {"svg.hashsalt": salt}
 
 
-def curves(found: Sequence[Curve], *, title: str, steps: str = "step", log: bool = False) -> str:
+def curves(metrics: Sequence[Curve], *, title: str, steps: str = "step", log: bool = False) -> str:
     """Plot metrics over steps; long ones are faint, with their running mean on top.
 
     Each has at least one finite value. `log` selects a logarithmic axis if all are positive.
@@ -81,7 +81,7 @@ def curves(found: Sequence[Curve], *, title: str, steps: str = "step", log: bool
     with mpl.rc_context(apply_style(title)):
         figure = Figure(figsize=(5.6, 2.3))
         axes = figure.subplots()
-        for curve, color in zip(found, _cycle_colors(len(found)), strict=True):
+        for curve, color in zip(metrics, _cycle_colors(len(metrics)), strict=True):
             step, value = curve.series.step, curve.series.value
             long = len(value) >= _SMOOTH_FROM
             marker = "o" if len(value) <= 25 else ""
@@ -92,7 +92,7 @@ def curves(found: Sequence[Curve], *, title: str, steps: str = "step", log: bool
             if long:
                 smooth = running_mean(value, width=max(3, len(value) // 20))
                 axes.plot(step, smooth, color=color, lw=1.6, label=curve.label)
-        values = np.concatenate([curve.series.value for curve in found])
+        values = np.concatenate([curve.series.value for curve in metrics])
         values = values[np.isfinite(values)]
         low, high = float(values.min()), float(values.max())
         if log and low > 0:
@@ -104,7 +104,7 @@ def curves(found: Sequence[Curve], *, title: str, steps: str = "step", log: bool
             # Center a constant, instead of scaling its rounding errors to full height.
             axes.set_ylim(low - 0.1 * abs(low or 1.0), high + 0.1 * abs(high or 1.0))
         axes.set_xlabel(steps)
-        _legend(axes, len(found))
+        _legend(axes, len(metrics))
         return _svg(figure, title)
 
 

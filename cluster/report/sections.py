@@ -75,9 +75,9 @@ def notices(missing: Sequence[str]) -> str:
 
 
 def tiles(
-    evaluations: Mapping[str, Evaluation], changes: Changes, train: Metrics, wanted: int
+    evaluations: Mapping[str, Evaluation], changes: Changes, train: Metrics, num_updates: int
 ) -> str:
-    """Return the headline numbers; `wanted` is the configured number of updates, 0 if unknown."""
+    """Return the headline numbers; `num_updates` is the configured number, 0 if unknown."""
     entries: list[tuple[str, str]] = []
     change = next(iter(changes.values()), {})
     for metric in HEADLINES:
@@ -87,7 +87,8 @@ def tiles(
             value = " \N{RIGHTWARDS ARROW} ".join(f"{mean:.4f}" for mean in means[:2])
             entries.append((value, f"{metric} {note}"))
     if train:
-        entries.append((f"{last_step(train)}{f' of {wanted}' if wanted else ''}", "updates"))
+        of_total = f" of {num_updates}" if num_updates else ""
+        entries.append((f"{last_step(train)}{of_total}", "updates"))
     if "cluster/step_s" in train:
         entries.append((duration(float(np.nansum(train["cluster/step_s"].value))), "in updates"))
     if "rollout/prompts_per_s" in train:
@@ -110,7 +111,7 @@ def evaluation(evaluations: Mapping[str, Evaluation], changes: Changes) -> str:
     heads = "".join(f"<th>{escape(name)}</th>" for name in (*evaluations, *changes))
     rows = [_evaluation_row(name, evaluations, changes) for name in names]
     rows.append("<tr class='gap'><td>of the search</td></tr>")
-    facts = {name: _facts(found) for name, found in evaluations.items()}
+    facts = {name: _facts(result) for name, result in evaluations.items()}
     for fact in dict.fromkeys(fact for facts_of in facts.values() for fact in facts_of):
         cells = "".join(f"<td>{escape(facts_of.get(fact, ''))}</td>" for facts_of in facts.values())
         rows.append(f"<tr><td>{escape(fact)}</td>{cells}{'<td></td>' * len(changes)}</tr>")
@@ -175,10 +176,10 @@ def seconds(phase: str, metrics: Metrics) -> str:
     )
 
 
-def examples(found: Sequence[Mapping[str, Any]]) -> str:
+def examples(search_examples: Sequence[Mapping[str, Any]]) -> str:
     """Return a few prompts with their search trees."""
     figures = ""
-    for example in found:
+    for example in search_examples:
         history = " \N{RIGHTWARDS ARROW} ".join(escape(name) for name in example["history"])
         figures += (
             f"<figure><h3>Row {example['row']}: {escape(example['target'])}</h3>"
@@ -242,8 +243,8 @@ def figure(title: str, svg: str) -> str:
 
 def _evaluation_row(metric: str, evaluations: Mapping[str, Evaluation], changes: Changes) -> str:
     cells = ""
-    for found in evaluations.values():
-        estimate = found.metrics.get(metric)
+    for result in evaluations.values():
+        estimate = result.metrics.get(metric)
         cells += f"<td>{_small_interval(interval(estimate)) if estimate else ''}</td>"
     for change in changes.values():
         estimate = change.get(metric)
@@ -261,11 +262,11 @@ def _small_interval(text: str) -> str:
     return f"{escape(mean)} <small>{escape(bounds)}</small>"
 
 
-def _facts(found: Evaluation) -> dict[str, str]:
+def _facts(result: Evaluation) -> dict[str, str]:
     """Return the facts of an evaluation besides its metrics."""
-    facts = {"policy": found.policy, "rows": str(found.num_rows), "candidates": str(found.width)}
-    facts["seconds"] = f"{found.seconds:.1f}"
-    extra = {name: f"{value:.6g}" for name, value in found.extra.items() if name != "seconds"}
+    facts = {"policy": result.policy, "rows": str(result.num_rows), "candidates": str(result.width)}
+    facts["seconds"] = f"{result.seconds:.1f}"
+    extra = {name: f"{value:.6g}" for name, value in result.extra.items() if name != "seconds"}
     return facts | {name.replace("_", " "): text for name, text in extra.items()}
 
 

@@ -40,7 +40,7 @@ class BestCheckpoint:
         facts = read_facts(run.result)
         best_checkpoint.best = facts.get("valid_score", float("-inf"))
         settings = {"valid_rows": float(len(rows)), "valid_beams": float(beams)}
-        if facts and any(facts.get(name, wanted) != wanted for name, wanted in settings.items()):
+        if facts and any(facts.get(name, current) != current for name, current in settings.items()):
             best_checkpoint.best, _ = await best_checkpoint._evaluate(
                 *saved_policy(run, run.result)
             )

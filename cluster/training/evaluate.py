@@ -54,11 +54,11 @@ async def evaluate_split(controller: Controller, folder: Path, name: str) -> Eva
 
 def chosen_rows(run: Run, split: SplitName) -> Int64[np.ndarray, " R"]:
     """Return all rows of the split, or a seeded sample of `evaluate.test_rows` rows."""
-    wanted, num_rows = run.config.evaluate.test_rows, len(getattr(run, split))
-    if wanted == 0 or wanted >= num_rows:
+    sample_size, num_rows = run.config.evaluate.test_rows, len(getattr(run, split))
+    if sample_size == 0 or sample_size >= num_rows:
         return np.arange(num_rows)
     generator = np.random.Generator(np.random.Philox(key=[run.config.seed, 2**33]))
-    return np.sort(generator.permutation(num_rows)[:wanted])
+    return np.sort(generator.permutation(num_rows)[:sample_size])
 
 
 def evaluation_file(run: Run, name: str) -> Path:
@@ -66,8 +66,8 @@ def evaluation_file(run: Run, name: str) -> Path:
     return run.dir / "evaluation" / f"{name}.json"
 
 
-def write_metrics(found: Evaluation, path: Path) -> None:
+def write_metrics(evaluation: Evaluation, path: Path) -> None:
     """Write {mean, low, high, n} of each metric as JSON, for `orchard evaluate --json`."""
-    metrics = {name: asdict(estimate) for name, estimate in found.metrics.items()}
+    metrics = {name: asdict(estimate) for name, estimate in evaluation.metrics.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, json.dumps(metrics, indent=2) + "\n")

@@ -91,6 +91,8 @@ def positions(policy: Path | None) -> int:
 def load_resized(base: Path, tokenizer: ItemTokenizer, *, seed: int) -> PreTrainedModel:
     """Load a text model, with its token embeddings resized to the policy's tokens."""
     policy = model.load(base)
-    known = len(read_tokenizer(base))
-    token_embeddings.resize_embeddings(policy, known=known, size=tokenizer.size, seed=seed)
+    num_base_tokens = len(read_tokenizer(base))
+    token_embeddings.resize_embeddings(
+        policy, known=num_base_tokens, size=tokenizer.size, seed=seed
+    )
     return policy
