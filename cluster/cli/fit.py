@@ -19,9 +19,9 @@ from orchard.scorers.fit_critic import (
     CriticBackend,
     TorchCriticBackend,
     Trajectories,
+    measure_critic,
     sample_trajectories,
 )
-from orchard.scorers.fit_critic import measure_critic as measure_critic
 from orchard.scorers.fit_listwise import fit_listwise_ranker, measure
 from orchard.scorers.fit_sasrec import (
     Tell,

@@ -43,7 +43,6 @@ class Sizes:
     """Number of transformer layers."""
     longest: int
     """Maximum number of positions of the policy."""
-    train_rows: int
     prompt_tokens: float
     """Mean tokens per prompt."""
     prompt_tokens_max: int
@@ -56,8 +55,6 @@ class Sizes:
 class Machine:
     """Resources of this machine."""
 
-    cpus: int
-    """Number of logical CPUs of this process."""
     memory: int
     """Bytes of system memory."""
     gpus: int
@@ -232,7 +229,6 @@ def sizes_of(run: Run) -> Sizes:
         inner=int(getattr(policy.config, "intermediate_size", 4 * hidden)),
         layers=int(policy.config.num_hidden_layers),
         longest=int(getattr(policy.config, "max_position_embeddings", 1 << 30)),
-        train_rows=len(run.train),
         prompt_tokens=float(count.mean()),
         prompt_tokens_max=int(count.max()),
         nodes_per_level=tuple(nodes),
@@ -260,7 +256,6 @@ def machine_of(output: Path) -> Machine:
     while not folder.exists():
         folder = folder.parent
     return Machine(
-        cpus=len(psutil.Process().cpu_affinity() or []) or (psutil.cpu_count() or 1),
         memory=psutil.virtual_memory().total,
         gpus=torch.cuda.device_count(),
         free_disk=shutil.disk_usage(folder).free,

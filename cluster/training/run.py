@@ -27,8 +27,7 @@ from orchard.scorers import prefix_critic
 from orchard.scorers.prefix_critic import PrefixCritic
 from orchard.settings import Config, DataConfig
 from rewards.context import RewardContext
-from rewards.score import check_rewards as check_rewards
-from rewards.score import preload
+from rewards.score import check_rewards, preload
 from rewards.transition_counts import TransitionCounts, count_transitions
 from rollout.engine.availability import check_vllm
 from rollout.search.ved.search import check_budget

@@ -16,10 +16,10 @@ from orchard.data.synthetic import WorldParams, write_world
 from orchard.settings import Config
 
 SIZES = Sizes(
-    parameters=10_000_000, hidden=256, inner=1024, layers=4, longest=4096, train_rows=1000,
+    parameters=10_000_000, hidden=256, inner=1024, layers=4, longest=4096,
     prompt_tokens=20.0, prompt_tokens_max=31, nodes_per_level=(8, 100, 500),
 )  # fmt: skip
-MACHINE = Machine(cpus=2, memory=64 * GIB, gpus=0, free_disk=100 * GIB)
+MACHINE = Machine(memory=64 * GIB, gpus=0, free_disk=100 * GIB)
 SPEED = Speed(forward=1000.0, update=500.0)
 
 
