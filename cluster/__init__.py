@@ -1,1 +1,1 @@
-"""The composition root: the only room that knows the others, and the command line."""
+"""Composition root: the package that imports all others, and the command line."""

@@ -1,7 +1,7 @@
-"""What a run shows on the screen: progress while it works, a table when it is done.
+"""Show the progress of a run and its closing table on the console.
 
-On a terminal both are drawn by rich; elsewhere (a log file, a job's output) progress is a line now
-and then.
+On a terminal, rich draws both; elsewhere (a log file, a job's output) progress is a line every ten
+seconds.
 """
 
 import re
@@ -37,30 +37,30 @@ SHOWN = (
     "sft/loss",
     "sft/nll",
 )
-"""Metrics that stand beside a progress bar, where a run has them."""
+"""Metrics shown next to a progress bar, if the run has them."""
 
 CLOSING = tuple(
     f"{metric}/{level}"
     for level in ("sid", "item")
     for metric in ("hr@1", "hr@3", "hr@10", "hr@50", "ndcg@3", "ndcg@10")
 )
-"""Metrics of the closing table, where an evaluation has them."""
+"""Metrics of the closing table, if an evaluation has them."""
 
 FIRST = ("warm_start", "trained", "control")
-"""Evaluations in the order of a run's life; any others follow by name."""
+"""Names of evaluations that are listed first, in this order; others follow by name."""
 
 _LINE_EVERY_S = 10.0
 _FILE_WIDTH = 120
 
 
 class Progress:
-    """How far a long work is, how fast it goes, and when it will be done.
+    """Progress of a long task, with its rate, time left and metrics.
 
         with Progress("training", total=300, done=120) as progress:
             ...
             progress.advance(metrics)
 
-    The rate counts the steps of this sitting alone: what was `done` before says nothing of it.
+    The rate counts only the steps of this process, not those already `done` at its start.
     """
 
     def __init__(
@@ -73,13 +73,13 @@ class Progress:
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Prepare to count from `done` to `total`; `shown` names the metrics to keep in view."""
+        """Prepare to count from `done` to `total`; `shown` names the metrics to display."""
         self.title, self.total, self.done = title, total, done
         self._shown, self._clock = tuple(shown), clock
         self._console = console or Console()
         self._resumed_at = done
-        self._note: dict[str, float] = {}
-        self._begin = self._said = clock()
+        self._values: dict[str, float] = {}
+        self._begin = self._last_printed = clock()
         self._bars = self._bar = None
         if self._console.is_terminal:
             self._bars = Bars(
@@ -88,14 +88,14 @@ class Progress:
                 BarColumn(bar_width=28),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
-                _Said(self),
+                _SummaryColumn(self),
                 console=self._console,
             )
             self._bar = self._bars.add_task(title, total=total, completed=done)
 
     def __enter__(self) -> "Progress":
         """Show the bar and start the clock."""
-        self._begin = self._said = self._clock()
+        self._begin = self._last_printed = self._clock()
         if self._bars is not None:
             self._bars.start()
         return self
@@ -106,26 +106,26 @@ class Progress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Leave the last state on the screen."""
+        """Leave the last state on the console."""
         if self._bars is not None:
             self._bars.stop()
         elif self.done > self._resumed_at:
-            self._say("stopped" if error else "done")
+            self._print_line("stopped" if error else "done")
 
     def advance(
         self, metrics: Mapping[str, SupportsFloat] | None = None, *, count: int = 1
     ) -> None:
-        """`count` more steps are done; metrics that are not given keep their last value."""
+        """Count `count` more steps; metrics that are not passed keep their last value."""
         self.done += count
-        found = metrics or {}
-        self._note |= {name: float(found[name]) for name in self._shown if name in found}
+        new = metrics or {}
+        self._values |= {name: float(new[name]) for name in self._shown if name in new}
         if self._bars is not None and self._bar is not None:
             self._bars.update(self._bar, completed=self.done)
-        elif self._clock() - self._said >= _LINE_EVERY_S:
-            self._say()
+        elif self._clock() - self._last_printed >= _LINE_EVERY_S:
+            self._print_line()
 
     def summary(self) -> str:
-        """Rate, time left, and the metrics in view."""
+        """Return the rate, the time left and the displayed metrics as one line."""
         elapsed_s = self._clock() - self._begin
         steps = self.done - self._resumed_at
         parts: list[str] = []
@@ -133,18 +133,18 @@ class Progress:
             rate = steps / elapsed_s
             parts.append(f"{rate:.2f}/s" if rate >= 1 else f"{1 / rate:.1f} s each")
             parts.append(f"{duration(max(0, self.total - self.done) / rate)} left")
-        names = [(name.split("/", 1)[-1], value) for name, value in self._note.items()]
+        names = [(name.split("/", 1)[-1], value) for name, value in self._values.items()]
         return "  ".join([*parts, *(f"{name} {value:.4g}" for name, value in names)])
 
-    def _say(self, state: str = "") -> None:
+    def _print_line(self, state: str = "") -> None:
         now = self._clock()
-        self._said = now
+        self._last_printed = now
         parts = [f"{self.title} {self.done}/{self.total}", duration(now - self._begin)]
         line = "  ".join(part for part in [*parts, self.summary(), state] if part)
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-class _Said(ProgressColumn):
+class _SummaryColumn(ProgressColumn):
     """The summary as a column of the bar."""
 
     def __init__(self, progress: Progress) -> None:
@@ -156,7 +156,7 @@ class _Said(ProgressColumn):
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: `8.4 s`, `12:07`, `3:12:07`."""
+    """Format seconds as `8.4 s`, `12:07` or `3:12:07`."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -165,25 +165,25 @@ def duration(seconds: float) -> str:
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Names of evaluations: the warm start first, then what came of it, then the rest."""
+    """Sort names of evaluations: those of `FIRST` in its order, then the rest by name."""
     return sorted(names, key=lambda n: (FIRST.index(n) if n in FIRST else len(FIRST), n))
 
 
 def comparisons(names: Iterable[str]) -> list[tuple[str, str]]:
-    """What is set against what: each against the first, and `trained` against `control`."""
+    """Return the pairs to compare: each against the first, and `trained` against `control`."""
     ordered = in_order(names)
     pairs = [(name, ordered[0]) for name in ordered[1:]]
     return [*pairs, ("trained", "control")] if {"trained", "control"} < set(ordered) else pairs
 
 
 def metrics_of(evaluations: Iterable[Evaluation]) -> list[str]:
-    """The closing metrics that at least one evaluation has."""
-    known = {name for evaluation in evaluations for name in evaluation.metrics}
-    return [name for name in CLOSING if name in known]
+    """Return the closing metrics that at least one evaluation has."""
+    present = {name for evaluation in evaluations for name in evaluation.metrics}
+    return [name for name in CLOSING if name in present]
 
 
 def interval(estimate: Estimate, *, signed: bool = False) -> str:
-    """A mean and its interval, such as `.1027 [.0954, .1101]`."""
+    """Format a mean and its interval, such as `.1027 [.0954, .1101]`."""
     mean, low, high = (
         re.sub(r"^([+-]?)0\.", r"\1.", f"{value:{'+' if signed else ''}.4f}")
         for value in (estimate.mean, estimate.low, estimate.high)
@@ -197,13 +197,13 @@ def closing_table(
     seconds: Mapping[str, float],
     console: Console | None = None,
 ) -> None:
-    """Print each evaluation with its intervals, the paired differences, and where the time went."""
+    """Print the evaluations with intervals, their paired differences, and seconds by phase."""
     ordered = in_order(evaluations)
     metrics = metrics_of(evaluations.values())
-    own = _table("Held-out rows: mean [95 % interval]", "metric", ordered)
+    levels = _table("Held-out rows: mean [95 % interval]", "metric", ordered)
     for metric in metrics:
-        found = [evaluations[name].metrics.get(metric) for name in ordered]
-        own.add_row(metric, *(interval(estimate) if estimate else "" for estimate in found))
+        estimates = [evaluations[name].metrics.get(metric) for name in ordered]
+        levels.add_row(metric, *(interval(estimate) if estimate else "" for estimate in estimates))
     changes: dict[str, dict[str, Estimate]] = {}
     refused: list[Text] = []
     for a, b in comparisons(ordered):
@@ -217,23 +217,23 @@ def closing_table(
     times = _table("Time", "phase", ["seconds"])
     for phase, value in seconds.items():
         times.add_row(phase, f"{value:.1f}")
-    parts = [own, *([paired] if changes else []), *refused, *([times] if seconds else [])]
+    parts = [levels, *([paired] if changes else []), *refused, *([times] if seconds else [])]
     screen = console or Console()
-    if not screen.is_terminal:  # a file has no edge to wrap at
+    if not screen.is_terminal:  # a file does not wrap lines
         screen.width = max(screen.width, _FILE_WIDTH)
     screen.print(Group(*parts))
 
 
-def _table(title: str, what: str, columns: Sequence[str]) -> Table:
+def _table(title: str, row_heading: str, columns: Sequence[str]) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    table.add_column(what)
+    table.add_column(row_heading)
     for column in columns:
         table.add_column(column, justify="right")
     return table
 
 
 def _change(estimate: Estimate | None) -> Text:
-    """A difference, coloured where its interval leaves zero out."""
+    """Format a difference, colored if its interval excludes zero."""
     if estimate is None:
         return Text()
     style = ("green" if estimate.mean > 0 else "red") if estimate.significant else ""

@@ -1,1 +1,1 @@
-"""Ray actors and sessions: pools, jobs, memory."""
+"""Ray sessions, actor pools, jobs and memory monitoring."""

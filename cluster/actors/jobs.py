@@ -1,7 +1,8 @@
-"""Runs as jobs of a Ray cluster: submitted, followed, stopped and resumed over Ray's job API.
+"""Submit, follow and stop runs as Ray jobs.
 
-The working directory travels with the job, dependencies are in the image. Whatever the job writes
-must lie outside, on storage that all nodes see: the copy is gone when the job has ended.
+The working directory is uploaded with the job; dependencies are in the image. The job must write
+its output elsewhere, to storage that all nodes share: the copy of the working directory is deleted
+when the job ends.
 """
 
 import asyncio
@@ -21,41 +22,44 @@ from orchard.errors import ActorError, ConfigError
 from orchard.settings import Config
 
 RUN_KEY, COMMAND_KEY = "orchard_run", "orchard_command"
-"""Keys of a job's metadata."""
+"""Metadata keys of a job: the name of its run, and its command."""
 START_S = 60.0
-"""Longest wait for a cluster that has just started to take a job."""
+"""Longest wait in seconds until a newly started cluster accepts a job."""
 GRACE_KEY = "RAY_JOB_STOP_WAIT_TIME_S"
-"""Ray gives a job that it stops three seconds unless the job's environment says otherwise."""
+"""Environment variable of the seconds that Ray lets a stopped job run; its default is three."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobRequest:
-    """What is to be submitted, beside the run itself."""
+    """Options of a submission besides the run itself."""
 
     command: str = "train"
-    """`sft` or `train`."""
+    """Command to run: `sft` or `train`."""
     working_dir: Path = Path()
+    """Folder to upload, which contains the run file."""
     runtime_env: Mapping[str, Any] = field(default_factory=dict)
-    """Of the job; the working directory and the grace period are added."""
+    """Ray runtime environment; the working directory and the grace period are added to it."""
     grace_s: float = 120.0
-    """Between SIGTERM and SIGKILL; long enough for one step and one checkpoint."""
+    """Seconds between SIGTERM and SIGKILL; enough for one step and one checkpoint."""
     cpus: float | None = None
+    """CPUs reserved for the driver."""
     gpus: float | None = None
+    """GPUs reserved for the driver."""
     memory: int | None = None
-    """Bytes for the driver, as the two above are its own."""
+    """Bytes of memory reserved for the driver."""
 
 
 def request(
-    settings: Config, run: Path, overrides: Sequence[str], order: JobRequest
+    settings: Config, run: Path, overrides: Sequence[str], options: JobRequest
 ) -> dict[str, Any]:
-    """The arguments of Ray's `submit_job`.
+    """Build the arguments of Ray's `submit_job`.
 
     Raises:
-        ConfigError: something that would be found out, or lost, only on the cluster.
+        ConfigError: the job would fail, or lose its output, on the cluster.
     """
-    if order.command not in ("sft", "train"):
-        raise ConfigError(f"--command = {order.command!r}; choose sft or train")
-    folder = order.working_dir.resolve()
+    if options.command not in ("sft", "train"):
+        raise ConfigError(f"--command = {options.command!r}; choose sft or train")
+    folder = options.working_dir.resolve()
     if not run.resolve().is_relative_to(folder):
         raise ConfigError(
             f"run file {run} is outside the working directory {folder}, which is all that the "
@@ -67,44 +71,44 @@ def request(
                 f"{key} = {path} is relative: on the cluster that is the job's own copy of the "
                 f"working directory; give a folder on storage that all nodes see, {key}=/..."
             )
-    environment = dict(order.runtime_env)
+    environment = dict(options.runtime_env)
     variables = dict(environment.get("env_vars", {}))
-    variables.setdefault(GRACE_KEY, f"{order.grace_s:.0f}")
+    variables.setdefault(GRACE_KEY, f"{options.grace_s:.0f}")
     environment |= {"working_dir": str(folder), "env_vars": variables}
     try:
         RuntimeEnv(**environment)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"the runtime environment is refused by Ray: {error}") from error
-    words = ["python", "-m", "cluster.cli", order.command]
-    words += [str(run.resolve().relative_to(folder)), *overrides]
+    command_line = ["python", "-m", "cluster.cli", options.command]
+    command_line += [str(run.resolve().relative_to(folder)), *overrides]
     return {
-        "entrypoint": shlex.join(words),
-        "submission_id": f"{settings.name}-{order.command}-{time.strftime('%Y%m%d-%H%M%S')}",
+        "entrypoint": shlex.join(command_line),
+        "submission_id": f"{settings.name}-{options.command}-{time.strftime('%Y%m%d-%H%M%S')}",
         "runtime_env": environment,
-        "metadata": {RUN_KEY: settings.name, COMMAND_KEY: order.command},
-        "entrypoint_num_cpus": order.cpus,
-        "entrypoint_num_gpus": order.gpus,
-        "entrypoint_memory": order.memory,
+        "metadata": {RUN_KEY: settings.name, COMMAND_KEY: options.command},
+        "entrypoint_num_cpus": options.cpus,
+        "entrypoint_num_gpus": options.gpus,
+        "entrypoint_memory": options.memory,
     }
 
 
 def read_runtime_env(path: Path | None) -> dict[str, Any]:
-    """A runtime environment of a YAML file; empty without one."""
+    """Load a runtime environment from a YAML file; empty without a path."""
     if path is None:
         return {}
     if not path.is_file():
         raise ConfigError(f"--runtime-env {path} does not exist; give a YAML file")
     try:
-        found = yaml.safe_load(path.read_text())
+        environment = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         raise ConfigError(f"--runtime-env {path} is no YAML: {error}") from error
-    if not isinstance(found, dict):
+    if not isinstance(environment, dict):
         raise ConfigError(f"--runtime-env {path} holds no mapping; see docs/operations.md")
-    return found
+    return environment
 
 
 def client(address: str | None) -> JobSubmissionClient:
-    """The job server at an address, by default at RAY_API_SERVER_ADDRESS or RAY_ADDRESS."""
+    """Connect to a job server; the default is at RAY_API_SERVER_ADDRESS or RAY_ADDRESS."""
     try:
         return JobSubmissionClient(address)
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -114,21 +118,25 @@ def client(address: str | None) -> JobSubmissionClient:
         ) from error
 
 
-def submit(jobs: JobSubmissionClient, asked: dict[str, Any]) -> str:
-    """Send a request off, unless the run is at work already: two would share one run folder."""
-    run = asked["metadata"][RUN_KEY]
+def submit(jobs: JobSubmissionClient, arguments: dict[str, Any]) -> str:
+    """Submit a request, and return its job id.
+
+    Raises:
+        ConfigError: a job already works on the run; two jobs would share one run folder.
+    """
+    run = arguments["metadata"][RUN_KEY]
     for job in jobs.list_jobs():
-        at_work = not JobStatus(job.status).is_terminal()
-        if at_work and (job.metadata or {}).get(RUN_KEY) == run:
+        active = not JobStatus(job.status).is_terminal()
+        if active and (job.metadata or {}).get(RUN_KEY) == run:
             raise ConfigError(
                 f"run {run} is at work already as job {job.submission_id}; stop it first with "
                 f"`orchard job stop {job.submission_id}`, or choose another name"
             )
-    return _once_there_is_an_agent(lambda: jobs.submit_job(**asked))
+    return _retry_until_agent(lambda: jobs.submit_job(**arguments))
 
 
-def _once_there_is_an_agent(send: Callable[[], str]) -> str:
-    """A young cluster has a job server before it has anyone to run a job: then ask again."""
+def _retry_until_agent(send: Callable[[], str]) -> str:
+    """Retry until the cluster has an agent: its job server starts before it can run a job."""
     deadline = time.monotonic() + START_S
     while True:
         try:
@@ -145,19 +153,19 @@ def _once_there_is_an_agent(send: Callable[[], str]) -> str:
 
 
 def find(jobs: JobSubmissionClient, job: str) -> Any:
-    """What the cluster knows of a job (`ray.job_submission.JobDetails`)."""
+    """Return the `JobDetails` of a job from Ray; raises ConfigError for an unknown job."""
     try:
         return jobs.get_job_info(job)
     except RuntimeError as error:
-        known = ", ".join(j.submission_id or "" for j in jobs.list_jobs()) or "none"
-        raise ConfigError(f"there is no job {job}; the cluster knows {known}") from error
+        job_ids = ", ".join(j.submission_id or "" for j in jobs.list_jobs()) or "none"
+        raise ConfigError(f"there is no job {job}; the cluster knows {job_ids}") from error
 
 
 def follow(jobs: JobSubmissionClient, job: str) -> None:
-    """Show a job's output until it ends.
+    """Print a job's output until it ends.
 
     Raises:
-        ActorError: it did not succeed.
+        ActorError: the job did not succeed.
     """
 
     async def show() -> None:
@@ -169,7 +177,7 @@ def follow(jobs: JobSubmissionClient, job: str) -> None:
 
 
 def stop(jobs: JobSubmissionClient, job: str, *, timeout_s: float) -> str:
-    """Ask a job to stop and wait until it has; its status then."""
+    """Stop a job, wait until it has ended, and return its status; raises ActorError on timeout."""
     find(jobs, job)
     jobs.stop_job(job)
     deadline = time.monotonic() + timeout_s
@@ -184,11 +192,12 @@ def stop(jobs: JobSubmissionClient, job: str, *, timeout_s: float) -> str:
 
 
 def ended(jobs: JobSubmissionClient, job: str) -> None:
-    """Raise ActorError unless a job succeeded, with what Ray says of it."""
-    found = find(jobs, job)
-    if found.status != JobStatus.SUCCEEDED:
-        code = "" if found.driver_exit_code is None else f", exit code {found.driver_exit_code}"
-        said = " ".join((found.message or "").split())[-300:]
+    """Raise ActorError with Ray's message unless a job succeeded."""
+    details = find(jobs, job)
+    if details.status != JobStatus.SUCCEEDED:
+        code = "" if details.driver_exit_code is None else f", exit code {details.driver_exit_code}"
+        message = " ".join((details.message or "").split())[-300:]
         raise ActorError(
-            f"job {job} ended as {found.status.value}{code}: {said}; submit the run again to resume"
+            f"job {job} ended as {details.status.value}{code}: {message}; "
+            "submit the run again to resume"
         )

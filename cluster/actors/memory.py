@@ -1,4 +1,4 @@
-"""What a run takes of the machine it was started on."""
+"""Monitor the memory of a run on the machine that started it."""
 
 import threading
 from types import TracebackType
@@ -7,13 +7,13 @@ import psutil
 
 
 class MemoryMonitor:
-    """Samples the resident memory of this process and all that it started, Ray's included.
+    """Sampler of the resident memory of this process and its descendants, including Ray's.
 
-    Pages that processes share count once for each, so the peak is an upper bound.
+    Shared pages count once per process, so the peak is an upper bound.
     """
 
     def __init__(self, *, every_s: float = 1.0) -> None:
-        """Prepare to sample at that interval."""
+        """Prepare to sample every `every_s` seconds."""
         self.peak_bytes = 0
         self._every_s = every_s
         self._done = threading.Event()
@@ -40,12 +40,12 @@ class MemoryMonitor:
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process and its descendants."""
+    """Return the resident memory of this process and its descendants in bytes."""
     me = psutil.Process()
     total = 0
     for process in (me, *me.children(recursive=True)):
         try:
             total += process.memory_info().rss
-        except psutil.Error:  # it ended between the listing and the look
+        except psutil.Error:  # the process ended after it was listed
             continue
     return total

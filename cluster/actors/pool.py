@@ -1,8 +1,8 @@
-"""A pool of equal actors: bounded queues, deadlines, retries, replacement of the dead.
+"""Pool of identical actors with bounded queues, deadlines, retries and replacement.
 
-A call runs on the actor with the fewest calls in hand. Calls must be repeatable: one that meets a
-dead, silent or unfit actor is sent again, to whichever actor has room, while the lost one is
-replaced.
+A call runs on the actor with the fewest calls in progress. Calls must be repeatable: if the actor
+is dead, exceeds its deadline or has wrong weights, the call is sent again to any actor with queue
+space, while the failed one is replaced.
 """
 
 import asyncio
@@ -18,28 +18,32 @@ from ray.exceptions import RayActorError, RayTaskError
 from orchard.errors import ActorError, OrchardError, WeightMismatchError
 
 LOST = (RayActorError, TimeoutError, WeightMismatchError)
-"""What an actor is replaced for."""
+"""Errors after which an actor is replaced."""
 
 SEE = "see what it printed below logs in the run folder"
+"""Hint of the error messages on where the output of an actor is."""
 
 
 @dataclass
 class ActorSlot:
-    """A place in the pool and whoever sits there now."""
+    """Slot of the pool with its current actor."""
 
     actor: Any
     index: int
     generation: int = 0
+    """Number of replacements in this slot."""
     busy: int = 0
+    """Number of calls in progress or queued at the actor."""
     since: float = 0.0
-    """When the first of the calls in hand came."""
+    """Time at which the actor last became busy."""
     busy_s: float = 0.0
-    """Time with calls in hand, before `since`."""
+    """Seconds with calls in progress, before `since`."""
     replacing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Lock held while the actor is replaced."""
 
 
 class Pool:
-    """Actors of one kind. Use from one event loop."""
+    """Pool of actors of one kind; use it from one event loop."""
 
     def __init__(
         self,
@@ -57,41 +61,42 @@ class Pool:
         """Start `size` actors by `make(index)`.
 
         Args:
-            name: of the kind, for messages.
-            make: starts one actor and returns its handle at once.
+            name: name of the actor kind, for messages.
+            make: function that starts one actor and returns its handle without waiting.
             size: number of actors.
-            queue: calls that may be in an actor's hands; further ones wait here.
+            queue: calls that one actor may hold; further calls wait in the pool.
             timeout_s: longest wait for one call.
-            retries: how often a call is sent again after a death or a missed deadline.
-            max_restarts: replacements over the pool's life.
+            retries: number of retries after an actor failure or a missed deadline.
+            max_restarts: replacements over the lifetime of the pool.
             start_timeout_s: longest wait for a new actor.
-            section: of the settings that hold these bounds; by default it has the kind's name.
+            section: settings section with these bounds, for messages; `name` by default.
         """
         self.name, self._section = name, section or name
         self.restarts = 0
+        """Number of actors replaced."""
         self.waiting = 0
-        """Calls that wait for an actor with room."""
+        """Number of calls that wait for an actor with queue space."""
         self.calls: Counter[tuple[int, str]] = Counter()
-        """Calls answered, by actor and method."""
+        """Number of completed calls, by actor and method."""
         self.failures: Counter[tuple[str, str]] = Counter()
-        """Calls that failed, by method and reason: died, deadline, raised, unfit."""
+        """Number of failed calls, by method and reason (died, deadline, raised or unfit)."""
         self.on_start: Callable[[Any], Awaitable[object]] | None = None
-        """Brings a replacement up to date before it takes calls."""
+        """Hook that initializes a replacement before it receives calls."""
         self._make = make
         self._queue, self._timeout_s, self._retries = queue, timeout_s, retries
         self._max_restarts, self._start_timeout_s = max_restarts, start_timeout_s
         self._slots = [ActorSlot(make(index), index) for index in range(size)]
-        self._room = asyncio.Condition()
+        self._has_space = asyncio.Condition()
 
     async def ready(self) -> None:
-        """Wait until every actor answers."""
-        await asyncio.gather(*(self._answer(slot.actor, slot.index) for slot in self._slots))
+        """Wait until every actor has started."""
+        await asyncio.gather(*(self._wait_started(slot.actor, slot.index) for slot in self._slots))
 
     async def call(self, method: str, *args: object) -> Any:
-        """The answer of some actor; raises ActorError when retries are used up.
+        """Call a method of any actor and return its result; raises ActorError after all retries.
 
-        An OrchardError raised by the method itself is final and raised as it is, unless it says
-        that the actor is unfit.
+        An OrchardError raised by the method is not retried but raised unchanged, except for a
+        WeightMismatchError, after which the actor is replaced.
         """
         lost: Exception | None = None
         for _ in range(self._retries + 1):
@@ -110,9 +115,9 @@ class Pool:
         ) from lost
 
     async def broadcast(self, method: str, *args: object, timeout_s: float) -> list[Any]:
-        """The answers of all actors; one that fails is replaced, and brought up to date by that."""
+        """Call a method of all actors and return the results; an actor that fails is replaced."""
 
-        async def one(slot: ActorSlot) -> Any:
+        async def call_slot(slot: ActorSlot) -> Any:
             generation = slot.generation
             try:
                 return await self._ask(slot, timeout_s, method, *args)
@@ -123,7 +128,7 @@ class Pool:
             except (RayActorError, TimeoutError) as again:
                 raise self._lost_again(slot.index, method, again) from again
 
-        return await asyncio.gather(*(one(slot) for slot in self._slots))
+        return await asyncio.gather(*(call_slot(slot) for slot in self._slots))
 
     def close(self) -> None:
         """Stop the actors that this pool started."""
@@ -132,19 +137,22 @@ class Pool:
 
     @property
     def actors(self) -> list[Any]:
-        """The handles as they are now."""
+        """Handles of the current actors."""
         return [slot.actor for slot in self._slots]
 
     def load(self) -> list[tuple[int, float]]:
-        """Of each actor: calls in its hands, and seconds in which there were any."""
+        """Return the calls in progress and the busy seconds of each actor."""
         now = time.monotonic()
         return [(s.busy, s.busy_s + (now - s.since if s.busy else 0.0)) for s in self._slots]
 
     async def _take(self) -> ActorSlot:
-        async with self._room:
+        """Wait for an actor with queue space and reserve it for one call."""
+        async with self._has_space:
             self.waiting += 1
             try:
-                await self._room.wait_for(lambda: any(s.busy < self._queue for s in self._slots))
+                await self._has_space.wait_for(
+                    lambda: any(s.busy < self._queue for s in self._slots)
+                )
             finally:
                 self.waiting -= 1
             slot = min(self._slots, key=lambda s: s.busy)
@@ -154,13 +162,15 @@ class Pool:
             return slot
 
     async def _give_back(self, slot: ActorSlot) -> None:
-        async with self._room:
+        """Release the reservation of one call."""
+        async with self._has_space:
             slot.busy -= 1
             if not slot.busy:
                 slot.busy_s += time.monotonic() - slot.since
-            self._room.notify()
+            self._has_space.notify()
 
     async def _ask(self, slot: ActorSlot, timeout_s: float, method: str, *args: object) -> Any:
+        """Call a method of the slot's actor once, and count the call or its failure."""
         reference = getattr(slot.actor, method).remote(*args)
         try:
             answer = await asyncio.wait_for(asyncio.wrap_future(reference.future()), timeout_s)
@@ -168,16 +178,16 @@ class Pool:
             self.failures[method, "deadline" if isinstance(error, TimeoutError) else "died"] += 1
             raise
         except RayTaskError as error:
-            told = self._told(error, method)
+            cause = self._as_orchard_error(error, method)
             self.failures[
-                method, "unfit" if isinstance(told, WeightMismatchError) else "raised"
+                method, "unfit" if isinstance(cause, WeightMismatchError) else "raised"
             ] += 1
-            raise told from error
+            raise cause from error
         self.calls[slot.index, method] += 1
         return answer
 
-    def _told(self, error: RayTaskError, method: str) -> OrchardError:
-        """What a method raised, as an error of ours."""
+    def _as_orchard_error(self, error: RayTaskError, method: str) -> OrchardError:
+        """Convert an exception raised by a method to an OrchardError."""
         cause = error.cause
         if isinstance(cause, OrchardError):
             return cause
@@ -189,7 +199,8 @@ class Pool:
             f"{SEE}, or raise cluster.publish_timeout_s"
         )
 
-    async def _answer(self, actor: Any, index: int) -> None:
+    async def _wait_started(self, actor: Any, index: int) -> None:
+        """Wait until an actor has started; raises its own OrchardError or an ActorError."""
         ready = asyncio.wrap_future(actor.__ray_ready__.remote().future())
         try:
             await asyncio.wait_for(ready, self._start_timeout_s)
@@ -214,7 +225,7 @@ class Pool:
             ) from error
 
     async def _replace(self, slot: ActorSlot, generation: int, error: Exception) -> None:
-        """Put a new actor into the slot, unless another caller already has."""
+        """Replace the actor of a slot, unless another caller has already done so."""
         async with slot.replacing:
             if slot.generation != generation:
                 return
@@ -227,19 +238,19 @@ class Pool:
             self.restarts += 1
             ray.kill(slot.actor)
             actor = self._make(slot.index)
-            await self._answer(actor, slot.index)
+            await self._wait_started(actor, slot.index)
             if self.on_start is not None:
                 try:
                     await self.on_start(actor)
                 except RayTaskError as problem:
-                    raise self._told(problem, "on_start") from problem
+                    raise self._as_orchard_error(problem, "on_start") from problem
                 except (RayActorError, TimeoutError) as again:
                     raise self._lost_again(slot.index, "load_weights", again) from again
             slot.actor, slot.generation = actor, slot.generation + 1
 
 
 def _brief(error: BaseException | None) -> str:
-    """An exception as one line; of one that brings a traceback, what was raised at its end."""
+    """Format an exception as one line; for one with a traceback, use the traceback's last line."""
     text = str(error)
     if 'File "' in text:
         text = text.rstrip().splitlines()[-1]

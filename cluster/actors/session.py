@@ -1,4 +1,4 @@
-"""The Ray session of a command: an existing cluster, or a local one of its own."""
+"""Join an existing Ray cluster for a command, or start a local one."""
 
 import logging
 import os
@@ -15,15 +15,15 @@ from orchard.errors import ConfigError
 from orchard.settings import ClusterConfig, Config
 
 WORKER_OUTPUT = ("worker-*", "train/*.log")
-"""Of the files in a session's log folder, those that actors and Ray Train's workers print to."""
+"""Patterns of the log files that actors and Ray Train workers print to."""
 
 
 @contextmanager
 def ray_session(settings: ClusterConfig, *, cpus: int, logs: Path) -> Generator[None]:
     """Join a cluster (`cluster.address` or RAY_ADDRESS), or run a local one and stop it after.
 
-    What the actors print appears as `logs/<session>`: a link into Ray's own folder, and after a
-    local session the files themselves. An outer session is joined as it is.
+    The output of the actors appears in `logs/<session>`: a link into Ray's own folder, and after a
+    local session a copy of the files. An already initialized session is used unchanged.
 
     Raises:
         ConfigError: the named cluster cannot be reached.
@@ -42,16 +42,16 @@ def ray_session(settings: ClusterConfig, *, cpus: int, logs: Path) -> Generator[
                 "cluster.address and RAY_ADDRESS to run locally"
             ) from error
     else:
-        # Ray listens on the address of the machine, not on the loopback interface alone, and runs
-        # what it is sent. Unless RAY_AUTH_MODE says otherwise it therefore asks for a token, which
-        # is this process's own: Ray reads it once, and would write one into the home folder.
+        # Ray listens on the machine's address, not on the loopback interface alone, and runs the
+        # code that it receives. Unless RAY_AUTH_MODE says otherwise it therefore requires a token.
+        # Set one for this process: Ray reads it once, and else writes one into the home folder.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        # Here the workers are the run; at Ray's nice 15 any other process would starve them.
+        # The workers do the work of the run; at Ray's nice 15 any other process would starve them.
         os.environ.setdefault("RAY_worker_niceness", "0")
         context = ray.init(
             address="local", num_cpus=settings.cpus or cpus, include_dashboard=False, **quiet
         )
-    # A client of a cluster elsewhere (ray://) has no session folder on its machine.
+    # A client of a remote cluster (ray://) has no session folder on its machine.
     info: dict[str, Any] = getattr(context, "address_info", {})
     session = Path(info["session_dir"]) if "session_dir" in info else None
     if session is not None:
@@ -65,7 +65,7 @@ def ray_session(settings: ClusterConfig, *, cpus: int, logs: Path) -> Generator[
 
 
 def link_logs(session: Path, logs: Path) -> None:
-    """Make `logs/<session>` lead to what the workers of a Ray session print."""
+    """Link `logs/<session>` to the log folder of a Ray session."""
     logs.mkdir(parents=True, exist_ok=True)
     link = logs / session.name
     link.unlink(missing_ok=True)
@@ -73,7 +73,7 @@ def link_logs(session: Path, logs: Path) -> None:
 
 
 def keep_logs(session: Path, logs: Path) -> None:
-    """Put what the workers of an ended session printed in the place of the link to it."""
+    """Replace the link to an ended session by copies of its workers' non-empty output."""
     kept = logs / session.name
     kept.unlink()
     kept.mkdir()
@@ -84,13 +84,13 @@ def keep_logs(session: Path, logs: Path) -> None:
 
 
 def address_of(settings: ClusterConfig) -> str | None:
-    """The cluster that a command is to join; None where it starts a Ray of its own."""
+    """Return the address of the cluster to join; None to start a local one."""
     return settings.address or os.environ.get("RAY_ADDRESS") or None
 
 
 def cpus_needed(config: Config) -> int:
-    """Logical CPUs that a run asks for.
+    """Return the number of logical CPUs that a run needs.
 
-    Two beside its actors: for Ray Train's controller, and for whoever ranks held-out rows.
+    Besides its actors, it needs one for Ray Train's controller and one for the evaluation actor.
     """
     return config.rollout.actors + config.rewards.actors + config.learner.workers + 2

@@ -1,4 +1,4 @@
-"""The command line; `cluster.cli:main` is the entry point."""
+"""The `orchard` command line; `cluster.cli:main` is its entry point."""
 
 from cluster.cli.app import main
 

@@ -1,4 +1,4 @@
-"""`python -m cluster.cli`."""
+"""Entry point of `python -m cluster.cli`."""
 
 from cluster.cli.app import main
 

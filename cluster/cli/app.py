@@ -1,6 +1,6 @@
-"""The command line. Errors are one sentence on stderr and exit code 2.
+"""The commands of `orchard`. A user error is one sentence on stderr and exit code 2.
 
-Heavy imports stay inside the commands, so that a bad configuration is refused within a second.
+Heavy imports stay inside the commands, so that a bad configuration is rejected within a second.
 """
 
 import errno
@@ -35,16 +35,16 @@ def plan(
     run: RunFile,
     overrides: Overrides = None,
     simulate: Annotated[
-        bool, typer.Option("--simulate", help="Instead: a model of it on 8 to 1,024 GPUs.")
+        bool, typer.Option("--simulate", help="Simulate the run on 8 to 1,024 GPUs instead.")
     ] = False,
     assume: Annotated[
-        list[str] | None, typer.Option(help="Constant of that model, such as network_gb_s=50.")
+        list[str] | None, typer.Option(help="Constant of the simulation, such as network_gb_s=50.")
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Where to plot the simulation (.svg or .png).")
+        Path | None, typer.Option(help="File to plot the simulation to (.svg or .png).")
     ] = None,
 ) -> None:
-    """Memory, layout, time and disk of a run, and what of it cannot work; starts nothing."""
+    """Estimate memory, layout, time and disk of a run, and check it without starting it."""
     settings = config.load(run, overrides or [])
     if (assume or plot) and not simulate:
         raise ConfigError("--assume and --plot are for --simulate; add it")
@@ -58,7 +58,7 @@ def plan(
 
 @app.command()
 def sft(run: RunFile, overrides: Overrides = None, dry_run: DryRun = False) -> None:
-    """Supervised warm start; run the same command again to resume."""
+    """Fine-tune the policy on user histories (SFT); run the same command again to resume."""
     settings = config.load(run, overrides or [])
     from cluster.cli import commands
 
@@ -67,7 +67,7 @@ def sft(run: RunFile, overrides: Overrides = None, dry_run: DryRun = False) -> N
 
 @app.command()
 def train(run: RunFile, overrides: Overrides = None, dry_run: DryRun = False) -> None:
-    """Reinforcement learning from the warm start; run the same command again to resume."""
+    """Train with RL from the SFT policy; run the same command again to resume."""
     settings = config.load(run, overrides or [])
     from cluster.cli import commands
 
@@ -79,25 +79,27 @@ def evaluate(
     run: RunFile,
     overrides: Overrides = None,
     policy: Annotated[
-        Path | None, typer.Option(help="Policy folder; by default the run's trained policy.")
+        Path | None, typer.Option(help="Policy folder; the run's trained policy by default.")
     ] = None,
-    split: Annotated[str, typer.Option(help="test or valid.")] = "test",
-    beams: Annotated[int | None, typer.Option(min=1, help="Width of the beam.")] = None,
+    split: Annotated[str, typer.Option(help="Split to evaluate on: test or valid.")] = "test",
+    beams: Annotated[
+        int | None, typer.Option(min=1, help="Beam width; evaluate.beams by default.")
+    ] = None,
     name: Annotated[str, typer.Option(help="Name of the result in the run folder.")] = "evaluated",
     against: Annotated[
-        str | None, typer.Option(help="Name of an earlier evaluation to pair with.")
+        str | None, typer.Option(help="Name of an earlier evaluation to compare with.")
     ] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write metric -> {mean, low, high, n} here.")
+        Path | None, typer.Option("--json", help="File to write metric -> {mean, low, high, n} to.")
     ] = None,
     logged: Annotated[
-        Path | None, typer.Option(help="Judge by an exposure log of `orchard serve` instead.")
+        Path | None, typer.Option(help="Evaluate off-policy, on a log of `orchard serve`.")
     ] = None,
     rewards: Annotated[
-        Path | None, typer.Option(help="Its rewards: Parquet, request_id, item_id, reward.")
+        Path | None, typer.Option(help="Rewards of the log (Parquet: request_id, item_id, reward).")
     ] = None,
 ) -> None:
-    """HR@K, NDCG@K (semantic IDs and items), coverage, diversity and cost of a saved policy."""
+    """Evaluate a saved policy: HR@K, NDCG@K, coverage, diversity and cost on held-out rows."""
     settings = config.load(run, overrides or [])
     if split not in ("valid", "test"):
         raise ConfigError(f"--split = {split!r}; choose valid or test")
@@ -123,11 +125,11 @@ def evaluate(
 
 @app.command()
 def fit(
-    kind: Annotated[str, typer.Argument(help="What is fitted: collaborative, listwise or critic.")],
+    kind: Annotated[str, typer.Argument(help="Model to fit: collaborative, listwise or critic.")],
     run: RunFile,
     overrides: Overrides = None,
 ) -> None:
-    """Fit a model that a reward or a search asks, from the rows of a run."""
+    """Fit a reward model or a prefix critic on the training rows of a run."""
     settings = config.load(run, overrides or [])
     from cluster.cli.fit import fit as fit_model
 
@@ -136,19 +138,19 @@ def fit(
 
 @app.command()
 def serve(
-    target: Annotated[Path, typer.Argument(help="Run file, or the folder of a policy.")],
+    target: Annotated[Path, typer.Argument(help="Run file, or policy folder.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Settings, such as serve.port=8080.")
+        list[str] | None, typer.Argument(help="Settings to override, such as serve.port=8080.")
     ] = None,
     write_config: Annotated[
-        Path | None, typer.Option(help="Write what `serve deploy` takes, and start nothing.")
+        Path | None, typer.Option(help="Write a config file for `serve deploy`, then exit.")
     ] = None,
     check_config: Annotated[
-        Path | None, typer.Option(help="Check such a file, and start nothing.")
+        Path | None, typer.Option(help="Check a config file for `serve deploy`, then exit.")
     ] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Recommendations over HTTP, from a trained policy, on this machine."""
+    """Serve recommendations of a trained policy over HTTP on this machine."""
     from cluster.cli import serving
 
     if check_config is not None:
@@ -171,32 +173,34 @@ def export(
     out: Annotated[Path, typer.Argument(help="Folder to write; must be new or empty.")],
     overrides: Overrides = None,
     policy: Annotated[
-        Path | None, typer.Option(help="Policy folder; by default the run's last one.")
+        Path | None, typer.Option(help="Policy folder; the run's latest policy by default.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a policy.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the policy in OUT.")
+    ] = False,
     adapter: Annotated[
-        bool, typer.Option("--adapter", help="Instead: its LoRA adapters, for peft.")
+        bool, typer.Option("--adapter", help="Export only the LoRA adapters, for peft.")
     ] = False,
 ) -> None:
-    """A policy as a Hugging Face folder with catalog, value head and model card."""
+    """Export a policy as a Hugging Face folder with catalog, value head and model card."""
     settings = config.load(run, overrides or [])
     from cluster.cli import export as exports
     from cluster.training.run import prepare
 
     source = policy or exports.policy_of(settings)
-    found = prepare(settings, "evaluate", policy=source)
-    exports.export_policy(found, out, overwrite=overwrite, adapter=adapter)
+    prepared = prepare(settings, "evaluate", policy=source)
+    exports.export_policy(prepared, out, overwrite=overwrite, adapter=adapter)
     typer.echo(f"policy: {out}")
 
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Folder of a run; of several, to compare.")],
+    runs: Annotated[list[Path], typer.Argument(help="Run folder, or several to compare.")],
     output: Annotated[
-        Path | None, typer.Option(help="Page that compares; by default beside the first run.")
+        Path | None, typer.Option(help="Comparison page; next to the first run by default.")
     ] = None,
 ) -> None:
-    """One self-contained HTML page about a run, or about several side by side."""
+    """Write one self-contained HTML report of a run, or a comparison of several."""
     for folder in runs:
         if not folder.is_dir():
             raise DataError(f"run folder {folder} does not exist; give the folder below runs/")
@@ -218,10 +222,12 @@ def report(
 
 @app.command()
 def quickstart(
-    output: Annotated[Path, typer.Option(help="Where the run folder goes.")] = Path("runs"),
+    output: Annotated[Path, typer.Option(help="Folder for the data and the run folder.")] = Path(
+        "runs"
+    ),
     overrides: Overrides = None,
 ) -> None:
-    """The whole job on synthetic data: world, warm start, RL with vLLM rollouts, evaluation."""
+    """Run the whole pipeline on synthetic data: data, SFT, RL with vLLM rollouts, evaluation."""
     from cluster.cli import commands
 
     commands.quickstart(output, overrides or [])
@@ -229,20 +235,22 @@ def quickstart(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="Which figures, e.g. learner.")],
+    name: Annotated[str, typer.Argument(help="Benchmark to run, such as learner.")],
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the figures here.")
+        Path | None, typer.Option("--json", help="File to write the results to.")
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Smaller run of the same code.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Run a smaller version of the benchmark.")
+    ] = False,
 ) -> None:
-    """The published figures, measured side by side."""
-    known = sorted({p.stem for p in Path("benchmarks").glob("*.py")} - {"__init__"})
-    if name not in known:
+    """Run one of the published benchmarks, from the root of the repository."""
+    benchmarks = sorted({p.stem for p in Path("benchmarks").glob("*.py")} - {"__init__"})
+    if name not in benchmarks:
         raise ConfigError(
-            f"there is no bench {name!r}; choose from {', '.join(known) or 'none'} "
+            f"there is no bench {name!r}; choose from {', '.join(benchmarks) or 'none'} "
             "(benches run from the repository's root)"
         )
-    sys.path.insert(0, str(Path.cwd()))  # an installed package has no benches of its own
+    sys.path.insert(0, str(Path.cwd()))  # an installed package does not contain the benchmarks
     result = importlib.import_module(f"benchmarks.{name}").run(quick=quick)
     text = json.dumps(result, indent=2)
     if json_file is not None:
@@ -252,12 +260,12 @@ def bench(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command and exit: 0 when it worked, 2 for an error that the user can act on."""
+    """Run a command and exit: 0 on success, 2 for an error that the user can fix."""
     try:
         app(args=arguments, standalone_mode=False)
-    except RunInterrupted as stopped:
-        typer.echo(str(stopped), err=True)
-        sys.exit(143)  # as a shell reports SIGTERM
+    except RunInterrupted as interruption:
+        typer.echo(str(interruption), err=True)
+        sys.exit(143)  # exit code that a shell reports for SIGTERM
     except OrchardError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
@@ -272,7 +280,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(2)
     except typer.Abort:
         sys.exit(130)
-    except Exception as error:  # usage errors of the command line itself
+    except Exception as error:  # command-line usage errors, which print themselves
         show = getattr(error, "show", None)
         if show is None:
             raise

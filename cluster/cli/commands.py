@@ -1,4 +1,4 @@
-"""What each command does, once its configuration is resolved."""
+"""Run the commands of `orchard` from a resolved configuration."""
 
 import asyncio
 import time
@@ -26,7 +26,7 @@ from orchard.evaluation import ranking
 from orchard.evaluation.ranking import Evaluation
 from orchard.settings import Config
 
-# Orchard's own bars tell how far a run is; those of single weight files only break them up.
+# Orchard shows its own progress bars; bars of single weight files would break them up.
 transformers_logging.disable_progress_bar()
 
 WARM_START, TRAINED = "warm_start", "trained"
@@ -34,10 +34,10 @@ QUICKSTART = Path(__file__).parents[1] / "runs" / "quickstart.toml"
 
 
 def warm_start(settings: Config, *, dry_run: bool) -> None:
-    """Warm start, then its evaluation on the test split."""
+    """Run SFT, then evaluate its policy on the test split."""
     run = prepare(settings, "sft")
     if dry_run:
-        return tell(run)
+        return print_dry_run(run)
 
     async def work() -> None:
         clock = PhaseTimer()
@@ -45,19 +45,19 @@ def warm_start(settings: Config, *, dry_run: bool) -> None:
             await sft(controller)
             clock.mark("warm start")
             await controller.start_phase(run.with_phase("evaluate", run.result))
-            found = await evaluate_split(controller, run.result, WARM_START)
+            result = await evaluate_split(controller, run.result, WARM_START)
             clock.mark("evaluation")
-        closing_table({WARM_START: found}, seconds=clock.laps)
+        closing_table({WARM_START: result}, seconds=clock.laps)
 
     asyncio.run(work())
     typer.echo(f"policy: {run.result}")
 
 
 def improve(settings: Config, *, dry_run: bool) -> None:
-    """RL, then the evaluation of where it began and of what it made of it."""
+    """Run RL, then evaluate the policies before and after it on the test split."""
     run = prepare(settings, "train")
     if dry_run:
-        return tell(run)
+        return print_dry_run(run)
 
     async def work() -> None:
         clock = PhaseTimer()
@@ -71,7 +71,7 @@ def improve(settings: Config, *, dry_run: bool) -> None:
 async def train_and_compare(
     controller: Controller, clock: PhaseTimer
 ) -> tuple[Evaluation, Evaluation]:
-    """RL in a controller that is ready for it; the test evaluations before and after."""
+    """Run RL in a started controller, and return the test evaluations before and after it."""
     run = controller.run
     await train(controller)
     clock.mark("training")
@@ -92,7 +92,7 @@ def evaluate_policy(
     against: str | None,
     json_file: Path | None,
 ) -> None:
-    """One policy on one split, on the screen and as JSON."""
+    """Evaluate one policy on one split; print the result and write it as JSON."""
     trained = settings.run_dir / "policy"
     run = prepare(settings, "evaluate", policy=policy or (trained if trained.is_dir() else None))
     earlier = ranking.read(evaluation_file(run, against)) if against else None
@@ -101,31 +101,31 @@ def evaluate_policy(
         async with start_controller(run) as controller:
             return await evaluate(controller, run.policy, split=split, beams=beams, name=name)
 
-    found = asyncio.run(work())
+    result = asyncio.run(work())
     if json_file is not None:
-        write_metrics(found, json_file)
-    shown = {against: earlier, name: found} if against and earlier else {name: found}
-    closing_table(shown, seconds={"evaluation": found.seconds})
+        write_metrics(result, json_file)
+    shown = {against: earlier, name: result} if against and earlier else {name: result}
+    closing_table(shown, seconds={"evaluation": result.seconds})
 
 
 def quickstart(output: Path, overrides: list[str]) -> None:
-    """World, warm start, RL, evaluation, table and report, in one controller."""
+    """Generate data, then run SFT, RL, evaluation and the report in one controller."""
     folder = output / "quickstart-data"
     settings = config.load(QUICKSTART, [f"output='{output}'", f"data.path='{folder}'", *overrides])
-    everything = time.perf_counter()
+    start = time.perf_counter()
     check_engines(settings, "train")
     if not folder.is_dir():
         write_world(folder, WorldParams())
 
     async def work() -> None:
-        clock, begin = PhaseTimer(), prepare(settings, "sft")
-        async with start_controller(begin) as controller:
+        clock, sft_run = PhaseTimer(), prepare(settings, "sft")
+        async with start_controller(sft_run) as controller:
             await sft(controller)
             clock.mark("warm start")
-            run = begin.with_phase("train", begin.result)
+            run = sft_run.with_phase("train", sft_run.result)
             await controller.start_phase(run)
             before, after = await train_and_compare(controller, clock)
-        total = {"everything": time.perf_counter() - everything}
+        total = {"everything": time.perf_counter() - start}
         conclude(run, before, after, clock.laps | total)
 
     with MemoryMonitor() as memory:
@@ -134,54 +134,54 @@ def quickstart(output: Path, overrides: list[str]) -> None:
 
 
 def conclude(run: Run, before: Evaluation, after: Evaluation, seconds: dict[str, float]) -> None:
-    """The closing table and the report."""
+    """Print the closing table and write the report."""
     closing_table({WARM_START: before, TRAINED: after}, seconds=seconds)
     typer.echo(f"policy: {run.result}\nreport: {write_report(run.dir)}")
 
 
 def show_plan(settings: Config) -> None:
-    """What a run would take; nothing is started or written.
+    """Print the capacity plan of a run without starting or writing anything.
 
     Raises:
-        ConfigError: it cannot work as written, with a sentence for each reason.
+        ConfigError: the run cannot work as configured; one sentence per reason.
     """
     run = _startable(settings)
     sizes = plans.sizes_of(run)
     typer.echo(config.dump(settings))
-    found = plans.plan(
+    capacity = plans.plan(
         settings, sizes, plans.machine_of(settings.output), plans.calibrate(run, sizes)
     )
-    for line in plan_lines(run, sizes, found):
+    for line in plan_lines(run, sizes, capacity):
         typer.echo(f"# {line}")
-    if found.refusals:
-        raise ConfigError("; ".join(found.refusals))
+    if capacity.refusals:
+        raise ConfigError("; ".join(capacity.refusals))
     typer.echo("# nothing stands against it; nothing was started")
 
 
 def show_simulation(settings: Config, assumed: Sequence[str], plot: Path | None) -> None:
-    """What a model of the run's queues says of 8 to 1,024 GPUs; nothing is started or measured.
+    """Print a simulation of the run on 8 to 1,024 GPUs; nothing is started or measured.
 
     Raises:
         ConfigError: an assumption is unknown or out of bounds.
     """
     sizes = plans.sizes_of(_startable(settings))
     model = simulation.model_of(settings, sizes, assumed)
-    found = [simulation.simulate(model, gpus) for gpus in simulation.GPUS]
-    typer.echo("\n".join(simulation.lines(found, model)))
+    results = [simulation.simulate(model, gpus) for gpus in simulation.GPUS]
+    typer.echo("\n".join(simulation.lines(results, model)))
     if plot is not None:
         simulation.draw(plot, {f"{settings.name}, simulated": model})
         typer.echo(f"plot: {plot}")
 
 
 def _startable(settings: Config) -> Run:
-    """The run in its training phase, or in its warm start where it has no policy yet."""
-    warm = settings.run_dir / "warm_start"
-    known = warm.is_dir() or settings.model.path is not None
-    return prepare(settings, "train" if known else "sft")
+    """Prepare the run for its training phase, or for SFT if it has no policy yet."""
+    sft_policy = settings.run_dir / "warm_start"
+    has_policy = sft_policy.is_dir() or settings.model.path is not None
+    return prepare(settings, "train" if has_policy else "sft")
 
 
-def plan_lines(run: Run, sizes: plans.Sizes, found: plans.CapacityPlan) -> list[str]:
-    """A plan in words."""
+def plan_lines(run: Run, sizes: plans.Sizes, capacity: plans.CapacityPlan) -> list[str]:
+    """Describe a capacity plan, one sentence per line."""
     steps = run.config.learner.steps
     lines = [
         f"{len(run.catalog)} items, {sizes.nodes_per_level} nodes per level; "
@@ -190,24 +190,25 @@ def plan_lines(run: Run, sizes: plans.Sizes, found: plans.CapacityPlan) -> list[
         f"{sizes.prompt_tokens_max}",
     ]
     lines += [
-        f"{room.count} x {room.name}: {room.cpus} CPU, {room.gpus:g} GPU, "
-        f"{room.memory / plans.GIB:.2f} GiB each"
-        for room in found.groups
+        f"{group.count} x {group.name}: {group.cpus} CPU, {group.gpus:g} GPU, "
+        f"{group.memory / plans.GIB:.2f} GiB each"
+        for group in capacity.groups
     ]
     return [
         *lines,
-        f"memory in all: {found.memory / plans.GIB:.1f} GiB; "
-        f"disk: {found.disk / plans.GIB:.2f} GiB",
-        f"a step: {found.prefill_tokens:.0f} prompt tokens and at most "
-        f"{found.search_tokens:.0f} search tokens forward, {found.update_tokens:.0f} in an update",
-        f"estimated on this CPU, engines' own speed aside: {found.search_s:.2f} s of search and "
-        f"{found.update_s:.2f} s of update a step, {steps} steps in "
-        f"{steps * (found.search_s + found.update_s) / 60:.1f} minutes",
+        f"memory in all: {capacity.memory / plans.GIB:.1f} GiB; "
+        f"disk: {capacity.disk / plans.GIB:.2f} GiB",
+        f"a step: {capacity.prefill_tokens:.0f} prompt tokens and at most "
+        f"{capacity.search_tokens:.0f} search tokens forward, "
+        f"{capacity.update_tokens:.0f} in an update",
+        f"estimated on this CPU, engines' own speed aside: {capacity.search_s:.2f} s of search and "
+        f"{capacity.update_s:.2f} s of update a step, {steps} steps in "
+        f"{steps * (capacity.search_s + capacity.update_s) / 60:.1f} minutes",
     ]
 
 
-def tell(run: Run) -> None:
-    """A dry run's findings: the resolved configuration and what was found in the data."""
+def print_dry_run(run: Run) -> None:
+    """Print the resolved configuration and the sizes of the data, for a dry run."""
     typer.echo(config.dump(run.config))
     trie = run.catalog.trie
     facts = {

@@ -1,7 +1,8 @@
-"""What the data commands do: bring interactions, with a bar while files are read."""
+"""Import data sets and assign semantic IDs for the data commands, and print the results."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -12,100 +13,58 @@ from orchard.data.importers.read import ImportOptions, read, size_of
 from orchard.data.importers.write import write
 from orchard.errors import ConfigError
 
+if TYPE_CHECKING:
+    from orchard.data.semantic_ids.build import SemanticIdConfig
+
 _MIB = 1 << 20
 
 
 def import_dataset(
-    source: Path,
-    out: Path,
-    *,
-    items: Path | None,
-    column: Sequence[str],
-    split: str,
-    core: int | None,
-    title_words: int | None,
-    max_history: int,
-    overwrite: bool,
+    source: Path, out: Path, items: Path | None, options: ImportOptions, *, overwrite: bool
 ) -> None:
-    """Import a source and print the facts of its card.
+    """Import a source with an optional item list, and print the facts of the data set's card.
 
     Raises:
-        ConfigError, DataError: one sentence each; `out` is then as it was.
+        ConfigError, DataError: one sentence each; `out` is left unchanged.
     """
-    if split not in ("chronological", "leave_one_out"):
-        raise ConfigError(f"--split = {split!r}; choose chronological or leave_one_out")
-    choices = ImportOptions(
-        columns=_mapping(column),
-        core=core,
-        title_words=title_words,
-        split="leave_one_out" if split == "leave_one_out" else "chronological",
-        max_history=max_history,
-    )
     folders.check_output_dir(out, mark=CARD, kind="data set", overwrite=overwrite)
-    seen = 0
+    bytes_read = 0
     with Progress("reading, MiB", total=max(1, size_of(source, items) // _MIB)) as progress:
 
         def tick(count: int) -> None:
-            nonlocal seen
-            before, seen = seen, seen + count
+            nonlocal bytes_read
+            before, bytes_read = bytes_read, bytes_read + count
             progress.advance(
-                count=min(seen // _MIB, progress.total) - min(before // _MIB, progress.total)
+                count=min(bytes_read // _MIB, progress.total) - min(before // _MIB, progress.total)
             )
 
-        examples = read(source, items, choices, tick)
+        examples = read(source, items, options, tick)
     print_facts(write(out, examples, source=source.name, overwrite=overwrite))
     typer.echo(f"data set: {out}")
     if examples.items.sid is None:
         typer.echo(f"it has no semantic IDs yet: orchard data sids {out}")
 
 
-def assign_semantic_ids(
-    folder: Path,
-    *,
-    levels: str,
-    quantiser: str,
-    collisions: str,
-    source: str,
-    model: Path | None,
-    embeddings: Path | None,
-    dimensions: int,
-    seed: int,
-    overwrite: bool,
-) -> None:
-    """Make semantic IDs and print how good they are.
+def assign_semantic_ids(folder: Path, recipe: "SemanticIdConfig", *, overwrite: bool) -> None:
+    """Assign semantic IDs to the items of a data set, and print their quality.
 
     Raises:
-        ConfigError, DataError: one sentence each; the folder is then as it was.
+        ConfigError, DataError: one sentence each; the folder is left unchanged.
     """
-    from orchard.data.semantic_ids import (
-        build,  # loads faiss and scikit-learn, which an import does not need
-    )
+    from orchard.data.semantic_ids import build  # loads faiss and scikit-learn
 
-    if source not in ("auto", "titles", "interactions"):
-        raise ConfigError(f"--source = {source!r}; choose auto, titles or interactions")
-    sizes = levels.split(",")
-    if not all(size.strip().isdigit() for size in sizes):
-        raise ConfigError(f"--levels = {levels!r} is no list of sizes such as 256,256,256")
-    recipe = build.SemanticIdConfig(
-        levels=tuple(int(size) for size in sizes),
-        quantiser=quantiser,
-        collisions=collisions,
-        source=source,
-        model=model,
-        embeddings=embeddings,
-        dimensions=dimensions,
-        seed=seed,
-    )
     report = build.build(folder, recipe, overwrite=overwrite)
     before, after = report["before"], report["after"]
     typer.echo(f"embeddings: {report['embedding']}, {report['recipe']['dimensions']} dimensions")
-    for name, found in (("as quantised", before), ("with collisions settled", after)):
+    for name, quality in (("as quantised", before), ("with collisions settled", after)):
         typer.echo(
-            f"{name}: {found['distinct']} distinct of {found['items']} items, "
-            f"{found['colliding_items']} share theirs"
+            f"{name}: {quality['distinct']} distinct of {quality['items']} items, "
+            f"{quality['colliding_items']} share theirs"
         )
+    residual = report["residual"]
     for index, level in enumerate(after["levels"]):
-        rest = f", residual {report['residual'][index]:.3f}" if index < len(sizes) else ""
+        # A level that settles collisions has no residual.
+        rest = f", residual {residual[index]:.3f}" if index < len(recipe.levels) else ""
         typer.echo(
             f"level {index + 1}: {level['codes_used']} codes, perplexity "
             f"{level['perplexity']:.1f}, {level['children_mean']:.1f} children per prefix, "
@@ -114,19 +73,27 @@ def assign_semantic_ids(
     typer.echo(f"report: {folder / build.REPORT}, picture: {folder / build.PICTURE}")
 
 
-def print_facts(facts: Mapping[str, float]) -> None:
-    """Facts, one to a line."""
-    width = max(len(fact) for fact in facts)
-    for fact, value in facts.items():
-        typer.echo(f"{fact:>{width}}  {value:g}")
+def level_sizes(text: str) -> tuple[int, ...]:
+    """Parse codebook sizes such as `256,256,256`; raises ConfigError."""
+    sizes = text.split(",")
+    if not all(size.strip().isdigit() for size in sizes):
+        raise ConfigError(f"--levels = {text!r} is no list of sizes such as 256,256,256")
+    return tuple(int(size) for size in sizes)
 
 
-def _mapping(column: Sequence[str]) -> dict[str, str]:
-    """Pairs such as `user=customer`."""
-    pairs = [text.partition("=") for text in column]
-    for text, (role, equals, name) in zip(column, pairs, strict=True):
+def column_roles(columns: Sequence[str]) -> dict[str, str]:
+    """Parse `role=NAME` pairs such as `user=customer`; raises ConfigError."""
+    pairs = [text.partition("=") for text in columns]
+    for text, (role, equals, name) in zip(columns, pairs, strict=True):
         if not (role and equals and name):
             raise ConfigError(f"--column = {text!r} is not of the form role=NAME, as in user=uid")
         if sum(other == role for other, _, _ in pairs) > 1:
             raise ConfigError(f"--column names {role} twice; give each role one column")
     return {role: name for role, _, name in pairs}
+
+
+def print_facts(facts: Mapping[str, float]) -> None:
+    """Print facts, one per line, with aligned values."""
+    width = max(len(fact) for fact in facts)
+    for fact, value in facts.items():
+        typer.echo(f"{fact:>{width}}  {value:g}")

@@ -1,9 +1,9 @@
-"""A policy handed over: a Hugging Face folder that stands on its own, with a model card.
+"""Export a policy as a self-contained Hugging Face folder with a model card.
 
-Or the adapters of a policy with LoRA alone, for those who have its base model.
+A policy with LoRA can be exported as adapters alone, to be used with its base model.
 
-Beside weights, configuration and tokenizer: the value head, the catalog, the run's configuration
-and evaluations, and `README.md`, which says what the policy is, what it reached, and its limits.
+Besides weights, configuration and tokenizer, the folder holds the value head, the catalog, the
+run's configuration and evaluations, and `README.md` (description, metrics and limits).
 """
 
 import json
@@ -28,13 +28,13 @@ MODEL_CARD = "README.md"
 
 
 def export_policy(run: Run, out: Path, *, overwrite: bool = False, adapter: bool = False) -> None:
-    """Write the run's policy to `out`, or what it adds to its base; whole or not at all.
+    """Write the run's policy, or its LoRA adapters alone, to `out` atomically.
 
     Raises:
         DataError: `out` holds something else, or the policy or its base has no weights.
-        CheckpointError: the weights do not fit the tokenizer, are of no trained policy, or are
-            more than adapters on the base.
-        ConfigError: an adapter is asked for, and the run has none.
+        CheckpointError: the weights do not fit the tokenizer, do not belong to a trained policy,
+            or differ from the base by more than adapters.
+        ConfigError: `adapter` is set and the run has no adapters.
     """
     if adapter and run.config.model.lora.rank == 0:
         raise ConfigError(
@@ -75,30 +75,30 @@ def export_policy(run: Run, out: Path, *, overwrite: bool = False, adapter: bool
 
 
 def base_of(settings: Config) -> Path:
-    """The folder of the model that a run's adapters are on."""
+    """Return the folder of the base model of a run's adapters."""
     return settings.model.path or settings.run_dir / "scratch"
 
 
 def _save_adapters(run: Run, policy: model.PreTrainedModel, folder: Path) -> None:
     base = model.load(base_of(run.config))
-    for one in (policy, base):
-        value_head.detach(one)
+    for network in (policy, base):
+        value_head.detach(network)
     adapters.write(policy, base, run.config.model.lora, folder)
     if (run.policy / value_head.FILE).is_file():
         shutil.copy2(run.policy / value_head.FILE, folder / value_head.FILE)
 
 
 def evaluations_of(run: Run) -> dict[str, Evaluation]:
-    """Every evaluation of this catalog that the run has kept, by name."""
+    """Load every evaluation in the run folder that uses this catalog, by name."""
     paths = sorted((run.dir / "evaluation").glob("*.json"))
-    found = {path.stem: ranking.read(path) for path in paths}
-    return {name: one for name, one in found.items() if one.catalog == run.catalog.digest}
+    saved = {path.stem: ranking.read(path) for path in paths}
+    return {name: each for name, each in saved.items() if each.catalog == run.catalog.digest}
 
 
 def model_card(
-    run: Run, found: Mapping[str, Evaluation], *, parameters: int, adapter: bool = False
+    run: Run, evaluations: Mapping[str, Evaluation], *, parameters: int, adapter: bool = False
 ) -> str:
-    """The model card in Markdown, made of what is known and nothing else."""
+    """Return the model card in Markdown, from recorded facts only."""
     about = json.loads((run.policy / _MARK).read_text())
     parts = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n"
@@ -113,11 +113,11 @@ def model_card(
         "## Data",
         _data(run),
         "## Metrics",
-        _metrics(found),
+        _metrics(evaluations),
         "## Limits",
         _limits(run),
         "## Use",
-        (_of_adapters(run) if adapter else "Load it by `AutoModelForCausalLM.from_pretrained`")
+        (_adapter_usage(run) if adapter else "Load it by `AutoModelForCausalLM.from_pretrained`")
         + "; it is a policy over the items of "
         "`catalogue/` only where decoding is constrained to their codes."
         + (
@@ -129,8 +129,8 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def _of_adapters(run: Run) -> str:
-    """How to put adapters and base together."""
+def _adapter_usage(run: Run) -> str:
+    """Explain how to load the adapters on their base model."""
     return (
         f"These are adapters and embeddings alone. Load the base model, `{base_of(run.config)}` in "
         "the run, by `AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)`, call its "
@@ -140,47 +140,48 @@ def _of_adapters(run: Run) -> str:
 
 
 def _data(run: Run) -> str:
-    items, trie = run.catalog, run.catalog.trie
+    trie = run.catalog.trie
     facts: dict[str, str] = {
-        "items": str(len(items)),
+        "items": str(len(run.catalog)),
         "distinct sequences": str(trie.num_leaves),
         "levels": str(trie.depth),
         "train, valid, test rows": f"{len(run.train)}, {len(run.valid)}, {len(run.test)}",
-        "catalogue": f"`{items.digest[:12]}`",
+        "catalogue": f"`{run.catalog.digest[:12]}`",
     }
     card = run.config.data.path / CARD
     if card.is_file():
-        known = json.loads(card.read_text()).get("facts", {})
-        facts |= {name.replace("_", " "): f"{number:g}" for name, number in known.items()}
+        recorded = json.loads(card.read_text()).get("facts", {})
+        facts |= {name.replace("_", " "): f"{number:g}" for name, number in recorded.items()}
     return _table(("fact", "value"), [[name, value] for name, value in facts.items()])
 
 
-def _metrics(found: Mapping[str, Evaluation]) -> str:
-    if not found:
-        return "None were measured before the policy was handed over."
+def _metrics(evaluations: Mapping[str, Evaluation]) -> str:
+    if not evaluations:
+        return "The run contains no evaluation of this catalog."
     names = [f"{metric}/{level}" for level in ("sid", "item") for metric in _SHOWN]
-    names = [name for name in names if any(name in one.metrics for one in found.values())]
+    names = [name for name in names if any(name in each.metrics for each in evaluations.values())]
     rows: list[list[str]] = []
     for name in names:
-        cells = [one.metrics.get(name) for one in found.values()]
+        cells = [evaluation.metrics.get(name) for evaluation in evaluations.values()]
         texts = [f"{c.mean:.4f} [{c.low:.4f}, {c.high:.4f}]" if c else "" for c in cells]
         rows.append([name, *texts])
     facts = "; ".join(
-        f"`{name}`: {one.policy}, {one.num_rows} rows, {one.width} beams"
-        for name, one in found.items()
+        f"`{name}`: {evaluation.policy}, {evaluation.num_rows} rows, {evaluation.width} beams"
+        for name, evaluation in evaluations.items()
     )
-    return f"Means and 95 % bootstrap intervals. {facts}.\n\n" + _table(("metric", *found), rows)
+    table = _table(("metric", *evaluations), rows)
+    return f"Means and 95 % bootstrap intervals. {facts}.\n\n{table}"
 
 
 def _limits(run: Run) -> str:
-    trie, items = run.catalog.trie, run.catalog
-    sharing = len(items) - int((run.catalog.place_in_leaf == 0).sum())
+    trie, num_items = run.catalog.trie, len(run.catalog)
+    sharing = num_items - int((run.catalog.place_in_leaf == 0).sum())
     lines = [
-        f"It knows the {len(items)} items of its catalog and no others; new items need new "
+        f"It knows the {num_items} items of its catalog and no others; new items need new "
         "semantic IDs and more training.",
         f"{sharing} items share the sequence of an earlier one; within {trie.num_leaves} sequences "
         "it cannot tell such items apart, and lists them in catalog order.",
-        "Metrics are of offline prediction of logged interactions, which favours what was shown "
+        "Metrics are of offline prediction of logged interactions, which favors what was shown "
         "and popular; effects on users were not measured.",
         "Biases of the interaction log, such as towards popular items, were neither measured nor "
         "corrected.",
@@ -194,7 +195,7 @@ def _table(head: tuple[str, ...], rows: list[list[str]]) -> str:
 
 
 def policy_of(settings: Config) -> Path:
-    """The run's trained policy, or its warm start; raises DataError where it has neither."""
+    """Return the folder of the run's trained or SFT policy; raises DataError without either."""
     for name in ("policy", "warm_start"):
         if (settings.run_dir / name).is_dir():
             return settings.run_dir / name

@@ -1,4 +1,4 @@
-"""Fitting the models that rewards and searches ask, for the data of a run."""
+"""Fit the models that rewards and guided searches use, on the data of a run."""
 
 import time
 from collections.abc import Callable
@@ -19,9 +19,9 @@ from orchard.scorers.fit_critic import (
     CriticBackend,
     TorchCriticBackend,
     Trajectories,
+    measure_critic,
     sample_trajectories,
 )
-from orchard.scorers.fit_critic import measure_critic as measure_critic
 from orchard.scorers.fit_listwise import fit_listwise_ranker, measure
 from orchard.scorers.fit_sasrec import (
     Tell,
@@ -39,10 +39,10 @@ SHOWN = ("ndcg@10/item", "hr@10/item", "ndcg@10/sid", "hr@10/sid", "hit@1/list",
 
 
 def fit(kind: str, settings: Config) -> None:
-    """Fit a model, measure it on the test rows, and leave it where who asks it looks.
+    """Fit a model, evaluate it on the test rows, and save it where its users load it from.
 
     Raises:
-        ConfigError: there is no such model, or what its backend needs is not installed.
+        ConfigError: the model is unknown, or a package that its backend needs is not installed.
     """
     if kind not in FITS:
         raise ConfigError(f"there is no model to fit for {kind!r}; choose {' or '.join(FITS)}")
@@ -51,7 +51,7 @@ def fit(kind: str, settings: Config) -> None:
 
 
 def fit_collaborative(run: Run) -> None:
-    """SASRec on the training rows, the epoch chosen on the validation rows."""
+    """Fit SASRec on the training rows and keep the best epoch on the validation rows."""
     settings, length = run.config.rewards.collaborative, run.config.data.max_history
 
     def work(tell: Tell) -> tuple[nn.Module, dict[str, float]]:
@@ -61,11 +61,11 @@ def fit_collaborative(run: Run) -> None:
         )  # fmt: skip
         return model, metrics_of(sasrec_ranks(model, run.test, run.catalog))
 
-    _keep(run, sasrec.KIND, settings, "ndcg@10", work, {"num_items": len(run.catalog)})
+    _fit_and_save(run, sasrec.KIND, settings, "ndcg@10", work, {"num_items": len(run.catalog)})
 
 
 def fit_listwise(run: Run) -> None:
-    """The list evaluator on the training rows, the epoch chosen on the validation rows."""
+    """Fit the listwise ranker on the training rows; keep the best epoch on the validation rows."""
     settings, length = run.config.rewards.listwise, run.config.data.max_history
 
     def work(tell: Tell) -> tuple[nn.Module, dict[str, float]]:
@@ -76,14 +76,14 @@ def fit_listwise(run: Run) -> None:
         return model, measure(model, run.train, run.test, settings, run.config.seed)
 
     counts = {"num_items": len(run.catalog), "num_leaves": run.catalog.trie.num_leaves}
-    _keep(run, listwise_ranker.KIND, settings, "hit@1", work, counts)
+    _fit_and_save(run, listwise_ranker.KIND, settings, "hit@1", work, counts)
 
 
 def fit_prefix_critic(run: Run) -> None:
-    """The prefix critic on walks of the training rows, the epoch chosen on the validation rows.
+    """Fit the prefix critic on trajectories of the training rows; keep the best validation epoch.
 
     Raises:
-        ConfigError: items are named by titles, or what the backend needs is not installed.
+        ConfigError: items are titles, or a package that the backend needs is not installed.
     """
     settings = run.config.critic
     if run.catalog.code_token:
@@ -95,7 +95,7 @@ def fit_prefix_critic(run: Run) -> None:
     def work(tell: Tell) -> tuple[nn.Module, dict[str, float]]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.config.seed)
-            made = PrefixCritic(
+            critic = PrefixCritic(
                 run.catalog,
                 max_history=run.config.data.max_history,
                 hidden_size=settings.hidden_size,
@@ -103,49 +103,51 @@ def fit_prefix_critic(run: Run) -> None:
                 heads=settings.heads,
                 dropout=settings.dropout,
             )
-            backend: CriticBackend = BACKENDS[settings.backend](made, settings)
-            draw = np.random.default_rng(run.config.seed)
-            held_out = _all_trajectories(run, made, run.valid)
+            backend: CriticBackend = BACKENDS[settings.backend](critic, settings)
+            generator = np.random.default_rng(run.config.seed)
+            held_out = _all_trajectories(run, critic, run.valid)
 
             def learn() -> list[float]:
-                order = draw.permutation(len(run.train))
+                order = generator.permutation(len(run.train))
                 return [
-                    backend.learn(_trajectories(run, made, run.train, rows, draw))
+                    backend.learn(_trajectories(run, critic, run.train, rows, generator))
                     for rows in batches(order, settings.batch_size)
                 ]
 
-            def judge() -> float:
-                return measure_critic(made, held_out)["explained"]
+            def score() -> float:
+                return measure_critic(critic, held_out)["explained"]
 
-            best_epoch(made, settings, learn=learn, judge=judge, tell=tell)
-        return made, measure_critic(made, _all_trajectories(run, made, run.test))
+            best_epoch(critic, settings, learn=learn, judge=score, tell=tell)
+        return critic, measure_critic(critic, _all_trajectories(run, critic, run.test))
 
-    _keep(run, prefix_critic.KIND, settings, "explained", work, {})
+    _fit_and_save(run, prefix_critic.KIND, settings, "explained", work, {})
 
 
 def _trajectories(
     run: Run,
-    made: PrefixCritic,
+    critic: PrefixCritic,
     split: Split,
     rows: Int64[np.ndarray, " R"],
-    draw: np.random.Generator,
+    generator: np.random.Generator,
 ) -> Trajectories:
+    """Sample trajectories of some rows, with the run's settings of rewards and contrasts."""
     value = run.config.learner.value
     return sample_trajectories(
-        made, split, rows, contrasts=run.config.critic.contrasts, draw=draw,
+        critic, split, rows, contrasts=run.config.critic.contrasts, draw=generator,
         level_weight=value.level_weight, discount=value.discount,
     )  # fmt: skip
 
 
-def _all_trajectories(run: Run, made: PrefixCritic, split: Split) -> list[Trajectories]:
-    """Of every row of a split, the same whenever they are drawn."""
-    draw = np.random.default_rng(run.config.seed)
+def _all_trajectories(run: Run, critic: PrefixCritic, split: Split) -> list[Trajectories]:
+    """Sample the trajectories of every row of a split from the run's seed, in batches."""
+    generator = np.random.default_rng(run.config.seed)
     return [
-        _trajectories(run, made, split, rows, draw) for rows in batches(np.arange(len(split)), 512)
+        _trajectories(run, critic, split, rows, generator)
+        for rows in batches(np.arange(len(split)), 512)
     ]
 
 
-def _keep(
+def _fit_and_save(
     run: Run,
     kind: str,
     settings: ScorerConfig,
@@ -153,12 +155,16 @@ def _keep(
     work: Callable[[Tell], tuple[nn.Module, dict[str, float]]],
     counts: dict[str, int],
 ) -> None:
-    """Do the work under a progress bar, save what it made, and show what it came to."""
-    began = time.perf_counter()
+    """Fit a model under a progress bar, save it, and print its test metrics.
+
+    `figure` names the validation metric of the progress bar, and `counts` the sizes saved with the
+    model.
+    """
+    start = time.perf_counter()
     with Progress("fitting", total=settings.epochs, shown=("loss", figure)) as progress:
 
-        def tell(epoch: int, loss: float, found: float) -> None:
-            progress.advance({"loss": loss, figure: found})
+        def tell(epoch: int, loss: float, score: float) -> None:
+            progress.advance({"loss": loss, figure: score})
 
         model, facts = work(tell)
     folder = settings.path or run.dir / kind
@@ -174,7 +180,7 @@ def _keep(
             "layers": settings.layers,
             "heads": settings.heads,
         },
-        facts=facts | {"fit_s": time.perf_counter() - began},
+        facts=facts | {"fit_s": time.perf_counter() - start},
     )
     for name in SHOWN:
         if name in facts:

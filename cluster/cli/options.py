@@ -1,14 +1,14 @@
-"""Arguments that several commands take."""
+"""Arguments and options shared by several commands."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-RunFile = Annotated[Path, typer.Argument(help="Run file (TOML); see cluster/runs.")]
+RunFile = Annotated[Path, typer.Argument(help="Run file (TOML); examples are in cluster/runs.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Changes to it, such as learner.lr=1e-4.")
+    list[str] | None, typer.Argument(help="Settings to override, such as learner.lr=1e-4.")
 ]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Resolve and check everything, start nothing.")
+    bool, typer.Option("--dry-run", help="Resolve and check the configuration, then exit.")
 ]

@@ -1,8 +1,8 @@
-"""RLlib's MARWIL learner for the prefix critic: the same network, walks and loss as in `learner`.
+"""Train the prefix critic by RLlib's MARWIL learner: same network, trajectories and loss as torch.
 
-A row of the learner's batch is a history with the states of all its walks, which RLlib sees as a
-sequence with a loss mask; the legal codes follow from the state, and are not sent. The learner is
-one of this process (no actors). `Learner` and its relatives are alpha interfaces of Ray 2.60.
+A row of the learner's batch is a history with the states of all its trajectories, which RLlib sees
+as a sequence with a loss mask. The legal codes follow from the state and are not sent. The learner
+runs in this process, without actors. `Learner` and its relatives are alpha APIs of Ray 2.60.
 """
 
 from importlib import import_module
@@ -22,13 +22,13 @@ _MODULE = "critic"
 
 
 class RllibBackend:
-    """Updates a critic by `MARWILTorchLearner`; see `learner.critic.Backend`."""
+    """Critic backend that updates by `MARWILTorchLearner`; see `CriticBackend`."""
 
     def __init__(self, critic: PrefixCritic, settings: CriticConfig) -> None:
-        """Update `critic` in place.
+        """Prepare to update `critic` in place.
 
         Raises:
-            ConfigError: what RLlib needs is not installed.
+            ConfigError: a package that RLlib needs is not installed.
         """
         missing = [name for name in _NEEDS if find_spec(name) is None]
         if missing:
@@ -41,7 +41,7 @@ class RllibBackend:
         self._learner = _learner(critic, settings)
 
     def learn(self, walks: Trajectories) -> float:
-        """One update; its loss."""
+        """Make one update and return its loss."""
         from ray.rllib.core.columns import Columns
         from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
 
@@ -53,14 +53,14 @@ class RllibBackend:
                 Columns.LOSS_MASK: walks.node >= 0,
             }
         )
-        # Only counted by RLlib, for its metrics.
+        # RLlib uses the number of steps for its metrics only.
         steps = int((walks.node >= 0).sum())
         result = self._learner.update(batch=MultiAgentBatch({_MODULE: batch}, env_steps=steps))
         return float(result[_MODULE][self._learner.TOTAL_LOSS_KEY].peek())
 
 
 def _learner(critic: PrefixCritic, settings: CriticConfig) -> Any:
-    """A learner whose only module is the critic itself, not a copy of it."""
+    """Build a learner whose only module is the critic itself, not a copy of it."""
     from ray.rllib.algorithms.marwil import MARWILConfig
     from ray.rllib.algorithms.marwil.torch.marwil_torch_learner import MARWILTorchLearner
     from ray.rllib.core.columns import Columns
@@ -70,7 +70,7 @@ def _learner(critic: PrefixCritic, settings: CriticConfig) -> Any:
     from ray.rllib.core.rl_module.torch.torch_rl_module import TorchRLModule
 
     class CriticModule(TorchRLModule, ValueFunctionAPI):
-        """The critic as an RLModule: its choices are the policy, its values the value function."""
+        """The critic as an RLModule with its policy logits and its value function."""
 
         def setup(self) -> None:
             self.critic = critic
@@ -86,7 +86,7 @@ def _learner(critic: PrefixCritic, settings: CriticConfig) -> Any:
             return self._forward(batch)[Columns.EMBEDDINGS] if embeddings is None else embeddings
 
     class CriticLearner(MARWILTorchLearner):
-        """MARWIL with this repository's optimiser, so that both backends differ in nothing else."""
+        """MARWIL with Orchard's optimizer, so that both backends make the same updates."""
 
         def configure_optimizers_for_module(self, module_id: str, config: Any = None) -> None:
             self.register_optimizer(

@@ -1,6 +1,6 @@
-"""`orchard serve`: the endpoint on this machine, or a Serve config for a cluster.
+"""Run the endpoint on this machine, or write and check a Ray Serve config for a cluster.
 
-Serve accepts unknown keys in silence; `check_config` refuses them, with the nearest known one.
+Ray Serve ignores unknown keys silently; `check_config` rejects them and suggests the nearest key.
 """
 
 import asyncio
@@ -47,16 +47,16 @@ _SHAPES: dict[str, type[BaseModel]] = {
     "args": Arguments,
     "serve": ServeConfig,
 }
-"""What is below a key, wherever it stands. Other keys hold what Serve or Ray define."""
+"""Schema of the value below each key, at any depth; other keys are defined by Serve or Ray."""
 
 
 def resolve(target: Path, overrides: list[str]) -> tuple[Arguments, Config]:
-    """What is to be served: a run file (its trained policy) or the folder of a policy.
+    """Resolve a run file (its trained policy) or a policy folder to the endpoint's arguments.
 
     Raises:
-        ConfigError: neither, or a setting is wrong.
+        ConfigError: the target is neither, or a setting is wrong.
         DataError: the folder holds no policy.
-        CheckpointError: what it says of its policy is damaged.
+        CheckpointError: the metadata of the policy is damaged.
     """
     if target.is_dir():
         tree = {"name": target.resolve().name.strip(".") or "policy", "data": {"path": str(target)}}
@@ -76,14 +76,13 @@ def resolve(target: Path, overrides: list[str]) -> tuple[Arguments, Config]:
         raise DataError(f"{folder} holds no catalog; give a folder that `orchard` exported")
     serving = settings.serve
     if serving.popularity is None and not target.is_dir():
-        found = count_targets(settings, folder.parent / "serve" / "popularity.parquet")
-        serving = serving.model_copy(update={"popularity": found})
-    absolute = Arguments(policy=folder.resolve(), serve=_absolute(serving))
-    return absolute, settings
+        counts = count_targets(settings, folder.parent / "serve" / "popularity.parquet")
+        serving = serving.model_copy(update={"popularity": counts})
+    return Arguments(policy=folder.resolve(), serve=_absolute(serving)), settings
 
 
 def serve_here(arguments: Arguments, settings: Config) -> None:
-    """Serve until interrupted, on a Ray cluster or a local one of our own."""
+    """Serve until interrupted, on an existing Ray cluster or a local one."""
     serving = arguments.serve
     cpus = serving.replicas * serving.threads + 1
     logs = arguments.policy.parent / "logs"
@@ -92,13 +91,13 @@ def serve_here(arguments: Arguments, settings: Config) -> None:
         start(arguments)
         try:
             typer.echo(f"serving {arguments.policy} at http://{serving.host}:{serving.port}")
-            asyncio.run(_until_told())
+            asyncio.run(_wait_for_signal())
         finally:
             ray_serve.shutdown()
 
 
 def start(arguments: Arguments) -> None:
-    """Start the endpoint in the Ray session that there is."""
+    """Start the endpoint in the current Ray session."""
     serving = arguments.serve
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     ray_serve.start(
@@ -109,7 +108,7 @@ def start(arguments: Arguments) -> None:
 
 
 def cluster_config(arguments: Arguments) -> dict[str, Any]:
-    """What `serve deploy` takes, complete and checked."""
+    """Return a complete, checked config for `serve deploy`."""
     serving = arguments.serve
     tree: dict[str, Any] = {
         "proxy_location": "EveryNode",
@@ -130,12 +129,12 @@ def cluster_config(arguments: Arguments) -> dict[str, Any]:
 
 
 def as_yaml(tree: Mapping[str, Any]) -> str:
-    """The text of a Serve config."""
+    """Format a Serve config as YAML."""
     return yaml.safe_dump(dict(tree), sort_keys=False)
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A Serve config file, checked; raises ConfigError."""
+    """Load and check a Serve config file; raises ConfigError."""
     if not path.is_file():
         raise ConfigError(f"Serve config {path} does not exist; write one with --write-config")
     try:
@@ -147,40 +146,41 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def check_config(tree: object) -> None:
-    """Raise ConfigError where a Serve config has unknown keys, wrong values or another app."""
+    """Raise ConfigError for unknown keys or wrong values, in Serve's schema or this endpoint's."""
     if not isinstance(tree, dict):
         raise ConfigError("a Serve config is a mapping; write one with --write-config")
-    whole = cast(dict[str, Any], tree)
-    _refuse_unknown(whole, ServeDeploySchema, "")
+    config_tree = cast(dict[str, Any], tree)
+    _refuse_unknown(config_tree, ServeDeploySchema, "")
     try:
-        checked = ServeDeploySchema.model_validate(whole)
+        checked = ServeDeploySchema.model_validate(config_tree)
         for app in checked.applications:
             if app.import_path == IMPORT_PATH:
                 Arguments.model_validate(app.args)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"Serve config: {where}: {first['msg']}") from error
+        key = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"Serve config: {key}: {first['msg']}") from error
 
 
 def _refuse_unknown(tree: Mapping[str, Any], shape: type[BaseModel], prefix: str) -> None:
+    """Raise ConfigError for a key that the schema of its level does not define."""
     known = {name for field in shape.model_fields.items() for name in (field[0], field[1].alias)}
     for key, value in tree.items():
         if key not in known:
-            near = difflib.get_close_matches(key, [n for n in known if n], n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else "remove it"
+            matches = difflib.get_close_matches(key, [n for n in known if n], n=1, cutoff=0.5)
+            hint = f"did you mean {matches[0]}?" if matches else "remove it"
             raise ConfigError(f"unknown key {prefix}{key} in the Serve config; {hint}")
-        below = _SHAPES.get(key)
-        if below is None:
+        child_shape = _SHAPES.get(key)
+        if child_shape is None:
             continue
-        for place, one in enumerate(value if isinstance(value, list) else [value]):
-            if isinstance(one, dict):
-                at = f"{key}.{place}" if isinstance(value, list) else key
-                _refuse_unknown(cast(dict[str, Any], one), below, f"{prefix}{at}.")
+        for index, child in enumerate(value if isinstance(value, list) else [value]):
+            if isinstance(child, dict):
+                path = f"{key}.{index}" if isinstance(value, list) else key
+                _refuse_unknown(cast(dict[str, Any], child), child_shape, f"{prefix}{path}.")
 
 
 def count_targets(settings: Config, path: Path) -> Path | None:
-    """How often each item followed a training history, as a file; None without training data."""
+    """Write how often each item is a training target; returns None without training data."""
     files = [settings.data.path / name for name in settings.data.train]
     if not all(file.is_file() for file in files):
         return None
@@ -198,21 +198,21 @@ def count_targets(settings: Config, path: Path) -> Path | None:
 
 
 def _absolute(serving: ServeConfig) -> ServeConfig:
-    """Replicas have another working directory."""
+    """Return the settings with absolute paths, since replicas have another working directory."""
     paths = {
         name: value.resolve()
         for name in ServeConfig.model_fields
         if isinstance(value := getattr(serving, name), Path)
     }
     variants = {
-        name: one.model_copy(update={"policy": one.policy.resolve()})
-        for name, one in serving.variants.items()
+        name: variant.model_copy(update={"policy": variant.policy.resolve()})
+        for name, variant in serving.variants.items()
     }
     return serving.model_copy(update={**paths, "variants": variants})
 
 
 def _refuse_taken_port(serving: ServeConfig, cluster: ClusterConfig) -> None:
-    """Say so before the policy is loaded for nothing."""
+    """Raise ConfigError for a port in use, before the policy is loaded."""
     if address_of(cluster) is not None or serving.port == 0:
         return
     with socket.socket() as probe:
@@ -226,9 +226,9 @@ def _refuse_taken_port(serving: ServeConfig, cluster: ClusterConfig) -> None:
             ) from error
 
 
-async def _until_told() -> None:
-    """Return on SIGTERM and on Ctrl-C."""
-    told, loop = asyncio.Event(), asyncio.get_running_loop()
+async def _wait_for_signal() -> None:
+    """Wait for SIGTERM or Ctrl-C."""
+    stopped, loop = asyncio.Event(), asyncio.get_running_loop()
     for name in (signal.SIGTERM, signal.SIGINT):  # after ray.init, which sets its own
-        loop.add_signal_handler(name, told.set)
-    await told.wait()
+        loop.add_signal_handler(name, stopped.set)
+    await stopped.wait()

@@ -1,1 +1,1 @@
-"""Prometheus metrics, the exporter, rules and dashboards."""
+"""Prometheus metrics with their exporter, alert rules and Grafana dashboards."""

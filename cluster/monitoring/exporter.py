@@ -1,6 +1,7 @@
-"""Show a run to Prometheus: its logged metrics, and its pools as they are at each scrape.
+"""Export a run to Prometheus: its logged metrics, and the state of its pools at each scrape.
 
-Runs in the driver, where all the numbers meet. A sample once shown stays until the process ends.
+The exporter runs in the driver, which has all metrics. An exported sample stays until the process
+ends.
 """
 
 import json
@@ -29,10 +30,10 @@ from orchard.errors import ConfigError
 from orchard.settings import ClusterConfig
 
 TARGETS = Path("prometheus") / "targets.json"
-"""In the run folder: where Prometheus finds the exporter (file-based service discovery)."""
+"""File in the run folder by which Prometheus discovers the exporter (file-based discovery)."""
 
 REASONS = ("died", "deadline", "raised", "unfit")
-"""Why a pool's call failed."""
+"""Reasons for which a call of a pool fails."""
 
 READ_AT_SCRAPE = (
     "orchard_restarts_total",
@@ -43,11 +44,12 @@ READ_AT_SCRAPE = (
     "orchard_pool_in_hand",
     "orchard_pool_waiting",
 )
+"""Metrics that are read from the pools and the controller at each scrape."""
 
 
 @runtime_checkable
 class PoolStats(Protocol):
-    """A pool, as far as it is shown; `cluster.actors.pool.Pool` says what each means."""
+    """Exported state of a pool; see `cluster.actors.pool.Pool` for the meaning of each field."""
 
     restarts: int
     waiting: int
@@ -55,21 +57,21 @@ class PoolStats(Protocol):
     failures: Counts[tuple[str, str]]
 
     def load(self) -> list[tuple[int, float]]:
-        """Calls in hand and busy seconds of each actor."""
+        """Return the calls in progress and the busy seconds of each actor."""
         ...
 
 
 class Exporter(Collector):
-    """The metrics of `cluster.monitoring.prometheus_metrics` for one run.
+    """Prometheus collector of the metrics in `prometheus_metrics` for one run.
 
-    `listen` opens the port, if there is one.
+    `listen` opens the port, if one is configured.
     """
 
     def __init__(self, run: str) -> None:
-        """Begin at zero; nothing listens yet."""
-        disable_created_metrics()  # a timestamp for each counter, which nobody reads
+        """Start all counters at zero; `listen` opens the port."""
+        disable_created_metrics()  # creation timestamps of counters are not used
         self._run, self._registry = run, CollectorRegistry()
-        self._made = {m.name: self._make(m) for m in METRICS if m.name not in READ_AT_SCRAPE}
+        self._metrics = {m.name: self._make(m) for m in METRICS if m.name not in READ_AT_SCRAPE}
         self._pools: dict[str, list[PoolStats]] = {}
         self._learner_restarts = 0
         self._server: Any = None
@@ -79,32 +81,34 @@ class Exporter(Collector):
             self.set(name, time.time())
 
     def attach(self, name: str, pool: PoolStats) -> None:
-        """Show a pool; counters go on from those of earlier pools of that name."""
+        """Export a pool; its counters continue those of earlier pools of the same name."""
         self._pools.setdefault(name, []).append(pool)
 
     def set(self, name: str, value: SupportsFloat, *labels: str) -> None:
-        """Set a gauge of the catalog."""
-        self._made[name].labels(self._run, *labels).set(float(value))
+        """Set a gauge of `METRICS`."""
+        self._metrics[name].labels(self._run, *labels).set(float(value))
 
     def log(self, phase: str, step: int, values: Mapping[str, float]) -> None:
-        """Take the logged metrics of one step; names outside `METRICS` are left out."""
+        """Export the logged metrics of one step; names outside `METRICS` are ignored."""
         now = time.time()
         if step:
-            self._made["orchard_steps_total"].labels(self._run, phase).inc()
+            self._metrics["orchard_steps_total"].labels(self._run, phase).inc()
             self.set("orchard_last_step_timestamp_seconds", now, phase)
         self.set("orchard_step", step, phase)
         for name, value in values.items():
             if not math.isfinite(value):
-                self._made["orchard_non_finite_total"].labels(self._run, name).inc()
+                self._metrics["orchard_non_finite_total"].labels(self._run, name).inc()
             for metric, labels in find(name):
-                self._take(metric, labels, value)
+                self._observe(metric, labels, value)
         self._learner_restarts = int(values.get("learner/restarts", self._learner_restarts))
 
     def listen(self, settings: ClusterConfig, run_dir: Path) -> int | None:
-        """Serve `/metrics` and say where in the run folder; the port, or None where none is wanted.
+        """Serve `/metrics`, write the address to the run folder, and return the port.
+
+        Returns None if no port is configured.
 
         Raises:
-            ConfigError: the port is taken or the host is not of this machine.
+            ConfigError: the port is in use, or the host is not an address of this machine.
         """
         port, host = settings.metrics_port, settings.metrics_host
         if port is None:
@@ -119,16 +123,16 @@ class Exporter(Collector):
         self._server, port = server, int(server.server_port)
         self._targets = run_dir / TARGETS
         self._targets.parent.mkdir(parents=True, exist_ok=True)
-        # Whoever scrapes from elsewhere needs an address of this machine, not "any".
+        # A remote scraper needs an address of this machine, not the wildcard address.
         address = get_node_ip_address() if host in ("", "0.0.0.0", "::") else host
         target = {"targets": [f"{address}:{port}"], "labels": {"job": "orchard"}}
         self._targets.write_text(json.dumps([target]) + "\n")
         return port
 
     def close(self) -> None:
-        """Stop listening and take the address back."""
+        """Stop listening and remove the address from the run folder."""
         if self._server is not None:
-            # In a thread of its own: shutting down waits for the request in progress.
+            # In a separate thread, since shutdown waits for the request in progress.
             threading.Thread(target=self._server.shutdown, daemon=True).start()
             self._server.server_close()
             self._server = None
@@ -136,20 +140,20 @@ class Exporter(Collector):
             self._targets.unlink(missing_ok=True)
 
     def collect(self) -> Iterable[Any]:
-        """The pools as they are now; Prometheus's client calls this at each scrape."""
+        """Return the current state of the pools; called by the Prometheus client at each scrape."""
         families = {name: self._family(BY_NAME[name]) for name in READ_AT_SCRAPE}
 
         def add(name: str, value: SupportsFloat, *labels: str) -> None:
             families[name].add_metric([self._run, *labels], float(value))
 
         add("orchard_restarts_total", self._learner_restarts, "learner")
-        for name, pools in list(self._pools.items()):  # the event loop may add one meanwhile
+        for name, pools in list(self._pools.items()):  # the event loop may add one concurrently
             newest = pools[-1]
             add("orchard_restarts_total", sum(pool.restarts for pool in pools), name)
             add("orchard_pool_actors", len(newest.load()), name)
             add("orchard_pool_waiting", newest.waiting, name)
-            for index, (in_hand, _) in enumerate(newest.load()):
-                add("orchard_pool_in_hand", in_hand, name, str(index))
+            for index, (in_progress, _) in enumerate(newest.load()):
+                add("orchard_pool_in_hand", in_progress, name, str(index))
             for actor in range(max(len(pool.load()) for pool in pools)):
                 busy = (load[actor][1] for p in pools if len(load := p.load()) > actor)
                 add("orchard_pool_busy_seconds_total", sum(busy), name, str(actor))
@@ -157,22 +161,23 @@ class Exporter(Collector):
                 add("orchard_pool_calls_total", calls, name, str(actor), method)
             failures = _total([p.failures for p in pools])
             methods = {method for pool in pools for _, method in list(pool.calls)}
-            # Zero first: a counter that appears with its first failure shows no increase.
-            ways = {(method, reason): 0 for method in methods for reason in REASONS}
-            for (method, reason), count in (ways | failures).items():
+            # Export zeros: a counter that first appears with a failure shows no increase.
+            zeros = {(method, reason): 0 for method in methods for reason in REASONS}
+            for (method, reason), count in (zeros | failures).items():
                 add("orchard_pool_failures_total", count, name, method, reason)
         return families.values()
 
     def describe(self) -> Iterable[Any]:
-        """Nothing in advance: a scrape tells."""
+        """Return nothing, so that registration does not call `collect`."""
         return ()
 
-    def _take(self, metric: Metric, labels: tuple[str, ...], value: float) -> None:
-        made = self._made[metric.name].labels(self._run, *labels)
+    def _observe(self, metric: Metric, labels: tuple[str, ...], value: float) -> None:
+        """Apply a logged value to a metric; counters and histograms skip invalid values."""
+        child = self._metrics[metric.name].labels(self._run, *labels)
         if metric.kind == "gauge":
-            made.set(value)
+            child.set(value)
         elif math.isfinite(value) and value >= 0:
-            made.inc(value) if metric.kind == "counter" else made.observe(value)
+            child.inc(value) if metric.kind == "counter" else child.observe(value)
 
     def _make(self, metric: Metric) -> Any:
         labels = ("run", *metric.labels)
@@ -189,9 +194,9 @@ class Exporter(Collector):
 
 
 def _total(counts: Iterable[Mapping[tuple[Any, str], int]]) -> dict[tuple[Any, str], int]:
-    """Counts of several pools, added; copies first, for the event loop goes on counting."""
+    """Add the counts of several pools, from copies, since the event loop keeps counting."""
     total: dict[tuple[Any, str], int] = {}
-    for one in counts:
-        for key, count in dict(one).items():
+    for pool_counts in counts:
+        for key, count in dict(pool_counts).items():
             total[key] = total.get(key, 0) + count
     return total

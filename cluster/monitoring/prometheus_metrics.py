@@ -1,10 +1,10 @@
-"""The catalog of metrics: everything that a run shows to Prometheus, with unit and meaning.
+"""Definitions of all Prometheus metrics of a run, with unit and meaning.
 
-A metric with `logged` takes its values from the run's metrics logger, under that name; `{label}` in
-it stands for one part of the name and becomes the label's value. The others are read from the pools
-and the controller at each scrape. Every sample carries the label `run` beside its own.
+A metric with `logged` takes its values from the run's metrics logger, under that name; `{label}`
+matches one part of the name and becomes the value of the label. Other metrics are read from the
+pools and the controller at each scrape. Every sample also has the label `run`.
 
-To add a metric, log the number and add a line here; dashboards, rules and tests know it by that.
+To add a metric, log the value and add an entry to `METRICS`, which dashboards, rules and tests use.
 """
 
 import re
@@ -21,14 +21,14 @@ LAG = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metric:
-    """One metric. Counters end in `_total`; seconds and bytes are in the name."""
+    """Prometheus metric. Names of counters end in `_total`; names include seconds and bytes."""
 
     name: str
     kind: Kind
     help: str
     labels: tuple[str, ...] = ()
     logged: str | None = None
-    """Name in the metrics logger: a counter adds what a step logged, a gauge takes it."""
+    """Name in the metrics logger: a counter adds the logged value, a gauge is set to it."""
     buckets: tuple[float, ...] = ()
 
 
@@ -45,25 +45,25 @@ def _histogram(name: str, help: str, logged: str, buckets: tuple[float, ...]) ->
 
 
 METRICS = (
-    # The life of the run.
-    _gauge("orchard_start_timestamp_seconds", "When this process began to work on the run."),
+    # Lifecycle of the run.
+    _gauge("orchard_start_timestamp_seconds", "Time at which this process started on the run."),
     _counter("orchard_steps_total", "Updates or epochs done by this process.", None, "phase"),
     _gauge("orchard_step", "Updates or epochs done by the run.", None, "phase"),
-    _gauge("orchard_last_step_timestamp_seconds", "When the last step ended.", None, "phase"),
-    _counter(
-        "orchard_non_finite_total", "Logged values that were no finite number.", None, "logged"
+    _gauge(
+        "orchard_last_step_timestamp_seconds", "Time at which the last step ended.", None, "phase"
     ),
+    _counter("orchard_non_finite_total", "Logged values that were not finite.", None, "logged"),
     _gauge("orchard_checkpoint_step", "Step of the newest checkpoint."),
     _gauge(
         "orchard_checkpoint_timestamp_seconds",
-        "When the newest checkpoint was written; at first when this process began.",
+        "Time of the newest checkpoint; initially the start of this process.",
     ),
     _histogram(
-        "orchard_step_seconds", "Whole step, evaluation left out.", "cluster/step_s", STEP_S
+        "orchard_step_seconds", "Duration of a step without evaluation.", "cluster/step_s", STEP_S
     ),
     _counter(
         "orchard_step_phase_seconds_total",
-        "Time of steps by phase: wait, pack, learn, publish, save.",
+        "Seconds of steps by phase: wait, pack, learn, publish, save.",
         "cluster/{phase}_s",
         "phase",
     ),
@@ -72,12 +72,12 @@ METRICS = (
     _counter("orchard_candidates_total", "Candidates learned from.", "rollout/candidates"),
     _counter(
         "orchard_rollout_forward_tokens_total",
-        "Tokens that searches ran through the policy.",
+        "Tokens of forward passes in searches.",
         "rollout/forward_tokens",
     ),
     _counter(
         "orchard_rollout_prefill_tokens_total",
-        "Of the forward tokens, those of prompts.",
+        "Prompt tokens among the forward tokens.",
         "rollout/prefill_tokens",
     ),
     _counter("orchard_rollout_passes_total", "Forward passes of searches.", "rollout/passes"),
@@ -85,7 +85,7 @@ METRICS = (
     _gauge("orchard_rollout_diversity", "Mean distance of candidates.", "rollout/diversity"),
     _histogram(
         "orchard_policy_lag_versions",
-        "Versions that a batch's policy was behind the one it updated.",
+        "Versions between the policy of a batch and the policy that it updated.",
         "rollout/lag_versions",
         LAG,
     ),
@@ -93,53 +93,55 @@ METRICS = (
     _gauge("orchard_policy_lag_bound_versions", "The configured cluster.max_off_policy_steps."),
     # Rewards and groups.
     _gauge("orchard_reward_mean", "Mean reward of candidates.", "rewards/mean"),
-    _gauge("orchard_reward_best", "Best reward of a group, mean.", "rewards/best"),
-    _gauge("orchard_hit_ratio", "Groups that hold their target.", "rewards/hit_rate"),
+    _gauge("orchard_reward_best", "Mean of the best reward per group.", "rewards/best"),
+    _gauge("orchard_hit_ratio", "Share of groups that contain their target.", "rewards/hit_rate"),
     _gauge(
         "orchard_zero_spread_ratio",
-        "Groups without spread in reward, hence without gradient.",
+        "Share of groups with equal rewards, which have no gradient.",
         "rewards/zero_spread_share",
     ),
     _gauge("orchard_distinct_ratio", "Distinct leaves per candidate.", "rewards/distinct_share"),
     _gauge(
         "orchard_probability_mass_ratio",
-        "Probability of a group's distinct leaves under the policy that found them.",
+        "Probability of a group's distinct leaves under the policy that searched.",
         "rewards/probability_mass",
     ),
-    _gauge("orchard_reward_part_mean", "Mean of one part of the reward.", "rewards/{part}", "part"),
+    _gauge("orchard_reward_part_mean", "Mean of one reward component.", "rewards/{part}", "part"),
     # Learner.
     _gauge("orchard_value_loss", "Squared error of the value head.", "learner/value_loss"),
     _gauge("orchard_surrogate", "Negative clipped surrogate.", "learner/surrogate"),
     _gauge("orchard_kl_nats", "Divergence from the reference (k3).", "learner/kl"),
     _gauge("orchard_entropy_nats", "Mean entropy of a choice.", "learner/entropy"),
-    _gauge("orchard_clipped_ratio", "Choices at the clip.", "learner/clipped_fraction"),
+    _gauge("orchard_clipped_ratio", "Share of clipped choices.", "learner/clipped_fraction"),
     _gauge("orchard_importance_weight_max", "Largest importance weight.", "learner/ratio_max"),
-    _gauge("orchard_gradient_norm", "Norm before clipping.", "learner/grad_norm"),
-    _gauge("orchard_learning_rate", "Rate of the last update.", "learner/lr"),
+    _gauge("orchard_gradient_norm", "Gradient norm before clipping.", "learner/grad_norm"),
+    _gauge("orchard_learning_rate", "Learning rate of the last update.", "learner/lr"),
     _gauge(
         "orchard_logprob_gap_nats",
         "Largest difference between the search's and the learner's log-probability of a choice.",
         "learner/logprob_gap",
     ),
-    _gauge("orchard_logprob_gap_bound_nats", "What rounding explains of that: the probe's bound."),
+    _gauge("orchard_logprob_gap_bound_nats", "Tolerance of the log-probability probe."),
     _counter(
         "orchard_learner_forward_tokens_total",
-        "Slots that updates ran through the policy.",
+        "Token slots of forward passes in updates.",
         "learner/forward_tokens",
     ),
-    _gauge("orchard_warm_start_loss", "Mean loss of the last epoch.", "sft/loss"),
+    _gauge("orchard_warm_start_loss", "Mean SFT loss of the last epoch.", "sft/loss"),
     # Evaluation.
     _gauge(
         "orchard_evaluation_ratio",
-        "Held-out hr or ndcg at k, on semantic IDs or items.",
+        "HR@k or NDCG@k on held-out rows, on semantic IDs or items.",
         "evaluate/{metric}@{k}/{level}",
         "metric",
         "k",
         "level",
     ),
     # Weights and recovery.
-    _histogram("orchard_publish_seconds", "Push of a version.", "cluster/publish_s", PUSH_S),
-    _gauge("orchard_policy_version", "Step of the policy that a holder has.", None, "holder"),
+    _histogram(
+        "orchard_publish_seconds", "Duration of a weight push.", "cluster/publish_s", PUSH_S
+    ),
+    _gauge("orchard_policy_version", "Policy step that a process has loaded.", None, "holder"),
     _counter("orchard_restarts_total", "Actors or worker groups replaced.", None, "pool"),
     _counter(
         "orchard_pool_failures_total",
@@ -150,51 +152,53 @@ METRICS = (
         "reason",
     ),
     # Pools, by actor.
-    _gauge("orchard_pool_actors", "Actors of the pool.", None, "pool"),
-    _counter("orchard_pool_calls_total", "Calls answered.", None, "pool", "actor", "method"),
+    _gauge("orchard_pool_actors", "Number of actors of a pool.", None, "pool"),
+    _counter("orchard_pool_calls_total", "Completed calls.", None, "pool", "actor", "method"),
     _counter(
         "orchard_pool_busy_seconds_total",
-        "Time with at least one call in an actor's hands.",
+        "Seconds with at least one call in progress at an actor.",
         None,
         "pool",
         "actor",
     ),
-    _gauge("orchard_pool_in_hand", "Calls in an actor's hands now.", None, "pool", "actor"),
-    _gauge("orchard_pool_waiting", "Calls that wait for an actor with room.", None, "pool"),
+    _gauge("orchard_pool_in_hand", "Calls in progress at an actor.", None, "pool", "actor"),
+    _gauge("orchard_pool_waiting", "Calls that wait for an actor with queue space.", None, "pool"),
 )
 
 PHASES = {f"cluster/{phase}_s" for phase in ("wait", "pack", "learn", "publish", "save")}
+"""Logged names of the phases of a step."""
 NOT_SHOWN = {
     "rewards/restarts", "rollout/restarts", "learner/restarts", "rewards/step_signal_share",
 }  # fmt: skip
-"""Logged names that the pools themselves show, or that only look like a family's."""
+"""Logged names that the pools export themselves, or that match a pattern by accident."""
 
 BY_NAME = {metric.name: metric for metric in METRICS}
+"""Metrics by name."""
 
 OTHERS = {
-    "ray_serve_num_http_requests_total": "Requests to Serve's proxies, from ray.serve.",
-    "ray_serve_num_http_error_requests_total": "Of those, answered with an error.",
-    "ray_serve_http_request_latency_ms": "Latency at the proxy, a histogram.",
+    "ray_serve_num_http_requests_total": "Requests at the Ray Serve proxies.",
+    "ray_serve_num_http_error_requests_total": "Requests answered with an error.",
+    "ray_serve_http_request_latency_ms": "Histogram of the latency at the proxy.",
     "ray_serve_deployment_request_counter_total": "Requests by deployment.",
     "ray_serve_deployment_error_counter_total": "Exceptions by deployment.",
-    "ray_serve_deployment_processing_latency_ms": "Time in a replica, a histogram.",
-    "ray_serve_replica_processing_queries": "Requests in replicas.",
+    "ray_serve_deployment_processing_latency_ms": "Histogram of the time in a replica.",
+    "ray_serve_replica_processing_queries": "Requests in progress in replicas.",
     "ray_serve_deployment_queued_queries": "Requests that wait for a replica.",
     "ray_serve_deployment_replica_healthy": "1 for each healthy replica.",
     "ray_serve_health_check_failures_total": "Failed health checks.",
-    "ray_node_cpu_utilization": "Per cent of a node's CPUs.",
+    "ray_node_cpu_utilization": "CPU utilization of a node in percent.",
     "ray_node_mem_used": "Bytes used on a node.",
     "ray_node_disk_free": "Bytes free on a node's disk.",
-    "ray_object_store_memory": "Bytes in the object store, by place.",
-    "ray_node_gpus_utilization": "Per cent of a node's GPUs.",
+    "ray_object_store_memory": "Bytes in the object store, by location.",
+    "ray_node_gpus_utilization": "GPU utilization of a node in percent.",
     "ray_node_gram_used": "Megabytes of GPU memory used.",
 }
-"""Metrics of Ray and Ray Serve that the dashboards and rules use; Ray's node agents export them."""
+"""Metrics of Ray and Ray Serve that dashboards and rules use, exported by Ray's node agents."""
 
 
 @cache
 def _patterns() -> tuple[tuple[re.Pattern[str], Metric], ...]:
-    """Names without a label first: `rewards/mean` is no part of the reward."""
+    """Compile the logged names, those without labels first: `rewards/mean` is no component."""
     ordered = sorted((m for m in METRICS if m.logged), key=lambda m: len(m.labels))
     return tuple(
         (re.compile(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>[^/@]+)", re.escape(m.logged or ""))), m)
@@ -204,16 +208,16 @@ def _patterns() -> tuple[tuple[re.Pattern[str], Metric], ...]:
 
 @cache
 def find(logged: str) -> tuple[tuple[Metric, tuple[str, ...]], ...]:
-    """The metrics that a logged name feeds, with their labels' values; most names feed none.
+    """Return the metrics that a logged name feeds, with their label values; often none.
 
     `cluster/publish_s` is both a histogram and one of the phases of a step.
     """
     if logged in NOT_SHOWN or logged.startswith("rewards/match_"):
         return ()
-    found = [
+    matches = [
         (metric, tuple(match[label] for label in metric.labels))
         for pattern, metric in _patterns()
         if (match := pattern.fullmatch(logged)) is not None
     ]
-    plain = tuple(pair for pair in found if not pair[1])
-    return plain if plain and logged not in PHASES else tuple(found)
+    plain = tuple(pair for pair in matches if not pair[1])
+    return plain if plain and logged not in PHASES else tuple(matches)

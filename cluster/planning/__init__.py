@@ -1,1 +1,1 @@
-"""Capacity plans."""
+"""Capacity plans and scaling simulations of runs."""

@@ -1,12 +1,12 @@
-"""How a run would scale over GPUs, by a model of its queues: which room does a step wait for?
+"""Simulate how a run scales over GPUs, by a queueing model, and name the bottleneck of a step.
 
-Not measured. The layout of a step is that of `cluster.training.loop` and
-`cluster.training.rollout_stream`: requests to rollout actors, each judged by a reward actor; then,
-one after another in the driver, packing, the update, and the push, which every rollout actor takes
-after the requests in its hands. Service times follow from the constants of `Model`, all of which
-may be overridden; docs/operations.md says where they are weak.
+Nothing is measured. A step has the layout of `cluster.training.loop` and
+`cluster.training.rollout_stream`: requests to rollout actors, each scored by a reward actor; then,
+sequentially in the driver, packing, the update, and the weight push, which every rollout actor
+takes after its requests in progress. Service times follow from the constants of `Model`, all of
+which can be overridden; docs/operations.md discusses their weaknesses.
 
-The batch does not grow with the machine (strong scaling), because the algorithm sees its size.
+The batch does not grow with the number of GPUs (strong scaling), since the algorithm depends on it.
 """
 
 import heapq
@@ -24,74 +24,79 @@ from orchard.errors import ConfigError
 from orchard.settings import Config
 
 STAGES = ("search", "rewards", "pack", "learn", "push")
+"""Stages of a step."""
 SERIAL = ("pack", "learn", "push")
-"""Those that the driver goes through one after another."""
+"""Stages that the driver runs sequentially."""
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
+"""Numbers of GPUs to simulate."""
 _STEPS = 12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """The run, as far as the model knows it, and assumed speeds of one machine."""
+    """Sizes of the run and assumed speeds of the hardware."""
 
     parameters: float = 6e8
+    """Number of parameters of the policy."""
     prompt_tokens: float = 128.0
-    """Of a mean prompt."""
+    """Mean tokens per prompt."""
     prompts_per_step: float = 8192.0
     candidates: float = 16.0
+    """Candidates per prompt."""
     levels: float = 3.0
-    """Codes of an item, hence passes of a search."""
+    """Codes per item, which is the number of passes of a search."""
     batch_size: float = 64.0
-    """Prompts of a request, at most."""
+    """Maximum prompts per request."""
     max_lag: float = 1.0
-    """Versions that searches may be behind."""
+    """Maximum number of versions that a search may be behind."""
     reward_actors: float = 8.0
     rollout_share: float = 0.5
-    """Of the GPUs, those that search; one actor each. The others learn."""
+    """Share of GPUs that search, with one actor each; the others learn."""
     search_tflops: float = 100.0
-    """Of a GPU in searches, all losses included; a token costs 2 FLOP a parameter."""
+    """Effective TFLOP/s of a GPU in searches; a token costs 2 FLOP per parameter."""
     learn_tflops: float = 300.0
-    """Of a GPU in updates; a token costs 8 FLOP a parameter, a reference's forward included."""
+    """Effective TFLOP/s of a GPU in updates; a token costs 8 FLOP per parameter, including the
+    forward pass of the reference."""
     pass_s: float = 0.03
-    """Least time of a forward pass of a search, whatever its size."""
+    """Minimum seconds of a forward pass of a search, at any size."""
     reward_rate: float = 20_000.0
-    """Candidates a second that a reward actor judges."""
+    """Candidates per second that a reward actor scores."""
     pack_rate: float = 200_000.0
-    """Candidates a second that the driver takes in, credits and packs; packing alone does 0.9
-    million on one core of a small server."""
+    """Candidates per second that the driver receives, assigns advantages to and packs; packing
+    alone reaches 0.9 million on one core of a small server."""
     reduce_gb_s: float = 25.0
-    """Gigabytes a second of a ring that adds up gradients, at each GPU."""
+    """Gigabytes per second and GPU of a ring all-reduce of gradients."""
     network_gb_s: float = 10.0
-    """Gigabytes a second from one node to another."""
+    """Gigabytes per second between two nodes."""
     gpus_per_node: float = 8.0
     digest_gb_s: float = 1.5
-    """Gigabytes a second of SHA-256 in one process."""
+    """Gigabytes per second of SHA-256 in one process."""
     load_gb_s: float = 5.0
-    """Gigabytes a second from shared memory into an engine."""
+    """Gigabytes per second from shared memory into an engine."""
     spread: float = 0.1
-    """Standard deviation of the logarithm of a request's time."""
+    """Standard deviation of the logarithm of a request's duration."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Simulated:
-    """A run on so many GPUs."""
+    """Simulated run on a number of GPUs."""
 
     gpus: int
     step_s: float
-    """Mean over all steps but the first."""
+    """Mean seconds per step, without the first step."""
     busy: Mapping[str, float]
-    """Share of the time in which a server of the stage works, by stage."""
+    """Share of time in which a server of the stage is busy, by stage."""
     bottleneck: str
-    """The stage that the step waits for."""
+    """Stage that limits the step."""
 
 
 def model_of(config: Config, sizes: Sizes, assumed: Sequence[str]) -> Model:
-    """The model of a run, with `name=value` assumptions in the place of its own.
+    """Build the model of a run and override its constants by `name=value` assumptions.
 
     Raises:
-        ConfigError: an assumption names no constant of the model, or is no positive number.
+        ConfigError: an assumption does not name a constant, or its value is not positive.
     """
-    own = Model(
+    model = Model(
         parameters=float(sizes.parameters),
         prompt_tokens=sizes.prompt_tokens,
         prompts_per_step=float(config.learner.prompts_per_step),
@@ -101,46 +106,49 @@ def model_of(config: Config, sizes: Sizes, assumed: Sequence[str]) -> Model:
         max_lag=float(config.cluster.max_off_policy_steps),
         reward_actors=float(config.rewards.actors),
     )
-    known, changes = {field.name for field in fields(Model)}, dict[str, float]()
-    for one in assumed:
-        name, _, text = one.partition("=")
-        if name not in known:
-            raise ConfigError(f"--assume {one} names no constant; choose from {', '.join(known)}")
+    constants, changes = {field.name for field in fields(Model)}, dict[str, float]()
+    for assumption in assumed:
+        name, _, text = assumption.partition("=")
+        if name not in constants:
+            raise ConfigError(
+                f"--assume {assumption} names no constant; choose from {', '.join(constants)}"
+            )
         try:
             changes[name] = float(text)
         except ValueError as error:
-            raise ConfigError(f"--assume {one} gives no number; write {name}=1.5") from error
-        zero_is_fine = name in ("max_lag", "spread", "pass_s")
-        if not (changes[name] > 0 or (zero_is_fine and changes[name] == 0)):
-            raise ConfigError(f"--assume {one} is out of bounds; take a number above 0")
-    return replace(own, **changes)
+            raise ConfigError(f"--assume {assumption} gives no number; write {name}=1.5") from error
+        may_be_zero = name in ("max_lag", "spread", "pass_s")
+        if not (changes[name] > 0 or (may_be_zero and changes[name] == 0)):
+            raise ConfigError(f"--assume {assumption} is out of bounds; take a number above 0")
+    return replace(model, **changes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Times:
-    """Seconds that the model gives each part of a step on so many GPUs."""
+    """Modeled seconds of each part of a step on a number of GPUs."""
 
     actors: int
+    """Number of rollout actors."""
     requests: int
-    """Of a step, all of one size."""
+    """Number of equally large requests per step."""
     search: float
-    """Of a request, at the median."""
+    """Median seconds of search per request."""
     judge: float
-    """Of a request."""
+    """Seconds of reward scoring per request."""
     pack: float
     learn: float
     send: float
-    """Until the weights are on every node."""
+    """Seconds until the weights are on every node."""
     install: float
-    """At each actor."""
+    """Seconds to load the weights at each actor."""
 
 
 def times(model: Model, gpus: int) -> Times:
-    """The service times of a step."""
+    """Compute the service times of a step."""
     actors = min(gpus - 1, max(1, round(model.rollout_share * gpus)))
     learners = gpus - actors
     size = min(model.batch_size, math.ceil(model.prompts_per_step / actors))
-    width, giga = model.candidates, 4e-9 * model.parameters  # float32
+    width, gigabytes = model.candidates, 4e-9 * model.parameters  # weights in float32
     tokens = model.prompt_tokens + (model.levels - 1) * width
     update = model.prompts_per_step * (tokens + width) * 8e-12 * model.parameters
     rounds = math.ceil(math.log2(1 + actors / model.gpus_per_node))
@@ -152,43 +160,48 @@ def times(model: Model, gpus: int) -> Times:
         judge=size * width / model.reward_rate,
         pack=model.prompts_per_step * width / model.pack_rate,
         learn=update / model.learn_tflops / learners
-        + 2 * (learners - 1) / learners * giga / model.reduce_gb_s,
-        # Into the object store and through the driver, then from node to node, each a new source.
-        send=2 * giga / model.load_gb_s + rounds * giga / model.network_gb_s,
-        install=giga / model.digest_gb_s + giga / model.load_gb_s,
+        + 2 * (learners - 1) / learners * gigabytes / model.reduce_gb_s,
+        # Into the object store and through the driver, then from node to node, where every
+        # receiver becomes a new source.
+        send=2 * gigabytes / model.load_gb_s + rounds * gigabytes / model.network_gb_s,
+        install=gigabytes / model.digest_gb_s + gigabytes / model.load_gb_s,
     )
 
 
 def simulate(model: Model, gpus: int, *, steps: int = _STEPS, seed: int = 0) -> Simulated:
-    """Play some steps on so many GPUs, at least two of them."""
-    given, draw = times(model, gpus), np.random.Generator(np.random.Philox(key=[seed, gpus]))
-    actors = [0.0] * given.actors
-    judges = [0.0] * int(model.reward_actors)
+    """Simulate some steps on a number of GPUs, at least two."""
+    durations = times(model, gpus)
+    generator = np.random.Generator(np.random.Philox(key=[seed, gpus]))
+    # Times at which each rollout and each reward actor is free, as heaps.
+    actors = [0.0] * durations.actors
+    reward_actors = [0.0] * int(model.reward_actors)
     busy: dict[str, float] = dict.fromkeys(STAGES, 0.0)
+    # Times at which each version is on all actors, and each batch is scored.
     published, ready = [0.0], list[float]()
     while len(published) <= steps:
         version = len(published) - 1
         while len(ready) < steps and len(ready) <= version + model.max_lag:
-            found = list[float]()
-            slow = np.exp(model.spread * draw.standard_normal(given.requests))
-            for factor in slow:
-                service = given.search * float(factor)
-                begin = max(heapq.heappop(actors), published[version])
-                heapq.heappush(actors, begin + service)
-                found.append(begin + service)
-                busy["search"] += service / given.actors
-            judged = 0.0
-            for done in sorted(found):
-                judged = max(heapq.heappop(judges), done) + given.judge
-                heapq.heappush(judges, judged)
-                busy["rewards"] += given.judge / len(judges)
-            ready.append(judged)
-        learned = max(ready[version], published[version]) + given.pack + given.learn
-        actors = [max(free, learned + given.send) + given.install for free in actors]
+            finished = list[float]()
+            slowness = np.exp(model.spread * generator.standard_normal(durations.requests))
+            for factor in slowness:
+                service = durations.search * float(factor)
+                start = max(heapq.heappop(actors), published[version])
+                heapq.heappush(actors, start + service)
+                finished.append(start + service)
+                busy["search"] += service / durations.actors
+            scored = 0.0
+            for search_end in sorted(finished):
+                scored = max(heapq.heappop(reward_actors), search_end) + durations.judge
+                heapq.heappush(reward_actors, scored)
+                busy["rewards"] += durations.judge / len(reward_actors)
+            ready.append(scored)
+        learned = max(ready[version], published[version]) + durations.pack + durations.learn
+        actors = [max(free, learned + durations.send) + durations.install for free in actors]
         heapq.heapify(actors)
         published.append(max(actors))
         for stage, spent in (
-            ("pack", given.pack), ("learn", given.learn), ("push", given.send + given.install)
+            ("pack", durations.pack), ("learn", durations.learn),
+            ("push", durations.send + durations.install),
         ):  # fmt: skip
             busy[stage] += spent
     busy = {stage: spent / published[-1] for stage, spent in busy.items()}
@@ -201,7 +214,7 @@ def simulate(model: Model, gpus: int, *, steps: int = _STEPS, seed: int = 0) -> 
 
 
 def _bottleneck(busy: Mapping[str, float], *, ahead: bool) -> str:
-    """The busiest stage. Where searches run ahead, what the driver does in turn counts as one."""
+    """Return the busiest stage; the sequential stages count as one if searches run ahead."""
     candidates = dict(busy)
     if ahead and sum(busy[stage] for stage in SERIAL) > max(busy["search"], busy["rewards"]):
         candidates = {stage: busy[stage] for stage in SERIAL}
@@ -209,29 +222,33 @@ def _bottleneck(busy: Mapping[str, float], *, ahead: bool) -> str:
 
 
 def draw(path: Path, panels: Mapping[str, Model]) -> None:
-    """Plot what the stages of each model do over the machines of `GPUS`; SVG or PNG by suffix."""
-    drawn: dict[str, tuple[Sequence[int], dict[str, list[float]]]] = {}
+    """Plot the busy share of the stages of each model over `GPUS`, as SVG or PNG by suffix."""
+    shares: dict[str, tuple[Sequence[int], dict[str, list[float]]]] = {}
     for title, model in panels.items():
-        found = [simulate(model, gpus) for gpus in GPUS]
-        drawn[title] = GPUS, {stage: [one.busy[stage] for one in found] for stage in STAGES}
-    plots.stages(path, drawn)
+        results = [simulate(model, gpus) for gpus in GPUS]
+        shares[title] = (
+            GPUS,
+            {stage: [result.busy[stage] for result in results] for stage in STAGES},
+        )
+    plots.stages(path, shares)
 
 
-def lines(found: Sequence[Simulated], model: Model) -> list[str]:
-    """A table: a row for each number of GPUs."""
-    told = [
+def lines(results: Sequence[Simulated], model: Model) -> list[str]:
+    """Format the results as a table with one row per number of GPUs."""
+    table = [
         "simulated, not measured: " + ", ".join(f"{f.name}={getattr(model, f.name):g}"
                                                 for f in fields(Model)),
         f"{'GPUs':>5} {'step s':>8} {'prompts/s':>10} {'speedup':>8}  "
         + " ".join(f"{stage:>8}" for stage in STAGES) + "  waits for",
     ]  # fmt: skip
-    for one in found:
-        shares = " ".join(f"{one.busy[stage]:>8.0%}" for stage in STAGES)
-        told.append(
-            f"{one.gpus:>5} {one.step_s:>8.2f} {model.prompts_per_step / one.step_s:>10.0f} "
-            f"{found[0].step_s / one.step_s:>8.1f}  {shares}  {one.bottleneck}"
+    for result in results:
+        shares = " ".join(f"{result.busy[stage]:>8.0%}" for stage in STAGES)
+        rate = model.prompts_per_step / result.step_s
+        table.append(
+            f"{result.gpus:>5} {result.step_s:>8.2f} {rate:>10.0f} "
+            f"{results[0].step_s / result.step_s:>8.1f}  {shares}  {result.bottleneck}"
         )
-    return told
+    return table
 
 
 def main() -> None:

@@ -1,1 +1,1 @@
-"""The HTML report of a run and the comparison of several."""
+"""HTML report of a run, and comparison of several runs."""

@@ -1,7 +1,7 @@
-"""One page about several runs: what differs between them, how they went, and what came of each.
+"""Write an HTML comparison of several runs: settings that differ, metrics and evaluations.
 
-The first run is the one that the others are set against. Like the report of a single run it is made
-of whatever the folders hold, and what is missing is said at the top.
+The other runs are compared with the first. Like the report of a single run, the page uses the files
+that the folders contain, and missing parts are listed at the top.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from orchard.evaluation.ranking import Evaluation, difference
 from orchard.folders import atomic_write
 
 UNCHANGED = {"name", "output", "seed"}
-"""Settings that differ between runs as a matter of course; of these only the seed is shown."""
+"""Settings that are expected to differ between runs; only the seed of these is shown."""
 
 
 def write_comparison(folders: Sequence[Path], path: Path) -> Path:
@@ -38,7 +38,7 @@ def write_comparison(folders: Sequence[Path], path: Path) -> Path:
 
 
 def comparison(runs: Sequence[RunFindings]) -> str:
-    """The whole document."""
+    """Return the whole HTML document."""
     names = _distinct([run.folder for run in runs])
     missing = [
         f"{name}: {sentence}" for name, run in zip(names, runs, strict=True)
@@ -62,12 +62,12 @@ def comparison(runs: Sequence[RunFindings]) -> str:
 
 
 def settings(configs: Mapping[str, Mapping[str, Any]]) -> str:
-    """The settings in which the runs differ, as a table."""
+    """Return a table of the settings in which the runs differ."""
     flat = {name: flatten(config) for name, config in configs.items()}
-    keys = sorted({key for one in flat.values() for key in one} - UNCHANGED | {"seed"})
+    keys = sorted({key for run in flat.values() for key in run} - UNCHANGED | {"seed"})
     rows = ""
     for key in keys:
-        values = [one.get(key) for one in flat.values()]
+        values = [run.get(key) for run in flat.values()]
         if any(value != values[0] for value in values):
             cells = "".join(f"<td>{escape(str(value))}</td>" for value in values)
             rows += f"<tr><td>{escape(key)}</td>{cells}</tr>"
@@ -80,41 +80,41 @@ def settings(configs: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def courses(phase: str, names: Sequence[str], runs: Sequence[RunFindings]) -> str:
-    """The figures of a phase, one curve a run."""
-    drawn = ""
+    """Return the figures of a phase, with one curve per run."""
+    figures = ""
     for panel in sections.PANELS[phase]:
         for metric in panel.names:
-            found = [
+            run_curves = [
                 Curve(label=name, series=curve.series)
                 for name, run in zip(names, runs, strict=True)
                 for curve in sections.with_numbers(run.log.get(phase, {}), [metric])
             ]
-            if found:
+            if run_curves:
                 title = panel.title if len(panel.names) == 1 else f"{panel.title}: {metric}"
-                svg = curves(found, title=title, steps=sections.STEPS[phase], log=panel.log)
-                drawn += sections.figure(title, svg)
-    return f"<h2>{sections.TITLES[phase]}</h2><div class='grid'>{drawn}</div>" if drawn else ""
+                svg = curves(run_curves, title=title, steps=sections.STEPS[phase], log=panel.log)
+                figures += sections.figure(title, svg)
+    return f"<h2>{sections.TITLES[phase]}</h2><div class='grid'>{figures}</div>" if figures else ""
 
 
 def _changes(
     last: Mapping[str, Evaluation],
 ) -> tuple[dict[str, Mapping[str, Estimate]], list[str]]:
-    """Paired differences to the first run, and why there are none where there are none."""
-    found, refused = dict[str, Mapping[str, Estimate]](), list[str]()
+    """Return the paired differences to the first run, and the reasons for missing ones."""
+    changes, reasons = dict[str, Mapping[str, Estimate]](), list[str]()
     first, *others = last or [""]
     for name in others:
         try:
-            found[f"{name} \N{MINUS SIGN} {first}"] = difference(last[name], last[first])
+            changes[f"{name} \N{MINUS SIGN} {first}"] = difference(last[name], last[first])
         except DataError as error:
-            refused.append(f"The comparison of {name} with {first}: {error}.")
-    return found, refused
+            reasons.append(f"The comparison of {name} with {first}: {error}.")
+    return changes, reasons
 
 
 def _distinct(folders: Sequence[Path]) -> list[str]:
-    """Names of the folders, with as much of what is above them as tells them apart."""
+    """Return distinct names of the folders, with as many parent folders as needed."""
     parts = [folder.resolve().parts for folder in folders]
-    for depth in range(1, max(len(one) for one in parts) + 1):
-        names = ["/".join(one[-depth:]) for one in parts]
+    for depth in range(1, max(len(path) for path in parts) + 1):
+        names = ["/".join(path[-depth:]) for path in parts]
         if len(set(names)) == len(names):
             return names
     return [str(folder) for folder in folders]

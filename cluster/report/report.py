@@ -1,7 +1,7 @@
-"""One page about one run: what it set out to do, what it did, and what came of it.
+"""Write the HTML report of a run: configuration, metrics, evaluations and search trees.
 
-The page is a single file that asks the network for nothing. It is made from whatever the run folder
-holds, so that a run that died has a report too; what is missing is said at the top.
+The page is a single file without network requests. It uses the files that the run folder contains,
+so that a failed run has a report, too; missing parts are listed at the top.
 
     config.toml   metrics.jsonl   examples.json   evaluation/<name>.json with its Parquet file
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 from cluster.console import comparisons, duration, in_order
 from cluster.report import sections
-from cluster.training.search_examples import read_examples
+from cluster.report.examples import read_examples
 from orchard.errors import DataError
 from orchard.evaluation.bootstrap import Estimate
 from orchard.evaluation.ranking import Evaluation, difference, read
@@ -24,23 +24,24 @@ from orchard.folders import atomic_write
 from orchard.tracking.metrics_log import FILE, Series, read_metrics
 
 REPORT = "report.html"
+"""Name of the report in the run folder."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFindings:
-    """What a run folder holds."""
+    """Contents of a run folder."""
 
     folder: Path
     config_text: str
     config: Mapping[str, Any]
     log: Mapping[str, Mapping[str, Series]]
-    """Phase to metric to series."""
+    """Logged series by phase, then by metric."""
     evaluations: Mapping[str, Evaluation]
     changes: Mapping[str, Mapping[str, Estimate]]
     """Paired differences by comparison, then by metric."""
     examples: Sequence[Mapping[str, Any]]
     missing: Sequence[str]
-    """Sentences about what is not there."""
+    """Sentences about missing parts."""
 
 
 def write_report(run_dir: Path) -> Path:
@@ -57,12 +58,12 @@ def write_report(run_dir: Path) -> Path:
 
 
 def gather(run_dir: Path) -> RunFindings:
-    """Read what is there; whatever cannot be read is missing, with the reason."""
+    """Load the contents of a run folder; list unreadable parts as missing, with the reason."""
     missing: list[str] = []
-    text, config, log = "", dict[str, Any](), dict[str, Mapping[str, Series]]()
+    config_text, config, log = "", dict[str, Any](), dict[str, Mapping[str, Series]]()
     try:
-        text = (run_dir / "config.toml").read_text(encoding="utf-8")
-        config = tomllib.loads(text)
+        config_text = (run_dir / "config.toml").read_text(encoding="utf-8")
+        config = tomllib.loads(config_text)
     except (OSError, ValueError) as error:
         missing.append(f"The configuration, config.toml: {_reason(error)}.")
     try:
@@ -88,7 +89,7 @@ def gather(run_dir: Path) -> RunFindings:
             missing.append(f"The comparison of {a} with {b}: {error}.")
     return RunFindings(
         folder=run_dir,
-        config_text=text,
+        config_text=config_text,
         config=config,
         log=log,
         evaluations={name: evaluations[name] for name in in_order(evaluations)},
@@ -98,28 +99,31 @@ def gather(run_dir: Path) -> RunFindings:
     )
 
 
-def page(found: RunFindings) -> str:
-    """The whole document."""
-    name = str(found.config.get("name", found.folder.resolve().name))
-    phases = [phase for phase in sections.PANELS if phase in found.log]
+def page(findings: RunFindings) -> str:
+    """Return the whole HTML document."""
+    name = str(findings.config.get("name", findings.folder.resolve().name))
+    phases = [phase for phase in sections.PANELS if phase in findings.log]
     body = [
-        f"<header><h1>{escape(name)}</h1><p class='faint'>{escape(_when(found))}</p></header>",
-        sections.notices(found.missing),
+        f"<header><h1>{escape(name)}</h1><p class='faint'>{escape(_when(findings))}</p></header>",
+        sections.notices(findings.missing),
         sections.tiles(
-            found.evaluations, found.changes, found.log.get("train", {}), _wanted(found.config)
+            findings.evaluations,
+            findings.changes,
+            findings.log.get("train", {}),
+            _configured_steps(findings.config),
         ),
-        sections.evaluation(found.evaluations, found.changes),
-        *(sections.training(phase, found.log[phase]) for phase in phases),
-        *(sections.seconds(phase, found.log[phase]) for phase in phases),
-        sections.examples(found.examples),
-        sections.configuration(found.config_text),
-        sections.appendix(found.log),
+        sections.evaluation(findings.evaluations, findings.changes),
+        *(sections.training(phase, findings.log[phase]) for phase in phases),
+        *(sections.seconds(phase, findings.log[phase]) for phase in phases),
+        sections.examples(findings.examples),
+        sections.configuration(findings.config_text),
+        sections.appendix(findings.log),
     ]
     return document(name, body)
 
 
 def document(title: str, body: Sequence[str]) -> str:
-    """A page of some parts that stands alone."""
+    """Return a self-contained HTML page of some parts."""
     css = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
     return (
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
@@ -138,28 +142,31 @@ def _unfinished(
     log: Mapping[str, Mapping[str, Series]],
     evaluations: Mapping[str, Evaluation],
 ) -> list[str]:
-    """What a whole run would have, beyond its files."""
+    """Return sentences about steps and evaluations that an unfinished run lacks."""
     sentences: list[str] = []
     if log and "train" not in log:
         sentences.append("Reinforcement learning: the log has no step of it.")
-    wanted, done = _wanted(config), sections.last_step(log.get("train", {}))
-    if wanted and 0 < done < wanted:
-        sentences.append(f"Updates {done + 1} to {wanted}: the run was stopped or is going on.")
+    num_steps, last_step = _configured_steps(config), sections.last_step(log.get("train", {}))
+    if num_steps and 0 < last_step < num_steps:
+        sentences.append(
+            f"Updates {last_step + 1} to {num_steps}: the run was stopped or is going on."
+        )
     if not evaluations:
         sentences.append("Evaluations: the folder evaluation/ has none that can be read.")
     return sentences
 
 
-def _wanted(config: Mapping[str, Any]) -> int:
-    """Updates that the run was to make, 0 if unknown."""
+def _configured_steps(config: Mapping[str, Any]) -> int:
+    """Return the configured number of updates, 0 if unknown."""
     return int(config.get("learner", {}).get("steps", 0))
 
 
-def _when(found: RunFindings) -> str:
-    times = [s.time for metrics in found.log.values() for s in metrics.values()]
+def _when(findings: RunFindings) -> str:
+    """Describe the time span of the log."""
+    times = [s.time for metrics in findings.log.values() for s in metrics.values()]
     if not times:
-        return f"run folder {found.folder.name}"
+        return f"run folder {findings.folder.name}"
     first, last = min(float(t.min()) for t in times), max(float(t.max()) for t in times)
-    form = "%d %B %Y %H:%M"
-    begin, end = (time.strftime(form, time.gmtime(t)) for t in (first, last))
+    date_format = "%d %B %Y %H:%M"
+    begin, end = (time.strftime(date_format, time.gmtime(t)) for t in (first, last))
     return f"{begin} to {end} UTC, {duration(last - first)} from the first line of the log"

@@ -1,4 +1,4 @@
-"""The parts of the report, each a piece of HTML made from values, empty where there are none."""
+"""Build the HTML sections of the report; a section without data is empty."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from orchard.evaluation.ranking import Evaluation
 from orchard.tracking.metrics_log import Series
 
 HEADLINES = ("ndcg@10/sid", "hr@10/sid")
+"""Metrics of the tiles at the top."""
 
 Metrics = Mapping[str, Series]
 Changes = Mapping[str, Mapping[str, Estimate]]
@@ -22,7 +23,7 @@ Changes = Mapping[str, Mapping[str, Estimate]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Panel:
-    """A figure of one phase: the metrics that it shows, of which a run may have some."""
+    """Figure of one phase, with the metrics that it shows if the run has them."""
 
     title: str
     names: tuple[str, ...]
@@ -57,15 +58,16 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         Panel(title="Hit rate on held-out rows", names=_evaluated("hr", 1, 3, 5, 10, 20)),
     ),
 }
-"""To add a figure, add a line; metrics in no figure go to the appendix."""
+"""Figures of each phase; metrics in no figure are shown in the appendix."""
 
 STEPS = {"train": "update", "sft": "epoch"}
-"""What a phase counts."""
+"""Unit of the steps of each phase."""
 TITLES = {"train": "Reinforcement learning", "sft": "Warm start"}
+"""Heading of each phase."""
 
 
 def notices(missing: Sequence[str]) -> str:
-    """What the reader will look for in vain."""
+    """Return the list of missing parts."""
     if not missing:
         return ""
     lines = "".join(f"<li>{escape(sentence)}</li>" for sentence in missing)
@@ -73,95 +75,98 @@ def notices(missing: Sequence[str]) -> str:
 
 
 def tiles(
-    evaluations: Mapping[str, Evaluation], changes: Changes, train: Metrics, wanted: int
+    evaluations: Mapping[str, Evaluation], changes: Changes, train: Metrics, num_updates: int
 ) -> str:
-    """The run in a few numbers; `wanted` is the number of updates asked for, 0 if unknown."""
-    found: list[tuple[str, str]] = []
+    """Return the headline numbers; `num_updates` is the configured number, 0 if unknown."""
+    entries: list[tuple[str, str]] = []
     change = next(iter(changes.values()), {})
     for metric in HEADLINES:
-        known = [e.metrics[metric].mean for e in evaluations.values() if metric in e.metrics]
-        if known:
+        means = [e.metrics[metric].mean for e in evaluations.values() if metric in e.metrics]
+        if means:
             note = f"paired {interval(change[metric], signed=True)}" if metric in change else ""
-            value = " \N{RIGHTWARDS ARROW} ".join(f"{mean:.4f}" for mean in known[:2])
-            found.append((value, f"{metric} {note}"))
+            value = " \N{RIGHTWARDS ARROW} ".join(f"{mean:.4f}" for mean in means[:2])
+            entries.append((value, f"{metric} {note}"))
     if train:
-        found.append((f"{last_step(train)}{f' of {wanted}' if wanted else ''}", "updates"))
+        of_total = f" of {num_updates}" if num_updates else ""
+        entries.append((f"{last_step(train)}{of_total}", "updates"))
     if "cluster/step_s" in train:
-        found.append((duration(float(np.nansum(train["cluster/step_s"].value))), "in updates"))
+        entries.append((duration(float(np.nansum(train["cluster/step_s"].value))), "in updates"))
     if "rollout/prompts_per_s" in train:
         rate = train["rollout/prompts_per_s"].value
         rate = rate[np.isfinite(rate)]
         if len(rate):
-            found.append((f"{np.median(rate):.1f}", "prompts searched per second"))
+            entries.append((f"{np.median(rate):.1f}", "prompts searched per second"))
     cells = "".join(
-        f"<div class='tile'><b>{escape(value)}</b><span>{escape(what)}</span></div>"
-        for value, what in found
+        f"<div class='tile'><b>{escape(value)}</b><span>{escape(label)}</span></div>"
+        for value, label in entries
     )
     return f"<div class='tiles'>{cells}</div>" if cells else ""
 
 
 def evaluation(evaluations: Mapping[str, Evaluation], changes: Changes) -> str:
-    """Every evaluation and every difference, as a table and as a figure."""
+    """Return all evaluations and paired differences, as a table and as figures."""
     if not evaluations:
         return ""
     names = metrics_of(evaluations.values())
     heads = "".join(f"<th>{escape(name)}</th>" for name in (*evaluations, *changes))
     rows = [_evaluation_row(name, evaluations, changes) for name in names]
     rows.append("<tr class='gap'><td>of the search</td></tr>")
-    facts = {name: _facts(found) for name, found in evaluations.items()}
-    for fact in dict.fromkeys(fact for known in facts.values() for fact in known):
-        cells = "".join(f"<td>{escape(known.get(fact, ''))}</td>" for known in facts.values())
+    facts = {name: _facts(result) for name, result in evaluations.items()}
+    for fact in dict.fromkeys(fact for facts_of in facts.values() for fact in facts_of):
+        cells = "".join(f"<td>{escape(facts_of.get(fact, ''))}</td>" for facts_of in facts.values())
         rows.append(f"<tr><td>{escape(fact)}</td>{cells}{'<td></td>' * len(changes)}</tr>")
     table = (
         "<p class='faint'>Mean over rows and 95 % bootstrap interval. Differences are paired: both "
         "sides on the same resampled rows. /sid counts a hit on the semantic ID, /item on the item "
-        "itself. Coloured where the interval leaves zero out.</p>"
+        "itself. Colored if the interval excludes zero.</p>"
         f"<div class='scroll'><table><thead><tr><th>metric</th>{heads}</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
-    drawn = ""
+    figures = ""
     for level in ("sid", "item") if changes else ():
-        here = [name for name in names if name.endswith(f"/{level}")]
-        drawn += figure(f"Paired differences, {level} level", forest(changes, here))
-    grid = f"<div class='grid' style='margin-top:20px'>{drawn}</div>" if drawn else ""
+        level_metrics = [name for name in names if name.endswith(f"/{level}")]
+        figures += figure(f"Paired differences, {level} level", forest(changes, level_metrics))
+    grid = f"<div class='grid' style='margin-top:20px'>{figures}</div>" if figures else ""
     return f"<h2>Evaluation</h2>{table}{grid}"
 
 
 def training(phase: str, metrics: Metrics) -> str:
-    """The figures of a phase."""
-    drawn, absent = "", list[str]()
+    """Return the figures of a phase."""
+    figures, absent = "", list[str]()
     for panel in PANELS[phase]:
-        found = with_numbers(metrics, panel.names)
-        if found:
-            svg = curves(found, title=panel.title, steps=STEPS[phase], log=panel.log)
-            drawn += figure(panel.title, svg)
+        present = with_numbers(metrics, panel.names)
+        if present:
+            svg = curves(present, title=panel.title, steps=STEPS[phase], log=panel.log)
+            figures += figure(panel.title, svg)
         else:
             absent.append(panel.title.lower())
     note = f"<p class='faint'>Not in the log: {escape(', '.join(absent))}.</p>" if absent else ""
-    return f"<h2>{TITLES[phase]}</h2><div class='grid'>{drawn}</div>{note}" if drawn else ""
+    return f"<h2>{TITLES[phase]}</h2><div class='grid'>{figures}</div>{note}" if figures else ""
 
 
 def seconds(phase: str, metrics: Metrics) -> str:
-    """Where the time of a phase went: the laps of the loop, and the work inside the rooms."""
+    """Return the time of a phase: parts of the loop, and work in actors and workers."""
     timed = {
         name: series.value[np.isfinite(series.value)]
         for name, series in metrics.items()
         if name.endswith("_s") and not name.endswith(("_per_s", "elapsed_s"))
     }
     timed = {name: value for name, value in timed.items() if len(value)}
-    whole = timed.pop("cluster/step_s", None)
+    steps = timed.pop("cluster/step_s", None)
     laps = {name: value for name, value in timed.items() if name.startswith("cluster/")}
     work = {name: value for name, value in timed.items() if name not in laps}
     if not timed:
         return ""
-    total = float((whole if whole is not None else np.concatenate([*timed.values()])).sum())
+    total = float((steps if steps is not None else np.concatenate([*timed.values()])).sum())
     rows = [_time_row(name, float(v.sum()), total, v) for name, v in _longest_first(laps)]
-    if whole is not None:
+    if steps is not None:
         rest = total - sum(float(value.sum()) for value in laps.values())
         rows.append(_time_row("in no lap", max(rest, 0.0), total, None))
-        rows.append(_time_row("cluster/step_s", total, total, whole))
+        rows.append(_time_row("cluster/step_s", total, total, steps))
     rows.append(
-        "<tr class='gap'><td>work inside the rooms, which may overlap</td></tr>" if work else ""
+        "<tr class='gap'><td>work in actors and workers, which may overlap</td></tr>"
+        if work
+        else ""
     )
     rows += [_time_row(name, float(v.sum()), total, v) for name, v in _longest_first(work)]
     head = "<th>phase</th><th>seconds</th><th>share</th><th>median</th><th>95th</th><th></th>"
@@ -171,16 +176,16 @@ def seconds(phase: str, metrics: Metrics) -> str:
     )
 
 
-def examples(found: Sequence[Mapping[str, Any]]) -> str:
-    """A few prompts with the trees that were searched for them."""
-    drawn = ""
-    for one in found:
-        history = " \N{RIGHTWARDS ARROW} ".join(escape(name) for name in one["history"])
-        drawn += (
-            f"<figure><h3>Row {one['row']}: {escape(one['target'])}</h3>"
-            f"<p class='faint'>after {history}</p>{tree(one)}</figure>"
+def examples(search_examples: Sequence[Mapping[str, Any]]) -> str:
+    """Return a few prompts with their search trees."""
+    figures = ""
+    for example in search_examples:
+        history = " \N{RIGHTWARDS ARROW} ".join(escape(name) for name in example["history"])
+        figures += (
+            f"<figure><h3>Row {example['row']}: {escape(example['target'])}</h3>"
+            f"<p class='faint'>after {history}</p>{tree(example)}</figure>"
         )
-    if not drawn:
+    if not figures:
         return ""
     note = (
         "Validation rows under the last policy, as the training searches them. The heading names "
@@ -189,57 +194,57 @@ def examples(found: Sequence[Mapping[str, Any]]) -> str:
         "nodes on dotted edges are prefixes that a beam of as many candidates does not hold. At "
         "the end of each path: place by likelihood, reward, log-probability, item."
     )
-    return f"<h2>Search trees</h2><p class='faint'>{note}</p><div class='stack'>{drawn}</div>"
+    return f"<h2>Search trees</h2><p class='faint'>{note}</p><div class='stack'>{figures}</div>"
 
 
 def configuration(text: str) -> str:
-    """The resolved run file."""
+    """Return the resolved run file."""
     if not text:
         return ""
     return f"<details><summary>Configuration</summary><pre>{escape(text)}</pre></details>"
 
 
 def appendix(log: Mapping[str, Metrics]) -> str:
-    """Every metric that no other part has shown."""
-    drawn = ""
+    """Return the figures of all metrics that no other section shows."""
+    figures = ""
     for phase, metrics in log.items():
         shown = {name for panel in PANELS.get(phase, ()) for name in panel.names}
         for name in sorted(metrics.keys() - shown):
-            title, found = f"{phase}: {name}", with_numbers(metrics, [name])
-            if found:
-                svg = curves(found, title=title, steps=STEPS.get(phase, "step"))
-                drawn += figure(title, svg)
-    if not drawn:
+            title, present = f"{phase}: {name}", with_numbers(metrics, [name])
+            if present:
+                svg = curves(present, title=title, steps=STEPS.get(phase, "step"))
+                figures += figure(title, svg)
+    if not figures:
         return ""
     return (
         "<details><summary>All other metrics</summary>"
-        f"<div class='grid small'>{drawn}</div></details>"
+        f"<div class='grid small'>{figures}</div></details>"
     )
 
 
 def last_step(metrics: Metrics) -> int:
-    """The last step that a phase logged, 0 if none."""
+    """Return the last logged step of a phase, 0 if there is none."""
     return max((int(series.step.max()) for series in metrics.values()), default=0)
 
 
 def with_numbers(metrics: Metrics, names: Sequence[str]) -> list[Curve]:
-    """The metrics that hold at least one number."""
-    known = [name for name in names if name in metrics and np.isfinite(metrics[name].value).any()]
+    """Return curves of the metrics that have at least one finite value."""
+    present = [name for name in names if name in metrics and np.isfinite(metrics[name].value).any()]
     return [
         Curve(label=name.split("/")[-2 if "@" in name else -1], series=metrics[name])
-        for name in known
+        for name in present
     ]
 
 
 def figure(title: str, svg: str) -> str:
-    """A drawing below its title."""
+    """Return a figure with its title."""
     return f"<figure><h3>{escape(title)}</h3>{svg}</figure>"
 
 
 def _evaluation_row(metric: str, evaluations: Mapping[str, Evaluation], changes: Changes) -> str:
     cells = ""
-    for found in evaluations.values():
-        estimate = found.metrics.get(metric)
+    for result in evaluations.values():
+        estimate = result.metrics.get(metric)
         cells += f"<td>{_small_interval(interval(estimate)) if estimate else ''}</td>"
     for change in changes.values():
         estimate = change.get(metric)
@@ -257,11 +262,11 @@ def _small_interval(text: str) -> str:
     return f"{escape(mean)} <small>{escape(bounds)}</small>"
 
 
-def _facts(found: Evaluation) -> dict[str, str]:
-    """What an evaluation says besides its metrics."""
-    facts = {"policy": found.policy, "rows": str(found.num_rows), "candidates": str(found.width)}
-    facts["seconds"] = f"{found.seconds:.1f}"
-    extra = {name: f"{value:.6g}" for name, value in found.extra.items() if name != "seconds"}
+def _facts(result: Evaluation) -> dict[str, str]:
+    """Return the facts of an evaluation besides its metrics."""
+    facts = {"policy": result.policy, "rows": str(result.num_rows), "candidates": str(result.width)}
+    facts["seconds"] = f"{result.seconds:.1f}"
+    extra = {name: f"{value:.6g}" for name, value in result.extra.items() if name != "seconds"}
     return facts | {name.replace("_", " "): text for name, text in extra.items()}
 
 

@@ -1,1 +1,1 @@
-"""Training runs: the controller, the main loop and the run folder."""
+"""Training runs: controller, main loop, evaluation and run folder."""

@@ -1,4 +1,4 @@
-"""The best version so far, judged on validation rows. The test split plays no part in it."""
+"""Keep the best policy version by its score on validation rows, never on the test split."""
 
 from dataclasses import dataclass
 
@@ -12,23 +12,26 @@ from orchard.policy.weights import Weights
 from orchard.types import PolicyVersion
 
 SCORE = "ndcg@10/sid"
+"""Validation metric that selects the best version."""
 
 
 @dataclass
 class BestCheckpoint:
-    """Keeps the best policy of a phase exported in the run folder."""
+    """Best policy of a phase, kept as an export in the run folder."""
 
     controller: Controller
     rows: Int64[np.ndarray, " R"]
-    """Validation rows that judge; none means that the newest version is always the best."""
+    """Validation rows of the score; without rows the newest version is always the best."""
     beams: int
+    """Beam width of the validation searches."""
     best: float = float("-inf")
+    """Best score so far."""
 
     @classmethod
     async def of(cls, controller: Controller, *, num_rows: int, beams: int) -> "BestCheckpoint":
-        """The best checkpoint of a phase, continued from the run folder where there is one.
+        """Create the best checkpoint of a phase, or continue the one in the run folder.
 
-        One that was judged on other rows or by narrower searches is judged again.
+        A policy that was scored on other rows or with another beam width is scored again.
         """
         run = controller.run
         generator = np.random.Generator(np.random.Philox(key=[run.config.seed, 2**32]))
@@ -36,28 +39,30 @@ class BestCheckpoint:
         best_checkpoint = cls(controller=controller, rows=rows, beams=beams)
         facts = PolicyFacts.read(run.result).measurements
         best_checkpoint.best = facts.get("valid_score", float("-inf"))
-        by = {"valid_rows": float(len(rows)), "valid_beams": float(beams)}
-        if facts and any(facts.get(name, wanted) != wanted for name, wanted in by.items()):
-            best_checkpoint.best, _ = await best_checkpoint._judge(*saved_policy(run, run.result))
+        settings = {"valid_rows": float(len(rows)), "valid_beams": float(beams)}
+        if facts and any(facts.get(name, current) != current for name, current in settings.items()):
+            best_checkpoint.best, _ = await best_checkpoint._evaluate(
+                *saved_policy(run, run.result)
+            )
         return best_checkpoint
 
-    async def _judge(
+    async def _evaluate(
         self, policy: PolicyVersion, weights: Weights
     ) -> tuple[float, dict[str, float]]:
-        """The score of a version, and the figures for the log."""
+        """Return the score of a version, and its metrics for the log."""
         if len(self.rows) == 0:
             return float(policy.step), {}
-        found = await self.controller.evaluate(
+        evaluation = await self.controller.evaluate(
             self.controller.run.valid, self.rows, policy=policy, weights=weights, beams=self.beams
         )
-        figures = {f"evaluate/{name}": e.mean for name, e in found.metrics.items()}
-        figures |= {f"evaluate/{name}": value for name, value in found.extra.items()}
-        return found.metrics[SCORE].mean, figures
+        metrics = {f"evaluate/{name}": e.mean for name, e in evaluation.metrics.items()}
+        metrics |= {f"evaluate/{name}": value for name, value in evaluation.extra.items()}
+        return evaluation.metrics[SCORE].mean, metrics
 
     async def evaluate_and_keep(self) -> dict[str, float]:
-        """Judge what the learner keeps and export it if it is the best; the figures for the log."""
+        """Score the learner's policy, export it if it is the best, and return the metrics."""
         policy, weights = self.controller.learner.eval_weights
-        score, figures = await self._judge(policy, weights)
+        score, metrics = await self._evaluate(policy, weights)
         if score > self.best:
             self.best = score
             save_policy(
@@ -69,4 +74,4 @@ class BestCheckpoint:
                 valid_rows=float(len(self.rows)),
                 valid_beams=float(self.beams),
             )
-        return figures
+        return metrics

@@ -1,4 +1,4 @@
-"""The controller: the actors of a run, and what they can be asked to do together."""
+"""Control the actors of a run: start them, sync weights, search, score and evaluate."""
 
 import asyncio
 import dataclasses
@@ -34,14 +34,15 @@ from rollout.candidates import Candidates
 from rollout.probe import LogprobProbe
 
 EXACT, ROUNDED = 1e-3, 0.5
-"""Nats that search and learner may be apart in float32, and in bfloat16: docs/operations.md."""
+"""Tolerance in nats between search and learner in float32 and in bfloat16; docs/operations.md."""
 
 AGAIN = "the same command resumes"
+"""Hint of the messages of an interrupted run."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PublishedWeights:
-    """A version, the object reference of its weights, and what its holders must answer."""
+    """Policy version with the object reference of its weights, and its log-probability probe."""
 
     policy: PolicyVersion
     weights: Any
@@ -49,32 +50,33 @@ class PublishedWeights:
 
 
 def probe_tolerance(config: Config) -> float:
-    """Nats that a log-probability of the search may be off the learner's by rounding alone."""
+    """Return the tolerance in nats between log-probabilities of the search and of the learner."""
     exact = {config.rollout.dtype, config.learner.dtype} == {"float32"}
     return config.cluster.probe_tolerance or (EXACT if exact else ROUNDED)
 
 
 class Controller:
-    """The running parts of a command, phase by phase. Made by `launch`."""
+    """Actors and learner of a command, phase by phase; created by `start_controller`."""
 
     def __init__(self, run: Run, metrics_logger: MetricsLogger, exporter: Exporter) -> None:
         """Start the actors of the first phase; `ready` waits for them."""
         self.run, self.metrics_logger, self.exporter = run, metrics_logger, exporter
         self.stopping = asyncio.Event()
-        """Set once the run is told to stop; it then ends after the step in hand."""
+        """Event that stops the run after the current step."""
         exporter.set("orchard_policy_lag_bound_versions", run.config.cluster.max_off_policy_steps)
         exporter.set("orchard_logprob_gap_bound_nats", probe_tolerance(run.config))
         self._tokenizer = ray.put(run.tokenizer)
         self._newest = PublishedWeights(policy=PolicyVersion(step=-1, digest=""), weights=None)
-        self._held: dict[Pool, PublishedWeights] = {}
-        """What each pool was last given, for actors that start later."""
+        self._published: dict[Pool, PublishedWeights] = {}
+        """Last version sent to each pool, for actors that start later."""
         self.ranking: Pool | None = None
-        """Who evaluates, from the first evaluation on."""
+        """Pool that evaluates, created with the first evaluation."""
         self._begin()
 
     def _begin(self) -> None:
+        """Start the learner and the actors of the current phase."""
         run, config = self.run, self.run.config
-        self.learner = TrainerHandle(self._assignment(), storage=run.dir / "checkpoints")
+        self.learner = TrainerHandle(self._learner_spec(), storage=run.dir / "checkpoints")
         self.rollout: Pool | None = None
         self.rewards: Pool | None = None
         if run.phase == "train":
@@ -84,24 +86,24 @@ class Controller:
             self.rewards = self._reward_pool()
             self.exporter.attach("rollout", self.rollout)
             self.exporter.attach("rewards", self.rewards)
-            # Rollout actors cannot rank with an average while they search with the newest weights.
+            # Rollout actors cannot evaluate averaged weights while they search with the newest.
             if config.evaluate.engine == config.rollout.engine and not config.learner.ema_decay:
                 if self.ranking is not None:
                     self.ranking.close()
                 self.ranking = self.rollout
 
     async def ready(self) -> None:
-        """Wait until the actors of the phase answer."""
+        """Wait until the actors of the phase have started."""
         pools = [pool for pool in (self.rollout, self.rewards) if pool is not None]
         await asyncio.gather(*(pool.ready() for pool in pools))
 
     async def start_phase(self, run: Run) -> None:
-        """Begin another phase of the same command. Only the actors that rank are kept."""
+        """Start another phase of the same command; only the evaluation actors are kept."""
         await self.learner.close()
         for pool in (self.rollout, self.rewards):
             if pool is not None and pool is not self.ranking:
                 pool.close()
-        self._held = {pool: held for pool, held in self._held.items() if pool is self.ranking}
+        self._published = {p: sent for p, sent in self._published.items() if p is self.ranking}
         self.run = run
         open_run_dir(run)
         self._begin()
@@ -113,10 +115,10 @@ class Controller:
         weights: Weights,
         probed: Float32[np.ndarray, " B"] | None = None,
     ) -> None:
-        """Give a version to every holder; each verifies the digest before it switches.
+        """Publish a version to all rollout actors; each verifies the digest before it switches.
 
-        With the learner's own log-probabilities of the probe, `probed`, it also has to find the
-        same. A holder that does not is replaced, and has searched nothing by then.
+        With the learner's log-probabilities of the probe prompts, `probed`, each actor must also
+        reproduce them. An actor that does not is replaced before it runs any search.
         """
         probe = None if probed is None else self._probe(probed)
         self._newest = PublishedWeights(policy=policy, weights=ray.put(dict(weights)), probe=probe)
@@ -125,7 +127,7 @@ class Controller:
             await self._install(self.rollout, self._newest)
 
     async def scored_trees(self, step: int) -> ScoredTrees:
-        """Search and score the prompts of a 0-based step, spread over the actors."""
+        """Search and score the prompts of a 0-based step, distributed over the actors."""
         config = self.run.config
         rows = rows_of_step(
             step,
@@ -133,28 +135,28 @@ class Controller:
             per_step=config.learner.prompts_per_step,
             seed=config.seed,
         )
-        # Smaller requests than batch_size where that keeps every actor busy.
+        # Requests are smaller than batch_size if that keeps every actor busy.
         share = -(-len(rows) // config.rollout.actors)
         size = min(config.rollout.batch_size, share)
-        # Until the value head has something to say, the beam finds what it learns from.
+        # Beam search provides the training data until the value head is warmed up.
         warming = config.rollout.search == "ved" and step < config.rollout.ved.warmup
         kind = "beam" if warming else config.rollout.search
         parts = [
             self.search(
                 self.run.train,
-                rows[at : at + size],
+                rows[start : start + size],
                 seed=config.seed * 1_000_003 + step,
                 kind=kind,
             )
-            for at in range(0, len(rows), size)
+            for start in range(0, len(rows), size)
         ]
         return ScoredTrees.concatenate(await asyncio.gather(*parts))
 
     async def search(
         self, split: Split, rows: Int64[np.ndarray, " R"], *, seed: int, kind: str
     ) -> ScoredTrees:
-        """One request to a rollout actor and one to a reward actor, in a training controller."""
-        assert self.rollout is not None, "only a training house has rollout actors"
+        """Search rows on one rollout actor and score them on one reward actor (training only)."""
+        assert self.rollout is not None, "only the training phase has rollout actors"
         assert self.rewards is not None
         prompts = make_prompts(self.run.tokenizer, split, rows)
         trees: SearchTrees = await self.rollout.call("search", prompts, seed, kind)
@@ -170,7 +172,7 @@ class Controller:
         beams: int,
         advance: Callable[[], None] | None = None,
     ) -> Evaluation:
-        """Constrained beam search on held-out rows under a policy.
+        """Evaluate a policy by constrained beam search on held-out rows.
 
         `advance` is called after each batch of `evaluate.batch_size` rows.
         """
@@ -180,33 +182,35 @@ class Controller:
             self.exporter.attach("ranking", self.ranking)
             await self.ranking.ready()
         ranking = self.ranking
-        asked = (policy.step, policy.digest)
-        held = self._held.get(ranking)
-        if held is None or asked != (held.policy.step, held.policy.digest):
+        wanted = (policy.step, policy.digest)
+        loaded = self._published.get(ranking)
+        if loaded is None or wanted != (loaded.policy.step, loaded.policy.digest):
             newest = self._newest
-            if asked != (newest.policy.step, newest.policy.digest):
+            if wanted != (newest.policy.step, newest.policy.digest):
                 newest = PublishedWeights(policy=policy, weights=ray.put(dict(weights)))
             await self._install(ranking, newest)
         size = config.evaluate.batch_size
         batches = [
-            make_prompts(self.run.tokenizer, split, rows[at : at + size])
-            for at in range(0, len(rows), size)
+            make_prompts(self.run.tokenizer, split, rows[start : start + size])
+            for start in range(0, len(rows), size)
         ]
 
         async def rank(prompts: Prompts) -> Candidates:
-            found: Candidates = await ranking.call("rank", prompts, beams, config.evaluate.think)
+            candidates: Candidates = await ranking.call(
+                "rank", prompts, beams, config.evaluate.think
+            )
             if advance is not None:
                 advance()
-            # In the other phases a signal waits for the end of an update or an epoch.
+            # In other phases a signal takes effect at the end of an update or an epoch.
             if self.stopping.is_set() and self.run.phase == "evaluate":
                 raise RunInterrupted(f"stopped while evaluating; {AGAIN}")
-            return found
+            return candidates
 
-        found = await asyncio.gather(*(rank(prompts) for prompts in batches))
-        return measure(self.run, split, rows, Candidates.concatenate(found), beams, policy)
+        parts = await asyncio.gather(*(rank(prompts) for prompts in batches))
+        return measure(self.run, split, rows, Candidates.concatenate(parts), beams, policy)
 
     async def save(self) -> None:
-        """Write a checkpoint of the learner; raises CheckpointError as `RemoteLearner.save`."""
+        """Write a checkpoint of the learner; raises CheckpointError as `TrainerHandle.save`."""
         await self.learner.save()
         self.exporter.set("orchard_checkpoint_step", self._newest.policy.step)
         self.exporter.set("orchard_checkpoint_timestamp_seconds", time.time())
@@ -218,16 +222,17 @@ class Controller:
             pool.close()
 
     def restarts(self) -> dict[str, float]:
-        """Actors replaced so far, by pool."""
+        """Return the number of actors replaced so far, by pool, as metrics."""
         pools = {"rollout": self.rollout, "rewards": self.rewards}
         counts = {f"{name}/restarts": float(p.restarts) for name, p in pools.items() if p}
         return counts | {"learner/restarts": float(self.learner.restarts)}
 
-    async def _install(self, pool: Pool, held: PublishedWeights) -> None:
-        self._held[pool], policy = held, held.policy
+    async def _install(self, pool: Pool, published: PublishedWeights) -> None:
+        """Load a version into all actors of a pool, and check the versions that they report."""
+        self._published[pool], policy = published, published.policy
         timeout_s = self.run.config.cluster.publish_timeout_s
         answers: list[PolicyVersion] = await pool.broadcast(
-            "load_weights", policy, held.weights, held.probe, timeout_s=timeout_s
+            "load_weights", policy, published.weights, published.probe, timeout_s=timeout_s
         )
         for version in answers:
             if (version.step, version.digest) != (policy.step, policy.digest):
@@ -239,8 +244,9 @@ class Controller:
             self.exporter.set("orchard_policy_version", policy.step, f"{pool.name}-{index}")
 
     def _probe(self, score: Float32[np.ndarray, " B"]) -> LogprobProbe:
+        """Build a probe of the first train rows from the learner's log-probabilities."""
         run = self.run
-        rows = np.arange(len(score))  # of the train split, and ids at the same time
+        rows = np.arange(len(score))  # rows of the train split, which are also prompt ids
         return LogprobProbe(
             prompts=make_prompts(run.tokenizer, run.train, rows),
             leaf=run.catalog.leaf_of_item[run.train.target[rows]],
@@ -248,7 +254,8 @@ class Controller:
             tolerance=probe_tolerance(run.config),
         )
 
-    def _assignment(self) -> LearnerSpec:
+    def _learner_spec(self) -> LearnerSpec:
+        """Build the specification of the learner for the current phase."""
         run, config = self.run, self.run.config
         supervised = run.phase == "sft"
         traces = (run.train, run.traces) if supervised and run.traces is not None else None
@@ -257,7 +264,7 @@ class Controller:
         if supervised and traces is None and tasks is None:
             windows = make_windows(run.train, max_history=config.data.max_history)
         if supervised:
-            examples = next(one for one in (tasks, windows, run.train) if one is not None)
+            examples = next(rows for rows in (tasks, windows, run.train) if rows is not None)
             per_epoch = -(-len(examples) // config.sft.batch_size)
         probed = 0 if supervised else min(config.cluster.probe_prompts, len(run.train))
         return LearnerSpec(
@@ -275,6 +282,7 @@ class Controller:
         )
 
     def _rollout_pool(self, name: str, engine: str, size: int) -> Pool:
+        """Start a pool of rollout actors with an engine."""
         run, rollout = self.run, self.run.config.rollout
         settings = rollout.model_copy(update={"engine": engine})
         critic = ray.put(run.critic)
@@ -298,8 +306,8 @@ class Controller:
         )
 
         async def catch_up(actor: Any) -> None:
-            if (held := self._held.get(pool)) is not None:
-                answer = actor.load_weights.remote(held.policy, held.weights, held.probe)
+            if (newest := self._published.get(pool)) is not None:
+                answer = actor.load_weights.remote(newest.policy, newest.weights, newest.probe)
                 limit = run.config.cluster.publish_timeout_s
                 await asyncio.wait_for(asyncio.wrap_future(answer.future()), limit)
 
@@ -307,10 +315,11 @@ class Controller:
         return pool
 
     def _reward_pool(self) -> Pool:
-        rewards, known = self.run.config.rewards, ray.put(self.run.knowledge)
+        """Start the pool of reward actors."""
+        rewards, context = self.run.config.rewards, ray.put(self.run.knowledge)
         return Pool(
             "rewards",
-            lambda _: RewardActor.options(num_cpus=1).remote(known),
+            lambda _: RewardActor.options(num_cpus=1).remote(context),
             size=rewards.actors,
             queue=rewards.queue,
             timeout_s=rewards.timeout_s,
@@ -322,7 +331,7 @@ class Controller:
 
 @asynccontextmanager
 async def start_controller(run: Run) -> AsyncGenerator[Controller]:
-    """A controller with the actors of its first phase up; torn down in reverse."""
+    """Start a controller with the actors of its first phase, and stop everything on exit."""
     open_run_dir(run)
     with (
         open_loggers(run) as (metrics_logger, exporter),
@@ -330,8 +339,8 @@ async def start_controller(run: Run) -> AsyncGenerator[Controller]:
     ):
         exporter.listen(run.config.cluster, run.dir)
         controller = Controller(run, metrics_logger, exporter)
-        # After ray.init, which puts a handler of its own in the place of any earlier one.
-        with suppress(ValueError):  # signals reach the main thread alone
+        # After ray.init, which replaces earlier signal handlers.
+        with suppress(ValueError):  # only the main thread receives signals
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, controller.stopping.set)
         try:
             await controller.ready()

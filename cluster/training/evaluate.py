@@ -1,4 +1,4 @@
-"""Held-out evaluation of saved policies, and what one adds to another."""
+"""Evaluate saved policies on held-out rows, and keep the results in the run folder."""
 
 import json
 from dataclasses import asdict
@@ -28,7 +28,7 @@ async def evaluate(
     version, values = saved_policy(run, folder)
     batches = -(-len(rows) // run.config.evaluate.batch_size)
     with Progress(f"evaluating {name}", total=batches) as progress:
-        found = await controller.evaluate(
+        result = await controller.evaluate(
             getattr(run, split),
             rows,
             policy=version,
@@ -36,38 +36,38 @@ async def evaluate(
             beams=beams,
             advance=progress.advance,
         )
-    ranking.write(found, evaluation_file(run, name))
-    return found
+    ranking.write(result, evaluation_file(run, name))
+    return result
 
 
 async def evaluate_split(controller: Controller, folder: Path, name: str) -> Evaluation:
-    """The test evaluation of a policy folder, from the run folder where it is done already."""
+    """Return the test evaluation of a policy folder; reuse a current one in the run folder."""
     path, beams = evaluation_file(controller.run, name), controller.run.config.evaluate.beams
     if path.is_file():
-        known = ranking.read(path)
+        saved = ranking.read(path)
         fresh = path.stat().st_mtime >= (folder / "config.json").stat().st_mtime
-        same = np.array_equal(known.row, chosen_rows(controller.run, "test"))
-        if fresh and same and known.width == beams:
-            return known
+        same = np.array_equal(saved.row, chosen_rows(controller.run, "test"))
+        if fresh and same and saved.width == beams:
+            return saved
     return await evaluate(controller, folder, split="test", beams=beams, name=name)
 
 
 def chosen_rows(run: Run, split: SplitName) -> Int64[np.ndarray, " R"]:
-    """All rows of the split, or as many as `evaluate.test_rows` says, drawn from the seed."""
-    wanted, there = run.config.evaluate.test_rows, len(getattr(run, split))
-    if wanted == 0 or wanted >= there:
-        return np.arange(there)
+    """Return all rows of the split, or a seeded sample of `evaluate.test_rows` rows."""
+    sample_size, num_rows = run.config.evaluate.test_rows, len(getattr(run, split))
+    if sample_size == 0 or sample_size >= num_rows:
+        return np.arange(num_rows)
     generator = np.random.Generator(np.random.Philox(key=[run.config.seed, 2**33]))
-    return np.sort(generator.permutation(there)[:wanted])
+    return np.sort(generator.permutation(num_rows)[:sample_size])
 
 
 def evaluation_file(run: Run, name: str) -> Path:
-    """Where the evaluation of that name is kept."""
+    """Return the path of a named evaluation in the run folder."""
     return run.dir / "evaluation" / f"{name}.json"
 
 
-def write_metrics(found: Evaluation, path: Path) -> None:
-    """Metric to {mean, low, high, n}, as `orchard evaluate --json` promises."""
-    metrics = {name: asdict(estimate) for name, estimate in found.metrics.items()}
+def write_metrics(evaluation: Evaluation, path: Path) -> None:
+    """Write {mean, low, high, n} of each metric as JSON, for `orchard evaluate --json`."""
+    metrics = {name: asdict(estimate) for name, estimate in evaluation.metrics.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, json.dumps(metrics, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""The metrics logger of a run, and the sinks that hear of every step."""
+"""Open the metrics logger of a run with its Prometheus exporter and its experiment tracker."""
 
 from collections.abc import Generator
 from contextlib import ExitStack, closing, contextmanager
@@ -11,7 +11,7 @@ from orchard.tracking.trackers import open_tracker
 
 @contextmanager
 def open_loggers(run: Run) -> Generator[tuple[MetricsLogger, Exporter]]:
-    """Open the metrics logger of a run, with its exporter for Prometheus and its tracker, if set.
+    """Open the metrics logger of a run, its Prometheus exporter, and its tracker if configured.
 
     Raises:
         ConfigError: the tracker's package is not installed.
@@ -19,9 +19,9 @@ def open_loggers(run: Run) -> Generator[tuple[MetricsLogger, Exporter]]:
     kind = run.config.cluster.tracker
     with ExitStack() as stack:
         exporter = stack.enter_context(closing(Exporter(run.config.name)))
-        also: list[MetricsSink] = [exporter.log]
-        if kind is not None and run.phase != "evaluate":  # which logs nothing
+        sinks: list[MetricsSink] = [exporter.log]
+        if kind is not None and run.phase != "evaluate":  # an evaluation logs nothing
             config = run.config.model_dump(mode="json")
             tracker = open_tracker(kind, run.dir, run.config.name, config)
-            also.append(stack.enter_context(closing(tracker)).log)
-        yield stack.enter_context(MetricsLogger(run.dir, also)), exporter
+            sinks.append(stack.enter_context(closing(tracker)).log)
+        yield stack.enter_context(MetricsLogger(run.dir, sinks)), exporter

@@ -1,11 +1,11 @@
-"""The main loop: search, score, learn, publish; evaluate and checkpoint when due.
+"""Run the RL training loop: search, score, learn, publish; evaluate and checkpoint when due.
 
     prompts --> rollout --> rewards --> pack --> learner --+--> publish --> rollout
                  trees       scored      batch    version  |
                                                            +--> evaluate, checkpoint, log
 
-Concurrency lives in `stream` alone; the learner's workers restart behind `update`, and a pool
-replaces its own dead, so that the loop reads as if nothing ever failed.
+Only `RolloutStream` is concurrent. `update` restarts the learner's workers and pools replace failed
+actors, so the loop contains no failure handling.
 """
 
 import logging
@@ -27,7 +27,7 @@ from orchard.types import PolicyVersion, ScoredTrees, TrainBatch, Update
 
 
 async def train(controller: Controller) -> PolicyVersion:
-    """Improve the controller's policy for `learner.steps` updates; returns the last version."""
+    """Train the policy for `learner.steps` updates, and return its last version."""
     run = controller.run
     steps = run.config.learner.steps
     if run.config.model.value_head:
@@ -47,7 +47,7 @@ async def train(controller: Controller) -> PolicyVersion:
     )
     if policy.step == 0:
         controller.metrics_logger.log("train", 0, await best_checkpoint.evaluate_and_keep())
-    scored = RolloutStream(
+    stream = RolloutStream(
         controller.scored_trees,
         first=policy.step,
         last=steps,
@@ -55,36 +55,36 @@ async def train(controller: Controller) -> PolicyVersion:
         stop=controller.stopping,
     )
     with Progress("training", total=steps, done=policy.step) as progress:
-        scored.release(policy)
+        stream.release(policy)
         clock = PhaseTimer()
-        async for found in scored:
+        async for scored_batch in stream:
             clock.mark("wait_s")
             by_prefix = run.config.learner.sapo.match == "prefix_match"
-            trees = add_step_rewards(found, run.catalog, prefix=by_prefix)
+            trees = add_step_rewards(scored_batch, run.catalog, prefix=by_prefix)
             batch = make_batch(trees, run)
             clock.mark("pack_s")
             lag = policy.step - batch.policy.step
-            judged = due(policy.step + 1, run.config.evaluate.every, steps)
-            update = await controller.learner.update(batch, judged=judged)
+            evaluated = due(policy.step + 1, run.config.evaluate.every, steps)
+            update = await controller.learner.update(batch, judged=evaluated)
             policy = update.policy
             clock.mark("learn_s")
             await controller.sync_weights(
                 policy, controller.learner.weights, controller.learner.probe_logprobs
             )
             clock.mark("publish_s")
-            scored.release(policy)
+            stream.release(policy)
             metrics = step_metrics(trees, update, lag) | controller.restarts() | clock.seconds()
-            if judged:
+            if evaluated:
                 metrics |= await best_checkpoint.evaluate_and_keep()
             controller.metrics_logger.log("train", policy.step, metrics)
             progress.advance(metrics)
             clock = PhaseTimer()
             if due(policy.step, run.config.checkpoint.every, steps):
-                # After the log, so that no checkpoint is newer: whatever a crash leaves behind, a
-                # resumed run writes again. The next searches are under way meanwhile.
+                # Save after logging, so that no checkpoint is newer than the log: a resumed run
+                # rewrites the entries after its checkpoint. The next searches already run.
                 await controller.save()
                 clock.mark("save_s")
-    await scored.close()
+    await stream.close()
     if policy.step < steps:
         await controller.learner.close(save=True)
         raise RunInterrupted(f"stopped after update {policy.step} of {steps}, and saved; {AGAIN}")
@@ -93,12 +93,12 @@ async def train(controller: Controller) -> PolicyVersion:
 
 
 def make_batch(scored: ScoredTrees, run: Run) -> TrainBatch:
-    """What the learner is to make of scored trees: credit for choices, targets for values."""
-    settings, reward = run.config.learner, None
+    """Build a training batch from scored trees: advantages of choices and value targets."""
+    settings, node_reward = run.config.learner, None
     if run.config.model.value_head and settings.value.outcome:
-        reward = outcome_rewards(scored, settings.value.outcome)
+        node_reward = outcome_rewards(scored, settings.value.outcome)
     elif run.config.model.value_head:
-        reward = node_rewards(
+        node_reward = node_rewards(
             scored.trees,
             run.catalog,
             level_weight=settings.value.level_weight,
@@ -108,19 +108,19 @@ def make_batch(scored: ScoredTrees, run: Run) -> TrainBatch:
         scored,
         compute_advantages(scored, settings),
         run.tokenizer,
-        node_reward=reward,
+        node_reward=node_reward,
         discount=settings.value.discount,
         sequence_ratio=settings.ratio == "sequence",
     )
 
 
 def due(step: int, every: int, last: int) -> bool:
-    """Every so many steps, and at the end; `every = 0` is at the end alone."""
+    """Return whether `step` is the last or a multiple of `every`; 0 means the last only."""
     return step == last or (every > 0 and step % every == 0)
 
 
 def step_metrics(scored: ScoredTrees, update: Update, lag: int) -> dict[str, float]:
-    """What a step showed, by room."""
+    """Return the metrics of a step, named by package."""
     statistics = group_statistics(scored) | step_statistics(scored)
     cost, num_prompts = scored.trees.cost, len(scored.trees)
     names = {"reward_mean": "rewards/mean", "hit_share": "rewards/hit_rate"}
@@ -144,21 +144,21 @@ def step_metrics(scored: ScoredTrees, update: Update, lag: int) -> dict[str, flo
 
 
 class PhaseTimer:
-    """Splits a time into phases; every second is in exactly one of them."""
+    """Timer that splits elapsed time into consecutive phases."""
 
     def __init__(self) -> None:
-        """Start now."""
+        """Start the timer."""
         self._begin = self._last = time.perf_counter()
         self.laps: dict[str, float] = {}
-        """Seconds charged to each name so far."""
+        """Seconds of each phase so far."""
 
     def mark(self, name: str) -> None:
-        """Charge the time since the last lap to `name`."""
+        """Assign the time since the last mark to the phase `name`."""
         now = time.perf_counter()
         self.laps[name] = now - self._last
         self._last = now
 
     def seconds(self) -> dict[str, float]:
-        """All laps and the whole, as metrics of a step."""
+        """Return the seconds of all phases and of the whole step as metrics."""
         laps = {f"cluster/{name}": value for name, value in self.laps.items()}
         return laps | {"cluster/step_s": time.perf_counter() - self._begin}

@@ -1,4 +1,4 @@
-"""What the candidates of held-out rows are worth, as an evaluation.
+"""Compute the evaluation of the candidates of held-out rows.
 
 Shapes:  R rows
 """
@@ -20,32 +20,32 @@ def measure(
     run: Run,
     split: Split,
     rows: Int64[np.ndarray, " R"],
-    found: Candidates,
+    candidates: Candidates,
     beams: int,
     policy: PolicyVersion,
 ) -> Evaluation:
-    """Ranks of the targets among the candidates, their metrics, and what the search cost."""
-    items = run.catalog
-    leaf_items = np.diff(items.leaf_start)
+    """Compute the ranks of the targets among the candidates, their metrics and the search cost."""
+    catalog = run.catalog
+    items_per_leaf = np.diff(catalog.leaf_start)  # number of items of each leaf
     ranks = ranking.target_ranks(
-        leaf=found.leaf,
-        start=found.start,
-        leaf_items=leaf_items[found.leaf],
-        target_leaf=items.leaf_of_item[split.target[rows]],
-        target_position=items.place_in_leaf[split.target[rows]],
+        leaf=candidates.leaf,
+        start=candidates.start,
+        leaf_items=items_per_leaf[candidates.leaf],
+        target_leaf=catalog.leaf_of_item[split.target[rows]],
+        target_position=catalog.place_in_leaf[split.target[rows]],
     )
     extra = {
         "coverage@10": ranking.coverage(
-            leaf=found.leaf, num_leaves=items.trie.num_leaves, start=found.start, k=10
+            leaf=candidates.leaf, num_leaves=catalog.trie.num_leaves, start=candidates.start, k=10
         ),
-        "diversity": ranking.diversity(path=found.node, start=found.start),
-        "short_lists": float((np.diff(found.start) < beams).mean()),
+        "diversity": ranking.diversity(path=candidates.node, start=candidates.start),
+        "short_lists": float((np.diff(candidates.start) < beams).mean()),
         **{
-            f.name: float(getattr(found.cost, f.name))
-            for f in dataclasses.fields(found.cost)
+            f.name: float(getattr(candidates.cost, f.name))
+            for f in dataclasses.fields(candidates.cost)
             if f.name != "counts"
         },
-        **{name: float(count) for name, count in found.cost.counts.items()},
+        **{name: float(count) for name, count in candidates.cost.counts.items()},
     }
     return Evaluation(
         metrics=ranking.metrics(
@@ -54,8 +54,8 @@ def measure(
         ranks=ranks,
         row=rows,
         width=beams,
-        seconds=found.cost.seconds,
+        seconds=candidates.cost.seconds,
         policy=str(policy),
-        catalog=items.digest,
+        catalog=catalog.digest,
         extra=extra,
     )

@@ -1,13 +1,13 @@
-"""Rollouts and rewards as one ordered, bounded stream of scored batches.
+"""Run rollouts and rewards as one ordered, bounded stream of scored batches.
 
 consumes     the prompts of each step, in the order of steps
-waits for    a policy young enough: step s starts once version s - max_lag has been admitted
+waits for    a recent policy: step s starts once version s - max_lag has been released
 produces     the scored trees of step 0, 1, 2, ... in that order
-unblocked by `admit`, which the main loop calls after every publication
+unblocked by `release`, which the main loop calls after every weight sync
 
-With P prompts a step, at most (max_lag + 1) P prompts are in flight, and they are consumed in
+With P prompts per step, at most (max_lag + 1) P prompts are in flight, and they are consumed in
 order; so no tree of the batch that makes version s + 1 is older than version s - max_lag. With
-max_lag = 0 step s + 1 starts only when version s + 1 is everywhere: the synchronous algorithm.
+max_lag = 0 step s + 1 starts only when all actors have version s + 1: the synchronous algorithm.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from orchard.types import PolicyVersion, ScoredTrees
 
 
 class RolloutStream:
-    """Scored batches in order. Use from one event loop; `close` when done."""
+    """Ordered stream of scored batches, for one event loop; `close` it when done."""
 
     def __init__(
         self,
@@ -29,27 +29,27 @@ class RolloutStream:
         max_lag: int,
         stop: asyncio.Event | None = None,
     ) -> None:
-        """Prepare the steps `first` up to but not including `last`; nothing runs before `admit`.
+        """Prepare the steps `first` up to but not including `last`; `release` starts them.
 
         Args:
-            rollout: the scored trees of a 0-based step.
-            first: step to begin with, the number of updates already done.
-            last: where to end.
+            rollout: function that returns the scored trees of a 0-based step.
+            first: first step, the number of updates already done.
+            last: end of the steps, exclusive.
             max_lag: versions that a tree may be behind the update that uses it.
-            stop: ends the stream, whatever is still running.
+            stop: event that ends the stream, even while steps are running.
         """
         self._rollout, self._next, self._last, self._max_lag = rollout, first, last, max_lag
         self._stop = stop or asyncio.Event()
         self._running: deque[asyncio.Task[ScoredTrees]] = deque()
 
     def release(self, policy: PolicyVersion) -> None:
-        """Start every step that this version is young enough for."""
+        """Start every step whose lag bound this version satisfies."""
         while self._next < self._last and self._next <= policy.step + self._max_lag:
             self._running.append(asyncio.ensure_future(self._rollout(self._next)))
             self._next += 1
 
     async def __aiter__(self) -> AsyncIterator[ScoredTrees]:
-        """Each batch as soon as it and all before it are ready; ends early once `stop` is set."""
+        """Yield each batch when it and all before it are ready; end early once `stop` is set."""
         stopped = asyncio.ensure_future(self._stop.wait())
         try:
             while self._running and not self._stop.is_set():
@@ -63,7 +63,7 @@ class RolloutStream:
             stopped.cancel()
 
     async def close(self) -> None:
-        """Cancel what is still running and wait until it is gone."""
+        """Cancel all running steps and wait until they have ended."""
         for task in self._running:
             task.cancel()
         await asyncio.gather(*self._running, return_exceptions=True)

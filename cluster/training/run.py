@@ -1,4 +1,4 @@
-"""Everything that can be checked before an actor starts: the data, the policy, the run folder."""
+"""Load and check the data, the policy and the run folder before any actor starts."""
 
 import logging
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from cluster.actors.session import address_of
 from cluster.training import text_policy
 from orchard import config
-from orchard.catalog import catalog
+from orchard.catalog import catalog as catalogs
 from orchard.catalog.catalog import Catalog
 from orchard.data import rationales
 from orchard.data.prompts import Split, read_split
@@ -27,16 +27,13 @@ from orchard.scorers import prefix_critic
 from orchard.scorers.prefix_critic import PrefixCritic
 from orchard.settings import Config, DataConfig
 from rewards.context import RewardContext
-from rewards.score import check_rewards as check_rewards
-from rewards.score import preload
+from rewards.score import check_rewards, preload
 from rewards.transition_counts import TransitionCounts, count_transitions
 from rollout.engine.availability import check_vllm
 from rollout.search.ved.search import check_budget
 
 Phase = Literal["sft", "train", "evaluate"]
 
-# What may differ between a run and its continuation: how long it goes on, who computes it and how
-# it is looked at, but not what an update is.
 MAY_CHANGE = (
     "output", "data.path", "sft.epochs", "sft.minutes", "sft.patience", "learner.steps",
     "rollout.actors", "rollout.max_restarts", "rollout.timeout_s", "rollout.start_timeout_s",
@@ -44,13 +41,15 @@ MAY_CHANGE = (
     "rewards.max_restarts", "learner.threads", "learner.max_failures", "learner.timeout_s",
     "learner.start_timeout_s", "evaluate.", "checkpoint.", "cluster.", "serve.",
 )  # fmt: skip
-# And what a warm start has no use for: it may still change until RL has left a checkpoint.
+"""Settings that may differ between a run and its continuation: duration, resources and evaluation,
+but nothing that changes an update."""
 OF_RL = ("learner.", "rollout.", "rewards.", "critic.")
+"""Settings that SFT does not use, which may change until RL has written a checkpoint."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A checked configuration with its data in memory."""
+    """Checked configuration of a run with its data in memory."""
 
     config: Config
     phase: Phase
@@ -58,38 +57,38 @@ class Run:
     text_tokenizer: PreTrainedTokenizerBase
     tokenizer: ItemTokenizer
     policy: Path
-    """Folder of the policy to start from; made by `open_folder` where it is new."""
+    """Folder of the policy to start from; `open_run_dir` creates a new one."""
     train: Split
     valid: Split
     test: Split
     traces: TokenizedRationales | None = None
-    """Rationales of the train rows, where the warm start teaches to think."""
+    """Rationales of the train rows, if SFT teaches thinking."""
     tasks: SftTasks | None = None
-    """What the warm start of a text model teaches."""
+    """SFT tasks of a text model."""
     base: Path | None = None
-    """Folder of the text model that is to grow into `policy`."""
+    """Folder of the text model that `policy` is created from by resizing."""
 
     @property
     def dir(self) -> Path:
-        """Folder of everything that the run writes."""
+        """Folder of all output of the run."""
         return self.config.run_dir
 
     @property
     def result(self) -> Path:
-        """Where the phase leaves its policy."""
+        """Folder of the policy that the phase writes."""
         return self.dir / ("warm_start" if self.phase == "sft" else "policy")
 
     @cached_property
     def embedding(self) -> Float32[np.ndarray, "I E"] | None:
-        """Of each item, where the data set has embeddings."""
+        """Embedding of each item; None if the data set has no embeddings."""
         data = self.config.data
         if data.embeddings is None:
             return None
-        return catalog.read_embeddings(data.path / data.embeddings, self.catalog)
+        return catalogs.read_embeddings(data.path / data.embeddings, self.catalog)
 
     @cached_property
     def knowledge(self) -> RewardContext:
-        """What rewards may look up."""
+        """Data that rewards look up."""
         return RewardContext(
             catalog=self.catalog,
             settings=self.config.rewards,
@@ -101,21 +100,21 @@ class Run:
 
     @cached_property
     def transitions(self) -> TransitionCounts | None:
-        """What followed what in the training rows, where a reward asks for it."""
-        rewards, items, rows = self.config.rewards, self.catalog, self.train
+        """Transition counts of the training rows; None if no reward uses them."""
+        rewards, catalog, rows = self.config.rewards, self.catalog, self.train
         if "transition" not in rewards.weights:
             return None
         return count_transitions(
-            items.leaf_of_item[rows.history],
+            catalog.leaf_of_item[rows.history],
             rows.history_start,
-            items.leaf_of_item[rows.target],
-            num_leaves=items.trie.num_leaves,
+            catalog.leaf_of_item[rows.target],
+            num_leaves=catalog.trie.num_leaves,
             decay=rewards.transition.decay,
         )
 
     @cached_property
     def critic(self) -> PrefixCritic | None:
-        """What guides the search of a training run, where that is a critic."""
+        """Prefix critic that guides the training searches; None if the search uses none."""
         settings = self.config
         if (
             self.phase != "train"
@@ -128,14 +127,14 @@ class Run:
         )
 
     def with_phase(self, phase: Phase, policy: Path) -> "Run":
-        """The same data and configuration in a later phase, which begins with that policy."""
+        """Return the run in another phase that starts from `policy`."""
         return replace(self, phase=phase, policy=policy)
 
 
 def check_engines(settings: Config, phase: Phase) -> None:
-    """Raise EngineError if vLLM is to run on this machine and cannot; of a cluster we know nothing.
+    """Raise EngineError if vLLM is needed on this machine and cannot run; skip remote clusters.
 
-    A machine without it would otherwise say so only when the first actor starts.
+    Without this check the error would appear only when the first actor starts.
     """
     if address_of(settings.cluster) is not None:
         return
@@ -147,16 +146,16 @@ def check_engines(settings: Config, phase: Phase) -> None:
 
 
 def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Run:
-    """Read and check all that the run needs; starts nothing and writes nothing.
+    """Load and check everything that the run needs, without starting or writing anything.
 
     Args:
-        settings: the resolved run.
-        phase: what is to be done.
-        policy: folder to start from; by default the one that the phase continues.
+        settings: resolved configuration of the run.
+        phase: phase to prepare.
+        policy: folder to start from; by default the policy that the phase continues.
 
     Raises:
         ConfigError, DataError, CatalogError, CheckpointError: one sentence each.
-        EngineError: vLLM is to run on this machine and cannot.
+        EngineError: vLLM is needed on this machine and cannot run.
     """
     check_rewards(settings.rewards.weights)
     check_engines(settings, phase)
@@ -166,94 +165,98 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
     if not data.path.is_dir():
         raise ConfigError(f"data.path = {data.path} is not a folder; set it to where the data is")
     policy = policy or starting_policy(settings, phase)
-    tokenizer: PreTrainedTokenizerBase | None = None
+    text_tokenizer: PreTrainedTokenizerBase | None = None
     if policy is not None:
         model.check_folder(policy)
-        tokenizer = item_tokenizer.read_tokenizer(policy)
-    if tokenizer is None and data.titles and data.title_tokens is not None:
-        tokenizer = titles.make_title_tokenizer(
+        text_tokenizer = item_tokenizer.read_tokenizer(policy)
+    if text_tokenizer is None and data.titles and data.title_tokens is not None:
+        text_tokenizer = titles.make_title_tokenizer(
             titles.read_titles(data.path / data.items), data.title_tokens
         )
-    items = read_items(data, tokenizer)
+    catalog = read_items(data, text_tokenizer)
     if policy is not None:
-        PolicyFacts.read(policy).check_catalog(items, policy)
+        PolicyFacts.read(policy).check_catalog(catalog, policy)
     splits = {
-        name: read_split([data.path / file for file in files], items, max_history=data.max_history)
+        name: read_split(
+            [data.path / file for file in files], catalog, max_history=data.max_history
+        )
         for name, files in (("train", data.train), ("valid", [data.valid]), ("test", [data.test]))
     }
     if settings.rollout.search == "ved":
-        check_budget(settings.rollout.ved, items.trie)
+        check_budget(settings.rollout.ved, catalog.trie)
     width = max(settings.rollout.group_size, settings.evaluate.beams, settings.evaluate.valid_beams)
-    if width > items.trie.num_leaves:
+    if width > catalog.trie.num_leaves:
         logging.getLogger("orchard").warning(
             "a beam of %d is wider than the catalog of %d distinct sequences: "
             "each prompt gets %d candidates",
-            width, items.trie.num_leaves, items.trie.num_leaves,
+            width, catalog.trie.num_leaves, catalog.trie.num_leaves,
         )  # fmt: skip
-    reasons = read_rationales(data, items, splits["train"]) if phase == "sft" else None
-    if tokenizer is None:
-        tokenizer = new_tokenizer(settings, items, reasons)
-    grows = text_policy.add_instruction(settings, tokenizer, items, policy)
-    tokens, traces = item_tokenizer.make_item_tokenizer(tokenizer, items), None
+    reasons = read_rationales(data, catalog, splits["train"]) if phase == "sft" else None
+    if text_tokenizer is None:
+        text_tokenizer = new_tokenizer(settings, catalog, reasons)
+    grows = text_policy.add_instruction(settings, text_tokenizer, catalog, policy)
+    tokenizer, traces = item_tokenizer.make_item_tokenizer(text_tokenizer, catalog), None
     if settings.thinks:
-        tokens = replace(tokens, think=item_tokenizer.think_tokens(tokenizer))
+        tokenizer = replace(tokenizer, think=item_tokenizer.think_tokens(text_tokenizer))
     if reasons is not None:
         traces = rationales.tokenize_rationales(
-            reasons, tokenizer, cap=settings.rollout.think.block_tokens
+            reasons, text_tokenizer, cap=settings.rollout.think.block_tokens
         )
-    text_policy.check_adapters(settings, tokens, policy)
-    lessons = None
+    text_policy.check_adapters(settings, tokenizer, policy)
+    tasks = None
     if phase == "sft":
-        lessons = text_policy.sft_tasks(settings, tokenizer, tokens, splits["train"], policy)
+        tasks = text_policy.sft_tasks(settings, text_tokenizer, tokenizer, splits["train"], policy)
     run = Run(
         config=settings,
         phase=phase,
-        catalog=items,
-        text_tokenizer=tokenizer,
-        tokenizer=tokens,
+        catalog=catalog,
+        text_tokenizer=text_tokenizer,
+        tokenizer=tokenizer,
         policy=settings.run_dir / "scratch" if policy is None or grows else policy,
         traces=traces,
-        tasks=lessons,
+        tasks=tasks,
         base=policy if grows else None,
         **splits,
     )
     if phase == "train":
         preload(settings.rewards.weights, run.knowledge)
-        _ = run.critic  # read now: its errors are to come before an actor starts
+        _ = run.critic  # loaded now, so that its errors appear before an actor starts
     return run
 
 
-def read_rationales(data: DataConfig, items: Catalog, train: Split) -> list[RationaleBlocks] | None:
-    """Of the train rows, from their column or made from titles; None where none are asked for."""
+def read_rationales(
+    data: DataConfig, catalog: Catalog, train: Split
+) -> list[RationaleBlocks] | None:
+    """Load the rationales of the train rows, or make them from titles; None if not configured."""
     if data.rationales is not None:
         files = [data.path / file for file in data.train]
-        return rationales.read(files, data.rationales, items.trie.depth)
+        return rationales.read(files, data.rationales, catalog.trie.depth)
     if data.rationale_template is not None:
-        return rationales.from_titles(items, train, template=data.rationale_template)
+        return rationales.from_titles(catalog, train, template=data.rationale_template)
     return None
 
 
 def new_tokenizer(
-    settings: Config, items: Catalog, reasons: list[RationaleBlocks] | None
+    settings: Config, catalog: Catalog, reasons: list[RationaleBlocks] | None
 ) -> PreTrainedTokenizerBase:
-    """Of a new policy; one that knows text keeps what it was made with when its run goes on."""
+    """Return the tokenizer of a new policy; a text tokenizer of a continued run is reused."""
     if reasons is None and settings.prompt.history is None:
-        return item_tokenizer.compact_tokenizer(items)
+        return item_tokenizer.compact_tokenizer(catalog)
     scratch = settings.run_dir / "scratch"
     if scratch.is_dir():
         return item_tokenizer.read_tokenizer(scratch)
-    asked = settings.prompt
-    texts = [block for blocks in reasons or [items.title] for block in blocks]
-    if asked.history is not None:
-        texts += [asked.history, asked.separator, asked.titles, asked.title, asked.item]
-    return rationales.text_tokenizer(items, texts, size=settings.model.text_tokens)
+    prompt = settings.prompt
+    texts = [block for blocks in reasons or [catalog.title] for block in blocks]
+    if prompt.history is not None:
+        texts += [prompt.history, prompt.separator, prompt.titles, prompt.title, prompt.item]
+    return rationales.text_tokenizer(catalog, texts, size=settings.model.text_tokens)
 
 
 def read_items(data: DataConfig, tokenizer: PreTrainedTokenizerBase | None) -> Catalog:
-    """The items, as semantic IDs or as titles in the tokens of the policy to start from."""
+    """Load the items as semantic IDs, or as titles in the tokens of the initial policy."""
     path = data.path / data.items
     if not data.titles:
-        return catalog.read(path, level_size=data.level_size, varying_depth=data.varying_depth)
+        return catalogs.read(path, level_size=data.level_size, varying_depth=data.varying_depth)
     if tokenizer is None:
         raise ConfigError(
             "data.titles = true needs a policy whose tokens the titles are written in; "
@@ -263,29 +266,33 @@ def read_items(data: DataConfig, tokenizer: PreTrainedTokenizerBase | None) -> C
 
 
 def starting_policy(settings: Config, phase: Phase) -> Path | None:
-    """The folder to start from; None where a policy is to be made from scratch."""
-    warm = settings.run_dir / "warm_start"
-    if phase != "sft" and warm.is_dir():
-        return warm
+    """Return the folder of the initial policy; None to create one from scratch."""
+    sft_policy = settings.run_dir / "warm_start"
+    if phase != "sft" and sft_policy.is_dir():
+        return sft_policy
     if settings.model.path is not None:
         return settings.model.path
     if phase != "sft":
         raise ConfigError(
-            f"there is no policy to improve: {warm} does not exist and model.path is not set; "
-            "run `orchard sft` first, or set model.path"
+            f"there is no policy to improve: {sft_policy} does not exist and model.path is not "
+            "set; run `orchard sft` first, or set model.path"
         )
     return None
 
 
 def check_unchanged(settings: Config, phase: Phase) -> None:
-    """Refuse to continue a run under a configuration that computes something else."""
+    """Raise ConfigError if a run would continue under settings that compute something else."""
     path = settings.run_dir / "config.toml"
     if not path.is_file():
         return
-    begins = phase == "train" and not (settings.run_dir / "checkpoints" / "learner-train").exists()
-    may = MAY_CHANGE + OF_RL if begins else MAY_CHANGE
+    rl_starts = (
+        phase == "train" and not (settings.run_dir / "checkpoints" / "learner-train").exists()
+    )
+    may_change = MAY_CHANGE + OF_RL if rl_starts else MAY_CHANGE
     changed = [
-        line for line in config.differences(config.load(path), settings) if not line.startswith(may)
+        line
+        for line in config.differences(config.load(path), settings)
+        if not line.startswith(may_change)
     ]
     if changed:
         raise ConfigError(

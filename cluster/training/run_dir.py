@@ -1,4 +1,4 @@
-"""The folder of a run, and the policies written into it."""
+"""Create the folder of a run, and read and write the policies in it."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from orchard.types import PolicyVersion
 
 
 def open_run_dir(run: Run) -> None:
-    """Make the run folder: the resolved configuration and, for a new policy, its first weights."""
+    """Create the run folder with the resolved configuration and, for a new policy, its weights."""
     try:
         run.dir.mkdir(parents=True, exist_ok=True)
         if run.phase != "evaluate":
@@ -26,10 +26,10 @@ def open_run_dir(run: Run) -> None:
         ) from error
     if run.policy == run.dir / "scratch" and not run.policy.is_dir():
         if run.base is not None:
-            fresh = text_policy.load_resized(run.base, run.tokenizer, seed=run.config.seed)
+            initial = text_policy.load_resized(run.base, run.tokenizer, seed=run.config.seed)
         else:
-            fresh = model.create(run.config.model, run.tokenizer, seed=run.config.seed)
-        _as_policy(run, fresh, PolicyVersion(step=0, digest=""), {}).save(run.policy)
+            initial = model.create(run.config.model, run.tokenizer, seed=run.config.seed)
+        _as_policy(run, initial, PolicyVersion(step=0, digest=""), {}).save(run.policy)
 
 
 def save_policy(

@@ -1,23 +1,24 @@
-"""A few prompts and what was found for them, for people to look at.
+"""Save search trees of a few prompts for inspection in the report.
 
-Kept as `examples.json` in the run folder. One file holds a list with, for each example,
+The examples are written to `examples.json` in the run folder; `cluster.report.examples` reads them.
+The file holds a list with, for each example,
 
     row         of the validation split            history, target      names of items, oldest first
     node        parent (-1 at the root), step, name, score (log-probability from the prompt on),
-                value (null where there is none), beam (if a beam of as many candidates holds it)
+                value (null where there is none), beam (whether a beam of as many candidates has it)
     candidate   node, name of the item, score, reward
 
 Shapes:  B prompts   N nodes   C candidates
 """
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float64, Int64
 
+from cluster.report.examples import FILE
 from cluster.training.controller import Controller
 from orchard.catalog.catalog import Catalog
 from orchard.folders import atomic_write
@@ -26,60 +27,60 @@ from orchard.types import ScoredTrees, SearchTrees
 from rewards.registry import RewardContext
 from rewards.rule import prefix
 
-FILE = "examples.json"
-_LOOKED_THROUGH = 64
-"""Validation rows that examples are chosen from."""
-_TITLE = 60
-"""Characters of a title that are shown."""
+_NUM_SEARCHED = 64
+"""Number of validation rows that examples are selected from."""
+_TITLE_LENGTH = 60
+"""Maximum number of characters of a title."""
 
 
 async def save_search_examples(controller: Controller) -> None:
-    """Search some validation rows as the training does, and keep the most telling ones."""
+    """Search some validation rows as in training, and save the most informative ones."""
     run = controller.run
-    rows = np.arange(min(_LOOKED_THROUGH, len(run.valid)))
+    rows = np.arange(min(_NUM_SEARCHED, len(run.valid)))
     if len(rows) == 0:
         return
     kind = run.config.rollout.search
-    found = await controller.search(run.valid, rows, seed=run.config.seed, kind=kind)
-    beams = found
+    scored = await controller.search(run.valid, rows, seed=run.config.seed, kind=kind)
+    beams = scored
     if kind != "beam":
         beams = await controller.search(run.valid, rows, seed=run.config.seed, kind="beam")
-    shown = pick_examples(found, run.catalog)
-    examples = [describe(found, beams.trees, int(at), run.catalog) for at in shown]
+    shown = pick_examples(scored, run.catalog)
+    examples = [
+        describe(scored, beams.trees, int(prompt_index), run.catalog) for prompt_index in shown
+    ]
     atomic_write(run.dir / FILE, json.dumps(examples) + "\n")
 
 
-def read_examples(run_dir: Path) -> list[dict[str, Any]]:
-    """The kept examples, none where there are none; raises ValueError on a damaged file."""
-    path = run_dir / FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-
-
 def pick_examples(scored: ScoredTrees, catalog: Catalog) -> Int64[np.ndarray, " B"]:
-    """The prompts whose target was found furthest down the list, two of them, and one near miss."""
+    """Select the two hits with the lowest-ranked targets and the nearest miss."""
     trees = scored.trees
-    common = prefix(trees, RewardContext(catalog=catalog))
+    common = prefix(trees, RewardContext(catalog=catalog))  # shared prefix with the target, 0 to 1
     hit = np.flatnonzero(common == 1)
-    found, first = np.unique(trees.prompt_of_candidate[hit], return_index=True)
-    lowest_first = found[np.argsort(-trees.rank[hit[first]], kind="stable")]
-    closeness = np.zeros(len(trees))
+    # Prompts whose target is among their candidates, and the first such candidate of each.
+    hit_prompt, first = np.unique(trees.prompt_of_candidate[hit], return_index=True)
+    lowest_first = hit_prompt[np.argsort(-trees.rank[hit[first]], kind="stable")]
+    closeness = np.zeros(len(trees))  # longest shared prefix of each prompt
     np.maximum.at(closeness, trees.prompt_of_candidate, common)
-    missed = np.setdiff1d(np.arange(len(trees)), found)
+    missed = np.setdiff1d(np.arange(len(trees)), hit_prompt)
     nearest_first = missed[np.argsort(-closeness[missed], kind="stable")]
     return np.concatenate([lowest_first[:2], nearest_first[:1]])
 
 
-def describe(scored: ScoredTrees, beams: SearchTrees, at: int, catalog: Catalog) -> dict[str, Any]:
-    """The tree of prompt `at` in plain words and numbers; `beams` has what a beam found for it."""
-    tree, held = (trees.select(np.array([at])) for trees in (scored.trees, beams))
-    in_beam: Bool[np.ndarray, " N"] = np.isin(tree.state, held.state)
+def describe(
+    scored: ScoredTrees, beams: SearchTrees, prompt_index: int, catalog: Catalog
+) -> dict[str, Any]:
+    """Describe the tree of a prompt as JSON values; `beams` holds the beam search trees."""
+    tree, beam_tree = (trees.select(np.array([prompt_index])) for trees in (scored.trees, beams))
+    # Whether the beam search contains the prefix of each node.
+    in_beam: Bool[np.ndarray, " N"] = np.isin(tree.state, beam_tree.state)
     score = _scores(tree)
     value = tree.value if tree.value is not None else np.full(len(score), np.nan)
-    reward = scored.reward[slice(*scored.trees.candidate_start[at : at + 2].tolist())]
+    bounds = scored.trees.candidate_start[prompt_index : prompt_index + 2].tolist()
+    reward = scored.reward[slice(*bounds)]
     item = catalog.item_of_leaf[catalog.leaf_start[tree.leaf]]
     return {
         "row": int(tree.prompts.id[0]),
-        "history": [_item_name(catalog, one) for one in tree.prompts.history.tolist()],
+        "history": [_item_name(catalog, item_row) for item_row in tree.prompts.history.tolist()],
         "target": _item_name(catalog, int(tree.prompts.target[0])),
         "node": [
             {
@@ -105,31 +106,35 @@ def describe(scored: ScoredTrees, beams: SearchTrees, at: int, catalog: Catalog)
 
 
 def _scores(trees: SearchTrees) -> Float64[np.ndarray, " N"]:
-    """Log-probability of each prefix given its prompt."""
+    """Compute the log-probability of each prefix given its prompt."""
     total = np.concatenate([[0.0], np.cumsum(trees.logprob, dtype=np.float64)])
-    score = np.diff(total[trees.token_start])
+    score = np.diff(total[trees.token_start])  # log-probability of the tokens of each node
     for step in range(2, int(trees.step.max(initial=0)) + 1):
-        at = np.flatnonzero(trees.step == step)
-        score[at] += score[trees.parent[at]]
+        nodes = np.flatnonzero(trees.step == step)
+        score[nodes] += score[trees.parent[nodes]]
     return score
 
 
 def _code_name(tree: SearchTrees, node: int, catalog: Catalog) -> str:
+    """Return the displayed name of the last code of a node."""
     if tree.step[node] == 0:
         return "prompt"
     if tree.state[node] == SearchTrees.FREE_TEXT:
         return "thought"
     state = torch.from_numpy(tree.state[node : node + 1])
-    level = int(catalog.trie.depth_of(state)) - 1  # blocks of thought count as steps, too
+    # The level is not the step, since thought blocks count as steps.
+    level = int(catalog.trie.depth_of(state)) - 1
     return sid_token(level, int(catalog.trie.code[state])).strip("<>")
 
 
 def _item_name(catalog: Catalog, item: int) -> str:
-    """The semantic ID, and the title where it is known."""
+    """Return the semantic ID and the shortened title of an item; the title alone for titles."""
     codes = [int(code) for code in catalog.plain_codes[item] if code >= 0]
     title = catalog.title[item]
-    short = title if len(title) <= _TITLE else f"{title[: _TITLE - 1]}\N{HORIZONTAL ELLIPSIS}"
+    short = title
+    if len(title) > _TITLE_LENGTH:
+        short = f"{title[: _TITLE_LENGTH - 1]}\N{HORIZONTAL ELLIPSIS}"
     if catalog.code_token:
         return short
-    spelt = " ".join(sid_token(level, one).strip("<>") for level, one in enumerate(codes))
-    return f"{spelt}  {short}".strip()
+    spelled = " ".join(sid_token(level, code).strip("<>") for level, code in enumerate(codes))
+    return f"{spelled}  {short}".strip()

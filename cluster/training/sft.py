@@ -1,4 +1,4 @@
-"""The supervised warm start: epochs over user sequences, the best of them kept."""
+"""Run SFT: epochs over user sequences, of which the best policy is kept."""
 
 import time
 
@@ -14,9 +14,9 @@ from orchard.types import PolicyVersion
 
 
 async def sft(controller: Controller) -> PolicyVersion:
-    """Train until the epochs, the minutes or the patience run out; returns the last version.
+    """Train until the limit of epochs, minutes or patience, and return the last version.
 
-    The exported policy is the one of the epoch that ranks the validation rows best.
+    The exported policy is that of the epoch with the best validation score.
     """
     run, settings = controller.run, controller.run.config.sft
     policy = await controller.learner.start()
@@ -31,14 +31,14 @@ async def sft(controller: Controller) -> PolicyVersion:
             and since_best < settings.patience
             and not 0 < settings.minutes <= elapsed_s / 60
         ):
-            begin = time.perf_counter()
+            start = time.perf_counter()
             update = await controller.learner.epoch()
             policy, before = update.policy, best_checkpoint.best
             await controller.sync_weights(policy, controller.learner.weights)
             metrics = {f"sft/{name}": value for name, value in update.metrics.items()}
             metrics |= await best_checkpoint.evaluate_and_keep()
             since_best = 0 if best_checkpoint.best > before else since_best + 1
-            elapsed_s += time.perf_counter() - begin
+            elapsed_s += time.perf_counter() - start
             controller.metrics_logger.log(
                 "sft", policy.step, metrics | {"sft/elapsed_s": elapsed_s}
             )
@@ -50,7 +50,7 @@ async def sft(controller: Controller) -> PolicyVersion:
 
 
 def progress_so_far(run: Run) -> tuple[int, float]:
-    """Epochs since the best one, and seconds spent, as the metrics logger has them."""
+    """Return the epochs since the best one and the seconds spent, from the logged metrics."""
     path = run.dir / FILE
     log = read_metrics(path).get("sft", {}) if path.is_file() else {}
     scores, elapsed = log.get(f"evaluate/{SCORE}"), log.get("sft/elapsed_s")

@@ -1,4 +1,4 @@
-"""What a run with a text model adds before anything starts: tokens, instruction, tasks."""
+"""Prepare a run with a text model: add tokens, the instruction and the SFT tasks."""
 
 from pathlib import Path
 from typing import cast
@@ -21,9 +21,9 @@ from orchard.settings import Config
 
 
 def add_instruction(
-    settings: Config, tokenizer: PreTrainedTokenizerBase, items: Catalog, policy: Path | None
+    settings: Config, tokenizer: PreTrainedTokenizerBase, catalog: Catalog, policy: Path | None
 ) -> bool:
-    """Give the tokenizer the items' tokens and the instruction; if it lacked any of the tokens.
+    """Add the item tokens and the instruction to a tokenizer; return whether tokens were new.
 
     Raises:
         CatalogError, ConfigError, DataError: one sentence each.
@@ -31,10 +31,10 @@ def add_instruction(
     template = settings.prompt.history
     if template is None:
         return False
-    added = token_embeddings.add_tokens(tokenizer, items, tags=settings.thinks)
-    room = positions(policy) - items.trie.depth
-    if settings.thinks:  # a block for each code, with both tags
-        room -= items.trie.depth * (settings.rollout.think.block_tokens + 1)
+    added = token_embeddings.add_tokens(tokenizer, catalog, tags=settings.thinks)
+    room = positions(policy) - catalog.trie.depth
+    if settings.thinks:  # a block per code, with both tags
+        room -= catalog.trie.depth * (settings.rollout.think.block_tokens + 1)
     if room < 1:
         raise ConfigError(
             f"an answer leaves {room} of the policy's {positions(policy)} positions to its prompt; "
@@ -55,7 +55,7 @@ def sft_tasks(
     train: Split,
     policy: Path | None,
 ) -> SftTasks | None:
-    """What the warm start of a text model teaches; None where it is shown rationales instead."""
+    """Build the SFT tasks of a text model; None if SFT trains on rationales instead."""
     if settings.prompt.history is None or settings.teaches_thinking:
         return None
     return build_sft_tasks(
@@ -69,28 +69,30 @@ def sft_tasks(
 
 
 def check_adapters(settings: Config, item_tokenizer: ItemTokenizer, policy: Path | None) -> None:
-    """Raise ConfigError where the policy cannot have the adapters that the run asks for."""
+    """Raise ConfigError if the policy does not support the configured LoRA adapters."""
     if settings.model.lora.rank == 0:
         return
     with torch.device("meta"):
         if policy is None:
-            made = model.create(settings.model, item_tokenizer, seed=0)
+            network = model.create(settings.model, item_tokenizer, seed=0)
         else:
-            known = AutoConfig.from_pretrained(policy)
-            made = cast(PreTrainedModel, AutoModelForCausalLM.from_config(known))
-    lora.check(made, settings.model.lora)
+            model_config = AutoConfig.from_pretrained(policy)
+            network = cast(PreTrainedModel, AutoModelForCausalLM.from_config(model_config))
+    lora.check(network, settings.model.lora)
 
 
 def positions(policy: Path | None) -> int:
-    """Tokens of the longest text that a policy reads and writes."""
+    """Return the maximum number of positions of a policy."""
     if policy is None:
         return model.POSITIONS
     return int(getattr(AutoConfig.from_pretrained(policy), "max_position_embeddings", 1 << 30))
 
 
 def load_resized(base: Path, tokenizer: ItemTokenizer, *, seed: int) -> PreTrainedModel:
-    """The text model of a folder with a row of its embeddings for each token of the policy."""
+    """Load a text model, with its token embeddings resized to the policy's tokens."""
     policy = model.load(base)
-    known = len(read_tokenizer(base))
-    token_embeddings.resize_embeddings(policy, known=known, size=tokenizer.size, seed=seed)
+    num_base_tokens = len(read_tokenizer(base))
+    token_embeddings.resize_embeddings(
+        policy, known=num_base_tokens, size=tokenizer.size, seed=seed
+    )
     return policy

@@ -1,4 +1,4 @@
-"""What is shown while a run works, and when it is done."""
+"""Progress of a run on the console, and its closing table."""
 
 import io
 
@@ -12,7 +12,7 @@ from orchard.evaluation.ranking import Evaluation, TargetRanks
 
 
 class Clock:
-    """Time that passes when told to."""
+    """Clock that advances on request."""
 
     def __init__(self) -> None:
         self.now = 100.0

@@ -21,17 +21,17 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 RULES = (ROOT / "cluster" / "monitoring" / "rules.yml").read_text()
 MINUTE_S = 0.5
-"""What a minute of the rules lasts here: two scrapes."""
+"""Seconds that stand for one minute of the rules: two scrapes."""
 
 NOT_HERE = {
     "ray_": "Ray's node agents and Ray Serve export these; neither is part of this test",
     "> 0": "shows failures alone, and the run that is shown has none",
 }
-"""Expressions that find nothing, by what is in them, and why."""
+"""Parts of expressions without results here, and the reason."""
 
 
 class Searching:
-    """A pool as the exporter sees it."""
+    """Fake pool with the state that the exporter reads."""
 
     def __init__(self) -> None:
         self.restarts = self.waiting = 0
@@ -44,7 +44,7 @@ class Searching:
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Iterator[dict[str, tuple[Exporter, Searching]]]:
-    """Exporters of a run that goes well and of one that does not."""
+    """Exporters of a healthy and of a failing run."""
     made: dict[str, tuple[Exporter, Searching]] = {}
     with closing(Exporter("good")) as good, closing(Exporter("bad")) as bad:
         for exporter, name in ((good, "good"), (bad, "bad")):
@@ -57,7 +57,7 @@ def runs(tmp_path: Path) -> Iterator[dict[str, tuple[Exporter, Searching]]]:
 
 
 def everything(value: float) -> dict[str, float]:
-    """All that a run may log."""
+    """Return all metrics that a run may log."""
     labels = {"phase": "learn", "part": "rule", "metric": "ndcg", "k": "10", "level": "sid"}
     logged = [m.logged.format(**labels) for m in METRICS if m.logged]
     sound = {"learner/logprob_gap": 1e-6, "rollout/lag_versions": 0.0}
@@ -66,7 +66,7 @@ def everything(value: float) -> dict[str, float]:
 
 
 def shortened(text: str) -> str:
-    """Rules with every span of time cut down alike."""
+    """Return the rules with all durations scaled down."""
 
     def cut(found: re.Match[str]) -> str:
         minutes = int(found[1]) * (60 if found[2] == "h" else 1)

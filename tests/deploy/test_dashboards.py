@@ -1,4 +1,4 @@
-"""Dashboards, rules and runbooks, as far as that goes without Grafana."""
+"""Dashboards, rules and runbooks, without Grafana."""
 
 import json
 import re
@@ -31,16 +31,16 @@ def expressions(file: Path) -> list[str]:
 
 
 def known(name: str) -> bool:
-    """Is it a series of the catalog, or of Ray, histograms included?"""
-    whole = {m.name for m in METRICS if m.kind != "histogram"} | OTHERS.keys()
-    whole |= {f"ray_{n}_total" for n in metrics.COUNTERS} | {f"ray_{n}" for n in metrics.GAUGES}
+    """Return whether a series is defined by Orchard or Ray, including histogram series."""
+    defined = {m.name for m in METRICS if m.kind != "histogram"} | OTHERS.keys()
+    defined |= {f"ray_{n}_total" for n in metrics.COUNTERS} | {f"ray_{n}" for n in metrics.GAUGES}
     parts = re.fullmatch(r"(.*)_(bucket|sum|count)", name)
     histograms = {m.name for m in METRICS if m.kind == "histogram"} | {
         "ray_serve_http_request_latency_ms",
         "ray_serve_deployment_processing_latency_ms",
         *(f"ray_{n}" for n in metrics.HISTOGRAMS),
     }
-    return name in whole or (parts is not None and parts[1] in histograms)
+    return name in defined or (parts is not None and parts[1] in histograms)
 
 
 def test_there_is_a_file_for_each_board() -> None:
@@ -63,13 +63,13 @@ def test_panels_are_whole_and_do_not_overlap(file: Path) -> None:
     ids = [panel["id"] for panel in board["panels"]]
     assert len(set(ids)) == len(ids)
     for panel in board["panels"]:
-        at = panel["gridPos"]
+        cell = panel["gridPos"]
         cells = {
             (x, y)
-            for x in range(at["x"], at["x"] + at["w"])
-            for y in range(at["y"], at["y"] + at["h"])
+            for x in range(cell["x"], cell["x"] + cell["w"])
+            for y in range(cell["y"], cell["y"] + cell["h"])
         }
-        assert at["x"] + at["w"] <= WIDTH
+        assert cell["x"] + cell["w"] <= WIDTH
         assert not cells & taken, panel["title"]
         taken |= cells
         assert panel["description"]

@@ -1,4 +1,4 @@
-"""Kubernetes manifests and containers, as far as that goes without a cluster."""
+"""Kubernetes manifests and containers, without a cluster."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -35,7 +35,7 @@ def groups(name: str) -> Iterator[dict[str, Any]]:
 
 
 def strict(schema: dict[str, Any]) -> dict[str, Any]:
-    """A CRD's schema as JSON Schema that refuses unknown fields."""
+    """Convert a CRD's schema to a JSON Schema that rejects unknown fields."""
     made = {key: value for key, value in schema.items() if not key.startswith("x-kubernetes")}
     if schema.get("x-kubernetes-int-or-string"):
         return {"anyOf": [{"type": "integer"}, {"type": "string"}]}

@@ -290,9 +290,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def interface(lines: Sequence[str]) -> list[str]:
     """Usage, commands, arguments and options of a help text; what it says of them is prose."""
-    return [
-        word for line in lines if (word := line if line.startswith("Usage") else named(line)) != ""
-    ]
+    lists = next(i for i, line in enumerate(lines) if line in ("Arguments:", "Options:"))
+    words = [named(line) for line in lines[lists:]]  # the paragraphs above are prose, too
+    return [lines[0], *(word for word in words if word)]
 
 
 def named(line: str) -> str:

@@ -1,4 +1,4 @@
-"""The command line, but in the middle of one phase of one step something kills the driver.
+"""Run the command line, and kill the driver in the middle of one phase of one step.
 
     python dying.py PHASE STEP train RUN.toml ...
 

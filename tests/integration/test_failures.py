@@ -1,4 +1,4 @@
-"""What may die, hang or lie, and what a run then comes to: the same weights, or a plain error."""
+"""Failures, timeouts and wrong answers in a run, which ends with the same weights or an error."""
 
 import asyncio
 import os
@@ -48,7 +48,7 @@ on_ray = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluste
 
 @pytest.fixture(scope="module")
 def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five steps on the torch engine, saved after each."""
+    """Run file of five steps on the torch engine, with a checkpoint after each."""
     folder = tmp_path_factory.mktemp("world")
     write_world(folder / "data", WORLD)
     path = folder / "run.toml"
@@ -68,7 +68,7 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def begin(run_file: Path, *changes: str) -> Run:
-    """A run whose folder is as a warm start leaves it, but with random weights."""
+    """Create a run whose SFT policy has random weights."""
     settings: Config = config.load(run_file, changes)
     begun = prepare(settings, "sft")
     open_run_dir(begun)
@@ -78,7 +78,7 @@ def begin(run_file: Path, *changes: str) -> Run:
 
 
 def run_of(run_file: Path, name: str) -> Run:
-    """A run that has begun already."""
+    """Load a run that has started already."""
     return prepare(config.load(run_file, [f"name={name}"]), "train")
 
 
@@ -91,13 +91,13 @@ def in_a_controller(phase: Callable[[Controller], Awaitable[T]], run: Run) -> T:
 
 
 def counted(run: Run) -> dict[str, list[float]]:
-    """The metrics of a run that do not depend on time."""
+    """Return selected metrics of a run that do not depend on time."""
     log = read_metrics(run.dir / "metrics.jsonl")["train"]
     return {name: log[name].value.tolist() for name in COUNTED}
 
 
 def untimed(run: Run) -> dict[str, list[float]]:
-    """Every metric of a run's updates that the clock has no part in."""
+    """Return all metrics of a run's updates that do not depend on time."""
     log = read_metrics(run.dir / "metrics.jsonl")["train"]
     timed = ("_s", "_per_s")
     return {name: series.value.tolist() for name, series in log.items() if not name.endswith(timed)}
@@ -109,7 +109,7 @@ def checkpoint_of(run: Run, number: int) -> dict[str, Any]:
 
 
 def leaves(tree: Any, path: str = "") -> dict[str, Any]:
-    """What is in nested dictionaries and lists, by its path."""
+    """Return the values in nested dictionaries and lists by path."""
     if isinstance(tree, dict):
         pairs = [(str(key), part) for key, part in tree.items()]
     elif isinstance(tree, list | tuple):
@@ -120,17 +120,17 @@ def leaves(tree: Any, path: str = "") -> dict[str, Any]:
 
 
 def assert_same_state(run: Run, other: Run, number: int) -> None:
-    """Weights, optimiser and schedule after a job are equal bit for bit, tensor by tensor."""
-    mine, its = (leaves(checkpoint_of(one, number)) for one in (run, other))
-    assert mine.keys() == its.keys()
-    assert sum(isinstance(value, torch.Tensor) for value in mine.values()) > 20
-    for name, value in mine.items():
-        same = torch.equal(value, its[name]) if torch.is_tensor(value) else value == its[name]
+    """Assert that weights, optimizer and schedule after a job are equal bit for bit."""
+    expected, actual = (leaves(checkpoint_of(each, number)) for each in (run, other))
+    assert expected.keys() == actual.keys()
+    assert sum(isinstance(value, torch.Tensor) for value in expected.values()) > 20
+    for name, value in expected.items():
+        same = torch.equal(value, actual[name]) if torch.is_tensor(value) else value == actual[name]
         assert same, name
 
 
 class Elsewhere:
-    """Runs commands that have a Ray of their own, and leaves nothing of them behind."""
+    """Runner of commands with a separate Ray, which it cleans up."""
 
     def __init__(self) -> None:
         self.mark = uuid.uuid4().hex
@@ -148,7 +148,7 @@ class Elsewhere:
         return ended
 
     def clean(self) -> None:
-        """End what a killed driver has left, which its mark tells from all others."""
+        """Kill the processes that a killed driver has left, identified by their mark."""
         for process in psutil.process_iter():
             try:
                 mine = process.environ().get("ORCHARD_TEST") == self.mark
@@ -167,7 +167,7 @@ def elsewhere() -> Iterator[Elsewhere]:
 
 
 async def updates(run: Run, count: int) -> None:
-    """Returns once the run's metrics hold ``count`` updates of the policy."""
+    """Wait until the run's metrics contain ``count`` updates of the policy."""
 
     def done() -> int:
         phases = read_metrics(path) if path.exists() else {}
@@ -181,7 +181,7 @@ async def updates(run: Run, count: int) -> None:
 
 @pytest.fixture(scope="module")
 def twin(run_file: Path, ray_cluster: None) -> tuple[PolicyVersion, dict[str, list[float]]]:
-    """What an undisturbed run comes to."""
+    """Run without failures, as the reference."""
     run = begin(run_file, "name=twin")
     return in_a_controller(train, run), counted(run)
 
@@ -194,7 +194,7 @@ def test_storage_that_takes_no_writes_is_refused_before_any_actor(run_file: Path
 
 
 class Liar:
-    """A reward actor that does what it is told to."""
+    """Reward actor with injected faults."""
 
     def __init__(self, fault: str) -> None:
         self.fault = fault
@@ -208,7 +208,7 @@ class Liar:
 
 
 def numb(mark: Path) -> Any:
-    """Rollout actors of which the first verifies what it is sent, and goes on with what it had."""
+    """Rollout actor of which the first one verifies new weights but keeps the old ones."""
 
     class Numb(RolloutWorker):
         def load_weights(self, *arguments: Any) -> PolicyVersion:
@@ -224,7 +224,7 @@ def numb(mark: Path) -> Any:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own with room for a few checkpoints of a tiny policy."""
+    """File system with room for a few checkpoints of a tiny policy."""
     ended = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=288k", "tmpfs", str(tmp_path)],
         capture_output=True, check=False,
@@ -237,12 +237,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @ray.remote(num_cpus=8)
 class Hog:
-    """Takes the first node's CPUs, so that a run has to live on the second."""
+    """Actor that holds the first node's CPUs, so that a run must use the second."""
 
 
 @pytest.fixture
 def second_node(ray_cluster: None) -> Iterator[psutil.Process]:
-    """Another raylet of the session's Ray, beside a first one that is full."""
+    """Second raylet of the session's Ray, besides a full first one."""
     context = ray.get_runtime_context()
     here = NodeAffinitySchedulingStrategy(context.get_node_id(), soft=False)
     hog: Any = Hog.options(scheduling_strategy=here, name="hog").remote()

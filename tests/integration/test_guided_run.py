@@ -1,4 +1,4 @@
-"""A guided run from its settings to what the learner receives, without starting an actor."""
+"""A guided run from its settings to the learner's batch, without actors."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def data(data: Path) -> Path:
-    """The small world, with embeddings."""
+    """Small synthetic data set with embeddings."""
     draw, ids = np.random.default_rng(0), pq.read_table(data / "items.parquet")["item_id"]
     rows = draw.normal(size=(len(ids), 4)).tolist()
     pq.write_table(pa.table({"item_id": ids, "embedding": rows}), data / "embeddings.parquet")
@@ -62,7 +62,7 @@ def settings(data: Path, tmp_path: Path) -> Callable[..., Config]:
 
 
 def guided(settings: Config) -> Run:
-    """A run from a policy with a value head, saved as a run leaves it."""
+    """Create a run that starts from a saved policy with a value head."""
     first = prepare(settings, "sft")
     open_run_dir(first)
     policy = model.create(first.config.model, first.tokenizer, seed=0)

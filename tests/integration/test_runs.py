@@ -1,4 +1,4 @@
-"""Whole runs on a tiny world, through real Ray actors and a real Ray Train worker group."""
+"""Complete runs on a tiny data set, with real Ray actors and a real Ray Train worker group."""
 
 import asyncio
 import shutil
@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
+from cluster.report.examples import read_examples
 from cluster.training.controller import Controller, start_controller
 from cluster.training.evaluate import evaluate, evaluation_file
 from cluster.training.loop import train
 from cluster.training.run import Run, prepare
 from cluster.training.run_dir import open_run_dir, save_policy
-from cluster.training.search_examples import read_examples
 from cluster.training.sft import sft
 from orchard import config
 from orchard.catalog.catalog import load
@@ -47,7 +47,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def settings(data: Path, tmp_path: Path) -> Callable[..., Config]:
-    """A run of a few steps on the torch engine, with dotted changes."""
+    """Return the settings of a few steps on the torch engine, with dotted changes."""
     path = tmp_path / "run.toml"
     path.write_text(
         f"""
@@ -66,7 +66,7 @@ def settings(data: Path, tmp_path: Path) -> Callable[..., Config]:
 
 
 def untrained(settings: Config) -> None:
-    """A run folder as a warm start leaves it, but with random weights."""
+    """Create a run folder whose SFT policy has random weights."""
     run = prepare(settings, "sft")
     open_run_dir(run)
     first = model.create(run.config.model, run.tokenizer, seed=0)
@@ -74,7 +74,7 @@ def untrained(settings: Config) -> None:
 
 
 def in_a_controller(phase: Callable[[Controller], Awaitable[T]], run: Run) -> T:
-    """What one phase returns, with a controller of its own."""
+    """Run one phase in a new controller and return its result."""
 
     async def work() -> T:
         async with start_controller(run) as controller:
@@ -84,7 +84,7 @@ def in_a_controller(phase: Callable[[Controller], Awaitable[T]], run: Run) -> T:
 
 
 async def taught_and_improved(controller: Controller) -> PolicyVersion:
-    """Warm start, then RL from what it came to; the last version."""
+    """Run SFT, then RL from its policy, and return the last version."""
     begin = controller.run
     await sft(controller)
     await controller.start_phase(begin.with_phase("train", begin.result))

@@ -1,4 +1,4 @@
-"""A text model from its folder to an update, without starting an actor."""
+"""A text model from its folder to an update, without actors."""
 
 import json
 from collections.abc import Callable
@@ -36,7 +36,7 @@ TEMPLATE = "Bought: {history}. Next is "
 
 @pytest.fixture(scope="module")
 def language(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny text model that has never heard of semantic IDs."""
+    """Tiny text model without tokens for semantic IDs."""
     folder = tmp_path_factory.mktemp("language")
     titles = pq.read_table(data / "items.parquet")["title"].to_pylist()
     tokenizer = make_title_tokenizer([*titles, TEMPLATE], 400)
@@ -82,7 +82,7 @@ def opened(settings: Callable[..., Config]) -> Run:
 
 
 def spelled(run: Run, item: int) -> str:
-    """The code tokens of an item."""
+    """Return the code tokens of an item."""
     codes: list[int] = run.catalog.codes[item].tolist()
     return "".join(sid_token(level, code) for level, code in enumerate(codes))
 

@@ -1,4 +1,4 @@
-"""A thinking run from its settings to an update, without starting an actor."""
+"""A thinking run from its settings to an update, without actors."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -60,7 +60,7 @@ def learner(run: Run, policy: model.PreTrainedModel, *, lr: float = 1e-3) -> Tra
 
 @pytest.fixture(scope="module")
 def taught(settings: Callable[..., Config]) -> tuple[Run, list[float]]:
-    """A run that is ready for RL, and the losses of its short warm start."""
+    """Return a run that is ready for RL, and the losses of its short SFT."""
     run = prepare(settings(), "sft")
     open_run_dir(run)
     assert run.traces is not None

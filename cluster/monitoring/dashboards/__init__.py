@@ -1,1 +1,1 @@
-"""Grafana dashboards: `boards.py` says what is on them, `generate.py` writes the JSON beside it."""
+"""Grafana dashboards, defined in `boards.py`; `generate.py` writes their JSON files."""

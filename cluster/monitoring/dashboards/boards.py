@@ -1,32 +1,32 @@
-"""What is on each dashboard. Panels of one row share its width; expressions are PromQL."""
+"""Contents of the dashboards. Panels of one row share its width; expressions are PromQL."""
 
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 24, 8
-"""Columns of Grafana's grid, and rows that a panel takes."""
+"""Columns of Grafana's grid, and the height of a panel in grid rows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Graph:
-    """One panel of curves over time."""
+    """Panel of curves over time."""
 
     title: str
     about: str
     unit: str
-    """Grafana's identifier of the unit."""
+    """Grafana unit identifier."""
     curves: tuple[tuple[str, str], ...]
-    """Expression and legend of each."""
+    """Expression and legend of each curve."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Board:
-    """One dashboard."""
+    """Grafana dashboard."""
 
     uid: str
     title: str
     rows: tuple[tuple[Graph, ...], ...]
     by_run: bool = True
-    """Has the variable `$run`."""
+    """Flag for dashboards with the variable `$run`."""
 
 
 def _rate(metric: str, *by: str, only: str = "") -> str:
@@ -61,12 +61,12 @@ ROLLOUT = Board(
     title="Orchard / Rollout throughput",
     rows=(
         (
-            _graph("Prompts", "reqps", "One tree each.",
+            _graph("Prompts", "reqps", "Prompts searched per second.",
                    (_rate("orchard_prompts_total"), "{{run}}")),
-            _graph("Candidates", "cps", "Leaves of trees.",
+            _graph("Candidates", "cps", "Leaves of search trees per second.",
                    (_rate("orchard_candidates_total"), "{{run}}")),
             _graph(
-                "Forward tokens", "cps", "Through the policy while searching.",
+                "Forward tokens", "cps", "Forward passes of searches.",
                 (_rate("orchard_rollout_forward_tokens_total"), "{{run}} all"),
                 (_rate("orchard_rollout_prefill_tokens_total"), "{{run}} prompts"),
             ),
@@ -77,7 +77,7 @@ ROLLOUT = Board(
                 (_rate("orchard_rollout_passes_total"), "{{run}}"),
             ),
             _graph(
-                "Tokens per second of search", "cps", "Speed of the engine alone, queues left out.",
+                "Tokens per second of search", "cps", "Engine speed without queueing.",
                 (
                     f"{_rate('orchard_rollout_forward_tokens_total')} / "
                     f"{_rate('orchard_rollout_search_seconds_total')}",
@@ -93,19 +93,20 @@ ROLLOUT = Board(
                  "{{pool}} {{actor}}"),
             ),
             _graph(
-                "Idle actors", "percentunit", "Share of time without a call in hand.",
+                "Idle actors", "percentunit", "Share of time without a call in progress.",
                 (f"1 - {_rate('orchard_pool_busy_seconds_total', 'pool', 'actor')}",
                  "{{pool}} {{actor}}"),
             ),
             _graph(
-                "Queue", "none", "Calls in hand, and calls that wait for an actor with room.",
+                "Queue", "none",
+                "Calls in progress, and calls that wait for an actor with queue space.",
                 (f"sum by (run, pool) ({_value('orchard_pool_in_hand')})", "{{pool}} in hand"),
                 (_value("orchard_pool_waiting"), "{{pool}} waiting"),
             ),
         ),
         (
             _graph(
-                "Lag", "none", "Versions behind, beside the bound of cluster.max_off_policy_steps.",
+                "Lag", "none", "Versions behind, and the bound cluster.max_off_policy_steps.",
                 (_value("orchard_policy_lag_last_versions"), "{{run}} last batch"),
                 (_value("orchard_policy_lag_bound_versions"), "{{run}} bound"),
                 (
@@ -119,7 +120,7 @@ ROLLOUT = Board(
                 "Where a step's time goes", "percentunit", "Seconds of each phase per second.",
                 (_rate("orchard_step_phase_seconds_total", "phase"), "{{phase}}"),
             ),
-            _graph("Step", "s", "Evaluation left out.", *_quantiles("orchard_step_seconds")),
+            _graph("Step", "s", "Without evaluation.", *_quantiles("orchard_step_seconds")),
         ),
     ),
 )  # fmt: skip
@@ -130,7 +131,7 @@ LEARNING = Board(
     rows=(
         (
             _graph(
-                "Reward", "none", "Mean of candidates, by part, and the best of a group.",
+                "Reward", "none", "Mean over candidates, by component, and the best of a group.",
                 (_value("orchard_reward_mean"), "{{run}} mean"),
                 (_value("orchard_reward_best"), "{{run}} best of group"),
                 (_value("orchard_reward_part_mean"), "{{run}} {{part}}"),
@@ -152,7 +153,7 @@ LEARNING = Board(
                 (_value("orchard_logprob_gap_bound_nats"), "{{run}} bound"),
             ),
             _one("Probability mass found", "percentunit",
-                 "Of a group's distinct leaves; near 1 the search leaves nothing to find.",
+                 "Probability of a group's distinct leaves; near 1 the search is exhaustive.",
                  "orchard_probability_mass_ratio"),
             _one("Distinct leaves", "percentunit", "Per candidate.", "orchard_distinct_ratio"),
         ),
@@ -166,7 +167,7 @@ LEARNING = Board(
                 (_value("orchard_evaluation_ratio", ', metric="hr"'), "@{{k}} {{level}}"),
             ),
             _graph(
-                "Loss", "none", "Of updates, and of the warm start's epochs.",
+                "Loss", "none", "Loss of updates and of SFT epochs.",
                 (_value("orchard_value_loss"), "{{run}} value head"),
                 (_value("orchard_surrogate"), "{{run}} surrogate"),
                 (_value("orchard_warm_start_loss"), "{{run}} warm start"),
@@ -176,7 +177,7 @@ LEARNING = Board(
             _one("Norm of the gradient", "none", "Before clipping.", "orchard_gradient_norm"),
             _one("Largest importance weight", "none", "1 at first in a synchronous step.",
                  "orchard_importance_weight_max"),
-            _one("Learning rate", "none", "Of the last update.", "orchard_learning_rate"),
+            _one("Learning rate", "none", "Value of the last update.", "orchard_learning_rate"),
         ),
         (
             _graph(
@@ -184,10 +185,10 @@ LEARNING = Board(
                 (_rate("orchard_steps_total", "phase"), "{{phase}}"),
             ),
             _graph(
-                "Learner's tokens", "cps", "Slots that updates ran through the policy.",
+                "Learner's tokens", "cps", "Token slots of forward passes in updates.",
                 (_rate("orchard_learner_forward_tokens_total"), "{{run}}"),
             ),
-            _one("Step of the run", "none", "Goes on over resumes.", "orchard_step",
+            _one("Step of the run", "none", "Continues after a resume.", "orchard_step",
                  "{{run}} {{phase}}"),
         ),
     ),
@@ -198,9 +199,9 @@ WEIGHTS = Board(
     title="Orchard / Weights and recovery",
     rows=(
         (
-            _one("Version by holder", "none", "Last one that the holder confirmed.",
+            _one("Version by holder", "none", "Last version that the process confirmed.",
                  "orchard_policy_version", "{{holder}}"),
-            _graph("Push", "s", "Of a version to all holders.",
+            _graph("Push", "s", "Weight push to all processes.",
                    *_quantiles("orchard_publish_seconds")),
             _graph(
                 "Share of a step", "percentunit", "Seconds of pushing per second.",
@@ -209,7 +210,7 @@ WEIGHTS = Board(
         ),
         (
             _graph(
-                "Failed calls", "none", "In the last ten minutes, by reason.",
+                "Failed calls", "none", "Failures in the last ten minutes, by reason.",
                 ('sum by (run, pool, method, reason) '
                  '(increase(orchard_pool_failures_total{run=~"$run"}[10m])) > 0',
                  "{{pool}} {{method}} {{reason}}"),
@@ -220,19 +221,19 @@ WEIGHTS = Board(
         ),
         (
             _graph(
-                "Age of the newest checkpoint", "s", "What a crash now would cost.",
+                "Age of the newest checkpoint", "s", "Work that a crash would lose.",
                 ('time() - orchard_checkpoint_timestamp_seconds{run=~"$run"}', "{{run}}"),
             ),
             _one("Step of the newest checkpoint", "none", "A resume begins here.",
                  "orchard_checkpoint_step"),
             _graph(
-                "Since the last step", "s", "A stall is seen here as age.",
+                "Since the last step", "s", "A stall shows as a growing age.",
                 ('time() - orchard_last_step_timestamp_seconds{run=~"$run"}', "{{run}} {{phase}}"),
             ),
         ),
         (
             _graph(
-                "Numbers that are none", "none", "NaN or infinity in the logbook.",
+                "Non-finite values", "none", "NaN or infinity in the logged metrics.",
                 (_value("orchard_non_finite_total"), "{{logged}}"),
             ),
             _graph(
@@ -285,7 +286,7 @@ SERVING = Board(
     by_run=False,
     rows=(
         (
-            _graph("Requests", "reqps", "At Serve's proxies.",
+            _graph("Requests", "reqps", "At the Ray Serve proxies.",
                    _served("ray_serve_num_http_requests_total", "route")),
             _graph("Errors", "reqps", "Answered with an error, by code.",
                    _served("ray_serve_num_http_error_requests_total", "error_code")),
@@ -296,12 +297,12 @@ SERVING = Board(
             _graph("Time in a replica", "ms", "By deployment.",
                    *_latency("ray_serve_deployment_processing_latency_ms", "deployment")),
             _graph(
-                "Requests by deployment", "reqps", "And exceptions.",
+                "Requests by deployment", "reqps", "Requests and exceptions.",
                 _served("ray_serve_deployment_request_counter_total", "deployment"),
                 (_serve("ray_serve_deployment_error_counter_total", "deployment"),
                  "{{deployment}} failed"),
             ),
-            _graph("Fill of a batch", "percentunit", "Beam rows over `serve.budget`.",
+            _graph("Fill of a batch", "percentunit", "Beam rows relative to `serve.budget`.",
                    *_latency("ray_orchard_serve_beam_fill", "variant")),
         ),
         (
@@ -310,10 +311,10 @@ SERVING = Board(
                 _served("ray_orchard_serve_requests_total", "variant", "source"),
                 (_serve("ray_orchard_serve_cache_hits_total", "variant"), "{{variant}} cached"),
             ),
-            _graph("Answers by policy", "reqps", "While policies are switched there are two.",
+            _graph("Answers by policy", "reqps", "Two during a policy switch.",
                    _served("ray_orchard_serve_requests_total", "policy")),
             _graph(
-                "Refusals and fallbacks", "reqps", "And illegal items, which must not be.",
+                "Refusals and fallbacks", "reqps", "Includes illegal items, which must not occur.",
                 _served("ray_orchard_serve_refused_total", "kind"),
                 (_serve("ray_orchard_serve_fallbacks_total", "reason"), "fallback: {{reason}}"),
                 (_serve("ray_orchard_serve_illegal_total", "variant"), "illegal: {{variant}}"),
@@ -325,18 +326,18 @@ SERVING = Board(
             _graph("Beam rows waiting", "none", "Bounded by `serve.queue`; beyond it: 429.",
                    ("max by (replica) (ray_orchard_serve_queue_rows)", "{{replica}}")),
             _graph(
-                "Versions", "none", "Of policy and catalog, the oldest of all replicas.",
+                "Versions", "none", "Oldest policy and catalog version of all replicas.",
                 ("min by (variant) (ray_orchard_serve_policy_step)", "{{variant}} step"),
                 ("min(ray_orchard_serve_catalogue_version)", "catalogue"),
             ),
         ),
         (
             _graph(
-                "Queue", "none", "Waiting for a replica, and in one.",
+                "Queue", "none", "Requests waiting for a replica, and in a replica.",
                 ("sum(ray_serve_deployment_queued_queries)", "waiting"),
                 ("sum(ray_serve_replica_processing_queries)", "in a replica"),
             ),
-            _graph("Healthy replicas", "none", "Of all deployments.",
+            _graph("Healthy replicas", "none", "All deployments.",
                    ("sum(ray_serve_deployment_replica_healthy)", "replicas")),
             _graph("Failed health checks", "cps", "By deployment.",
                    _served("ray_serve_health_check_failures_total", "deployment")),

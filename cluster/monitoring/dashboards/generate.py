@@ -1,6 +1,6 @@
-"""Writes the JSON beside it from `boards.py`: `python -m cluster.monitoring.dashboards.generate`.
+"""Write the JSON files of `boards.py`: `python -m cluster.monitoring.dashboards.generate`.
 
-Needs the Grafana foundation SDK (the extra `dashboards`), which nothing else does.
+Only this module needs the Grafana foundation SDK (the extra `dashboards`).
 """
 # pyright: basic, reportMissingImports=false
 
@@ -24,8 +24,8 @@ FOLDER = Path(__file__).parent
 
 
 def dashboard(board: Board) -> Dashboard:
-    """A board as the SDK builds it."""
-    made = (
+    """Build a dashboard with the SDK."""
+    built = (
         Dashboard(board.title)
         .uid(board.uid)
         .tags(["orchard"])
@@ -36,7 +36,7 @@ def dashboard(board: Board) -> Dashboard:
         .with_variable(DatasourceVariable("datasource").label("Prometheus").type("prometheus"))
     )
     if board.by_run:
-        made = made.with_variable(
+        built = built.with_variable(
             QueryVariable("run")
             .label("Run")
             .datasource(SOURCE)
@@ -46,39 +46,39 @@ def dashboard(board: Board) -> Dashboard:
             .include_all(True)
             .all_value(".*")
         )
-    number = 0
-    for line, row in enumerate(board.rows):
+    panel_id = 0
+    for row_index, row in enumerate(board.rows):
         width = WIDTH // len(row)
         for column, graph in enumerate(row):
-            number += 1
-            at = GridPos(h=HEIGHT, w=width, x=column * width, y=line * HEIGHT)
-            made = made.with_panel(panel(graph).id(number).grid_pos(at))
-    return made
+            panel_id += 1
+            position = GridPos(h=HEIGHT, w=width, x=column * width, y=row_index * HEIGHT)
+            built = built.with_panel(panel(graph).id(panel_id).grid_pos(position))
+    return built
 
 
 def panel(graph: Graph) -> Panel:
-    """A graph as the SDK builds it."""
-    made = Panel().title(graph.title).unit(graph.unit).datasource(SOURCE)
+    """Build a panel with the SDK."""
+    built = Panel().title(graph.title).unit(graph.unit).datasource(SOURCE)
     if graph.about:
-        made = made.description(graph.about)
-    for place, (expression, legend) in enumerate(graph.curves):
-        made = made.with_target(
+        built = built.description(graph.about)
+    for index, (expression, legend) in enumerate(graph.curves):
+        built = built.with_target(
             Dataquery()
-            .ref_id(chr(ord("A") + place))
+            .ref_id(chr(ord("A") + index))
             .datasource(SOURCE)
             .expr(expression)
             .legend_format(legend)
         )
-    return made
+    return built
 
 
 def as_json(board: Board) -> str:
-    """The file that Grafana provisions."""
+    """Return the JSON file that Grafana provisions."""
     return JSONEncoder(sort_keys=True, indent=1).encode(dashboard(board).build()) + "\n"
 
 
 def main() -> None:
-    """Write one file per board."""
+    """Write one file per dashboard."""
     for board in BOARDS:
         text = as_json(board)
         json.loads(text)

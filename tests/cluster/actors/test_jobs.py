@@ -1,4 +1,4 @@
-"""What is asked of Ray's job server. The cluster is played here, but for the last test."""
+"""Requests to Ray's job server, against a fake server except in the last test."""
 
 import shlex
 import socket
@@ -38,17 +38,17 @@ def test_a_request_is_what_one_would_type() -> None:
         grace_s=90.0,
         cpus=2.0,
     )
-    asked = request(settings(), QUICKSTART, [*ABSOLUTE, "name=a b"], order)
-    assert shlex.split(asked["entrypoint"]) == [
+    arguments = request(settings(), QUICKSTART, [*ABSOLUTE, "name=a b"], order)
+    assert shlex.split(arguments["entrypoint"]) == [
         "python", "-m", "cluster.cli", "train", "cluster/runs/quickstart.toml",
         "output=/mnt/runs", "data.path=/mnt/data", "name=a b",
     ]  # fmt: skip
-    assert asked["runtime_env"]["working_dir"] == str(ROOT)
-    variables = asked["runtime_env"]["env_vars"]
+    assert arguments["runtime_env"]["working_dir"] == str(ROOT)
+    variables = arguments["runtime_env"]["env_vars"]
     assert variables == {"OMP_NUM_THREADS": "1", "RAY_JOB_STOP_WAIT_TIME_S": "90"}
-    assert asked["metadata"] == {"orchard_run": "quickstart", "orchard_command": "train"}
-    assert asked["submission_id"].startswith("quickstart-train-")
-    assert asked["entrypoint_num_cpus"] == 2.0
+    assert arguments["metadata"] == {"orchard_run": "quickstart", "orchard_command": "train"}
+    assert arguments["submission_id"].startswith("quickstart-train-")
+    assert arguments["entrypoint_num_cpus"] == 2.0
 
 
 def test_a_relative_folder_would_be_lost_with_the_job() -> None:
@@ -88,7 +88,7 @@ def test_an_address_where_nobody_answers_is_one_sentence() -> None:
 
 
 class Server(JobSubmissionClient):
-    """A job server that knows one job."""
+    """Fake job server with one job."""
 
     def __init__(self, status: JobStatus) -> None:
         self.job: Any = SimpleNamespace(
@@ -105,25 +105,25 @@ class Server(JobSubmissionClient):
             raise RuntimeError("404")
         return self.job
 
-    def submit_job(self, **asked: Any) -> str:
-        self.submitted.append(asked)
-        return asked["submission_id"]
+    def submit_job(self, **arguments: Any) -> str:
+        self.submitted.append(arguments)
+        return arguments["submission_id"]
 
 
 def test_a_run_is_submitted_again_only_when_it_is_not_at_work() -> None:
-    asked = request(settings(), QUICKSTART, [], JobRequest(working_dir=ROOT))
+    arguments = request(settings(), QUICKSTART, [], JobRequest(working_dir=ROOT))
     busy: Any = Server(JobStatus.RUNNING)
     with pytest.raises(ConfigError, match="at work already as job toy-1; stop it first"):
-        jobs.submit(busy, asked)
+        jobs.submit(busy, arguments)
     ended: Any = Server(JobStatus.STOPPED)
-    assert jobs.submit(ended, asked) == asked["submission_id"]
-    assert ended.submitted == [asked]
+    assert jobs.submit(ended, arguments) == arguments["submission_id"]
+    assert ended.submitted == [arguments]
 
 
 def test_a_young_cluster_is_asked_again_and_an_idle_one_not_for_ever(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked = request(settings(), QUICKSTART, [], JobRequest(working_dir=ROOT))
+    arguments = request(settings(), QUICKSTART, [], JobRequest(working_dir=ROOT))
     server: Any = Server(JobStatus.STOPPED)
     take, refusals = server.submit_job, iter([True, True])
 
@@ -133,21 +133,21 @@ def test_a_young_cluster_is_asked_again_and_an_idle_one_not_for_ever(
         return take(**wanted)
 
     def sleep(_: float) -> None:
-        """No time is lost."""
+        """Clock that advances without waiting."""
 
     def refuse(**_: Any) -> str:
         raise RuntimeError("403")
 
     monkeypatch.setattr("cluster.actors.jobs.time.sleep", sleep)
     server.submit_job = submit_job
-    assert jobs.submit(server, asked) == asked["submission_id"]
+    assert jobs.submit(server, arguments) == arguments["submission_id"]
     refusals = iter([True] * 1000)
     monkeypatch.setattr("cluster.actors.jobs.START_S", 0.0)
     with pytest.raises(ActorError, match="no agent to run a job for 0 s"):
-        jobs.submit(server, asked)
+        jobs.submit(server, arguments)
     server.submit_job = refuse
     with pytest.raises(RuntimeError, match="403"):
-        jobs.submit(server, asked)
+        jobs.submit(server, arguments)
 
 
 def test_a_job_that_failed_says_how() -> None:
@@ -170,7 +170,7 @@ NAMES = (
 
 @pytest.fixture
 def head() -> Iterator[str]:
-    """A Ray of its own with a job server: its address.
+    """Start a separate Ray with a job server, and yield its address.
 
     Every port is a free one: the agent that runs jobs would wait for ever for one that is taken.
     """
@@ -197,7 +197,7 @@ def head() -> Iterator[str]:
 
 
 def wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
-    """Until a job server answers there."""
+    """Wait until a job server answers at `url`."""
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
         with suppress(OSError), urlopen(f"{url}/api/version", timeout=5):
@@ -211,16 +211,16 @@ def wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
 def test_a_job_runs_on_a_cluster_from_the_working_directory_alone(
     head: str, tmp_path: Path
 ) -> None:
-    """`data synth` in the place of a run: what travels, what is printed, how it ends."""
-    asked = request(settings(), QUICKSTART, [], JobRequest(working_dir=ROOT))
+    """Run `data synth` as a job: uploaded files, output and final status."""
+    arguments = request(settings(), QUICKSTART, [], JobRequest(working_dir=ROOT))
     out = tmp_path / "world"
     python = shlex.quote(sys.executable)
-    asked["entrypoint"] = f"{python} -m cluster.cli data synth {out} --items 30 --users 20"
+    arguments["entrypoint"] = f"{python} -m cluster.cli data synth {out} --items 30 --users 20"
     server = jobs.client(head)
-    number = jobs.submit(server, asked)
+    number = jobs.submit(server, arguments)
     jobs.follow(server, number)
     assert (out / "items.parquet").is_file()
     assert "items" in server.get_job_logs(number)
-    again = asked | {"submission_id": "waits", "entrypoint": "sleep 600"}
+    again = arguments | {"submission_id": "waits", "entrypoint": "sleep 600"}
     assert jobs.submit(server, again) == "waits"
     assert jobs.stop(server, "waits", timeout_s=60.0) == "STOPPED"

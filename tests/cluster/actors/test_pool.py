@@ -1,4 +1,4 @@
-"""Pools over real actors that die, hang and complain on request."""
+"""Pools over real actors that die, hang and raise on request."""
 
 import asyncio
 import os
@@ -73,8 +73,8 @@ def test_every_call_is_answered_once_and_in_its_place() -> None:
     async def scenario() -> None:
         workers = pool()
         await workers.ready()
-        found = await asyncio.gather(*(workers.call("double", n) for n in range(20)))
-        assert [n for n, _ in found] == [2 * n for n in range(20)]
+        results = await asyncio.gather(*(workers.call("double", n) for n in range(20)))
+        assert [n for n, _ in results] == [2 * n for n in range(20)]
         workers.close()
 
     run(scenario())
@@ -92,8 +92,8 @@ def test_a_killed_actor_is_replaced_brought_up_to_date_and_nothing_is_lost(
         workers.on_start = catch_up
         assert await workers.broadcast("install", 7, timeout_s=60.0) == [7]
         others = [workers.call("double", n) for n in range(4)]
-        found = await asyncio.gather(workers.call("die_once", str(tmp_path / "mark")), *others)
-        assert found == ["alive", (0, 7), (2, 7), (4, 7), (6, 7)]
+        results = await asyncio.gather(workers.call("die_once", str(tmp_path / "mark")), *others)
+        assert results == ["alive", (0, 7), (2, 7), (4, 7), (6, 7)]
         assert workers.restarts == 1
         workers.close()
 

@@ -1,4 +1,4 @@
-"""Where the output of a Ray session goes (a folder stands for one), and who may join one."""
+"""Output of a Ray session (here a plain folder), and authentication of a local one."""
 
 import os
 import subprocess
@@ -62,11 +62,13 @@ with ray_session(ClusterConfig(), cpus=1, logs=Path(sys.argv[1])):
 @pytest.mark.ray
 @pytest.mark.slow
 def test_nobody_joins_a_session_of_ours_without_its_token(tmp_path: Path) -> None:
-    mine = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
-    mine |= {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")
+    }
+    environment |= {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     ended = subprocess.run(
         [sys.executable, "-c", OPEN, str(tmp_path / "logs")],
-        env=mine, capture_output=True, text=True, timeout=280, check=False,
+        env=environment, capture_output=True, text=True, timeout=280, check=False,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.split() == ["1", "1"]

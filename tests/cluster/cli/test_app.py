@@ -1,4 +1,4 @@
-"""The command line as a new user meets it: nothing here may reach Ray."""
+"""The command line and its errors, without Ray."""
 
 import re
 from collections.abc import Callable
@@ -47,7 +47,7 @@ def world(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., str]:
-    """Runs a command that must fail, and returns its one sentence."""
+    """Return a function that runs a failing command and returns its error message."""
 
     def run(*arguments: object) -> str:
         capsys.readouterr()
@@ -151,7 +151,7 @@ def test_a_machine_without_vllm_is_told_so_at_once(
 
 
 def saved_policy(world: Path) -> Path:
-    """A run folder with a warm start, as `orchard sft` leaves it, but untrained."""
+    """Create a run folder with an untrained SFT policy, as `orchard sft` writes it."""
     run = prepare(config.load(world), "sft")
     open_run_dir(run)
     first = model.create(run.config.model, run.tokenizer, seed=0)

@@ -1,4 +1,4 @@
-"""The prefix critic from its settings to the search that it guides; RLlib beside the reference."""
+"""The prefix critic from its settings to the search that it guides; RLlib and torch backends."""
 
 import importlib.util
 from collections.abc import Callable
@@ -58,7 +58,7 @@ def file(data: Path, tmp_path: Path) -> Path:
 
 
 def start(settings: Config) -> None:
-    """A warm start without a value head."""
+    """Create an SFT policy without a value head."""
     from cluster.training.run_dir import open_run_dir, save_policy
     from orchard.policy.weights import digest, snapshot
     from orchard.types import PolicyVersion
@@ -130,7 +130,7 @@ def critic_of() -> PrefixCritic:
 def by(
     backend: Callable[..., TorchCriticBackend | RllibBackend],
 ) -> tuple[list[float], dict[str, float]]:
-    """Losses of some updates, and what the critic then is worth on walks that it did not see."""
+    """Return the losses of some updates, and the critic's metrics on held-out trajectories."""
     critic, rows = critic_of(), np.arange(40)
     split = Split(
         user=rows, history=rows % 29, history_start=np.arange(41), target=(rows * 7 + 1) % 29

@@ -1,4 +1,4 @@
-"""The data commands, as they are typed."""
+"""The data commands, run from their arguments."""
 
 from pathlib import Path
 

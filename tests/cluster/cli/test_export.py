@@ -1,4 +1,4 @@
-"""A policy that is handed over is whole, says what it is, and computes what it computed."""
+"""An exported policy is complete, documented, and computes the same log-probabilities."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def run_file(tmp_path: Path) -> Path:
 
 
 def started(path: Path) -> Run:
-    """A run with the policy that a warm start begins from, in the place of its result."""
+    """Create a run whose SFT result is its untrained initial policy."""
     run = prepare(config.load(path), "sft")
     open_run_dir(run)
     run.policy.rename(run.result)
@@ -59,7 +59,7 @@ def evaluated(run: Run) -> None:
 
 
 def logprobs(folder: Path, prompts: list[list[int]]) -> list[list[float]]:
-    """Of every token after its predecessors, by transformers alone."""
+    """Return the log-probability of every token given its prefix, by transformers alone."""
     policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     found: list[list[float]] = []
     for prompt in prompts:

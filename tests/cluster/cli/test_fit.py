@@ -1,4 +1,4 @@
-"""Fitting the models of rewards from a run file: nothing here reaches Ray."""
+"""Fitting the models of rewards from a run file, without Ray."""
 
 import json
 from pathlib import Path
@@ -56,8 +56,8 @@ def test_a_list_evaluator_is_fitted_measured_and_found_by_the_reward(
     facts = json.loads((folder / "listwise/model.json").read_text())["facts"]
     assert 0 <= facts["hit@1/list"] <= 1
     assert facts["chance"] == 0.25
-    at = prepare(config.load(world), "sft")
-    preload({"listwise": 1.0}, RewardContext(catalog=at.catalog, folder=folder))
+    run = prepare(config.load(world), "sft")
+    preload({"listwise": 1.0}, RewardContext(catalog=run.catalog, folder=folder))
 
 
 @pytest.mark.parametrize("name", ["rule", "nonsense"])

@@ -1,4 +1,4 @@
-"""A policy judged by an exposure log that another one left."""
+"""Off-policy evaluation on an exposure log of another policy."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ HISTORY = [3, 17, 5]
 
 
 def drawn(world: TinySetup, number: int) -> list[dict[str, object]]:
-    """Single draws after one history, as the endpoint logs them."""
+    """Return single draws after one history, as the endpoint logs them."""
     items = world.catalog
     form = world.tokenizer
     rows = np.array(HISTORY)

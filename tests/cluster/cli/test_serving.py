@@ -1,4 +1,4 @@
-"""`orchard serve`: what it resolves, what it writes, and a real endpoint on Ray Serve."""
+"""`orchard serve`: resolved arguments, written configs, and a real endpoint on Ray Serve."""
 
 import asyncio
 import socket
@@ -37,7 +37,7 @@ def free_port() -> int:
 
 
 def replicas() -> list[str]:
-    """Names of the actors that answer."""
+    """Return the names of the live actors."""
     named: list[Any] = list(ray.util.list_named_actors(all_namespaces=True))
     return sorted(one["name"] for one in named if f"#{DEPLOYMENT}#" in one["name"])
 
@@ -45,8 +45,11 @@ def replicas() -> list[str]:
 async def under_load(
     client: httpx.AsyncClient, body: dict[str, Any], rate: float, work: Awaitable[None]
 ) -> list[list[int]]:
-    """Status codes of each request that was sent while `work` ran, on time whatever became of the
-    others, and once more after an error. A connection that broke counts as 0."""
+    """Return the status codes of each request that was sent while `work` ran.
+
+    Requests are sent on schedule regardless of others, and once more after an error. A broken
+    connection counts as 0.
+    """
 
     async def one() -> list[int]:
         codes: list[int] = []
@@ -66,7 +69,7 @@ async def under_load(
 
 
 def scrape() -> dict[str, list[dict[str, str]]]:
-    """Labels of every series that Ray's node agents show, by name."""
+    """Return the labels of every series that Ray's node agents export, by name."""
     found: dict[str, list[dict[str, str]]] = {}
     alive = [node for node in ray.nodes() if node["Alive"]]  # other tests lose nodes on purpose
     for node in alive:

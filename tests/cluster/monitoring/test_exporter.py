@@ -1,4 +1,4 @@
-"""What Prometheus is shown: the catalog, and values that stay."""
+"""The Prometheus exporter: its metrics, and values that stay."""
 
 import json
 import math
@@ -37,7 +37,7 @@ STEP = {
 
 
 class Slots:
-    """A pool as the exporter sees it."""
+    """Fake pool with the state that the exporter reads."""
 
     def __init__(self, calls: int) -> None:
         self.restarts, self.waiting = 1, 3
@@ -62,13 +62,13 @@ def scrape(url: str) -> str:
 
 
 def samples(text: str) -> dict[str, float]:
-    """`name{labels}` to value, the label of the run left out."""
-    found: dict[str, float] = {}
+    """Parse samples to `name{labels}` -> value, without the label of the run."""
+    values: dict[str, float] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             labels = {k: v for k, v in sorted(sample.labels.items()) if k != "run"}
-            found[f"{sample.name}{labels or ''}"] = sample.value
-    return found
+            values[f"{sample.name}{labels or ''}"] = sample.value
+    return values
 
 
 def test_whoever_scrapes_from_elsewhere_is_given_an_address_of_this_machine(tmp_path: Path) -> None:
@@ -200,8 +200,8 @@ def test_a_real_prometheus_finds_the_run_and_counts_as_the_driver_does(
     ask = prometheus([tmp_path / TARGETS])
     exporter.log("train", 1, STEP)
     exporter.log("train", 2, STEP)
-    deadline, found = time.monotonic() + 60, []
-    while not found and time.monotonic() < deadline:
-        found = ask("query", query="orchard_rollout_forward_tokens_total")["result"]
+    deadline, series = time.monotonic() + 60, []
+    while not series and time.monotonic() < deadline:
+        series = ask("query", query="orchard_rollout_forward_tokens_total")["result"]
         time.sleep(0.2)
-    assert [(f["metric"]["run"], float(f["value"][1])) for f in found] == [("toy", 2000.0)]
+    assert [(f["metric"]["run"], float(f["value"][1])) for f in series] == [("toy", 2000.0)]

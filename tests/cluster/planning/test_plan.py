@@ -1,4 +1,4 @@
-"""A plan counts what a run takes, and says what of it cannot work."""
+"""Capacity plans: resources of a run, and settings that cannot work."""
 
 import re
 import tomllib
@@ -16,10 +16,10 @@ from orchard.data.synthetic import WorldParams, write_world
 from orchard.settings import Config
 
 SIZES = Sizes(
-    parameters=10_000_000, hidden=256, inner=1024, layers=4, longest=4096, train_rows=1000,
+    parameters=10_000_000, hidden=256, inner=1024, layers=4, longest=4096,
     prompt_tokens=20.0, prompt_tokens_max=31, nodes_per_level=(8, 100, 500),
 )  # fmt: skip
-MACHINE = Machine(cpus=2, memory=64 * GIB, gpus=0, free_disk=100 * GIB)
+MACHINE = Machine(memory=64 * GIB, gpus=0, free_disk=100 * GIB)
 SPEED = Speed(forward=1000.0, update=500.0)
 
 
@@ -32,24 +32,24 @@ def settings(**changes: Any) -> Config:
 
 
 def test_tokens_and_seconds_of_a_step_are_those_of_a_beam() -> None:
-    found = plan(settings(learner__prompts_per_step=10), SIZES, MACHINE, SPEED)
-    assert found.prefill_tokens == 200
-    assert found.search_tokens == 10 * (8 + 16)  # the first level has eight nodes
-    assert found.update_tokens == 200 + 240 + 160
-    assert found.search_s == pytest.approx(440 / 1000)
-    assert found.update_s == pytest.approx(600 / 500)
+    capacity = plan(settings(learner__prompts_per_step=10), SIZES, MACHINE, SPEED)
+    assert capacity.prefill_tokens == 200
+    assert capacity.search_tokens == 10 * (8 + 16)  # the first level has eight nodes
+    assert capacity.update_tokens == 200 + 240 + 160
+    assert capacity.search_s == pytest.approx(440 / 1000)
+    assert capacity.update_s == pytest.approx(600 / 500)
     shared = settings(learner__prompts_per_step=10, rollout__actors=2, learner__workers=4)
     halved = plan(shared, SIZES, MACHINE, SPEED)
-    assert halved.search_s == pytest.approx(found.search_s / 2)
-    assert halved.update_s == pytest.approx(found.update_s / 4)
+    assert halved.search_s == pytest.approx(capacity.search_s / 2)
+    assert halved.update_s == pytest.approx(capacity.update_s / 4)
 
 
 def test_memory_counts_every_copy_of_the_weights() -> None:
     weights = 4 * SIZES.parameters
 
     def learner(**changes: Any) -> int:
-        rooms = {room.name: room for room in layout(settings(**changes), SIZES)}
-        return rooms["learner"].memory
+        groups = {group.name: group for group in layout(settings(**changes), SIZES)}
+        return groups["learner"].memory
 
     base = learner()
     assert base > 5 * weights  # weights, gradients, two moments, reference
@@ -74,16 +74,16 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_work_is_said_in_one_sentence(case: str) -> None:
     changes, lacking, message = REFUSED[case]
-    here = replace(MACHINE, **lacking)
-    (said,) = plan(settings(**changes), SIZES, here, SPEED).refusals
-    assert re.search(message, said)
+    machine = replace(MACHINE, **lacking)
+    (refusal,) = plan(settings(**changes), SIZES, machine, SPEED).refusals
+    assert re.search(message, refusal)
     assert plan(settings(), SIZES, MACHINE, SPEED).refusals == ()
 
 
 def test_prompts_longer_than_the_policy_knows_are_refused() -> None:
     short = replace(SIZES, longest=33)
-    (said,) = plan(settings(), short, MACHINE, SPEED).refusals
-    assert "up to 34 tokens, the policy knows 33 positions; lower data.max_history" in said
+    (refusal,) = plan(settings(), short, MACHINE, SPEED).refusals
+    assert "up to 34 tokens, the policy knows 33 positions; lower data.max_history" in refusal
 
 
 def test_a_cluster_elsewhere_is_not_judged_by_this_machine() -> None:
@@ -110,10 +110,10 @@ def test_the_command_plans_without_starting_anything(
     with pytest.raises(SystemExit) as ended:
         cli.main(["plan", str(run_file), "cluster.cpus=1", "learner.gpus=99"])
     assert ended.value.code == 2
-    said, refused = capsys.readouterr()
+    output, refused = capsys.readouterr()
     for part in ("60 items", "1 x rollout", "1 x learner", "memory in all", "parameters"):
-        assert part in said
-    assert config.parse(tomllib.loads(said)).name == "toy"  # facts are comments
+        assert part in output
+    assert config.parse(tomllib.loads(output)).name == "toy"  # facts are comments
     assert "cluster.cpus = 1" in refused
     assert "99 GPUs" in refused
     assert not (run_file.parent / "runs").exists()

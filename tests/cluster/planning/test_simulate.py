@@ -1,4 +1,4 @@
-"""The model of a run over GPUs, against sums that can be done by hand."""
+"""The queueing model of a run, against sums computed by hand."""
 
 import re
 from dataclasses import replace
@@ -15,19 +15,27 @@ CALM = Model(spread=0.0, prompts_per_step=512.0, max_lag=0.0, reward_actors=512.
 
 @pytest.mark.parametrize("gpus", [2, 8, 64])
 def test_a_synchronous_step_is_the_sum_of_its_parts(gpus: int) -> None:
-    given = times(CALM, gpus)
-    rounds = -(-given.requests // given.actors)
-    parts = [rounds * given.search, given.judge, given.pack, given.learn, given.send]
-    found = simulate(CALM, gpus)
-    assert found.step_s == pytest.approx(sum(parts) + given.install)
-    assert found.busy["learn"] == pytest.approx(given.learn / found.step_s)
+    durations = times(CALM, gpus)
+    rounds = -(-durations.requests // durations.actors)
+    parts = [
+        rounds * durations.search,
+        durations.judge,
+        durations.pack,
+        durations.learn,
+        durations.send,
+    ]
+    result = simulate(CALM, gpus)
+    assert result.step_s == pytest.approx(sum(parts) + durations.install)
+    assert result.busy["learn"] == pytest.approx(durations.learn / result.step_s)
 
 
 def test_searches_hide_behind_updates_once_they_may_lag() -> None:
     learning = replace(CALM, learn_tflops=1.0)
-    given = times(learning, 8)
+    durations = times(learning, 8)
     ahead = simulate(replace(learning, max_lag=2.0), 8)
-    assert ahead.step_s == pytest.approx(given.pack + given.learn + given.send + given.install)
+    assert ahead.step_s == pytest.approx(
+        durations.pack + durations.learn + durations.send + durations.install
+    )
     assert ahead.step_s < simulate(learning, 8).step_s
     assert ahead.bottleneck == "learn"
 
@@ -47,11 +55,11 @@ def test_what_is_slowest_is_named(stage: str) -> None:
 
 
 def test_gpus_help_until_what_they_do_not_speed_up_is_all_that_is_left() -> None:
-    found = [simulate(replace(CALM, prompts_per_step=8192.0), gpus) for gpus in GPUS]
-    assert found[0].step_s > 1.4 * found[1].step_s
-    assert found[-2].step_s < found[-1].step_s  # one more round of the push
-    assert {one.bottleneck for one in found[4:]} == {"push"}
-    assert all(0.95 < sum(one.busy.values()) < 1.01 for one in found)
+    results = [simulate(replace(CALM, prompts_per_step=8192.0), gpus) for gpus in GPUS]
+    assert results[0].step_s > 1.4 * results[1].step_s
+    assert results[-2].step_s < results[-1].step_s  # one more round of the push
+    assert {result.bottleneck for result in results[4:]} == {"push"}
+    assert all(0.95 < sum(result.busy.values()) < 1.01 for result in results)
 
 
 def test_equal_seeds_give_equal_runs_and_a_spread_costs_time() -> None:
@@ -69,13 +77,13 @@ def test_the_command_simulates_a_run_under_assumptions(
         f'name = "toy"\noutput = "{tmp_path / "runs"}"\n[data]\npath = "{tmp_path / "data"}"\n'
     )
     plot = tmp_path / "plot.svg"
-    asked = ["--simulate", "--assume", "pack_rate=1", "--plot", str(plot)]
-    cli.main(["plan", str(run), "rollout.group_size=4", *asked])
-    said = capsys.readouterr().out
-    assert "simulated, not measured: " in said
-    assert "candidates=4, " in said
-    assert "pack_rate=1, " in said
-    rows = re.findall(r"^ *(\d+) .* (\w+)$", said, flags=re.MULTILINE)
+    options = ["--simulate", "--assume", "pack_rate=1", "--plot", str(plot)]
+    cli.main(["plan", str(run), "rollout.group_size=4", *options])
+    output = capsys.readouterr().out
+    assert "simulated, not measured: " in output
+    assert "candidates=4, " in output
+    assert "pack_rate=1, " in output
+    rows = re.findall(r"^ *(\d+) .* (\w+)$", output, flags=re.MULTILINE)
     assert [(int(gpus), stage) for gpus, stage in rows] == [(gpus, "pack") for gpus in GPUS]
     assert plot.read_text().count("<svg") == 1
     for wrong, message in (("speed=1", "choose from"), ("pack_rate=0", "bounds")):

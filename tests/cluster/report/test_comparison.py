@@ -1,4 +1,4 @@
-"""The page that compares runs."""
+"""The comparison page of several runs."""
 
 import re
 from pathlib import Path
@@ -21,8 +21,8 @@ def a_run(folder: Path, *, rate: float, hit: float, num_rows: int = 500) -> Path
     with MetricsLogger(folder) as metrics_logger:
         for step in (1, 2):
             metrics_logger.log("train", step, {"rewards/mean": hit * step, "learner/kl": 0.1})
-    found = make_evaluation(hit, num_rows=num_rows)
-    ranking.write(found, folder / "evaluation" / "trained.json")
+    evaluation = make_evaluation(hit, num_rows=num_rows)
+    ranking.write(evaluation, folder / "evaluation" / "trained.json")
     return folder
 
 

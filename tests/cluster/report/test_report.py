@@ -1,4 +1,4 @@
-"""The report of a run, whole or in pieces: one file that asks the network for nothing."""
+"""The report of a complete or partial run: one file without network requests."""
 
 import math
 import re
@@ -20,7 +20,7 @@ PARTS = ("config.toml", FILE, "evaluation")
 
 
 class Outline(HTMLParser):
-    """Checks that elements nest, and collects text and whatever a browser would fetch."""
+    """Parser that checks nesting, and collects text and the URLs that a browser would fetch."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -100,15 +100,15 @@ def test_names_are_text_and_never_markup(run_dir: Path) -> None:
 
 
 def test_the_table_sets_after_against_before_row_by_row(run_dir: Path) -> None:
-    found = gather(run_dir)
-    assert list(found.evaluations) == ["warm_start", "trained"]
-    (change,) = found.changes.values()
+    findings = gather(run_dir)
+    assert list(findings.evaluations) == ["warm_start", "trained"]
+    (change,) = findings.changes.values()
     gain = (
         make_evaluation(0.6).metrics["hr@10/sid"].mean
         - make_evaluation(0.3).metrics["hr@10/sid"].mean
     )
     assert change["hr@10/sid"].mean == pytest.approx(gain)
-    assert re.search(rf"class='up'>\+{f'{gain:.4f}'[1:]} <small>", page(found))
+    assert re.search(rf"class='up'>\+{f'{gain:.4f}'[1:]} <small>", page(findings))
 
 
 def test_the_seconds_of_a_phase_add_up_to_its_steps(run_dir: Path) -> None:
@@ -145,22 +145,24 @@ def test_broken_files_cost_their_part_and_no_more(run_dir: Path) -> None:
     (run_dir / "config.toml").write_text("name = ")
     (run_dir / FILE).write_text("nonsense\n" + (run_dir / FILE).read_text())
     (run_dir / "evaluation" / "trained.parquet").unlink()
-    found = gather(run_dir)
-    assert list(found.evaluations) == ["warm_start"]
-    assert [sentence.split(":")[0] for sentence in found.missing] == [
+    findings = gather(run_dir)
+    assert list(findings.evaluations) == ["warm_start"]
+    assert [sentence.split(":")[0] for sentence in findings.missing] == [
         "The configuration, config.toml",
         "The metrics",
         "The evaluation trained",
     ]
-    assert "nonsense" in Outline(page(found)).text
+    assert "nonsense" in Outline(page(findings)).text
 
 
 def test_evaluations_of_other_rows_are_shown_but_not_compared(run_dir: Path) -> None:
     ranking.write(make_evaluation(0.5, num_rows=300), run_dir / "evaluation" / "quick.json")
-    found = gather(run_dir)
-    assert list(found.evaluations) == ["warm_start", "trained", "quick"]
-    assert len(found.changes) == 1
-    assert any(line.startswith("The comparison of quick with warm_start") for line in found.missing)
+    findings = gather(run_dir)
+    assert list(findings.evaluations) == ["warm_start", "trained", "quick"]
+    assert len(findings.changes) == 1
+    assert any(
+        line.startswith("The comparison of quick with warm_start") for line in findings.missing
+    )
 
 
 def test_there_is_no_report_without_a_run_folder(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What is kept of a phase and how it is judged, without Ray."""
+"""The best checkpoint of a phase and its evaluation, without Ray."""
 
 import asyncio
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ from rollout.search.beam import beam
 
 
 class Here:
-    """A pool of one actor that is no actor."""
+    """Fake pool of one worker in this process."""
 
     name = "ranking"
 
@@ -54,14 +54,14 @@ def run(data: Path, tmp_path: Path) -> Run:
         evaluate = {{beams = 10, batch_size = 8, test_rows = 20}}
         """
     )
-    found = prepare(config.load(path), "sft")
-    open_run_dir(found)
-    return found
+    prepared = prepare(config.load(path), "sft")
+    open_run_dir(prepared)
+    return prepared
 
 
 @pytest.fixture
 def controller(run: Run) -> Controller:
-    """Ranks in this process, whatever policy is asked for."""
+    """Controller that evaluates in this process, with any requested policy."""
     policy = model.create(run.config.model, run.tokenizer, seed=0)
     version = PolicyVersion(step=0, digest=digest(snapshot(policy)))
     save_policy(run, run.result, version, snapshot(policy), valid_score=0.5, valid_rows=8.0)
@@ -71,7 +71,7 @@ def controller(run: Run) -> Controller:
     made.stopping = asyncio.Event()
     made.ranking = pool
     held: dict[Pool, PublishedWeights] = {pool: PublishedWeights(policy=version, weights=None)}
-    made._held = held  # pyright: ignore[reportPrivateUsage]
+    made._published = held  # pyright: ignore[reportPrivateUsage]
     learner: Any = SimpleNamespace(eval_weights=(version, snapshot(policy)))
     made.learner = learner
     return made

@@ -13,7 +13,7 @@ def version(step: int) -> PolicyVersion:
 
 
 class World:
-    """A rollout whose policy is whatever was published when it began, with odd running times."""
+    """Fake rollout with the policy published at its start, and varying running times."""
 
     def __init__(self, delays: list[int]) -> None:
         self.delays, self.published, self.begun = delays, version(0), list[int]()
@@ -27,7 +27,7 @@ class World:
 
 
 async def run(world: World, *, steps: int, max_lag: int, first: int = 0) -> list[tuple[int, int]]:
-    """(step, lag) of every batch, with a publication after each."""
+    """Return (step, lag) of every batch, with a publication after each."""
     world.published = version(first)
     stream = RolloutStream(world.rollout, first=first, last=steps, max_lag=max_lag)
     stream.release(world.published)

@@ -1,4 +1,4 @@
-"""Examples of a search, as numbers and as a drawing."""
+"""Search examples, as numbers and as a drawing."""
 
 import json
 import re
@@ -25,7 +25,7 @@ WEIGHTS = {"rule": 1.0, "ranking": 1.0}
 
 @pytest.fixture(scope="module")
 def found() -> tuple[ScoredTrees, ScoredTrees]:
-    """What a guided search and a beam find."""
+    """Scored trees of a guided search and of a beam search."""
     model, vocabulary = tiny_policy(ITEMS)
     value_head.attach(model, seed=0)
     version = PolicyVersion(step=0, digest="")
@@ -41,17 +41,23 @@ def found() -> tuple[ScoredTrees, ScoredTrees]:
 def test_an_example_says_what_the_tree_holds(found: tuple[ScoredTrees, ScoredTrees]) -> None:
     scored, beams = found
     trees = scored.trees
-    for at in range(len(trees)):
-        one = json.loads(json.dumps(describe(scored, beams.trees, at, ITEMS)))
-        kept = slice(*trees.candidate_start[at : at + 2].tolist())
-        assert len(one["candidate"]) == kept.stop - kept.start
-        held = set(beams.trees.state[slice(*beams.trees.node_start[at : at + 2].tolist())].tolist())
-        states = trees.state[slice(*trees.node_start[at : at + 2].tolist())].tolist()
-        for index, node in enumerate(one["node"]):
+    for prompt_index in range(len(trees)):
+        example = json.loads(json.dumps(describe(scored, beams.trees, prompt_index, ITEMS)))
+        kept = slice(*trees.candidate_start[prompt_index : prompt_index + 2].tolist())
+        assert len(example["candidate"]) == kept.stop - kept.start
+        beam_states = set(
+            beams.trees.state[
+                slice(*beams.trees.node_start[prompt_index : prompt_index + 2].tolist())
+            ].tolist()
+        )
+        states = trees.state[
+            slice(*trees.node_start[prompt_index : prompt_index + 2].tolist())
+        ].tolist()
+        for index, node in enumerate(example["node"]):
             assert node["parent"] < index
-            assert node["beam"] == (states[index] in held)
-        for candidate, expected in zip(one["candidate"], trees.score[kept], strict=True):
-            end = one["node"][candidate["node"]]
+            assert node["beam"] == (states[index] in beam_states)
+        for candidate, expected in zip(example["candidate"], trees.score[kept], strict=True):
+            end = example["node"][candidate["node"]]
             assert end["score"] == pytest.approx(candidate["score"], abs=1e-3)
             assert candidate["score"] == pytest.approx(float(expected), abs=1e-3)
             # The name of an item spells the codes on the way to it.
@@ -66,18 +72,18 @@ def test_the_hits_furthest_down_and_one_miss_are_told(
     hits = {int(p) for p in trees.prompt_of_candidate[scored.parts["rule"] > 0]}
     shown = pick_examples(scored, ITEMS).tolist()
     assert len(set(shown)) == len(shown)
-    assert sum(at in hits for at in shown) == min(2, len(hits))
-    assert sum(at not in hits for at in shown) == 1
+    assert sum(prompt in hits for prompt in shown) == min(2, len(hits))
+    assert sum(prompt not in hits for prompt in shown) == 1
 
 
 def test_a_drawing_names_every_candidate(found: tuple[ScoredTrees, ScoredTrees]) -> None:
     scored, beams = found
-    one = describe(scored, beams.trees, 0, ITEMS)
-    html = examples([one])
+    example = describe(scored, beams.trees, 0, ITEMS)
+    html = examples([example])
     assert html.count("<svg") == 1
-    said = re.sub(r"<[^>]*>", " ", html)
-    for candidate in one["candidate"]:
-        assert candidate["name"] in said
+    text = re.sub(r"<[^>]*>", " ", html)
+    for candidate in example["candidate"]:
+        assert candidate["name"] in text
     assert examples([]) == ""
 
 

@@ -1,4 +1,4 @@
-"""How far search and learner may be apart, by the precision that they compute in."""
+"""Tolerance between search and learner log-probabilities, by precision."""
 
 from typing import Literal
 
@@ -32,15 +32,15 @@ def world() -> TinySetup:
 
 
 def probed(world: TinySetup, config: Config, *, seed: int) -> tuple[TorchEngine, LogprobProbe]:
-    """An engine with the policy of a seed, and what a learner makes of that of seed 0."""
+    """Return an engine with the policy of `seed`, and a learner's probe of the policy of seed 0."""
     catalog, vocabulary = world.catalog, world.tokenizer
     model, _ = tiny_policy(catalog)
     learner = Trainer(model, vocabulary, config.learner, total_steps=1)
     form = vocabulary
     score = learner.score(pack_answers(world.prompts, form, world.version))
-    found, _ = tiny_policy(catalog, seed=seed)
-    nn.Module.to(found, dtype=getattr(torch, config.rollout.dtype))
-    return TorchEngine(found, vocabulary, world.version), LogprobProbe(
+    policy, _ = tiny_policy(catalog, seed=seed)
+    nn.Module.to(policy, dtype=getattr(torch, config.rollout.dtype))
+    return TorchEngine(policy, vocabulary, world.version), LogprobProbe(
         prompts=world.prompts, leaf=catalog.leaf_of_item[world.prompts.target], score=score,
         tolerance=probe_tolerance(config),
     )  # fmt: skip
