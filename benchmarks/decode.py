@@ -168,10 +168,10 @@ def _found(setting: Setting, candidates: Candidates) -> list[Codes]:
 
 def _generate(rivals: Rivals, token: Tensor, width: int, *, processor: bool = False) -> list[Codes]:
     """Run Hugging Face's beam search, constrained by its hook or by a logits processor."""
-    found = beams(
+    codes = beams(
         rivals.model, token, rivals.allowed, width=width, levels=LEVELS, processor=processor
     )
-    return [{tuple(c) for c in rows} for rows in found.tolist()]
+    return [{tuple(c) for c in rows} for rows in codes.tolist()]
 
 
 @torch.inference_mode()

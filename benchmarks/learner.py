@@ -91,7 +91,7 @@ def default_setting(num_items: int = 20_000, num_codes: int = 64) -> Setting:
 def random_prompts(
     setting: Setting, num_prompts: int, length: int, draw: np.random.Generator
 ) -> Prompts:
-    """Prompts of `length` random codes, without history, and random items as their targets."""
+    """Create prompts of `length` random codes, without history, with random target items."""
     start = np.arange(num_prompts + 1) * length
     return Prompts(
         id=np.arange(num_prompts),

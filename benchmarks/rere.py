@@ -87,23 +87,23 @@ def _embeddings(settings: Config) -> Path:
 
 
 def _cell(cell: tuple[str, str], seed: int, changes: tuple[str, ...]) -> tuple[Config, float]:
-    """The run of one cell, done or read where it is done, and its best validation NDCG@10."""
+    """Run one cell, unless it has been run; return the run and its best validation NDCG@10."""
     sampler, reward = cell
-    begin = config.load(RUN, [*changes, f"name=rere-start-{seed}", f"seed={seed}"])
+    sft_config = config.load(RUN, [*changes, f"name=rere-start-{seed}", f"seed={seed}"])
     weights = ", ".join(f"{name} = {weight}" for name, weight in REWARDS[reward].items())
-    own = config.load(RUN, [
+    run_config = config.load(RUN, [
         *changes,
         f"name=rere-{sampler}-{reward}-{seed}",
         f"seed={seed}",
         f"rollout.search={sampler}",
         f"rewards.weights={{{weights}}}",
-        f"rewards.collaborative.path={begin.run_dir / 'collaborative'}",
+        f"rewards.collaborative.path={sft_config.run_dir / 'collaborative'}",
     ])  # fmt: skip
-    if reward == "collaborative" and not (begin.run_dir / "collaborative").is_dir():
-        fit("collaborative", begin)
-    branch(begin, own)
-    log = read_metrics(own.run_dir / FILE)["train"]
-    return own, float(np.max(log["evaluate/ndcg@10/sid"].value))
+    if reward == "collaborative" and not (sft_config.run_dir / "collaborative").is_dir():
+        fit("collaborative", sft_config)
+    branch(sft_config, run_config)
+    log = read_metrics(run_config.run_dir / FILE)["train"]
+    return run_config, float(np.max(log["evaluate/ndcg@10/sid"].value))
 
 
 def _order(

@@ -118,7 +118,7 @@ def sasrec_ranks(
     unknown = ~model.trained.numpy()
     for rows in batches(np.arange(len(split)), batch_size):
         history, start = ragged.take(split.history, split.history_start, rows)
-        state, known = model.last_states(history, start)
+        state, has_state = model.last_states(history, start)
         with torch.no_grad():
             logit = (state @ model.item.weight[:-1].T).double().numpy()
         logit[:, unknown] = -np.inf
@@ -132,9 +132,11 @@ def sasrec_ranks(
             leaf_logit[row_index, catalog.leaf_of_item[target]],
         )
         num_better = (logit >= target_logit[:, None]).sum(1) - 1
-        item[rows] = np.where(known & np.isfinite(target_logit), num_better, TargetRanks.MISS)
+        item[rows] = np.where(has_state & np.isfinite(target_logit), num_better, TargetRanks.MISS)
         num_better = (leaf_logit >= target_leaf_logit[:, None]).sum(1) - 1
-        sid[rows] = np.where(known & np.isfinite(target_leaf_logit), num_better, TargetRanks.MISS)
+        sid[rows] = np.where(
+            has_state & np.isfinite(target_leaf_logit), num_better, TargetRanks.MISS
+        )
     return TargetRanks(sid=sid, item=item)
 
 

@@ -35,9 +35,9 @@ def groups(codes: Int[np.ndarray, "I L"]) -> tuple[Int64[np.ndarray, " I"], Any]
     return np.argsort(group_of_item, kind="stable"), ragged.starts(np.bincount(group_of_item))
 
 
-def extra_level(made: Quantized, prior: Float[np.ndarray, " I"]) -> ResolvedCodes:
+def extra_level(quantized: Quantized, prior: Float[np.ndarray, " I"]) -> ResolvedCodes:
     """Append a level with the rank of an item, by the prior, among those that share its codes."""
-    codes = made.codes
+    codes = quantized.codes
     order, start = groups(codes)
     group_of_position = np.repeat(np.arange(len(start) - 1), np.diff(start))
     order = order[np.lexsort((order, -prior[order], group_of_position))]
@@ -48,14 +48,14 @@ def extra_level(made: Quantized, prior: Float[np.ndarray, " I"]) -> ResolvedCode
     )
 
 
-def reassign(made: Quantized, prior: Float[np.ndarray, " I"]) -> ResolvedCodes:
+def reassign(quantized: Quantized, prior: Float[np.ndarray, " I"]) -> ResolvedCodes:
     """Assign free codes of the last level to colliding items at the least total distance.
 
     MiniOneRec also reassigns on the last level, by Sinkhorn's algorithm, without a guarantee
     (arXiv 2510.24431); this is the optimal assignment. An item for which no free code is left
     below its prefix keeps its code.
     """
-    codes = made.codes.copy()
+    codes = quantized.codes.copy()
     order, start = groups(codes)
     colliding = np.zeros(len(codes), dtype=bool)  # [I] whether another item has the same codes
     colliding[order] = np.repeat(np.diff(start) > 1, np.diff(start))
@@ -66,23 +66,23 @@ def reassign(made: Quantized, prior: Float[np.ndarray, " I"]) -> ResolvedCodes:
         if len(colliding_members) == 0:
             continue
         # [colliding members, C] distance of each residual to every code of the last level
-        cost = distances(made.last[colliding_members], made.codebook[-1])
+        cost = distances(quantized.last[colliding_members], quantized.codebook[-1])
         is_free = np.ones(cost.shape[1], dtype=bool)
         is_free[codes[members[~colliding[members]], -1]] = False
         free_codes = np.flatnonzero(is_free)
         row, column = linear_sum_assignment(cost[:, free_codes])
         codes[colliding_members[row], -1] = free_codes[column]
-    return keep(replace(made, codes=codes), prior)
+    return keep(replace(quantized, codes=codes), prior)
 
 
-def keep(made: Quantized, prior: Float[np.ndarray, " I"]) -> ResolvedCodes:
+def keep(quantized: Quantized, prior: Float[np.ndarray, " I"]) -> ResolvedCodes:
     """Keep all codes; list items of higher prior first within a group of equal codes."""
-    listed = np.arange(len(made.codes))
-    order, start = groups(made.codes)
+    listed = np.arange(len(quantized.codes))
+    order, start = groups(quantized.codes)
     group_of_position = np.repeat(np.arange(len(start) - 1), np.diff(start))
     ranked = order[np.lexsort((order, -prior[order], group_of_position))]
     listed[order] = ranked  # a group keeps its positions in the file; its members are permuted
-    return ResolvedCodes(codes=made.codes, order=listed)
+    return ResolvedCodes(codes=quantized.codes, order=listed)
 
 
 POLICIES: Mapping[str, Callable[[Quantized, Float[np.ndarray, " I"]], ResolvedCodes]] = {
