@@ -127,6 +127,7 @@ def first_code_model(
     for held_out in np.unique(fold):
         in_fold, out_of_fold = fold == held_out, fold != held_out
         mean = float(total[out_of_fold].mean()) if out_of_fold.any() else 0.0
+        # [A] mean reward of each first code outside the fold, with one pseudo-decision at the mean
         count = np.bincount(first[out_of_fold], minlength=num_codes)
         mean_reward = (np.bincount(first[out_of_fold], total[out_of_fold], num_codes) + mean) / (
             count + 1

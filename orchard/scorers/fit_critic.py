@@ -122,6 +122,7 @@ def _outcomes(
     reward = np.where(is_logged, weight, -weight * (1 - common_depth / step))
     outcome = np.zeros(node.shape)
     outcome[:, :, 1:] = np.where(node[:, :, 1:] >= 0, reward, 0)
+    # discounted sums from the end of each walk up to the root
     for level in range(node.shape[2] - 2, -1, -1):
         outcome[:, :, level] += discount * outcome[:, :, level + 1]
     return outcome

@@ -113,6 +113,7 @@ class PrefixCritic(nn.Module):
         for level, (start, end) in enumerate(
             zip(self.level_start[:-1], self.level_start[1:], strict=True)
         ):
+            # states of this depth in all walks, against the embeddings of the level's codes
             logit[:, level::period, : end - start] = (
                 query[:, level::period] @ self.code.weight[start:end].T
             )

@@ -151,6 +151,7 @@ def _inside(
     """Return the held-out examples whose position the user's longest training history covers."""
     longest, held_out = _last_of_user(examples, train, held_out, examples.length)
     position = examples.length[held_out]
+    # The user's sequence begins at `first`, so the item at `position` is the held-out interaction.
     is_longer = examples.length[longest] > position
     longest, held_out, position = longest[is_longer], held_out[is_longer], position[is_longer]
     item_there = examples.sequence[examples.first[longest] + position]

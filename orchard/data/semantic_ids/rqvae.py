@@ -12,6 +12,7 @@ Shapes:  I items   E dimensions   D latent dimensions   L levels   C codes of on
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +31,16 @@ _UPDATES = 3000
 _RATE = 1e-3
 
 
+class LatentCodes(NamedTuple):
+    """Codes of latent vectors, with the vectors and the input of each level."""
+
+    codes: Int64[Tensor, "I L"]
+    vectors: Float[Tensor, "L I D"]
+    """Codebook vector of each code."""
+    residuals: Float[Tensor, "L I D"]
+    """Input of each level: the residual of the levels before it."""
+
+
 class RqVae(nn.Module):
     """Encoder, codebooks and decoder of an RQ-VAE."""
 
@@ -45,10 +56,8 @@ class RqVae(nn.Module):
         )
         self.books = nn.ParameterList([nn.Parameter(torch.zeros(size, code)) for size in sizes])
 
-    def quantize(
-        self, vector: Float[Tensor, "I D"]
-    ) -> tuple[Int64[Tensor, "I L"], Float[Tensor, "L I D"], Float[Tensor, "L I D"]]:
-        """Return the nearest code of each level, its vector, and the input of the level."""
+    def quantize(self, vector: Float[Tensor, "I D"]) -> LatentCodes:
+        """Select the nearest code of each level."""
         residual, codes, vectors, residuals = vector, list[Tensor](), list[Tensor](), list[Tensor]()
         for book in self.books:
             code = torch.cdist(residual.detach(), book.detach()).argmin(1)
@@ -56,7 +65,7 @@ class RqVae(nn.Module):
             vectors.append(book[code])
             residuals.append(residual)
             residual = residual - vectors[-1].detach()
-        return torch.stack(codes, 1), torch.stack(vectors), torch.stack(residuals)
+        return LatentCodes(torch.stack(codes, 1), torch.stack(vectors), torch.stack(residuals))
 
     def loss(self, points: Float[Tensor, "I E"]) -> tuple[Float[Tensor, ""], Int64[Tensor, "I L"]]:
         """Compute the training loss and the codes of the points."""
@@ -80,7 +89,7 @@ class RqVae(nn.Module):
     @torch.no_grad()
     def revive(self, used: Sequence[Tensor], points: Float[Tensor, "I E"]) -> None:
         """Reset the codes with a zero count in `used` to the residuals of random points."""
-        residuals = self.quantize(self.encoder(points))[2]
+        residuals = self.quantize(self.encoder(points)).residuals
         for level, book in enumerate(self.books):
             unused = (used[level] == 0).nonzero().squeeze(1)[: len(points)]
             book[unused] = residuals[level, torch.randperm(len(points))[: len(unused)]]
