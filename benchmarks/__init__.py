@@ -1,1 +1,1 @@
-"""The published figures: one module each, `run(quick)` in it, started by `orchard bench NAME`."""
+"""Benchmarks: each module NAME has a function `run(quick)`, started by `orchard bench NAME`."""

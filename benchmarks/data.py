@@ -1,6 +1,6 @@
-"""Bringing data: the import of a million interactions, and semantic IDs for 100,000 items.
+"""Benchmark data preparation: import of a million interactions, semantic IDs for 100,000 items.
 
-And how good semantic IDs made of Amazon Industrial's titles are, beside the published ones.
+Also compare semantic IDs built from Amazon Industrial's titles with the published ones.
 """
 
 import os
@@ -28,7 +28,7 @@ INDUSTRIAL = Path("cluster/runs/amazon_industrial.toml")
 
 
 def run(quick: bool) -> Report:
-    """The whole command, files and start of Python included, in a process of its own."""
+    """Time the import command in a separate process, including files and the start of Python."""
     events = 50_000 if quick else 1_000_000
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -38,90 +38,99 @@ def run(quick: bool) -> Report:
             ["data", "import", str(folder / "log.csv"), str(folder / "out"), "--core", "2"]
         )
     items = 5_000 if quick else 100_000
-    plain = quantised(items)
-    compared = beside_published(config.load(INDUSTRIAL, []).data.path)
-    note = f"{events} interactions, CSV of {size / 1e6:.0f} MB"
+    quantize_s = quantised(items)
+    published_rows = beside_published(config.load(INDUSTRIAL, []).data.path)
+    import_note = f"{events} interactions, CSV of {size / 1e6:.0f} MB"
     return report(
         "data",
         [
-            figure("import_s", seconds, "s", asked="<= 60", note=note),
+            figure("import_s", seconds, "s", asked="<= 60", note=import_note),
             figure(
                 "import_peak_gib", peak / GIB, "GiB", asked="<= 2", note="resident, at its peak"
             ),
             figure(
-                "rq_kmeans_s", plain, "s", asked="<= 180", note=f"{items} x 256, 3 levels of 256"
+                "rq_kmeans_s",
+                quantize_s,
+                "s",
+                asked="<= 180",
+                note=f"{items} x 256, 3 levels of 256",
             ),
         ],
         [
-            {"events": events, "seconds": seconds, "peak_gib": peak / GIB, "rq_kmeans_s": plain},
-            *compared,
+            {
+                "events": events,
+                "seconds": seconds,
+                "peak_gib": peak / GIB,
+                "rq_kmeans_s": quantize_s,
+            },
+            *published_rows,
         ],
     )
 
 
 def write_log(path: Path, events: int) -> None:
-    """A log whose users and items are text and whose popularity falls off as 1 / rank."""
-    draw = np.random.default_rng(0)
+    """Write a log with text identifiers and item popularity proportional to 1 / rank."""
+    rng = np.random.default_rng(0)
     users, items = max(1, events // 12), max(1, events // 40)
-    chance = 1 / np.arange(1, items + 1)
+    weight = 1 / np.arange(1, items + 1)
     table = {
-        "user_id": np.char.add("user-", draw.integers(users, size=events).astype(str)),
+        "user_id": np.char.add("user-", rng.integers(users, size=events).astype(str)),
         "item_id": np.char.add(
-            "item-", draw.choice(items, size=events, p=chance / chance.sum()).astype(str)
+            "item-", rng.choice(items, size=events, p=weight / weight.sum()).astype(str)
         ),
-        "rating": draw.integers(1, 6, size=events),
-        "timestamp": draw.integers(1_600_000_000, 1_700_000_000, size=events),
+        "rating": rng.integers(1, 6, size=events),
+        "timestamp": rng.integers(1_600_000_000, 1_700_000_000, size=events),
     }
     csv.write_csv(pa.table(table), path)
 
 
 def quantised(items: int) -> float:
-    """Seconds of three levels of residual k-means over random points around 2,000 centres."""
-    draw = np.random.default_rng(0)
-    centre = draw.standard_normal((2000, 256), dtype=np.float32)
-    noise = draw.standard_normal((items, 256), dtype=np.float32)
-    points = centre[draw.integers(len(centre), size=items)] + 0.5 * noise
-    begin = time.perf_counter()
+    """Time three levels of residual k-means over random points around 2,000 centers, in seconds."""
+    rng = np.random.default_rng(0)
+    centers = rng.standard_normal((2000, 256), dtype=np.float32)
+    noise = rng.standard_normal((items, 256), dtype=np.float32)
+    points = centers[rng.integers(len(centers), size=items)] + 0.5 * noise
+    start_s = time.perf_counter()
     quantize(points, (256, 256, 256))
-    return time.perf_counter() - begin
+    return time.perf_counter() - start_s
 
 
 def beside_published(source: Path) -> list[Row]:
-    """The semantic IDs of a data set, and those that each quantiser makes of its titles."""
+    """Measure the semantic IDs of a data set, and those that each quantizer builds from titles."""
     if not source.is_dir():
         return [{"sids": "published", "note": f"not run: there is no data set in {source}"}]
-    published = measure_codes(catalog.read(source / "items.parquet").codes)
-    rows: list[Row] = [{"sids": "published", **_facts(published)}]
+    published_quality = measure_codes(catalog.read(source / "items.parquet").codes)
+    rows: list[Row] = [{"sids": "published", **_facts(published_quality)}]
     for name in QUANTIZERS:
-        with tempfile.TemporaryDirectory() as made:
+        with tempfile.TemporaryDirectory() as folder:
             for file in ("items.parquet", "train.parquet"):
-                shutil.copyfile(source / file, Path(made) / file)
-            begin = time.perf_counter()
-            found = build(Path(made), SemanticIdConfig(quantiser=name), overwrite=True)
+                shutil.copyfile(source / file, Path(folder) / file)
+            start_s = time.perf_counter()
+            sid_report = build(Path(folder), SemanticIdConfig(quantiser=name), overwrite=True)
         rows.append(
             {
                 "sids": name,
-                **_facts(found["after"]),
-                "colliding_as_quantised": found["before"]["colliding_items"],
-                "residual": found["residual"][-1],
-                "seconds": time.perf_counter() - begin,
+                **_facts(sid_report["after"]),
+                "colliding_as_quantised": sid_report["before"]["colliding_items"],
+                "residual": sid_report["residual"][-1],
+                "seconds": time.perf_counter() - start_s,
             }
         )
     return rows
 
 
-def _facts(found: CodeQuality) -> Row:
-    """What is compared of one set of semantic IDs."""
-    facts: dict[str, str | int | float | bool] = {"colliding": found["colliding_items"]}
-    for number, level in enumerate(found["levels"], start=1):
+def _facts(quality: CodeQuality) -> Row:
+    """Return the compared properties of one set of semantic IDs."""
+    facts: dict[str, str | int | float | bool] = {"colliding": quality["colliding_items"]}
+    for number, level in enumerate(quality["levels"], start=1):
         facts[f"codes_{number}"] = level["codes_used"]
         facts[f"perplexity_{number}"] = level["perplexity"]
-    return facts | {"single_child_share": found["levels"][-1]["single_child_share"]}
+    return facts | {"single_child_share": quality["levels"][-1]["single_child_share"]}
 
 
 def timed(arguments: Sequence[str]) -> tuple[float, int]:
-    """Seconds and peak resident bytes of a command."""
-    begin = time.perf_counter()
+    """Run a command and return its seconds and peak resident bytes."""
+    start_s = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-m", "cluster.cli", *arguments], stdout=subprocess.DEVNULL
     )
@@ -129,4 +138,4 @@ def timed(arguments: Sequence[str]) -> tuple[float, int]:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, list(arguments))
-    return time.perf_counter() - begin, usage.ru_maxrss * 1024
+    return time.perf_counter() - start_s, usage.ru_maxrss * 1024

@@ -1,12 +1,12 @@
-"""Constrained tree decoding: Orchard's engines against what is used elsewhere, and the floor.
+"""Benchmark constrained tree decoding: Orchard's engines, the common alternatives, and a floor.
 
 All decode the same prompts with the same weights, a fresh Qwen3 of the default sizes over 20,000
-random items with three codes each, on one thread, and take turns. Hugging Face's beam search is
-asked to renormalise under its constraint, so that it solves the same problem. vLLM's own beam
-search is timed without one, which is less work: its public interface takes a grammar, not tokens
-per beam, and xgrammar, which compiled the choice among 1,000 items in 0.6 s, had not compiled that
-among 5,000 after a minute. The floor is the prompts' prefill and one forward pass of all beams per
-further level, with no search at all.
+random items with three codes each, on one thread, with interleaved repeats. Hugging Face's beam
+search renormalizes under its constraint, so that it solves the same problem. vLLM's own beam
+search is timed without a constraint, which is less work: its public interface takes a grammar, not
+tokens per beam, and xgrammar, which compiled the choice among 1,000 items in 0.6 s, had not
+compiled that among 5,000 after a minute. The floor is the prefill of the prompts and one forward
+pass of all beams per further level, without a search.
 """
 
 import tempfile
@@ -37,27 +37,27 @@ from rollout.engine.worker import VllmModel
 from rollout.search.beam import beam
 
 BATCH, LENGTH, LEVELS = 32, 128, 3
-"""Prompts, tokens of each, codes of an item: of the figures that were asked for."""
+"""Number of prompts, tokens per prompt and codes per item of the reported figures."""
 
 Codes = set[tuple[int, ...]]
-"""What was found for one prompt, as token ids."""
+"""Candidates of one prompt as token ids."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rivals:
-    """What is needed to decode in each of the ways."""
+    """Models and engines of the compared methods."""
 
     setting: Setting
     model: PreTrainedModel
-    """A copy for this process; the setting's own went to vLLM."""
-    holder: VllmEngine
+    """Policy for the methods that run in this process."""
+    engine: VllmEngine
     stock: dict[int, Any]
-    """vLLM engines as they come, by block size."""
+    """Unmodified vLLM engines by block size."""
     allowed: Allowed
 
 
 def run(quick: bool) -> Report:
-    """Beams of 16 and 50 for 32 prompts of 128 tokens; `quick` takes 4 prompts and one width."""
+    """Decode 32 prompts with beams of 16 and 50; `quick` takes 4 prompts and one width."""
     torch.set_num_threads(1)
     batch, repeats = (4, 3) if quick else (BATCH, 10)
     rivals = _rivals()
@@ -66,32 +66,33 @@ def run(quick: bool) -> Report:
     for width in (16,) if quick else (16, 50):
         row, equal = _compare(rivals, batch, width, repeats)
         rows.append(row)
-        at = f"B={batch}, P={LENGTH}, W={width}, L={LEVELS}, FP32, one thread"
+        conditions = f"B={batch}, P={LENGTH}, W={width}, L={LEVELS}, FP32, one thread"
         stock = min(float(row[f"vllm_beam_search_{block}_s"]) for block in rivals.stock)
         worker = float(row["worker_s"])
         figures += [
             figure(f"equal_beams_w{width}", equal, "share", asked="== 1",
-                   note=f"in-worker = requests = torch = all three of Hugging Face, {at}"),
+                   note=f"in-worker = requests = torch = all three of Hugging Face, {conditions}"),
             figure(f"over_vllm_beam_search_w{width}", stock / worker, "x", asked=">= 5",
                    note=f"unconstrained, the faster of blocks {', '.join(map(str, rivals.stock))}; "
-                   f"its grammars do not take so many items, {at}"),
+                   f"its grammars do not take so many items, {conditions}"),
             figure(f"over_hugging_face_w{width}", float(row["hf_generate_s"]) / worker, "x",
-                   asked=">= 10", note=f"generate with prefix_allowed_tokens_fn, {at}"),
+                   asked=">= 10", note=f"generate with prefix_allowed_tokens_fn, {conditions}"),
             figure(f"over_hugging_face_strong_w{width}", float(row["hf_strong_s"]) / worker, "x",
-                   asked=">= 1.5", note=f"prompts computed once, dense masks, {at}"),
+                   asked=">= 1.5", note=f"prompts computed once, dense masks, {conditions}"),
             figure(f"over_floor_w{width}", worker / float(row["floor_s"]), "x",
-                   asked=f"<= {2 if width == 16 else 2.5}", note=f"no search at all, {at}"),
+                   asked=f"<= {2 if width == 16 else 2.5}", note=f"no search at all, {conditions}"),
         ]  # fmt: skip
     return report("decode", figures, rows)
 
 
 def _rivals() -> Rivals:
+    """Create the engines of all methods with the same weights."""
     setting = default_setting()
     folder = Path(tempfile.mkdtemp(prefix="orchard-decode-"))
     save_model_folder(setting.model, compact_tokenizer(setting.catalog), folder)
-    _trie, vocabulary = setting.catalog.trie, setting.tokenizer
+    tokenizer = setting.tokenizer
     config = RolloutConfig(threads=1, kv_cache_gib=1.0)
-    holder = VllmEngine(folder, setting.model, vocabulary, VERSION, config, seed=0)
+    engine = VllmEngine(folder, setting.model, tokenizer, VERSION, config, seed=0)
     from vllm import LLM
 
     stock = {
@@ -106,30 +107,30 @@ def _rivals() -> Rivals:
     return Rivals(
         setting=setting,
         model=setting.model,
-        holder=holder,
+        engine=engine,
         stock=stock,
-        allowed=allowed_tokens(vocabulary),
+        allowed=allowed_tokens(tokenizer),
     )
 
 
 def _compare(rivals: Rivals, batch: int, width: int, repeats: int) -> tuple[Row, float]:
-    """Median seconds of every way, its work, and the share of prompts with equal beams."""
+    """Measure the median seconds of every method, and the share of prompts with equal beams."""
     setting = rivals.setting
-    _trie, vocabulary = setting.catalog.trie, setting.tokenizer
+    tokenizer = setting.tokenizer
     prompts = random_prompts(setting, batch, LENGTH, np.random.default_rng(batch))
     token = torch.from_numpy(prompts.token.astype(np.int64)).view(batch, LENGTH)
-    find = partial(beam, width=width)
-    reference = TorchEngine(rivals.model, vocabulary, VERSION)
-    requests = RequestBackend(rivals.holder.llm, vocabulary, VERSION)
+    search_fn = partial(beam, width=width)
+    reference = TorchEngine(rivals.model, tokenizer, VERSION)
+    requests = RequestBackend(rivals.engine.llm, tokenizer, VERSION)
 
     def by_requests() -> Candidates:
-        rivals.holder.llm.reset_prefix_cache()
-        return find(requests, prompts)
+        rivals.engine.llm.reset_prefix_cache()
+        return search_fn(requests, prompts)
 
     ways: dict[str, Callable[[], Any]] = {
-        "worker": lambda: rivals.holder.run(find, prompts),
+        "worker": lambda: rivals.engine.run(search_fn, prompts),
         "requests": by_requests,
-        "torch": lambda: find(reference, prompts),
+        "torch": lambda: search_fn(reference, prompts),
         "hf_generate": lambda: _generate(rivals, token, width),
         "hf_processor": lambda: _generate(rivals, token, width, processor=True),
         "hf_strong": lambda: _strong(rivals, token, width),
@@ -137,20 +138,20 @@ def _compare(rivals: Rivals, batch: int, width: int, repeats: int) -> tuple[Row,
             f"vllm_beam_search_{block}": partial(_stock_search, llm, token, width)
             for block, llm in rivals.stock.items()
         },
-        "floor": lambda: rivals.holder.llm.collective_rpc(_floor, args=(token, width)),
+        "floor": lambda: rivals.engine.llm.collective_rpc(_floor, args=(token, width)),
     }
-    ours = rivals.holder.run(find, prompts)
-    expected = _found(setting, ours)
-    others = [_found(setting, ways[name]()) for name in ("requests", "torch")]
-    others += [ways[name]() for name in ("hf_generate", "hf_processor", "hf_strong")]
-    equal = [all(o[i] == expected[i] for o in others) for i in range(batch)]
+    orchard_candidates = rivals.engine.run(search_fn, prompts)
+    expected = _found(setting, orchard_candidates)
+    other_codes = [_found(setting, ways[name]()) for name in ("requests", "torch")]
+    other_codes += [ways[name]() for name in ("hf_generate", "hf_processor", "hf_strong")]
+    equal = [all(o[i] == expected[i] for o in other_codes) for i in range(batch)]
     seconds = interleaved(ways, repeats=repeats)
     row: dict[str, str | int | float | bool] = {
         "prompts": batch,
         "width": width,
-        "forward_tokens": ours.cost.forward_tokens,
-        "prefill_tokens": ours.cost.prefill_tokens,
-        "passes": ours.cost.passes,
+        "forward_tokens": orchard_candidates.cost.forward_tokens,
+        "prefill_tokens": orchard_candidates.cost.prefill_tokens,
+        "passes": orchard_candidates.cost.passes,
         "hf_prefill_tokens": batch * width * LENGTH,
         "hf_forward_tokens": batch * width * (LEVELS - 1),
     }
@@ -158,47 +159,47 @@ def _compare(rivals: Rivals, batch: int, width: int, repeats: int) -> tuple[Row,
 
 
 def _found(setting: Setting, candidates: Candidates) -> list[Codes]:
-    """The token ids of each prompt's candidates."""
-    _trie, node = setting.catalog.trie, torch.from_numpy(candidates.node)
+    """Return the token ids of each prompt's candidates."""
+    node = torch.from_numpy(candidates.node)
     token = setting.tokenizer.token_of(node.reshape(-1)).view(node.shape).tolist()
     bounds = candidates.start.tolist()
     return [{tuple(t) for t in token[a:b]} for a, b in pairwise(bounds)]
 
 
 def _generate(rivals: Rivals, token: Tensor, width: int, *, processor: bool = False) -> list[Codes]:
-    """Hugging Face's beam search, by its own hook for constraints or by a processor."""
-    found = beams(
+    """Run Hugging Face's beam search, constrained by its hook or by a logits processor."""
+    codes = beams(
         rivals.model, token, rivals.allowed, width=width, levels=LEVELS, processor=processor
     )
-    return [{tuple(c) for c in rows} for rows in found.tolist()]
+    return [{tuple(c) for c in rows} for rows in codes.tolist()]
 
 
 @torch.inference_mode()
 def _strong(rivals: Rivals, token: Tensor, width: int) -> list[Codes]:
-    """What a careful user writes with Hugging Face: one prefill per prompt, then all beams."""
-    model, batch, tokens = cast(Any, rivals.model), len(token), rivals.setting.tokenizer.size
+    """Run an optimized beam search on Hugging Face's model: one prefill per prompt, then beams."""
+    model, batch, num_tokens = cast(Any, rivals.model), len(token), rivals.setting.tokenizer.size
     cache = DynamicCache()
     logits = model(token, past_key_values=cache, logits_to_keep=1).logits[:, -1]
     score, codes = torch.zeros(batch, 1), token.new_zeros(batch, 1, 0)
     for level in range(LEVELS):
-        alive = codes.shape[1]
-        prefix = [tuple(one) for one in codes.reshape(batch * alive, level).tolist()]
+        num_beams = codes.shape[1]
+        prefix = [tuple(row) for row in codes.reshape(batch * num_beams, level).tolist()]
         legal = legal_logits(logits, prefix, rivals.allowed)
-        step = legal.log_softmax(-1).view(batch, alive, tokens)
+        step = legal.log_softmax(-1).view(batch, num_beams, num_tokens)
         score, flat = (score[:, :, None] + step).view(batch, -1).topk(width)
-        parent, code = flat // tokens, flat % tokens
-        kept = codes.gather(1, parent[:, :, None].expand(-1, -1, level))
-        codes = torch.cat([kept, code[:, :, None]], -1)
+        parent_beam, code = flat // num_tokens, flat % num_tokens
+        parent_codes = codes.gather(1, parent_beam[:, :, None].expand(-1, -1, level))
+        codes = torch.cat([parent_codes, code[:, :, None]], -1)
         if level == LEVELS - 1:
             break
-        rows = (torch.arange(batch)[:, None] * alive + parent).reshape(-1)
+        rows = (torch.arange(batch)[:, None] * num_beams + parent_beam).reshape(-1)
         cache.reorder_cache(rows)
         logits = model(codes[:, :, -1].reshape(-1, 1), past_key_values=cache).logits[:, -1]
     return [{tuple(c) for c in rows} for rows in codes.tolist()]
 
 
 def _stock_search(llm: Any, token: Tensor, width: int) -> object:
-    """VLLM's own beam search, without a constraint, from an empty prefix cache."""
+    """Run vLLM's own beam search, without a constraint, from an empty prefix cache."""
     from vllm.sampling_params import BeamSearchParams
 
     llm.reset_prefix_cache()
@@ -208,35 +209,38 @@ def _stock_search(llm: Any, token: Tensor, width: int) -> object:
 
 @torch.inference_mode()
 def _floor(worker: Any, token: Tensor, width: int) -> None:
-    """Prefill and the further levels' forward passes of the same model on pages laid out before."""
+    """Run the prefill and one forward pass per further level on preallocated pages."""
     model = VllmModel(worker.model_runner)
     batch, length = token.shape
-    size = model.page_size
-    per = -(-(length + LEVELS) // size)
-    table = 1 + torch.arange(batch * width * per, dtype=torch.int32).view(batch * width, per)
-    model.forward(_pass(table[::width], token, 0, size))
+    page_size = model.page_size
+    pages_per_row = -(-(length + LEVELS) // page_size)
+    page_table = 1 + torch.arange(batch * width * pages_per_row, dtype=torch.int32).view(
+        batch * width, pages_per_row
+    )
+    model.forward(_pass(page_table[::width], token, 0, page_size))
     for level in range(1, LEVELS):
         code = token[:, :1].repeat_interleave(width, 0)
         for rows in _slices(batch * width, model.max_spans):
             model.forward(
-                _pass(table[rows] % model.num_pages, code[rows], length + level - 1, size)
+                _pass(page_table[rows] % model.num_pages, code[rows], length + level - 1, page_size)
             )
 
 
-def _slices(total: int, most: int) -> Iterable[slice]:
-    return (slice(at, min(at + most, total)) for at in range(0, total, most))
+def _slices(total: int, max_rows: int) -> Iterable[slice]:
+    """Split `total` rows into slices of at most `max_rows`."""
+    return (slice(start, min(start + max_rows, total)) for start in range(0, total, max_rows))
 
 
-def _pass(pages: Tensor, token: Tensor, done: int, size: int) -> ForwardBatch:
-    """Spans of equal length behind `done` tokens."""
-    rows, span = token.shape
-    position = (done + torch.arange(span)).repeat(rows)
-    row = torch.arange(rows).repeat_interleave(span)
+def _pass(pages: Tensor, token: Tensor, num_cached: int, page_size: int) -> ForwardBatch:
+    """Build a batch of spans of equal length after `num_cached` tokens each."""
+    num_rows, span_length = token.shape
+    position = (num_cached + torch.arange(span_length)).repeat(num_rows)
+    row = torch.arange(num_rows).repeat_interleave(span_length)
     return ForwardBatch(
         token=token.reshape(-1),
         position=position,
-        slot=pages[row, position // size].long() * size + position % size,
-        start=torch.arange(rows + 1) * span,
-        length=torch.full((rows,), done + span),
+        slot=pages[row, position // page_size].long() * page_size + position % page_size,
+        start=torch.arange(num_rows + 1) * span_length,
+        length=torch.full((num_rows,), num_cached + span_length),
         pages=pages,
     )

@@ -1,9 +1,9 @@
-"""One policy-gradient update on packed trees against the flat batch of the same candidates.
+"""Benchmark a policy-gradient update on packed trees against a flat batch of the same candidates.
 
 The trees are the best G leaves of a beam search by the policy itself, a fresh Qwen3 of the default
 sizes, over 20,000 random items with three codes each and some 64 alternatives per code. The flat
-batch is laid out as any trainer would, one candidate to a row, and runs through the model's own
-causal attention; it too leaves out the last code and shares the evaluation of the head.
+batch has the usual layout, one candidate per row, and runs through the model's own causal
+attention; it also omits the last code and shares the evaluation of the head.
 """
 
 from collections.abc import Callable
@@ -33,12 +33,12 @@ from rollout.search_trees import build_search_trees
 
 VERSION = PolicyVersion(step=0, digest="0" * 64)
 LENGTH, GROUP = 128, 16
-"""Prompt tokens and candidates of the figures that were asked for."""
+"""Number of prompt tokens and candidates of the reported figures."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """A policy and the catalog that it recommends from."""
+    """Policy, tokenizer and catalog of a benchmark."""
 
     catalog: Catalog
     tokenizer: ItemTokenizer
@@ -47,7 +47,7 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What one forward and backward pass gave."""
+    """Loss and gradients of one forward and backward pass."""
 
     loss: float
     gradients: list[Tensor]
@@ -55,7 +55,7 @@ class Outcome:
 
 
 def run(quick: bool) -> Report:
-    """Equality, forward tokens and time at P=128, G=16, L=3; other sizes unless `quick`."""
+    """Compare loss, gradients, tokens and time at P=128, G=16, L=3, and, unless `quick`, others."""
     setting = default_setting()
     num_prompts, repeats = (4, 3) if quick else (8, 5)
     sizes = [(LENGTH, GROUP)]
@@ -65,33 +65,33 @@ def run(quick: bool) -> Report:
         _compare(setting, length, group, num_prompts=num_prompts, repeats=repeats)
         for length, group in sizes
     ]
-    at, first = f"P={LENGTH}, G={GROUP}, L=3, {num_prompts} prompts, FP32", rows[0]
+    conditions, main_row = f"P={LENGTH}, G={GROUP}, L=3, {num_prompts} prompts, FP32", rows[0]
     figures = [
-        figure("loss_difference", float(first["loss_difference"]), "relative", asked="<= 1e-5",
-               note=f"packed against flat, with clipping and KL, {at}"),
-        figure("gradient_difference", float(first["gradient_difference"]), "relative",
+        figure("loss_difference", float(main_row["loss_difference"]), "relative", asked="<= 1e-5",
+               note=f"packed against flat, with clipping and KL, {conditions}"),
+        figure("gradient_difference", float(main_row["gradient_difference"]), "relative",
                asked="<= 1e-5", note="largest over the parameters: max |difference| / max |flat|"),
-        figure("forward_token_ratio", float(first["token_ratio"]), "x", asked=">= 8",
-               note=f"flat / packed, {at}"),
-        figure("time_ratio", float(first["time_ratio"]), "x", asked=">= 4",
-               note=f"forward and backward, median of {repeats} interleaved runs, {at}"),
+        figure("forward_token_ratio", float(main_row["token_ratio"]), "x", asked=">= 8",
+               note=f"flat / packed, {conditions}"),
+        figure("time_ratio", float(main_row["time_ratio"]), "x", asked=">= 4",
+               note=f"forward and backward, median of {repeats} interleaved runs, {conditions}"),
     ]  # fmt: skip
     return report("learner", figures, [*rows, *_packing_rows(setting, quick)])
 
 
 def default_setting(num_items: int = 20_000, num_codes: int = 64) -> Setting:
-    """A fresh policy of the default sizes over random items."""
+    """Create a fresh policy of the default sizes over random items."""
     codes = np.random.default_rng(0).integers(num_codes, size=(num_items, 3))
     catalog = catalogs.from_codes(codes.tolist(), level_size=(256, 256, 256))
-    vocabulary = make_item_tokenizer(compact_tokenizer(catalog), catalog)
-    model = models.create(ModelConfig(), vocabulary, seed=0)
-    return Setting(catalog=catalog, tokenizer=vocabulary, model=model)
+    tokenizer = make_item_tokenizer(compact_tokenizer(catalog), catalog)
+    model = models.create(ModelConfig(), tokenizer, seed=0)
+    return Setting(catalog=catalog, tokenizer=tokenizer, model=model)
 
 
 def random_prompts(
     setting: Setting, num_prompts: int, length: int, draw: np.random.Generator
 ) -> Prompts:
-    """Prompts of `length` random codes, without history, and random items as their targets."""
+    """Create prompts of `length` random codes, without history, with random target items."""
     start = np.arange(num_prompts + 1) * length
     return Prompts(
         id=np.arange(num_prompts),
@@ -104,24 +104,24 @@ def random_prompts(
 
 
 def _trees(setting: Setting, length: int, group: int, num_prompts: int) -> ScoredTrees:
-    """Scored beams, half of them with a hit, whose behaviour is some way off the policy."""
-    draw = np.random.default_rng(length)
-    prompts = random_prompts(setting, num_prompts, length, draw)
-    catalog, vocabulary = setting.catalog, setting.tokenizer
-    engine = TorchEngine(setting.model, vocabulary, VERSION)
-    trees = build_search_trees(prompts, beam(engine, prompts, width=group), vocabulary, VERSION)
-    hit = trees.candidate_start[:-1:2] + draw.integers(group, size=len(prompts.id[::2]))
+    """Return scored beams, half of them with a hit, from a behavior policy near the policy."""
+    rng = np.random.default_rng(length)
+    prompts = random_prompts(setting, num_prompts, length, rng)
+    catalog, tokenizer = setting.catalog, setting.tokenizer
+    engine = TorchEngine(setting.model, tokenizer, VERSION)
+    trees = build_search_trees(prompts, beam(engine, prompts, width=group), tokenizer, VERSION)
+    hit_candidate = trees.candidate_start[:-1:2] + rng.integers(group, size=len(prompts.id[::2]))
     target = prompts.target.copy()
-    target[::2] = catalog.item_of_leaf[catalog.leaf_start[trees.leaf[hit]]]
-    moved = trees.logprob + draw.normal(0, 0.3, len(trees.logprob)).astype(np.float32)
-    trees = replace(trees, prompts=replace(prompts, target=target), logprob=moved)
+    target[::2] = catalog.item_of_leaf[catalog.leaf_start[trees.leaf[hit_candidate]]]
+    behavior_logprob = trees.logprob + rng.normal(0, 0.3, len(trees.logprob)).astype(np.float32)
+    trees = replace(trees, prompts=replace(prompts, target=target), logprob=behavior_logprob)
     return score_trees(trees, catalog, {"rule": 1.0, "ranking": 1.0})
 
 
 def _compare(
     setting: Setting, length: int, group: int, *, num_prompts: int, repeats: int
 ) -> dict[str, str | int | float]:
-    """Both layouts of the same trees: how equal, how large, how fast."""
+    """Compare both layouts of the same trees in tokens, time, loss and gradients."""
     scored = _trees(setting, length, group, num_prompts)
     credits = [ESTIMATORS["group"](scored, 1e-4)]
     packed = pack(scored, credits, setting.tokenizer)
@@ -131,7 +131,7 @@ def _compare(
         "packed": lambda: _update(setting, tree_batch, _packed_logprobs),
         "flat": lambda: _update(setting, flat_batch, _flat_logprobs),
     }
-    one, other = (case() for case in cases.values())
+    packed_outcome, flat_outcome = (case() for case in cases.values())
     seconds = interleaved(cases, repeats=repeats)
     return {
         "prompt_tokens": length,
@@ -143,23 +143,23 @@ def _compare(
         "packed_s": seconds["packed"],
         "flat_s": seconds["flat"],
         "time_ratio": seconds["flat"] / seconds["packed"],
-        "clipped_fraction": one.clipped_fraction,
-        "loss_difference": abs(one.loss - other.loss) / abs(other.loss),
+        "clipped_fraction": packed_outcome.clipped_fraction,
+        "loss_difference": abs(packed_outcome.loss - flat_outcome.loss) / abs(flat_outcome.loss),
         "gradient_difference": max(
             float((a - b).abs().max() / b.abs().max())
-            for a, b in zip(one.gradients, other.gradients, strict=True)
+            for a, b in zip(packed_outcome.gradients, flat_outcome.gradients, strict=True)
         ),
     }
 
 
 def _packing_rows(setting: Setting, quick: bool) -> list[Row]:
-    """How long the packing itself takes."""
+    """Time the packing itself."""
     rows: list[Row] = []
     for num_prompts in (128,) if quick else (128, 1024):
         scored = _trees(setting, 32, GROUP, num_prompts)
         credits = [ESTIMATORS["group"](scored, 1e-4)]
-        given = (scored, credits, setting.tokenizer)
-        seconds = interleaved({"pack": lambda given=given: pack(*given)}, repeats=5)
+        pack_args = (scored, credits, setting.tokenizer)
+        seconds = interleaved({"pack": lambda pack_args=pack_args: pack(*pack_args)}, repeats=5)
         rows.append({"prompts": num_prompts, "candidates": GROUP, "pack_s": seconds["pack"]})
     return rows
 
@@ -176,13 +176,13 @@ def _packed_logprobs(
 def _flat_logprobs(
     setting: Setting, batch: BatchTensors
 ) -> tuple[Float32[Tensor, " E"], Float32[Tensor, " E"]]:
-    """By the causal kernel; padding, if any, is behind the tokens that could see it."""
+    """Compute log-probabilities of a flat batch with causal attention; padding is on the right."""
     hidden = setting.model.base_model(input_ids=batch.token, use_cache=False).last_hidden_state
     return score_choices(hidden, head_weight(setting.model), batch, setting.tokenizer)
 
 
 def _update(setting: Setting, batch: BatchTensors, logprobs: Logprobs) -> Outcome:
-    """Loss and gradients with the default clips; the reference is the behaviour policy."""
+    """Compute loss and gradients with the default clips; the reference is the behavior policy."""
     setting.model.zero_grad()
     config = LearnerConfig()
     value, parts = policy_loss(

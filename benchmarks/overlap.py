@@ -1,11 +1,11 @@
-"""What a second rollout actor and one version of lag bring on this machine.
+"""Benchmark the throughput of a second rollout actor and of one version of lag.
 
-The job of the quickstart (synthetic world, vLLM rollouts) with one or two rollout actors, and with
-`cluster.max_off_policy_steps` 0 or 1, one thread to the learner and to each actor. Each way is one
-whole run from the same warm start, without evaluation or checkpoints in between; the first updates
-of a run, in which vLLM warms up, are left out. Throughput is what a user waits for: updates between
-two moments of the log, not the time of each phase. `busy_cores` counts the whole machine, other
-processes included.
+The job is that of the quickstart (synthetic world, vLLM rollouts) with one or two rollout actors,
+and with `cluster.max_off_policy_steps` 0 or 1, with one thread for the learner and each actor. Each
+configuration is one complete run from the same SFT policy, without evaluation or checkpoints in
+between; the first updates, in which vLLM warms up, are left out. Throughput is end to end: updates
+between two times of the log. `busy_cores` is measured over the whole machine, so it includes other
+processes.
 """
 
 import shutil
@@ -27,14 +27,14 @@ from orchard.tracking.metrics_log import FILE, read_metrics
 
 WAYS = {(actors, lag): f"{actors} actors, lag {lag}" for lag in (0, 1) for actors in (1, 2)}
 FIRST = 5
-"""Updates that are left out."""
+"""Number of warm-up updates that are left out."""
 ALONE = ("evaluate.every=0", "evaluate.test_rows=64", "evaluate.valid_rows=64",
          "checkpoint.every=10000", "learner.tis_clip=2.0")  # fmt: skip
-"""Truncated importance sampling in all ways, so that lag is the only difference."""
+"""Overrides of all runs: no evaluation, and truncated importance sampling even without lag."""
 
 
 def run(quick: bool) -> Report:
-    """Updates and tokens per second in each way; `quick` shows only that it works."""
+    """Measure updates and tokens per second of each configuration; `quick` is a smoke test."""
     steps, epochs = (FIRST + 2, 1) if quick else (FIRST + 40, 3)
     folder = Path(tempfile.mkdtemp(prefix="orchard-overlap-"))
     try:
@@ -43,64 +43,64 @@ def run(quick: bool) -> Report:
             *ONE_THREAD, *ALONE, f"output={folder}", f"data.path={folder / 'world'}",
             f"learner.steps={steps}", f"sft.epochs={epochs}",
         )  # fmt: skip
-        begin = config.load(QUICKSTART, [*changes, "name=start"])
-        warm_start(begin, dry_run=False)
-        found: dict[tuple[int, int], dict[str, float]] = {}
+        sft_config = config.load(QUICKSTART, [*changes, "name=start"])
+        warm_start(sft_config, dry_run=False)
+        metrics: dict[tuple[int, int], dict[str, float]] = {}
         for actors, lag in WAYS:
-            own = config.load(QUICKSTART, [
+            config_of_way = config.load(QUICKSTART, [
                 *changes, f"name=ways-{actors}-{lag}", f"rollout.actors={actors}",
                 f"cluster.max_off_policy_steps={lag}",
             ])  # fmt: skip
-            found[actors, lag] = _one(begin, own)
+            metrics[actors, lag] = _one(sft_config, config_of_way)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    rows: list[Row] = [{"way": name} | found[way] for way, name in WAYS.items()]
-    return report("overlap", _figures(found), rows)
+    rows: list[Row] = [{"way": name} | metrics[way] for way, name in WAYS.items()]
+    return report("overlap", _figures(metrics), rows)
 
 
-def _figures(found: dict[tuple[int, int], dict[str, float]]) -> list[Figure]:
-    def over(name: str, ours: tuple[int, int], theirs: tuple[int, int]) -> Figure:
-        ratio = found[ours]["updates_per_s"] / found[theirs]["updates_per_s"]
-        busy = [f"{found[way]['busy_cores']:.2f}" for way in (theirs, ours)]
-        note = f"updates per second, {WAYS[ours]} over {WAYS[theirs]}; busy cores {busy[1]}, "
+def _figures(metrics: dict[tuple[int, int], dict[str, float]]) -> list[Figure]:
+    def over(name: str, way_a: tuple[int, int], way_b: tuple[int, int]) -> Figure:
+        ratio = metrics[way_a]["updates_per_s"] / metrics[way_b]["updates_per_s"]
+        busy = [f"{metrics[way]['busy_cores']:.2f}" for way in (way_b, way_a)]
+        note = f"updates per second, {WAYS[way_a]} over {WAYS[way_b]}; busy cores {busy[1]}, "
         return figure(name, ratio, "x", asked=">= 1", note=f"{note}{busy[0]}")
 
-    stale = max(one["most_lag"] - lag for (_, lag), one in found.items())
+    extra_lag = max(values["most_lag"] - lag for (_, lag), values in metrics.items())
     return [
         over("second_actor_synchronous", (2, 0), (1, 0)),
         over("lag_with_one_actor", (1, 1), (1, 0)),
         over("second_actor_with_lag", (2, 1), (1, 1)),
-        figure("staleness_above_bound", stale, "versions", asked="<= 0"),
+        figure("staleness_above_bound", extra_lag, "versions", asked="<= 0"),
     ]
 
 
-def _one(begin: Config, own: Config) -> dict[str, float]:
-    """One run of RL, and what its log says of the updates after the first ones."""
+def _one(sft_config: Config, run_config: Config) -> dict[str, float]:
+    """Run RL once and return the throughput of the updates after the warm-up."""
     with _CpuWatch() as watch:
-        branch(begin, own)
-    log = read_metrics(own.run_dir / FILE)["train"]
-    at = log["cluster/step_s"].time[FIRST - 1 :]
-    span, rest = at[-1] - at[0], slice(FIRST, None)
+        branch(sft_config, run_config)
+    log = read_metrics(run_config.run_dir / FILE)["train"]
+    step_time = log["cluster/step_s"].time[FIRST - 1 :]
+    duration_s, measured = step_time[-1] - step_time[0], slice(FIRST, None)
 
     def total(name: str) -> float:
-        return float(np.sum(log[name].value[rest]))
+        return float(np.sum(log[name].value[measured]))
 
     tokens = sum(total(f"rollout/{kind}_tokens") for kind in ("forward", "prefill", "leaf"))
     return {
-        "updates_per_s": (len(at) - 1) / span,
-        "prompts_per_s": total("rollout/prompts") / span,
-        "rollout_tokens_per_s": tokens / span,
-        "learn_share": total("cluster/learn_s") / span,
-        "wait_share": total("cluster/wait_s") / span,
-        "search_s_per_update": total("rollout/search_s") / (len(at) - 1),
-        "busy_cores": watch.busy_cores(at[0], at[-1]),
+        "updates_per_s": (len(step_time) - 1) / duration_s,
+        "prompts_per_s": total("rollout/prompts") / duration_s,
+        "rollout_tokens_per_s": tokens / duration_s,
+        "learn_share": total("cluster/learn_s") / duration_s,
+        "wait_share": total("cluster/wait_s") / duration_s,
+        "search_s_per_update": total("rollout/search_s") / (len(step_time) - 1),
+        "busy_cores": watch.busy_cores(step_time[0], step_time[-1]),
         "most_lag": float(np.max(log["rollout/lag_versions"].value)),
-        "ratio_max": float(np.max(log["learner/ratio_max"].value[rest])),
+        "ratio_max": float(np.max(log["learner/ratio_max"].value[measured])),
     }
 
 
 class _CpuWatch:
-    """Samples how much processor time the whole machine has spent."""
+    """Sampler of the processor time of the whole machine."""
 
     def __init__(self) -> None:
         self._seen: list[tuple[float, float]] = []
@@ -123,6 +123,6 @@ class _CpuWatch:
                 return
 
     def busy_cores(self, begin: float, end: float) -> float:
-        """Mean number of busy cores between two moments, seconds since 1970."""
+        """Return the mean number of busy cores between two times in seconds since 1970."""
         moment, spent = np.array(self._seen).T
         return float(np.diff(np.interp([begin, end], moment, spent))[0] / (end - begin))

@@ -1,10 +1,10 @@
-"""ReRe (arXiv 2510.12211) on Amazon Industrial: samplers x rewards, from one warm start.
+"""Benchmark ReRe (arXiv 2510.12211) on Amazon Industrial: samplers x rewards, from one SFT policy.
 
-Each cell is RL of equal length from the warm start of its seed; the grid is one seed, and the
+Each cell is RL of equal length from the SFT policy of its seed; the grid is one seed, and the
 baseline and the best cell by NDCG@10 on the validation rows are repeated over three. The paper's
 order: beam above dynamic above independent sampling; rule with ranking above rule above
 collaborative. `semantic` compares embeddings of the titles (TF-IDF and SVD), since the data set has
-none of its own. `counted` adds the reward `transition` to the paper's best.
+no embeddings. `counted` adds the reward `transition` to the paper's best.
 """
 
 from pathlib import Path
@@ -33,7 +33,7 @@ REWARDS = {
     "counted": {"rule": 1.0, "ranking": 1.0, "transition": 0.5},
 }
 SIZE = (*ONE_THREAD, "learner.steps=60", "learner.prompts_per_step=128", "evaluate.every=20")
-"""Of a cell: enough to tell cells apart, and a few minutes each."""
+"""Size of a cell's run: enough to distinguish cells in a few minutes each."""
 BASELINE = ("beam", "rule_ranking")
 ORDERS = (
     (("beam", "rule_ranking"), ("dynamic", "rule_ranking")),
@@ -41,29 +41,31 @@ ORDERS = (
     (("beam", "rule_ranking"), ("beam", "rule")),
     (("beam", "rule"), ("beam", "collaborative")),
 )
-"""Pairs of which the paper finds the first better."""
+"""Pairs of cells in which the paper reports the first as better."""
 
 
 def run(quick: bool) -> Report:
-    """The grid; `quick` cuts every run to a few updates, which only shows that it works."""
-    cut = ("sft.epochs=1", "learner.steps=2", "learner.prompts_per_step=16", "evaluate.every=1",
-           "evaluate.test_rows=100", "evaluate.valid_rows=50", "evaluate.resamples=200",
-           "rewards.collaborative.epochs=1", "output=runs/bench-quick")  # fmt: skip
-    changes = cut if quick else SIZE
+    """Run the grid; `quick` runs every cell for a few updates, as a smoke test."""
+    quick_changes = (
+        "sft.epochs=1", "learner.steps=2", "learner.prompts_per_step=16", "evaluate.every=1",
+        "evaluate.test_rows=100", "evaluate.valid_rows=50", "evaluate.resamples=200",
+        "rewards.collaborative.epochs=1", "output=runs/bench-quick",
+    )  # fmt: skip
+    changes = quick_changes if quick else SIZE
     changes = (*changes, f"data.embeddings={_embeddings(config.load(RUN, changes))}")
     cells = [(sampler, reward) for sampler in SAMPLERS for reward in REWARDS]
-    found = {cell: _cell(cell, 0, changes) for cell in cells}
-    start = read(found[BASELINE][0], WARM_START)
+    results = {cell: _cell(cell, 0, changes) for cell in cells}
+    start = read(results[BASELINE][0], WARM_START)
     rows: list[Row] = [{"cell": "warm start", "seed": 0} | means(start)]
-    rows += [{"cell": "/".join(cell), "seed": 0} | means(read(one)) | {"valid": valid}
-             for cell, (one, valid) in found.items()]  # fmt: skip
-    best = max(cells, key=lambda cell: found[cell][1])
-    repeated = {cell: [read(found[cell][0])] for cell in dict.fromkeys((BASELINE, best))}
-    for cell, several in repeated.items():
+    rows += [{"cell": "/".join(cell), "seed": 0} | means(read(run_config)) | {"valid": valid}
+             for cell, (run_config, valid) in results.items()]  # fmt: skip
+    best = max(cells, key=lambda cell: results[cell][1])
+    repeated = {cell: [read(results[cell][0])] for cell in dict.fromkeys((BASELINE, best))}
+    for cell, evaluations in repeated.items():
         for seed in () if quick else (1, 2):
-            several.append(read(_cell(cell, seed, changes)[0]))
-            rows.append({"cell": "/".join(cell), "seed": seed} | means(several[-1]))
-    figures = [_order(found, first, second) for first, second in ORDERS]
+            evaluations.append(read(_cell(cell, seed, changes)[0]))
+            rows.append({"cell": "/".join(cell), "seed": seed} | means(evaluations[-1]))
+    figures = [_order(results, first, second) for first, second in ORDERS]
     if best != BASELINE:
         gain = over_seeds(repeated[best], repeated[BASELINE])["ndcg@10/sid"]
         figures.append(figure(f"{'/'.join(best)}_above_baseline", gain.low, "", asked="> 0",
@@ -72,12 +74,12 @@ def run(quick: bool) -> Report:
 
 
 def _embeddings(settings: Config) -> Path:
-    """A file of embeddings of the items' titles, made where there is none."""
+    """Return a file of embeddings of the items' titles, computed if it does not exist."""
     path = (settings.run_dir.parent / "rere-embeddings.parquet").resolve()
     if not path.is_file():
         items = pq.read_table(settings.data.path / settings.data.items)
         vectors = of_titles(items["title"].to_pylist(), dimensions=64, seed=0)
-        # A title whose words no other has leads nowhere; the mean of all is as near to any.
+        # A title that shares no word with another has a zero vector; use the mean instead.
         vectors[~vectors.any(axis=1)] = vectors.mean(axis=0)
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.table({"item_id": items["item_id"], "embedding": list(vectors)}), path)
@@ -85,32 +87,32 @@ def _embeddings(settings: Config) -> Path:
 
 
 def _cell(cell: tuple[str, str], seed: int, changes: tuple[str, ...]) -> tuple[Config, float]:
-    """The run of one cell, done or read where it is done, and its best validation NDCG@10."""
+    """Run one cell, unless it has been run; return the run and its best validation NDCG@10."""
     sampler, reward = cell
-    begin = config.load(RUN, [*changes, f"name=rere-start-{seed}", f"seed={seed}"])
+    sft_config = config.load(RUN, [*changes, f"name=rere-start-{seed}", f"seed={seed}"])
     weights = ", ".join(f"{name} = {weight}" for name, weight in REWARDS[reward].items())
-    own = config.load(RUN, [
+    run_config = config.load(RUN, [
         *changes,
         f"name=rere-{sampler}-{reward}-{seed}",
         f"seed={seed}",
         f"rollout.search={sampler}",
         f"rewards.weights={{{weights}}}",
-        f"rewards.collaborative.path={begin.run_dir / 'collaborative'}",
+        f"rewards.collaborative.path={sft_config.run_dir / 'collaborative'}",
     ])  # fmt: skip
-    if reward == "collaborative" and not (begin.run_dir / "collaborative").is_dir():
-        fit("collaborative", begin)
-    branch(begin, own)
-    log = read_metrics(own.run_dir / FILE)["train"]
-    return own, float(np.max(log["evaluate/ndcg@10/sid"].value))
+    if reward == "collaborative" and not (sft_config.run_dir / "collaborative").is_dir():
+        fit("collaborative", sft_config)
+    branch(sft_config, run_config)
+    log = read_metrics(run_config.run_dir / FILE)["train"]
+    return run_config, float(np.max(log["evaluate/ndcg@10/sid"].value))
 
 
 def _order(
-    found: dict[tuple[str, str], tuple[Config, float]],
+    results: dict[tuple[str, str], tuple[Config, float]],
     first: tuple[str, str],
     second: tuple[str, str],
 ) -> Figure:
-    """If the first is better than the second, as in the paper, on equal test rows."""
-    gain = ranking.difference(read(found[first][0]), read(found[second][0]))["ndcg@10/sid"]
+    """Compare two cells on equal test rows; the paper reports the first as better."""
+    gain = ranking.difference(read(results[first][0]), read(results[second][0]))["ndcg@10/sid"]
     note = f"NDCG@10, one seed; paired 95 % [{gain.low:+.4f}, {gain.high:+.4f}]"
     name = f"{'/'.join(first)}_above_{'/'.join(second)}"
     return figure(name, gain.mean, "", asked="> 0", note=note)

@@ -1,13 +1,14 @@
-"""SAPO: credit by steps against credit by outcome, and thoughts against loops of `generate` calls.
+"""Benchmark SAPO: stepwise against outcome credit, and its search against `generate` loops.
 
-The table trains `cluster/runs/sapo_tiny.toml` in four ways from one warm start per seed, on the
+The table trains `cluster/runs/sapo_tiny.toml` in four variants from one SFT policy per seed, on the
 same prompts: GRPO with the exact match, GRPO with the share of matching codes, SAPO with the
-advantage on thoughts alone, and SAPO. A group has a signal where what its estimator compares (the
-reward, or the match at some step) is not the same for all of its candidates.
+advantage on thoughts alone, and SAPO. A group has a signal if the quantity that its estimator
+compares (the reward, or the match at some step) varies among its candidates.
 
-The speed is that of a fresh policy, whose blocks nearly all run to their cap. The plain loop makes
-one blocking call for each block of each sample and one for each of its codes; the batched loop, as
-the precursor of SAPO's code does, one for each opening tag, block and code of all samples at once.
+The speed is that of a fresh policy, whose blocks nearly all reach their maximum length. The plain
+loop makes one blocking call for each block of each sample and one for each of its codes; the
+batched loop, like the precursor of SAPO's code, makes one for each opening tag, block and code of
+all samples at once.
 """
 
 import tempfile
@@ -42,7 +43,7 @@ WAYS = {
     "sapo": (),
 }
 WORLD = WorldParams(num_items=500, num_users=1200)
-"""A third of the usual world: three seeds of the table are then an hour or two of a core."""
+"""Synthetic world of reduced size: three seeds of the table take one to two core hours."""
 METRICS = ("ndcg@10/sid", "hr@1/sid", "hr@10/sid")
 CUT = (
     "sft.epochs=1", "sft.valid_rows=20", "learner.steps=2", "learner.prompts_per_step=4",
@@ -51,12 +52,12 @@ CUT = (
 
 
 def run(quick: bool) -> Report:
-    """Three seeds and 16 prompts of 8 samples; `quick` only shows that it runs."""
+    """Run three seeds, and time 16 prompts of 8 samples; `quick` is a smoke test."""
     output = Path("runs/bench-quick" if quick else "runs")
-    data = output / "bench-sapo-data"
-    if not data.is_dir():
-        write_world(data, WorldParams(num_items=80, num_users=100) if quick else WORLD)
-    changes = [f"output={output}", f"data.path={data}", *ONE_THREAD, *(CUT if quick else ())]
+    data_path = output / "bench-sapo-data"
+    if not data_path.is_dir():
+        write_world(data_path, WorldParams(num_items=80, num_users=100) if quick else WORLD)
+    changes = [f"output={output}", f"data.path={data_path}", *ONE_THREAD, *(CUT if quick else ())]
     speed, rows = _speed(changes, prompts=4 if quick else 16, samples=4 if quick else 8,
                          repeats=1 if quick else 5)  # fmt: skip
     figures, table = _table(changes, seeds=1 if quick else 3)
@@ -70,20 +71,23 @@ def _settings(name: str, seed: int, changes: list[str]) -> Config:
 
 
 def _table(changes: list[str], *, seeds: int) -> tuple[list[Figure], list[Row]]:
-    """Every way from the warm start of each seed, and what each came to on average."""
-    found: dict[str, list[dict[str, float]]] = {WARM_START: [], **{way: [] for way in WAYS}}
+    """Train every variant from the SFT policy of each seed; return figures and mean scores."""
+    scores: dict[str, list[dict[str, float]]] = {WARM_START: [], **{way: [] for way in WAYS}}
     for seed in range(seeds):
-        begin = _settings(f"sapo_tiny-{seed}", seed, changes)
-        warm_start(begin, dry_run=False)
-        found[WARM_START].append(_scores(begin, WARM_START))
-        for way, own in WAYS.items():
-            policy = f"model.path={begin.run_dir / WARM_START}"
-            settings = _settings(f"sapo_tiny-{seed}-{way}", seed, [*changes, policy, *own])
+        sft_config = _settings(f"sapo_tiny-{seed}", seed, changes)
+        warm_start(sft_config, dry_run=False)
+        scores[WARM_START].append(_scores(sft_config, WARM_START))
+        for way, overrides in WAYS.items():
+            policy = f"model.path={sft_config.run_dir / WARM_START}"
+            settings = _settings(f"sapo_tiny-{seed}-{way}", seed, [*changes, policy, *overrides])
             improve(settings, dry_run=False)
-            found[way].append(_scores(settings, TRAINED) | _course(settings))
+            scores[way].append(_scores(settings, TRAINED) | _course(settings))
     mean = {
-        way: {name: float(np.mean([one[name] for one in every])) for name in every[0]}
-        for way, every in found.items()
+        way: {
+            name: float(np.mean([facts[name] for facts in facts_of_seeds]))
+            for name in facts_of_seeds[0]
+        }
+        for way, facts_of_seeds in scores.items()
     }
     figures = [
         figure("signal_over_grpo", mean["sapo"]["signal"] - mean["grpo_exact"]["signal"], "share",
@@ -101,12 +105,12 @@ def _scores(settings: Config, name: str) -> dict[str, float]:
 
 
 def _course(settings: Config) -> dict[str, float]:
-    """What the training log shows at its two ends, and on average."""
+    """Summarize the training log: signal on average, rewards in its first and last tenth."""
     log = read_metrics(settings.run_dir / FILE)["train"]
     by_step = settings.learner.estimator == "sapo"
     name = "rewards/step_signal_share" if by_step else "rewards/zero_spread_share"
-    share = float(np.mean(log[name].value))
-    facts = {"signal": share if by_step else 1 - share}
+    mean_share = float(np.mean(log[name].value))
+    facts = {"signal": mean_share if by_step else 1 - mean_share}
     for metric in ("mean", "match_1", "match_2", "match_3"):
         values = np.asarray(log[f"rewards/{metric}"].value)
         tenth = max(1, len(values) // 10)
@@ -121,15 +125,15 @@ def _course(settings: Config) -> dict[str, float]:
 def _speed(
     changes: list[str], *, prompts: int, samples: int, repeats: int
 ) -> tuple[list[Figure], list[Row]]:
-    """Samples per second in each of the ways, which take turns in one vLLM engine."""
+    """Measure samples per second of each method, interleaved on one vLLM engine."""
     folder = tempfile.mkdtemp(prefix="orchard-sapo-")
-    own = [f"output={folder}", "rollout.engine=vllm", f"rollout.group_size={samples}"]
-    settings = _settings("speed", 0, [*changes, *own, "rollout.threads=1"])
-    made = prepare(settings, "sft")
-    open_run_dir(made)
-    rollout_worker = RolloutWorker(settings.rollout, made.policy, made.tokenizer, seed=0)
+    overrides = [f"output={folder}", "rollout.engine=vllm", f"rollout.group_size={samples}"]
+    settings = _settings("speed", 0, [*changes, *overrides, "rollout.threads=1"])
+    prepared = prepare(settings, "sft")
+    open_run_dir(prepared)
+    rollout_worker = RolloutWorker(settings.rollout, prepared.policy, prepared.tokenizer, seed=0)
     torch.set_num_threads(1)  # vLLM sets its own
-    asked = make_prompts(made.tokenizer, made.train, np.arange(prompts))
+    eval_prompts = make_prompts(prepared.tokenizer, prepared.train, np.arange(prompts))
     llm: Any = rollout_worker._engine.llm  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
     cap = settings.rollout.think.block_tokens
 
@@ -142,72 +146,94 @@ def _speed(
 
     seconds = interleaved(
         {
-            "think": fresh(lambda: rollout_worker.search(asked, 0)),
-            "batched_loop": fresh(lambda: _loop(llm, made, asked, samples, cap, batched=True)),
-            "plain_loop": fresh(lambda: _loop(llm, made, asked, samples, cap, batched=False)),
+            "think": fresh(lambda: rollout_worker.search(eval_prompts, 0)),
+            "batched_loop": fresh(
+                lambda: _loop(llm, prepared, eval_prompts, samples, cap, batched=True)
+            ),
+            "plain_loop": fresh(
+                lambda: _loop(llm, prepared, eval_prompts, samples, cap, batched=False)
+            ),
         },
         repeats=repeats,
     )
     rate = {name: prompts * samples / value for name, value in seconds.items()}
-    at = f"{prompts} prompts x {samples} samples, K = 3, cap {cap}, FP32, one thread"
+    conditions = f"{prompts} prompts x {samples} samples, K = 3, cap {cap}, FP32, one thread"
     figures = [
         figure("over_plain_loop", rate["think"] / rate["plain_loop"], "x", asked=">= 3",
-               note=f"a call per block and sample, {at}"),
+               note=f"a call per block and sample, {conditions}"),
         figure("over_batched_loop", rate["think"] / rate["batched_loop"], "x", asked=">= 1",
-               note=f"a call per tag, block and code of all samples, {at}"),
+               note=f"a call per tag, block and code of all samples, {conditions}"),
     ]  # fmt: skip
     return figures, [{"samples_per_s": name, "value": value} for name, value in rate.items()]
 
 
 def _loop(
-    llm: Any, made: Run, asked: Prompts, samples: int, cap: int, *, batched: bool
+    llm: Any, prepared: Run, eval_prompts: Prompts, samples: int, cap: int, *, batched: bool
 ) -> list[list[int]]:
-    """Thoughts and codes by `generate` alone, for all contexts together or one after another."""
-    starts = pairwise(asked.token_start.tolist())
-    contexts = [asked.token[a:b].tolist() for a, b in starts for _ in range(samples)]
-    groups = [contexts] if batched else [[one] for one in contexts]
-    return [one for group in groups for one in _finish(llm, made, group, cap, tags=batched)]
+    """Generate thoughts and codes by `generate`, for all contexts at once or one by one."""
+    bounds = pairwise(eval_prompts.token_start.tolist())
+    contexts = [eval_prompts.token[a:b].tolist() for a, b in bounds for _ in range(samples)]
+    groups = [contexts] if batched else [[context] for context in contexts]
+    return [
+        context for group in groups for context in _finish(llm, prepared, group, cap, tags=batched)
+    ]
 
 
 def _finish(
-    llm: Any, made: Run, contexts: list[list[int]], cap: int, *, tags: bool
+    llm: Any, prepared: Run, contexts: list[list[int]], cap: int, *, tags: bool
 ) -> list[list[int]]:
-    """Blocks and codes behind each context, a call at a time; with `tags`, one for opening tags."""
+    """Append blocks and codes to each context, a call at a time; with `tags`, also opening tags."""
     from vllm import SamplingParams
 
     def ask(params: list[SamplingParams]) -> None:
-        requests = [{"prompt_token_ids": one} for one in contexts]
-        for one, answer in zip(
+        requests = [{"prompt_token_ids": context} for context in contexts]
+        for context, answer in zip(
             contexts, llm.generate(requests, params, use_tqdm=False), strict=True
         ):
-            one += answer.outputs[0].token_ids
+            context += answer.outputs[0].token_ids
 
-    special = made.tokenizer.think
-    assert special is not None
-    text = SamplingParams(max_tokens=cap, stop_token_ids=[special.close], detokenize=False)
-    for _ in range(made.catalog.trie.depth):
+    think_tokens = prepared.tokenizer.think
+    assert think_tokens is not None
+    block_params = SamplingParams(
+        max_tokens=cap, stop_token_ids=[think_tokens.close], detokenize=False
+    )
+    for _ in range(prepared.catalog.trie.depth):
         if tags:
-            ask([SamplingParams(max_tokens=1, allowed_token_ids=[special.open])] * len(contexts))
+            ask(
+                [SamplingParams(max_tokens=1, allowed_token_ids=[think_tokens.open])]
+                * len(contexts)
+            )
         else:
-            for one in contexts:
-                one.append(special.open)
-        ask([text] * len(contexts))
-        for one in contexts:
-            if one[-1] != special.close:
-                one.append(special.close)
+            for context in contexts:
+                context.append(think_tokens.open)
+        ask([block_params] * len(contexts))
+        for context in contexts:
+            if context[-1] != think_tokens.close:
+                context.append(think_tokens.close)
     node = torch.full((len(contexts),), ROOT)
-    for _ in range(made.catalog.trie.depth):
-        legal = _legal(made.tokenizer, node)
-        ask([SamplingParams(max_tokens=1, allowed_token_ids=list(one)) for one in legal])
-        node = torch.tensor([one[c[-1]] for one, c in zip(legal, contexts, strict=True)])
+    for _ in range(prepared.catalog.trie.depth):
+        legal_tokens = _legal(prepared.tokenizer, node)
+        ask(
+            [
+                SamplingParams(max_tokens=1, allowed_token_ids=list(child_of))
+                for child_of in legal_tokens
+            ]
+        )
+        node = torch.tensor(
+            [
+                child_of[context[-1]]
+                for child_of, context in zip(legal_tokens, contexts, strict=True)
+            ]
+        )
     return contexts
 
 
 def _legal(tokenizer: ItemTokenizer, node: torch.Tensor) -> list[dict[int, int]]:
-    """For each trie node its legal tokens and where they lead."""
+    """Return for each trie node its legal tokens and the child node of each."""
     children = tokenizer.trie.children(node)
     token = tokenizer.token_of(children.node).tolist()
-    after = children.node.tolist()
+    child_node = children.node.tolist()
     return [
-        dict(zip(token[a:b], after[a:b], strict=True)) for a, b in pairwise(children.start.tolist())
+        dict(zip(token[a:b], child_node[a:b], strict=True))
+        for a, b in pairwise(children.start.tolist())
     ]

@@ -1,12 +1,13 @@
-"""Building, keeping and searching tries of a hundred thousand to ten million items.
+"""Benchmark building, storing and searching tries of a hundred thousand to ten million items.
 
-Items have three codes drawn evenly from 8192, which shares least. Each size is built in a process
-of its own, whose largest resident size counts, interpreter, torch and Parquet reader included.
+Items have three codes drawn uniformly from 8192, which minimizes shared prefixes. Each size is
+built in a separate process, whose peak resident size counts, including interpreter, torch and
+Parquet reader.
 
-The cost of masking and selection is that of a beam search whose policy costs nothing: its logits
-are a fixed row of numbers. A step lasts from one question to the engine to the next one, or to the
-end. It looks the children up, gathers their logits and ranks them; the softmax over them, which is
-the policy's and not the mask's, is counted too, so the figures are upper bounds.
+The cost of masking and selection is that of a beam search whose policy is free: its logits are a
+fixed vector. A step lasts from one call of the engine to the next, or to the end. It looks up the
+children, gathers their logits and ranks them; the softmax over them, which belongs to the policy
+and not to the mask, is included, so the figures are upper bounds.
 """
 
 import pickle
@@ -44,51 +45,53 @@ from rollout.item_filter import ItemFilter
 from rollout.search.beam import beam
 
 CODES, LEVELS, WIDTH, LENGTH = 8192, 3, 64, 128
-"""Codes of a level, levels, beams and prompt tokens of the figures that were asked for."""
+"""Codes per level, levels, beam width and prompt tokens of the reported figures."""
 BATCHES = (1, 8, 32)
-"""Prompts at once in the steps beside a policy."""
+"""Numbers of prompts for which steps are compared with those of a policy."""
 REPEATS = 10
 MEGABYTE = 1e6
 
 
 def run(quick: bool) -> Report:
-    """1e5 to 1e7 items, the steps at 1e6 beside those of a real policy; `quick` stops at 1e6."""
+    """Measure 1e5 to 1e7 items, and the steps at 1e6 against a policy's; `quick` stops at 1e6."""
     torch.set_num_threads(1)
     sizes = [10**5, 10**6] if quick else [10**5, 10**6, 10**7]
     with tempfile.TemporaryDirectory() as folder:
         files = {size: Path(folder) / f"{size}.trie" for size in sizes}
-        built = [_build(size, path) for size, path in files.items()]
+        built_rows = [_build(size, path) for size, path in files.items()]
         loaded = {size: pickle.loads(path.read_bytes()) for size, path in files.items()}
-        steps = _steps(loaded)
-        model = _beside_a_policy(loaded[10**6])
-        viewed = _viewed(loaded[10**6])
-    largest = built[-1]
+        step_rows = _steps(loaded)
+        policy_rows = _beside_a_policy(loaded[10**6])
+        view_rows = _viewed(loaded[10**6])
+    largest = built_rows[-1]
     worst = {
-        count: max((r for r in model if r["prompts"] == count), key=lambda r: float(r["search_s"]))
+        count: max(
+            (r for r in policy_rows if r["prompts"] == count), key=lambda r: float(r["search_s"])
+        )
         for count in BATCHES
     }
-    alone, share = worst[1], max(float(row["share"]) for row in model)
+    single_prompt, share = worst[1], max(float(row["share"]) for row in policy_rows)
     many = ", ".join(
         f"{count} at once {float(row['search_s']) * 1e3:.1f} ms"
         for count, row in worst.items()
         if count > 1
     )
-    at = f"V={CODES}, L={LEVELS}"
-    growth = float(steps[-1]["search_s"]) / float(steps[0]["search_s"])
-    fastest = float(steps[-1]["fastest_s"]) / float(steps[0]["fastest_s"])
+    conditions = f"V={CODES}, L={LEVELS}"
+    growth = float(step_rows[-1]["search_s"]) / float(step_rows[0]["search_s"])
+    fastest = float(step_rows[-1]["fastest_s"]) / float(step_rows[0]["fastest_s"])
     figures = [
         figure("build_s", float(largest["parquet_to_file_s"]), "s", asked="<= 60",
-               note=f"{largest['items']} items, {at}: Parquet to pickled trie; the sort alone "
-               f"{largest['build_s']:.2f} s, median of {REPEATS}"),
+               note=f"{largest['items']} items, {conditions}: Parquet to pickled trie; the sort "
+               f"alone {largest['build_s']:.2f} s, median of {REPEATS}"),
         figure("file_mb", float(largest["file_mb"]), "MB", asked="<= 150",
                note="the pickled trie, as it travels to another machine"),
         figure("resident_mb", float(largest["resident_mb"]), "MB", asked="<= 150",
                note="growth of the process when the trie is read and live leaves are counted"),
         figure("peak_build_gb", float(largest["peak_mb"]) / 1e3, "GB", asked="<= 2",
                note="largest resident size of the whole process"),
-        figure("mask_and_selection_ms", float(alone["search_s"]) * 1e3, "ms", asked="<= 1",
+        figure("mask_and_selection_ms", float(single_prompt["search_s"]) * 1e3, "ms", asked="<= 1",
                note=f"dearest level step of one prompt, 1e6 items, W={WIDTH}; the fastest turn "
-               f"{float(alone['fastest_s']) * 1e3:.2f} ms; {many}"),
+               f"{float(single_prompt['fastest_s']) * 1e3:.2f} ms; {many}"),
         figure("mask_and_selection_share", share, "of a step", asked="<= 0.2",
                note="the largest of all of these steps; the policy is a fresh Qwen3 of the default "
                "sizes, FP32"),
@@ -96,7 +99,7 @@ def run(quick: bool) -> Report:
                note=f"all level steps of one prompt, {sizes[-1]:.0e} items over {sizes[0]:.0e}; "
                f"the fastest of {2 * REPEATS} turns {fastest:.2f}x"),
     ]  # fmt: skip
-    return report("trie", figures, [*built, *steps, *model, *viewed])
+    return report("trie", figures, [*built_rows, *step_rows, *policy_rows, *view_rows])
 
 
 def _build(num_items: int, path: Path) -> Row:
@@ -105,8 +108,8 @@ def _build(num_items: int, path: Path) -> Row:
     steps: tuple[Callable[[int, Path, Path], dict[str, float]], ...]
     steps = (_write_items, _measure_build, _measure_load)
     for step in steps:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
-            row |= fresh.submit(step, num_items, items, path).result()
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
+            row |= executor.submit(step, num_items, items, path).result()
     items.unlink()
     return row
 
@@ -121,16 +124,16 @@ def _write_items(num_items: int, items: Path, _: Path) -> dict[str, float]:
 
 def _measure_build(_: int, items: Path, path: Path) -> dict[str, float]:
     torch.set_num_threads(1)
-    begin = time.perf_counter()
+    start_s = time.perf_counter()
     catalog = catalogs.read(items, level_size=(CODES,) * LEVELS)
-    read = time.perf_counter() - begin
+    read_s = time.perf_counter() - start_s
     path.write_bytes(pickle.dumps(catalog.trie, protocol=5))
-    done, peak = time.perf_counter() - begin, _memory("VmHWM")
+    total_s, peak = time.perf_counter() - start_s, _memory("VmHWM")
     seconds = _median(lambda: tries.build(catalog.codes, catalog=catalog.digest))
     return {
         "build_s": seconds,
-        "parquet_to_catalog_s": read,
-        "parquet_to_file_s": done,
+        "parquet_to_catalog_s": read_s,
+        "parquet_to_file_s": total_s,
         "peak_mb": peak,
         "file_mb": path.stat().st_size / MEGABYTE,
     }
@@ -138,23 +141,23 @@ def _measure_build(_: int, items: Path, path: Path) -> dict[str, float]:
 
 def _measure_load(_: int, items: Path, path: Path) -> dict[str, float]:
     torch.set_num_threads(1)
-    full_view(catalogs.from_codes([[0], [1]]).trie)  # what torch loads at first use
-    before, begin = _memory("VmRSS"), time.perf_counter()
+    full_view(catalogs.from_codes([[0], [1]]).trie)  # load torch's lazily loaded parts
+    rss_before, start_s = _memory("VmRSS"), time.perf_counter()
     loaded: Trie = pickle.loads(path.read_bytes())
-    seconds, read_mb = time.perf_counter() - begin, _memory("VmRSS") - before
-    begin = time.perf_counter()
+    seconds, read_mb = time.perf_counter() - start_s, _memory("VmRSS") - rss_before
+    start_s = time.perf_counter()
     view = full_view(loaded)
     return {
         "load_s": seconds,
-        "view_s": time.perf_counter() - begin,
+        "view_s": time.perf_counter() - start_s,
         "read_mb": read_mb,
         "view_mb": view.num_bytes / MEGABYTE,
-        "resident_mb": _memory("VmRSS") - before,
+        "resident_mb": _memory("VmRSS") - rss_before,
     }
 
 
 def _memory(entry: str) -> float:
-    """An entry of this process's status, in megabytes."""
+    """Return an entry of this process's `/proc` status in megabytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(entry)) * 1024 / MEGABYTE
 
@@ -162,14 +165,14 @@ def _memory(entry: str) -> float:
 def _median(call: Callable[[], object]) -> float:
     seconds: list[float] = []
     for _ in range(REPEATS):
-        begin = time.perf_counter()
+        start_s = time.perf_counter()
         call()
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(time.perf_counter() - start_s)
     return statistics.median(seconds)
 
 
 class FreeEngine:
-    """A policy that costs nothing: whatever the prefix, code c has the logit `logit[c]`."""
+    """Engine of a free policy, in which code c has the logit `logit[c]` after every prefix."""
 
     def __init__(self, trie: Trie) -> None:
         """Draw the logits."""
@@ -199,16 +202,16 @@ class FreeEngine:
 
 
 class Stopwatch:
-    """An engine that notes when it was asked."""
+    """Engine wrapper that records the time of each call."""
 
     def __init__(self, engine: DecodingBackend) -> None:
-        """Stand in for `engine`."""
+        """Wrap `engine`."""
         self.trie, self.tokenizer, self.version = engine.trie, engine.tokenizer, engine.version
         self._engine = engine
         self.asked: list[float] = []
 
     def prefill(self, prompts: Prompts) -> NextCodeLogprobs:
-        """Note the time and pass on."""
+        """Record the time and call the engine."""
         self.asked.append(time.perf_counter())
         return self._engine.prefill(prompts)
 
@@ -219,14 +222,14 @@ class Stopwatch:
         start: Int64[Tensor, " F1"],
         node: Int64[Tensor, " F"],
     ) -> NextCodeLogprobs:
-        """Note the time and pass on."""
+        """Record the time and call the engine."""
         self.asked.append(time.perf_counter())
         return self._engine.extend(state, token, start, node)
 
 
 def _tokenizer(trie: Trie) -> ItemTokenizer:
-    """Three special tokens and one token per code."""
-    catalog: Any = SimpleNamespace(trie=trie)  # all that decoding needs of a catalog
+    """Create a tokenizer with three special tokens and one token per code."""
+    catalog: Any = SimpleNamespace(trie=trie)  # decoding needs only the trie of a catalog
     levels = tuple(torch.arange(CODES) + 3 + level * CODES for level in range(LEVELS))
     return ItemTokenizer(
         catalog=catalog, level_tokens=levels, bos=1, pad=0, size=3 + LEVELS * CODES
@@ -248,7 +251,7 @@ def _prompts(count: int) -> Prompts:
 def _timed(
     cases: Mapping[str, DecodingBackend], prompts: Prompts, repeats: int = 2 * REPEATS
 ) -> dict[str, Float64[np.ndarray, "repeats steps"]]:
-    """Seconds of each level step of each case, one row for each search; the cases take turns."""
+    """Measure the seconds of each level step of each case, interleaved; one row per search."""
     seconds: dict[str, list[list[float]]] = {name: [] for name in cases}
     for turn in range(repeats + 1):
         for name, engine in cases.items():
@@ -260,8 +263,8 @@ def _timed(
 
 
 def _steps(loaded: Mapping[int, Trie]) -> list[Row]:
-    """All level steps of a search, for every size side by side."""
-    found = _timed({str(size): FreeEngine(trie) for size, trie in loaded.items()}, _prompts(1))
+    """Measure all level steps of a search, with the sizes interleaved."""
+    seconds = _timed({str(size): FreeEngine(trie) for size, trie in loaded.items()}, _prompts(1))
     return [
         {
             "step_items": int(size),
@@ -270,42 +273,42 @@ def _steps(loaded: Mapping[int, Trie]) -> list[Row]:
             "fastest_s": float(steps.min(0).sum()),
         }
         | {f"level_{level}_s": float(s) for level, s in enumerate(np.median(steps, 0), 1)}
-        for size, steps in found.items()
+        for size, steps in seconds.items()
     ]
 
 
 def _beside_a_policy(trie: Trie) -> list[Row]:
-    """Each level step with and without a policy, for one prompt and for many at once."""
+    """Measure each level step with and without a policy, for each number of prompts."""
     tokenizer = _tokenizer(trie)
     model = models.create(ModelConfig(), tokenizer, seed=0)
     cases = {"free": FreeEngine(trie), "policy": TorchEngine(model, tokenizer, VERSION)}
     rows: list[Row] = []
     for count in BATCHES:
-        found = _timed(cases, _prompts(count), REPEATS)
+        seconds = _timed(cases, _prompts(count), REPEATS)
         rows += [
             {
                 "level": level,
                 "prompts": count,
-                "search_s": float(np.median(free)),
-                "fastest_s": float(free.min()),
-                "with_policy_s": float(np.median(whole)),
-                "share": float(np.median(free) / np.median(whole)),
+                "search_s": float(np.median(free_s)),
+                "fastest_s": float(free_s.min()),
+                "with_policy_s": float(np.median(policy_s)),
+                "share": float(np.median(free_s) / np.median(policy_s)),
             }
-            for level, (free, whole) in enumerate(
-                zip(found["free"].T, found["policy"].T, strict=False), 1
+            for level, (free_s, policy_s) in enumerate(
+                zip(seconds["free"].T, seconds["policy"].T, strict=False), 1
             )
         ]
     return rows
 
 
 def _viewed(trie: Trie) -> list[Row]:
-    """What a view and a hundred excluded leaves add to a search of one prompt."""
+    """Measure the cost of a view and a hundred excluded leaves in a search of one prompt."""
     engine, prompts = FreeEngine(trie), _prompts(1)
     allowed = ItemFilter(
         view=full_view(trie),
         excluded=np.random.default_rng(0).integers(trie.num_leaves, size=100),
         excluded_start=np.array([0, 100]),
     )
-    free = _median(lambda: beam(engine, prompts, width=WIDTH))
-    viewed = _median(lambda: beam(engine, prompts, width=WIDTH, allowed=allowed))
-    return [{"excluded": 100, "search_s": free, "search_with_view_s": viewed}]
+    search_s = _median(lambda: beam(engine, prompts, width=WIDTH))
+    view_search_s = _median(lambda: beam(engine, prompts, width=WIDTH, allowed=allowed))
+    return [{"excluded": 100, "search_s": search_s, "search_with_view_s": view_search_s}]

@@ -1,9 +1,9 @@
-"""A shop's raw files, as one would get them: a log of purchases and a list of products.
+"""Write the raw files of a simulated shop: a log of purchases and a list of products.
 
     python examples/raw_log.py OUT
 
-The shop is made up (`orchard.data.synthetic_world`): 500 products, 1,000 customers, identifiers of
-its own, dates.
+`orchard.data.synthetic_world` simulates the shop: 500 products, 1,000 customers, text identifiers
+and dates.
 """
 
 import sys
@@ -20,12 +20,12 @@ from orchard.data.synthetic_world import WorldParams, make_world, simulate_users
 
 def write(out: Path) -> None:
     """Write `log.csv` (customer, sku, bought) and `products.csv` (sku, name)."""
-    maker, nature = np.random.default_rng(0).spawn(2)
-    world = make_world(WorldParams(num_items=500, num_users=1000), maker)
-    events = simulate_users(world, nature)
+    world_rng, user_rng = np.random.default_rng(0).spawn(2)
+    world = make_world(WorldParams(num_items=500, num_users=1000), world_rng)
+    events = simulate_users(world, user_rng)
     sku = np.array([f"SKU-{number:04d}" for number in range(len(world.code))])
     customer = np.array([f"C{number:05d}" for number in range(len(events.start) - 1)])
-    order = np.argsort(events.timestamp, kind="stable")  # as a shop's till writes it
+    order = np.argsort(events.timestamp, kind="stable")  # one log in time order
     bought = events.timestamp[order].astype("datetime64[s]").astype(str)
     out.mkdir(parents=True, exist_ok=True)
     log = {

@@ -1,12 +1,12 @@
-"""Reinforcement learning with Hugging Face's parts, as MiniOneRec's trainer goes about it.
+"""RL baseline built from Hugging Face components, in the way of MiniOneRec's trainer.
 
-arXiv 2510.24431, and its public code as read: each step is a constrained beam search by
-`generate`, rule and ranking rewards, advantages standardised within the group, and one update with
-a sequence per candidate, prompt and all: a forward pass of the policy, one of a separate reference,
-k3 divergence, mean over tokens and then over sequences. Nothing is shared between the candidates of
-a prompt. Three things are otherwise, so that it solves Orchard's problem: the policy is
-renormalised over legal tokens, the ratio is clipped and may be to a behaviour policy other than the
-policy itself, and codes without an alternative are left out.
+As in arXiv 2510.24431 and its public code, each step is a constrained beam search by `generate`,
+rule and ranking rewards, advantages standardized within the group, and one update on one full
+sequence, prompt included, per candidate: a forward pass of the policy, one of a separate reference,
+k3 divergence, mean over tokens and then over sequences. The candidates of a prompt share no
+computation. Three things differ, so that it solves Orchard's problem: the policy is renormalized
+over legal tokens, the ratio is clipped and may refer to a separate behavior policy, and codes
+without an alternative are left out.
 
 Shapes:  B prompts   P tokens of each   G candidates   L codes   R sequences of a micro-batch
 """
@@ -24,7 +24,7 @@ from orchard.settings import LearnerConfig
 
 
 class FlatLoop:
-    """A policy, its reference and its optimiser."""
+    """Policy, reference and optimizer of the baseline."""
 
     def __init__(
         self,
@@ -36,14 +36,17 @@ class FlatLoop:
         levels: int,
         rows: int,
     ) -> None:
-        """Train `policy` in place, `rows` sequences to a forward pass; it is the reference, too."""
+        """Set up in-place training of `policy`, with `rows` sequences per forward pass.
+
+        A copy of the initial policy is the reference.
+        """
         self.policy, self.reference = policy, copy.deepcopy(policy).requires_grad_(False)
         self._allowed, self._config = allowed, config
         self._group, self._levels, self._rows = group, levels, rows
         self._optimizer = make_optimizer(policy, lr=config.lr, weight_decay=config.weight_decay)
 
     def step(self, prompt: Int[Tensor, "B P"], target: Int[Tensor, "B L"]) -> float:
-        """Search, score and learn; returns the loss."""
+        """Search, score and update; return the loss."""
         codes = beams(self.policy, prompt, self._allowed, width=self._group, levels=self._levels)
         return self.update(prompt, codes, advantages(rewards(codes, target)))
 
@@ -54,19 +57,23 @@ class FlatLoop:
         advantage: Float[Tensor, "B G"],
         behaviour: Float[Tensor, "B G L"] | None = None,
     ) -> float:
-        """One update; the loss. Without `behaviour` the ratio is to the policy itself, hence 1."""
-        flat, earned = codes.flatten(0, 1), advantage.flatten()
-        sequence = torch.cat([prompt.repeat_interleave(self._group, 0), flat], 1)
+        """Make one update and return the loss; without `behaviour` the ratio is 1."""
+        flat_codes, flat_advantage = codes.flatten(0, 1), advantage.flatten()
+        sequence = torch.cat([prompt.repeat_interleave(self._group, 0), flat_codes], 1)
         self._optimizer.zero_grad()
         total = 0.0
-        for at in range(0, len(flat), self._rows):
-            part = slice(at, at + self._rows)
+        for first in range(0, len(flat_codes), self._rows):
+            micro_batch = slice(first, first + self._rows)
             with torch.no_grad():
-                reference, _ = self._logprobs(self.reference, sequence[part])
-            logprob, free = self._logprobs(self.policy, sequence[part])
-            before = logprob.detach() if behaviour is None else behaviour.flatten(0, 1)[part]
-            loss = self._loss(logprob, before, reference, earned[part][:, None])
-            loss = (loss * free).mean(1).sum() / len(flat)
+                reference, _ = self._logprobs(self.reference, sequence[micro_batch])
+            logprob, has_alternative = self._logprobs(self.policy, sequence[micro_batch])
+            behaviour_logprob = (
+                logprob.detach() if behaviour is None else behaviour.flatten(0, 1)[micro_batch]
+            )
+            loss = self._loss(
+                logprob, behaviour_logprob, reference, flat_advantage[micro_batch][:, None]
+            )
+            loss = (loss * has_alternative).mean(1).sum() / len(flat_codes)
             loss.backward()
             total += loss.item()
         nn.utils.clip_grad_norm_(self.policy.parameters(), self._config.grad_clip or float("inf"))
@@ -80,39 +87,39 @@ class FlatLoop:
         reference: Float[Tensor, "R L"],
         advantage: Float[Tensor, "R 1"],
     ) -> Float[Tensor, "R L"]:
-        """The clipped surrogate of each token, and its divergence from the reference."""
+        """Compute the clipped surrogate loss of each token plus its weighted divergence."""
         config = self._config
         ratio = (logprob - behaviour).exp()
         clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
         bounded = ratio.clamp(max=config.dual_clip or float("inf"))
         surrogate = torch.minimum(bounded * advantage, clipped * advantage)
-        apart = reference - logprob
-        return config.kl.weight * (apart.exp() - apart - 1) - surrogate
+        log_ratio = reference - logprob
+        return config.kl.weight * (log_ratio.exp() - log_ratio - 1) - surrogate
 
     def _logprobs(
         self, model: PreTrainedModel, sequence: Int[Tensor, "R tokens"]
     ) -> tuple[Float[Tensor, "R L"], Bool[Tensor, "R L"]]:
-        """Log-probability of each code, and if it had an alternative."""
+        """Compute the log-probability of each code, and whether it had an alternative."""
         codes = sequence[:, -self._levels :]
         logits = model(sequence, use_cache=False, logits_to_keep=self._levels + 1).logits[:, :-1]
         prefix = [tuple(row[:level]) for row in codes.tolist() for level in range(self._levels)]
         legal = legal_logits(logits.flatten(0, 1), prefix, self._allowed).view(logits.shape)
-        free = legal.isfinite().sum(-1) > 1
-        return legal.log_softmax(-1).gather(-1, codes[..., None]).squeeze(-1), free
+        has_alternative = legal.isfinite().sum(-1) > 1
+        return legal.log_softmax(-1).gather(-1, codes[..., None]).squeeze(-1), has_alternative
 
 
 def rewards(codes: Int[Tensor, "B G L"], target: Int[Tensor, "B L"]) -> Float[Tensor, "B G"]:
-    """Rule and ranking rewards of candidates in the order of their ranks (arXiv 2510.12211).
+    """Compute rule and ranking rewards of candidates in rank order (arXiv 2510.12211).
 
-    1 for the target; in a group that holds it, a penalty for each other candidate, the larger the
-    better its rank.
+    The target gets 1. In a group that has the target, each other candidate gets a penalty, which is
+    larger for better ranks.
     """
     hit = (codes == target[:, None]).all(-1)
-    share = 1 / torch.arange(2, codes.shape[1] + 2).log2()
-    missed = ~hit & hit.any(1, keepdim=True)
-    return hit.float() - missed * share / share.sum()
+    discount = 1 / torch.arange(2, codes.shape[1] + 2).log2()
+    is_penalized = ~hit & hit.any(1, keepdim=True)
+    return hit.float() - is_penalized * discount / discount.sum()
 
 
 def advantages(reward: Float[Tensor, "B G"]) -> Float[Tensor, "B G"]:
-    """Standardised within the group, by the unbiased deviation."""
+    """Standardize rewards within the group, by the unbiased standard deviation."""
     return (reward - reward.mean(1, keepdim=True)) / (reward.std(1, keepdim=True) + 1e-4)

@@ -1,4 +1,4 @@
-"""Beam search under a constraint as users of Hugging Face write it.
+"""Constrained beam search as commonly written with Hugging Face.
 
 Shapes:  B prompts   P tokens of each   W beams   L codes   R rows of beams   V tokens
 """
@@ -15,37 +15,37 @@ from transformers import LogitsProcessor, PreTrainedModel
 from orchard.policy.item_tokenizer import ItemTokenizer
 
 Allowed = Mapping[tuple[int, ...], Sequence[int]]
-"""Legal next tokens after each run of codes, as token ids."""
+"""Legal next token ids after each prefix of token ids."""
 
 
 def paths(tokenizer: ItemTokenizer) -> list[tuple[int, ...]]:
-    """The token ids of every item's codes, all items having equally many."""
-    items = tokenizer.catalog
-    levels = [
-        tokenizer.tokens_at(level).numpy()[items.codes[:, level]]
-        for level in range(items.trie.depth)
+    """Return the token ids of every item's codes; all items must have equally many."""
+    catalog = tokenizer.catalog
+    token_of_level = [
+        tokenizer.tokens_at(level).numpy()[catalog.codes[:, level]]
+        for level in range(catalog.trie.depth)
     ]
-    return [tuple(path) for path in np.stack(levels, 1).tolist()]
+    return [tuple(path) for path in np.stack(token_of_level, 1).tolist()]
 
 
 def allowed_tokens(tokenizer: ItemTokenizer) -> Allowed:
-    """The legal sequences as the dictionary that public codes keep."""
+    """Build the prefix dictionary of legal sequences that public implementations use."""
     allowed: dict[tuple[int, ...], set[int]] = {}
     for path in paths(tokenizer):
         for level, token in enumerate(path):
             allowed.setdefault(path[:level], set()).add(token)
-    return {prefix: sorted(after) for prefix, after in allowed.items()}
+    return {prefix: sorted(next_tokens) for prefix, next_tokens in allowed.items()}
 
 
 class AllowedTokens(LogitsProcessor):
-    """The usual constraint of public codes: look each beam's codes up, mask all other tokens."""
+    """Logits processor of public implementations: look up each beam's prefix, mask the rest."""
 
     def __init__(self, allowed: Allowed, prompt: int) -> None:
-        """`allowed` maps the codes after `prompt` tokens to the legal next ones."""
+        """Store `allowed`, which maps the tokens after `prompt` tokens to the legal next ones."""
         self._allowed, self._prompt = allowed, prompt
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> Any:
-        """The scores, minus infinity where a token is not legal."""
+        """Return the scores, -inf for illegal tokens."""
         mask = torch.full_like(scores, float("-inf"))
         for row, tokens in enumerate(input_ids.tolist()):
             mask[row, self._allowed[tuple(tokens[self._prompt :])]] = 0
@@ -62,31 +62,32 @@ def beams(
     levels: int,
     processor: bool = False,
 ) -> Int[Tensor, "B W L"]:
-    """The codes of the best beams, by `generate` and its own hook for constraints.
+    """Search the best beams by `generate` and its `prefix_allowed_tokens_fn`; return their codes.
 
-    With a `processor`, by that instead. The constrained distribution is renormalised, so that it
-    is the policy that Orchard searches with; nothing is paid for an end of sequence.
+    With `processor`, a logits processor constrains instead. The constrained distribution is
+    renormalized, so that it equals the policy of Orchard's search; no end-of-sequence token is
+    generated.
     """
     batch, length = prompt.shape
 
-    def after(_: int, tokens: Tensor) -> list[int]:
+    def allowed_after(_: int, tokens: Tensor) -> list[int]:
         return list(allowed[tuple(tokens[length:].tolist())])
 
-    constraint: dict[str, Any] = {"prefix_allowed_tokens_fn": after}
+    constraint: dict[str, Any] = {"prefix_allowed_tokens_fn": allowed_after}
     if processor:
         constraint = {"logits_processor": [AllowedTokens(allowed, length)]}
-    found = cast(Any, model).generate(
+    sequences = cast(Any, model).generate(
         prompt, attention_mask=torch.ones_like(prompt), num_beams=width,
         num_return_sequences=width, max_new_tokens=levels, min_new_tokens=levels, do_sample=False,
         renormalize_logits=True, eos_token_id=None, pad_token_id=0, **constraint,
     )  # fmt: skip
-    return found[:, length:].view(batch, width, levels)
+    return sequences[:, length:].view(batch, width, levels)
 
 
 def legal_logits(
     logits: Float[Tensor, "R V"], prefix: Sequence[tuple[int, ...]], allowed: Allowed
 ) -> Float[Tensor, "R V"]:
-    """The logits after each prefix, minus infinity where a token is not legal."""
+    """Return the logits after each prefix, -inf for illegal tokens."""
     mask = torch.full_like(logits, float("-inf"))
     for row, codes in enumerate(prefix):
         mask[row, list(allowed[codes])] = 0

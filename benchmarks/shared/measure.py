@@ -1,4 +1,4 @@
-"""What every bench shares: where it ran, timing side by side, and the form of the result."""
+"""Shared tools of the benchmarks: result types, interleaved timing, machine description."""
 
 import operator
 import os
@@ -17,19 +17,19 @@ _COMPARE = {">": operator.gt, ">=": operator.ge, "<=": operator.le, "==": operat
 
 
 class Figure(TypedDict):
-    """One number that was asked for."""
+    """Measured value with its target."""
 
     name: str
     value: float
     unit: str
     asked: str
-    """A comparison such as ">= 8"."""
+    """Target as a comparison such as ">= 8"."""
     holds: bool
     note: str
 
 
 class Report(TypedDict):
-    """What a bench returns and `orchard bench NAME --json FILE` writes."""
+    """Result of a benchmark, as written by `orchard bench NAME --json FILE`."""
 
     bench: str
     commit: str
@@ -39,37 +39,37 @@ class Report(TypedDict):
 
 
 def figure(name: str, value: float, unit: str, *, asked: str, note: str = "") -> Figure:
-    """A measured value beside what was asked of it; `holds` follows from the two alone."""
+    """Return a measured value with its target; `holds` tells whether it meets the target."""
     comparison, bound = asked.split()
     holds = bool(_COMPARE[comparison](value, float(bound)))
     return Figure(name=name, value=value, unit=unit, asked=asked, holds=holds, note=note)
 
 
 def report(bench: str, figures: Sequence[Figure], rows: Sequence[Row]) -> Report:
-    """The result of a bench, signed with the commit and the machine."""
+    """Return the result of a benchmark, with the commit and the machine."""
     return Report(
         bench=bench, commit=commit(), machine=machine(), figures=list(figures), rows=list(rows)
     )
 
 
 def interleaved(cases: Mapping[str, Callable[[], object]], *, repeats: int) -> dict[str, float]:
-    """Median seconds of each case after one unmeasured call of each.
+    """Measure the median seconds of each case, after one warm-up call of each.
 
-    The cases take turns, so that whatever else the machine does meanwhile falls on all of them.
+    The repeats of the cases are interleaved, so that other load of the machine affects all of them.
     """
     for call in cases.values():
         call()
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(repeats):
         for name, call in cases.items():
-            begin = time.perf_counter()
+            start_s = time.perf_counter()
             call()
-            seconds[name].append(time.perf_counter() - begin)
+            seconds[name].append(time.perf_counter() - start_s)
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 def commit() -> str:
-    """The checked-out commit, marked where the tree was changed since; "unknown" outside git."""
+    """Return the checked-out commit, marked if the tree is dirty; "unknown" outside git."""
     call = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
         cwd=Path(__file__).parent,
@@ -82,7 +82,7 @@ def commit() -> str:
 
 
 def machine() -> dict[str, str | int | float]:
-    """Enough of the hardware and the software to judge a time by."""
+    """Describe the hardware and software that affect timings."""
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     facts: dict[str, str | int | float] = {
         "processor": _processor(),
@@ -98,7 +98,7 @@ def machine() -> dict[str, str | int | float]:
 
 
 def _processor() -> str:
-    """The model name, which only Linux's own file spells out."""
+    """Return the processor's model name, from `/proc/cpuinfo` if it exists."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -1,4 +1,4 @@
-"""The picture of V-STAR's ablation, drawn from what `orchard bench vstar` has written."""
+"""Plot V-STAR's ablation from the results of `orchard bench vstar`."""
 
 from pathlib import Path
 
@@ -13,21 +13,21 @@ METRIC = "ndcg@10/sid"
 
 
 def ablation(report: Report, path: Path = ABLATION) -> None:
-    """Every way of a report of `bench vstar`: its metric over the tokens that its searches took.
+    """Plot the metric of every method in a report over the forward tokens of its searches.
 
-    Dashed lines are the warm starts. Equal reports give equal files.
+    Dashed lines are the SFT policies. Equal reports give equal files.
     """
     rows = [row for row in report["rows"] if "way" in row]
     with mpl.rc_context(apply_style(path.name)):
         figure = Figure(figsize=(7.2, 3.6))
         axes = figure.subplots()
         for row in rows:
-            way, guided = str(row["way"]), str(row["way"]).startswith("ved")
+            name, is_guided = str(row["way"]), str(row["way"]).startswith("ved")
             tokens, score = float(row["forward_tokens"]) / 1e6, float(row[METRIC])
-            axes.plot(tokens, score, "o", color=COLOURS[1 if guided else 0], markersize=5)
+            axes.plot(tokens, score, "o", color=COLOURS[1 if is_guided else 0], markersize=5)
             if row["seed"] == 0:
                 axes.annotate(
-                    way, (tokens, score), xytext=(6, -3), textcoords="offset points",
+                    name, (tokens, score), xytext=(6, -3), textcoords="offset points",
                     color=INK, fontsize=8, bbox={
                         "facecolor": axes.get_facecolor(), "edgecolor": "none", "pad": 0.4,
                     },

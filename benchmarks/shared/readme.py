@@ -1,4 +1,4 @@
-"""The README's tables, each from the result of one bench, between two marks."""
+"""Generate the README's tables, each from the result of one benchmark, between two marks."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -25,12 +25,12 @@ STEPS = {
 
 
 def marks(name: str) -> tuple[str, str]:
-    """What a table stands between."""
+    """Return the marks before and after a table."""
     return f"<!-- {name}: made by `make figures` -->", f"<!-- end of {name} -->"
 
 
 def within(text: str, name: str, made: str) -> str:
-    """The text with what lies between the marks replaced; raises ValueError without marks."""
+    """Replace the text between the marks; raise ValueError if they are missing."""
     begin, end = marks(name)
     before, _, rest = text.partition(begin)
     _, _, after = rest.partition(end)
@@ -40,11 +40,11 @@ def within(text: str, name: str, made: str) -> str:
 
 
 def decode(report: Report) -> str:
-    """Seconds of each way to search, and how many times those of the search in the worker."""
+    """Tabulate the seconds of each search, absolute and relative to the search in the worker."""
     rows = [_with_fastest(row) for row in report["rows"] if "worker_s" in row]
     lines = [
-        [said, *(f"{row[key]:.3f} ({_times(row[key], row['worker_s'])})" for row in rows)]
-        for key, said in DECODERS.items()
+        [label, *(f"{row[key]:.3f} ({_times(row[key], row['worker_s'])})" for row in rows)]
+        for key, label in DECODERS.items()
     ]
     return _table(
         [
@@ -56,7 +56,7 @@ def decode(report: Report) -> str:
 
 
 def learner(report: Report) -> str:
-    """Packed trees against one sequence per candidate."""
+    """Tabulate packed trees against one sequence per candidate."""
     lines = [
         [
             f"{row['prompt_tokens']}", f"{row['candidates']}", f"{float(row['token_ratio']):.1f}x",
@@ -71,24 +71,26 @@ def learner(report: Report) -> str:
 
 
 def step(report: Report) -> str:
-    """A whole step of each way."""
+    """Tabulate the whole step of each method."""
     rows = {str(row["way"]): row for row in report["rows"] if "way" in row}
     lines = [
-        [said, f"{rows[way]['step_s']:.2f}", f"{rows[way]['over_orchard']:.1f}x"]
-        for way, said in STEPS.items()
+        [label, f"{rows[way]['step_s']:.2f}", f"{rows[way]['over_orchard']:.1f}x"]
+        for way, label in STEPS.items()
     ]
     return _table(["a whole step", "seconds", "times Orchard's"], lines)
 
 
 TABLES: Mapping[str, Callable[[Report], str]] = {"decode": decode, "learner": learner, "step": step}
-"""By the name of the bench, which is also that of the marks."""
+"""Table functions by name of the benchmark, which is also that of the marks."""
 
 
 def _with_fastest(row: Row) -> dict[str, float]:
-    """The numbers of a row; vLLM's own search with the better of its block sizes."""
+    """Return the numbers of a row, with vLLM's own search at its faster block size."""
     numbers = {name: float(value) for name, value in row.items()}
-    own = [value for name, value in numbers.items() if name.startswith("vllm_beam_search_")]
-    return numbers | {"vllm_beam_search_s": min(own)}
+    stock_seconds = [
+        value for name, value in numbers.items() if name.startswith("vllm_beam_search_")
+    ]
+    return numbers | {"vllm_beam_search_s": min(stock_seconds)}
 
 
 def _times(seconds: float, unit: float) -> str:
@@ -97,5 +99,5 @@ def _times(seconds: float, unit: float) -> str:
 
 
 def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    made = [head, ["---"] * len(head), *lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in made)
+    table_lines = [head, ["---"] * len(head), *lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in table_lines)

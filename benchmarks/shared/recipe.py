@@ -1,7 +1,7 @@
-"""A run file over several seeds: warm start, RL, and a control that goes on with the warm start.
+"""Run a run file over several seeds: SFT, RL, and a control that continues SFT.
 
-The control trains on the same rows for as long as RL took, to the nearest epoch, from the same
-warm start, at a quarter of its learning rate. All are judged on the whole test split; differences
+The control trains on the same rows for as long as RL took, to the nearest epoch, from the same SFT
+policy, at a quarter of its learning rate. All are evaluated on the whole test split; differences
 are paired by row and averaged over the seeds before rows are resampled.
 """
 
@@ -22,13 +22,13 @@ from orchard.settings import Config
 from orchard.tracking.metrics_log import FILE, read_metrics
 
 ONE_THREAD = ("learner.threads=1", "rollout.threads=1")
-"""For policies this small a second thread costs more than it gains, most of all beside others."""
+"""Overrides for one thread: for policies this small a second thread costs more than it gains."""
 METRICS = ("ndcg@10/sid", "hr@1/sid", "hr@3/sid", "hr@10/sid", "hr@50/sid", "ndcg@10/item")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Seed:
-    """The three evaluations of one seed."""
+    """Evaluations of one seed: SFT policy, RL policy and control."""
 
     warm_start: Evaluation
     trained: Evaluation
@@ -37,37 +37,42 @@ class Seed:
 
 
 def measure(
-    name: str, *, seeds: int, bars: dict[str, float], beside: str, changes: tuple[str, ...] = ()
+    name: str,
+    *,
+    seeds: int,
+    bars: dict[str, float],
+    published: str,
+    changes: tuple[str, ...] = (),
 ) -> Report:
-    """Run (or read, where it is done) every seed of `cluster/runs/<name>.toml`, and compare.
+    """Run every seed of `cluster/runs/<name>.toml`, or read its results, and compare.
 
-    `bars` are asked of the warm start's metrics; `beside` names what others reach.
+    `bars` are targets of the SFT policy's metrics; `published` is a note on published results.
     """
-    found = [_one(name, seed, changes) for seed in range(seeds)]
+    results = [_one(name, seed, changes) for seed in range(seeds)]
     figures = [
-        figure(f"warm_start_{metric}", _mean(metric, [s.warm_start for s in found]), "",
-               asked=f">= {bar}", note=f"mean of {seeds} seeds; {beside}")
+        figure(f"warm_start_{metric}", _mean(metric, [s.warm_start for s in results]), "",
+               asked=f">= {bar}", note=f"mean of {seeds} seeds; {published}")
         for metric, bar in bars.items()
     ]  # fmt: skip
     rows: list[Row] = []
     for side in ("warm_start", "trained", "control"):
-        evaluations = [getattr(seed, side) for seed in found]
+        evaluations = [getattr(seed, side) for seed in results]
         rows.append({"policy": side} | {metric: _mean(metric, evaluations) for metric in METRICS})
     for other in ("warm_start", "control"):
         gain = over_seeds(
-            [seed.trained for seed in found], [getattr(seed, other) for seed in found]
+            [seed.trained for seed in results], [getattr(seed, other) for seed in results]
         )
         rows.append({"difference": f"trained - {other}"} | spelt(gain))
         figures.append(_above_zero(other, gain["ndcg@10/sid"], seeds))
-    for index, seed in enumerate(found):
-        scores = {side: getattr(seed, side).metrics["ndcg@10/sid"].mean
+    for index, seed in enumerate(results):
+        ndcg = {side: getattr(seed, side).metrics["ndcg@10/sid"].mean
                   for side in ("warm_start", "trained", "control")}  # fmt: skip
-        rows.append({"seed": index} | scores | seed.seconds)
+        rows.append({"seed": index} | ndcg | seed.seconds)
     return report(name, figures, rows)
 
 
 def _one(name: str, seed: int, changes: tuple[str, ...]) -> Seed:
-    """What one seed came to; a command that has run already only reads its results."""
+    """Run one seed and return its results; a command that has run already only reads them."""
     settings = _settings(name, f"{name}-{seed}", seed, changes)
     warm_start(settings, dry_run=False)
     improve(settings, dry_run=False)
@@ -90,17 +95,18 @@ def _one(name: str, seed: int, changes: tuple[str, ...]) -> Seed:
     )
 
 
-def control_of(begin: Config, path: Path, seconds: float, changes: Sequence[str]) -> Config:
-    """A run that goes on with the warm start of another for so long, to the nearest epoch.
+def control_of(sft_config: Config, path: Path, seconds: float, changes: Sequence[str]) -> Config:
+    """Continue the SFT of another run for `seconds`, to the nearest epoch; return the new run.
 
-    It has the run file at `path` with the changes, which name it, at a quarter of the rate.
+    The new run has the run file at `path` with the changes, which include its name, and a quarter
+    of the learning rate.
     """
-    epoch_s = float(np.median(read_metrics(begin.run_dir / FILE)["sft"]["sft/epoch_s"].value))
+    epoch_s = float(np.median(read_metrics(sft_config.run_dir / FILE)["sft"]["sft/epoch_s"].value))
     control = config.load(path, [
         *changes,
-        f"model.path={begin.run_dir / WARM_START}",
+        f"model.path={sft_config.run_dir / WARM_START}",
         f"sft.epochs={max(1, round(seconds / epoch_s))}",
-        f"sft.lr={begin.sft.lr / 4}",
+        f"sft.lr={sft_config.sft.lr / 4}",
     ])  # fmt: skip
     warm_start(control, dry_run=False)
     return control
@@ -111,26 +117,26 @@ def _settings(name: str, run: str, seed: int, changes: tuple[str, ...]) -> Confi
     return config.load(path, [f"name={run}", f"seed={seed}", *changes])
 
 
-def branch(begin: Config, own: Config) -> None:
-    """RL of one run from the warm start of another, which is made where there is none.
+def branch(sft_config: Config, run_config: Config) -> None:
+    """Run RL from the SFT policy of another run, which is trained if it does not exist.
 
-    What the warm start is worth on the test rows is taken along: it is the same for every branch.
+    The SFT policy's evaluation is copied, since it is the same for every branch.
     """
-    if not (begin.run_dir / "evaluation" / f"{WARM_START}.json").is_file():
-        warm_start(begin, dry_run=False)
+    if not (sft_config.run_dir / "evaluation" / f"{WARM_START}.json").is_file():
+        warm_start(sft_config, dry_run=False)
     for folder in (WARM_START, "evaluation"):
-        if not (own.run_dir / folder).is_dir():
-            shutil.copytree(begin.run_dir / folder, own.run_dir / folder)
-    improve(own, dry_run=False)
+        if not (run_config.run_dir / folder).is_dir():
+            shutil.copytree(sft_config.run_dir / folder, run_config.run_dir / folder)
+    improve(run_config, dry_run=False)
 
 
-def means(found: Evaluation, metrics: Sequence[str] = METRICS) -> dict[str, float]:
-    """The means of some metrics."""
-    return {metric: found.metrics[metric].mean for metric in metrics}
+def means(evaluation: Evaluation, metrics: Sequence[str] = METRICS) -> dict[str, float]:
+    """Return the means of some metrics."""
+    return {metric: evaluation.metrics[metric].mean for metric in metrics}
 
 
 def read(settings: Config, name: str = TRAINED) -> Evaluation:
-    """An evaluation that a run has kept."""
+    """Read an evaluation of a run."""
     return ranking.read(settings.run_dir / "evaluation" / f"{name}.json")
 
 
@@ -138,19 +144,21 @@ def _seconds(settings: Config) -> float:
     return float(read_metrics(settings.run_dir / FILE)["sft"]["sft/elapsed_s"].value[-1])
 
 
-def _mean(metric: str, found: list[Evaluation]) -> float:
-    return float(np.mean([one.metrics[metric].mean for one in found]))
+def _mean(metric: str, evaluations: list[Evaluation]) -> float:
+    return float(np.mean([evaluation.metrics[metric].mean for evaluation in evaluations]))
 
 
 def over_seeds(ours: Sequence[Evaluation], theirs: Sequence[Evaluation]) -> dict[str, Estimate]:
-    """The first evaluations minus the second, paired by row and averaged over the seeds."""
+    """Estimate the first evaluations minus the second, paired by row and averaged over seeds."""
     return ranking.paired_over_seeds(
-        [one.ranks for one in ours], [one.ranks for one in theirs], width=ours[0].width
+        [evaluation.ranks for evaluation in ours],
+        [evaluation.ranks for evaluation in theirs],
+        width=ours[0].width,
     )
 
 
 def spelt(gain: dict[str, Estimate], metrics: Sequence[str] = METRICS) -> dict[str, str]:
-    """Differences with their intervals, by metric."""
+    """Format differences with their intervals, by metric."""
     return {m: f"{gain[m].mean:+.4f} [{gain[m].low:+.4f}, {gain[m].high:+.4f}]" for m in metrics}
 
 

@@ -1,4 +1,4 @@
-"""What is usually written instead: FastAPI around Hugging Face's beam search under a constraint.
+"""Baseline server: FastAPI around Hugging Face's constrained beam search.
 
 `python -m benchmarks.rival POLICY PORT WIDTH`; answers POST /recommend, a list of item ids.
 """
@@ -19,28 +19,28 @@ from orchard.policy import model as models
 
 
 def recommender(folder: Path, width: int) -> Callable[[list[int]], list[int]]:
-    """Histories to the items of the beams, one request at a time."""
-    items = catalogs.load(folder / "catalogue")
-    words = item_tokenizer.make_item_tokenizer(item_tokenizer.read_tokenizer(folder), items)
-    model = models.load(folder, words)
-    form, depth = words, items.trie.depth
-    allowed = allowed_tokens(words)
-    found: dict[tuple[int, ...], list[int]] = {}
-    for row, path in enumerate(paths(words)):
-        found.setdefault(path, []).append(int(items.item_id[row]))
+    """Return a function from a history to the items of the best beams, one request at a time."""
+    catalog = catalogs.load(folder / "catalogue")
+    tokenizer = item_tokenizer.make_item_tokenizer(item_tokenizer.read_tokenizer(folder), catalog)
+    model = models.load(folder, tokenizer)
+    depth = catalog.trie.depth
+    allowed = allowed_tokens(tokenizer)
+    items_of_path: dict[tuple[int, ...], list[int]] = {}
+    for row, path in enumerate(paths(tokenizer)):
+        items_of_path.setdefault(path, []).append(int(catalog.item_id[row]))
 
     def recommend(history: list[int]) -> list[int]:
-        rows = items.rows(np.array(history, dtype=np.int64))[-10:]
-        token, _ = form.encode_history(rows, np.array([0, len(rows)]))
+        rows = catalog.rows(np.array(history, dtype=np.int64))[-10:]
+        token, _ = tokenizer.encode_history(rows, np.array([0, len(rows)]))
         prompt = torch.from_numpy(token.astype(np.int64))[None]
         best = beams(model, prompt, allowed, width=width, levels=depth)
-        return [item for path in best[0].tolist() for item in found[tuple(path)]]
+        return [item for path in best[0].tolist() for item in items_of_path[tuple(path)]]
 
     return recommend
 
 
 def main() -> None:
-    """Serve until terminated."""
+    """Serve a policy folder until terminated."""
     folder, port, width = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(1)
     recommend, app = recommender(folder, width), FastAPI()

@@ -1,7 +1,7 @@
-"""The tables of `docs/figures.md` and of the README, from what the benches have written.
+"""Generate `docs/figures.md` and the README's tables from the results of the benchmarks.
 
-`orchard bench NAME --json benchmarks/results/NAME.json` measures, `make figures` writes: each
-figure that was asked for beside what was measured, misses included, and every row of every bench.
+`orchard bench NAME --json benchmarks/results/NAME.json` measures, and `make figures` writes each
+target with the measured value, misses included, and every row of every benchmark.
 """
 
 import json
@@ -22,47 +22,47 @@ README = ROOT / "README.md"
 
 
 def read(folder: Path = RESULTS) -> list[Report]:
-    """Every result, by name of the bench."""
+    """Read all results, sorted by name of the benchmark."""
     return [cast(Report, json.loads(p.read_text())) for p in sorted(folder.glob("*.json"))]
 
 
 def page(reports: Sequence[Report]) -> str:
-    """All figures and rows, a section for each bench."""
+    """Format all figures and rows, a section for each benchmark."""
     head = (
         "# Figures\n\nWhat each `orchard bench NAME` measured, with the commit and the machine; "
         "`make figures` writes this page from\n`benchmarks/results`. A figure that fell short is "
         "marked so.\n"
     )
-    return "\n".join([head, *(_section(one) for one in reports)])
+    return "\n".join([head, *(_section(report) for report in reports)])
 
 
 def summary(reports: Sequence[Report]) -> str:
-    """The asked figures alone, one line each."""
+    """Format the figures alone, one line each."""
     lines = [
-        f"| `{one['bench']}` | {_said(figure)} | {figure['asked']} | {_measured(figure)} |"
-        for one in reports
-        for figure in one["figures"]
+        f"| `{report['bench']}` | {_said(figure)} | {figure['asked']} | {_measured(figure)} |"
+        for report in reports
+        for figure in report["figures"]
     ]
     return "\n".join(["| bench | figure | asked | measured |", "|---|---|---|---|", *lines])
 
 
 def filled(text: str, reports: Sequence[Report]) -> str:
-    """The README with its tables as the results make them; raises ValueError without marks."""
+    """Fill in the tables of the README; raise ValueError if marks are missing."""
     text = within(text, "figures", summary(reports))
-    for one in reports:
-        if one["bench"] in TABLES:
-            text = within(text, one["bench"], TABLES[one["bench"]](one))
+    for report in reports:
+        if report["bench"] in TABLES:
+            text = within(text, report["bench"], TABLES[report["bench"]](report))
     return text
 
 
 def main() -> None:
-    """Write both places anew."""
+    """Rewrite `docs/figures.md`, the README's tables and the plot."""
     reports = read()
     PAGE.write_text(page(reports))
     README.write_text(filled(README.read_text(), reports))
-    for one in reports:
-        if one["bench"] == "vstar":
-            ablation(one)
+    for report in reports:
+        if report["bench"] == "vstar":
+            ablation(report)
 
 
 def _section(report: Report) -> str:
@@ -81,7 +81,7 @@ def _section(report: Report) -> str:
 
 
 def _tables(rows: Iterable[Row]) -> list[str]:
-    """One table for each run of rows with the same columns."""
+    """Format one table for each group of consecutive rows with the same columns."""
     return [
         "\n".join(
             [
@@ -104,7 +104,7 @@ def _measured(figure: Figure) -> str:
 
 
 def _spelt(value: str | float | bool) -> str:
-    """Four significant digits, whole numbers whole."""
+    """Format a value to four significant digits, integers in full."""
     if isinstance(value, str | bool):
         return str(value).replace("|", "\\|")
     if not math.isfinite(value) or float(value).is_integer():

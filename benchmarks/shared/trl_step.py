@@ -1,10 +1,10 @@
-"""Steps of TRL's GRPOTrainer, one at a time, constrained to legal items.
+"""Run TRL's GRPOTrainer step by step, constrained to legal items.
 
-TRL is no dependency of Orchard: `requirements/bench.txt` installs it.
+TRL is not a dependency of Orchard: `requirements/bench.txt` installs it.
 
-Its trainer draws candidates independently (it has no beam search) and takes log-probabilities over
-the whole vocabulary; a constraint can only be put on `generate`. So it is given as many candidates
-of as many prompts, the same rewards, clips and divergence, and no tokens for an end of sequence.
+Its trainer samples candidates independently (it has no beam search) and computes log-probabilities
+over the whole vocabulary; only `generate` can be constrained. It gets the same number of candidates
+and prompts, the same rewards, clips and divergence, and generates no end-of-sequence tokens.
 """
 
 import logging
@@ -32,16 +32,16 @@ from benchmarks.shared.hugging_face import Allowed, AllowedTokens
 from orchard.settings import LearnerConfig
 
 WAYS = ("hook", "processor", "search")
-"""How candidates are found: `generate` with `prefix_allowed_tokens_fn`, `generate` with a masking
-processor, or (so that only the learners differ) by a search that is handed in."""
+"""Sources of candidates: `generate` with `prefix_allowed_tokens_fn`, `generate` with a masking
+logits processor, or an external search, so that only the updates differ."""
 
 Way = Literal["hook", "processor", "search"]
 Search = Callable[[PreTrainedModel, Int[Tensor, "B P"]], Int[Tensor, "B G L"]]
-"""Policy and prompts to the codes of their candidates."""
+"""Function from a policy and prompts to the codes of their candidates."""
 
 
 def installed() -> str | None:
-    """The version of TRL, if it and what it needs are here."""
+    """Return the version of TRL, or None if it or a dependency is not installed."""
     try:
         for name in ("datasets", "multiprocess", "xxhash"):
             version(name)
@@ -51,7 +51,7 @@ def installed() -> str | None:
 
 
 class TrlSteps:
-    """A training by TRL that stands still between two steps."""
+    """TRL training that pauses between steps."""
 
     def __init__(
         self,
@@ -68,15 +68,18 @@ class TrlSteps:
         way: Way,
         search: Search | None = None,
     ) -> None:
-        """Train `policy` in place, `rows` sequences to a forward pass; every step has all prompts.
+        """Set up in-place training of `policy`, with `rows` sequences per forward pass.
 
-        The training itself runs in a thread of its own, which waits unless `step` is called.
+        Every step has all prompts. The training runs in a separate thread, which waits until `step`
+        is called.
         """
         self._gate = _Gate()
         levels = target.shape[1]
-        words = [" ".join(cast(Any, tokenizer).convert_ids_to_tokens(p)) for p in prompt.tolist()]
-        rewarder = partial(_rewards, group=group)
-        rewarder.__name__ = "rule_and_ranking"  # pyright: ignore[reportAttributeAccessIssue]
+        prompt_texts = [
+            " ".join(cast(Any, tokenizer).convert_ids_to_tokens(p)) for p in prompt.tolist()
+        ]
+        reward_fn = partial(_rewards, group=group)
+        reward_fn.__name__ = "rule_and_ranking"  # pyright: ignore[reportAttributeAccessIssue]
         if way != "search":
             _constrain(policy, allowed, prompt.shape[1], way)
         with _quiet():
@@ -96,11 +99,11 @@ class TrlSteps:
             )  # fmt: skip
             self._trainer = GRPOTrainer(
                 model=policy,
-                reward_funcs=rewarder,
+                reward_funcs=reward_fn,
                 args=settings,
-                # Many times the same prompts: an epoch's beginning and end are no part of a step.
+                # The prompts are repeated to exclude the start and end of epochs from most steps.
                 train_dataset=Dataset.from_dict(
-                    {"prompt": words * 64, "target": target.tolist() * 64}
+                    {"prompt": prompt_texts * 64, "target": target.tolist() * 64}
                 ),
                 processing_class=tokenizer,
                 callbacks=[self._gate],
@@ -108,14 +111,14 @@ class TrlSteps:
                 if search is None
                 else partial(_roll_out, tokenizer=tokenizer, search=search, group=group),
             )
-            # It would print to where the bench prints its figures.
+            # It would print to the stream on which the benchmark prints its figures.
             self._trainer.remove_callback(PrinterCallback)
         self._thread = threading.Thread(target=self._train, name="trl", daemon=True)
         self._thread.start()
         self._gate.wait()
 
     def step(self) -> None:
-        """One whole step of the trainer: generate, score, update."""
+        """Run one whole step of the trainer: generate, score, update."""
         self._gate.go()
         self._gate.wait()
 
@@ -128,13 +131,13 @@ class TrlSteps:
         try:
             with _quiet():
                 self._trainer.train()
-        except BaseException as error:  # handed to whoever waits for the step
+        except BaseException as error:  # raised by `_Gate.wait`
             self._gate.failure = error
         self._gate.stands.release()
 
 
 class _Gate(TrainerCallback):
-    """Holds a training before its first step and after each."""
+    """Callback that pauses a training before its first step and after each step."""
 
     def __init__(self) -> None:
         self.goes, self.stands = threading.Semaphore(0), threading.Semaphore(0)
@@ -142,22 +145,22 @@ class _Gate(TrainerCallback):
         self._last = False
 
     def go(self, *, last: bool = False) -> None:
-        """Let one step pass, or the training end."""
+        """Let the training run one step, or end it."""
         self._last = last
         self.goes.release()
 
     def wait(self) -> None:
-        """Until the training stands; raises what ended it."""
+        """Wait until the training pauses; raise RuntimeError if it failed."""
         self.stands.acquire()
         if self.failure is not None:
             raise RuntimeError("TRL's training ended early") from self.failure
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Stand before the first step."""
+        """Pause before the first step."""
         self._hold(control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Stand after an update."""
+        """Pause after an update."""
         self._hold(control)
 
     def _hold(self, control: Any) -> None:
@@ -167,12 +170,12 @@ class _Gate(TrainerCallback):
 
 
 def _constrain(policy: PreTrainedModel, allowed: Allowed, length: int, way: Way) -> None:
-    """Have the policy's `generate` emit legal codes after prompts of `length` tokens."""
+    """Constrain the policy's `generate` to legal codes after prompts of `length` tokens."""
 
-    def after(_: int, tokens: Tensor) -> list[int]:
+    def allowed_after(_: int, tokens: Tensor) -> list[int]:
         return list(allowed[tuple(tokens[length:].tolist())])
 
-    constraint: dict[str, Any] = {"prefix_allowed_tokens_fn": after}
+    constraint: dict[str, Any] = {"prefix_allowed_tokens_fn": allowed_after}
     if way == "processor":
         constraint = {"logits_processor": [AllowedTokens(allowed, length)]}
     model = cast(Any, policy)
@@ -182,7 +185,7 @@ def _constrain(policy: PreTrainedModel, allowed: Allowed, length: int, way: Way)
 def _rewards(
     *, completion_ids: list[list[int]], target: list[list[int]], group: int, **_: Any
 ) -> list[float]:
-    """The rewards of whole groups; independent draws are ranked as they come."""
+    """Compute the rewards of whole groups; independent samples are ranked in their order."""
     codes = torch.tensor(completion_ids).unflatten(0, (-1, group))
     return rewards(codes, torch.tensor(target)[::group]).flatten().tolist()
 
@@ -195,16 +198,20 @@ def _roll_out(
     search: Search,
     group: int,
 ) -> dict[str, Any]:
-    """TRL hands in every prompt once per candidate; each is searched once."""
+    """Search each prompt once; TRL passes every prompt once per candidate."""
     ids = cast(Any, tokenizer)(text=prompts)["input_ids"]
     codes = search(trainer.model, torch.tensor(ids[::group]))
-    found = codes.flatten(0, 1).tolist()
-    return {"prompt_ids": ids, "completion_ids": found, "logprobs": [[0.0] * len(c) for c in found]}
+    completions = codes.flatten(0, 1).tolist()
+    return {
+        "prompt_ids": ids,
+        "completion_ids": completions,
+        "logprobs": [[0.0] * len(c) for c in completions],
+    }
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without TRL's advice on versions of vLLM, which is not used, and on special tokens."""
+    """Suppress TRL's warnings about vLLM versions, which are not used, and special tokens."""
     for name in ("trl", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():

@@ -1,1 +1,1 @@
-"""Training rows: prompts, supervised tasks, rationales, synthetic data, importers."""
+"""Build training data: prompts, supervised tasks, rationales, synthetic data and importers."""

@@ -1,7 +1,7 @@
-"""Data splits, and what the policy reads of them.
+"""Read data splits and encode their rows as prompts for the policy.
 
-A row of a split is a history of items and the item that followed. A policy reads the codes of the
-history, oldest item first, within the frame of its vocabulary (see
+A row of a split is a history of items and the item that followed. The policy reads the codes of
+the history, oldest item first, inside the prompt template of its item tokenizer (see
 `orchard.policy.prompt_template`).
 
 Shapes:  R rows   H history items   B prompts   Q sequences   T tokens   (R1 = R + 1, and so on)
@@ -27,7 +27,7 @@ from orchard.types import Prompts
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """Rows of one split; items are catalog rows."""
+    """Rows of one split, with items as catalog rows."""
 
     user: Int64[np.ndarray, " R"]
     history: Int64[np.ndarray, " H"]
@@ -39,13 +39,14 @@ class Split:
 
 
 def read_split(paths: Sequence[Path], catalog: Catalog, *, max_history: int) -> Split:
-    """The rows of one or more Parquet files: columns `history`, `target`, and `user_id` if known.
+    """Read the rows of one or more Parquet files.
 
-    Histories keep their last `max_history` items. Rows without a `user_id` are users of their own.
+    The columns are `history`, `target` and, optionally, `user_id`. Histories keep their last
+    `max_history` items. A row without a `user_id` counts as a distinct user.
 
     Raises:
-        DataError: a missing or unreadable file, a missing column, no rows, an empty history, or an
-            item that the catalog does not know.
+        DataError: a file or a column is missing or unreadable, there are no rows, a history is
+            empty, or an item is not in the catalog.
     """
     tables = [
         read_table(
@@ -73,9 +74,13 @@ def read_split(paths: Sequence[Path], catalog: Catalog, *, max_history: int) -> 
     target = np.concatenate([_combined(t["target"]).to_numpy() for t in tables]).astype(np.int64)
     users: list[np.ndarray] = []
     for index, table in enumerate(tables):
-        known = "user_id" in table.column_names
-        one = table["user_id"].to_numpy() if known else -1 - np.arange(len(table)) - (index << 40)
-        users.append(one.astype(np.int64))
+        has_user_id = "user_id" in table.column_names
+        user_id = (
+            table["user_id"].to_numpy()
+            if has_user_id
+            else -1 - np.arange(len(table)) - (index << 40)
+        )
+        users.append(user_id.astype(np.int64))
     return Split(
         user=np.concatenate(users),
         history=catalog.rows(recent),
@@ -85,14 +90,15 @@ def read_split(paths: Sequence[Path], catalog: Catalog, *, max_history: int) -> 
 
 
 def _combined(column: Any) -> Any:
+    """Return the chunks of a column as one array."""
     combined = column.combine_chunks()
-    if isinstance(combined, pa.ChunkedArray):  # an empty table has no chunk to give back
+    if isinstance(combined, pa.ChunkedArray):  # an empty table has no chunk
         return pa.array([], column.type)
     return combined
 
 
 def make_prompts(tokenizer: ItemTokenizer, split: Split, rows: Int64[np.ndarray, " B"]) -> Prompts:
-    """The given rows of a split as the policy reads them."""
+    """Encode the selected rows of a split as prompts."""
     history, history_start = ragged.take(split.history, split.history_start, rows)
     token, token_start = tokenizer.encode_history(history, history_start)
     return Prompts(
@@ -108,75 +114,77 @@ def make_prompts(tokenizer: ItemTokenizer, split: Split, rows: Int64[np.ndarray,
 def rows_of_step(
     step: int, *, num_rows: int, per_step: int, seed: int
 ) -> Int64[np.ndarray, " per_step"]:
-    """The rows of 0-based step `step`: epochs of shuffled rows laid end to end.
+    """Return the rows of 0-based step `step` in a concatenation of shuffled epochs.
 
-    A pure function of its arguments, so that a resumed run needs no cursor but its step.
+    The result depends only on the arguments, so a resumed run needs no state besides its step.
     """
     first = step * per_step
-    place = np.arange(first, first + per_step)
-    epoch, inside = place // num_rows, place % num_rows
+    position = np.arange(first, first + per_step)
+    epoch, row_in_epoch = position // num_rows, position % num_rows
     rows = np.empty(per_step, dtype=np.int64)
-    for one in np.unique(epoch):
-        order = np.random.Generator(np.random.Philox(key=[seed, int(one)])).permutation(num_rows)
-        rows[epoch == one] = order[inside[epoch == one]]
+    for epoch_number in np.unique(epoch):
+        order = np.random.Generator(np.random.Philox(key=[seed, int(epoch_number)])).permutation(
+            num_rows
+        )
+        rows[epoch == epoch_number] = order[row_in_epoch[epoch == epoch_number]]
     return rows
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingWindows:
-    """User histories cut into windows; every item of the split is fresh in at least one."""
+    """Windows cut from user histories; every item of the split is fresh in at least one."""
 
     item: Int64[np.ndarray, " H"]
     start: Int64[np.ndarray, " Q1"]
     fresh: Int64[np.ndarray, " Q"]
-    """Place in the window from which items are trained on; earlier ones are context."""
+    """Position in each window from which items are training targets; earlier ones are context."""
 
     def __len__(self) -> int:
         return len(self.fresh)
 
 
 def make_windows(split: Split, *, max_history: int) -> TrainingWindows:
-    """The fewest windows of `max_history + 1` items that train every target of the split once.
+    """Cut the split into few windows of `max_history + 1` items that train each target once.
 
-    Rows of one user that continue one another form a chain. Of a chain, the last row is kept, and
-    every so manieth row before it, half a window apart, so that an item keeps at least half a
-    window of context.
+    Rows of one user that continue one another form a chain. A chain keeps its last row and every
+    `max_history // 2`-th row before it, so that an item keeps at least half a window of context.
     """
     order = np.argsort(split.user, kind="stable")  # files are often in order of time
     history, history_start = ragged.take(split.history, split.history_start, order)
     user, target = split.user[order], split.target[order]
-    table = ragged.pad(
+    padded_history = ragged.pad(
         history[::-1],
         ragged.starts(np.diff(history_start)[::-1]),
         fill=-1,
         width=max_history,
     )[::-1, ::-1]  # right-aligned: the most recent item last
-    extended = np.concatenate([table[:, 1:], target[:, None]], axis=1)
-    linked = np.zeros(len(split), dtype=bool)  # the next row continues this one
-    linked[:-1] = (extended[:-1] == table[1:]).all(1) & (user[:-1] == user[1:])
-    heads = np.concatenate([[True], ~linked[:-1]])
+    shifted_history = np.concatenate([padded_history[:, 1:], target[:, None]], axis=1)
+    # [R] whether the next row continues this one: same user, history longer by this row's target
+    continued = np.zeros(len(split), dtype=bool)
+    continued[:-1] = (shifted_history[:-1] == padded_history[1:]).all(1) & (user[:-1] == user[1:])
+    heads = np.concatenate([[True], ~continued[:-1]])
     chain_start = np.flatnonzero(heads)
     chain_end = np.concatenate([chain_start[1:], [len(split)]]) - 1
-    chain = np.cumsum(heads) - 1
-    row = np.arange(len(split))
+    chain = np.cumsum(heads) - 1  # [R] chain of each row
+    row_index = np.arange(len(split))
     stride = max(1, max_history // 2)
-    kept = ((chain_end[chain] - row) % stride == 0) | heads
-    window = np.flatnonzero(kept)
+    kept = ((chain_end[chain] - row_index) % stride == 0) | heads
+    window = np.flatnonzero(kept)  # [Q] row that each window ends in
     length = np.diff(history_start)[window] + 1
-    since = np.diff(window, prepend=window[:1])
-    fresh = np.where(heads[window], 0, length - since)
-    # A head whose whole window lies inside the next one adds nothing.
-    after = np.concatenate([window[1:], window[-1:]])
-    inside = heads[window] & (chain[after] == chain[window]) & (after != window)
-    inside &= length + (after - window) <= max_history + 1
-    fresh[1:][inside[:-1]] = 0
-    window, length, fresh = window[~inside], length[~inside], fresh[~inside]
+    rows_since_previous = np.diff(window, prepend=window[:1])
+    fresh = np.where(heads[window], 0, length - rows_since_previous)
+    # Drop the window of a chain's first row if the chain's next window contains all of it.
+    next_window = np.concatenate([window[1:], window[-1:]])
+    contained = heads[window] & (chain[next_window] == chain[window]) & (next_window != window)
+    contained &= length + (next_window - window) <= max_history + 1
+    fresh[1:][contained[:-1]] = 0
+    window, length, fresh = window[~contained], length[~contained], fresh[~contained]
     start = ragged.starts(length)
     item = np.empty(int(start[-1]), dtype=np.int64)
-    last = start[1:] - 1
-    body = np.ones(len(item), dtype=bool)
-    body[last] = False
-    item[body] = ragged.take(history, history_start, window)[0]
+    last = start[1:] - 1  # [Q] position of each window's target; the rest is its history
+    is_history = np.ones(len(item), dtype=bool)
+    is_history[last] = False
+    item[is_history] = ragged.take(history, history_start, window)[0]
     item[last] = target[window]
     return TrainingWindows(item=item, start=start, fresh=fresh)
 
@@ -184,9 +192,9 @@ def make_windows(split: Split, *, max_history: int) -> TrainingWindows:
 def code_states(
     catalog: Catalog, item: Int[np.ndarray, " H"]
 ) -> tuple[Int64[np.ndarray, "H D"], Int64[np.ndarray, "H D"]]:
-    """Trie node before and after each code of each item, -1 past its end."""
+    """Return the trie node before and after each code of each item, -1 past its end."""
     leaf = torch.from_numpy(catalog.leaf_of_item[item])
-    after = catalog.trie.path(catalog.trie.node_of(leaf))
-    before = torch.cat([torch.zeros_like(after[:, :1]), after[:, :-1]], dim=1)
-    before = torch.where(after >= 0, before, -1)
-    return before.numpy(), after.numpy()
+    node_after = catalog.trie.path(catalog.trie.node_of(leaf))
+    node_before = torch.cat([torch.zeros_like(node_after[:, :1]), node_after[:, :-1]], dim=1)
+    node_before = torch.where(node_after >= 0, node_before, -1)
+    return node_before.numpy(), node_after.numpy()

@@ -1,9 +1,9 @@
-"""Rationales: what a policy is shown of thinking before it has to think itself.
+"""Load, generate and tokenize rationales, the reasoning texts that SFT shows a thinking policy.
 
-A rationale is one text per code of the target, its blocks. `<think> block </think>` for each, and
-then the codes, is what a thinking policy writes (SAPO, arXiv 2605.17648); it is warm-started on it.
-Rationales come with the data, or are made here from titles: block k names what code k of the
-recent items and of the target stands for, so that block and code of a step belong together.
+A rationale has one text, a block, for each code of the target. A thinking policy writes
+`<think> block </think>` for each block and then the codes (SAPO, arXiv 2605.17648); SFT trains it
+on that format. Rationales come with the data or are generated here from titles: block k names what
+code k of the recent items and of the target stands for, so that each code has its own block.
 
 Shapes:  R rows   N blocks of all rows   N1 = N + 1   T tokens of all blocks
 """
@@ -31,15 +31,15 @@ from orchard.parquet import read_table
 from orchard.policy.item_tokenizer import BOS, EOS, PAD, THINK, THOUGHT, sid_token, think_tokens
 
 RationaleBlocks = Sequence[str]
-"""A rationale, cut."""
+"""Blocks of one rationale, one for each code."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizedRationales:
-    """The rationales of a split as tokens, a block for each code of each row, tags included."""
+    """Tokenized rationales of a split: a block for each code of each row, tags included."""
 
     num_blocks: int
-    """Of each row."""
+    """Number of blocks of each row."""
     token: Int32[np.ndarray, " T"]
     token_start: Int64[np.ndarray, " N1"]
 
@@ -47,19 +47,19 @@ class TokenizedRationales:
         return (len(self.token_start) - 1) // self.num_blocks
 
     def of(self, rows: Int64[np.ndarray, " R"]) -> tuple[Int32[np.ndarray, " T2"], np.ndarray]:
-        """The blocks of the given rows, in the order asked for, ragged by row."""
+        """Return the blocks of the selected rows, in their order, as a ragged array by row."""
         return ragged.take(self.token, self.token_start[:: self.num_blocks], rows)
 
 
 def read(paths: Sequence[Path], column: str, num_blocks: int) -> list[RationaleBlocks]:
-    """The rationales of one or more Parquet files, in the order of their rows.
+    """Read the rationales of one or more Parquet files, in the order of their rows.
 
     A cell is a list of blocks, or one text with the blocks between `<think>` and `</think>`.
 
     Raises:
         DataError: the column is missing, or a rationale has another number of blocks.
     """
-    found: list[RationaleBlocks] = []
+    rationales: list[RationaleBlocks] = []
     for path in paths:
         table = read_table(path, role="split", columns=(column,), remedy="data.rationales")
         for row, cell in enumerate(table[column].to_pylist()):
@@ -69,26 +69,26 @@ def read(paths: Sequence[Path], column: str, num_blocks: int) -> list[RationaleB
                     f"the rationale of row {row} of {path.name} has {len(blocks)} blocks, an item "
                     f"has {num_blocks} codes; give one block for each code"
                 )
-            found.append(blocks)
-    return found
+            rationales.append(blocks)
+    return rationales
 
 
 def split_blocks(text: str) -> list[str]:
-    """The texts between the tags; a block that is not closed is none."""
+    """Return the texts between the tags, without a block that is not closed."""
     return [part.split(THOUGHT)[0].strip() for part in text.split(THINK)[1:] if THOUGHT in part]
 
 
 def tokenize_rationales(
     rationales: Sequence[RationaleBlocks], tokenizer: PreTrainedTokenizerBase, *, cap: int
 ) -> TokenizedRationales:
-    """Rationales as tokens.
+    """Tokenize rationales, with the tags around each block.
 
     Raises:
-        DataError: the tokenizer has no tags of one token each, a block contains a tag or the end of
-            text, or it has, with its closing tag, more than `cap` tokens.
+        DataError: the tokenizer has no single token for a tag, a block contains a tag or the end
+            of text, or a block has, with its closing tag, more than `cap` tokens.
     """
     tags = think_tokens(tokenizer)
-    known: dict[str, list[int]] = {}
+    tokens_of_block: dict[str, list[int]] = {}
     for text in dict.fromkeys(block for blocks in rationales for block in blocks):
         ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
         if {tags.open, tags.close, tags.end} & set(ids):
@@ -98,8 +98,8 @@ def tokenize_rationales(
                 f"the block {text[:60]!r} has {len(ids)} tokens and its closing tag, more than "
                 f"rollout.think.block_tokens = {cap}; shorten it or raise that"
             )
-        known[text] = [tags.open, *ids, tags.close]
-    parts = [known[block] for blocks in rationales for block in blocks]
+        tokens_of_block[text] = [tags.open, *ids, tags.close]
+    parts = [tokens_of_block[block] for blocks in rationales for block in blocks]
     return TokenizedRationales(
         num_blocks=len(rationales[0]),
         token=np.concatenate([np.array(part, np.int32) for part in parts]),
@@ -108,7 +108,7 @@ def tokenize_rationales(
 
 
 def text_tokenizer(catalog: Catalog, texts: Sequence[str], *, size: int) -> PreTrainedTokenizerFast:
-    """A BPE tokenizer of up to `size` tokens for the texts, with a token for each tag and code."""
+    """Train a BPE tokenizer of up to `size` tokens, plus one token for each tag and code."""
     codes = [
         sid_token(level, code) for level, n in enumerate(catalog.level_size) for code in range(n)
     ]
@@ -130,24 +130,26 @@ def text_tokenizer(catalog: Catalog, texts: Sequence[str], *, size: int) -> PreT
 
 
 def code_words(catalog: Catalog) -> list[list[str]]:
-    """For each code of each level a word that its items' titles share and others lack.
+    """Select for each code of each level a word that its items' titles share and others lack.
 
-    The word with the largest count times log-lift, the first in the alphabet among equals; the
-    code's own token where no title is known.
+    The word is the one with the largest count times log-lift, with ties broken alphabetically.
+    A code whose items have no title gets its own token.
     """
     titles = [sorted(set(title.split())) for title in catalog.title]
-    overall = Counter(word for words in titles for word in words)
+    overall = Counter(word for title_words in titles for word in title_words)
     result: list[list[str]] = []
     for level, size in enumerate(catalog.level_size):
         within: list[Counter[str]] = [Counter() for _ in range(size)]
         count = np.bincount(catalog.codes[:, level].clip(min=0), minlength=size)
-        for code, words in zip(catalog.codes[:, level].tolist(), titles, strict=True):
+        for code, title_words in zip(catalog.codes[:, level].tolist(), titles, strict=True):
             if code >= 0:
-                within[code].update(words)
+                within[code].update(title_words)
         result.append([])
-        for code, found in enumerate(within):
-            total, share = len(titles), count[code]
-            gain = {w: n * log(n * total / (share * overall[w])) for w, n in found.items()}
+        for code, counts in enumerate(within):
+            num_titles, num_items = len(titles), count[code]
+            gain = {
+                w: n * log(n * num_titles / (num_items * overall[w])) for w, n in counts.items()
+            }
             best = min(gain, key=lambda w: (-gain[w], w), default=sid_token(level, code))
             result[-1].append(best)
     return result
@@ -156,17 +158,17 @@ def code_words(catalog: Catalog) -> list[list[str]]:
 def from_titles(
     catalog: Catalog, split: Split, *, template: str, recent: int = 3
 ) -> list[RationaleBlocks]:
-    """A rationale for each row, from what codes stand for in titles (`code_words`).
+    """Generate a rationale for each row from the words that represent codes (`code_words`).
 
     Args:
-        catalog: items of one length, with titles.
-        split: histories and targets. A rationale names the target: it is for training alone.
-        template: of a block; `{seen}` becomes the words of the recent items, oldest first, and
-            `{next}` that of the target.
-        recent: items of the history that a block names.
+        catalog: items with equally many codes, and titles.
+        split: histories and targets. A rationale names the target, so it is for training only.
+        template: template of a block; `{seen}` becomes the words of the recent items, oldest
+            first, and `{next}` that of the target.
+        recent: number of history items that a block names.
 
     Raises:
-        DataError: the template has another place than those two.
+        DataError: the template has placeholders other than those two.
     """
     try:
         template.format(seen="", next="")
@@ -175,7 +177,7 @@ def from_titles(
             f"data.rationale_template = {template!r} has another place than {{seen}} and {{next}} "
             f"({type(error).__name__}: {error}); use those two"
         ) from error
-    words, codes = code_words(catalog), catalog.codes
+    word_of_code, codes = code_words(catalog), catalog.codes
     result: list[RationaleBlocks] = []
     bounds = zip(split.history_start[:-1], split.history_start[1:], split.target, strict=True)
     for low, high, target in bounds:
@@ -183,8 +185,8 @@ def from_titles(
         result.append(
             [
                 template.format(
-                    seen=" ".join(words[level][codes[item, level]] for item in seen),
-                    next=words[level][codes[target, level]],
+                    seen=" ".join(word_of_code[level][codes[item, level]] for item in seen),
+                    next=word_of_code[level][codes[target, level]],
                 )
                 for level in range(codes.shape[1])
             ]

@@ -1,8 +1,8 @@
-"""What a text model is taught: the items of a history, and what their titles and codes have to do.
+"""Build the SFT task mixture of a text policy: next items, and the relation of titles and codes.
 
-The mixture of MiniOneRec (arXiv 2510.24431): history -> item, titles of the history -> item, title
--> item and item -> title. An epoch shows every row of the split once and of the other tasks as many
-examples as their share says, in an order drawn from (seed, epoch). Only answers are learned.
+The mixture is that of MiniOneRec (arXiv 2510.24431): history -> item, titles of the history ->
+item, title -> item and item -> title. An epoch has `share` examples of each task for every row of
+the split, in an order drawn from (seed, epoch). Only answers contribute to the loss.
 
 Shapes:  B examples   R1 = rows + 1   T tokens   I1 = items + 1
 """
@@ -29,53 +29,55 @@ Ragged = tuple[Int32[np.ndarray, " _"], Int64[np.ndarray, " _"]]
 
 @dataclass(frozen=True, kw_only=True)
 class SftExamples:
-    """What is asked, the text to be written, and the item named after it; either may be missing."""
+    """Prompts with their answers: a text, an item after it, or one of the two."""
 
     asked: Ragged
+    """Prompt tokens."""
     written: Ragged
+    """Answer text as tokens, empty where the answer is an item alone."""
     target: Int64[np.ndarray, " B"]
-    """Catalog rows, -1 for none."""
+    """Answer items as catalog rows, -1 for none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SftTasks:
-    """The examples of a warm start, made when they are asked for."""
+    """SFT examples of all tasks, encoded on demand."""
 
     split: Split
     share: Mapping[str, float]
-    """Examples of each task per row of the split."""
+    """Number of examples of each task per row of the split."""
     frame: Mapping[str, PromptTemplate]
-    """Of each task but history, whose frame is the policy's own."""
+    """Prompt template of each task except `history`, which uses that of the item tokenizer."""
     title: Ragged
-    """Of every item, as tokens."""
+    """Title of every item, as tokens."""
     end: int
-    """Token that ends a written title."""
+    """Token that ends a title in an answer."""
 
     def counts(self) -> tuple[int, ...]:
-        """Examples of each task in an epoch."""
+        """Return the number of examples of each task in an epoch."""
         return tuple(round(len(self.split) * self.share[name]) for name in TASKS)
 
     def __len__(self) -> int:
-        """Examples of an epoch."""
+        """Return the number of examples in an epoch."""
         return sum(self.counts())
 
     def epoch(self, number: int, *, seed: int) -> Int64[np.ndarray, "B 2"]:
-        """Task and row (of the split or the catalog) of each example, in the order to learn."""
-        drawn: list[np.ndarray] = []
-        items = len(self.title[1]) - 1
-        for kind, count in enumerate(self.counts()):
-            about = len(self.split) if kind < 2 else items
-            rows = rows_of_step(number, num_rows=about, per_step=count, seed=seed + kind)
-            drawn.append(np.stack([np.full(count, kind), rows], axis=1))
+        """Return the task and the row (of split or catalog) of each example, in training order."""
+        task_rows: list[np.ndarray] = []
+        num_items = len(self.title[1]) - 1
+        for task, count in enumerate(self.counts()):
+            num_rows = len(self.split) if task < 2 else num_items
+            rows = rows_of_step(number, num_rows=num_rows, per_step=count, seed=seed + task)
+            task_rows.append(np.stack([np.full(count, task), rows], axis=1))
         order = np.random.Generator(np.random.Philox(key=[seed, number])).permutation(len(self))
-        return np.concatenate(drawn)[order]
+        return np.concatenate(task_rows)[order]
 
     def examples(
         self, chosen: Int64[np.ndarray, "B 2"], item_tokenizer: ItemTokenizer
     ) -> SftExamples:
-        """The chosen examples, by task."""
-        kinds: list[int] = np.unique(chosen[:, 0]).tolist()
-        parts = [self._of(kind, chosen[chosen[:, 0] == kind, 1], item_tokenizer) for kind in kinds]
+        """Encode the chosen examples, grouped by task."""
+        tasks: list[int] = np.unique(chosen[:, 0]).tolist()
+        parts = [self._of(task, chosen[chosen[:, 0] == task, 1], item_tokenizer) for task in tasks]
         return SftExamples(
             asked=ragged.concatenate([part.asked for part in parts]),
             written=ragged.concatenate([part.written for part in parts]),
@@ -83,24 +85,24 @@ class SftTasks:
         )
 
     def _of(
-        self, kind: int, rows: Int64[np.ndarray, " B"], item_tokenizer: ItemTokenizer
+        self, task: int, rows: Int64[np.ndarray, " B"], item_tokenizer: ItemTokenizer
     ) -> SftExamples:
-        nothing = np.zeros(0, np.int32), np.zeros(len(rows) + 1, np.int64)
-        if kind < 2:
+        empty = np.zeros(0, np.int32), np.zeros(len(rows) + 1, np.int64)
+        if task < 2:
             history, start = ragged.take(self.split.history, self.split.history_start, rows)
-            named = self.split.target[rows]
-            if kind == 0:
+            target = self.split.target[rows]
+            if task == 0:
                 return SftExamples(
                     asked=item_tokenizer.encode_history(history, start),
-                    written=nothing,
-                    target=named,
+                    written=empty,
+                    target=target,
                 )
         else:
-            history, start, named = rows, np.arange(len(rows) + 1), rows
-        words = item_tokenizer.item_tokens if kind == 3 else self.title
-        asked = prompt_template.fill_template(self.frame[TASKS[kind]], words, history, start)
-        if kind < 3:
-            return SftExamples(asked=asked, written=nothing, target=named)
+            history, start, target = rows, np.arange(len(rows) + 1), rows
+        shown_tokens = item_tokenizer.item_tokens if task == 3 else self.title
+        asked = prompt_template.fill_template(self.frame[TASKS[task]], shown_tokens, history, start)
+        if task < 3:
+            return SftExamples(asked=asked, written=empty, target=target)
         text, text_start = ragged.take(*self.title, rows)
         ended = np.insert(text, text_start[1:], self.end)
         return SftExamples(
@@ -119,50 +121,51 @@ def build_sft_tasks(
     *,
     positions: int,
 ) -> SftTasks:
-    """The tasks of a warm start, checked.
+    """Build the SFT tasks, and check that titles exist and prompts fit.
 
     Args:
         split: rows of the history tasks.
         item_tokenizer: the catalog and the tokens of its codes.
-        tokenizer: of the policy.
-        settings: templates.
-        share: examples of each task per row of the split.
-        positions: tokens of a prompt and its answer together.
+        tokenizer: text tokenizer of the policy.
+        settings: prompt templates.
+        share: number of examples of each task per row of the split.
+        positions: maximum number of tokens of a prompt and its answer together.
 
     Raises:
         DataError: a task needs titles and an item has none.
-        ConfigError: a template or a title has more tokens than there is room for.
+        ConfigError: a template or a title has too many tokens.
     """
     titles = item_tokenizer.catalog.title
-    needing = [name for name in TASKS[1:] if share[name] > 0]
-    lacking = sum(not title for title in titles)
-    if needing and lacking:
+    title_tasks = [name for name in TASKS[1:] if share[name] > 0]
+    num_untitled = sum(not title for title in titles)
+    if title_tasks and num_untitled:
         raise DataError(
-            f"sft.tasks.{needing[0]} = {share[needing[0]]} needs titles, and {lacking} of "
-            f"{len(titles)} items have none; add a title column to the items, or set it to 0"
+            f"sft.tasks.{title_tasks[0]} = {share[title_tasks[0]]} needs titles, and "
+            f"{num_untitled} of {len(titles)} items have none; add a title column to the items, "
+            "or set it to 0"
         )
     rows = [tokenizer.encode(title, add_special_tokens=False) for title in titles]
     text = np.array([token for row in rows for token in row], np.int32)
     title = text, ragged.starts(np.array([len(row) for row in rows]))
     longest = 1 + int(np.diff(title[1]).max())
-    room = item_tokenizer.template.limit
-    answer = {"item_to_title": min(room, positions - longest)}
-    places = {"titles": "{history}", "title_to_item": "{title}", "item_to_title": "{item}"}
+    prompt_limit = item_tokenizer.template.limit
+    answer = {"item_to_title": min(prompt_limit, positions - longest)}
+    placeholders = {"titles": "{history}", "title_to_item": "{title}", "item_to_title": "{item}"}
     templates = {
         "titles": settings.titles,
         "title_to_item": settings.title,
         "item_to_title": settings.item,
     }
     frame: dict[str, PromptTemplate] = {}
-    for name in needing:
-        limit = answer.get(name, room)
+    for name in title_tasks:
+        limit = answer.get(name, prompt_limit)
         frame[name] = prompt_template.encode_template(
-            templates[name], places[name], tokenizer, settings, limit=limit
+            templates[name], placeholders[name], tokenizer, settings, limit=limit
         )
-        shown = item_tokenizer.item_tokens[1] if name == "item_to_title" else title[1]
+        shown_start = item_tokenizer.item_tokens[1] if name == "item_to_title" else title[1]
         if name != "titles":
             prompt_template.check_fits(
-                shown, frame[name], "item" if name == "item_to_title" else "title"
+                shown_start, frame[name], "item" if name == "item_to_title" else "title"
             )
     end = cast(int, tokenizer.eos_token_id)
     return SftTasks(split=split, share=share, frame=frame, title=title, end=end)

@@ -1,6 +1,6 @@
-"""A synthetic data set in the Parquet schema of real ones, with a card of what there is to learn.
+"""Write a synthetic data set in the Parquet schema of real ones, with a card of its properties.
 
-The world behind it is `orchard.data.synthetic_world`.
+`orchard.data.synthetic_world` generates the items and the interactions.
 
 Shapes:  I items   L levels   E events   R rows   H history items   K tastes of a user
 """
@@ -28,12 +28,12 @@ from orchard.evaluation.ranking import Estimate, TargetRanks, metrics
 
 CARD = "card.json"
 SPLITS = (("train", 0.0, 0.8), ("valid", 0.8, 0.9), ("test", 0.9, 1.0))
-"""Shares of all rows in time order."""
+"""Start and end of each split, as shares of all rows in time order."""
 
 _YARDSTICK_ROWS = 4000
-"""Test rows that the yardsticks look at."""
+"""Number of test rows on which the baselines are evaluated."""
 _SMOOTHING = 5.0
-"""Weight of popularity beside the counts of pairs."""
+"""Weight of popularity relative to the counts of pairs."""
 _SHOWN = ("ndcg@10/sid", "ndcg@10/item", "hr@10/sid", "hr@10/item")
 
 _WORDS = tuple(
@@ -47,51 +47,52 @@ _WORDS = tuple(
         Mini Heavy-Duty Portable Coastal Modular Everyday Royal Outdoor Pocket Urban Alpine Soft""",
     )
 )
-"""What the codes of a level stand for: a thing, its material, its kind. Further codes and levels
-get coined names."""
+"""Title words of the codes of each level: objects, materials, kinds. Further codes and levels get
+generated names."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorldCard:
-    """What was written, and how much there is to learn."""
+    """Card of a synthetic data set: parameters, statistics and baseline scores."""
 
     params: WorldParams
     facts: Mapping[str, float]
     """Counts, shares and lengths."""
     yardsticks: Mapping[str, Mapping[str, Estimate]]
-    """By name, then by metric, on test rows: `oracle` knows the world and each user's tastes of the
-    moment, which no model can; `transitions` counts pairs of last item and target in train, with
-    popularity for the rest; `popularity` counts targets in train."""
+    """Test metrics of reference scorers, by name and metric: `oracle` knows the world and each
+    user's current tastes, which no model can; `transitions` counts pairs of last item and target in
+    train, smoothed by popularity; `popularity` counts targets in train."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Rows:
-    """Examples; `event` is the interaction to predict."""
+    """Examples in time order, as references to events."""
 
     user: Int64[np.ndarray, " R"]
     event: Int64[np.ndarray, " R"]
+    """Event of the target."""
     length: Int64[np.ndarray, " R"]
-    """Items in the history, which are the events right before."""
+    """Number of history items, which are the events directly before the target."""
 
     def cut(self, low: float, high: float) -> "_Rows":
-        """The rows of a range of shares."""
+        """Return the rows between two shares of all rows."""
         part = slice(int(low * len(self.event)), int(high * len(self.event)))
         return _Rows(user=self.user[part], event=self.event[part], length=self.length[part])
 
 
 def write_world(out: Path, params: WorldParams, *, overwrite: bool = False) -> WorldCard:
-    """Write items, train, valid and test rows and the card to `out`, all of it or nothing.
+    """Write items, train, valid and test rows and the card to `out`, atomically.
 
-    Rows of all users are sorted by time and cut 80/10/10, so that a user may be in all parts. Equal
-    parameters give equal data.
+    The rows of all users are sorted by time and split 80/10/10, so a user may occur in all splits.
+    Equal parameters give equal data.
 
     Raises:
-        DataError: `out` holds something already, and is not a world that may be overwritten.
+        DataError: `out` is not empty, and not a synthetic data set that may be overwritten.
     """
     folders.check_output_dir(out, mark=CARD, kind="synthetic world", overwrite=overwrite)
-    maker, nature = np.random.default_rng(params.seed).spawn(2)
-    world = make_world(params, maker)
-    events = simulate_users(world, nature)
+    world_rng, user_rng = np.random.default_rng(params.seed).spawn(2)
+    world = make_world(params, world_rng)
+    events = simulate_users(world, user_rng)
     rows = _rows(events, params.max_history)
     card = WorldCard(
         params=params,
@@ -107,13 +108,15 @@ def write_world(out: Path, params: WorldParams, *, overwrite: bool = False) -> W
 
 
 def _rows(events: Events, max_history: int) -> _Rows:
-    """Every event but a user's first, in time order."""
-    place = ragged.places(events.start)
-    event = np.flatnonzero(place > 0)
+    """Return a row for every event except each user's first, in time order."""
+    position_in_history = ragged.places(events.start)
+    event = np.flatnonzero(position_in_history > 0)
     user = ragged.owners(events.start)[event]
     order = np.lexsort((user, events.timestamp[event]))
     event = event[order]
-    return _Rows(user=user[order], event=event, length=np.minimum(place[event], max_history))
+    return _Rows(
+        user=user[order], event=event, length=np.minimum(position_in_history[event], max_history)
+    )
 
 
 def _write(columns: Mapping[str, Any], path: Path) -> None:
@@ -145,7 +148,7 @@ def _item_columns(world: SyntheticWorld) -> dict[str, Any]:
 
 
 def titles(code: Int[np.ndarray, "I L"]) -> list[str]:
-    """A title of one word per code, deepest level first; items of one semantic ID are numbered."""
+    """Return titles of one word per code, deepest level first; equal titles are numbered."""
     seen: dict[str, int] = {}
     result: list[str] = []
     for codes in code.tolist():
@@ -156,13 +159,14 @@ def titles(code: Int[np.ndarray, "I L"]) -> list[str]:
 
 
 def _word(level: int, code: int) -> str:
-    known = _WORDS[level] if level < len(_WORDS) else []
-    if code < len(known):
-        return known[code]
-    # Syllables that spell a number of the level and code alone; two of them make 70 * 70 names,
-    # and a step prime to that keeps names of neighbouring codes apart.
-    rest, number = divmod(5 * (code - len(known)) + level % 5, 70 * 70)
-    number, name = (1931 * number) % (70 * 70) + 70 * 70 * rest, ""
+    """Return the title word of a code: a listed word, or a generated name."""
+    dictionary = _WORDS[level] if level < len(_WORDS) else []
+    if code < len(dictionary):
+        return dictionary[code]
+    # Spell a number that depends on level and code in syllables. Two syllables give 70 * 70 names;
+    # a step coprime to that number makes the names of neighboring codes differ.
+    quotient, number = divmod(5 * (code - len(dictionary)) + level % 5, 70 * 70)
+    number, name = (1931 * number) % (70 * 70) + 70 * 70 * quotient, ""
     while number or len(name) < 4:
         number, syllable = divmod(number, 70)
         name += "bdfgklmnprstvz"[syllable // 5] + "aeiou"[syllable % 5]
@@ -170,7 +174,7 @@ def _word(level: int, code: int) -> str:
 
 
 def _facts(world: SyntheticWorld, events: Events, rows: _Rows) -> dict[str, float]:
-    """Measured on what is written."""
+    """Compute the statistics of the card from the data that is written."""
     target = {name: events.item[rows.cut(low, high).event] for name, low, high in SPLITS}
     codes, count = np.unique(world.code, axis=0, return_counts=True)
     prefixes = np.unique(codes[:, :-1], axis=0, return_counts=True)[1]
@@ -194,7 +198,7 @@ def _facts(world: SyntheticWorld, events: Events, rows: _Rows) -> dict[str, floa
 
 
 def _repeated(events: Events, rows: _Rows) -> Bool[np.ndarray, " R"]:
-    """The target is in the history already."""
+    """Return whether each row's history contains its target."""
     owner = ragged.owners(ragged.starts(rows.length))
     history = events.item[ragged.ranges(rows.event - rows.length, rows.length)]
     same = history == events.item[rows.event][owner]
@@ -204,29 +208,32 @@ def _repeated(events: Events, rows: _Rows) -> Bool[np.ndarray, " R"]:
 def _yardsticks(
     world: SyntheticWorld, events: Events, rows: _Rows
 ) -> dict[str, dict[str, Estimate]]:
-    """What knowing everything, and knowing next to nothing, is worth on the test rows."""
+    """Evaluate the oracle and two counting baselines on a sample of the test rows."""
     (_, *train_part), _, (_, *test_part) = SPLITS
     train, test = rows.cut(*train_part).event, rows.cut(*test_part).event
     test = test[np.unique(np.linspace(0, len(test) - 1, _YARDSTICK_ROWS).astype(np.int64))]
-    pairs = np.stack([events.item[train - 1], events.item[train]])
-    pairs = pairs[:, np.argsort(pairs[0], kind="stable")]
-    popular = np.bincount(pairs[1], minlength=len(world.code)) / len(train)
-    first = np.searchsorted(pairs[0], np.arange(len(world.code) + 1))
+    # [2, train rows] last history item and target of each row, sorted by the former
+    item_pairs = np.stack([events.item[train - 1], events.item[train]])
+    item_pairs = item_pairs[:, np.argsort(item_pairs[0], kind="stable")]
+    popularity = np.bincount(item_pairs[1], minlength=len(world.code)) / len(train)
+    first = np.searchsorted(item_pairs[0], np.arange(len(world.code) + 1))  # first pair of an item
 
     def transitions(event: Int64[np.ndarray, " R"]) -> Float64[np.ndarray, "R I"]:
         last = events.item[event - 1]
         count = np.diff(first)[last]
-        score = np.tile(_SMOOTHING * popular, (len(event), 1))
-        place = ragged.ranges(first[last], count)
-        np.add.at(score, (np.repeat(np.arange(len(event)), count), pairs[1, place]), 1.0)
+        score = np.tile(_SMOOTHING * popularity, (len(event), 1))
+        pair_index = ragged.ranges(first[last], count)
+        np.add.at(score, (np.repeat(np.arange(len(event)), count), item_pairs[1, pair_index]), 1.0)
         return score
 
     scores: dict[str, Callable[[Int64[np.ndarray, " R"]], Float64[np.ndarray, "R I"]]] = {
         "oracle": lambda event: likelihood(world, events.item[event - 1], events.interest[event]),
         "transitions": transitions,
-        "popularity": lambda event: np.tile(popular, (len(event), 1)),
+        "popularity": lambda event: np.tile(popularity, (len(event), 1)),
     }
-    return {name: _measured(world, events.item[test], test, by) for name, by in scores.items()}
+    return {
+        name: _measured(world, events.item[test], test, score) for name, score in scores.items()
+    }
 
 
 def _measured(
@@ -235,43 +242,45 @@ def _measured(
     event: Int64[np.ndarray, " R"],
     score: Callable[[Int64[np.ndarray, " R"]], Float64[np.ndarray, "R I"]],
 ) -> dict[str, Estimate]:
-    """The metrics of ranking all items by score, and all semantic IDs by the sum over theirs."""
+    """Compute metrics of ranking items by score, and semantic IDs by their items' total score."""
     leaf, order = world.node(world.code.shape[1]), world.order
     first = np.searchsorted(leaf[order], np.arange(leaf.max() + 1))
-    chunk = max(1, (1 << 22) // len(leaf))  # 32 MiB of scores
+    chunk = max(1, (1 << 22) // len(leaf))  # rows per pass: 32 MiB of scores
     sid, item = np.zeros((2, len(event)), dtype=np.int64)
     for low in range(0, len(event), chunk):
-        part = slice(low, low + chunk)
-        table = score(event[part])
-        item[part] = _place(table, target[part])
-        sid[part] = _place(np.add.reduceat(table[:, order], first, axis=1), leaf[target[part]])
-    found = metrics(TargetRanks(sid=sid, item=item), width=len(leaf))
-    return {name: found[name] for name in _SHOWN}
+        chunk_rows = slice(low, low + chunk)
+        table = score(event[chunk_rows])
+        item[chunk_rows] = _place(table, target[chunk_rows])
+        sid[chunk_rows] = _place(
+            np.add.reduceat(table[:, order], first, axis=1), leaf[target[chunk_rows]]
+        )
+    estimates = metrics(TargetRanks(sid=sid, item=item), width=len(leaf))
+    return {name: estimates[name] for name in _SHOWN}
 
 
 def _place(
     score: Float64[np.ndarray, "R I"], target: Int64[np.ndarray, " R"]
 ) -> Int64[np.ndarray, " R"]:
-    """Rank of the target by descending score; among equals the lower number goes first."""
-    own = score[np.arange(len(score)), target][:, None]
-    earlier = np.arange(score.shape[1]) < target[:, None]
-    return ((score > own) | ((score == own) & earlier)).sum(axis=1)
+    """Return the rank of each target by descending score; ties go to the lower column."""
+    target_score = score[np.arange(len(score)), target][:, None]
+    is_earlier = np.arange(score.shape[1]) < target[:, None]
+    return ((score > target_score) | ((score == target_score) & is_earlier)).sum(axis=1)
 
 
 def likelihood(
     world: SyntheticWorld, last: Int[np.ndarray, " R"], taste: Int[np.ndarray, "R K"]
 ) -> Float64[np.ndarray, "R I"]:
-    """Chance of every item to come next, for one who knows the world and the user's tastes."""
+    """Return the true probability of every item to come next, given each user's tastes."""
     params = world.params
-    driven = (1 - params.transition_share - params.noise_share) / taste.shape[1]
+    share_per_taste = (1 - params.transition_share - params.noise_share) / taste.shape[1]
     chance = np.tile(params.noise_share * world.popularity, (len(last), 1))
-    follows = (np.arange(len(last))[:, None], world.next_items[last])
-    np.add.at(chance, follows, params.transition_share * world.next_item_probs)
-    for node_of_item, held, share in (
+    successor_index = (np.arange(len(last))[:, None], world.next_items[last])
+    np.add.at(chance, successor_index, params.transition_share * world.next_item_probs)
+    for node_of_item, nodes, share in (
         (world.interest, taste, params.focus),
         (world.category, world.category_of_interest[taste], 1 - params.focus),
     ):
         within = world.popularity / np.bincount(node_of_item, world.popularity)[node_of_item]
-        for node in held.T:
-            chance += np.where(node_of_item == node[:, None], driven * share * within, 0.0)
+        for node in nodes.T:
+            chance += np.where(node_of_item == node[:, None], share_per_taste * share * within, 0.0)
     return chance

@@ -1,1 +1,1 @@
-"""Ranking metrics, bootstrap intervals, off-policy estimates, diagnostics."""
+"""Compute ranking metrics, bootstrap intervals, off-policy estimates and search diagnostics."""

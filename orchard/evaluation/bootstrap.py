@@ -1,4 +1,4 @@
-"""Means over rows, and how far other rows would have moved them.
+"""Estimate means over rows with percentile bootstrap intervals.
 
 Shapes:  B rows   M quantities   D distinct rows
 """
@@ -12,7 +12,7 @@ from jaxtyping import Float64
 from orchard.errors import DataError
 
 _CELLS = 1 << 22
-"""Counts that the bootstrap holds at once (32 MiB)."""
+"""Maximum number of resampled counts in memory at a time (32 MiB)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,14 +27,14 @@ class Estimate:
 
     @property
     def significant(self) -> bool:
-        """The interval leaves zero outside."""
+        """Whether the interval excludes zero."""
         return self.low > 0 or self.high < 0
 
 
 def estimates(
     names: Sequence[str], values: Float64[np.ndarray, "B M"], *, resamples: int, seed: int
 ) -> dict[str, Estimate]:
-    """The mean of each column with its interval, all columns on the same resampled rows.
+    """Estimate the mean of each column, with all columns resampled on the same rows.
 
     Raises:
         DataError: there are no rows, or fewer than one resample.
@@ -44,13 +44,13 @@ def estimates(
         raise DataError(
             f"{num_rows} rows and {resamples} resamples give no estimate; both must be at least 1"
         )
-    # Rows with equal values are interchangeable: drawing how often each distinct row occurs is the
-    # bootstrap itself, at the price of the few values that ranks can take.
+    # Rows with equal values are interchangeable, so drawing how often each distinct row occurs
+    # (multinomial) is the exact bootstrap, and cheap, since rank metrics take few distinct values.
     distinct, count = np.unique(values, axis=0, return_counts=True)
-    draw = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     chunk = max(1, _CELLS // len(distinct))
     sizes = [min(chunk, resamples - done) for done in range(0, resamples, chunk)]
-    sums = [draw.multinomial(num_rows, count / num_rows, size) @ distinct for size in sizes]
+    sums = [rng.multinomial(num_rows, count / num_rows, size) @ distinct for size in sizes]
     low, high = np.quantile(np.concatenate(sums) / num_rows, [0.025, 0.975], axis=0)
     bounds = zip(names, values.mean(axis=0), low, high, strict=True)
     return {

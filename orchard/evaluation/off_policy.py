@@ -1,18 +1,18 @@
-"""Off-policy evaluation: what a policy would have earned, from what another one showed.
+"""Estimate the reward of a target policy from the logged decisions of a behavior policy.
 
-A logged decision is a history, one drawn item (its codes a_1..a_D, with the log-probabilities of
-the policy that drew them) and its reward. With rho_d the ratio of target to behaviour probability
-of code d and w_d = rho_1 ... rho_d,
+A logged decision is a history, one sampled item (its codes a_1..a_D, with their log-probabilities
+under the behavior policy) and its reward. With rho_d the ratio of target to behavior probability of
+code d and w_d = rho_1 ... rho_d,
 
     IS     mean of w_D r
     SNIPS  sum of w_D r / sum of w_D                                  (Swaminathan, Joachims 2015)
     PDIS   mean of sum_d w_d r_d, r_d the reward of code d            (Precup et al. 2000)
     DR     mean of V_0 + sum_d w_d (r_d + V_d - Q_d)                  (Jiang, Li 2016)
 
-where Q_d is what a model expects of the rewards from code d on, V_{d-1} its mean under the target
-before the code is drawn, V_D = 0. IS, PDIS and DR have no bias where the behaviour policy could
-draw all that the target may; SNIPS trades a vanishing bias for less variance. Intervals are 95 %
-percentile bootstraps over decisions.
+where Q_d is a model's expected sum of rewards from code d on, V_{d-1} its mean under the target
+policy before the code is drawn, and V_D = 0. IS, PDIS and DR are unbiased if the behavior policy
+covers the support of the target; SNIPS trades a vanishing bias for less variance. Intervals are
+95 % percentile bootstraps over decisions.
 
 Shapes:  B decisions   D codes   A codes that an item may begin with
 """
@@ -27,25 +27,26 @@ from orchard.errors import DataError
 from orchard.evaluation.bootstrap import Estimate, estimates
 
 _CELLS = 1 << 22
+"""Maximum number of resampled row indices in memory at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoggedDecisions:
-    """Drawn items, under two policies. Codes past the end of an item have log-probability 0."""
+    """Logged items under two policies; codes past the end of an item have log-probability 0."""
 
     behaviour: Float64[np.ndarray, "B D"]
-    """Log-probability of each code under the policy that drew it."""
+    """Log-probability of each code under the policy that sampled it."""
     target: Float64[np.ndarray, "B D"]
-    """Under the policy that is judged."""
+    """Log-probability of each code under the policy that is evaluated."""
     reward: Float64[np.ndarray, "B D"]
-    """Of each code; a reward of the item as a whole is that of its last code."""
+    """Reward of each code; a reward of the whole item belongs to its last code."""
     q: Float64[np.ndarray, "B D"] | None = None
-    """What a model expects of the rewards from each code on, that code chosen."""
+    """Q_d of a model: expected sum of rewards from each code on, given that code."""
     v: Float64[np.ndarray, "B D"] | None = None
-    """The same before the code is chosen, under the target."""
+    """V_{d-1} of the model: the mean of Q_d under the target policy."""
 
     def __post_init__(self) -> None:
-        """Raise DataError where log-probabilities are none, or there are no decisions."""
+        """Raise DataError if there are no decisions, or a log-probability or reward is invalid."""
         if len(self.reward) == 0:
             raise DataError("there are no logged decisions; at least one is needed")
         for name, values in (("behaviour", self.behaviour), ("target", self.target)):
@@ -61,44 +62,44 @@ class LoggedDecisions:
 
     @cached_property
     def weight(self) -> Float64[np.ndarray, "B D"]:
-        """w_d of every code."""
+        """Cumulative importance weight w_d of every code."""
         return np.exp(np.cumsum(self.target - self.behaviour, axis=1))
 
 
 @dataclass(frozen=True, kw_only=True)
 class OffPolicyEstimate:
-    """What is known of the target policy."""
+    """Estimates of a target policy's reward, with diagnostics of the weights."""
 
     value: dict[str, Estimate]
-    """Reward per decision by estimator; `logged` is what the behaviour policy earned."""
+    """Reward per decision by estimator; `logged` is that of the behavior policy."""
     effective: float
-    """Effective number of decisions, (sum w)^2 / sum w^2: how many the weights leave."""
+    """Effective sample size, (sum w)^2 / sum w^2."""
     largest: float
-    """The largest weight."""
+    """Largest item weight w_D."""
 
 
 def estimate(
     decisions: LoggedDecisions, *, resamples: int = 2000, seed: int = 0
 ) -> OffPolicyEstimate:
-    """All estimators with their intervals; DR where a model is given."""
-    whole, reward = decisions.weight[:, -1], decisions.reward.sum(1)
+    """Compute all estimators with their intervals; DR only if the decisions have q and v."""
+    item_weight, reward = decisions.weight[:, -1], decisions.reward.sum(1)
     columns = {
         "logged": reward,
-        "is": whole * reward,
+        "is": item_weight * reward,
         "pdis": (decisions.weight * decisions.reward).sum(1),
     }
     if decisions.q is not None and decisions.v is not None:
-        after = np.concatenate([decisions.v[:, 1:], np.zeros((len(whole), 1))], 1)
-        correction = decisions.weight * (decisions.reward + after - decisions.q)
+        next_v = np.concatenate([decisions.v[:, 1:], np.zeros((len(item_weight), 1))], 1)
+        correction = decisions.weight * (decisions.reward + next_v - decisions.q)
         columns["dr"] = decisions.v[:, 0] + correction.sum(1)
     table = np.stack(list(columns.values()), 1)
     value = estimates(list(columns), table, resamples=resamples, seed=seed)
-    value["snips"] = _ratio(whole * reward, whole, resamples=resamples, seed=seed)
-    squares = float((whole**2).sum())
+    value["snips"] = _ratio(item_weight * reward, item_weight, resamples=resamples, seed=seed)
+    squares = float((item_weight**2).sum())
     return OffPolicyEstimate(
         value=value,
-        effective=float(whole.sum()) ** 2 / squares if squares else 0.0,
-        largest=float(whole.max()),
+        effective=float(item_weight.sum()) ** 2 / squares if squares else 0.0,
+        largest=float(item_weight.max()),
     )
 
 
@@ -108,49 +109,55 @@ def first_code_model(
     fold: Int64[np.ndarray, " B"],
     root: Float64[np.ndarray, "B A"],
 ) -> tuple[Float64[np.ndarray, "B D"], Float64[np.ndarray, "B D"]]:
-    """Q and V of DR, from the mean reward of the other folds' decisions with the same first code.
+    """Fit Q and V of DR by cross-fitting: the mean reward of other folds' items by first code.
 
-    The model knows the first code alone, so that V is its exact mean under the target, and it never
-    sees a decision's own fold: DR keeps its freedom from bias, however poor the model. Few
-    decisions with a code are drawn towards the mean of all.
+    The model depends only on the first code, so V is its exact mean under the target policy, and it
+    is never fitted on a decision's own fold: DR stays unbiased however poor the model is. Means of
+    codes with few decisions are shrunk towards the overall mean.
 
     Args:
-        first: place of the first code among those that an item may begin with.
-        reward: of each code.
-        fold: of each decision.
-        root: the target's probability of every such code, for each decision's history.
+        first: index of the first code among those that an item may begin with.
+        reward: reward of each code.
+        fold: fold of each decision.
+        root: target probability of every first code, for each decision's history.
     """
-    total, codes = reward.sum(1), root.shape[1]
-    q = np.zeros(len(first))
-    before = np.zeros(len(first))
-    for one in np.unique(fold):
-        inside, outside = fold == one, fold != one
-        mean = float(total[outside].mean()) if outside.any() else 0.0
-        count = np.bincount(first[outside], minlength=codes)
-        table = (np.bincount(first[outside], total[outside], codes) + mean) / (count + 1)
-        q[inside], before[inside] = table[first[inside]], root[inside] @ table
-    wide = np.repeat(q[:, None], reward.shape[1], axis=1)
-    v = wide.copy()
-    v[:, 0] = before
-    return wide, v
+    total, num_codes = reward.sum(1), root.shape[1]
+    first_q = np.zeros(len(first))
+    root_value = np.zeros(len(first))
+    for held_out in np.unique(fold):
+        in_fold, out_of_fold = fold == held_out, fold != held_out
+        mean = float(total[out_of_fold].mean()) if out_of_fold.any() else 0.0
+        # [A] mean reward of each first code outside the fold, with one pseudo-decision at the mean
+        count = np.bincount(first[out_of_fold], minlength=num_codes)
+        mean_reward = (np.bincount(first[out_of_fold], total[out_of_fold], num_codes) + mean) / (
+            count + 1
+        )
+        first_q[in_fold], root_value[in_fold] = (
+            mean_reward[first[in_fold]],
+            root[in_fold] @ mean_reward,
+        )
+    q_of_code = np.repeat(first_q[:, None], reward.shape[1], axis=1)
+    v = q_of_code.copy()
+    v[:, 0] = root_value
+    return q_of_code, v
 
 
 def _ratio(
-    top: Float64[np.ndarray, " B"],
-    bottom: Float64[np.ndarray, " B"],
+    numerator: Float64[np.ndarray, " B"],
+    denominator: Float64[np.ndarray, " B"],
     *,
     resamples: int,
     seed: int,
 ) -> Estimate:
-    """A ratio of sums with its bootstrap interval."""
-    number, draw = len(top), np.random.default_rng(seed)
-    found: list[Float64[np.ndarray, " _"]] = []
-    chunk = max(1, _CELLS // number)
+    """Estimate a ratio of sums with its bootstrap interval."""
+    num_rows, rng = len(numerator), np.random.default_rng(seed)
+    ratios: list[Float64[np.ndarray, " _"]] = []
+    chunk = max(1, _CELLS // num_rows)
     for done in range(0, resamples, chunk):
-        rows = draw.integers(number, size=(min(chunk, resamples - done), number))
-        sums = bottom[rows].sum(1)
-        found.append(top[rows].sum(1) / np.where(sums > 0, sums, 1.0))
-    low, high = np.quantile(np.concatenate(found), [0.025, 0.975])
-    total = float(bottom.sum())
-    mean = float(top.sum()) / total if total else 0.0
-    return Estimate(mean=mean, low=float(low), high=float(high), n=number)
+        rows = rng.integers(num_rows, size=(min(chunk, resamples - done), num_rows))
+        sums = denominator[rows].sum(1)
+        ratios.append(numerator[rows].sum(1) / np.where(sums > 0, sums, 1.0))
+    low, high = np.quantile(np.concatenate(ratios), [0.025, 0.975])
+    total = float(denominator.sum())
+    mean = float(numerator.sum()) / total if total else 0.0
+    return Estimate(mean=mean, low=float(low), high=float(high), n=num_rows)

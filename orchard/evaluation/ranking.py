@@ -1,7 +1,7 @@
-"""How good a ranked list is: hit rate, NDCG, coverage, diversity, and how sure one may be of them.
+"""Evaluate ranked lists: hit rate, NDCG, coverage and diversity, with confidence intervals.
 
 All metrics of a row follow from two numbers, the rank of its target among the semantic IDs and
-among the items, so ranks are what an evaluation keeps and what two evaluations are paired by.
+among the items, so an evaluation stores ranks, and paired comparisons are computed from them.
 
 Shapes:  B rows   B1 = B + 1   C candidates of all rows   L steps of a candidate   M metrics
 """
@@ -29,18 +29,18 @@ NDCG_AT = (3, 5, 10)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TargetRanks:
-    """Where each row's target came, 0 for the top of the list."""
+    """Rank of each row's target in its list, 0 for the top."""
 
     MISS: ClassVar[int] = 2**31 - 1
     """Rank of a target that is not in the list."""
 
     sid: Int64[np.ndarray, " B"]
-    """Among the distinct semantic IDs of the list."""
+    """Rank among the distinct semantic IDs of the list."""
     item: Int64[np.ndarray, " B"]
-    """Among the items, when each semantic ID is replaced by all items that carry it."""
+    """Rank among the items, where each semantic ID expands to all items that have it."""
 
     def __len__(self) -> int:
-        """Number of rows."""
+        """Return the number of rows."""
         return len(self.sid)
 
 
@@ -52,37 +52,40 @@ def target_ranks(
     target_leaf: Int[np.ndarray, " B"],
     target_position: Int[np.ndarray, " B"],
 ) -> TargetRanks:
-    """The rank of each row's target in its list.
+    """Compute the rank of each row's target in its list.
 
-    A list shows a leaf once, so a repeated candidate (i.i.d. sampling) takes no second place.
+    A list has each leaf once: a repeated candidate (i.i.d. sampling) does not count.
 
     Args:
         leaf: catalog leaf of each candidate, best first within its row.
-        start: row b holds the candidates `start[b] : start[b + 1]`.
+        start: row b has the candidates `start[b] : start[b + 1]`.
         leaf_items: number of catalog items on each candidate's leaf.
         target_leaf: leaf of the target.
-        target_position: place of the target among the items of its own leaf.
+        target_position: index of the target among the items of its leaf.
     """
-    row = ragged.owners(start)
-    fresh = _fresh(leaf, row)
-    leaves_before = ragged.starts(fresh.astype(np.int64))
-    items_before = ragged.starts(np.where(fresh, leaf_items, 0))
-    hit = np.flatnonzero(fresh & (leaf == target_leaf[row]))
-    found = row[hit]
+    prompt_of = ragged.owners(start)
+    is_first = _fresh(leaf, prompt_of)
+    # distinct leaves, and their items, before each candidate in the concatenation of all lists
+    leaves_before = ragged.starts(is_first.astype(np.int64))
+    items_before = ragged.starts(np.where(is_first, leaf_items, 0))
+    hit_index = np.flatnonzero(is_first & (leaf == target_leaf[prompt_of]))
+    hit_rows = prompt_of[hit_index]
     sid = np.full(len(target_leaf), TargetRanks.MISS, dtype=np.int64)
     item = sid.copy()
-    sid[found] = leaves_before[hit] - leaves_before[start[found]]
-    item[found] = items_before[hit] - items_before[start[found]] + target_position[found]
+    sid[hit_rows] = leaves_before[hit_index] - leaves_before[start[hit_rows]]
+    item[hit_rows] = (
+        items_before[hit_index] - items_before[start[hit_rows]] + target_position[hit_rows]
+    )
     return TargetRanks(sid=sid, item=item)
 
 
 def metrics(
     ranks: TargetRanks, *, width: int, resamples: int = 2000, seed: int = 0
 ) -> dict[str, Estimate]:
-    """HR@k and NDCG@k as `hr@10/sid`, `ndcg@10/item`, ...
+    """Compute HR@k and NDCG@k, named `hr@10/sid`, `ndcg@10/item` and so on.
 
-    A metric whose k exceeds `width`, the number of candidates searched for, is left out: a list
-    that stops earlier would understate it.
+    A metric whose k exceeds `width`, the number of candidates of a search, is omitted, since a
+    shorter list would understate it.
 
     Raises:
         DataError: there are no rows, or `width` or `resamples` is not positive.
@@ -94,7 +97,7 @@ def metrics(
 def paired(
     a: TargetRanks, b: TargetRanks, *, width: int, resamples: int = 2000, seed: int = 0
 ) -> dict[str, Estimate]:
-    """mean(a) - mean(b) of every metric, both sides resampled on the same rows.
+    """Estimate mean(a) - mean(b) of every metric, with both sides resampled on the same rows.
 
     Raises:
         DataError: as `paired_over_seeds`.
@@ -110,14 +113,14 @@ def paired_over_seeds(
     resamples: int = 2000,
     seed: int = 0,
 ) -> dict[str, Estimate]:
-    """`paired` of two recipes that were each run with several seeds.
+    """Estimate the paired difference of two recipes that were each run with several seeds.
 
     A row's metric is averaged over the seeds of its side before rows are resampled: the interval
-    speaks of other rows, not of other seeds.
+    covers the choice of rows, not the choice of seeds.
 
     Raises:
-        DataError: a side is empty, or row counts differ, there are no rows, or a setting is not
-            positive.
+        DataError: a side is empty, row counts differ, there are no rows, or `width` or `resamples`
+            is not positive.
     """
     sizes = sorted({len(ranks) for ranks in (*a, *b)})
     if not a or not b or len(sizes) != 1:
@@ -135,57 +138,60 @@ def paired_over_seeds(
 def coverage(
     *, leaf: Int[np.ndarray, " C"], num_leaves: int, start: Int[np.ndarray, " B1"], k: int
 ) -> float:
-    """Share of the catalog's leaves that the first k places of any list show."""
-    row = ragged.owners(start)
-    fresh = _fresh(leaf, row)
-    before = ragged.starts(fresh.astype(np.int64))
-    shown = fresh & (before[:-1] - before[start[row]] < k)
-    return len(np.unique(leaf[shown])) / num_leaves
+    """Return the share of the catalog's leaves that are among the first k of any list."""
+    prompt_of = ragged.owners(start)
+    is_first = _fresh(leaf, prompt_of)
+    leaves_before = ragged.starts(is_first.astype(np.int64))
+    is_shown = is_first & (leaves_before[:-1] - leaves_before[start[prompt_of]] < k)
+    return len(np.unique(leaf[is_shown])) / num_leaves
 
 
 def diversity(*, path: Int[np.ndarray, "C L"], start: Int[np.ndarray, " B1"]) -> float:
-    """Mean of 1 - LCP / L over all pairs of candidates of a row, then over rows.
+    """Average 1 - LCP / L over all pairs of candidates of a row, then over rows.
 
-    LCP is the length of the longest common prefix of two paths (codes, or trie nodes; padded with
-    any one value). 1: all first steps differ; 0: all candidates are the same. Rows of fewer than
-    two candidates have no pairs and do not count; 0 if no row has two.
+    LCP is the length of the longest common prefix of two paths (codes or trie nodes, padded with
+    any constant). The result is 1 if all first steps differ and 0 if all candidates are equal. Rows
+    with fewer than two candidates have no pairs and do not count; it is 0 if no row has two.
     """
-    size, row = np.diff(start), ragged.owners(start)
+    size, prompt_of = np.diff(start), ragged.owners(start)
     num_pairs = size * (size - 1) / 2
-    sorted_path = path[np.lexsort((*path.T[::-1], row))]
-    parts = np.ones(len(path), dtype=bool)  # where a group of equal prefixes begins
-    parts[1:] = row[1:] != row[:-1]
-    shared = np.zeros(len(size))
-    # A pair shares l steps iff both are in one group of prefixes of length l, so the members of the
-    # groups of every length add up to the LCP of all pairs without looking at a pair.
+    sorted_path = path[np.lexsort((*path.T[::-1], prompt_of))]
+    is_start = np.ones(len(path), dtype=bool)  # whether a group of equal prefixes starts
+    is_start[1:] = prompt_of[1:] != prompt_of[:-1]
+    lcp_sum = np.zeros(len(size))
+    # A pair shares its first l steps iff both are in one group of prefixes of length l, so the
+    # number of pairs per group, summed over all lengths, is the sum of LCPs over all pairs.
     for step in sorted_path.T:
-        parts[1:] |= step[1:] != step[:-1]
-        first = np.flatnonzero(parts)
-        members = np.diff(first, append=len(path))
-        shared += np.bincount(row[first], members * (members - 1) / 2, minlength=len(size))
-    counted = num_pairs > 0
-    if not counted.any():
+        is_start[1:] |= step[1:] != step[:-1]
+        group_start = np.flatnonzero(is_start)
+        members = np.diff(group_start, append=len(path))
+        lcp_sum += np.bincount(
+            prompt_of[group_start], members * (members - 1) / 2, minlength=len(size)
+        )
+    has_pairs = num_pairs > 0
+    if not has_pairs.any():
         return 0.0
-    return float(np.mean(1 - shared[counted] / num_pairs[counted] / path.shape[1]))
+    return float(np.mean(1 - lcp_sum[has_pairs] / num_pairs[has_pairs] / path.shape[1]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """One policy on one set of rows."""
+    """Evaluation of one policy on one set of rows."""
 
     metrics: Mapping[str, Estimate]
     ranks: TargetRanks
     row: Int64[np.ndarray, " B"]
-    """Row number in the split; what two evaluations are paired by."""
+    """Row numbers in the split, by which evaluations are paired."""
     width: int
-    """Candidates searched for per row."""
+    """Number of candidates of a search, per row."""
     seconds: float
+    """Wall time of the evaluation."""
     policy: str
     """Version of the policy."""
     catalog: str
     """Digest of the catalog."""
     extra: Mapping[str, float] = field(default_factory=dict[str, float])
-    """Coverage, diversity, forward tokens, and whatever else is one number."""
+    """Further scalars such as coverage, diversity and forward tokens."""
 
     @property
     def num_rows(self) -> int:
@@ -194,10 +200,10 @@ class Evaluation:
 
 
 def difference(a: Evaluation, b: Evaluation) -> dict[str, Estimate]:
-    """`paired` of two evaluations, for the metrics that both searched wide enough for.
+    """Estimate paired differences of two evaluations, for metrics within the width of both.
 
     Raises:
-        DataError: they are not of the same rows.
+        DataError: the evaluations are not of the same rows.
     """
     if not np.array_equal(a.row, b.row):
         raise DataError(
@@ -208,9 +214,9 @@ def difference(a: Evaluation, b: Evaluation) -> dict[str, Estimate]:
 
 
 def write(evaluation: Evaluation, path: Path) -> None:
-    """Save as JSON at `path`, and the ranks beside it as Parquet: row, rank_sid, rank_item.
+    """Write JSON to `path` and the ranks to a Parquet file of that name: row, rank_sid, rank_item.
 
-    The JSON file comes last and each file whole, so that a JSON file always has its ranks.
+    Both files are written atomically, the JSON file last, so a JSON file always has its ranks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     table = pa.table(
@@ -237,10 +243,10 @@ def write(evaluation: Evaluation, path: Path) -> None:
 
 
 def read(path: Path) -> Evaluation:
-    """What `write` saved.
+    """Read an evaluation saved by `write`.
 
     Raises:
-        DataError: either file is missing or is not what `write` writes.
+        DataError: either file is missing or malformed.
     """
     try:
         facts: dict[str, Any] = json.loads(path.read_text())
@@ -266,15 +272,15 @@ def read(path: Path) -> Evaluation:
 
 
 def _fresh(leaf: Int[np.ndarray, " C"], row: Int[np.ndarray, " C"]) -> Bool[np.ndarray, " C"]:
-    """The candidate is the first of its row on its leaf."""
+    """Return whether each candidate is the first of its row on its leaf."""
     _, first = np.unique(row * (int(leaf.max(initial=0)) + 1) + leaf, return_index=True)
-    fresh = np.zeros(len(leaf), dtype=bool)
-    fresh[first] = True
-    return fresh
+    is_first = np.zeros(len(leaf), dtype=bool)
+    is_first[first] = True
+    return is_first
 
 
 def _row_values(ranks: TargetRanks, width: int) -> tuple[list[str], Float64[np.ndarray, "B M"]]:
-    """Every metric of every row."""
+    """Compute every metric of every row; return metric names and values."""
     if width < 1:
         raise DataError(f"width = {width}: a list needs at least one candidate; search for more")
     columns: dict[str, np.ndarray] = {}

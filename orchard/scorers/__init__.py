@@ -1,1 +1,1 @@
-"""Auxiliary models that score items or prefixes, and how they are fitted."""
+"""Fit and load the small models that score items, lists or prefixes for rewards and searches."""

@@ -1,8 +1,8 @@
-"""Small models that rewards and searches ask.
+"""Save and load the checkpoints of scorers.
 
-Each is a folder of `model.safetensors` and `model.json`. The JSON file comes last, so that a folder
-that has one is whole. It says what the model is, for which catalog, of what sizes, and what was
-measured when it was fitted.
+A checkpoint is a folder with `model.safetensors` and `model.json`. The JSON file is written last,
+so a folder that has one is complete. It has the kind of the model, the digest of its catalog, its
+sizes, and the metrics measured when it was fitted.
 """
 
 import json
@@ -30,29 +30,29 @@ def save(
     sizes: Mapping[str, int],
     facts: Mapping[str, float],
 ) -> None:
-    """Write a fitted model of a kind, made for a catalog; replaces what the folder held."""
+    """Write a fitted model of a kind for a catalog, replacing a checkpoint in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ABOUT).unlink(missing_ok=True)
     tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
     save_file(tensors, folder / WEIGHTS)
-    about = {
+    description = {
         "kind": kind,
         "catalogue": catalog.digest,
         "sizes": dict(sizes),
         "facts": dict(facts),
     }
-    atomic_write(folder / ABOUT, json.dumps(about, indent=2) + "\n")
+    atomic_write(folder / ABOUT, json.dumps(description, indent=2) + "\n")
 
 
 def sizes(
     folder: Path, *, kind: str, catalog: Catalog, section: str = "rewards."
 ) -> dict[str, int]:
-    """The sizes of a fitted model, whose settings are `section` and then its kind.
+    """Read the sizes of a fitted model, whose settings are under `section` and its kind.
 
     Raises:
-        ConfigError: there is none.
-        CheckpointError: it is of another kind, or its description is damaged.
-        CatalogError: it was fitted for another catalog.
+        ConfigError: the folder has no model.
+        CheckpointError: the model is of another kind, or its description is damaged.
+        CatalogError: the model was fitted for another catalog.
     """
     setting = f"{section}{kind}"
     if not (folder / ABOUT).is_file():
@@ -61,24 +61,30 @@ def sizes(
             f"with the run file, or set {setting}.path"
         )
     try:
-        about: dict[str, Any] = json.loads((folder / ABOUT).read_text())
-        found, digest, known = about["kind"], about["catalogue"], about["sizes"]
+        description: dict[str, Any] = json.loads((folder / ABOUT).read_text())
+        model_kind, digest, model_sizes = (
+            description["kind"],
+            description["catalogue"],
+            description["sizes"],
+        )
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{folder / ABOUT} is no description of a fitted model ({error}); fit it again"
         ) from error
-    if found != kind:
-        raise CheckpointError(f"{folder} holds a model for {found}, not {kind}; set {setting}.path")
+    if model_kind != kind:
+        raise CheckpointError(
+            f"{folder} holds a model for {model_kind}, not {kind}; set {setting}.path"
+        )
     if digest != catalog.digest:
         raise CatalogError(
             f"the model of {setting} in {folder} was fitted on catalog {digest[:12]}, "
             f"the run has {catalog.digest[:12]}; run `orchard fit {kind}` for these items"
         )
-    return known
+    return model_sizes
 
 
 def restore(model: nn.Module, folder: Path) -> None:
-    """Load the weights in place; raises CheckpointError where they are damaged or do not fit."""
+    """Load the weights in place; raise CheckpointError if they are damaged or do not fit."""
     try:
         model.load_state_dict(load_file(folder / WEIGHTS))
     except (OSError, SafetensorError, RuntimeError) as error:

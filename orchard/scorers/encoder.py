@@ -1,10 +1,10 @@
-"""The transformer blocks of the small models that judge or guide: all of them read histories."""
+"""Build the transformer encoder that all scorers use to read histories."""
 
 from torch import nn
 
 
 def encoder(hidden_size: int, *, layers: int, heads: int, dropout: float) -> nn.TransformerEncoder:
-    """Pre-norm blocks with a last norm, four times as wide inside; batch first."""
+    """Build pre-norm blocks with a final norm and a feed-forward width of 4; batch first."""
     block = nn.TransformerEncoderLayer(
         hidden_size, heads, 4 * hidden_size, dropout, activation="gelu",
         batch_first=True, norm_first=True,

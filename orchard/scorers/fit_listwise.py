@@ -1,8 +1,8 @@
-"""Fitting the list evaluator: pick the target out of a list of plausible others.
+"""Fit the listwise ranker: select the target from a list of plausible negatives.
 
-Half of the others, by default, are neighbours of the target in the trie, whose codes begin alike: a
-beam's candidates look so. The rest are drawn as often as they are targets. Which they are depends
-on the seed and the epoch alone.
+By default half of the negatives are neighbors of the target in the trie, with a common prefix, as
+in the candidates of a beam. The rest are drawn by their frequency as targets. The draws depend only
+on the seed and the epoch.
 
 Shapes:  R rows   Q rows of a batch   G candidates of a list   K leaves
 """
@@ -21,9 +21,9 @@ from orchard.scorers.listwise_ranker import ListwiseRanker
 from orchard.settings import ListwiseConfig
 
 _VALID, _TEST = 1 << 20, 1 << 21
-"""Epoch numbers that stand for the lists of the validation and the test rows."""
+"""Epoch numbers that seed the lists of the validation and the test rows."""
 _NEIGHBOURHOOD = 32
-"""Leaves on either side of the target from which its neighbours are drawn."""
+"""Number of leaves on either side of the target from which its neighbors are drawn."""
 
 
 def fit_listwise_ranker(
@@ -36,7 +36,10 @@ def fit_listwise_ranker(
     seed: int,
     tell: Tell = lambda epoch, loss, hit: None,
 ) -> ListwiseRanker:
-    """The epoch of the most targets ranked first in their lists; equal seeds give equal models."""
+    """Train the ranker and return the epoch that ranks the most validation targets first.
+
+    Equal seeds give equal models.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = ListwiseRanker(
@@ -58,12 +61,12 @@ def fit_listwise_ranker(
         epoch = iter(range(settings.epochs))
 
         def learn() -> list[float]:
-            now = next(epoch)
-            order = np.random.default_rng((seed, now)).permutation(len(train))
+            epoch_index = next(epoch)
+            order = np.random.default_rng((seed, epoch_index)).permutation(len(train))
             losses: list[float] = []
             for rows in batches(order, settings.batch_size):
-                logprob, fits = lists.read(train, rows, now)
-                loss = -logprob[fits, 0].mean()
+                logprob, is_scorable = lists.read(train, rows, epoch_index)
+                loss = -logprob[is_scorable, 0].mean()
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
@@ -83,57 +86,62 @@ def fit_listwise_ranker(
 def measure(
     model: ListwiseRanker, train: Split, test: Split, settings: ListwiseConfig, seed: int
 ) -> dict[str, float]:
-    """Share of test targets ranked first in their lists, and what chance would come to."""
+    """Return the share of test targets ranked first in their lists, and that of random ranking."""
     hit = _hits(Lists(train, model, settings, seed), test, _TEST, settings.batch_size)
     return {"hit@1/list": float(hit.mean()), "chance": 1 / settings.list_size}
 
 
 class Lists:
-    """Lists of a target and others, and what the model makes of them."""
+    """Lists of a target and random negatives, drawn and scored by the model."""
 
     def __init__(
         self, train: Split, model: ListwiseRanker, settings: ListwiseConfig, seed: int
     ) -> None:
-        """Others are drawn among the leaves of the training rows."""
+        """Collect the leaves of the training rows, from which negatives are drawn."""
         self._model, self._settings, self._seed = model, settings, seed
         self._leaf_of_item = model.leaf_of_item.numpy()
-        self._popular = self._leaf_of_item[train.target]
-        self._known = np.flatnonzero(model.trained.numpy())
-        if len(self._known) < settings.list_size:
+        self._target_leaves = self._leaf_of_item[train.target]
+        self._trained_leaves = np.flatnonzero(model.trained.numpy())
+        if len(self._trained_leaves) < settings.list_size:
             raise DataError(
-                f"the training rows name {len(self._known)} distinct semantic IDs and a list takes "
-                f"{settings.list_size}; lower rewards.listwise.list_size"
+                f"the training rows name {len(self._trained_leaves)} distinct semantic IDs and a "
+                f"list takes {settings.list_size}; lower rewards.listwise.list_size"
             )
 
     def draw(self, target: Int64[np.ndarray, " Q"], key: tuple[int, ...]) -> Int64[Tensor, "Q G"]:
-        """The target first, then others that are not it; they may repeat."""
-        draw, size = np.random.default_rng((self._seed, *key)), self._settings.list_size - 1
+        """Draw a list for each target: the target, then other leaves, which may repeat."""
+        rng, size = np.random.default_rng((self._seed, *key)), self._settings.list_size - 1
         shape = (len(target), size)
-        far = self._popular[draw.integers(len(self._popular), size=shape)]
-        place = np.searchsorted(self._known, target)[:, None]
-        step = draw.integers(1, _NEIGHBOURHOOD + 1, size=shape) * draw.choice((-1, 1), size=shape)
-        near = self._known[(place + step) % len(self._known)]
-        other = np.where(draw.random(shape) < self._settings.near, near, far)
-        after = self._known[(place + 1) % len(self._known)]  # never the target itself
-        other = np.where(other == target[:, None], after, other)
-        return torch.from_numpy(np.concatenate([target[:, None], other], 1))
+        popular_leaf = self._target_leaves[rng.integers(len(self._target_leaves), size=shape)]
+        target_index = np.searchsorted(self._trained_leaves, target)[:, None]
+        step = rng.integers(1, _NEIGHBOURHOOD + 1, size=shape) * rng.choice((-1, 1), size=shape)
+        neighbor = self._trained_leaves[(target_index + step) % len(self._trained_leaves)]
+        negative = np.where(rng.random(shape) < self._settings.near, neighbor, popular_leaf)
+        next_leaf = self._trained_leaves[
+            (target_index + 1) % len(self._trained_leaves)
+        ]  # never the target itself
+        negative = np.where(negative == target[:, None], next_leaf, negative)
+        return torch.from_numpy(np.concatenate([target[:, None], negative], 1))
 
     def read(
         self, split: Split, rows: Int64[np.ndarray, " Q"], epoch: int
     ) -> tuple[Tensor, Bool[Tensor, " Q"]]:
-        """Log-probabilities in the lists of some rows, and which rows the model can judge."""
+        """Return log-probabilities in the lists of some rows, and which rows the model can score.
+
+        The model can score a row if its training covers the target and part of the history.
+        """
         history, start = ragged.take(split.history, split.history_start, rows)
         target = self._leaf_of_item[split.target[rows]]
-        before = self._model.recent(history, start)
-        fits = (before != self._model.num_leaves).any(1) & self._model.trained[target]
-        return self._model(before, self.draw(target, (epoch, int(rows[0])))), fits
+        recent_leaves = self._model.recent(history, start)
+        is_scorable = (recent_leaves != self._model.num_leaves).any(1) & self._model.trained[target]
+        return self._model(recent_leaves, self.draw(target, (epoch, int(rows[0])))), is_scorable
 
 
 @torch.no_grad()
 def _hits(lists: Lists, split: Split, epoch: int, size: int) -> Float64[np.ndarray, " R"]:
-    """1 where the target is alone ahead of its list; a row that cannot be judged is a miss."""
-    found: list[Tensor] = []
+    """Return 1 for rows whose target is strictly first; a row that cannot be scored is a miss."""
+    hits: list[Tensor] = []
     for rows in batches(np.arange(len(split)), size):
-        logprob, fits = lists.read(split, rows, epoch)
-        found.append((logprob[:, :1] > logprob[:, 1:]).all(1) & fits)
-    return torch.cat(found).double().numpy()
+        logprob, is_scorable = lists.read(split, rows, epoch)
+        hits.append((logprob[:, :1] > logprob[:, 1:]).all(1) & is_scorable)
+    return torch.cat(hits).double().numpy()

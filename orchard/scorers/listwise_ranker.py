@@ -1,9 +1,9 @@
-"""A list evaluator: which of these candidates does the user take, seeing all of them at once.
+"""Rank the candidates of a prompt jointly with a small transformer.
 
-A transformer over the history and the candidates of one prompt, after the idea of FlashEvaluator
-(arXiv 2603.02565): each candidate attends to the history and to every other candidate, so that the
-whole list costs one forward pass and a candidate's worth depends on its rivals. Candidates carry no
-position, so their order does not matter. Of items that its training never saw it has no opinion.
+The transformer reads the history and all candidates of one prompt, after the idea of FlashEvaluator
+(arXiv 2603.02565): each candidate attends to the history and to every other candidate, so a whole
+list costs one forward pass and a candidate's score depends on the others. Candidates have no
+position embedding, so their order does not matter. Leaves outside the training data get no score.
 
 Shapes:  B prompts   H history items   S positions of a history   G longest list   C candidates
          I items   K leaves   D width
@@ -28,8 +28,9 @@ class ListwiseRanker(nn.Module):
     """Pre-norm blocks over history and candidates; row `num_leaves` of the embedding is padding."""
 
     trained: Bool[Tensor, " K"]
-    """Leaves of items that occur in the training rows."""
+    """Whether items of each leaf occur in the training rows."""
     leaf_of_item: Int64[Tensor, " I"]
+    """Leaf of each catalog item."""
 
     def __init__(
         self,
@@ -42,12 +43,12 @@ class ListwiseRanker(nn.Module):
         heads: int,
         dropout: float = 0.0,
     ) -> None:
-        """A model of the given sizes with small random weights."""
+        """Initialize a model of these sizes with small random weights."""
         super().__init__()
         self.leaf = nn.Embedding(num_leaves + 1, hidden_size, padding_idx=num_leaves)
         self.position = nn.Embedding(max_history, hidden_size)
         self.rival = nn.Parameter(torch.zeros(hidden_size))
-        """Tells a candidate from an item of the history."""
+        """Embedding added to candidates, which distinguishes them from history items."""
         self.drop = nn.Dropout(dropout)
         self.blocks = encoder(hidden_size, layers=layers, heads=heads, dropout=dropout)
         self.worth = nn.Linear(hidden_size, 1)
@@ -61,42 +62,44 @@ class ListwiseRanker(nn.Module):
 
     @property
     def num_leaves(self) -> int:
-        """Leaves of the catalog; also the number that pads."""
+        """Number of leaves of the catalog, also used as the padding index."""
         return self.leaf.num_embeddings - 1
 
     @property
     def max_history(self) -> int:
-        """Most recent items that the model reads."""
+        """Number of most recent items that the model reads."""
         return self.position.num_embeddings
 
     def forward(
         self, history: Int[Tensor, "B S"], leaf: Int[Tensor, "B G"]
     ) -> Float[Tensor, "B G"]:
-        """Log-probability of each candidate within its list; -inf where there is padding.
+        """Compute the log-probability of each candidate within its list, -inf for padding.
 
         Args:
-            history: leaves, oldest first, padded on the right.
-            leaf: the candidates, padded on the right.
+            history: leaves of the history, oldest first, padded on the right.
+            leaf: leaves of the candidates, padded on the right.
         """
-        place = torch.arange(history.shape[1], device=history.device)
-        before = self.leaf(history) + self.position(place)
-        inside = self.drop(torch.cat([before, self.leaf(leaf) + self.rival], 1))
+        position = torch.arange(history.shape[1], device=history.device)
+        history_embedding = self.leaf(history) + self.position(position)
+        tokens = self.drop(torch.cat([history_embedding, self.leaf(leaf) + self.rival], 1))
         padding = torch.cat([history, leaf], 1) == self.num_leaves
-        # A list that is all padding would attend to nothing; what it reads then is thrown away.
+        # A row of padding alone would attend to nothing and give NaN; its output is not used.
         padding[:, 0] &= ~padding.all(1)
-        state = self.blocks(inside, src_key_padding_mask=padding)[:, history.shape[1] :]
-        worth = self.worth(state).squeeze(2)
-        return worth.masked_fill(leaf == self.num_leaves, float("-inf")).log_softmax(1)
+        state = self.blocks(tokens, src_key_padding_mask=padding)[:, history.shape[1] :]
+        logit = self.worth(state).squeeze(2)
+        return logit.masked_fill(leaf == self.num_leaves, float("-inf")).log_softmax(1)
 
     def recent(
         self, history: Int64[np.ndarray, " H"], start: Int[np.ndarray, " B1"]
     ) -> Int64[Tensor, "B S"]:
-        """Leaves of the latest items that the model knows, as `forward` takes them."""
+        """Return the leaves of the most recent training items of each history, padded."""
         leaf = self.leaf_of_item.numpy()[history]
-        known = self.trained.numpy()[leaf]
-        bounds = ragged.starts(np.bincount(ragged.owners(start)[known], minlength=len(start) - 1))
-        kept, bounds = ragged.last(leaf[known], bounds, self.max_history)
-        return torch.from_numpy(ragged.pad(kept, bounds, fill=self.num_leaves, width=1))
+        is_known = self.trained.numpy()[leaf]
+        bounds = ragged.starts(
+            np.bincount(ragged.owners(start)[is_known], minlength=len(start) - 1)
+        )
+        recent_leaf, bounds = ragged.last(leaf[is_known], bounds, self.max_history)
+        return torch.from_numpy(ragged.pad(recent_leaf, bounds, fill=self.num_leaves, width=1))
 
     def score(
         self,
@@ -105,27 +108,30 @@ class ListwiseRanker(nn.Module):
         leaf: Int64[np.ndarray, " C"],
         start: Int[np.ndarray, " B1"],
     ) -> Float[Tensor, " C"]:
-        """Log-probability of each candidate among those of its list that are known.
+        """Compute the log-probability of each candidate among the known ones of its list.
 
-        -inf where the leaf is unknown, and throughout where all of the history is.
+        A leaf is known if it occurs in the training data. Unknown leaves get -inf, and so do all
+        candidates of a history without a known leaf.
         """
-        before = self.recent(history, history_start)
-        sure = self.trained.numpy()[leaf]
-        shown = torch.from_numpy(
-            ragged.pad(np.where(sure, leaf, self.num_leaves), start, fill=self.num_leaves, width=1)
+        recent_leaves = self.recent(history, history_start)
+        is_known = self.trained.numpy()[leaf]
+        padded_leaf = torch.from_numpy(
+            ragged.pad(
+                np.where(is_known, leaf, self.num_leaves), start, fill=self.num_leaves, width=1
+            )
         )
-        found = self(before, shown)[ragged.owners(start), ragged.places(start)]
-        silent = (before == self.num_leaves).all(1)[ragged.owners(start)]
-        return found.masked_fill(silent | ~torch.from_numpy(sure), float("-inf"))
+        logprob = self(recent_leaves, padded_leaf)[ragged.owners(start), ragged.places(start)]
+        no_history = (recent_leaves == self.num_leaves).all(1)[ragged.owners(start)]
+        return logprob.masked_fill(no_history | ~torch.from_numpy(is_known), float("-inf"))
 
 
 def load(folder: Path, catalog: Catalog) -> ListwiseRanker:
-    """The model that `orchard fit listwise` left in a folder.
+    """Load the model that `orchard fit listwise` wrote to a folder.
 
     Raises:
-        ConfigError: there is none.
-        CatalogError: it was fitted for another catalog.
-        CheckpointError: it is something else, or damaged.
+        ConfigError: the folder has no model.
+        CatalogError: the model was fitted for another catalog.
+        CheckpointError: the model is of another kind, or damaged.
     """
     model = ListwiseRanker(**checkpoint.sizes(folder, kind=KIND, catalog=catalog))
     checkpoint.restore(model, folder)

@@ -1,16 +1,16 @@
-"""The prefix critic: what a prefix of codes promises after a history, without asking the policy.
+"""Estimate the value of a prefix of codes after a history, without the policy.
 
-A small network of its own reads the history and the codes so far. It says two things of the state:
-V(s), the discounted step rewards from s on as `orchard.policy.value_head` has them, and how likely
-each legal next code is. It needs none of the policy's hidden states, so that it can be trained
-before there is a policy (`learner.critic`), and guides a search by any engine.
+A separate small network reads the history and the codes so far. For each state it predicts V(s),
+the discounted sum of step rewards from s on as defined in `orchard.policy.value_head`, and the
+probability of each legal next code. It needs no hidden states of the policy, so it can be trained
+before there is a policy (`learner.critic`), and it can guide a search on any engine.
 
-Codes have one embedding each, in histories and prefixes alike, so that the critic has an opinion of
-items that it never met.
+Each code has one embedding, in histories and prefixes alike, so the critic generalizes to items
+outside its training data.
 
-Shapes:  B histories   H items of them all   W items that are read of each   F prefixes   D width
-         S states of each history
-         A codes of the widest level, and one more that stands for the end of an item
+Shapes:  B histories   H items of all histories   W items read of each history   F prefixes
+         D width   S states of each history
+         A actions: the codes of the widest level, and the end of an item
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ from orchard.types import Prompts
 KIND = "critic"
 
 Values = Callable[[Int64[np.ndarray, " F"], Int64[Tensor, " F"]], Float32[np.ndarray, " F"]]
-"""What the given trie nodes are worth to the prompts of the given numbers."""
+"""Function of prompt indices and trie nodes that returns the value of each node to its prompt."""
 
 
 class PrefixCritic(nn.Module):
@@ -48,7 +48,7 @@ class PrefixCritic(nn.Module):
         heads: int,
         dropout: float = 0.0,
     ) -> None:
-        """A critic of the given sizes; it values every prefix at 0 before it has learnt."""
+        """Initialize a critic of these sizes; before training it values every prefix at 0."""
         super().__init__()
         self.catalog, self.max_history = catalog, max_history
         self.level_start = tuple(ragged.starts(np.array(catalog.level_size)).tolist())
@@ -68,43 +68,44 @@ class PrefixCritic(nn.Module):
 
     @property
     def num_actions(self) -> int:
-        """A of this catalog."""
+        """Number of actions A of this catalog."""
         return max(self.catalog.level_size) + 1
 
     def table(
         self, history: Int64[np.ndarray, " H"], start: Int[np.ndarray, " B1"]
     ) -> Int64[np.ndarray, "B W"]:
-        """Leaves of the most recent items of each history as trie nodes, -1 past the last."""
+        """Return the leaf nodes of the most recent items of each history, -1 past the last."""
         recent, bounds = ragged.last(history, start, self.max_history)
         leaf = torch.from_numpy(self.catalog.leaf_of_item[recent])
         node = self.catalog.trie.node_of(leaf).numpy()
         return ragged.pad(node, bounds, fill=-1, width=self.max_history)
 
     def read(self, table: Int64[Tensor, "B W"]) -> Float[Tensor, "B D"]:
-        """State of each history."""
-        known = table >= 0
-        # Position 0 is the reader's own, which sees an empty history too; 1 is the latest item's.
-        since = known.sum(1, keepdim=True) - torch.arange(table.shape[1], device=table.device)
-        item = self._embedded(table) + self.position(since.clamp(min=1))
-        reader = self.position.weight[:1].expand(len(table), 1, -1)
-        hidden = functional.pad(~known, (1, 0), value=False)
-        return self.blocks(torch.cat([reader, item], 1), src_key_padding_mask=hidden)[:, 0]
+        """Encode each history, one row of `table`, as a state."""
+        is_item = table >= 0
+        # Position 0 is a readout token, which also exists for an empty history; the latest item has
+        # position 1.
+        recency = is_item.sum(1, keepdim=True) - torch.arange(table.shape[1], device=table.device)
+        items = self._embedded(table) + self.position(recency.clamp(min=1))
+        readout = self.position.weight[:1].expand(len(table), 1, -1)
+        is_padding = functional.pad(~is_item, (1, 0), value=False)
+        return self.blocks(torch.cat([readout, items], 1), src_key_padding_mask=is_padding)[:, 0]
 
     def evaluate(
         self, state: Float[Tensor, "*F D"], node: Int64[Tensor, "*F"]
     ) -> tuple[Float[Tensor, "*F"], Float[Tensor, "*F D"]]:
-        """Value of each prefix after its history, and the query that meets its next codes."""
+        """Return the value of each prefix after its history, and the query for its next codes."""
         prefix = self.prefix(self._embedded(node))
-        seen = functional.silu(self.inner(torch.cat([state, prefix, state * prefix], -1)))
-        return self.scalar(seen).squeeze(-1), self.choice(seen)
+        features = functional.silu(self.inner(torch.cat([state, prefix, state * prefix], -1)))
+        return self.scalar(features).squeeze(-1), self.choice(features)
 
     def forward(
         self, table: Int64[Tensor, "B W"], node: Int64[Tensor, "B S"]
     ) -> tuple[Float[Tensor, "B S"], Float[Tensor, "B S A"]]:
-        """Value of each state of each history, and logits of the actions there.
+        """Return the value of each state of each history, and the logits of its actions.
 
-        The states of a history are whole walks, one node for each depth from 0 on and -1 past the
-        end of an item. What is illegal in a state has a logit that no sum notices.
+        The states of a history are complete walks, with one node for each depth from 0 on and -1
+        past the end of an item. Illegal actions have the lowest finite logit.
         """
         value, query = self.evaluate(self.read(table)[:, None].expand(-1, node.shape[1], -1), node)
         logit = query.new_full((*node.shape, self.num_actions), torch.finfo(query.dtype).min)
@@ -112,6 +113,7 @@ class PrefixCritic(nn.Module):
         for level, (start, end) in enumerate(
             zip(self.level_start[:-1], self.level_start[1:], strict=True)
         ):
+            # states of this depth in all walks, against the embeddings of the level's codes
             logit[:, level::period, : end - start] = (
                 query[:, level::period] @ self.code.weight[start:end].T
             )
@@ -119,29 +121,30 @@ class PrefixCritic(nn.Module):
         return value, logit.masked_fill(~self._legal(node), torch.finfo(query.dtype).min)
 
     def values(self, prompts: Prompts) -> Values:
-        """What prefixes are worth to these prompts, each of which is read once, here."""
+        """Encode the prompts' histories and return a function that evaluates prefixes of them."""
         with torch.inference_mode():
             table = torch.from_numpy(self.table(prompts.history, prompts.history_start))
             state = self.read(table)
 
-        def of(
+        def evaluate(
             prompt: Int64[np.ndarray, " F"], node: Int64[Tensor, " F"]
         ) -> Float32[np.ndarray, " F"]:
             with torch.inference_mode():
                 return self.evaluate(state[torch.from_numpy(prompt)], node.cpu())[0].numpy()
 
-        return of
+        return evaluate
 
     def _embedded(self, node: Int64[Tensor, "*F"]) -> Float[Tensor, "*F D"]:
-        """Sum of the embeddings of the codes down to each node; 0 at the root and at -1."""
+        """Sum the embeddings of the codes down to each node; 0 at the root and at -1."""
         trie, flat = self.catalog.trie, node.clamp(min=ROOT).flatten()
         path = trie.path(flat)
         start = torch.tensor(self.level_start[:-1], device=path.device)
+        # row of each code in the embedding table; the padding row past the end of a path
         code = torch.where(path >= 0, trie.code[path.clamp(min=0)] + start, self.level_start[-1])
         return self.code(code).sum(1).unflatten(0, node.shape)
 
     def _legal(self, node: Int64[Tensor, "*F"]) -> Bool[Tensor, "*F A"]:
-        """Codes that may follow each node; at leaves and past them, the end alone."""
+        """Return a mask of the codes that may follow each node; from leaves on, only the end."""
         trie, flat = self.catalog.trie, node.flatten()
         children = trie.children(flat.clamp(min=ROOT))
         legal = torch.zeros(len(flat), self.num_actions, dtype=torch.bool, device=node.device)
@@ -152,12 +155,12 @@ class PrefixCritic(nn.Module):
 
 
 def load(folder: Path, catalog: Catalog) -> PrefixCritic:
-    """The critic that `orchard fit critic` left in a folder.
+    """Load the critic that `orchard fit critic` wrote to a folder.
 
     Raises:
-        ConfigError: there is none.
-        CatalogError: it was fitted for another catalog.
-        CheckpointError: it is something else, or damaged.
+        ConfigError: the folder has no critic.
+        CatalogError: the critic was fitted for another catalog.
+        CheckpointError: the model is of another kind, or damaged.
     """
     sizes = checkpoint.sizes(folder, kind=KIND, catalog=catalog, section="")
     critic = PrefixCritic(catalog, **sizes)

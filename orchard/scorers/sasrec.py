@@ -1,8 +1,8 @@
-"""SASRec (Kang and McAuley, arXiv 1808.09781): what tends to follow a sequence of items.
+"""Predict the next item of a sequence with SASRec (Kang and McAuley, arXiv 1808.09781).
 
-A causal transformer over item embeddings; the logit of an item after a history is the product of
-its embedding with the last state. Items that its training never saw are unknown to it: it reads
-histories without them, and has no opinion of them.
+SASRec is a causal transformer over item embeddings; the logit of an item after a history is the
+dot product of its embedding with the last state. Items outside the training data are left out of
+histories and get no score.
 
 Shapes:  B prompts   H history items   I items   C candidates   R rows   S positions   D width
 """
@@ -26,7 +26,7 @@ class SasRec(nn.Module):
     """Pre-norm blocks over item and position embeddings; row `num_items` is padding."""
 
     trained: Bool[Tensor, " I"]
-    """Items that occur in the training rows."""
+    """Whether each item occurs in the training rows."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class SasRec(nn.Module):
         heads: int,
         dropout: float = 0.0,
     ) -> None:
-        """A model of the given sizes with small random weights."""
+        """Initialize a model of these sizes with small random weights."""
         super().__init__()
         self.item = nn.Embedding(num_items + 1, hidden_size, padding_idx=num_items)
         self.position = nn.Embedding(max_history, hidden_size)
@@ -52,25 +52,25 @@ class SasRec(nn.Module):
 
     @property
     def max_history(self) -> int:
-        """Most recent items that the model reads."""
+        """Number of most recent items that the model reads."""
         return self.position.num_embeddings
 
     def forward(self, item: Int[Tensor, "R S"]) -> Float[Tensor, "R S D"]:
-        """State after each item; padding on the right changes nothing before it."""
+        """Compute the state after each item; padding on the right does not affect the items."""
         length = item.shape[1]
-        place = torch.arange(length, device=item.device)
-        inside = self.drop(self.item(item) + self.position(place))
-        later = place[:, None] < place
-        return self.blocks(inside, mask=later)
+        position = torch.arange(length, device=item.device)
+        tokens = self.drop(self.item(item) + self.position(position))
+        is_future = position[:, None] < position
+        return self.blocks(tokens, mask=is_future)
 
     @torch.no_grad()
     def last_states(
         self, history: Int64[np.ndarray, " H"], start: Int[np.ndarray, " B1"]
     ) -> tuple[Float[Tensor, "B D"], Bool[np.ndarray, " B"]]:
-        """State after each history, and whether it has any item that the model knows."""
-        known = self.trained.numpy()[history]
-        count = np.bincount(ragged.owners(start)[known], minlength=len(start) - 1)
-        recent, bounds = ragged.last(history[known], ragged.starts(count), self.max_history)
+        """Return the state after each history, and whether the history has any training item."""
+        is_known = self.trained.numpy()[history]
+        count = np.bincount(ragged.owners(start)[is_known], minlength=len(start) - 1)
+        recent, bounds = ragged.last(history[is_known], ragged.starts(count), self.max_history)
         table = ragged.pad(recent, bounds, fill=self.item.num_embeddings - 1, width=1)
         length = np.diff(bounds)
         states = self(torch.from_numpy(table))
@@ -79,12 +79,12 @@ class SasRec(nn.Module):
 
 
 def load(folder: Path, catalog: Catalog) -> SasRec:
-    """The model that `orchard fit collaborative` left in a folder.
+    """Load the model that `orchard fit collaborative` wrote to a folder.
 
     Raises:
-        ConfigError: there is none.
-        CatalogError: it was fitted for another catalog.
-        CheckpointError: it is something else, or damaged.
+        ConfigError: the folder has no model.
+        CatalogError: the model was fitted for another catalog.
+        CheckpointError: the model is of another kind, or damaged.
     """
     model = SasRec(**checkpoint.sizes(folder, kind=KIND, catalog=catalog))
     checkpoint.restore(model, folder)
@@ -100,18 +100,19 @@ def leaf_logits(
     prompt: Int64[np.ndarray, " C"],
     leaf: Int64[np.ndarray, " C"],
 ) -> Float64[np.ndarray, " C"]:
-    """Logit of each candidate leaf after its prompt's history; -inf where there is no opinion.
+    """Compute the logit of each candidate leaf after its prompt's history, -inf if unknown.
 
-    Items that share a leaf cannot be told apart: their probabilities add up, so the leaf's logit is
-    the log-sum-exp of theirs.
+    A leaf stands for all its items: their probabilities add up, so its logit is the log-sum-exp of
+    theirs. A candidate is unknown if its leaf or its history has no training item.
     """
-    state, known = model.last_states(history, start)
+    state, has_state = model.last_states(history, start)
     count = np.diff(catalog.leaf_start)[leaf]
+    # items of all candidates' leaves, concatenated; `owner` is the prompt of each
     item = catalog.item_of_leaf[ragged.ranges(catalog.leaf_start[leaf], count)]
     owner = np.repeat(prompt, count)
     product = (state[owner] * model.item(torch.from_numpy(item))).sum(1).double().numpy()
-    sure = known[owner] & model.trained.numpy()[item]
-    logit = np.where(sure, product, -np.inf)
+    is_known = has_state[owner] & model.trained.numpy()[item]
+    logit = np.where(is_known, product, -np.inf)
     if len(leaf) == 0:
         return logit
     return np.logaddexp.reduceat(logit, ragged.starts(count)[:-1])

@@ -1,1 +1,1 @@
-"""Metrics of a run: the log file, TensorBoard, W&B and MLflow."""
+"""Record the metrics of a run in a log file, TensorBoard, W&B and MLflow."""

@@ -1,7 +1,7 @@
-"""The metrics logger of a run: what was measured, when, at which step of which phase.
+"""Log the metrics of a run by phase and step, and read them back.
 
-`metrics.jsonl` holds one object a line and is the truth; TensorBoard's event files below
-`tensorboard/<phase>` are a view of it.
+`metrics.jsonl` has one JSON object per line and is authoritative; the TensorBoard event files in
+`tensorboard/<phase>` are derived from it.
 
     {"step": 7, "time": 1760000000.0, "phase": "train", "values": {"rollout/search_s": 0.41}}
 
@@ -28,30 +28,30 @@ FILE = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 
 MetricsSink = Callable[[str, int, Mapping[str, float]], object]
-"""Phase, step and values, NaN and infinity as they are."""
+"""Callback with phase, step and values, which may be NaN or infinite."""
 
 _FLUSH_S = 10
-"""Longest that TensorBoard's files lag behind."""
+"""Seconds between flushes of TensorBoard's files."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Series:
-    """One metric over the steps of one phase, in the order written."""
+    """Values of one metric over the steps of one phase, in the order written."""
 
     step: Int64[np.ndarray, " N"]
     time: Float64[np.ndarray, " N"]
     """Seconds since 1970."""
     value: Float64[np.ndarray, " N"]
-    """NaN where the measurement was no finite number."""
+    """Value at each step, NaN if the measurement was not finite."""
 
 
 class MetricsLogger:
-    """Appends to the metrics of a run folder; reopened on resume. Not for several processes."""
+    """Appending writer of a run's metrics, reopened on resume; not safe for several processes."""
 
     def __init__(self, run_dir: Path, also: Sequence[MetricsSink] = ()) -> None:
-        """Open or begin the metrics logger of `run_dir`; a line torn by a crash is cut off.
+        """Open or create the log of `run_dir`, removing a last line truncated by a crash.
 
-        `also` are told every step that is logged, once it is on disk.
+        The sinks in `also` receive every logged step after it is on disk.
         """
         run_dir.mkdir(parents=True, exist_ok=True)
         self._run_dir = run_dir
@@ -62,12 +62,12 @@ class MetricsLogger:
         self._also = tuple(also)
 
     def log(self, phase: str, step: int, values: Mapping[str, SupportsFloat]) -> None:
-        """Write one line, at once on disk; NaN and infinity become null.
+        """Write and flush one line; NaN and infinity become null.
 
         Args:
-            phase: `sft`, `train`; each phase counts its own steps.
-            step: number of updates done.
-            values: `room/quantity_unit` to number.
+            phase: `sft` or `train`; each phase counts its own steps.
+            step: number of completed updates.
+            values: values by metric name, `group/quantity_unit`.
         """
         now = time.time()
         numbers = {name: float(value) for name, value in values.items()}
@@ -80,21 +80,20 @@ class MetricsLogger:
         self._file.write(json.dumps(entry, allow_nan=False) + "\n")
         self._file.flush()
         self._events_of(phase).scalars(step, now, numbers)
-        for listener in self._also:
-            listener(phase, step, numbers)
+        for sink in self._also:
+            sink(phase, step, numbers)
 
     def rewind(self, phase: str, step: int) -> int:
-        """Forget what `phase` wrote past `step`, and return how many lines that were.
+        """Remove the lines of `phase` after `step`, and return their number.
 
-        For a run that resumes from a checkpoint older than its last line: it will write those
-        steps again.
+        A run that resumes from a checkpoint older than its last line will write those steps again.
         """
         kept: list[str] = []
         dropped = 0
         for line, entry in _entries(self._path):
-            past = entry["phase"] == phase and entry["step"] > step
-            dropped += past
-            if not past:
+            is_past = entry["phase"] == phase and entry["step"] > step
+            dropped += is_past
+            if not is_past:
                 kept.append(line)
         if dropped:
             self._file.close()
@@ -113,7 +112,7 @@ class MetricsLogger:
         self._events = {}
 
     def __enter__(self) -> "MetricsLogger":
-        """Nothing to do: the files are open."""
+        """Return the logger, whose files are open already."""
         return self
 
     def __exit__(
@@ -122,7 +121,7 @@ class MetricsLogger:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Close."""
+        """Close all files."""
         self.close()
 
     def _events_of(self, phase: str) -> "_Events":
@@ -132,17 +131,17 @@ class MetricsLogger:
 
 
 class _Events:
-    """TensorBoard's event file of one phase: phases count their own steps, so none shares one."""
+    """TensorBoard event file of one phase; each phase has one since it counts its own steps."""
 
     def __init__(self, folder: Path) -> None:
-        # Imported here: whoever only reads metrics need not wait for TensorBoard. Its messages are
-        # generated while it is imported, out of a type checker's sight.
+        # Imported here, since reading metrics needs no TensorBoard. Its message classes are
+        # generated at import, invisibly to type checkers.
         protos, writer = "tensorboard.compat.proto", "tensorboard.summary.writer"
         event: Any = import_module(f"{protos}.event_pb2")
         summary: Any = import_module(f"{protos}.summary_pb2")
-        files: Any = import_module(f"{writer}.event_file_writer")
+        event_file: Any = import_module(f"{writer}.event_file_writer")
         self._event, self._log, self._summary = event.Event, event.SessionLog, summary.Summary
-        self._writer = files.EventFileWriter(str(folder), flush_secs=_FLUSH_S)
+        self._writer = event_file.EventFileWriter(str(folder), flush_secs=_FLUSH_S)
 
     def scalars(self, step: int, now: float, values: Mapping[str, float]) -> None:
         """Add the values of one step."""
@@ -151,17 +150,17 @@ class _Events:
         self._writer.add_event(self._event(step=step, wall_time=now, summary=summary))
 
     def purge(self, step: int) -> None:
-        """Tell TensorBoard to forget everything from `step` on."""
+        """Make TensorBoard discard everything from `step` on."""
         log = self._log(status=self._log.START)
         self._writer.add_event(self._event(step=step, wall_time=time.time(), session_log=log))
 
     def close(self) -> None:
-        """Flush and end the writer's thread."""
+        """Flush the file and stop the writer's thread."""
         self._writer.close()
 
 
 def read_metrics(path: Path) -> dict[str, dict[str, Series]]:
-    """Phase to metric to series, of a `metrics.jsonl`; a torn last line is left out.
+    """Read a `metrics.jsonl` as series by phase and metric; a truncated last line is ignored.
 
     Raises:
         DataError: the file is missing, or a line before the last is not an entry.
@@ -191,7 +190,7 @@ def _series(points: list[tuple[int, float, float]]) -> Series:
 
 
 def _entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each whole line with its entry."""
+    """Yield each complete line with its parsed entry."""
     with path.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, start=1):
             entry = _entry(line)
@@ -204,16 +203,17 @@ def _entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _entry(line: str) -> dict[str, Any] | None:
+    """Parse one line; return None if it is not an entry."""
     try:
         entry = json.loads(line)
     except ValueError:
         return None
-    whole = isinstance(entry, dict) and {"step", "time", "phase", "values"} <= entry.keys()
-    return cast(dict[str, Any], entry) if whole else None
+    is_entry = isinstance(entry, dict) and {"step", "time", "phase", "values"} <= entry.keys()
+    return cast(dict[str, Any], entry) if is_entry else None
 
 
 def _mend(path: Path) -> None:
-    """Make the file end with a whole line, so that appending does not join two."""
+    """Make the file end with a complete line, so that appending does not join two lines."""
     if not path.exists():
         return
     text = path.read_bytes()

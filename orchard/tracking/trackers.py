@@ -1,7 +1,7 @@
-"""Experiment trackers beside the run's own log: Weights & Biases and MLflow.
+"""Send the metrics of a run to experiment trackers: Weights & Biases and MLflow.
 
-Both come with the optional extra `tracking` and are imported when they are asked for. The run's
-own `metrics.jsonl` stays the truth: steps that are done again after a resume are logged again.
+Both come with the optional extra `tracking` and are imported only if configured. The run's
+`metrics.jsonl` stays authoritative: steps that are repeated after a resume are logged again.
 """
 
 import importlib
@@ -19,24 +19,24 @@ _NOT_IN_MLFLOW = re.compile(r"[^\w\-. /]")
 
 @runtime_checkable
 class Tracker(Protocol):
-    """What a metrics logger may tell as well."""
+    """Experiment tracker that receives the metrics of a run."""
 
     def log(self, phase: str, step: int, values: Mapping[str, float]) -> None:
-        """One step of a phase, of which finite values are kept; phases count their own steps."""
+        """Log the finite values of one step; each phase counts its own steps."""
         ...
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send pending values and end the run."""
         ...
 
 
 class WandbTracker:
-    """Offline below the run folder, unless WANDB_MODE says otherwise; `wandb sync` uploads it."""
+    """W&B tracker, offline in the run folder unless WANDB_MODE is set; `wandb sync` uploads it."""
 
     def __init__(
         self, library: Any, run_dir: Path, name: str, config: Mapping[str, object]
     ) -> None:
-        """Begin a W&B run."""
+        """Start a W&B run."""
         self._run = library.init(
             project=os.environ.get("WANDB_PROJECT", "orchard"),
             name=name,
@@ -47,13 +47,13 @@ class WandbTracker:
         self._phases: set[str] = set()
 
     def log(self, phase: str, step: int, values: Mapping[str, float]) -> None:
-        """One point of each value, over the phase's own steps."""
+        """Log one point of each finite value over the steps of the phase."""
         if phase not in self._phases:
             self._phases.add(phase)
             self._run.define_metric(f"{phase}/step")
             self._run.define_metric(f"{phase}/*", step_metric=f"{phase}/step")
-        named = {f"{phase}/{name}": value for name, value in finite(values).items()}
-        self._run.log({**named, f"{phase}/step": step})
+        prefixed = {f"{phase}/{name}": value for name, value in finite(values).items()}
+        self._run.log({**prefixed, f"{phase}/step": step})
 
     def close(self) -> None:
         """End the run."""
@@ -61,12 +61,12 @@ class WandbTracker:
 
 
 class MlflowTracker:
-    """To MLFLOW_TRACKING_URI, or to a database below the run folder."""
+    """MLflow tracker, to MLFLOW_TRACKING_URI or a database in the run folder."""
 
     def __init__(
         self, library: Any, run_dir: Path, name: str, config: Mapping[str, object]
     ) -> None:
-        """Begin an MLflow run."""
+        """Start an MLflow run."""
         if "MLFLOW_TRACKING_URI" not in os.environ:
             library.set_tracking_uri(f"sqlite:///{(run_dir / 'mlflow.db').resolve()}")
         library.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", "orchard"))
@@ -75,12 +75,12 @@ class MlflowTracker:
         library.log_params(dict(_flat(config)))
 
     def log(self, phase: str, step: int, values: Mapping[str, float]) -> None:
-        """One point of each value; `@` and other signs that MLflow refuses become `_at_` or `_`."""
-        named = {
+        """Log one point of each finite value; `@` becomes `_at_`, other illegal characters `_`."""
+        prefixed = {
             _NOT_IN_MLFLOW.sub("_", f"{phase}/{name}".replace("@", "_at_")): value
             for name, value in finite(values).items()
         }
-        self._library.log_metrics(named, step=step)
+        self._library.log_metrics(prefixed, step=step)
 
     def close(self) -> None:
         """End the run."""
@@ -91,21 +91,21 @@ TRACKERS: Mapping[str, Callable[[Any, Path, str, Mapping[str, object]], Tracker]
     "wandb": WandbTracker,
     "mlflow": MlflowTracker,
 }
-"""By the name of the package. To add one, add a class that is a `Tracker`, and its name to
+"""Trackers by package name. To add one, add a class that is a `Tracker`, and its name to
 `cluster.tracker`."""
 
 
 def open_tracker(
     kind: str, run_dir: Path, name: str, config: Mapping[str, object], *, library: Any = None
 ) -> Tracker:
-    """A tracker of that kind.
+    """Create a tracker of a kind.
 
     Args:
         kind: a key of `TRACKERS`.
-        run_dir: where it keeps its files.
-        name: of the run.
-        config: the resolved run, as plain values.
-        library: the package; imported by default.
+        run_dir: folder for the tracker's files.
+        name: name of the run.
+        config: resolved configuration as plain values.
+        library: the tracker's package; imported by default.
 
     Raises:
         ConfigError: the package is not installed.
@@ -122,7 +122,7 @@ def open_tracker(
 
 
 def _flat(config: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Dotted keys and values; what is not set has none."""
+    """Yield dotted keys and values, without values that are None."""
     for name, value in config.items():
         if isinstance(value, Mapping):
             yield from _flat(cast(Mapping[str, object], value), f"{prefix}{name}.")
@@ -131,5 +131,5 @@ def _flat(config: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str,
 
 
 def finite(values: Mapping[str, float]) -> dict[str, float]:
-    """The values that a tracker can draw."""
+    """Select the finite values."""
     return {name: value for name, value in values.items() if math.isfinite(value)}

@@ -1,7 +1,7 @@
-"""Data sets from what people have: logs, Amazon reviews, RecBole files, MiniOneRec folders.
+"""Import data sets from logs, Amazon reviews, RecBole files and MiniOneRec folders.
 
-    files -> Log -> Examples -> a folder in the schema of docs/data.md, with a data card
+    files -> InteractionLog -> SplitExamples -> a folder in the schema of docs/data.md, with a card
 
-`read.FORMATS` names the formats; to add one, add a function there that returns a `Log`, or
-`Examples` where the source is split already.
+`read.Format` names the formats; to add one, add a function to `read` that returns an
+`InteractionLog`, or `SplitExamples` where the source is split already.
 """

@@ -1,4 +1,4 @@
-"""Columns of a table as numbers: identifiers, times, and where one of them cannot be used."""
+"""Convert columns of a table to numbers: identifiers and times, with errors that name the row."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,37 +11,37 @@ from jaxtyping import Int64
 from orchard.data.importers.log import InteractionLog, ItemTable
 from orchard.errors import DataError
 
-pc: Any = pyarrow.compute  # makes its functions as it is imported, unseen by type checkers
+pc: Any = pyarrow.compute  # it generates its functions at import, invisibly to type checkers
 
 _INTEGER = r"^(0|-?[1-9][0-9]{0,17})$"
-"""Integers that are spelt in one way, so that no two identifiers fall together."""
+"""Pattern of integers in canonical form, so that distinct identifiers stay distinct."""
 
 
 def log_of(
     user: Any, item: Any, timestamp: Any, *, where: str, first: int = 1, title: Any = None
 ) -> InteractionLog:
-    """The log of three columns of equal length.
+    """Build the interaction log of three columns of equal length.
 
     Args:
         user: any identifiers.
         item: any identifiers.
         timestamp: numbers, dates, or text of either.
-        where: the file, for messages.
-        first: number that messages give to the first row.
-        title: of the event's item, where the log itself has it; the first one counts.
+        where: name of the file, for error messages.
+        first: number of the first row in error messages.
+        title: title of each event's item, if the log has titles; an item's first title counts.
 
     Raises:
         DataError: no rows, or a row without user, item or time.
     """
     if len(user) == 0:
         raise DataError(f"{where} holds no interactions; at least one user needs two")
-    user_of, users = _encoded(user, "user", where, first)
-    item_of, keys = _encoded(item, "item", where, first)
-    when = _times(timestamp, where, first)
+    user_index, users = _encoded(user, "user", where, first)
+    item_index, keys = _encoded(item, "item", where, first)
+    times = _times(timestamp, where, first)
     numbers = _integers(keys)
     titles = tuple[str, ...]()
     if title is not None:
-        titles = _titles(title, item_of, len(keys))
+        titles = _titles(title, item_index, len(keys))
     items = ItemTable(
         item_id=np.arange(len(keys)) if numbers is None else numbers,
         key=tuple(keys.to_pylist()) if numbers is None else None,
@@ -49,16 +49,18 @@ def log_of(
     )
     user_id = _integers(users)
     user_id = np.arange(len(users)) if user_id is None else user_id
-    return InteractionLog(user=user_of, item=item_of, timestamp=when, user_id=user_id, items=items)
+    return InteractionLog(
+        user=user_index, item=item_index, timestamp=times, user_id=user_id, items=items
+    )
 
 
 def _encoded(column: Any, role: str, where: str, first: int) -> tuple[Int64[np.ndarray, " E"], Any]:
-    """Row of each value among the distinct ones, and those as text."""
+    """Return the index of each value among the distinct values, and the distinct values as text."""
     if not pa.types.is_dictionary(column.type):
         column = column.cast(pa.string()).dictionary_encode()
     column = column.unify_dictionaries().combine_chunks()
-    known = column.dictionary.cast(pa.string())
-    empty = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(known), ""), True)
+    values = column.dictionary.cast(pa.string())
+    empty = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(values), ""), True)
     bad = pc.is_null(column)
     if pc.any(empty).as_py():
         bad = pc.or_(bad, pc.fill_null(empty.take(column.indices), True))
@@ -68,29 +70,30 @@ def _encoded(column: Any, role: str, where: str, first: int) -> tuple[Int64[np.n
             f"row {first + row} of {where} has no {role} ({pc.sum(bad).as_py()} such rows); fill "
             "it in or drop the row"
         )
-    return column.indices.to_numpy().astype(np.int64), known
+    return column.indices.to_numpy().astype(np.int64), values
 
 
 def _integers(text: Any) -> Int64[np.ndarray, " N"] | None:
-    """The values as integers, if all of them are."""
+    """Return the values as integers if all of them are integers, else None."""
     if not pc.all(pc.match_substring_regex(text, _INTEGER)).as_py():
         return None
     return text.cast(pa.int64()).to_numpy()
 
 
 def _titles(title: Any, item: Int64[np.ndarray, " E"], num_items: int) -> tuple[str, ...]:
-    known = pc.fill_null(title.cast(pa.string()), "").combine_chunks()
-    filled = pc.not_equal(known, "").to_numpy(zero_copy_only=False)
-    found, at = np.unique(item[filled], return_index=True)
+    """Return each item's first title that is not empty, or an empty string."""
+    titles = pc.fill_null(title.cast(pa.string()), "").combine_chunks()
+    filled = pc.not_equal(titles, "").to_numpy(zero_copy_only=False)
+    items, first_event = np.unique(item[filled], return_index=True)
     result = [""] * num_items
-    texts = known.filter(pa.array(filled)).take(pa.array(at)).to_pylist()
-    for row, text in zip(found.tolist(), texts, strict=True):
+    texts = titles.filter(pa.array(filled)).take(pa.array(first_event)).to_pylist()
+    for row, text in zip(items.tolist(), texts, strict=True):
         result[row] = text
     return tuple(result)
 
 
 def _times(column: Any, where: str, first: int) -> Int64[np.ndarray, " E"]:
-    """Times as integers that keep the order."""
+    """Convert times to integers of the same order."""
     if column.null_count:
         row = pc.index(pc.is_null(column), True).as_py()
         raise DataError(
@@ -113,7 +116,7 @@ def _times(column: Any, where: str, first: int) -> Int64[np.ndarray, " E"]:
             "rows); correct it or drop the row"
         )
     if np.issubdtype(values.dtype, np.floating) and (values != np.floor(values)).any():
-        values = np.floor(values * 1e3)  # seconds with a fraction: keep the order within one
+        values = np.floor(values * 1e3)  # fractional seconds: keep the order within a second
     return values.astype(np.int64)
 
 
@@ -121,7 +124,7 @@ _TRIED = (pa.int64(), pa.float64(), pa.timestamp("us"), pa.timestamp("us", "UTC"
 
 
 def _parsed(column: Any, where: str, first: int) -> Any:
-    """Text as numbers or dates, whichever reads all of it."""
+    """Parse text with the first of the tried types that fits every value."""
 
     def reads(kind: Any) -> Callable[[Any], bool]:
         def attempt(part: Any) -> bool:
@@ -138,10 +141,10 @@ def _parsed(column: Any, where: str, first: int) -> Any:
             return column.cast(kind)
     kinds = [kind for kind in _TRIED if reads(kind)(column.slice(0, 1))] or [_TRIED[0]]
     low, high = 0, len(column)
-    while high - low > 1:  # the first half that cannot be read holds the first bad row
+    while high - low > 1:  # bisect: the first half that cannot be parsed has the first bad row
         middle = (low + high) // 2
-        whole = any(reads(kind)(column.slice(low, middle - low)) for kind in kinds)
-        low, high = (middle, high) if whole else (low, middle)
+        readable = any(reads(kind)(column.slice(low, middle - low)) for kind in kinds)
+        low, high = (middle, high) if readable else (low, middle)
     raise DataError(
         f"row {first + low} of {where} has the time {column[low].as_py()!r}, which is no number "
         "and no date like 2024-01-31 12:00:00; correct it or drop the row"

@@ -1,6 +1,7 @@
-"""Interaction logs and item lists as CSV or Parquet, and RecBole's atomic files.
+"""Read interaction logs and item lists from CSV, Parquet and RecBole's atomic files.
 
-Roles are `user`, `item`, `timestamp` and `title`; a mapping names the column of each.
+The roles of columns are `user`, `item`, `timestamp` and `title`; a mapping names the column of
+each role.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,10 +17,10 @@ from orchard.data.importers.log import InteractionLog
 from orchard.errors import ConfigError, DataError
 
 Tick = Callable[[int], None]
-"""Is told how many more bytes were read."""
+"""Progress callback, called with the number of bytes read since the last call."""
 
 COLUMNS = {"user": "user_id", "item": "item_id", "timestamp": "timestamp", "title": "title"}
-"""The column of each role, unless another is named."""
+"""Default column of each role."""
 
 ATOMIC = (".inter", ".item")
 TEXT = (".csv", ".tsv", *ATOMIC)
@@ -28,10 +29,10 @@ _BLOCK = 4 << 20
 
 
 def read_log(path: Path, columns: Mapping[str, str], tick: Tick) -> InteractionLog:
-    """The log of a file or of a folder of Parquet parts.
+    """Read the interaction log of a file or of a folder of Parquet parts.
 
     Raises:
-        DataError: no such file, a column that is not there, a broken row, or as `log_of`.
+        DataError: the file or a column does not exist, a row is malformed, or as `log_of`.
     """
     table = read_columns(path, columns, ("user", "item", "timestamp"), ("title",), tick)
     return log_of(
@@ -47,15 +48,15 @@ def read_log(path: Path, columns: Mapping[str, str], tick: Tick) -> InteractionL
 def read_titles(
     path: Path, columns: Mapping[str, str], tick: Tick
 ) -> tuple[Sequence[str], Sequence[str]]:
-    """Identifier and title of each item in a list of items; missing titles are empty.
+    """Read the identifier and the title of each item in an item list; missing titles are empty.
 
-    A column may be called as in the log or as it is by default.
+    A column may have the name that it has in the log, or its default name.
     """
-    found = _names(path)
-    columns = {r: n for r, n in columns.items() if r in ("item", "title") and n in found}
+    available = _names(path)
+    columns = {r: n for r, n in columns.items() if r in ("item", "title") and n in available}
     table = read_columns(path, columns, ("item", "title"), (), tick)
-    key = table["item"].cast(pa.string()).to_pylist()
-    return key, [title or "" for title in table["title"].cast(pa.string()).to_pylist()]
+    item_ids = table["item"].cast(pa.string()).to_pylist()
+    return item_ids, [title or "" for title in table["title"].cast(pa.string()).to_pylist()]
 
 
 def read_columns(
@@ -65,10 +66,10 @@ def read_columns(
     wanted: Sequence[str],
     tick: Tick,
 ) -> Any:
-    """A table whose columns are the roles: all that are needed, and what there is of the wanted.
+    """Read a table with one column per role: all `needed` roles, and the `wanted` ones that exist.
 
     Raises:
-        ConfigError: a role that does not exist.
+        ConfigError: a role does not exist, or two roles share a column.
         DataError: see `read_log`.
     """
     unknown = columns.keys() - COLUMNS.keys()
@@ -76,36 +77,38 @@ def read_columns(
         raise ConfigError(
             f"there is no column role {min(unknown)!r}; choose from {', '.join(COLUMNS)}"
         )
-    named = {**COLUMNS, **columns}
-    plain = _names(path)
-    if path.suffix in ATOMIC and "title" not in plain and "title" not in columns:
-        named["title"] = next((n for n in plain if n.endswith(("title", "name"))), "title")
+    name_of_role = {**COLUMNS, **columns}
+    available = _names(path)
+    if path.suffix in ATOMIC and "title" not in available and "title" not in columns:
+        name_of_role["title"] = next(
+            (n for n in available if n.endswith(("title", "name"))), "title"
+        )
     for role in needed:
-        if named[role] not in plain:
+        if name_of_role[role] not in available:
             raise DataError(
-                f"{path} has the columns {', '.join(plain)} but no `{named[role]}`; name the one "
-                f"that holds the {role} with --column {role}=NAME"
+                f"{path} has the columns {', '.join(available)} but no `{name_of_role[role]}`; "
+                f"name the one that holds the {role} with --column {role}=NAME"
             )
-    roles = [r for r in (*needed, *wanted) if named[r] in plain]
-    names = [plain[named[role]] for role in roles]
+    roles = [r for r in (*needed, *wanted) if name_of_role[r] in available]
+    names = [available[name_of_role[role]] for role in roles]
     if len(set(names)) < len(names):
         raise ConfigError(f"columns {', '.join(names)}: each role needs a column of its own")
     if path.suffix in TEXT:
-        table = _read_text(path, names, [named[role] for role in roles], roles, tick)
+        table = _read_text(path, names, [name_of_role[role] for role in roles], roles, tick)
     else:
         table = _read_parquet(path, names, tick)
     return table.select(names).rename_columns(roles)
 
 
 def _names(path: Path) -> dict[str, str]:
-    """Columns of a file by name; RecBole's carry their type, as in `item_id:token`."""
+    """Return the columns of a file by name, without RecBole's type suffix (`item_id:token`)."""
     if not path.exists():
         raise DataError(f"{path} does not exist; give a file or a folder that does")
-    found = _header(path) if path.suffix in TEXT else _parquet_names(path)
-    if len(set(found)) < len(found):
-        twice = next(name for name in found if found.count(name) > 1)
-        raise DataError(f"{path} has two columns `{twice}`; give each column a name of its own")
-    return {name.split(":")[0] if path.suffix in ATOMIC else name: name for name in found}
+    headers = _header(path) if path.suffix in TEXT else _parquet_names(path)
+    if len(set(headers)) < len(headers):
+        duplicate = next(name for name in headers if headers.count(name) > 1)
+        raise DataError(f"{path} has two columns `{duplicate}`; give each column a name of its own")
+    return {name.split(":")[0] if path.suffix in ATOMIC else name: name for name in headers}
 
 
 def _parquet_files(path: Path) -> list[Path]:
@@ -158,14 +161,14 @@ def _header(path: Path) -> list[str]:
 def _read_text(
     path: Path, names: Sequence[str], shown: Sequence[str], roles: Sequence[str], tick: Tick
 ) -> Any:
-    """Only the named columns, identifiers as a dictionary so that a long log stays small."""
-    kinds = {
+    """Read only the named columns, with identifiers dictionary-encoded to save memory."""
+    column_types = {
         name: _DICTIONARY if role in ("user", "item") else pa.string()
         for name, role in zip(names, roles, strict=True)
     }
     parse = csv.ParseOptions(delimiter=_delimiter(path), newlines_in_values=False)
     if _delimiter(path) == "\t":
-        parse.quote_char = False  # RecBole's text fields hold quotes as they come
+        parse.quote_char = False  # RecBole's text fields contain unescaped quotes
     raw = pa.OSFile(str(path))
     try:
         reader = csv.open_csv(
@@ -173,7 +176,7 @@ def _read_text(
             read_options=csv.ReadOptions(block_size=_BLOCK),
             parse_options=parse,
             convert_options=csv.ConvertOptions(
-                include_columns=list(names), column_types=kinds, strings_can_be_null=True,
+                include_columns=list(names), column_types=column_types, strings_can_be_null=True,
                 null_values=[""],
             ),
         )  # fmt: skip
@@ -186,11 +189,11 @@ def _read_text(
 
 
 def _ticked(reader: Any, raw: Any, tick: Tick) -> Iterator[Any]:
-    read = 0
+    last_position = 0
     for batch in reader:
-        at = raw.tell()
-        tick(at - read)
-        read = at
+        position = raw.tell()
+        tick(position - last_position)
+        last_position = position
         yield batch
 
 

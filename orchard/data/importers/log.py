@@ -1,4 +1,4 @@
-"""An interaction log: who met which item when, and what thins it out.
+"""Represent interaction logs (user, item, time) and filter them.
 
 Shapes:  E events   U users   I items
 """
@@ -14,25 +14,26 @@ from orchard.errors import DataError
 
 @dataclass(frozen=True, kw_only=True)
 class ItemTable:
-    """What is known of the items; row numbers are what `Log.item` and `Examples` hold."""
+    """Items by row number, as used in `InteractionLog.item` and in `SplitExamples`."""
 
     item_id: Int64[np.ndarray, " I"]
-    """The source's identifiers where they are integers, running numbers elsewhere."""
+    """Identifiers of the source if they are integers, else consecutive numbers."""
     key: tuple[str, ...] | None = None
-    """The source's identifiers where they are not integers."""
+    """Identifiers of the source if they are not integers."""
     title: tuple[str, ...] = ()
-    """Empty strings where unknown."""
+    """Titles, with empty strings where unknown; empty if no item has one."""
     sid: tuple[tuple[int, ...], ...] | None = None
+    """Semantic IDs, if the source has them."""
 
     def __len__(self) -> int:
         return len(self.item_id)
 
     def name(self, row: int) -> str:
-        """The identifier that the user knows the item by."""
+        """Return the item's identifier in the source, for messages."""
         return self.key[row] if self.key is not None else str(self.item_id[row])
 
     def take(self, rows: Int64[np.ndarray, " K"]) -> "ItemTable":
-        """Some of the items; running numbers run anew."""
+        """Select items by row; consecutive numbers are assigned anew."""
         chosen = rows.tolist()
         return ItemTable(
             item_id=self.item_id[rows] if self.key is None else np.arange(len(rows)),
@@ -47,21 +48,21 @@ class InteractionLog:
     """Events in the order of the source."""
 
     user: Int64[np.ndarray, " E"]
-    """Row in `user_id`."""
+    """User of each event, as a row of `user_id`."""
     item: Int64[np.ndarray, " E"]
-    """Row in `items`."""
+    """Item of each event, as a row of `items`."""
     timestamp: Int64[np.ndarray, " E"]
-    """In any unit, as long as later is larger."""
+    """Time of each event in any unit that increases with time."""
     user_id: Int64[np.ndarray, " U"]
     items: ItemTable
     dropped: Mapping[str, int] = field(default_factory=dict[str, int])
-    """Events, users or items left out so far, by reason."""
+    """Number of events, users or items removed so far, by reason."""
 
     def __len__(self) -> int:
         return len(self.item)
 
     def keep(self, events: Bool[np.ndarray, " E"], reason: str) -> "InteractionLog":
-        """The chosen events, and the users and items that have any."""
+        """Select events, and the users and items that have at least one of them."""
         user, user_of = np.unique(self.user[events], return_inverse=True)
         item, item_of = np.unique(self.item[events], return_inverse=True)
         left_out = {reason: int((~events).sum())} if not events.all() else {}
@@ -77,7 +78,7 @@ class InteractionLog:
 
 
 def k_core(log: InteractionLog, k: int) -> InteractionLog:
-    """The largest part in which every user and every item has at least `k` events.
+    """Select the largest subset in which every user and every item has at least `k` events.
 
     Raises:
         DataError: nothing is left.
@@ -99,13 +100,15 @@ def k_core(log: InteractionLog, k: int) -> InteractionLog:
 
 
 def titled(log: InteractionLog, *, most_words: int) -> InteractionLog:
-    """The events of items with a title of at most so many words, as MiniOneRec chooses items.
+    """Select the events of items with a title of 1 to `most_words` words, as MiniOneRec does.
 
     Raises:
-        DataError: no item has one.
+        DataError: no item has such a title.
     """
-    words = np.array([len(title.split()) for title in log.items.title or ("",) * len(log.items)])
-    usable = (words > 0) & (words <= most_words)
+    num_words = np.array(
+        [len(title.split()) for title in log.items.title or ("",) * len(log.items)]
+    )
+    usable = (num_words > 0) & (num_words <= most_words)
     if not usable.any():
         raise DataError(
             f"none of the {len(log.items)} items has a title of 1 to {most_words} words; give the "
@@ -115,17 +118,17 @@ def titled(log: InteractionLog, *, most_words: int) -> InteractionLog:
 
 
 def with_titles(items: ItemTable, key: Sequence[str], title: Sequence[str]) -> ItemTable:
-    """The items with titles looked up by identifier; others get an empty one.
+    """Attach titles to the items by identifier; items without one get an empty title.
 
     Raises:
         DataError: an item is listed twice with two titles.
     """
-    known: dict[str, str] = {}
-    for one, text in zip(key, title, strict=True):
-        if known.setdefault(one, text) != text:
+    title_of_item: dict[str, str] = {}
+    for item_id, text in zip(key, title, strict=True):
+        if title_of_item.setdefault(item_id, text) != text:
             raise DataError(
-                f"item {one} is listed twice, as {known[one]!r} and as {text!r}; keep one row per "
-                "item"
+                f"item {item_id} is listed twice, as {title_of_item[item_id]!r} and as {text!r}; "
+                "keep one row per item"
             )
-    own = items.key if items.key is not None else tuple(str(i) for i in items.item_id.tolist())
-    return replace(items, title=tuple(known.get(one, "") for one in own))
+    item_ids = items.key if items.key is not None else tuple(str(i) for i in items.item_id.tolist())
+    return replace(items, title=tuple(title_of_item.get(item_id, "") for item_id in item_ids))

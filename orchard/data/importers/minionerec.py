@@ -1,8 +1,8 @@
-"""MiniOneRec's folder layout: CSV splits, `*.index.json`, `*.item.json` and `info/*.txt`.
+"""Read MiniOneRec's folder layout: CSV splits, `*.index.json`, `*.item.json` and `info/*.txt`.
 
-Semantic IDs come from the index file, or where it is missing from the info file; titles from the
-item file, or from the info file. Histories and targets are the item ids of the CSV files, since
-several items may share a semantic ID (https://github.com/AkaliKong/MiniOneRec).
+Semantic IDs come from the index file and titles from the item file; without an index file both
+come from the info file. Histories and targets are the item ids of the CSV files, since several
+items may share a semantic ID (https://github.com/AkaliKong/MiniOneRec).
 """
 
 import json
@@ -27,10 +27,10 @@ _CODE = re.compile(r"<([a-z])_(\d+)>")
 
 
 def read_folder(folder: Path, tick: Tick) -> SplitExamples:
-    """The examples of the folder, split as they are.
+    """Read the examples of the folder with the split that it has.
 
     Raises:
-        DataError: a file is missing or there are several, a row or an item cannot be read.
+        DataError: a file is missing or ambiguous, or a row or an item cannot be read.
     """
     items = _items(folder)
     order = np.argsort(items.item_id)
@@ -39,13 +39,13 @@ def read_folder(folder: Path, tick: Tick) -> SplitExamples:
     count: list[Int64[np.ndarray, " _"]] = []
     for part, table in zip(PARTS, tables, strict=True):
         lists = [_NUMBERS.findall(text or "") for text in table["history_item_id"].to_pylist()]
-        count.append(np.array([len(one) for one in lists], dtype=np.int64))
+        count.append(np.array([len(item_ids) for item_ids in lists], dtype=np.int64))
         if len(lists) == 0 or count[-1].min() == 0:
             row = int(np.argmin(count[-1])) + 2 if lists else 1
             raise DataError(
                 f"row {row} of the {part} file has no history; drop rows without an earlier item"
             )
-        history.append(np.array([int(i) for one in lists for i in one], dtype=np.int64))
+        history.append(np.array([int(i) for item_ids in lists for i in item_ids], dtype=np.int64))
     target = np.concatenate([t["item_id"].cast(pa.int64()).to_numpy() for t in tables])
     length = np.concatenate(count)
     users = pa.concat_arrays([t["user_id"].combine_chunks() for t in tables]).dictionary_encode()
@@ -58,7 +58,7 @@ def read_folder(folder: Path, tick: Tick) -> SplitExamples:
         user_id=users.indices.to_numpy().astype(np.int64),
         timestamp=None,
         part=np.repeat(np.arange(len(PARTS)), [len(table) for table in tables]),
-        # A history of the greatest length may have been cut.
+        # Histories of the maximum length may have been truncated.
         whole=length < length.max(),
         split="given",
         facts={"num_users": len(users.dictionary), "num_items": len(items)},
@@ -66,36 +66,37 @@ def read_folder(folder: Path, tick: Tick) -> SplitExamples:
 
 
 def _items(folder: Path) -> ItemTable:
-    """Items of the index file with the titles of the item file; of the info file without them."""
-    found: dict[int, tuple[str, str]] = {}
+    """Read the items from index and item file or, without an index file, from the info file."""
+    sid_and_title: dict[int, tuple[str, str]] = {}
     if list(folder.glob("**/*.index.json")):
         index = _json(_only(folder, "**/*.index.json", "index"))
-        titled = list(folder.glob("**/*.item.json"))
-        about = _json(_only(folder, "**/*.item.json", "item")) if titled else {}
-        for key, words in index.items():
-            title = about.get(key, {}).get("title") or ""
-            found[int(key)] = ("".join(words), " ".join(str(title).split()))
+        item_files = list(folder.glob("**/*.item.json"))
+        metadata = _json(_only(folder, "**/*.item.json", "item")) if item_files else {}
+        for key, code_tokens in index.items():
+            title = metadata.get(key, {}).get("title") or ""
+            sid_and_title[int(key)] = ("".join(code_tokens), " ".join(str(title).split()))
     else:
         path = _only(folder, "**/info/*.txt", "info")
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            cells = line.split("\t")
-            if len(cells) != 3 or not cells[2].strip().isdigit():
+            fields = line.split("\t")
+            if len(fields) != 3 or not fields[2].strip().isdigit():
                 raise DataError(
                     f"line {number} of {path} is not `semantic ID, tab, title, tab, item id`; "
                     "correct it"
                 )
-            if int(cells[2]) in found:
-                raise DataError(f"line {number} of {path} lists item {cells[2]} again; remove it")
-            found[int(cells[2])] = (cells[0], cells[1])
-    ids = sorted(found)
+            if int(fields[2]) in sid_and_title:
+                raise DataError(f"line {number} of {path} lists item {fields[2]} again; remove it")
+            sid_and_title[int(fields[2])] = (fields[0], fields[1])
+    ids = sorted(sid_and_title)
     return ItemTable(
         item_id=np.array(ids, dtype=np.int64),
-        title=tuple(found[i][1] for i in ids),
-        sid=tuple(_codes(found[i][0], i) for i in ids),
+        title=tuple(sid_and_title[i][1] for i in ids),
+        sid=tuple(_codes(sid_and_title[i][0], i) for i in ids),
     )
 
 
 def _codes(text: str, item: int) -> tuple[int, ...]:
+    """Parse a semantic ID such as `<a_1><b_2><c_3>`."""
     codes = _CODE.findall(text)
     levels = [level for level, _ in codes]
     if not codes or levels != [chr(ord("a") + i) for i in range(len(codes))]:
@@ -106,14 +107,15 @@ def _codes(text: str, item: int) -> tuple[int, ...]:
 
 
 def _only(folder: Path, pattern: str, role: str) -> Path:
-    found = sorted(folder.glob(pattern))
-    if len(found) != 1:
-        names = ", ".join(str(path.relative_to(folder)) for path in found) or "none"
+    """Return the one file of the folder that matches the pattern."""
+    matches = sorted(folder.glob(pattern))
+    if len(matches) != 1:
+        names = ", ".join(str(path.relative_to(folder)) for path in matches) or "none"
         raise DataError(
             f"{folder} must hold one {role} file ({pattern.removeprefix('**/')}), not {names}; "
             "leave one data set in the folder"
         )
-    return found[0]
+    return matches[0]
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -146,8 +148,9 @@ def _read_part(path: Path, tick: Tick) -> Any:
 def _rows(
     item_id: Int64[np.ndarray, " N"], items: ItemTable, order: Int64[np.ndarray, " I"]
 ) -> Int64[np.ndarray, " N"]:
-    place = np.searchsorted(items.item_id, item_id, sorter=order).clip(max=len(items) - 1)
-    rows = order[place]
+    """Return the row of each item in `items`, whose rows `order` sorts by `item_id`."""
+    position = np.searchsorted(items.item_id, item_id, sorter=order).clip(max=len(items) - 1)
+    rows = order[position]
     unknown = np.flatnonzero(items.item_id[rows] != item_id)
     if len(unknown):
         raise DataError(

@@ -1,4 +1,4 @@
-"""Writing a data set in the schema of docs/data.md, all of it or nothing."""
+"""Write a data set in the schema of docs/data.md, atomically."""
 
 import json
 from collections.abc import Mapping
@@ -15,26 +15,27 @@ from orchard.data.importers.card import CARD, facts
 from orchard.data.importers.examples import PARTS, SplitExamples
 
 _ROWS = 100_000
-"""Rows whose histories are in memory at a time."""
+"""Number of rows whose histories are in memory at a time."""
 
 
 def write(
     out: Path, examples: SplitExamples, *, source: str, overwrite: bool
 ) -> Mapping[str, float]:
-    """Write items, the three splits and the card to `out`; returns the card's facts.
+    """Write items, the three splits and the card to `out`; return the card's facts.
 
     Raises:
-        DataError: `out` holds something else, or the split leaks (see `card.facts`).
+        DataError: `out` is not empty and not a data set to overwrite, or the split leaks (see
+            `card.facts`).
     """
     folders.check_output_dir(out, mark=CARD, kind="data set", overwrite=overwrite)
-    found = facts(examples)
-    about = {"source": source, "split": examples.split, "facts": found}
+    card_facts = facts(examples)
+    card = {"source": source, "split": examples.split, "facts": card_facts}
     with folders.atomic_dir(out) as partial:
         pq.write_table(_items(examples), partial / "items.parquet", compression="zstd")
         for index, part in enumerate(PARTS):
             _write_part(examples, np.flatnonzero(examples.part == index), partial, part)
-        (partial / CARD).write_text(json.dumps(about, indent=2) + "\n")
-    return found
+        (partial / CARD).write_text(json.dumps(card, indent=2) + "\n")
+    return card_facts
 
 
 def _items(examples: SplitExamples) -> Any:
@@ -57,22 +58,22 @@ def _items(examples: SplitExamples) -> Any:
 def _write_part(
     examples: SplitExamples, rows: Int64[np.ndarray, " R"], folder: Path, part: str
 ) -> None:
-    identifier = examples.items.item_id
-    kind = pa.int32() if abs(identifier).max() < 2**31 else pa.int64()
-    fields = [("user_id", pa.int64()), ("history", pa.list_(kind)), ("target", kind)]
+    item_id = examples.items.item_id
+    item_type = pa.int32() if abs(item_id).max() < 2**31 else pa.int64()
+    fields = [("user_id", pa.int64()), ("history", pa.list_(item_type)), ("target", item_type)]
     if examples.timestamp is not None:
         fields.append(("timestamp", pa.int64()))
     schema = pa.schema(fields)
     with pq.ParquetWriter(folder / f"{part}.parquet", schema, compression="zstd") as writer:
         for low in range(0, len(rows), _ROWS):
-            some = rows[low : low + _ROWS]
-            item, start = examples.history(some)
-            values = pa.array(identifier[item]).cast(kind)
+            chunk = rows[low : low + _ROWS]
+            item, start = examples.history(chunk)
+            values = pa.array(item_id[item]).cast(item_type)
             columns: list[Any] = [
-                pa.array(examples.user_id[some]),
+                pa.array(examples.user_id[chunk]),
                 pa.ListArray.from_arrays(pa.array(start.astype(np.int32)), values),
-                pa.array(identifier[examples.target[some]]).cast(kind),
+                pa.array(item_id[examples.target[chunk]]).cast(item_type),
             ]
             if examples.timestamp is not None:
-                columns.append(pa.array(examples.timestamp[some]))
+                columns.append(pa.array(examples.timestamp[chunk]))
             writer.write_table(pa.table(columns, schema=schema))

@@ -1,4 +1,4 @@
-"""Semantic IDs for a data set: embed its items, quantise the residuals, settle collisions, report.
+"""Build semantic IDs: embed items, quantize the embeddings, resolve collisions, write a report.
 
 titles or interactions -> embedding -> codes -> distinct codes -> items.parquet, sids.json
 """

@@ -1,4 +1,4 @@
-"""Semantic IDs for the items of a data-set folder, written into it whole or not at all.
+"""Build semantic IDs for the items of a data-set folder and write them into it.
 
 Shapes:  I items   L levels
 """
@@ -33,50 +33,52 @@ QUANTIZERS: Mapping[str, Callable[..., Quantized]] = {
     "balanced": bound(quantize, balanced=True),
     "rqvae": quantize_learned,
 }
-"""Each takes embeddings, the sizes of the codebooks and a `seed`."""
+"""Quantizers by name; each takes embeddings, the sizes of the codebooks and a `seed`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SemanticIdConfig:
-    """How to make them."""
+    """Options of building semantic IDs."""
 
     levels: tuple[int, ...] = (256, 256, 256)
     """Codebook size of each level."""
     quantiser: str = "kmeans"
-    """One of `QUANTISERS`."""
+    """Name of the quantizer, a key of `QUANTIZERS`."""
     collisions: str = "reassign"
-    """One of `collisions.POLICIES`."""
+    """Name of the collision policy, a key of `collisions.POLICIES`."""
     source: Source = "auto"
-    """`auto`: titles where every item has one, else interactions."""
+    """Source of the embeddings; `auto` uses titles if every item has one, else interactions."""
     model: Path | None = None
     """Folder of a sentence-transformers model for the titles; TF-IDF without it."""
     embeddings: Path | None = None
-    """A file of embeddings, instead of all that."""
+    """File of embeddings to use instead of computing them."""
     dimensions: int = 128
-    """Of embeddings made here."""
+    """Dimension of the computed embeddings."""
     seed: int = 0
 
 
 class SemanticIdReport(TypedDict):
-    """What `build` writes as `sids.json`."""
+    """Report of `build`, the content of `sids.json`."""
 
     recipe: dict[str, Any]
+    """Options of the build."""
     embedding: str
-    """Where the embeddings came from."""
+    """Source of the embeddings, in words."""
     residual: list[float]
-    """Share of the embeddings' variance that is left after each level."""
+    """Share of the embeddings' variance that remains after each level."""
     before: CodeQuality
-    """Of the codes as quantised."""
+    """Quality of the quantized codes before collisions are resolved."""
     after: CodeQuality
-    """Of the semantic IDs, collisions settled."""
+    """Quality of the semantic IDs, with collisions resolved."""
 
 
 def build(folder: Path, recipe: SemanticIdConfig, *, overwrite: bool = False) -> SemanticIdReport:
-    """Give the items of a data set their semantic IDs, and leave a report, a picture, embeddings.
+    """Write semantic IDs into the items of a data set, with a report, a plot and the embeddings.
 
     Raises:
-        ConfigError: an unknown policy or quantiser, or codebook sizes that make no sense.
-        DataError: no items, items that have semantic IDs already, or as `embed` and `quantise`.
+        ConfigError: the policy or quantizer is unknown, or the codebook sizes are out of bounds.
+        DataError: there are no items, the items have semantic IDs already, or as `embed` and
+            `quantize`.
     """
     if recipe.collisions not in POLICIES:
         raise ConfigError(
@@ -98,8 +100,8 @@ def build(folder: Path, recipe: SemanticIdConfig, *, overwrite: bool = False) ->
     if "sid" in items.column_names and not overwrite:
         raise DataError(f"the items of {path} have semantic IDs; pass --overwrite to replace them")
     embedding, origin = _embedding(folder, items, recipe)
-    made = QUANTIZERS[recipe.quantiser](embedding, recipe.levels, seed=recipe.seed)
-    settled = POLICIES[recipe.collisions](made, _popularity(folder, items))
+    quantized = QUANTIZERS[recipe.quantiser](embedding, recipe.levels, seed=recipe.seed)
+    resolved = POLICIES[recipe.collisions](quantized, _popularity(folder, items))
     report = SemanticIdReport(
         recipe={
             "levels": list(recipe.levels),
@@ -109,17 +111,18 @@ def build(folder: Path, recipe: SemanticIdConfig, *, overwrite: bool = False) ->
             "seed": recipe.seed,
         },
         embedding=origin,
-        residual=made.error.tolist(),
-        before=measure_codes(made.codes),
-        after=measure_codes(settled.codes),
+        residual=quantized.error.tolist(),
+        before=measure_codes(quantized.codes),
+        after=measure_codes(resolved.codes),
     )
-    _write(folder, items, settled, embedding, report)
+    _write(folder, items, resolved, embedding, report)
     return report
 
 
 def _embedding(
     folder: Path, items: Any, recipe: SemanticIdConfig
 ) -> tuple[Float32[np.ndarray, "I E"], str]:
+    """Read or compute the embeddings of the items; return them and their source in words."""
     ids = items["item_id"].to_numpy().astype(np.int64)
     if recipe.embeddings is not None:
         return embeddings.read(
@@ -139,50 +142,50 @@ def _embedding(
     order = np.argsort(ids, kind="stable")
     history = rows["history"].combine_chunks()
     start = ragged.starts(history.value_lengths().to_numpy())
-    known = [
+    item_rows = [
         order[np.searchsorted(ids, part, sorter=order).clip(max=len(ids) - 1)]
         for part in (history.flatten().to_numpy(), rows["target"].to_numpy())
     ]
-    made = embed.of_interactions(known[0], start, known[1], num_items=len(ids), **size)
-    return made, "interactions, PPMI and SVD"
+    vectors = embed.of_interactions(item_rows[0], start, item_rows[1], num_items=len(ids), **size)
+    return vectors, "interactions, PPMI and SVD"
 
 
 def _popularity(folder: Path, items: Any) -> Float64[np.ndarray, " I"]:
-    """How often each item is a target in train; the prior that orders items of equal codes."""
+    """Count how often each item is a target in train: the prior that orders colliding items."""
     path = folder / "train.parquet"
     ids = items["item_id"].to_numpy().astype(np.int64)
     if not path.is_file():
         return np.zeros(len(ids))
     target = pq.read_table(path, columns=["target"])["target"].to_numpy()
-    found, count = np.unique(target, return_counts=True)
-    place = np.searchsorted(found, ids).clip(max=len(found) - 1)
-    return np.where(found[place] == ids, count[place], 0).astype(np.float64)
+    targets, count = np.unique(target, return_counts=True)
+    position = np.searchsorted(targets, ids).clip(max=len(targets) - 1)
+    return np.where(targets[position] == ids, count[position], 0).astype(np.float64)
 
 
 def _write(
     folder: Path,
     items: Any,
-    settled: ResolvedCodes,
+    resolved: ResolvedCodes,
     embedding: Float32[np.ndarray, "I E"],
     report: SemanticIdReport,
 ) -> None:
-    """All files beside their places first, then into them, the items last."""
+    """Write all files under temporary names, then rename them, the items last."""
     text = [
         "".join(f"<{chr(97 + level)}_{code}>" for level, code in enumerate(codes))
-        for codes in settled.codes.tolist()
+        for codes in resolved.codes.tolist()
     ]
     table = items.drop_columns([n for n in ("sid", "sid_text") if n in items.column_names])
-    sids = pa.array(settled.codes.tolist(), pa.list_(pa.int32()))
+    sids = pa.array(resolved.codes.tolist(), pa.list_(pa.int32()))
     table = table.append_column("sid", sids).append_column("sid_text", pa.array(text))
     flat = pa.array(embedding.reshape(-1))
     lists = pa.FixedSizeListArray.from_arrays(flat, embedding.shape[1]).cast(pa.list_(pa.float32()))
     vectors = pa.table({"item_id": items["item_id"], "embedding": lists})
     partial = {n: folder / f".{n}.partial" for n in (PICTURE, EMBEDDINGS, REPORT, "items.parquet")}
     try:
-        draw(settled.codes, report["residual"], partial[PICTURE])
+        draw(resolved.codes, report["residual"], partial[PICTURE])
         pq.write_table(vectors, partial[EMBEDDINGS], compression="zstd")
         partial[REPORT].write_text(json.dumps(report, indent=2) + "\n")
-        pq.write_table(table.take(settled.order), partial["items.parquet"], compression="zstd")
+        pq.write_table(table.take(resolved.order), partial["items.parquet"], compression="zstd")
         for name, path in partial.items():
             path.replace(folder / name)
     finally:

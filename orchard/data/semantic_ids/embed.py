@@ -1,4 +1,4 @@
-"""An embedding for every item: from its text, or from who met it.
+"""Embed items by their titles or by their co-occurrence in interactions.
 
 Shapes:  I items   E dimensions   R examples   H history items
 """
@@ -20,27 +20,27 @@ from orchard.catalog import embeddings
 from orchard.errors import ConfigError, DataError
 
 _WINDOW = 5
-"""Most recent history items that count as neighbours of the target."""
+"""Number of most recent history items that count as neighbors of the target."""
 
 
 def of_titles(title: Sequence[str], *, dimensions: int, seed: int) -> Float32[np.ndarray, "I E"]:
-    """TF-IDF of words and word pairs, reduced by a truncated SVD, of unit length.
+    """Embed titles by TF-IDF of words and word pairs and a truncated SVD, with unit length.
 
     Raises:
-        DataError: an item has no title, or no words are shared.
+        DataError: an item has no title, or the titles share no words.
     """
-    bare = [row for row, text in enumerate(title) if not text.strip()]
-    if bare:
+    untitled = [row for row, text in enumerate(title) if not text.strip()]
+    if untitled:
         raise DataError(
-            f"item row {bare[0]} has no title ({len(bare)} of {len(title)} items); add titles, or "
-            "take --source interactions"
+            f"item row {untitled[0]} has no title ({len(untitled)} of {len(title)} items); "
+            "add titles, or take --source interactions"
         )
-    shared = 2 if len(title) > 100 else 1  # a word of one title relates it to no other
-    words = TfidfVectorizer(
-        sublinear_tf=True, ngram_range=(1, 2), min_df=shared, token_pattern=r"(?u)\b\w+\b"
+    min_titles = 2 if len(title) > 100 else 1  # a word of a single title relates no items
+    vectorizer = TfidfVectorizer(
+        sublinear_tf=True, ngram_range=(1, 2), min_df=min_titles, token_pattern=r"(?u)\b\w+\b"
     )
     try:
-        table: Any = words.fit_transform(title)
+        table: Any = vectorizer.fit_transform(title)
     except ValueError as error:
         raise DataError(
             f"the titles have no words in common: {error}; take --source interactions"
@@ -49,10 +49,10 @@ def of_titles(title: Sequence[str], *, dimensions: int, seed: int) -> Float32[np
 
 
 def of_model(title: Sequence[str], folder: Path) -> Float32[np.ndarray, "I E"]:
-    """What a sentence-transformers model in a local folder makes of the titles.
+    """Embed titles with a sentence-transformers model in a local folder.
 
     Raises:
-        ConfigError: the folder is no model, or the library is not installed.
+        ConfigError: the folder is not a model, or the library is not installed.
     """
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder} holds no config.json; give the folder of a saved model")
@@ -66,9 +66,9 @@ def of_model(title: Sequence[str], folder: Path) -> Float32[np.ndarray, "I E"]:
             "--model out for TF-IDF"
         ) from error
     model = library.SentenceTransformer(str(folder), local_files_only=True)
-    made: Any = model.encode(list(title), normalize_embeddings=True, show_progress_bar=True)
+    vectors: Any = model.encode(list(title), normalize_embeddings=True, show_progress_bar=True)
     return embeddings.check_embeddings(
-        np.asarray(made, dtype=np.float32), len(title), where=str(folder)
+        np.asarray(vectors, dtype=np.float32), len(title), where=str(folder)
     )
 
 
@@ -81,37 +81,40 @@ def of_interactions(
     dimensions: int,
     seed: int,
 ) -> Float32[np.ndarray, "I E"]:
-    """Truncated SVD of positive pointwise mutual information between targets and recent items.
+    """Embed items by a truncated SVD of the PPMI between targets and recent history items.
 
-    This factorises what item2vec does (Levy and Goldberg, NeurIPS 2014). Items without a neighbour
-    get a small random direction.
+    PPMI is the positive pointwise mutual information; item2vec factorizes a similar matrix
+    implicitly (Levy and Goldberg, NeurIPS 2014). Items without a neighbor get a small random
+    vector.
 
     Raises:
-        DataError: no pair is known.
+        DataError: train has no pairs of items.
     """
     count = np.minimum(np.diff(start), _WINDOW)
-    near = history[ragged.ranges(start[1:] - count, count)]
+    # recent history items of every example, concatenated; each pairs with the example's target
+    recent = history[ragged.ranges(start[1:] - count, count)]
     pairs: Any = sparse.coo_array(
-        (np.ones(len(near)), (near, np.repeat(target, count))), shape=(num_items, num_items)
+        (np.ones(len(recent)), (recent, np.repeat(target, count))), shape=(num_items, num_items)
     ).tocsr()
     pairs = (pairs + pairs.T).tocoo()
     total = np.asarray(pairs.sum(axis=1)).reshape(-1)
     if total.sum() == 0:
         raise DataError("train has no pairs of items to embed from; take --source titles")
     expected = total[pairs.row] * total[pairs.col] / total.sum()
-    mutual = np.maximum(np.log(pairs.data / expected), 0)
-    table: Any = sparse.csr_array((mutual, (pairs.row, pairs.col)), shape=pairs.shape)
-    made = _reduced(table, dimensions, seed)
-    lonely = np.flatnonzero(~made.any(axis=1))
-    draw = np.random.default_rng(seed).standard_normal((len(lonely), made.shape[1]))
-    made[lonely] = 1e-3 * draw
-    return made
+    ppmi = np.maximum(np.log(pairs.data / expected), 0)
+    table: Any = sparse.csr_array((ppmi, (pairs.row, pairs.col)), shape=pairs.shape)
+    vectors = _reduced(table, dimensions, seed)
+    isolated = np.flatnonzero(~vectors.any(axis=1))
+    noise = np.random.default_rng(seed).standard_normal((len(isolated), vectors.shape[1]))
+    vectors[isolated] = 1e-3 * noise
+    return vectors
 
 
 def _reduced(table: Any, dimensions: int, seed: int) -> Float32[np.ndarray, "I E"]:
+    """Reduce a sparse matrix by a truncated SVD and normalize its rows."""
     width = min(dimensions, min(table.shape) - 1)
     if width < 1:
-        plain: Any = normalize(table)
-        return np.asarray(plain.todense(), dtype=np.float32)
-    made: Any = TruncatedSVD(width, random_state=seed).fit_transform(table)
-    return np.asarray(normalize(made), dtype=np.float32)
+        dense: Any = normalize(table)
+        return np.asarray(dense.todense(), dtype=np.float32)
+    reduced: Any = TruncatedSVD(width, random_state=seed).fit_transform(table)
+    return np.asarray(normalize(reduced), dtype=np.float32)

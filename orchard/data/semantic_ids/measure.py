@@ -1,4 +1,4 @@
-"""How good a set of semantic IDs is, in numbers and in a picture.
+"""Measure and plot the quality of semantic IDs.
 
 Shapes:  I items   L levels
 """
@@ -15,39 +15,40 @@ from orchard.data.semantic_ids.collisions import groups
 
 
 class LevelQuality(TypedDict):
-    """One level of the codes."""
+    """Quality of one level of the codes."""
 
     codes_used: int
     perplexity: float
-    """Exponential of the entropy of code use: as many codes in equal use would be as hard to
-    guess."""
+    """Exponential of the entropy of code use: the number of equally used codes of that entropy."""
     prefixes: int
-    """Distinct beginnings that this level continues."""
+    """Number of distinct prefixes that this level continues."""
     children_mean: float
     children_max: int
     single_child_share: float
-    """Prefixes with one continuation: forced, and free to decode."""
+    """Share of the prefixes with a single continuation, which is forced and free to decode."""
 
 
 class CodeQuality(TypedDict):
-    """What `measure` finds."""
+    """Quality of a set of semantic IDs."""
 
     items: int
     distinct: int
+    """Number of distinct semantic IDs."""
     colliding_items: int
     largest_collision: int
     levels: list[LevelQuality]
 
 
 def measure_codes(codes: Int[np.ndarray, "I L"]) -> CodeQuality:
-    """Use of the codes, branching and collisions; codes are -1 past the end of shorter ones."""
+    """Measure use of codes, branching and collisions; codes are -1 past the end of shorter IDs."""
     levels: list[LevelQuality] = []
     for level in range(codes.shape[1]):
-        here = codes[codes[:, level] >= 0]
-        used, count = np.unique(here[:, level], return_counts=True)
+        reaching = codes[codes[:, level] >= 0]
+        used, count = np.unique(reaching[:, level], return_counts=True)
         share = count / count.sum()
-        below = np.unique(here[:, : level + 1], axis=0)
-        children = np.diff(groups(below[:, :level])[1]) if level else np.array([len(used)])
+        # distinct prefixes that include this level; their parents group them by children
+        prefixes = np.unique(reaching[:, : level + 1], axis=0)
+        children = np.diff(groups(prefixes[:, :level])[1]) if level else np.array([len(used)])
         levels.append(
             LevelQuality(
                 codes_used=len(used),
@@ -58,27 +59,27 @@ def measure_codes(codes: Int[np.ndarray, "I L"]) -> CodeQuality:
                 single_child_share=float((children == 1).mean()),
             )
         )
-    sharing = np.diff(groups(codes)[1])
+    group_size = np.diff(groups(codes)[1])
     return CodeQuality(
         items=len(codes),
-        distinct=len(sharing),
-        colliding_items=int(sharing[sharing > 1].sum()),
-        largest_collision=int(sharing.max()),
+        distinct=len(group_size),
+        colliding_items=int(group_size[group_size > 1].sum()),
+        largest_collision=int(group_size.max()),
         levels=levels,
     )
 
 
 def draw(codes: Int[np.ndarray, "I L"], error: Sequence[float], path: Path) -> None:
-    """A picture: use of each level's codes, children of its prefixes, and what is left over."""
+    """Plot the use of each level's codes, the children of its prefixes, and the residual."""
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     axes: Any = figure.subplots(1, 3)
     for level in range(codes.shape[1]):
-        here = codes[codes[:, level] >= 0]
-        count = np.sort(np.bincount(here[:, level]))[::-1]
+        reaching = codes[codes[:, level] >= 0]
+        count = np.sort(np.bincount(reaching[:, level]))[::-1]
         axes[0].plot(count[count > 0], label=f"level {level + 1}")
         if level:
-            below = np.unique(here[:, : level + 1], axis=0)
-            children = np.sort(np.diff(groups(below[:, :level])[1]))[::-1]
+            prefixes = np.unique(reaching[:, : level + 1], axis=0)
+            children = np.sort(np.diff(groups(prefixes[:, :level])[1]))[::-1]
             axes[1].plot(np.linspace(0, 1, len(children)), children, color=f"C{level}")
     axes[0].set(xlabel="code, by use", ylabel="items", yscale="log", title="Use of codes")
     axes[1].set(xlabel="share of prefixes", ylabel="children", yscale="log", title="Branching")
@@ -86,6 +87,6 @@ def draw(codes: Int[np.ndarray, "I L"], error: Sequence[float], path: Path) -> N
     axes[2].set(xlabel="levels", ylabel="share of variance", ylim=(0, 1.05), title="Residual")
     axes[2].set_xticks(range(len(error) + 1))
     axes[0].legend()
-    for one in axes:
-        one.spines[["top", "right"]].set_visible(False)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, format="png", dpi=120)

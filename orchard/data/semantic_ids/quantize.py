@@ -1,8 +1,8 @@
-"""Residual quantisation by k-means: each level quantises what the levels before it left over.
+"""Quantize embeddings by residual k-means: each level quantizes the residual of the previous one.
 
-Plain or balanced. Balanced k-means gives every code at most `ceil(items / codes)` items: after each
-move of the centroids items are matched to codes so that no item and no code with a worse item would
-rather have each other (deferred acceptance).
+Levels are plain or balanced. Balanced k-means assigns at most `ceil(items / codes)` items to a
+code: after each update of the centroids, deferred acceptance computes a stable matching of items
+to codes.
 
 Shapes:  I items   E dimensions   L levels   C codes of one level
 """
@@ -24,7 +24,7 @@ _BALANCED_ITERATIONS = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Quantized:
-    """Codes and what they stand for."""
+    """Codes of the items, with their codebooks and residuals."""
 
     codes: Int64[np.ndarray, "I L"]
     codebook: tuple[Float32[np.ndarray, "_ E"], ...]
@@ -32,7 +32,7 @@ class Quantized:
     error: Float64[np.ndarray, " L"]
     """Squared residual after each level, as a share of the variance of the embeddings."""
     last: Float32[np.ndarray, "I E"]
-    """What the last level had to quantise."""
+    """Input of the last level: the residual of all levels before it."""
 
 
 def quantize(
@@ -42,37 +42,37 @@ def quantize(
     balanced: bool = False,
     seed: int = 0,
 ) -> Quantized:
-    """Codes of `len(sizes)` levels; equal seeds give equal codes.
+    """Quantize embeddings to codes of `len(sizes)` levels; equal seeds give equal codes.
 
     Raises:
-        DataError: fewer distinct items than codes at a level.
+        DataError: there are fewer distinct embeddings than codes at a level.
     """
     check_sizes(embedding, sizes)
-    rest = embedding - embedding.mean(axis=0)
-    variance = float((rest.astype(np.float64) ** 2).sum())
+    residual = embedding - embedding.mean(axis=0)
+    variance = float((residual.astype(np.float64) ** 2).sum())
     codes: list[Int64[np.ndarray, " I"]] = []
     books: list[Float32[np.ndarray, "_ E"]] = []
     errors: list[float] = []
-    before = rest
+    level_input = residual
     for level, size in enumerate(sizes):
-        book = centroids(rest, size, seed + level)
-        code = _nearest(rest, book)
+        book = centroids(residual, size, seed + level)
+        code = _nearest(residual, book)
         if balanced:
-            book, code = _balance(rest, book)
-        before, rest = rest, rest - book[code]
+            book, code = _balance(residual, book)
+        level_input, residual = residual, residual - book[code]
         codes.append(code)
         books.append(book)
-        errors.append(float((rest.astype(np.float64) ** 2).sum()) / variance)
+        errors.append(float((residual.astype(np.float64) ** 2).sum()) / variance)
     return Quantized(
         codes=np.stack(codes, axis=1),
         codebook=tuple(books),
         error=np.array(errors),
-        last=before,
+        last=level_input,
     )
 
 
 def check_sizes(embedding: Float32[np.ndarray, "I E"], sizes: Sequence[int]) -> None:
-    """Raise DataError where there are fewer distinct items than codes at a level."""
+    """Raise DataError if there are fewer distinct embeddings than codes at a level."""
     distinct = len(np.unique(embedding, axis=0))
     if distinct < max(sizes):
         raise DataError(
@@ -84,17 +84,17 @@ def check_sizes(embedding: Float32[np.ndarray, "I E"], sizes: Sequence[int]) -> 
 def centroids(
     points: Float32[np.ndarray, "I E"], size: int, seed: int
 ) -> Float32[np.ndarray, "C E"]:
-    """Those of k-means over all points."""
-    maker = _faiss.Kmeans(
+    """Fit k-means to all points and return the centroids."""
+    kmeans = _faiss.Kmeans(
         points.shape[1],
         size,
         niter=_ITERATIONS,
         seed=seed,
         min_points_per_centroid=1,
-        max_points_per_centroid=len(points),  # every item takes part
+        max_points_per_centroid=len(points),  # no subsampling
     )
-    maker.train(np.ascontiguousarray(points))
-    return np.asarray(maker.centroids, dtype=np.float32)
+    kmeans.train(np.ascontiguousarray(points))
+    return np.asarray(kmeans.centroids, dtype=np.float32)
 
 
 def _nearest(
@@ -108,43 +108,45 @@ def _nearest(
 def distances(
     points: Float32[np.ndarray, "I E"], book: Float32[np.ndarray, "C E"]
 ) -> Float32[np.ndarray, "I C"]:
-    """Squared distance of every point to every centroid."""
+    """Compute the squared distance of every point to every centroid."""
     return np.asarray(_faiss.pairwise_distances(np.ascontiguousarray(points), book))
 
 
 def _balance(
     points: Float32[np.ndarray, "I E"], book: Float32[np.ndarray, "C E"]
 ) -> tuple[Float32[np.ndarray, "C E"], Int64[np.ndarray, " I"]]:
-    """Centroids moved to the means of the items that they get, and who gets which."""
-    most = -(-len(points) // len(book))
-    code = match(distances(points, book), most)
+    """Alternate balanced matching and centroid updates; return centroids and codes."""
+    capacity = -(-len(points) // len(book))
+    code = match(distances(points, book), capacity)
     for _ in range(_BALANCED_ITERATIONS):
         order = np.argsort(code, kind="stable")
         used, first, count = np.unique(code[order], return_index=True, return_counts=True)
         book = book.copy()
         book[used] = np.add.reduceat(points[order], first, axis=0) / count[:, None]
-        moved = match(distances(points, book), most)
-        if (moved == code).all():
+        new_code = match(distances(points, book), capacity)
+        if (new_code == code).all():
             break
-        code = moved
+        code = new_code
     return book, code
 
 
 def match(distance: Float32[np.ndarray, "I C"], most: int) -> Int64[np.ndarray, " I"]:
-    """A code for each item, at most `most` items to a code, by deferred acceptance.
+    """Assign each item a code, at most `most` items to a code, by deferred acceptance.
 
-    Every free item asks the nearest code that has not refused it; a code keeps the nearest of those
-    that ask and refuses the rest. What comes out is stable, and does not depend on the order.
+    Every unmatched item proposes to the nearest code that has not refused it; a code keeps the
+    nearest of its proposals and refuses the rest. The matching is stable and does not depend on
+    the order of proposals.
     """
-    wish = np.argsort(distance, axis=1, kind="stable")
-    asked = np.zeros(len(distance), dtype=np.int64)
+    preference = np.argsort(distance, axis=1, kind="stable")
+    num_refusals = np.zeros(len(distance), dtype=np.int64)  # also the rank of the current proposal
     rows = np.arange(len(distance))
     while True:
-        code = wish[rows, asked]
+        code = preference[rows, num_refusals]
         order = np.lexsort((rows, distance[rows, code], code))
         sorted_code = code[order]
+        # first position of each item's code, so the difference is its rank among the proposals
         first = np.searchsorted(sorted_code, sorted_code)
         refused = order[np.arange(len(rows)) - first >= most]
         if len(refused) == 0:
             return code
-        asked[refused] += 1
+        num_refusals[refused] += 1

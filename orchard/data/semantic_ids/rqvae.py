@@ -1,16 +1,18 @@
-"""Residual quantisation of a learned code: RQ-VAE (Lee et al. 2022, arXiv 2203.01941).
+"""Quantize embeddings with a residual-quantized VAE (RQ-VAE, Lee et al. 2022, arXiv 2203.01941).
 
-An encoder maps an embedding to a small vector, levels of codebooks quantise what the levels before
-left of it, and a decoder is to recover the embedding from their sum. Semantic IDs were first made
-so (TIGER, Rajput et al. 2023, arXiv 2305.05065). The loss is the squared error of the recovered
-embedding, that of each codebook to what it quantises, and a share of the opposite, which commits
-the encoder to the codes; gradients pass through the quantisation as if it were not there. Codebooks
-begin as k-means, and a code that no item of a whole epoch took begins anew at one of them.
+An encoder maps an embedding to a latent vector, each level's codebook quantizes the residual of
+the levels before it, and a decoder reconstructs the embedding from the sum of the codebook vectors.
+TIGER introduced semantic IDs made this way (Rajput et al. 2023, arXiv 2305.05065). The loss is the
+squared error of the reconstruction, plus that of each codebook to its input, plus a fraction of
+the reverse term, which commits the encoder to the codes; the gradient passes straight through the
+quantization. Codebooks are initialized by k-means, and a code that no item of an epoch used is
+reset to the residual of a random item.
 
-Shapes:  I items   E dimensions   D dimensions of the code   L levels   C codes of one level
+Shapes:  I items   E dimensions   D latent dimensions   L levels   C codes of one level
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,18 +23,29 @@ from torch.nn import functional
 from orchard.data.semantic_ids.quantize import Quantized, centroids, check_sizes
 
 _WIDTHS = (256, 32)
-"""Of the hidden layer and of the code."""
+"""Width of the hidden layer and of the latent vector."""
 _COMMITMENT = 0.25
+"""Weight of the commitment term relative to the codebook term."""
 _BATCH = 1024
 _UPDATES = 3000
 _RATE = 1e-3
 
 
+class LatentCodes(NamedTuple):
+    """Codes of latent vectors, with the vectors and the input of each level."""
+
+    codes: Int64[Tensor, "I L"]
+    vectors: Float[Tensor, "L I D"]
+    """Codebook vector of each code."""
+    residuals: Float[Tensor, "L I D"]
+    """Input of each level: the residual of the levels before it."""
+
+
 class RqVae(nn.Module):
-    """Encoder, codebooks, decoder."""
+    """Encoder, codebooks and decoder of an RQ-VAE."""
 
     def __init__(self, dimensions: int, sizes: Sequence[int]) -> None:
-        """Random networks, and codebooks of the given sizes that `begin` fills."""
+        """Initialize the networks at random and codebooks of the given sizes with zeros."""
         super().__init__()
         hidden, code = _WIDTHS
         self.encoder = nn.Sequential(
@@ -43,95 +56,96 @@ class RqVae(nn.Module):
         )
         self.books = nn.ParameterList([nn.Parameter(torch.zeros(size, code)) for size in sizes])
 
-    def quantize(
-        self, vector: Float[Tensor, "I D"]
-    ) -> tuple[Int64[Tensor, "I L"], Float[Tensor, "L I D"], Float[Tensor, "L I D"]]:
-        """The nearest code of each level, its vector, and what the level had to quantise."""
-        rest, codes, taken, left = vector, list[Tensor](), list[Tensor](), list[Tensor]()
+    def quantize(self, vector: Float[Tensor, "I D"]) -> LatentCodes:
+        """Select the nearest code of each level."""
+        residual, codes, vectors, residuals = vector, list[Tensor](), list[Tensor](), list[Tensor]()
         for book in self.books:
-            code = torch.cdist(rest.detach(), book.detach()).argmin(1)
+            code = torch.cdist(residual.detach(), book.detach()).argmin(1)
             codes.append(code)
-            taken.append(book[code])
-            left.append(rest)
-            rest = rest - taken[-1].detach()
-        return torch.stack(codes, 1), torch.stack(taken), torch.stack(left)
+            vectors.append(book[code])
+            residuals.append(residual)
+            residual = residual - vectors[-1].detach()
+        return LatentCodes(torch.stack(codes, 1), torch.stack(vectors), torch.stack(residuals))
 
     def loss(self, points: Float[Tensor, "I E"]) -> tuple[Float[Tensor, ""], Int64[Tensor, "I L"]]:
-        """What is minimised, and the codes that the points take."""
-        vector = self.encoder(points)
-        codes, taken, left = self.quantize(vector)
-        straight = vector + (taken.sum(0) - vector).detach()
-        recovered = functional.mse_loss(self.decoder(straight), points)
-        books = functional.mse_loss(taken, left.detach())
-        commitment = functional.mse_loss(left, taken.detach())
-        return recovered + len(taken) * (books + _COMMITMENT * commitment), codes
+        """Compute the training loss and the codes of the points."""
+        encoded = self.encoder(points)
+        codes, vectors, residuals = self.quantize(encoded)
+        straight_through = encoded + (vectors.sum(0) - encoded).detach()
+        reconstruction = functional.mse_loss(self.decoder(straight_through), points)
+        codebook = functional.mse_loss(vectors, residuals.detach())
+        commitment = functional.mse_loss(residuals, vectors.detach())
+        return reconstruction + len(vectors) * (codebook + _COMMITMENT * commitment), codes
 
     @torch.no_grad()
     def begin(self, points: Float[Tensor, "I E"], seed: int) -> None:
-        """Fill each codebook with the centroids of what it has to quantise."""
-        rest: Tensor = self.encoder(points)
+        """Initialize each codebook with the k-means centroids of its input."""
+        residual: Tensor = self.encoder(points)
         for level, book in enumerate(self.books):
-            made = centroids(rest.numpy(), len(book), seed + level)
-            book.copy_(torch.from_numpy(made))
-            rest = rest - book[torch.cdist(rest, book).argmin(1)]
+            fitted = centroids(residual.numpy(), len(book), seed + level)
+            book.copy_(torch.from_numpy(fitted))
+            residual = residual - book[torch.cdist(residual, book).argmin(1)]
 
     @torch.no_grad()
     def revive(self, used: Sequence[Tensor], points: Float[Tensor, "I E"]) -> None:
-        """Codes that were not `used` start again at what some of the points left to their level."""
-        left = self.quantize(self.encoder(points))[2]
+        """Reset the codes with a zero count in `used` to the residuals of random points."""
+        residuals = self.quantize(self.encoder(points)).residuals
         for level, book in enumerate(self.books):
-            idle = (used[level] == 0).nonzero().squeeze(1)[: len(points)]
-            book[idle] = left[level, torch.randperm(len(points))[: len(idle)]]
+            unused = (used[level] == 0).nonzero().squeeze(1)[: len(points)]
+            book[unused] = residuals[level, torch.randperm(len(points))[: len(unused)]]
 
 
 def quantize_learned(
     embedding: Float32[np.ndarray, "I E"], sizes: Sequence[int], *, seed: int = 0
 ) -> Quantized:
-    """Codes of `len(sizes)` levels by an RQ-VAE; equal seeds give equal codes.
+    """Quantize embeddings to codes of `len(sizes)` levels by an RQ-VAE; equal seeds, equal codes.
 
-    `error` is of the embeddings recovered from the codes up to each level. Codebooks and what is
-    left to them are in the space of the learned code.
+    `error` is that of the embeddings reconstructed from the codes up to each level. `codebook` and
+    `last` are in the latent space.
 
     Raises:
-        DataError: fewer distinct items than codes at a level.
+        DataError: there are fewer distinct embeddings than codes at a level.
     """
     check_sizes(embedding, sizes)
-    rest = embedding - embedding.mean(axis=0)
-    points = torch.from_numpy(rest / rest.std())
+    centered = embedding - embedding.mean(axis=0)
+    points = torch.from_numpy(centered / centered.std())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        made = _train(points, sizes, seed)
+        model = _train(points, sizes, seed)
     with torch.no_grad():
-        codes, taken, left = made.quantize(made.encoder(points))
-        parts = (made.decoder(one) for one in taken.cumsum(0))
-        error = [float(((part - points).double() ** 2).mean()) for part in parts]
+        codes, vectors, residuals = model.quantize(model.encoder(points))
+        partial_reconstructions = (model.decoder(partial_sum) for partial_sum in vectors.cumsum(0))
+        error = [
+            float(((reconstruction - points).double() ** 2).mean())
+            for reconstruction in partial_reconstructions
+        ]
     return Quantized(
         codes=codes.numpy(),
-        codebook=tuple(book.detach().numpy() for book in made.books),
+        codebook=tuple(book.detach().numpy() for book in model.books),
         error=np.array(error) / float((points.double() ** 2).mean()),
-        last=left[-1].numpy(),
+        last=residuals[-1].numpy(),
     )
 
 
 def _train(points: Float[Tensor, "I E"], sizes: Sequence[int], seed: int) -> RqVae:
-    made = RqVae(points.shape[1], sizes)
-    made.begin(points, seed)
-    optimizer = torch.optim.AdamW(made.parameters(), lr=_RATE, weight_decay=0.0)
+    model = RqVae(points.shape[1], sizes)
+    model.begin(points, seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE, weight_decay=0.0)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _UPDATES)
-    batches, used = list[Tensor](), [torch.zeros(size) for size in sizes]
+    pending, use_count = list[Tensor](), [torch.zeros(size) for size in sizes]
     for update in range(_UPDATES):
-        if not batches:
-            batches = list(torch.randperm(len(points)).split(_BATCH))
-        batch = points[batches.pop()]
-        loss, codes = made.loss(batch)
+        if not pending:
+            pending = list(torch.randperm(len(points)).split(_BATCH))
+        batch = points[pending.pop()]
+        loss, codes = model.loss(batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         decay.step()
-        for level, count in enumerate(used):
+        for level, count in enumerate(use_count):
             count += torch.bincount(codes[:, level], minlength=len(count))
-        # Not in the last half, where the rate is too low for a code to find its place.
-        if not batches and update < _UPDATES // 2:
-            made.revive(used, batch)
-            used = [torch.zeros(size) for size in sizes]
-    return made.requires_grad_(False)
+        # Not in the last half, where the learning rate is too low for a reset code to converge.
+        if not pending and update < _UPDATES // 2:
+            model.revive(use_count, batch)
+            use_count = [torch.zeros(size) for size in sizes]
+    return model.requires_grad_(False)
