@@ -13,8 +13,8 @@ from torch import nn
 
 from orchard.errors import EngineError, WeightMismatchError
 from orchard.policy.item_tokenizer import ItemTokenizer
-from orchard.policy.model import load
-from orchard.policy.weights import Weights, digest, snapshot
+from orchard.policy.store import Policy
+from orchard.policy.weights import Weights
 from orchard.scorers.prefix_critic import PrefixCritic
 from orchard.settings import RolloutConfig
 from orchard.types import PolicyVersion, Prompts, SearchTrees
@@ -51,8 +51,8 @@ class RolloutWorker:
         """
         self._config, self._tokenizer, self._critic = config, tokenizer, critic
         torch.set_num_threads(config.threads)
-        model = load(folder, tokenizer)
-        version = PolicyVersion(step=0, digest=digest(snapshot(model)))
+        policy = Policy.open(folder, tokenizer, verify=False)
+        model, version = policy.model, replace(policy.version, step=0)
         self._engine: InferenceEngine
         if config.engine == "vllm":
             self._engine = VllmEngine(folder, model, tokenizer, version, config, seed=seed)

@@ -2,17 +2,15 @@
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers.utils import logging as transformers_logging
 
-from orchard.catalog import catalog as catalogs
 from orchard.errors import ConfigError, EngineError
 from orchard.parquet import read_table
-from orchard.policy import item_tokenizer
 from orchard.policy import model as models
 from orchard.policy.item_tokenizer import ItemTokenizer
+from orchard.policy.store import PolicyFacts, open_tokenizer
 from orchard.settings import RolloutConfig, ServeConfig
 from rollout.engine.protocol import InferenceEngine
 from rollout.engine.torch import TorchEngine
@@ -48,21 +46,19 @@ def open_service(
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(config.threads)
     models.check_folder(folder)
-    catalog = catalogs.load(folder / "catalogue")
-    text_tokenizer = item_tokenizer.read_tokenizer(folder)
-    tokenizer = item_tokenizer.make_item_tokenizer(text_tokenizer, catalog)
+    tokenizer = open_tokenizer(folder)
     attributes = NOTHING
     if config.attributes is not None:
         attributes = read_attributes(config.attributes, config.filters)
     check_filters(attributes, config.filters)
     popularity = read_popularity(config.popularity) if config.popularity is not None else {}
-    shared_state = SharedState(config.state or folder.parent / "serve", catalog.digest)
+    shared_state = SharedState(config.state or folder.parent / "serve", tokenizer.catalog.digest)
     catalog_store = CatalogStore(
         tokenizer, attributes=attributes, filters=config.filters, popularity=popularity,
         keep=config.versions,
     )  # fmt: skip
     slots = {MAIN: _slot(MAIN, folder, config, tokenizer, shared_state)}
-    facts = slot.read_facts(folder)
+    facts = PolicyFacts.read(folder)
     for name in sorted(config.variants):
         variant = config.variants[name]
         slots[name] = _slot(
@@ -72,20 +68,17 @@ def open_service(
         _check_prompts(name, variant.policy, tokenizer, facts)
     return Service(
         config, slots, catalog_store, shared_state, metrics,
-        max_history=max_history or (facts["max_history"] if facts else 10),
+        max_history=max_history or facts.max_history or 10,
         histories=open_histories(config),
         exposure=ExposureLog(config.exposure) if config.exposure is not None else None,
     )  # fmt: skip
 
 
 def _check_prompts(
-    name: str, folder: Path, tokenizer: ItemTokenizer, main_facts: dict[str, Any] | None
+    name: str, folder: Path, tokenizer: ItemTokenizer, main_facts: PolicyFacts
 ) -> None:
     """Raise ConfigError unless a variant reads the same prompts as the main policy."""
-    other = item_tokenizer.make_item_tokenizer(
-        item_tokenizer.read_tokenizer(folder), tokenizer.catalog
-    )
-    facts = slot.read_facts(folder)
+    other, facts = open_tokenizer(folder, tokenizer.catalog), PolicyFacts.read(folder)
     is_same = (other.size, other.bos, other.pad, other.think, other.instruction) == (
         tokenizer.size, tokenizer.bos, tokenizer.pad, tokenizer.think, tokenizer.instruction,
     ) and all(map(torch.equal, other.level_tokens, tokenizer.level_tokens))  # fmt: skip
@@ -94,12 +87,11 @@ def _check_prompts(
             f"serve.variants.{name}: the tokens of {folder} are not those of the main policy; "
             "serve it from another endpoint"
         )
-    if main_facts is None or facts is None:
-        return
-    if facts["max_history"] != main_facts["max_history"]:
+    lengths = {facts.max_history, main_facts.max_history} - {None}
+    if len(lengths) > 1:
         raise ConfigError(
-            f"serve.variants.{name} was trained with data.max_history = {facts['max_history']}, "
-            f"the main policy with {main_facts['max_history']}; serve it from another endpoint"
+            f"serve.variants.{name} was trained with data.max_history = {facts.max_history}, "
+            f"the main policy with {main_facts.max_history}; serve it from another endpoint"
         )
 
 

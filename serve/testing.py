@@ -1,15 +1,15 @@
 """Test fixtures: a tiny policy, its catalog with attributes, and a torch engine."""
 
-import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from orchard.catalog import catalog as catalogs
+from orchard.policy.item_tokenizer import compact_tokenizer
+from orchard.policy.store import Policy, PolicyFacts
 from orchard.settings import FilterConfig
-from orchard.testing import TinySetup
+from orchard.testing import TinySetup, tiny_text_tokenizer
+from orchard.types import PolicyVersion
 from rollout.engine.torch import TorchEngine
 from serve.catalog.attributes import Attributes
 from serve.catalog.store import CatalogStore
@@ -73,16 +73,11 @@ def kind(**changes: object) -> BatchKey:
 
 def export_policy(world: TinySetup, folder: Path, *, step: int, digest: str | None = None) -> Path:
     """Write a policy folder as training exports it; `digest` replaces the digest of the weights."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    world.save(partial)
-    catalogs.write(world.catalog, partial / "catalogue")
-    facts = {
-        "version": {"step": step, "digest": digest or world.version.digest},
-        "catalogue": world.catalog.digest,
-        "max_history": 10,
-        "facts": {},
-    }
-    (partial / "policy.json").write_text(json.dumps(facts))
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    version = PolicyVersion(step=step, digest=digest or world.version.digest)
+    facts = PolicyFacts(max_history=10)
+    make = tiny_text_tokenizer if world.tokenizer.think else compact_tokenizer
+    Policy(
+        version=version, model=world.model, tokenizer=world.tokenizer,
+        text_tokenizer=make(world.catalog), facts=facts,
+    ).save(folder)  # fmt: skip
     return folder

@@ -42,8 +42,8 @@ INNER = {
     "cluster": {
         "actors": set[str](),
         "monitoring": set[str](),
-        "training": {"actors", "monitoring"},
-        "report": {"training"},
+        "report": set[str](),
+        "training": {"actors", "monitoring", "report"},
         "planning": {"actors", "report", "training"},
         "cli": {"actors", "planning", "report", "training"},
     },

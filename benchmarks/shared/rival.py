@@ -13,16 +13,13 @@ import uvicorn
 from fastapi import FastAPI
 
 from benchmarks.shared.hugging_face import allowed_tokens, beams, paths
-from orchard.catalog import catalog as catalogs
-from orchard.policy import item_tokenizer
-from orchard.policy import model as models
+from orchard.policy.store import Policy
 
 
 def recommender(folder: Path, width: int) -> Callable[[list[int]], list[int]]:
     """Return a function from a history to the items of the best beams, one request at a time."""
-    catalog = catalogs.load(folder / "catalogue")
-    tokenizer = item_tokenizer.make_item_tokenizer(item_tokenizer.read_tokenizer(folder), catalog)
-    model = models.load(folder, tokenizer)
+    policy = Policy.open(folder)
+    model, tokenizer, catalog = policy.model, policy.tokenizer, policy.tokenizer.catalog
     depth = catalog.trie.depth
     allowed = allowed_tokens(tokenizer)
     items_of_path: dict[tuple[int, ...], list[int]] = {}

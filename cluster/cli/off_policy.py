@@ -11,15 +11,14 @@ import typer
 from jaxtyping import Float64, Int64
 
 from orchard import ragged
-from orchard.catalog import catalog as catalogs
 from orchard.catalog.catalog import Catalog
 from orchard.errors import DataError
 from orchard.evaluation import off_policy
 from orchard.folders import atomic_write
 from orchard.parquet import read_table
-from orchard.policy import item_tokenizer, model, weights
 from orchard.policy.item_tokenizer import ItemTokenizer
-from orchard.types import PolicyVersion, Prompts
+from orchard.policy.store import Policy
+from orchard.types import Prompts
 from rollout.engine.torch import TorchEngine
 from rollout.search.score_items import score_items
 
@@ -100,12 +99,9 @@ def evaluate_log(
     Raises:
         DataError: the policy or the log cannot be used.
     """
-    model.check_folder(folder)
-    catalog = catalogs.load(folder / "catalogue")
-    tokenizer = item_tokenizer.make_item_tokenizer(item_tokenizer.read_tokenizer(folder), catalog)
-    policy = model.load(folder, tokenizer)
-    version = PolicyVersion(step=0, digest=weights.digest(weights.snapshot(policy)))
-    engine = TorchEngine(policy, tokenizer, version)
+    policy = Policy.open(folder)
+    tokenizer, catalog = policy.tokenizer, policy.tokenizer.catalog
+    engine = TorchEngine(policy.model, tokenizer, policy.version)
     logged = read_log(log, rewards, catalog)
     target = np.zeros((len(logged.row), catalog.trie.depth))
     behaviour, reward = np.zeros_like(target), np.zeros_like(target)

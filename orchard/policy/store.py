@@ -84,6 +84,24 @@ class PolicyFacts:
             )
 
 
+def open_tokenizer(folder: Path, catalog: Catalog | None = None) -> ItemTokenizer:
+    """Read tokens and catalog of a policy folder, without its weights.
+
+    A given `catalog` takes the place of the folder's own.
+
+    Raises:
+        DataError: the folder holds no tokenizer, or no catalog where none is given.
+        CatalogError: the tokenizer lacks a code of the catalog.
+    """
+    text_tokenizer = item_tokenizer.read_tokenizer(folder)
+    catalog = _catalog_of(folder) if catalog is None else catalog
+    return item_tokenizer.make_item_tokenizer(text_tokenizer, catalog)
+
+
+def _catalog_of(folder: Path) -> Catalog:
+    return catalogs.load(folder / CATALOG)
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Policy:
     """A model with its tokens, its catalog and its version."""
@@ -113,8 +131,7 @@ class Policy:
         model.check_folder(folder)
         facts, text_tokenizer = PolicyFacts.read(folder), item_tokenizer.read_tokenizer(folder)
         if tokenizer is None:
-            catalog = catalogs.load(folder / CATALOG)
-            tokenizer = item_tokenizer.make_item_tokenizer(text_tokenizer, catalog)
+            tokenizer = item_tokenizer.make_item_tokenizer(text_tokenizer, _catalog_of(folder))
         facts.check_catalog(tokenizer.catalog, folder)
         network = model.load(folder, tokenizer)
         found, named = digest(snapshot(network)), facts.version.digest

@@ -7,7 +7,6 @@ thread, so that no answer mixes policies. If the engine then scores the probe di
 independent copy of the model, the previous weights are restored before any request is answered.
 """
 
-import json
 import logging
 import re
 import shutil
@@ -15,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
 import numpy as np
@@ -26,7 +24,8 @@ from orchard.errors import CheckpointError, DataError, EngineError, OrchardError
 from orchard.policy import model as models
 from orchard.policy import value_head
 from orchard.policy.item_tokenizer import ItemTokenizer
-from orchard.policy.weights import Weights, digest, snapshot
+from orchard.policy.store import FILE, Policy
+from orchard.policy.weights import Weights
 from orchard.types import PolicyVersion, Prompts
 from rollout.candidates import Candidates
 from rollout.engine.protocol import InferenceEngine
@@ -61,43 +60,22 @@ def read_policy(folder: Path, tokenizer: ItemTokenizer) -> LoadedPolicy:
         CheckpointError: the weights do not match the digest in the folder, or belong to another
             catalog than the tokenizer's.
     """
-    stamp, facts = folder_stamp(folder), read_facts(folder)
-    catalog_digest = tokenizer.catalog.digest
-    if facts is not None and facts["catalogue"] != catalog_digest:
-        raise CheckpointError(
-            f"the policy was trained on catalog {facts['catalogue'][:12]}, the endpoint serves "
-            f"{catalog_digest[:12]}; serve it from its own folder"
-        )
-    model = models.load(folder, tokenizer)
-    weights = snapshot(model)
-    weights_digest = digest(weights)
-    step = facts["version"]["step"] if facts is not None else 0
-    expected = facts["version"]["digest"] if facts is not None else ""
-    if expected and expected != weights_digest:
-        raise CheckpointError(
-            f"the weights have digest {weights_digest[:8]}, their folder names {expected[:8]}; the "
-            "export is being written, or was damaged"
-        )
+    stamp = folder_stamp(folder)
+    policy = Policy.open(folder, tokenizer)
     return LoadedPolicy(
-        version=PolicyVersion(step=step, digest=weights_digest), weights=weights, model=model,
-        guided=value_head.value_head_of(model) is not None, stamp=stamp,
+        version=policy.version, weights=policy.weights, model=policy.model,
+        guided=value_head.value_head_of(policy.model) is not None, stamp=stamp,
     )  # fmt: skip
 
 
 def folder_stamp(folder: Path) -> str:
     """Return a string that changes with every export to the folder; empty without an export."""
     try:
-        path = folder / "policy.json"
+        path = folder / FILE
         status = path.stat()
         return f"{status.st_ino}-{status.st_mtime_ns}-{path.read_text()}"
     except OSError:
         return ""
-
-
-def read_facts(folder: Path) -> dict[str, Any] | None:
-    """Read the facts of an exported policy; None if the folder is not an export."""
-    path = folder / "policy.json"
-    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def probe(engine: InferenceEngine, tokenizer: ItemTokenizer) -> Candidates:
