@@ -109,7 +109,7 @@ class SearchRunner(Protocol):
     """Interface to run searches in the process of a policy."""
 
     def run(
-        self, search_fn: Callable[[DecodingBackend, Prompts], Candidates], prompts: Prompts
+        self, search_fn: Callable[[DecodingBackend, Prompts], Candidates], prompts: Prompts, /
     ) -> Candidates:
         """Run `search_fn`, a picklable function, for one batch of prompts.
 
