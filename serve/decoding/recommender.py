@@ -287,9 +287,9 @@ def places_among(group: Int[np.ndarray, " M"]) -> Int64[np.ndarray, " M"]:
     """Return for each entry the number of earlier entries of the same group."""
     # Indices sorted by group, in order of appearance within a group.
     order = np.argsort(group, kind="stable")
-    place = np.empty(len(group), dtype=np.int64)
+    count = np.empty(len(group), dtype=np.int64)
     # Start of each group's run in `order`.
     first = np.flatnonzero(np.diff(group[order], prepend=group[order][:1] - 1))
     start = np.append(first, len(group))
-    place[order] = ragged.places(start) if len(group) else np.zeros(0, np.int64)
-    return place
+    count[order] = ragged.places(start) if len(group) else np.zeros(0, np.int64)
+    return count

@@ -179,8 +179,8 @@ class _TracingRunner:
         self.trace: TracedSearch
 
     def run(
-        self, find: Callable[[DecodingBackend, Prompts], Candidates], prompts: Prompts
+        self, search_fn: Callable[[DecodingBackend, Prompts], Candidates], prompts: Prompts
     ) -> Candidates:
         """Run a search in the wrapped runner and keep its trace."""
-        self.trace = TracedSearch(find, record_steps=self._record_steps)
+        self.trace = TracedSearch(search_fn, record_steps=self._record_steps)
         return self._runner.run(self.trace, prompts)

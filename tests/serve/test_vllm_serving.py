@@ -51,8 +51,8 @@ class Replica:
         traces: list[TracedSearch] = []
 
         class TracingRunner:
-            def run(inner, find: Any, prompts: Prompts) -> Candidates:
-                traces.append(TracedSearch(find, record_steps=True))
+            def run(inner, search_fn: Any, prompts: Prompts) -> Candidates:
+                traces.append(TracedSearch(search_fn, record_steps=True))
                 return self._engine.run(traces[0], prompts)
 
         ranked, _ = recommend(

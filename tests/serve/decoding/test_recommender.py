@@ -166,8 +166,8 @@ def test_a_tree_shows_what_was_kept_and_what_was_pruned(shop: TinyShop) -> None:
     class TracingRunner:
         version = shop.engine.version
 
-        def run(self, find: Any, prompts: Any) -> Any:
-            traces.append(TracedSearch(find, record_steps=True))
+        def run(self, search_fn: Any, prompts: Any) -> Any:
+            traces.append(TracedSearch(search_fn, record_steps=True))
             return shop.engine.run(traces[0], prompts)
 
         def load_weights(self, version: Any, weights: Any) -> None: ...
