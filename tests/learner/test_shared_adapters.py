@@ -37,7 +37,7 @@ def taught(folder: Path, *, rank: int = 0, world: int = 1) -> Weights:
         rates = LearnerConfig(lr=1e-2, parallel="fsdp")
         return Trainer(
             policy, tiny.tokenizer, rates,
-            total_steps=9, average=0.5, rank=rank, world=world,
+            total_steps=9, ema_decay=0.5, rank=rank, world=world,
         )  # fmt: skip
 
     first, digest = learner(), tiny.catalog.digest

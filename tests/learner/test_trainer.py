@@ -126,7 +126,7 @@ def test_under_dropout_the_ratio_is_to_the_same_pass() -> None:
 
 def test_improvement_may_keep_an_average() -> None:
     model, vocabulary = tiny_policy(ITEMS)
-    one = Trainer(model, vocabulary, BRISK, total_steps=9, average=0.9)
+    one = Trainer(model, vocabulary, BRISK, total_steps=9, ema_decay=0.9)
     rows = batch(one, tiny_prompts(ITEMS, [1, 3, 2, 2, 4, 1]))
     first = snapshot(one.policy)
     one.rl_step(rows)
@@ -167,7 +167,7 @@ def test_an_ema_reference_moves_and_a_fixed_one_does_not() -> None:
 
 def test_the_average_lags_behind_the_policy_and_is_what_is_kept() -> None:
     model, vocabulary = tiny_policy(ITEMS)
-    one = Trainer(model, vocabulary, BRISK, total_steps=100, average=0.9)
+    one = Trainer(model, vocabulary, BRISK, total_steps=100, ema_decay=0.9)
     before, rows = snapshot(one.policy), windows()
     for _ in range(20):
         one.sft_step(rows)

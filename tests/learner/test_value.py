@@ -260,6 +260,6 @@ def test_a_part_without_states_still_takes_part_in_the_backward_pass(
 
 def test_an_average_keeps_its_own_head(catalog: Catalog) -> None:
     model, vocabulary = policy_with_head(catalog)
-    one = Trainer(model, vocabulary, LearnerConfig(), total_steps=9, average=0.9)
+    one = Trainer(model, vocabulary, LearnerConfig(), total_steps=9, ema_decay=0.9)
     assert snapshot(one.result).keys() == snapshot(one.policy).keys()
     assert one.result is not one.policy
