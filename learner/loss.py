@@ -48,7 +48,7 @@ class LossStats:
     ratio: float = 0.0
     ratio_max: float = 0.0
     logprob_gap: float = 0.0
-    """Largest |current - behaviour| log-probability."""
+    """Largest absolute difference between current and behavior log-probabilities."""
 
     def __add__(self, other: "LossStats") -> "LossStats":
         """Return the statistics of both together."""
