@@ -1,1 +1,1 @@
-"""ScoredTrees -> PolicyVersion: credit, packing, loss, and the update itself."""
+"""Train the policy on scored trees: advantages, packing, loss and optimizer steps."""

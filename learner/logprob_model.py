@@ -1,4 +1,4 @@
-"""The policy as the module that the learner wraps.
+"""Wrap a policy as a module whose forward pass scores a packed batch.
 
 Shapes:  E choices   V states
 """
@@ -17,7 +17,7 @@ from orchard.policy.value_head import value_head_of
 
 
 class LogprobModel(nn.Module):
-    """A policy whose forward gives choices' log-probabilities, so that DDP and FSDP can wrap it."""
+    """Policy whose forward pass scores a batch's choices, in a form that DDP and FSDP can wrap."""
 
     def __init__(
         self,
@@ -28,10 +28,14 @@ class LogprobModel(nn.Module):
         detach: bool = True,
         temperature: float = 1.0,
     ) -> None:
-        """Hold the policy and what names its distribution (`trie` or `full`).
+        """Wrap a policy and fix how its log-probabilities are computed.
 
-        `temperature` is that of free text; `detach` keeps the value head's gradient out of the rest
-        of the policy.
+        Args:
+            policy: policy to wrap.
+            tokenizer: catalog's trie and the tokens of its codes.
+            distribution: default normalization of codes, "trie" or "full" (`choice_logprobs`).
+            detach: keep the value head's gradient out of the rest of the policy.
+            temperature: sampling temperature of free text.
         """
         super().__init__()
         self.policy = policy
@@ -42,20 +46,20 @@ class LogprobModel(nn.Module):
     def forward(
         self, batch: BatchTensors, distribution: Literal["trie", "full"] | None = None
     ) -> tuple[Float[Tensor, " E"], Float[Tensor, " E"], Float[Tensor, " V"] | None]:
-        """Log-probability and entropy of every choice of the batch, and the value of its states.
+        """Return each choice's log-probability and entropy, and the value of each state.
 
-        There is none without a value head, or where the batch has nothing for it to learn. Another
-        `distribution` than the configured one may be asked for.
+        The values are None without a value head or where the batch has no value targets.
+        `distribution` overrides the configured one.
         """
-        head, heat = value_head_of(self.policy), self._temperature
-        tokenizer, own = self._context
-        context = (tokenizer, distribution or own)
+        head, temperature = value_head_of(self.policy), self._temperature
+        tokenizer, default = self._context
+        context = (tokenizer, distribution or default)
         if head is None or batch.values is None:
-            scores = choice_logprobs(self.policy, batch, *context, temperature=heat)
+            scores = choice_logprobs(self.policy, batch, *context, temperature=temperature)
             return *scores, None
         visible = tree_mask(batch.subtree_end)
         hidden = hidden_states(self.policy, batch.token, batch.position, visible)
         weight = head_weight(self.policy)
-        scores = score_choices(hidden, weight, batch, *context, temperature=heat)
-        read = hidden.detach() if self._detach else hidden
-        return *scores, state_values(head, read, batch.values)
+        scores = score_choices(hidden, weight, batch, *context, temperature=temperature)
+        value_input = hidden.detach() if self._detach else hidden
+        return *scores, state_values(head, value_input, batch.values)

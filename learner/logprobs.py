@@ -1,11 +1,11 @@
-"""The policy's log-probabilities of a packed batch's choices.
+"""Compute the policy's log-probabilities of the choices in a packed batch.
 
-Shapes:  B rows   S slots   E choices   F distinct predictors of them   D hidden width
+Shapes:  B rows   S slots   E choices   F distinct queries behind them   D hidden width
          V states   P states of the longest path   Q candidates
 """
 
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Float32, Int64
@@ -19,7 +19,7 @@ from orchard.types import SearchTrees, SequenceTargets, TrainBatch, ValueTargets
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ValueTensors:
-    """The arrays of `ValueTargets`; the fields mean the same."""
+    """Tensors of a `ValueTargets`, under the same field names."""
 
     row: Int64[Tensor, " V"]
     path: Int64[Tensor, "V P"]
@@ -32,7 +32,7 @@ class ValueTensors:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceTensors:
-    """The arrays of `SequenceTargets`; the fields mean the same."""
+    """Tensors of a `SequenceTargets`, under the same field names."""
 
     row: Int64[Tensor, " Q"]
     advantage: Float32[Tensor, " Q"]
@@ -43,7 +43,7 @@ class SequenceTensors:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchTensors:
-    """The arrays of a `TrainBatch` on the model's device; the fields mean the same."""
+    """Tensors of a `TrainBatch` on the model's device, under the same field names."""
 
     token: Int64[Tensor, "B S"]
     position: Int64[Tensor, "B S"]
@@ -61,25 +61,25 @@ class BatchTensors:
 
 
 def to_tensors(batch: TrainBatch, device: torch.device | str = "cpu") -> BatchTensors:
-    """Copies of the batch's arrays, integers widened to what indexing wants."""
-    values, whole = batch.values, batch.sequences
+    """Copy the batch's arrays to a device, integers widened to the int64 that indexing needs."""
+    values, sequences = batch.values, batch.sequences
     return BatchTensors(
         **_tensors(batch, BatchTensors, device),
         values=None if values is None else ValueTensors(**_tensors(values, ValueTensors, device)),
         sequences=None
-        if whole is None
-        else SequenceTensors(**_tensors(whole, SequenceTensors, device)),
+        if sequences is None
+        else SequenceTensors(**_tensors(sequences, SequenceTensors, device)),
     )
 
 
 def _tensors(
     source: TrainBatch | ValueTargets | SequenceTargets,
-    wanted: type[BatchTensors | ValueTensors | SequenceTensors],
+    target: type[BatchTensors | ValueTensors | SequenceTensors],
     device: torch.device | str,
 ) -> dict[str, Any]:
-    """The source's arrays that `wanted` names, by name."""
+    """Convert the arrays that are fields of `target`, nested structures excepted, by name."""
     nested = ("values", "sequences")
-    arrays = {f.name: getattr(source, f.name) for f in fields(wanted) if f.name not in nested}
+    arrays = {f.name: getattr(source, f.name) for f in fields(target) if f.name not in nested}
     tensors = {name: torch.tensor(array) for name, array in arrays.items()}
     return {
         name: (tensor if tensor.is_floating_point() else tensor.long()).to(device)
@@ -88,7 +88,10 @@ def _tensors(
 
 
 def tree_mask(subtree_end: Int64[Tensor, "B S"]) -> Bool[Tensor, "B S S"]:
-    """Slot i sees slot j where `j <= i < subtree_end[j]`: its ancestors, itself and the prompt."""
+    """Return the attention mask: which slots (last axis) each slot sees.
+
+    Slot i sees slot j where `j <= i < subtree_end[j]`: itself, its ancestors and the prompt.
+    """
     slot = torch.arange(subtree_end.shape[1], device=subtree_end.device)
     return (slot <= slot[:, None]) & (slot[:, None] < subtree_end[:, None, :])
 
@@ -101,10 +104,11 @@ def choice_logprobs(
     *,
     temperature: float = 1.0,
 ) -> tuple[Float32[Tensor, " E"], Float32[Tensor, " E"]]:
-    """Log-probability of each choice, and (without gradient) the entropy that it was drawn from.
+    """Return each choice's log-probability and its distribution's entropy (without gradient).
 
-    A code competes with its legal siblings under "trie", with the whole vocabulary under "full";
-    free text always with the whole vocabulary, at the temperature that it was drawn with.
+    Under "trie" a code is normalized over its legal siblings, under "full" over the whole
+    vocabulary. Free text is always normalized over the whole vocabulary, at the temperature that
+    it was drawn with.
     """
     hidden = hidden_states(model, batch.token, batch.position, tree_mask(batch.subtree_end))
     head = head_weight(model)
@@ -120,43 +124,64 @@ def score_choices(
     *,
     temperature: float = 1.0,
 ) -> tuple[Float32[Tensor, " E"], Float32[Tensor, " E"]]:
-    """As `choice_logprobs`, from the last hidden state of every slot."""
-    text = batch.state == SearchTrees.FREE_TEXT
-    whole = text if distribution == "trie" else torch.ones_like(text)
-    in_trie, in_vocabulary = (~whole).nonzero().squeeze(1), whole.nonzero().squeeze(1)
-    at, state, query = _predictors(hidden, batch, in_trie)
-    logprob, children = child_logprobs(at, state, head, tokenizer)
-    # Children are consecutive nodes, so a child's place among them is a difference.
+    """Compute what `choice_logprobs` returns from the last hidden state of every slot."""
+    is_text = batch.state == SearchTrees.FREE_TEXT
+    over_vocabulary = is_text if distribution == "trie" else torch.ones_like(is_text)
+    # indices of the choices normalized over legal siblings, and over the whole vocabulary
+    in_trie = (~over_vocabulary).nonzero().squeeze(1)
+    in_vocabulary = over_vocabulary.nonzero().squeeze(1)
+    queries = _distinct_queries(hidden, batch, in_trie)
+    query = queries.of_choice
+    # log-probability of every legal child of every query's node, flat
+    logprob, children = child_logprobs(queries.hidden, queries.state, head, tokenizer)
+    # Children are consecutive nodes, so a child's index among its siblings is a difference.
     first_child = tokenizer.trie.child_start
     chosen = children.start[query] + batch.chosen[in_trie] - first_child[batch.state[in_trie]]
-    surprise = -(logprob.exp() * logprob).detach()
-    entropy = surprise.new_zeros(len(state)).index_add(0, children.owner, surprise)[query]
+    entropy_term = -(logprob.exp() * logprob).detach()
+    trie_entropy = entropy_term.new_zeros(len(queries.state))
+    trie_entropy = trie_entropy.index_add(0, children.owner, entropy_term)[query]
     logprob = logprob[chosen]
 
-    at, before, query = _predictors(hidden, batch, in_vocabulary)
+    queries = _distinct_queries(hidden, batch, in_vocabulary)
+    query = queries.of_choice
     token = batch.chosen.clone()
-    token[~text] = tokenizer.token_of(batch.chosen[~text])
-    logit = (at @ head.T.to(at.dtype)).float()
+    token[~is_text] = tokenizer.token_of(batch.chosen[~is_text])
+    # [F, tokens] logits of the whole vocabulary
+    logit = (queries.hidden @ head.T.to(queries.hidden.dtype)).float()
     if temperature != 1:
-        heat = torch.where(before == SearchTrees.FREE_TEXT, temperature, 1.0)
-        logit = logit / heat[:, None]
-    every = logit.log_softmax(-1)
-    spread = -(every.exp() * every).detach().sum(-1)
+        divisor = torch.where(queries.state == SearchTrees.FREE_TEXT, temperature, 1.0)
+        logit = logit / divisor[:, None]
+    token_logprob = logit.log_softmax(-1)
+    vocabulary_entropy = -(token_logprob.exp() * token_logprob).detach().sum(-1)
     # Joined even where one is empty: a batch without choices still has a gradient, zero.
-    logprob = torch.cat([logprob, every[query, token[in_vocabulary]]])
+    logprob = torch.cat([logprob, token_logprob[query, token[in_vocabulary]]])
+    # back to the order of the batch's choices
     order = torch.cat([in_trie, in_vocabulary]).argsort()
-    return logprob[order], torch.cat([entropy, spread[query]])[order]
+    return logprob[order], torch.cat([trie_entropy, vocabulary_entropy[query]])[order]
 
 
-def _predictors(
+class _Queries(NamedTuple):
+    """Distinct (slot, trie node) pairs that predict a set of choices."""
+
+    hidden: Float[Tensor, "F D"]
+    """Hidden state of each query's slot."""
+    state: Int64[Tensor, " F"]
+    """Trie node of each query, or FREE_TEXT."""
+    of_choice: Int64[Tensor, " E"]
+    """Index of each choice's query."""
+
+
+def _distinct_queries(
     hidden: Float[Tensor, "B S D"], batch: BatchTensors, choice: Int64[Tensor, " E"]
-) -> tuple[Float[Tensor, "F D"], Int64[Tensor, " F"], Int64[Tensor, " E"]]:
-    """Distinct (position, trie node) pairs behind the choices, and the pair of each choice.
+) -> _Queries:
+    """Find the distinct queries behind the choices.
 
-    Siblings share one, so that their distribution is evaluated once.
+    Siblings share a query, so their distribution is evaluated once.
     """
     state = batch.state[choice]
+    # slot among the slots of all rows
     slot = batch.row[choice] * hidden.shape[1] + batch.query_slot[choice]
-    span = state.max() + 2 if len(choice) else 1
-    key, query = torch.unique(slot * span + state + 1, return_inverse=True)
-    return hidden.flatten(0, 1)[key // span], key % span - 1, query
+    # One integer per pair; state + 1 is never negative, since FREE_TEXT is -1.
+    num_states = state.max() + 2 if len(choice) else 1
+    key, query = torch.unique(slot * num_states + state + 1, return_inverse=True)
+    return _Queries(hidden.flatten(0, 1)[key // num_states], key % num_states - 1, query)

@@ -1,4 +1,4 @@
-r"""The clipped policy-gradient loss of packed choices, and what to log about it.
+r"""Compute the clipped policy-gradient loss of packed choices and its statistics.
 
 One choice is shared by every candidate i through it, each with a weighted advantage a_i. They all
 see the same ratio r = pi_current / pi_behaviour, so their surrogates collapse. For a_i >= 0,
@@ -7,19 +7,20 @@ dual clip c > 1 (arXiv 1912.09729, eq. 5) max(c a_i, .) = a_i min(max(r, 1 - low
 
     sum_i min(r a_i, clip(r) a_i) = A+ min(r, 1 + high) + A- min(max(r, 1 - low), c)
 
-with A+ and A- the sums of the positive and of the negative a_i: exact, not an approximation, and
-all that a choice needs to carry.
+with A+ and A- the sums of the positive and of the negative a_i. This is exact, not an
+approximation, and A+ and A- are all that a choice needs to carry.
 
-GSPO (arXiv 2507.18071, eq. 5-7) has one ratio per candidate, the geometric mean of those of its
-tokens, s_i = exp(1 / |y_i| sum_t log r_t), clipped as above. No two candidates share it, so that
-nothing collapses; a batch for it lists the choices on each candidate's path, and the sums over them
-are an `index_add` whose gradient comes back to each choice from every candidate through it: again
-exact. |y_i| counts forced codes, as the estimators do; their log-ratio is 0.
+GSPO (arXiv 2507.18071, eq. 5-7) has one ratio per candidate, the geometric mean of the ratios of
+its tokens, s_i = exp(1 / |y_i| sum_t log r_t), clipped as above. Candidates do not share it, so
+nothing collapses. A batch for GSPO lists the choices on each candidate's path; the sums over them
+are an `index_add`, whose gradient reaches each choice from every candidate through it. This is
+exact, too. |y_i| counts forced codes, as the estimators do; their log-ratio is 0.
 
 Shapes:  E choices   R ratios, of choices or of candidates
 """
 
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Float32
@@ -30,27 +31,27 @@ from learner.logprobs import BatchTensors
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossStats:
-    """Sums and extremes over choices; `+` joins micro-batches and workers."""
+    """Sums and maxima over choices; `+` combines those of micro-batches and workers."""
 
     surrogate: float = 0.0
     kl: float = 0.0
-    """Weighted k3 divergence from the reference, before its coefficient."""
+    """Weighted k3 divergence from the reference, before the coefficient `learner.kl.weight`."""
     value: float = 0.0
-    """Squared error of the value head, before its coefficient."""
+    """Squared error of the value head, before the coefficient `learner.value.weight`."""
     choices: float = 0.0
-    """Number of choices that the following are summed over."""
+    """Number of choices, over which `entropy` is summed."""
     entropy: float = 0.0
     clipped: float = 0.0
-    """Ratios whose clip is active against their advantage."""
+    """Number of ratios for which the clip of their advantage's sign is active."""
     ratios: float = 0.0
-    """Number of ratios: one per choice, or one per candidate."""
+    """Number of ratios (one per choice, or one per candidate), over which `ratio` is summed."""
     ratio: float = 0.0
     ratio_max: float = 0.0
     logprob_gap: float = 0.0
-    """Largest |current - behaviour| log-probability."""
+    """Largest absolute difference between current and behavior log-probabilities."""
 
     def __add__(self, other: "LossStats") -> "LossStats":
-        """Of both together."""
+        """Return the statistics of both together."""
         largest = ("ratio_max", "logprob_gap")
         return LossStats(
             **{
@@ -61,7 +62,7 @@ class LossStats:
         )
 
     def metrics(self) -> dict[str, float]:
-        """For the log: sums that are weighted already as they are, the others per choice."""
+        """Return the metrics to log: weighted sums unchanged, the rest per choice or per ratio."""
         num_choices, num_ratios = max(1.0, self.choices), max(1.0, self.ratios)
         return {
             "surrogate": self.surrogate,
@@ -85,51 +86,66 @@ def policy_loss(
     dual_clip: float,
     kl_weight: float,
 ) -> tuple[Float32[Tensor, ""], LossStats]:
-    """Negative clipped surrogate plus `kl_weight` times the k3 divergence from the reference.
+    """Return the negative clipped surrogate plus the weighted k3 divergence from the reference.
 
     Args:
-        logprob: of the choices under the current policy, with gradient.
-        entropy: of the distributions that they were drawn from; logged only.
-        reference_logprob: under the frozen reference; None leaves the divergence out.
-        batch: choices with their behaviour log-probabilities, advantages and weights; where it
-            lists candidates (`sequences`), the ratio is theirs.
-        clip_low: the ratio is cut below at 1 - clip_low where the advantage is negative.
-        clip_high: and above at 1 + clip_high where it is positive.
-        dual_clip: bound on the ratio where the advantage is negative; 0 for none.
+        logprob: log-probabilities of the choices under the current policy, with gradient.
+        entropy: entropies of the distributions that they were drawn from; logged only.
+        reference_logprob: log-probabilities under the frozen reference; None leaves the
+            divergence out.
+        batch: choices with their behavior log-probabilities, advantages and weights; where it
+            lists candidates (`sequences`), there is one ratio per candidate.
+        clip_low: lower clip: the ratio is at least 1 - clip_low where the advantage is negative.
+        clip_high: upper clip: the ratio is at most 1 + clip_high where the advantage is positive.
+        dual_clip: upper bound of the ratio where the advantage is negative; 0 for none.
         kl_weight: coefficient of sum kl_weight_e k3_e, k3 = e^d - d - 1 with d = reference -
             current (Schulman 2020, "Approximating KL divergence").
     """
-    log_ratio, gain, loss = _ratio_terms(logprob, batch)
+    log_ratio, advantage_pos, advantage_neg = _ratio_terms(logprob, batch)
     ratio = log_ratio.exp()
     ceiling = dual_clip if dual_clip > 0 else float("inf")
-    gained = gain * ratio.clamp(max=1 + clip_high)
-    lost = loss * ratio.clamp(min=1 - clip_low, max=ceiling)
-    surrogate = -(gained + lost).sum()
+    # [R] terms of the positive and of the negative advantages
+    positive = advantage_pos * ratio.clamp(max=1 + clip_high)
+    negative = advantage_neg * ratio.clamp(min=1 - clip_low, max=ceiling)
+    surrogate = -(positive + negative).sum()
     divergence = surrogate.new_zeros(())
     if reference_logprob is not None:
-        apart = reference_logprob - logprob
-        divergence = (batch.kl_weight * (apart.exp() - apart - 1)).sum()
-    clipped = (gain > 0) & (ratio > 1 + clip_high)
-    clipped |= (loss < 0) & ((ratio < 1 - clip_low) | (ratio > ceiling))
-    apart = logprob - batch.behaviour_logprob
-    parts = _parts(surrogate, divergence, apart, entropy, ratio, clipped)
-    return surrogate + kl_weight * divergence, parts
+        reference_log_ratio = reference_logprob - logprob
+        k3 = reference_log_ratio.exp() - reference_log_ratio - 1
+        divergence = (batch.kl_weight * k3).sum()
+    # [R] mask of the ratios at whose current value the clip removes the gradient
+    clipped = (advantage_pos > 0) & (ratio > 1 + clip_high)
+    clipped |= (advantage_neg < 0) & ((ratio < 1 - clip_low) | (ratio > ceiling))
+    choice_log_ratio = logprob - batch.behaviour_logprob
+    stats = _loss_stats(surrogate, divergence, choice_log_ratio, entropy, ratio, clipped)
+    return surrogate + kl_weight * divergence, stats
 
 
-def _ratio_terms(
-    logprob: Float32[Tensor, " E"], batch: BatchTensors
-) -> tuple[Float32[Tensor, " R"], Float32[Tensor, " R"], Float32[Tensor, " R"]]:
-    """Log-ratio, A+ and A- of each choice, or of each candidate where the batch lists them."""
-    log_ratio, whole = logprob - batch.behaviour_logprob, batch.sequences
-    if whole is None:
-        return log_ratio, batch.advantage_pos, batch.advantage_neg
-    total = log_ratio.new_zeros(len(whole.row))
-    total = total.index_add(0, whole.candidate, log_ratio.index_select(0, whole.choice))
-    return total / whole.length, whole.advantage.clamp(min=0), whole.advantage.clamp(max=0)
+class _RatioTerms(NamedTuple):
+    """Log-ratios with the sums of their positive (A+) and of their negative (A-) advantages."""
+
+    log_ratio: Float32[Tensor, " R"]
+    advantage_pos: Float32[Tensor, " R"]
+    advantage_neg: Float32[Tensor, " R"]
+
+
+def _ratio_terms(logprob: Float32[Tensor, " E"], batch: BatchTensors) -> _RatioTerms:
+    """Return the terms of each choice, or of each candidate where the batch lists candidates."""
+    log_ratio, sequences = logprob - batch.behaviour_logprob, batch.sequences
+    if sequences is None:
+        return _RatioTerms(log_ratio, batch.advantage_pos, batch.advantage_neg)
+    # [R] sum of the log-ratios along each candidate's path
+    total = log_ratio.new_zeros(len(sequences.row))
+    total = total.index_add(0, sequences.candidate, log_ratio.index_select(0, sequences.choice))
+    return _RatioTerms(
+        total / sequences.length,
+        sequences.advantage.clamp(min=0),
+        sequences.advantage.clamp(max=0),
+    )
 
 
 @torch.no_grad()
-def _parts(
+def _loss_stats(
     surrogate: Float32[Tensor, ""],
     divergence: Float32[Tensor, ""],
     log_ratio: Float32[Tensor, " E"],
@@ -137,26 +153,29 @@ def _parts(
     ratio: Float32[Tensor, " R"],
     clipped: Bool[Tensor, " R"],
 ) -> LossStats:
-    nothing = log_ratio.new_zeros(1)
+    """Reduce the choices and ratios of a micro-batch to its statistics."""
+    zero = log_ratio.new_zeros(1)  # keeps the maxima defined where there are no choices
     values: list[Float[Tensor, ""]] = [
         surrogate,
         divergence,
         entropy.sum(),
         clipped.sum().float(),
         ratio.sum(),
-        torch.cat([ratio, nothing]).max(),
-        torch.cat([log_ratio.abs(), nothing]).max(),
+        torch.cat([ratio, zero]).max(),
+        torch.cat([log_ratio.abs(), zero]).max(),
     ]
-    # One transfer for all: on a GPU each read waits for everything before it.
-    a, b, c, d, e, f, g = torch.stack(values).tolist()
+    # One transfer for all sums: on a GPU each read waits for all the work before it.
+    surrogate_sum, kl_sum, entropy_sum, num_clipped, ratio_sum, ratio_max, logprob_gap = (
+        torch.stack(values).tolist()
+    )
     return LossStats(
-        surrogate=a,
-        kl=b,
+        surrogate=surrogate_sum,
+        kl=kl_sum,
         choices=float(len(log_ratio)),
         ratios=float(len(ratio)),
-        entropy=c,
-        clipped=d,
-        ratio=e,
-        ratio_max=f,
-        logprob_gap=g,
+        entropy=entropy_sum,
+        clipped=num_clipped,
+        ratio=ratio_sum,
+        ratio_max=ratio_max,
+        logprob_gap=logprob_gap,
     )

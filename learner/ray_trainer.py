@@ -1,9 +1,9 @@
-"""The Ray Train shell: a group of workers that does numbered jobs, and the handle that gives them.
+"""Run the trainer on Ray Train: the worker loop and the driver's handle.
 
-The driver posts jobs 1, 2, 3, ... at a `Desk`; every worker asks for the job after its last one,
-does it, and the first worker hands in the result. After a failure Ray Train restarts the group from
-the newest checkpoint, and the group asks again for the jobs that it lost: the queue keeps them
-until the second checkpoint after them.
+The driver puts jobs 1, 2, 3, ... into a `JobQueue`. Every worker takes the job after its last one
+and runs it, and the worker of rank 0 puts the result. After a failure Ray Train restarts the group
+from the newest checkpoint, and the group requests the lost jobs again: the queue keeps them until
+the second checkpoint after them.
 """
 
 import asyncio
@@ -39,68 +39,70 @@ JobQueueActor: Any = ray.remote(JobQueue)
 
 
 def worker_loop(task: dict[str, Any]) -> None:
-    """What each Ray Train worker runs, given its `assignment` and the `queue`.
+    """Run jobs on a Ray Train worker until one of kind "stop".
 
-    `unlisted` is the checkpoint to begin with where Ray Train knows of none.
+    The task holds the `spec`, the `queue`, and `unlisted`, the checkpoint folder to start from
+    where Ray Train lists none.
     """
-    assignment, queue = cast(LearnerSpec, task["assignment"]), task["queue"]
+    spec, queue = cast(LearnerSpec, task["spec"]), task["queue"]
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    config = assignment.config
+    config = spec.config
     torch.set_num_threads(config.learner.threads)
-    policy = model.load(assignment.policy, assignment.tokenizer)
-    supervised = assignment.phase == "sft"
+    policy = model.load(spec.policy, spec.tokenizer)
+    supervised = spec.phase == "sft"
     lora.attach(policy, config.model.lora, seed=config.seed)
     if config.model.value_head and not supervised:
         value_head.attach(policy, seed=config.seed)
     else:
         value_head.detach(policy)
     model.add_dropout(policy, config.model.dropout if supervised else config.learner.dropout)
-    learner = Trainer(
+    trainer = Trainer(
         policy,
-        assignment.tokenizer,
-        learner_config(config, assignment.phase),
-        total_steps=assignment.total_steps,
-        average=config.sft.ema_decay if supervised else config.learner.ema_decay,
+        spec.tokenizer,
+        learner_config(config, spec.phase),
+        total_steps=spec.total_steps,
+        ema_decay=config.sft.ema_decay if supervised else config.learner.ema_decay,
         temperature=1.0 if supervised else config.rollout.temperature,
         device=get_device(),
         rank=rank,
         world=world,
     )
-    digest, number = assignment.tokenizer.catalog.digest, 0
+    digest, number = spec.tokenizer.catalog.digest, 0
     if (saved := ray.train.get_checkpoint()) is not None:
         with saved.as_directory() as folder:
-            number = checkpoint.load(learner, Path(folder), catalog=digest)
+            number = checkpoint.load(trainer, Path(folder), catalog=digest)
     elif (unlisted := cast(Path | None, task["unlisted"])) is not None:
-        number = checkpoint.load(learner, unlisted, catalog=digest)
+        number = checkpoint.load(trainer, unlisted, catalog=digest)
 
-    def deliver(metrics: Mapping[str, float], *, judged: bool = True) -> None:
-        searching = learner.result if supervised else learner.policy
-        values = lora.snapshot(searching)
-        others = judged and searching is not learner.result
-        average = lora.snapshot(learner.result) if others else None
-        probed = None if probe is None else learner.score(probe)
+    def deliver(metrics: Mapping[str, float], *, needs_eval: bool = True) -> None:
+        rollout_policy = trainer.result if supervised else trainer.policy
+        rollout_weights = lora.snapshot(rollout_policy)
+        is_distinct = needs_eval and rollout_policy is not trainer.result
+        average = lora.snapshot(trainer.result) if is_distinct else None
+        probe_logprobs = None if probe is None else trainer.score(probe)
         if rank == 0:
-            version = PolicyVersion(step=number, digest=weights.digest(values))
+            version = PolicyVersion(step=number, digest=weights.digest(rollout_weights))
             update = Update(policy=version, metrics=metrics)
-            kept = None
+            eval_weights = None
             if average is not None:
-                kept = PolicyVersion(step=number, digest=weights.digest(average)), average
+                average_version = PolicyVersion(step=number, digest=weights.digest(average))
+                eval_weights = average_version, average
             result = Result(
                 number=number,
                 update=update,
-                weights=values,
-                eval_weights=kept,
-                probe_logprobs=probed,
+                weights=rollout_weights,
+                eval_weights=eval_weights,
+                probe_logprobs=probe_logprobs,
             )
             ray.get(queue.put_result.remote(result))
 
-    probe = None if assignment.probe is None else probe_of(assignment, assignment.probe)
+    probe = None if spec.probe is None else probe_of(spec, spec.probe)
     saved_job = number
     deliver({})
     while (job := _next(queue, number, saved_job)).kind != "stop":
         if job.kind == "save":
-            if (reason := _save(learner, number, digest, rank)) is not None:
+            if (reason := _save(trainer, number, digest, rank)) is not None:
                 ray.get(queue.checkpoint_failed.remote(reason))
                 return
             saved_job = number
@@ -109,70 +111,72 @@ def worker_loop(task: dict[str, Any]) -> None:
         number += 1
         torch.manual_seed(hash((config.seed, number, rank)) % 2**63)
         if job.kind == "epoch":
-            metrics = sft_epoch(learner, assignment, number)
+            metrics = sft_epoch(trainer, spec, number)
         else:
-            metrics = learner.rl_step(cast(TrainBatch, ray.get(job.batch[0])))
-        deliver(metrics, judged=job.needs_eval)
+            metrics = trainer.rl_step(cast(TrainBatch, ray.get(job.batch[0])))
+        deliver(metrics, needs_eval=job.needs_eval)
 
 
 def _next(queue: Any, number: int, saved: int) -> Job:
-    """What to do after job `number`, when the newest checkpoint is that of job `saved`."""
+    """Wait for the job after job `number`, where the newest checkpoint is that of job `saved`."""
     return ray.get(queue.get_job.remote(number + 1, saved=saved))
 
 
-def _save(learner: Trainer, number: int, catalog: str, rank: int) -> str | None:
-    """Write a checkpoint; what the storage has against it, in which case there is none."""
+def _save(trainer: Trainer, number: int, catalog: str, rank: int) -> str | None:
+    """Write a checkpoint; return None, or the reason why the storage does not take it."""
     try:
         with tempfile.TemporaryDirectory() as folder:
             write = rank == 0
-            checkpoint.save(learner, Path(folder), number=number, catalog=catalog, write=write)
-            mine = ray.train.Checkpoint.from_directory(folder) if write else None
+            checkpoint.save(trainer, Path(folder), number=number, catalog=catalog, write=write)
+            reported = ray.train.Checkpoint.from_directory(folder) if write else None
             ray.train.report(
                 {"number": number},
-                checkpoint=mine,
+                checkpoint=reported,
                 checkpoint_dir_name=checkpoint.folder_of(number),
             )
     except OSError as error:
         if error.errno not in checkpoint.REFUSALS:
-            raise  # another try, in a group started again, may go better
+            raise  # a retry in a restarted group may succeed
         return os.strerror(error.errno)
     return None
 
 
 class TrainerHandle:
-    """The driver's handle: `await update(batch)` as if the learner were here."""
+    """Driver's handle of the worker group, with awaitable jobs such as `update(batch)`."""
 
-    def __init__(self, assignment: LearnerSpec, *, storage: Path) -> None:
-        """Prepare; nothing runs before `start`."""
-        self._config, self._storage = assignment.config, storage.resolve()
-        self._assignment = assignment
-        self._folder = self._storage / f"learner-{assignment.phase}"
+    def __init__(self, spec: LearnerSpec, *, storage: Path) -> None:
+        """Store the work to do; nothing runs before `start`."""
+        self._config, self._storage = spec.config, storage.resolve()
+        self._spec = spec
+        self._folder = self._storage / f"learner-{spec.phase}"
         self._queue: Any = None
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._number = self._saved = 0
         self.restarts = 0
-        """Times that the worker group was started again."""
+        """Number of restarts of the worker group."""
         self.weights: Weights = {}
-        """Of the newest version, to search with."""
+        """Weights of the newest version, to search with."""
         self.probe_logprobs: Float32[np.ndarray, " B"] | None = None
         """Log-probabilities of the probe's answers under `weights`."""
         self.eval_weights: tuple[PolicyVersion, Weights] = (PolicyVersion(step=-1, digest=""), {})
-        """To evaluate and keep, of the newest job that was to hand them back."""
+        """Version and weights to evaluate and keep, from the newest job that returned them."""
 
     async def start(self) -> PolicyVersion:
-        """Start the workers; the version they begin with, from a checkpoint if there is one."""
-        # Beside the driver: the loss of any other node must not take the jobs along.
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        """Start the workers, from a checkpoint if there is one; return their first version."""
+        # On the driver's node: the loss of any other node must not lose the jobs.
+        driver_node = NodeAffinitySchedulingStrategy(
+            ray.get_runtime_context().get_node_id(), soft=False
+        )
         self._queue = JobQueueActor.options(
-            num_cpus=0, max_concurrency=1000, scheduling_strategy=here
+            num_cpus=0, max_concurrency=1000, scheduling_strategy=driver_node
         ).remote()
         learner, checkpoints = self._config.learner, self._config.checkpoint
         unlisted: Path | None = None
         if checkpoint.torn(self._folder):
             unlisted = checkpoint.newest_whole(self._folder)
             (self._folder / checkpoint.RECORD).unlink()
-        task = {"assignment": self._assignment, "queue": self._queue, "unlisted": unlisted}
+        task = {"spec": self._spec, "queue": self._queue, "unlisted": unlisted}
         trainer = TorchTrainer(
             worker_loop,
             train_loop_config=task,
@@ -193,7 +197,7 @@ class TrainerHandle:
         def fit() -> None:
             try:
                 trainer.fit()
-            except BaseException as error:  # handed to whoever waits for the next result
+            except BaseException as error:  # raised where the next result is awaited
                 self._failure = error
 
         self._thread = threading.Thread(target=fit, name="learner", daemon=True)
@@ -203,37 +207,37 @@ class TrainerHandle:
         return result.update.policy
 
     async def update(self, batch: TrainBatch, *, judged: bool = True) -> Update:
-        """One RL step on a batch; `kept` is up to date afterwards if it is to be `judged`."""
-        return await self._do(Job(kind="update", batch=(ray.put(batch),), needs_eval=judged))
+        """Run one RL step on a batch; with `judged`, also refresh `eval_weights`."""
+        return await self._run(Job(kind="update", batch=(ray.put(batch),), needs_eval=judged))
 
     async def epoch(self) -> Update:
-        """One supervised pass over the training sequences."""
-        return await self._do(Job(kind="epoch"))
+        """Run one supervised pass over the training examples."""
+        return await self._run(Job(kind="epoch"))
 
     async def save(self) -> None:
         """Write a checkpoint of the newest job, unless there is one.
 
         Raises:
-            CheckpointError: the storage does not take it; older checkpoints stay as they are.
+            CheckpointError: the storage does not take it; older checkpoints remain valid.
         """
-        number, begun = self._number, self._saved
-        if begun == number:
+        number, saved = self._number, self._saved
+        if saved == number:
             return
-        refused = cast(str, await self._wait(self._queue.request_checkpoint.remote(number), number))
-        if refused:
-            # Half a checkpoint, which no record names, would only keep the disk full.
+        answer = await self._wait(self._queue.request_checkpoint.remote(number), number)
+        if reason := cast(str, answer):
+            # An incomplete checkpoint that no record lists would only keep the disk full.
             shutil.rmtree(self._folder / checkpoint.folder_of(number), ignore_errors=True)
             raise CheckpointError(
                 f"the checkpoint of job {number} cannot be written below {self._storage}: "
-                f"{refused}; the one of job {begun} is whole, make room (docs/runbooks/"
+                f"{reason}; the one of job {saved} is whole, make room (docs/runbooks/"
                 "disk-full.md) and the same command resumes from there"
             )
         self._saved = number
 
     async def close(self, *, save: bool = False) -> None:
-        """Let the workers finish; gives up waiting after ten seconds.
+        """Let the workers finish, waiting for at most ten seconds.
 
-        With `save` they first write what no checkpoint holds yet; raises as `save` does.
+        With `save` they first write a checkpoint of the newest job; this raises as `save` does.
         """
         if self._thread is None or not self._thread.is_alive():
             return
@@ -244,14 +248,15 @@ class TrainerHandle:
         )
         await asyncio.to_thread(self._thread.join, 10.0)
 
-    async def _do(self, job: Job) -> Update:
+    async def _run(self, job: Job) -> Update:
+        """Put a job and wait for its result."""
         self._number += 1
         await self._wait(self._queue.put_job.remote(self._number, job), self._number)
         result = await self._collect(self._number, self._config.learner.timeout_s)
         return result.update
 
     async def _collect(self, number: int, timeout_s: float) -> Result:
-        """The result of a job, of which it takes note."""
+        """Wait for the result of a job and store its weights and probe."""
         answer = await self._wait(self._queue.get_result.remote(number), number, timeout_s)
         result = cast(Result, answer)
         self.weights, self.restarts = result.weights, result.restarts
@@ -265,28 +270,28 @@ class TrainerHandle:
         timeout_s = timeout_s or self._config.learner.timeout_s
         deadline = time.monotonic() + timeout_s
         starting = number < 0
-        at = "while starting" if starting else f"at job {number}"
-        bound = "learner.start_timeout_s" if starting else "learner.timeout_s"
+        stage = "while starting" if starting else f"at job {number}"
+        setting = "learner.start_timeout_s" if starting else "learner.timeout_s"
         while True:
             done, _ = await asyncio.wait({pending}, timeout=1.0)
             if done:
                 return pending.result()
             if self._thread is not None and not self._thread.is_alive():
                 raise ActorError(
-                    f"the learner stopped {at} after {self._config.learner.max_failures}"
+                    f"the learner stopped {stage} after {self._config.learner.max_failures}"
                     f" restarts: {self._failure}; see what it printed below logs in the run folder"
                 ) from self._failure
             if time.monotonic() > deadline:
-                # A group that was started again repeats jobs first: each has as long as a new one.
+                # A restarted group first repeats jobs; the time limit applies to each of them anew.
                 left = timeout_s - await self._idle_s()
                 if left <= 0:
                     raise ActorError(
-                        f"the learner did not answer {at} within {timeout_s:.0f} s; raise {bound}, "
-                        "or see what it printed below logs in the run folder"
+                        f"the learner did not answer {stage} within {timeout_s:.0f} s; "
+                        f"raise {setting}, or see what it printed below logs in the run folder"
                     )
                 deadline = time.monotonic() + left
 
     async def _idle_s(self) -> float:
-        """Seconds since the workers handed in anything."""
+        """Return the seconds since the workers' last result."""
         answer = asyncio.wrap_future(self._queue.idle_s.remote().future())
         return cast(float, await asyncio.wait_for(answer, self._config.learner.timeout_s))

@@ -1,4 +1,4 @@
-"""What a learner is asked to do, and how a warm start goes through its examples; no Ray."""
+"""Specify a learner's work and run an SFT epoch over its examples; free of Ray."""
 
 import time
 from dataclasses import dataclass
@@ -20,50 +20,51 @@ from orchard.types import PolicyVersion, Prompts, TrainBatch
 
 @dataclass(frozen=True, kw_only=True)
 class LearnerSpec:
-    """All that a worker needs; identical on every rank."""
+    """Configuration, policy and data that a learner worker needs; identical on every rank."""
 
     config: Config
     phase: Literal["sft", "train"]
     policy: Path
-    """Hugging Face folder of the policy to start from."""
+    """Hugging Face folder of the initial policy."""
     tokenizer: ItemTokenizer
     sequences: TrainingWindows | None
-    """Of the warm start."""
+    """Training windows of SFT on item sequences."""
     traces: tuple[Split, TokenizedRationales] | None
-    """What it has instead where it teaches to think: rows and their rationales."""
+    """Rows and their rationales, in place of the windows, for SFT of a policy that thinks."""
     tasks: SftTasks | None
-    """What it has instead where it teaches a text model."""
+    """Tasks, in place of the windows, for SFT of a text model."""
     total_steps: int
+    """Length of the learning-rate schedule in optimizer steps."""
     probe: Prompts | None = None
-    """Prompts whose targets are scored with every version, for its holders to compare with."""
+    """Prompts whose targets are scored with every version, for engines to compare with."""
 
 
 def learner_config(config: Config, phase: str) -> LearnerConfig:
-    """The learner's section, with the warm start's own rates where it is the warm start."""
+    """Return the learner's settings for a phase; SFT replaces rates and clips by those of `sft`."""
     if phase == "train":
         return config.learner
-    own = config.sft
+    sft_config = config.sft
     return config.learner.model_copy(
         update={
-            "logprob": own.logprob,
-            "lr": own.lr,
-            "warmup": own.warmup,
-            "final_lr": own.final_lr,
-            "weight_decay": own.weight_decay,
-            "grad_clip": own.grad_clip,
+            "logprob": sft_config.logprob,
+            "lr": sft_config.lr,
+            "warmup": sft_config.warmup,
+            "final_lr": sft_config.final_lr,
+            "weight_decay": sft_config.weight_decay,
+            "grad_clip": sft_config.grad_clip,
             "kl": config.learner.kl.model_copy(update={"weight": 0.0}),
         }
     )
 
 
-def sft_epoch(learner: Trainer, assignment: LearnerSpec, number: int) -> dict[str, float]:
-    """One pass over the sequences in an order drawn from (seed, epoch)."""
-    begin, config = time.perf_counter(), assignment.config
-    traces, tasks, windows = assignment.traces, assignment.tasks, assignment.sequences
-    tokenizer = assignment.tokenizer
+def sft_epoch(trainer: Trainer, spec: LearnerSpec, number: int) -> dict[str, float]:
+    """Train once over all examples, in an order drawn from (seed, epoch number)."""
+    begin, config = time.perf_counter(), spec.config
+    traces, tasks, windows = spec.traces, spec.tasks, spec.sequences
+    tokenizer = spec.tokenizer
     version, forced = PolicyVersion(step=number, digest=""), config.sft.logprob == "full"
 
-    def batch(rows: Int64[np.ndarray, " R"]) -> TrainBatch:
+    def make_batch(rows: Int64[np.ndarray, " R"]) -> TrainBatch:
         if tasks is not None:
             examples = tasks.examples(rows, tokenizer)
             return sft.pack_examples(examples, tokenizer, version, forced=forced)
@@ -80,16 +81,16 @@ def sft_epoch(learner: Trainer, assignment: LearnerSpec, number: int) -> dict[st
             len(cast(TrainingWindows, windows) if traces is None else traces[1])
         )
     size = config.sft.batch_size
-    batches = [order[at : at + size] for at in range(0, len(order), size)]
-    measured = [learner.sft_step(batch(rows)) for rows in batches]
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    metrics = [trainer.sft_step(make_batch(rows)) for rows in batches]
     return {
-        "loss": float(np.mean([m["nll"] for m in measured])),
-        "grad_norm": float(np.mean([m["grad_norm"] for m in measured])),
-        "lr": measured[-1]["lr"],
+        "loss": float(np.mean([m["nll"] for m in metrics])),
+        "grad_norm": float(np.mean([m["grad_norm"] for m in metrics])),
+        "lr": metrics[-1]["lr"],
         "epoch_s": time.perf_counter() - begin,
     }
 
 
-def probe_of(assignment: LearnerSpec, prompts: Prompts) -> TrainBatch:
-    """The prompts and their targets as a batch that a learner can score."""
-    return sft.pack_answers(prompts, assignment.tokenizer, PolicyVersion(step=0, digest=""))
+def probe_of(spec: LearnerSpec, prompts: Prompts) -> TrainBatch:
+    """Pack the prompts and their targets into a batch that a learner can score."""
+    return sft.pack_answers(prompts, spec.tokenizer, PolicyVersion(step=0, digest=""))

@@ -1,7 +1,7 @@
-"""The update on one rank: forward, backward over micro-batches, clip, step.
+"""Update the policy on one rank: forward, backward over micro-batches, clip, step.
 
-Every rank holds a shard of the batch whose weights are global, so the loss is a plain sum over
-ranks and micro-batches; DDP and FSDP average, hence the factor `world`.
+Every rank has a shard of the batch whose weights are global, so the loss is a plain sum over ranks
+and micro-batches; DDP and FSDP average, hence the factor `world`.
 """
 
 import copy
@@ -36,29 +36,29 @@ from orchard.types import SequenceTargets, TrainBatch, ValueTargets
 
 
 def apply_tis(
-    batch: TrainBatch, own: Float32[np.ndarray, " E"], bound: float
+    batch: TrainBatch, logprob: Float32[np.ndarray, " E"], bound: float
 ) -> tuple[TrainBatch, float]:
-    """Truncated importance sampling (TIS): a batch as if this learner had searched it.
+    """Apply truncated importance sampling (TIS) to a batch.
 
-    Each choice's advantage is weighted by min(pi_own / pi_behaviour, bound), and the clipped ratio
-    starts from `own`, the learner's log-probabilities before its first update: what the search's
-    older version or other arithmetic changed is corrected once and not clipped away (Yao et al.
-    2025, "Your efficient RL framework secretly brings you off-policy RL training"; the bound:
-    Espeholt et al. 2018, arXiv 1802.01561). Also returns the largest |own - behaviour|.
+    Each choice's advantage is weighted by min(pi_learner / pi_behavior, bound), and the clipped
+    ratio starts from `logprob`, the learner's log-probabilities before its first update. So the
+    effect of the search's older weights or different arithmetic is corrected once and not clipped
+    away (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training";
+    the bound: Espeholt et al. 2018, arXiv 1802.01561). Also return the largest absolute log-ratio.
     """
-    apart = own - batch.behaviour_logprob
-    weight = np.minimum(np.exp(apart), np.float32(bound))
+    log_ratio = logprob - batch.behaviour_logprob
+    weight = np.minimum(np.exp(log_ratio), np.float32(bound))
     corrected = replace(
         batch,
-        behaviour_logprob=own,
+        behaviour_logprob=logprob,
         advantage_pos=batch.advantage_pos * weight,
         advantage_neg=batch.advantage_neg * weight,
     )
-    return corrected, float(np.abs(apart).max(initial=0.0))
+    return corrected, float(np.abs(log_ratio).max(initial=0.0))
 
 
 class Trainer:
-    """Weights, reference and optimiser of one rank."""
+    """Policy, reference, weight average and optimizer of one rank."""
 
     def __init__(
         self,
@@ -67,23 +67,23 @@ class Trainer:
         config: LearnerConfig,
         *,
         total_steps: int,
-        average: float = 0.0,
+        ema_decay: float = 0.0,
         temperature: float = 1.0,
         device: torch.device | str = "cpu",
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        """Take the policy over.
+        """Prepare a policy for training.
 
         Args:
-            policy: to be trained, in place.
-            tokenizer: the catalog's legal sequences and the tokens of their codes.
-            config: rates, clips and the anchor.
+            policy: policy to train, in place.
+            tokenizer: catalog's trie and the tokens of its codes.
+            config: rates, clips and the reference.
             total_steps: length of the learning-rate schedule.
-            average: decay of a moving average of the weights, kept beside them; 0 keeps none.
-            temperature: that free text was drawn with.
-            device: of everything here.
-            rank: of this worker.
+            ema_decay: decay of a moving average of the weights, kept as a copy; 0 for none.
+            temperature: sampling temperature of free text.
+            device: device of all weights and batches.
+            rank: rank of this worker.
             world: number of workers.
         """
         self.config, self.rank, self.world = config, rank, world
@@ -92,13 +92,13 @@ class Trainer:
         self.policy = policy
         cast(nn.Module, policy).to(self.device)
         self.copies: dict[str, LogprobModel] = {}
-        """Frozen models beside the policy: `reference` of the KL, `average` of its own course."""
-        self._decay = average
-        for name, wanted in (("reference", config.kl.weight > 0), ("average", average > 0)):
-            if wanted:
+        """Frozen copies of the policy: `reference` of the KL, `average` over the updates."""
+        self._ema_decay = ema_decay
+        for name, enabled in (("reference", config.kl.weight > 0), ("average", ema_decay > 0)):
+            if enabled:
                 frozen = copy.deepcopy(self.policy).eval().requires_grad_(False)
                 if name == "reference":
-                    detach(frozen)  # it only scores; an average is what is kept, its head included
+                    detach(frozen)  # it only scores; the average is exported with its value head
                 self.copies[name] = LogprobModel(frozen, *context, temperature=temperature)
         self.scorer: nn.Module = LogprobModel(
             self.policy, *context, detach=config.value.detach, temperature=temperature
@@ -107,8 +107,8 @@ class Trainer:
             self.scorer = DistributedDataParallel(self.scorer)
         elif world > 1:
             _shard_parameters(self.scorer, self.policy)
-            for one in self.copies.values():
-                _shard_parameters(one, one.policy)
+            for scorer in self.copies.values():
+                _shard_parameters(scorer, scorer.policy)
         head = value_head_of(self.policy)
         self._head = list(head.parameters()) if head is not None else []
         self.optimizer: AdamW = make_optimizer(
@@ -128,42 +128,43 @@ class Trainer:
 
     @property
     def result(self) -> PreTrainedModel:
-        """The weights worth keeping: the average where there is one, else the policy's own."""
+        """Model to evaluate and keep: the average where there is one, else the policy."""
         return self.copies["average"].policy if "average" in self.copies else self.policy
 
     def sft_step(self, batch: TrainBatch) -> dict[str, float]:
-        """One update towards the choices of the batch (maximum likelihood)."""
+        """Make one maximum-likelihood update on the choices of the batch."""
         self.policy.train()
 
         def loss(part: BatchTensors) -> tuple[Tensor, LossStats]:
-            value = weighted_nll(self.scorer(part)[0], part.advantage_pos)
-            return value, LossStats(surrogate=float(value.detach()))
+            nll = weighted_nll(self.scorer(part)[0], part.advantage_pos)
+            return nll, LossStats(surrogate=float(nll.detach()))
 
-        parts, metrics = self._update(self._cut(batch), loss)
-        return {"nll": parts.surrogate} | metrics
+        stats, metrics = self._update(self._split(batch), loss)
+        return {"nll": stats.surrogate} | metrics
 
     def rl_step(self, batch: TrainBatch) -> dict[str, float]:
-        """The configured number of updates on one batch of scored trees."""
+        """Make the configured number of updates on one batch of scored trees."""
         self.policy.eval()
         begin = time.perf_counter()
-        gap, mine = self._gap(batch), self._cut(batch)
+        gap, parts = self._dropout_gap(batch), self._split(batch)
         if self.config.dropout:
             self.policy.train()
         elif self.config.logprob == "full":
-            # The search's log-probabilities are of another distribution, so that a ratio to them
-            # would be no importance ratio; published trainers compare with themselves, too.
-            mine = [replace(part, behaviour_logprob=self._own(part)) for part in mine]
+            # The search's log-probabilities are of another distribution, so a ratio to them would
+            # be no importance ratio; published trainers, too, start from the learner's own.
+            parts = [replace(part, behaviour_logprob=self._logprobs(part)) for part in parts]
         elif self.config.tis_clip:
-            both = [apply_tis(part, self._own(part), self.config.tis_clip) for part in mine]
-            mine, gap = [part for part, _ in both], self._largest(max(apart for _, apart in both))
+            corrected = [apply_tis(p, self._logprobs(p), self.config.tis_clip) for p in parts]
+            parts = [part for part, _ in corrected]
+            gap = self._max_over_ranks(max(part_gap for _, part_gap in corrected))
         metrics: dict[str, float] = {}
         for _ in range(self.config.updates_per_batch):
-            parts, rates = self._update(mine, self._surrogate)
+            stats, rates = self._update(parts, self._surrogate)
             if self.config.kl.reference == "ema" and self.updates % self.config.kl.ema_every == 0:
                 self._update_ema("reference", self.config.kl.ema_share)
-            metrics = parts.metrics() | rates
-            metrics |= {"value_loss": parts.value} if self._head else {}
-            # Only the first update compares the same weights, as the gate wants.
+            metrics = stats.metrics() | rates
+            metrics |= {"value_loss": stats.value} if self._head else {}
+            # Only the first update compares equal weights, as a check of the two needs.
             gap = metrics["logprob_gap"] if gap is None else gap
         return metrics | {
             "logprob_gap": gap or 0.0,
@@ -174,9 +175,9 @@ class Trainer:
 
     @torch.no_grad()
     def score(self, batch: TrainBatch) -> Float32[np.ndarray, " B"]:
-        """Log-probability of all choices of each row together, as a search would have it.
+        """Sum the log-probabilities of each row's choices, as a search computes them.
 
-        Collective where the parameters are sharded: every rank scores the same batch.
+        This is a collective operation under FSDP: every rank scores the same batch.
         """
         self.policy.eval()
         part = to_tensors(batch, self.device)
@@ -185,10 +186,10 @@ class Trainer:
         total = torch.zeros(len(batch.token), device=self.device)
         return total.index_add(0, part.row, logprob.float()).cpu().numpy()
 
-    def _gap(self, batch: TrainBatch) -> float | None:
-        """Under dropout, the largest gap between search and learner on the first micro-batch.
+    def _dropout_gap(self, batch: TrainBatch) -> float | None:
+        """Return the log-probability gap to the search on the first micro-batch, under dropout.
 
-        None where the updates themselves compare the two.
+        Return None without dropout, where the updates themselves measure the gap.
         """
         if not self.config.dropout or self.config.logprob == "full":
             return None
@@ -198,13 +199,14 @@ class Trainer:
         return float((logprob - part.behaviour_logprob).abs().max()) if len(logprob) else 0.0
 
     @torch.no_grad()
-    def _own(self, part: TrainBatch) -> Float32[np.ndarray, " E"]:
-        """Log-probabilities of a micro-batch's choices, as its first update will compute them."""
+    def _logprobs(self, part: TrainBatch) -> Float32[np.ndarray, " E"]:
+        """Compute a micro-batch's log-probabilities exactly as its first update will."""
         with self._precision():
             logprob: Tensor = self.scorer(to_tensors(part, self.device))[0]
         return logprob.float().cpu().numpy()
 
     def _surrogate(self, part: BatchTensors) -> tuple[Tensor, LossStats]:
+        """Compute the policy loss of a micro-batch, plus the value loss where it has targets."""
         reference: Tensor | None = None
         if "reference" in self.copies:
             with torch.no_grad():
@@ -212,7 +214,7 @@ class Trainer:
         logprob, entropy, value = self.scorer(part)
         if self.config.dropout:
             part = replace(part, behaviour_logprob=logprob.detach())
-        loss, parts = policy_loss(
+        loss, stats = policy_loss(
             logprob,
             entropy,
             reference,
@@ -223,105 +225,101 @@ class Trainer:
             kl_weight=self.config.kl.weight,
         )
         if value is None or part.values is None:
-            return loss, parts
-        own = self.config.value
-        error = value_loss(value, part.values, discount=own.discount, target=own.target)
-        return loss + own.weight * error, replace(parts, value=float(error.detach()))
+            return loss, stats
+        config = self.config.value
+        error = value_loss(value, part.values, discount=config.discount, target=config.target)
+        return loss + config.weight * error, replace(stats, value=float(error.detach()))
 
-    def _cut(self, batch: TrainBatch) -> list[TrainBatch]:
-        """This rank's micro-batches, as many as any other rank's."""
-        mine = list(micro_batches(shard(batch, self.rank, self.world), self.config.max_tokens))
-        # All ranks must run equally many backward passes, or their exchanges do not meet.
-        return mine + [_without_choices(mine[-1])] * (
-            int(self._largest(float(len(mine)))) - len(mine)
-        )
+    def _split(self, batch: TrainBatch) -> list[TrainBatch]:
+        """Split this rank's shard into micro-batches, as many as every other rank's."""
+        parts = list(micro_batches(shard(batch, self.rank, self.world), self.config.max_tokens))
+        # All ranks must run the same number of backward passes, or their collectives deadlock.
+        missing = int(self._max_over_ranks(float(len(parts)))) - len(parts)
+        return parts + [_without_choices(parts[-1])] * missing
 
     def _update(
         self,
-        mine: Sequence[TrainBatch],
+        parts: Sequence[TrainBatch],
         loss: Callable[[BatchTensors], tuple[Tensor, LossStats]],
     ) -> tuple[LossStats, dict[str, float]]:
-        """Accumulate over micro-batches, clip, step; the parts of all ranks and the rates."""
+        """Accumulate over micro-batches, clip and step; return all ranks' stats and the rates."""
         total = LossStats()
         self.optimizer.zero_grad(set_to_none=True)
-        for index, part in enumerate(mine):
-            with self._exchange(last=index == len(mine) - 1), self._precision():
-                value, parts = loss(to_tensors(part, self.device))
+        for index, part in enumerate(parts):
+            with self._gradient_sync(last=index == len(parts) - 1), self._precision():
+                value, stats = loss(to_tensors(part, self.device))
                 (value * self.world).backward()
-            total += parts
+            total += stats
         limit = self.config.grad_clip or float("inf")
-        own = {id(p) for p in self._head}
-        shared = [p for p in self.scorer.parameters() if id(p) not in own]
+        head_ids = {id(p) for p in self._head}
+        shared = [p for p in self.scorer.parameters() if id(p) not in head_ids]
         norm = nn.utils.clip_grad_norm_(shared, limit)
         if self._head:
-            # Under one norm, a value far off its target would hold the policy back.
+            # Clipped apart: under one norm, a large value error would scale down the policy.
             nn.utils.clip_grad_norm_(self._head, limit)
         self.optimizer.step()
         rate = float(self.schedule.get_last_lr()[0])
         self.schedule.step()
         self.updates += 1
         self._update_average()
-        return self._over_ranks(total), {"grad_norm": _number(norm), "lr": rate}
+        return self._sum_over_ranks(total), {"grad_norm": _number(norm), "lr": rate}
 
     def _precision(self) -> AbstractContextManager[object]:
+        """Enter bfloat16 autocast, unless the configured dtype is float32."""
         if self.config.dtype == "float32":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     @contextmanager
-    def _exchange(self, *, last: bool) -> Generator[None]:
-        """Exchange gradients once per update, with the last micro-batch."""
+    def _gradient_sync(self, *, last: bool) -> Generator[None]:
+        """Synchronize gradients under DDP once per update, with the last micro-batch."""
         if isinstance(self.scorer, DistributedDataParallel) and not last:
             with self.scorer.no_sync():
                 yield
         else:
             yield
 
-    def _largest(self, value: float) -> float:
-        """The largest value of any rank."""
+    def _max_over_ranks(self, value: float) -> float:
+        """Return the largest value of any rank."""
         if self.world == 1:
             return value
-        most = torch.tensor(float(value), device=self.device)
-        dist.all_reduce(most, dist.ReduceOp.MAX)
-        return float(most)
+        largest = torch.tensor(float(value), device=self.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return float(largest)
 
-    def _over_ranks(self, parts: LossStats) -> LossStats:
+    def _sum_over_ranks(self, stats: LossStats) -> LossStats:
+        """Combine the statistics of all ranks."""
         if self.world == 1:
-            return parts
-        everyone: list[LossStats] = [parts] * self.world
-        dist.all_gather_object(everyone, parts)
-        return sum(everyone, LossStats())
+            return stats
+        gathered: list[LossStats] = [stats] * self.world
+        dist.all_gather_object(gathered, stats)
+        return sum(gathered, LossStats())
 
     def _update_average(self) -> None:
-        """Move the average, if there is one, after an update."""
-        # Shorter at first, or the random start would linger.
-        self._update_ema("average", 1 - min(self._decay, (1 + self.updates) / (10 + self.updates)))
+        """Update the average, if there is one, after an optimizer step."""
+        # The decay is smaller at first, or the random initial weights would linger.
+        decay = min(self._ema_decay, (1 + self.updates) / (10 + self.updates))
+        self._update_ema("average", 1 - decay)
 
     def _update_ema(self, name: str, share: float) -> None:
-        """Move a copy towards the policy by a share of the way."""
+        """Move a copy toward the policy by a share of the distance."""
         if name not in self.copies:
             return
         with torch.no_grad():
             current = dict(self.policy.named_parameters())
-            for parameter, slow in self.copies[name].policy.named_parameters():
-                slow.lerp_(current[parameter], share)
+            for parameter_name, average in self.copies[name].policy.named_parameters():
+                average.lerp_(current[parameter_name], share)
 
 
 def _shard_parameters(scorer: nn.Module, policy: PreTrainedModel) -> None:
-    """FSDP2: each decoder block is a unit of its own, the rest (embeddings, norm) is the root."""
+    """Apply FSDP2: one unit per decoder block; the rest (embeddings, norm) is the root unit."""
     for block in cast(nn.ModuleList, policy.base_model.layers):
         fully_shard(block)
     fully_shard(scorer)
 
 
 def _without_choices(batch: TrainBatch) -> TrainBatch:
-    """One row of the batch with nothing to learn: no loss, but a backward pass to take part in."""
-    row = replace(
-        batch,
-        token=batch.token[:1],
-        position=batch.position[:1],
-        subtree_end=batch.subtree_end[:1],
-    )
+    """Return one row of the batch without choices: no loss, but a backward pass for collectives."""
     per_choice = (
         "row", "query_slot", "state", "chosen", "behaviour_logprob", "advantage_pos",
         "advantage_neg", "kl_weight",
@@ -329,18 +327,22 @@ def _without_choices(batch: TrainBatch) -> TrainBatch:
     values = batch.values
     if values is not None:
         values = ValueTargets(**{f.name: getattr(values, f.name)[:0] for f in fields(values)})
-    whole = batch.sequences
-    if whole is not None:
-        whole = SequenceTargets(**{f.name: getattr(whole, f.name)[:0] for f in fields(whole)})
+    sequences = batch.sequences
+    if sequences is not None:
+        empty = {f.name: getattr(sequences, f.name)[:0] for f in fields(sequences)}
+        sequences = SequenceTargets(**empty)
     return replace(
-        row,
+        batch,
+        token=batch.token[:1],
+        position=batch.position[:1],
+        subtree_end=batch.subtree_end[:1],
         **{name: getattr(batch, name)[:0] for name in per_choice},
         values=values,
-        sequences=whole,
+        sequences=sequences,
     )
 
 
 def _number(value: Tensor) -> float:
-    """A scalar, gathered first where it is sharded."""
+    """Convert a scalar tensor to a float, gathered first where it is sharded."""
     full = getattr(value, "full_tensor", None)
     return float(full() if full is not None else value)

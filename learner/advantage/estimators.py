@@ -1,8 +1,9 @@
-"""Advantage estimators: how much each candidate is better than the rest of its group.
+"""Estimate the advantage of each candidate over the rest of its group.
 
-A group is the candidates of one prompt, whatever their number. These estimators compare within the
-group; they differ in whether the spread is divided out and in how tokens are weighted. With N
-candidates in the batch, |y| tokens in a candidate and mu, sigma of its group:
+A group is the candidates of one prompt, of any number. These estimators compare rewards within the
+group; they differ in whether they divide by the spread and in how they weight tokens. With N
+candidates in the batch, |y| tokens in a candidate and the mean mu and standard deviation sigma of
+its group:
 
     group           (R - mu) / (sigma + eps)     1 / (N |y|)         GRPO, arXiv 2402.03300
     dapo            (R - mu) / (sigma + eps)     1 / sum of |y|      DAPO, arXiv 2503.14476
@@ -10,12 +11,12 @@ candidates in the batch, |y| tokens in a candidate and mu, sigma of its group:
     leave_one_out   R - mean of the others       1 / (N |y|)         RLOO, arXiv 2402.14740
 
 |y| counts forced codes: their log-probability is 0 and they carry no gradient, but a candidate's
-length must not depend on how bushy the catalog is around it. N is that of the whole batch before
-it is cut for workers or micro-batches, so the parts' losses add up.
+length must not depend on how many siblings its codes have in the catalog. N counts the whole
+batch, before it is split for workers or micro-batches, so the losses of the parts add up.
 
-`sibling` compares below the group, node by node (`learner.advantage.sibling`), and two estimators
+`sibling` compares node by node within a group (`learner.advantage.sibling`), and two estimators
 combine it with `group`: `group_sibling` adds the two losses, `blend` averages the two advantages.
-`step` compares step by step (`learner.advantage.sapo`).
+`sapo` compares step by step (`learner.advantage.sapo`).
 
 Shapes:  B prompts   N nodes   C candidates   K steps of the longest candidate
 """
@@ -33,50 +34,51 @@ from orchard.settings import LearnerConfig
 from orchard.types import Advantages, ScoredTrees, SearchTrees
 
 Estimator = Callable[[ScoredTrees, float], Advantages]
-"""Scored trees and the epsilon beside a standard deviation to a verdict."""
+"""Function from scored trees and the epsilon added to a standard deviation to advantages."""
 
 
 def candidate_lengths(trees: SearchTrees) -> Int64[np.ndarray, " C"]:
-    """Number of tokens of each candidate, forced ones included."""
+    """Count the tokens of each candidate, forced ones included."""
     path = trees.paths()
     return np.where(path >= 0, np.diff(trees.token_start)[path], 0).sum(1)
 
 
 def group(scored: ScoredTrees, std_epsilon: float) -> Advantages:
-    """Standardised within the group; every candidate weighs the same."""
+    """Standardize rewards within the group; every candidate weighs the same."""
     return broadcast_to_steps(
         scored, group_normalize(*_by_group(scored), std_epsilon), mean_weight(scored)
     )
 
 
 def dapo(scored: ScoredTrees, std_epsilon: float) -> Advantages:
-    """Standardised within the group; every token of the batch weighs the same."""
+    """Standardize rewards within the group; every token of the batch weighs the same."""
     length = candidate_lengths(scored.trees)
     weight = np.full(len(length), 1 / max(1, length.sum()))
     return broadcast_to_steps(scored, group_normalize(*_by_group(scored), std_epsilon), weight)
 
 
 def drgrpo(scored: ScoredTrees, std_epsilon: float) -> Advantages:
-    """Centred within the group but not divided by its spread; `std_epsilon` plays no part."""
+    """Center rewards within the group without dividing by the spread; ignores `std_epsilon`."""
     length = candidate_lengths(scored.trees)
     weight = np.full(len(length), 1 / max(1, len(length) * length.max(initial=0)))
     return broadcast_to_steps(scored, group_center(*_by_group(scored)), weight)
 
 
 def leave_one_out(scored: ScoredTrees, std_epsilon: float) -> Advantages:
-    """Against the mean of the other candidates; `std_epsilon` plays no part."""
+    """Compare each reward with the mean of the others in the group; ignores `std_epsilon`."""
     size = np.diff(scored.trees.candidate_start)[scored.trees.prompt_of_candidate]
-    # R - (sum - R) / (G - 1) = (R - mu) G / (G - 1); alone in its group R - mu is already 0.
+    # R - (sum - R) / (G - 1) = (R - mu) G / (G - 1); in a group of one, R - mu is already 0.
     advantage = group_center(*_by_group(scored)) * size / np.maximum(size - 1, 1)
     return broadcast_to_steps(scored, advantage, mean_weight(scored))
 
 
 def blend(scored: ScoredTrees, std_epsilon: float) -> Advantages:
-    """Half of `group`, half of the mean of `sibling` over steps; candidates weigh the same."""
-    whole, nodes = group(scored, std_epsilon), sibling(scored, std_epsilon)
-    steps = np.maximum(1, (scored.trees.paths() >= 0).sum(1))
-    mean = nodes.advantage.astype(np.float64).sum(1) / steps
-    advantage = 0.5 * whole.advantage[:, 0] + 0.5 * mean
+    """Average `group` and the mean of `sibling` over steps; every candidate weighs the same."""
+    by_group, by_node = group(scored, std_epsilon), sibling(scored, std_epsilon)
+    num_steps = np.maximum(1, (scored.trees.paths() >= 0).sum(1))
+    # [C] mean sibling advantage over the steps of each candidate
+    mean = by_node.advantage.astype(np.float64).sum(1) / num_steps
+    advantage = 0.5 * by_group.advantage[:, 0] + 0.5 * mean
     return broadcast_to_steps(scored, advantage, mean_weight(scored))
 
 
@@ -89,18 +91,18 @@ ESTIMATORS: dict[str, Estimator] = {
     "blend": blend,
     "sapo": sapo,
 }
-"""By the name in `learner.estimator`. To add one, write a function of the type `Estimator`, list it
-here and add its name to the choices of that setting."""
+"""Estimators by their name in `learner.estimator`. To add one, write a function of the type
+`Estimator`, list it here and add its name to the choices of that setting."""
 
 SUMS: dict[str, tuple[str, ...]] = {"group_sibling": ("group", "sibling")}
-"""Estimators whose losses add up, under further names of that setting; the first of them weighs the
-divergence from the reference."""
+"""Combinations of estimators whose losses add up, by their name in `learner.estimator`; the weights
+of the first one also weight the divergence from the reference."""
 
 
 def compute_advantages(scored: ScoredTrees, config: LearnerConfig) -> list[Advantages]:
-    """The credits of a batch by the configured estimator; their losses add up."""
+    """Compute a batch's advantages by the configured estimator; the losses of several add up."""
     if config.estimator == "sapo":
-        return _by_steps(scored, config)
+        return _sapo_credits(scored, config)
     names = SUMS.get(config.estimator, (config.estimator,))
     credits = [ESTIMATORS[name](scored, config.std_epsilon) for name in names]
     return credits[:1] + [
@@ -109,38 +111,42 @@ def compute_advantages(scored: ScoredTrees, config: LearnerConfig) -> list[Advan
     ]
 
 
-def _by_steps(scored: ScoredTrees, config: LearnerConfig) -> list[Advantages]:
-    """The credit of `step` as switched, and that of the format if it counts."""
+def _sapo_credits(scored: ScoredTrees, config: LearnerConfig) -> list[Advantages]:
+    """Return the step-aligned credit and, where it has a weight, the credit of the format."""
     credits = [apply_code_switches(scored, sapo(scored, config.std_epsilon), config.sapo)]
     if config.sapo.format_weight:
         assert scored.step_reward is not None
-        formed = well_formed(scored.trees, scored.step_reward.shape[1]).astype(np.float32)
-        form = group(replace(scored, reward=formed), config.std_epsilon)
-        form = apply_code_switches(
-            scored, form, config.sapo.model_copy(update={"sid_token_weight": 1.0})
+        is_well_formed = well_formed(scored.trees, scored.step_reward.shape[1])
+        format_reward = is_well_formed.astype(np.float32)
+        credit = group(replace(scored, reward=format_reward), config.std_epsilon)
+        credit = apply_code_switches(
+            scored, credit, config.sapo.model_copy(update={"sid_token_weight": 1.0})
         )
-        credits.append(replace(form, weight=form.weight * np.float32(config.sapo.format_weight)))
+        format_weight = np.float32(config.sapo.format_weight)
+        credits.append(replace(credit, weight=credit.weight * format_weight))
     return credits
 
 
 def group_statistics(scored: ScoredTrees) -> dict[str, float]:
-    """What the groups have to teach, for the log.
+    """Summarize the groups' rewards and diversity for the log.
 
-    `zero_spread_share`: groups whose rewards are all equal, hence without gradient. `hit_share`:
-    groups that hold their target (where the part "rule" is scored). `reward_mean`, and `mean_NAME`
-    of each part. `distinct_share`: distinct leaves per candidate. `probability_mass`: probability
-    of a group's distinct leaves under the policy that found them, averaged over prompts; near 1
-    the search leaves nothing to be found.
+    `zero_spread_share`: share of groups whose rewards are all equal, hence without gradient.
+    `hit_share`: share of groups that contain their target (where the part "rule" is scored).
+    `reward_mean`: mean reward; `mean_NAME`: mean of each part. `distinct_share`: distinct leaves
+    per candidate. `probability_mass`: total probability of a group's distinct leaves under the
+    behavior policy, averaged over prompts; near 1 the search has found almost all of it.
     """
     trees = scored.trees
     prompt = trees.prompt_of_candidate
-    occupied = np.flatnonzero(np.diff(trees.candidate_start))
-    first = trees.candidate_start[occupied]
-    if len(occupied) == 0:
+    # prompts with candidates; reduceat needs the first candidate of each, without empty groups
+    nonempty = np.flatnonzero(np.diff(trees.candidate_start))
+    first = trees.candidate_start[nonempty]
+    if len(nonempty) == 0:
         return {}
     spread = np.maximum.reduceat(scored.reward, first) - np.minimum.reduceat(scored.reward, first)
+    # one candidate of each distinct (prompt, leaf)
     _, distinct = np.unique(np.stack([prompt, trees.leaf]), axis=1, return_index=True)
-    mass = np.exp(trees.score[distinct].astype(np.float64)).sum() / len(occupied)
+    mass = np.exp(trees.score[distinct].astype(np.float64)).sum() / len(nonempty)
     statistics = {
         "zero_spread_share": float((spread == 0).mean()),
         "reward_mean": float(scored.reward.mean()),
@@ -156,12 +162,12 @@ def group_statistics(scored: ScoredTrees) -> dict[str, float]:
 def _by_group(
     scored: ScoredTrees,
 ) -> tuple[Float32[np.ndarray, " C"], Int64[np.ndarray, " C"], int]:
-    """Rewards, the group of each, and how many groups there are."""
+    """Return the rewards, the group of each, and the number of groups."""
     return scored.reward, scored.trees.prompt_of_candidate, len(scored.trees)
 
 
 def mean_weight(scored: ScoredTrees) -> Float64[np.ndarray, " C"]:
-    """Weight of each token such that every candidate weighs 1 / N in all."""
+    """Return the weight of each candidate's tokens such that they sum to 1 / N."""
     length = candidate_lengths(scored.trees)
     return 1 / np.maximum(1, length * len(length))
 
@@ -171,7 +177,7 @@ def broadcast_to_steps(
     advantage: Float64[np.ndarray, " C"],
     weight: Float64[np.ndarray, " C"],
 ) -> Advantages:
-    """The same advantage and weight at every step that a candidate has."""
+    """Assign a candidate's advantage and weight to each of its steps."""
     inside = scored.trees.paths() >= 0
     return Advantages(
         advantage=np.where(inside, advantage[:, None], 0).astype(np.float32),

@@ -1,4 +1,4 @@
-"""Values within groups: centred, and in standard deviations.
+"""Center and standardize values within groups.
 
 Shapes:  C values
 """
@@ -10,11 +10,12 @@ from jaxtyping import Float, Float64, Int64
 def group_center(
     value: Float[np.ndarray, " C"], group: Int64[np.ndarray, " C"], num_groups: int
 ) -> Float64[np.ndarray, " C"]:
-    """Minus the group's mean; exactly 0 where all values of a group are equal."""
-    exact = value.astype(np.float64)
+    """Subtract the group's mean; exactly 0 where all values of a group are equal."""
+    value64 = value.astype(np.float64)
+    # [num_groups] size and sum of each group
     size = np.bincount(group, minlength=num_groups)
-    total = np.bincount(group, weights=exact, minlength=num_groups)
-    return exact - (total / np.maximum(size, 1))[group]
+    total = np.bincount(group, weights=value64, minlength=num_groups)
+    return value64 - (total / np.maximum(size, 1))[group]
 
 
 def group_normalize(
@@ -23,9 +24,10 @@ def group_normalize(
     num_groups: int,
     std_epsilon: float,
 ) -> Float64[np.ndarray, " C"]:
-    """Centred, over the group's unbiased standard deviation plus epsilon."""
-    apart = group_center(value, group, num_groups)
+    """Center and divide by the group's unbiased standard deviation plus epsilon."""
+    centered = group_center(value, group, num_groups)
     size = np.bincount(group, minlength=num_groups)
-    square = np.bincount(group, weights=apart**2, minlength=num_groups)
-    std = np.sqrt(square / np.maximum(size - 1, 1))
-    return apart / (std[group] + std_epsilon)
+    # [num_groups] sum of squares and standard deviation of each group
+    square_sum = np.bincount(group, weights=centered**2, minlength=num_groups)
+    std = np.sqrt(square_sum / np.maximum(size - 1, 1))
+    return centered / (std[group] + std_epsilon)

@@ -1,1 +1,1 @@
-"""Training batches: packing trees into rows, supervised batches, micro-batches."""
+"""Training batches: trees packed into rows, supervised batches and micro-batches."""

@@ -1,8 +1,9 @@
-"""A batch cut by rows: for the workers of a step, and for the memory of one forward pass.
+"""Split a batch by rows: into shards for data parallelism and micro-batches that fit in memory.
 
-Weights are those of the whole batch, so the losses and gradients of the parts add up to its own.
+Weights stay those of the whole batch, so the losses and gradients of the parts add up to those of
+the whole.
 
-Shapes:  B rows   S slots of the widest row   E choices of a part   R rows of it
+Shapes:  B rows   S slots of the widest row   E choices of a part   R rows of a part
 """
 
 from collections.abc import Iterator
@@ -13,22 +14,27 @@ from jaxtyping import Int32, Int64
 
 from orchard.types import SequenceTargets, TrainBatch, ValueTargets
 
+_DROPPED = -1
+"""Mark of a row, candidate or choice that is not in the part."""
+
 
 def shard(batch: TrainBatch, rank: int, world: int) -> TrainBatch:
-    """The rows of one of `world` workers, dealt by length so that all have alike much to do.
+    """Select the rows of one of `world` workers, dealt out by length to balance the work.
 
-    All shards have equally many rows, rows of padding included. `forward_tokens` is the shard's
-    own; `flat_tokens` stays that of the whole batch, which alone knows its candidates.
+    All shards have the same number of rows, rows of padding included. `forward_tokens` counts the
+    shard's tokens; `flat_tokens` stays that of the whole batch, since a shard lacks the candidates
+    to count it.
     """
     order = np.argsort(-row_lengths(batch), kind="stable")
     return _select(batch, order[rank::world], num_rows=-(-len(order) // world))
 
 
 def micro_batches(batch: TrainBatch, max_tokens: int) -> Iterator[TrainBatch]:
-    """Parts of at most `max_tokens` slots, padding included; a wider row goes alone.
+    """Yield parts of at most `max_tokens` slots, padding included; a wider row is a part alone.
 
-    Rows are taken longest first, so that those of a part are alike. Rows of padding are left out,
-    but one part there always is: every worker of a step has to take part in its reductions.
+    Rows are taken longest first, so that the rows of a part have similar lengths. Rows of padding
+    are left out, but there is always at least one part: every worker has to take part in the
+    collective operations of a step.
     """
     length = row_lengths(batch)
     order = np.argsort(-length, kind="stable")
@@ -40,17 +46,19 @@ def micro_batches(batch: TrainBatch, max_tokens: int) -> Iterator[TrainBatch]:
 
 
 def row_lengths(batch: TrainBatch) -> Int64[np.ndarray, " B"]:
-    """Number of slots of each row that are not padding."""
+    """Count the slots of each row that are not padding."""
     return (batch.subtree_end > 0).sum(1)
 
 
 def _select(batch: TrainBatch, rows: Int64[np.ndarray, " R"], *, num_rows: int) -> TrainBatch:
-    """The given rows, cut to the longest of them, and rows of padding up to `num_rows`."""
+    """Select rows, cut to the longest of them, and append rows of padding up to `num_rows`."""
     length = row_lengths(batch)[rows]
     width = max(1, int(length.max(initial=0)))
-    place = np.full(len(batch.token), -1, np.int64)
-    place[rows] = np.arange(len(rows))
-    kept = np.flatnonzero(place[batch.row] >= 0)
+    # [B] row of the part that each row becomes, _DROPPED for the others
+    new_row = np.full(len(batch.token), _DROPPED, np.int64)
+    new_row[rows] = np.arange(len(rows))
+    # [E] indices of the choices in the selected rows
+    kept = np.flatnonzero(new_row[batch.row] >= 0)
 
     def table(values: Int32[np.ndarray, "B S"]) -> Int32[np.ndarray, "R width"]:
         part = np.zeros((num_rows, width), np.int32)
@@ -59,14 +67,14 @@ def _select(batch: TrainBatch, rows: Int64[np.ndarray, " R"], *, num_rows: int) 
 
     return replace(
         batch,
-        values=None if batch.values is None else _select_states(batch.values, place),
+        values=None if batch.values is None else _select_states(batch.values, new_row),
         sequences=None
         if batch.sequences is None
-        else _select_sequences(batch.sequences, place, kept, len(batch.row)),
+        else _select_sequences(batch.sequences, new_row, kept, len(batch.row)),
         token=table(batch.token),
         position=table(batch.position),
         subtree_end=table(batch.subtree_end),
-        row=place[batch.row[kept]],
+        row=new_row[batch.row[kept]],
         query_slot=batch.query_slot[kept],
         state=batch.state[kept],
         chosen=batch.chosen[kept],
@@ -78,28 +86,38 @@ def _select(batch: TrainBatch, rows: Int64[np.ndarray, " R"], *, num_rows: int) 
     )
 
 
-def _select_states(values: ValueTargets, place: Int64[np.ndarray, " B"]) -> ValueTargets:
-    """The states of the rows that have a place, renumbered to it."""
-    kept = place[values.row] >= 0
+def _select_states(values: ValueTargets, new_row: Int64[np.ndarray, " B"]) -> ValueTargets:
+    """Select the states of the kept rows and renumber their rows."""
+    kept = new_row[values.row] >= 0
     states = {f.name: getattr(values, f.name)[kept] for f in fields(ValueTargets)}
-    return ValueTargets(**states | {"row": place[states["row"]]})
+    return ValueTargets(**states | {"row": new_row[states["row"]]})
 
 
 def _select_sequences(
-    whole: SequenceTargets,
-    place: Int64[np.ndarray, " B"],
+    sequences: SequenceTargets,
+    new_row: Int64[np.ndarray, " B"],
     choice: Int64[np.ndarray, " E"],
     num_choices: int,
 ) -> SequenceTargets:
-    """The candidates of the rows that have a place; they and the kept choices are renumbered."""
-    candidate = np.flatnonzero(place[whole.row] >= 0)
-    new_candidate, new_choice = np.full(len(whole.row), -1), np.full(num_choices, -1)
+    """Select the candidates of the kept rows; renumber them and the kept choices.
+
+    Args:
+        sequences: candidates of the batch.
+        new_row: new number of each row, `_DROPPED` for the others.
+        choice: indices of the kept choices.
+        num_choices: number of choices of the batch.
+    """
+    candidate = np.flatnonzero(new_row[sequences.row] >= 0)
+    # new number of each old candidate and choice, _DROPPED for the others
+    new_candidate = np.full(len(sequences.row), _DROPPED)
+    new_choice = np.full(num_choices, _DROPPED)
     new_candidate[candidate], new_choice[choice] = np.arange(len(candidate)), np.arange(len(choice))
-    pair = np.flatnonzero(new_candidate[whole.candidate] >= 0)
+    # indices of the (candidate, choice) pairs of kept candidates
+    pair = np.flatnonzero(new_candidate[sequences.candidate] >= 0)
     return SequenceTargets(
-        row=place[whole.row[candidate]],
-        advantage=whole.advantage[candidate],
-        length=whole.length[candidate],
-        choice=new_choice[whole.choice[pair]],
-        candidate=new_candidate[whole.candidate[pair]],
+        row=new_row[sequences.row[candidate]],
+        advantage=sequences.advantage[candidate],
+        length=sequences.length[candidate],
+        choice=new_choice[sequences.choice[pair]],
+        candidate=new_candidate[sequences.candidate[pair]],
     )

@@ -68,7 +68,7 @@ def dying_work(task: dict[str, Any]) -> None:
         return update(self, *arguments)
 
     def torn(checkpoint: Checkpoint, name: str) -> Checkpoint:
-        target = task["assignment"].config.run_dir / "checkpoints" / "learner-train" / name
+        target = task["spec"].config.run_dir / "checkpoints" / "learner-train" / name
         with checkpoint.as_directory() as folder:
             shutil.copytree(folder, target)
         for file in Path(target).iterdir():

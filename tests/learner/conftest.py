@@ -1,4 +1,4 @@
-"""Scored trees of chosen leaves, as a search and the rewards would have handed them over."""
+"""Fixtures: scored trees of chosen leaves, as a search and the rewards would produce them."""
 
 from collections.abc import Callable, Sequence
 
@@ -18,13 +18,13 @@ from rollout.search_trees import build_search_trees
 
 @pytest.fixture(scope="session")
 def catalog() -> Catalog:
-    """Sequences of three lengths, with lone children, whole chains and shared leaves."""
+    """Return a catalog of codes of three lengths, with lone children, chains and shared leaves."""
     return tiny_catalog(varying_depth=True)
 
 
 @pytest.fixture(scope="session")
 def policy(catalog: Catalog) -> tuple[PreTrainedModel, ItemTokenizer]:
-    """A tiny policy; nobody changes its weights."""
+    """Return a tiny policy, whose weights no test changes."""
     return tiny_policy(catalog)
 
 
@@ -32,7 +32,10 @@ def policy(catalog: Catalog) -> tuple[PreTrainedModel, ItemTokenizer]:
 def score_leaves(
     catalog: Catalog, policy: tuple[PreTrainedModel, ItemTokenizer]
 ) -> Callable[..., ScoredTrees]:
-    """Makes the trees of given leaves; random behaviour and, unless given, random rewards."""
+    """Return a function that builds the trees of chosen leaves, with random log-probabilities.
+
+    Rewards are random unless passed.
+    """
     trie = catalog.trie
     forced = trie.num_children(trie.parent(torch.arange(trie.num_nodes))).numpy() == 1
 
@@ -47,8 +50,8 @@ def score_leaves(
         start = ragged.starts(np.array([len(group) for group in groups]))
         leaf = np.array([leaf for group in groups for leaf in group], np.int64)
         node = trie.path(trie.leaf_node[leaf]).numpy()
-        behaviour = np.where(forced, 0, -3 * draw.random((len(groups), trie.num_nodes)))
-        logprob = np.where(node >= 0, behaviour[ragged.owners(start)[:, None], node], 0)
+        node_logprob = np.where(forced, 0, -3 * draw.random((len(groups), trie.num_nodes)))
+        logprob = np.where(node >= 0, node_logprob[ragged.owners(start)[:, None], node], 0)
         candidates = Candidates(
             start=start,
             node=node,
@@ -59,8 +62,8 @@ def score_leaves(
         )
         prompts = tiny_prompts(catalog, histories or range(1, len(groups) + 1), seed=seed)
         version = PolicyVersion(step=0, digest="0" * 64)
-        flat = draw.normal(size=len(leaf)) if rewards is None else np.concatenate(rewards)
-        reward = flat.astype(np.float32)
+        reward = draw.normal(size=len(leaf)) if rewards is None else np.concatenate(rewards)
+        reward = reward.astype(np.float32)
         return ScoredTrees(
             trees=build_search_trees(prompts, candidates, policy[1], version),
             reward=reward,
@@ -75,7 +78,7 @@ def score_leaves(
 def score_random(
     catalog: Catalog, score_leaves: Callable[..., ScoredTrees]
 ) -> Callable[..., ScoredTrees]:
-    """Makes groups of the given sizes of random leaves, repeats included."""
+    """Return a function that builds groups of chosen sizes of random leaves, with repeats."""
 
     def score(sizes: Sequence[int], *, seed: int = 0) -> ScoredTrees:
         draw = np.random.default_rng(seed)
@@ -87,12 +90,12 @@ def score_random(
 
 @pytest.fixture(scope="module")
 def precise(catalog: Catalog) -> tuple[PreTrainedModel, ItemTokenizer]:
-    """A float64 policy."""
-    model, vocabulary = tiny_policy(catalog)
-    return model.double(), vocabulary
+    """Return a float64 policy."""
+    model, tokenizer = tiny_policy(catalog)
+    return model.double(), tokenizer
 
 
 @pytest.fixture(scope="module")
 def scored(score_random: Callable[..., ScoredTrees]) -> ScoredTrees:
-    """Ragged groups with repeats whose behaviour is far from the policy."""
+    """Return ragged groups with repeats, with log-probabilities far from the policy's."""
     return score_random([4, 1, 7, 12, 2, 16])

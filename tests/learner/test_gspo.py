@@ -1,4 +1,4 @@
-"""The loss of sequence-level ratios: its definition, and packed rows against flat ones."""
+"""Test the loss with sequence ratios: its definition, and packed rows against flat ones."""
 
 from collections.abc import Callable
 
@@ -30,20 +30,20 @@ CLIPS = {"clip_low": 0.1, "clip_high": 0.15, "dual_clip": 1.4}
 def both(
     scored: ScoredTrees, catalog: Catalog, policy: Policy, name: str = "group"
 ) -> tuple[TrainBatch, TrainBatch]:
-    given = (scored, [ESTIMATORS[name](scored, 1e-4)], policy[1])
-    return pack(*given, sequence_ratio=True), flatten(*given, sequence_ratio=True)
+    arguments = (scored, [ESTIMATORS[name](scored, 1e-4)], policy[1])
+    return pack(*arguments, sequence_ratio=True), flatten(*arguments, sequence_ratio=True)
 
 
 def learn(
     parts: list[TrainBatch], catalog: Catalog, policy: Policy
 ) -> tuple[float, list[Tensor], LossStats]:
-    """Loss, gradients and log of some batches, added up."""
-    model, vocabulary = policy
+    """Sum loss, gradients and statistics over batches."""
+    model, tokenizer = policy
     model.zero_grad()
     total, log = 0.0, LossStats()
     for part in parts:
         batch = to_tensors(part)
-        got = choice_logprobs(model, batch, vocabulary)
+        got = choice_logprobs(model, batch, tokenizer)
         value, logged = policy_loss(*got, None, batch, **CLIPS, kl_weight=0.0)
         value.backward()
         total, log = total + value.item(), log + logged
@@ -51,8 +51,8 @@ def learn(
 
 
 def assert_same(a: list[Tensor], b: list[Tensor]) -> None:
-    for one, other in zip(a, b, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-6 * float(other.abs().max()))
+    for left, right in zip(a, b, strict=True):
+        torch.testing.assert_close(left, right, rtol=0, atol=1e-6 * float(right.abs().max()))
 
 
 @pytest.mark.parametrize("name", ["group", "dapo", "drgrpo", "leave_one_out", "blend"])
@@ -120,12 +120,12 @@ def test_micro_batches_and_shards_add_up_to_the_batch(
 def test_where_the_policy_has_not_moved_the_gradient_is_that_of_token_ratios(
     scored: ScoredTrees, catalog: Catalog, policy: Policy
 ) -> None:
-    model, vocabulary = policy
+    model, tokenizer = policy
     credits = [ESTIMATORS["group"](scored, 1e-4)]
     gradients: list[Tensor] = []
-    for whole in (False, True):
-        batch = to_tensors(pack(scored, credits, vocabulary, sequence_ratio=whole))
-        logprob, entropy = choice_logprobs(model, batch, vocabulary)
+    for sequence_ratio in (False, True):
+        batch = to_tensors(pack(scored, credits, tokenizer, sequence_ratio=sequence_ratio))
+        logprob, entropy = choice_logprobs(model, batch, tokenizer)
         on_policy = type(batch)(
             **{f: getattr(batch, f) for f in batch.__dataclass_fields__}
             | {"behaviour_logprob": logprob.detach()}
@@ -138,13 +138,13 @@ def test_where_the_policy_has_not_moved_the_gradient_is_that_of_token_ratios(
 def test_a_learner_takes_several_updates_with_sequence_ratios(
     scored: ScoredTrees, catalog: Catalog
 ) -> None:
-    model, vocabulary = tiny_policy(catalog, seed=3)
+    model, tokenizer = tiny_policy(catalog, seed=3)
     config = LearnerConfig(
         ratio="sequence", clip_low=3e-4, clip_high=4e-4, updates_per_batch=3, lr=1e-3, warmup=0.0,
         max_tokens=200,
     )  # fmt: skip
-    learner = Trainer(model, vocabulary, config, total_steps=3)
-    batch, _ = both(scored, catalog, (model, vocabulary))
+    learner = Trainer(model, tokenizer, config, total_steps=3)
+    batch, _ = both(scored, catalog, (model, tokenizer))
     metrics = learner.rl_step(batch)
     assert np.isfinite(list(metrics.values())).all()
     assert metrics["clipped_fraction"] > 0

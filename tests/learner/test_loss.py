@@ -1,4 +1,4 @@
-"""The loss against its definition per candidate, and packed rows against flat ones."""
+"""Test the loss against its definition per candidate, and packed rows against flat ones."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -27,7 +27,7 @@ CLIPS = {"clip_low": 0.2, "clip_high": 0.3, "dual_clip": 1.5}
 
 
 def choices(gain: list[float], loss: list[float]) -> BatchTensors:
-    """Choices of behaviour log-probability 0 and KL weight 1, without rows."""
+    """Build choices with behavior log-probability 0 and KL weight 1, without rows."""
     nothing = torch.zeros(len(gain), dtype=torch.long)
     return BatchTensors(
         token=nothing[:, None], position=nothing[:, None], subtree_end=nothing[:, None],
@@ -111,8 +111,8 @@ def test_the_divergence_is_k3_and_pulls_towards_the_reference() -> None:
 def learn(
     parts: Iterable[TrainBatch], catalog: Catalog, policy: Policy
 ) -> tuple[float, list[Tensor], LossStats]:
-    """Loss, gradients and log of some batches, added up; the reference is another policy."""
-    model, vocabulary = policy
+    """Sum loss, gradients and statistics over batches; the reference is another policy."""
+    model, tokenizer = policy
     reference, _ = tiny_policy(catalog, seed=1)
     reference.double()
     model.zero_grad()
@@ -120,8 +120,8 @@ def learn(
     for part in parts:
         batch = to_tensors(part)
         with torch.no_grad():
-            anchor, _ = choice_logprobs(reference, batch, vocabulary)
-        got = choice_logprobs(model, batch, vocabulary)
+            anchor, _ = choice_logprobs(reference, batch, tokenizer)
+        got = choice_logprobs(model, batch, tokenizer)
         value, logged = policy_loss(*got, anchor, batch, **CLIPS, kl_weight=0.1)
         value.backward()
         total, log = total + value.item(), log + logged
@@ -129,15 +129,15 @@ def learn(
 
 
 def assert_same(a: list[Tensor], b: list[Tensor]) -> None:
-    """Gradients equal within what sums in another order may differ."""
-    for one, other in zip(a, b, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-6 * float(other.abs().max()))
+    """Check that gradients agree up to the rounding of another summation order."""
+    for left, right in zip(a, b, strict=True):
+        torch.testing.assert_close(left, right, rtol=0, atol=1e-6 * float(right.abs().max()))
 
 
 def both(scored: ScoredTrees, catalog: Catalog, policy: Policy) -> tuple[TrainBatch, TrainBatch]:
     credits = [ESTIMATORS["group"](scored, 1e-4), ESTIMATORS["drgrpo"](scored, 1e-4)]
-    given = (scored, credits, policy[1])
-    return pack(*given), flatten(*given)
+    arguments = (scored, credits, policy[1])
+    return pack(*arguments), flatten(*arguments)
 
 
 def test_packed_rows_give_the_loss_and_every_gradient_of_flat_rows(
@@ -212,24 +212,26 @@ def test_prompts_that_share_codes_give_the_loss_that_they_give_alone(
     together, _, _ = learn([both(scored, catalog, precise)[0]], catalog, precise)
     alone = 0.0
     for row in range(2):
-        own = scored.trees.candidate_start[[row, row + 1]]
-        one = ScoredTrees(
-            trees=scored.trees.select(np.array([row])), reward=scored.reward[slice(*own)], parts={}
+        bounds = scored.trees.candidate_start[[row, row + 1]]
+        part = ScoredTrees(
+            trees=scored.trees.select(np.array([row])),
+            reward=scored.reward[slice(*bounds)],
+            parts={},
         )
-        alone += learn([both(one, catalog, precise)[0]], catalog, precise)[0]
+        alone += learn([both(part, catalog, precise)[0]], catalog, precise)[0]
     assert together == pytest.approx(alone / 2, rel=1e-6)
 
 
 def test_the_full_distribution_is_the_softmax_over_the_vocabulary(
     scored: ScoredTrees, catalog: Catalog, policy: Policy
 ) -> None:
-    model, vocabulary = policy
+    model, tokenizer = policy
     _, flat = both(scored, catalog, policy)
     batch = to_tensors(flat)
     with torch.no_grad():
-        got = choice_logprobs(model, batch, vocabulary, "full")
+        got = choice_logprobs(model, batch, tokenizer, "full")
         logits = model(input_ids=batch.token).logits[batch.row, batch.query_slot]
     expected = logits.log_softmax(-1)
-    token = vocabulary.token_of(batch.chosen)
+    token = tokenizer.token_of(batch.chosen)
     torch.testing.assert_close(got[0], expected.gather(1, token[:, None])[:, 0], atol=1e-5, rtol=0)
     torch.testing.assert_close(got[1], -(expected.exp() * expected).sum(1), atol=1e-5, rtol=0)

@@ -1,4 +1,4 @@
-"""Adapters trained by two workers, each with half of every weight, as by one."""
+"""Compare adapters trained by two workers, each with half of every weight, with those by one."""
 
 from pathlib import Path
 
@@ -23,37 +23,37 @@ ON = LoraConfig(rank=3, targets=("q_proj", "down_proj"))
 
 
 def taught(folder: Path, *, rank: int = 0, world: int = 1) -> Weights:
-    """The merged weights after three updates, of which the last follows a resumption."""
+    """Return the merged weights after three updates, the last one after a resumption."""
     tiny = tiny_setup()
-    form = tiny.tokenizer
-    asked = form.encode_history(np.arange(4, 10), np.array([0, 1, 3, 4, 6]))
-    written = np.zeros(0, np.int32), np.zeros(5, np.int64)
-    examples = SftExamples(asked=asked, written=written, target=np.arange(4))
-    batch = pack_examples(examples, form, PolicyVersion(step=0, digest=""), forced=True)
+    tokenizer = tiny.tokenizer
+    prompts = tokenizer.encode_history(np.arange(4, 10), np.array([0, 1, 3, 4, 6]))
+    no_text = np.zeros(0, np.int32), np.zeros(5, np.int64)
+    examples = SftExamples(asked=prompts, written=no_text, target=np.arange(4))
+    batch = pack_examples(examples, tokenizer, PolicyVersion(step=0, digest=""), forced=True)
 
-    def learner() -> Trainer:
+    def make_trainer() -> Trainer:
         policy = tiny_setup().model
         lora.attach(policy, ON, seed=0)
-        rates = LearnerConfig(lr=1e-2, parallel="fsdp")
+        config = LearnerConfig(lr=1e-2, parallel="fsdp")
         return Trainer(
-            policy, tiny.tokenizer, rates,
-            total_steps=9, average=0.5, rank=rank, world=world,
+            policy, tokenizer, config,
+            total_steps=9, ema_decay=0.5, rank=rank, world=world,
         )  # fmt: skip
 
-    first, digest = learner(), tiny.catalog.digest
+    first, digest = make_trainer(), tiny.catalog.digest
     for _ in range(2):
         first.sft_step(batch)
     checkpoint.save(first, folder, number=2, catalog=digest, write=rank == 0)
     if world > 1:
         dist.barrier()
-    again = learner()
-    assert checkpoint.load(again, folder, catalog=digest) == 2
-    again.sft_step(batch)
-    return lora.snapshot(again.result)
+    resumed = make_trainer()
+    assert checkpoint.load(resumed, folder, catalog=digest) == 2
+    resumed.sft_step(batch)
+    return lora.snapshot(resumed.result)
 
 
 def work(rank: int, folder: Path) -> None:
-    """One of two workers."""
+    """Run one of two workers."""
     torch.set_num_threads(1)
     meet = f"file://{folder / 'meet'}"
     dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=2)

@@ -1,4 +1,4 @@
-"""What the value head is taught, against worked examples and against candidates one by one."""
+"""Test value targets and loss against worked examples and candidate-by-candidate references."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
@@ -38,8 +38,8 @@ def packed(scored: ScoredTrees, catalog: Catalog, reward: np.ndarray | None = No
     if reward is None:
         reward = node_rewards(scored.trees, catalog, level_weight=WEIGHT)
     credits = [ESTIMATORS["group"](scored, 1e-4)]
-    vocabulary = tiny_policy(catalog)[1]
-    return pack(scored, credits, vocabulary, node_reward=reward, discount=GAMMA)
+    tokenizer = tiny_policy(catalog)[1]
+    return pack(scored, credits, tokenizer, node_reward=reward, discount=GAMMA)
 
 
 def tensors(batch: TrainBatch) -> ValueTensors:
@@ -49,32 +49,32 @@ def tensors(batch: TrainBatch) -> ValueTensors:
 
 
 def paths(scored: ScoredTrees) -> list[list[int]]:
-    """Nodes of each candidate from step 1 on."""
+    """List the nodes of each candidate from step 1 on."""
     return [[int(n) for n in row if n >= 0] for row in scored.trees.paths()]
 
 
 def by_node(scored: ScoredTrees, states: Sequence[float]) -> dict[int, float]:
-    """One number per state as a mapping from tree nodes: states are the inner nodes, in order."""
+    """Map tree nodes to one number per state: states are the non-root nodes, in order."""
     return dict(zip(np.flatnonzero(scored.trees.step > 0).tolist(), states, strict=True))
 
 
 def policy_with_head(catalog: Catalog, *, seed: int = 0) -> tuple[PreTrainedModel, ItemTokenizer]:
-    """A policy whose value head is far from constant."""
-    model, vocabulary = tiny_policy(catalog, seed=seed)
+    """Return a policy whose value head is far from constant."""
+    model, tokenizer = tiny_policy(catalog, seed=seed)
     value_head.attach(model, seed=seed)
     draw = torch.Generator().manual_seed(seed)
     for parameter in model.get_submodule(value_head.NAME).parameters():
         parameter.data.normal_(0.0, 0.3, generator=draw)
-    return model, vocabulary
+    return model, tokenizer
 
 
 def test_step_rewards_compare_the_mean_embedding_of_a_bucket_with_the_target() -> None:
     catalog = from_codes([[0, 0, 0], [0, 1, 0], [0, 1, 1]], level_size=(2, 2, 2))
-    model, vocabulary = tiny_policy(catalog)
+    model, tokenizer = tiny_policy(catalog)
     version = PolicyVersion(step=0, digest="")
     prompts = replace(tiny_prompts(catalog, [2]), target=np.array([0]))
-    found = beam(TorchEngine(model, vocabulary, version), prompts, width=3)
-    trees = build_search_trees(prompts, found, vocabulary, version)
+    candidates = beam(TorchEngine(model, tokenizer, version), prompts, width=3)
+    trees = build_search_trees(prompts, candidates, tokenizer, version)
     # The bucket of (0, 1) points along (.8, .6), its first member along (.6, .8).
     embedding = np.array([[1, 0], [0.6, 0.8], [1, 0.4]], np.float32)
     reward = node_rewards(trees, catalog, level_weight=WEIGHT, embedding=embedding)
@@ -196,13 +196,13 @@ def test_a_state_is_worth_the_same_in_a_tree_as_in_a_sequence_that_ends_there(
 def test_the_head_learns_what_its_states_are_worth(
     score_random: Grow, catalog: Catalog, target: str
 ) -> None:
-    model, vocabulary = tiny_policy(catalog)
+    model, tokenizer = tiny_policy(catalog)
     value_head.attach(model, seed=0)
     config = BRISK.model_copy(update={"value": ValueConfig(lr=3e-3, target=target)})
-    one = Trainer(model, vocabulary, config, total_steps=100)
+    trainer = Trainer(model, tokenizer, config, total_steps=100)
     # One candidate to a group: what follows a state is certain, and its error can vanish.
     batch = packed(score_random([1] * 6), catalog)
-    losses = [one.rl_step(batch)["value_loss"] for _ in range(40)]
+    losses = [trainer.rl_step(batch)["value_loss"] for _ in range(40)]
     assert losses[-1] < 0.3 * losses[0]
 
 
@@ -214,10 +214,10 @@ def test_the_head_moves_the_rest_of_the_policy_only_if_told_to(
     config = BRISK.model_copy(update={"value": ValueConfig(weight=3.0, detach=detach)})
     learners = []
     for make in (policy_with_head, tiny_policy):
-        model, vocabulary = make(catalog)
-        one = Trainer(model, vocabulary, config, total_steps=100)
-        one.rl_step(packed(scored, catalog))
-        learners.append(snapshot(one.policy))
+        model, tokenizer = make(catalog)
+        trainer = Trainer(model, tokenizer, config, total_steps=100)
+        trainer.rl_step(packed(scored, catalog))
+        learners.append(snapshot(trainer.policy))
     with_head, without = learners
     apart = max(np.abs(with_head[name] - without[name]).max() for name in without)
     assert (apart < 1e-5) == detach
@@ -229,8 +229,8 @@ def test_a_resumed_learner_with_a_head_continues_bit_for_bit(
     batches = [packed(score_random([4, 3], seed=seed), catalog) for seed in range(4)]
 
     def learner() -> Trainer:
-        model, vocabulary = policy_with_head(catalog)
-        return Trainer(model, vocabulary, BRISK, total_steps=100)
+        model, tokenizer = policy_with_head(catalog)
+        return Trainer(model, tokenizer, BRISK, total_steps=100)
 
     straight, first, second = learner(), learner(), learner()
     for batch in batches:
@@ -259,7 +259,7 @@ def test_a_part_without_states_still_takes_part_in_the_backward_pass(
 
 
 def test_an_average_keeps_its_own_head(catalog: Catalog) -> None:
-    model, vocabulary = policy_with_head(catalog)
-    one = Trainer(model, vocabulary, LearnerConfig(), total_steps=9, average=0.9)
-    assert snapshot(one.result).keys() == snapshot(one.policy).keys()
-    assert one.result is not one.policy
+    model, tokenizer = policy_with_head(catalog)
+    trainer = Trainer(model, tokenizer, LearnerConfig(), total_steps=9, ema_decay=0.9)
+    assert snapshot(trainer.result).keys() == snapshot(trainer.policy).keys()
+    assert trainer.result is not trainer.policy

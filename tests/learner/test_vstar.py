@@ -1,4 +1,4 @@
-"""The published loop on a tiny world: guided search, sibling credit, and a head that learns."""
+"""Test the V-STAR loop on a tiny world: guided search, sibling credit, and a head that learns."""
 
 from dataclasses import replace
 
@@ -41,7 +41,7 @@ def search(engine: TorchEngine, *, seed: int) -> ScoredTrees:
 
 
 def correlation(scored: ScoredTrees) -> float:
-    """Rank correlation of value with reward, over all levels; a constant head has none."""
+    """Return the rank correlation of value with reward over all levels, 0 for a constant head."""
     figures = diagnose(replace(scored, parts={}))  # with the whole reward, not the hits alone
     return float(np.mean([figures.get(f"rollout/value_spearman_{n}", 0.0) for n in (1, 2, 3)]))
 

@@ -1,4 +1,4 @@
-"""Estimators against worked examples, plain references and the identities that they keep."""
+"""Test estimators against worked examples, plain references and their identities."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,15 +32,15 @@ RANKING_AT_4 = [float(number) for number in f"{RANKING} -.0419 -.0409 -.0401".sp
     ("rewards", "expected"),
     [
         (RANKING_AT_4, {0: -0.6287, 1: -0.4028, 2: -0.3226, 3: 3.7218, 4: -0.2533, 15: -0.1663}),
-        ([1.0] + [0.0] * 15, {0: 3.7485} | {place: -0.2499 for place in range(1, 16)}),
+        ([1.0] + [0.0] * 15, {0: 3.7485} | {candidate: -0.2499 for candidate in range(1, 16)}),
     ],
 )
 def test_group_advantages_equal_the_worked_examples_of_sixteen_candidates(
     score_leaves: Grow, rewards: list[float], expected: dict[int, float]
 ) -> None:
     credit = ESTIMATORS["group"](score_leaves([range(16)], [rewards]), EPSILON)
-    for place, advantage in expected.items():
-        assert credit.advantage[place, 0] == pytest.approx(advantage, abs=3e-4)
+    for candidate, advantage in expected.items():
+        assert credit.advantage[candidate, 0] == pytest.approx(advantage, abs=3e-4)
 
 
 @given(rewards=reward_groups)
@@ -60,17 +60,17 @@ def test_advantages_equal_their_definitions(score_leaves: Grow, rewards: list[li
     scored = score_leaves([range(len(group)) for group in rewards], rewards)
     spread = [np.std(group, ddof=1) if len(group) > 1 else 0.0 for group in rewards]
     standard = [
-        (one - np.mean(group)) / (std + EPSILON)
+        (reward - np.mean(group)) / (std + EPSILON)
         for group, std in zip(rewards, spread, strict=True)
-        for one in group
+        for reward in group
     ]
-    centred = [one - np.mean(group) for group in rewards for one in group]
+    centered = [reward - np.mean(group) for group in rewards for reward in group]
     others = [
-        one - sum([*group[:i], *group[i + 1 :]]) / (len(group) - 1) if len(group) > 1 else 0.0
+        reward - sum([*group[:i], *group[i + 1 :]]) / (len(group) - 1) if len(group) > 1 else 0.0
         for group in rewards
-        for i, one in enumerate(group)
+        for i, reward in enumerate(group)
     ]
-    expected = {"group": standard, "dapo": standard, "drgrpo": centred, "leave_one_out": others}
+    expected = {"group": standard, "dapo": standard, "drgrpo": centered, "leave_one_out": others}
     for name in WHOLE:
         np.testing.assert_allclose(
             ESTIMATORS[name](scored, EPSILON).advantage[:, 0], expected[name], rtol=1e-4, atol=1e-5

@@ -1,4 +1,4 @@
-"""Credit by steps against the worked example, a plain reference, and packed thinking groups."""
+"""Test step-aligned credit against a worked example, a plain reference and packed groups."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,12 +29,12 @@ MATCHES = [(1, 1, 0), (1, 0, 0), (0, 0, 0), (0, 0, 0)]
 
 @pytest.fixture(scope="module")
 def cube() -> Catalog:
-    """Every sequence of three codes of two, so that any pattern of matches exists."""
+    """Return a catalog of all sequences of three binary codes, with every pattern of matches."""
     return catalogs.from_codes(list(product((0, 1), repeat=3)))
 
 
 def plain(cube: Catalog, groups: list[list[int]], target: list[int]) -> ScoredTrees:
-    """Groups of the given leaves, whose prompts have the given target items."""
+    """Build groups of chosen leaves, whose prompts have chosen target items."""
     prompts = tiny_prompts(cube, range(1, len(groups) + 1))
     return scored(grown(cube, replace(prompts, target=np.array(target)), groups))
 
@@ -43,15 +43,15 @@ def grown(cube: Catalog, prompts: object, groups: list[list[int]]) -> SearchTree
     leaf = np.concatenate([np.array(g, np.int64) for g in groups])
     node = cube.trie.path(cube.trie.leaf_node[leaf]).numpy()
     draw = np.random.default_rng(len(leaf))
-    known = -2 * draw.random((len(groups), cube.trie.num_nodes)).astype(np.float32)
+    node_logprob = -2 * draw.random((len(groups), cube.trie.num_nodes)).astype(np.float32)
     size = [len(group) for group in groups]
-    logprob = known[np.repeat(np.arange(len(groups)), size)[:, None], node]
-    found = Candidates(
+    logprob = node_logprob[np.repeat(np.arange(len(groups)), size)[:, None], node]
+    candidates = Candidates(
         start=np.cumsum([0, *size]), node=node, logprob=logprob, score=logprob.sum(1),
         leaf=leaf, cost=Cost(),
     )  # fmt: skip
     version = PolicyVersion(step=0, digest="0" * 64)
-    return build_search_trees(prompts, found, tiny_policy(cube)[1], version)  # pyright: ignore
+    return build_search_trees(prompts, candidates, tiny_policy(cube)[1], version)  # pyright: ignore
 
 
 def scored(trees: SearchTrees) -> ScoredTrees:
@@ -75,20 +75,20 @@ def thinking(
         blocks[missing] = 2
     length = draw.integers(2, 6, blocks.sum())
     forced = np.concatenate([np.arange(n) == 0 for n in length])
-    vocabulary = tiny_policy(cube)[1]
+    tokenizer = tiny_policy(cube)[1]
     behaviour = np.where(forced, 0, -3 * draw.random(len(forced)))
     thoughts = Thoughts(
         sample_start=np.cumsum([0, *samples]),
         block_start=np.cumsum([0, *blocks]),
-        token=draw.integers(vocabulary.size, size=len(forced)).astype(np.int32),
+        token=draw.integers(tokenizer.size, size=len(forced)).astype(np.int32),
         token_start=np.cumsum([0, *length]),
         logprob=behaviour.astype(np.float32),
         forced=forced,
         cost=Cost(),
     )
     prompts = tiny_prompts(cube, range(1, len(samples) + 1))
-    found = [draw.integers(8, size=codes).tolist() for _ in range(total)]
-    trees = attach_thoughts(prompts, thoughts, grown(cube, thoughts.contexts(prompts), found), 3)
+    leaves = [draw.integers(8, size=codes).tolist() for _ in range(total)]
+    trees = attach_thoughts(prompts, thoughts, grown(cube, thoughts.contexts(prompts), leaves), 3)
     return scored(trees)
 
 
@@ -159,10 +159,10 @@ def test_a_sample_with_a_wrong_number_of_blocks_earns_nothing(cube: Catalog) -> 
     step, form = compute_advantages(judged, config)
     np.testing.assert_allclose(form.weight, ESTIMATORS["group"](judged, EPSILON).weight / 2)
     assert (form.advantage[~formed][path[~formed] >= 0] < 0).all()
-    one, other = form.advantage[judged.trees.prompt_of_candidate == 0, 0], form.advantage
-    assert np.unique(np.abs(one) > 0).size == 1
+    first_group = form.advantage[judged.trees.prompt_of_candidate == 0, 0]
+    assert np.unique(np.abs(first_group) > 0).size == 1
     assert (step.weight[formed] > 0).all()
-    assert np.isfinite(other).all()
+    assert np.isfinite(form.advantage).all()
 
 
 def test_switches_act_on_codes_alone(cube: Catalog) -> None:
@@ -216,13 +216,13 @@ def test_packed_thinking_groups_have_the_loss_and_gradients_of_flat_ones(
     judged = add_step_rewards(thinking(cube, [4, 2, 3], codes=codes, missing=2), cube)
     config = LearnerConfig.model_validate({"estimator": "sapo", "sapo": {"format_weight": 0.3}})
     credits = compute_advantages(judged, config)
-    found: list[tuple[float, float, list[Tensor]]] = []
+    results: list[tuple[float, float, list[Tensor]]] = []
     layouts: list[Callable[..., object]] = [pack, flatten]
     for layout in layouts:
-        model, vocabulary = tiny_policy(cube)
-        batch = layout(judged, credits, vocabulary)
+        model, tokenizer = tiny_policy(cube)
+        batch = layout(judged, credits, tokenizer)
         tensors = to_tensors(batch)  # pyright: ignore
-        logprob, entropy = choice_logprobs(model, tensors, vocabulary, temperature=temperature)
+        logprob, entropy = choice_logprobs(model, tensors, tokenizer, temperature=temperature)
         reference = logprob.detach() - 0.1
         value, parts = policy_loss(
             logprob, entropy, reference, tensors, clip_low=0.2, clip_high=0.3, dual_clip=3.0,
@@ -231,20 +231,20 @@ def test_packed_thinking_groups_have_the_loss_and_gradients_of_flat_ones(
         assert 0 < parts.clipped < parts.choices
         value.backward()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        found.append((float(value.detach()), float(parts.choices), gradients))
-    (one, few, a), (other, many, b) = found
-    assert one == pytest.approx(other, rel=1e-5, abs=1e-6)
+        results.append((float(value.detach()), float(parts.choices), gradients))
+    (packed_loss, few, a), (flat_loss, many, b) = results
+    assert packed_loss == pytest.approx(flat_loss, rel=1e-5, abs=1e-6)
     assert few < many if codes > 1 else few == many
-    for mine, theirs in zip(a, b, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+    for packed, flat in zip(a, b, strict=True):
+        torch.testing.assert_close(packed, flat, rtol=1e-4, atol=1e-6)
 
 
 def test_a_prompt_is_read_once_for_all_its_samples(cube: Catalog) -> None:
     judged = add_step_rewards(thinking(cube, [4]), cube)
-    vocabulary = tiny_policy(cube)[1]
+    tokenizer = tiny_policy(cube)[1]
     credits = compute_advantages(judged, LearnerConfig(estimator="sapo"))
-    packed = pack(judged, credits, vocabulary)
-    flat = flatten(judged, credits, vocabulary)
+    packed = pack(judged, credits, tokenizer)
+    flat = flatten(judged, credits, tokenizer)
     prompt = len(judged.trees.prompts.token)
     assert flat.forward_tokens - packed.forward_tokens == 3 * prompt
     forced = judged.trees.forced

@@ -1,4 +1,4 @@
-"""Sibling-relative credit against the worked example, a plain reference and its identities."""
+"""Test sibling-relative credit against a worked example, a plain reference and identities."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -27,20 +27,20 @@ CODES = ((1, 2, 3), (1, 2, 4), (1, 5, 6), (7, 8, 9))
 def worked_example(num_prompts: int = 1) -> tuple[ScoredTrees, list[tuple[int, ...]]]:
     """Groups of the four sequences, rewards 1, 0, 0, 0; and the codes of each candidate."""
     catalog = from_codes([*CODES, (0, 0, 0)], level_size=(8, 9, 10))
-    model, vocabulary = tiny_policy(catalog)
+    model, tokenizer = tiny_policy(catalog)
     version = PolicyVersion(step=0, digest="")
     prompts = tiny_prompts(catalog, [2] * num_prompts)
-    found = beam(TorchEngine(model, vocabulary, version), prompts, width=5)
-    codes = [tuple(row) for row in catalog.codes[catalog.item_of_leaf[found.leaf]].tolist()]
+    candidates = beam(TorchEngine(model, tokenizer, version), prompts, width=5)
+    codes = [tuple(row) for row in catalog.codes[catalog.item_of_leaf[candidates.leaf]].tolist()]
     kept = np.array([code in CODES for code in codes])
-    start = np.concatenate([[0], np.cumsum(kept)])[found.start]
-    part = type(found)(
-        start=start, node=found.node[kept], logprob=found.logprob[kept], score=found.score[kept],
-        leaf=found.leaf[kept], cost=found.cost,
+    start = np.concatenate([[0], np.cumsum(kept)])[candidates.start]
+    part = type(candidates)(
+        start=start, node=candidates.node[kept], logprob=candidates.logprob[kept],
+        score=candidates.score[kept], leaf=candidates.leaf[kept], cost=candidates.cost,
     )  # fmt: skip
     codes = [code for code in codes if code in CODES]
     reward = np.array([float(code == CODES[0]) for code in codes], np.float32)
-    trees = build_search_trees(prompts, part, vocabulary, version)
+    trees = build_search_trees(prompts, part, tokenizer, version)
     return ScoredTrees(trees=trees, reward=reward, parts={}), codes
 
 
@@ -68,14 +68,16 @@ def test_credit_equals_the_worked_example() -> None:
 
 
 def test_equal_codes_of_several_prompts_never_meet() -> None:
-    one, (many, _) = worked_example()[0], worked_example(3)
-    alone, together = sibling(one, EPSILON), sibling(many, EPSILON)
+    single, (many, _) = worked_example()[0], worked_example(3)
+    alone, together = sibling(single, EPSILON), sibling(many, EPSILON)
     for row in range(3):
         part = slice(4 * row, 4 * row + 4)
         order = np.lexsort(many.trees.leaf[part][None])
-        mine = np.lexsort(one.trees.leaf[None])
-        np.testing.assert_array_equal(together.advantage[part][order], alone.advantage[mine])
-        np.testing.assert_allclose(3 * together.weight[part][order], alone.weight[mine])
+        single_order = np.lexsort(single.trees.leaf[None])
+        np.testing.assert_array_equal(
+            together.advantage[part][order], alone.advantage[single_order]
+        )
+        np.testing.assert_allclose(3 * together.weight[part][order], alone.weight[single_order])
 
 
 @given(
@@ -106,7 +108,7 @@ def test_advantages_and_weights_equal_their_definitions(
     for row, path in enumerate(trees.paths()):
         size = len(groups[trees.prompt_of_candidate[row]])
         for step, node in enumerate(path[path >= 0]):
-            means = [np.mean(behind[one]) for one in children[int(trees.parent[node])]]
+            means = [np.mean(behind[child]) for child in children[int(trees.parent[node])]]
             expected = (np.mean(behind[int(node)]) - np.mean(means)) / (np.std(means) + EPSILON)
             assert credit.advantage[row, step] == pytest.approx(expected, abs=1e-5)
             weight = 1 / (len(groups) * size * len(behind[int(node)]))

@@ -1,4 +1,4 @@
-"""What the parts of a batch look like; that they add up to it is shown with the loss."""
+"""Test the parts of a batch; the tests of the loss check that they add up to it."""
 
 from collections.abc import Callable
 
@@ -20,13 +20,13 @@ def batch(
     policy: tuple[PreTrainedModel, ItemTokenizer],
     score_random: Callable[..., ScoredTrees],
 ) -> TrainBatch:
-    """Seven rows of different lengths."""
+    """Return seven rows of different lengths."""
     scored = score_random([4, 2, 7, 12, 3, 16, 9])
     return pack(scored, [ESTIMATORS["group"](scored, 1e-4)], policy[1])
 
 
 def signature(batch: TrainBatch) -> list[tuple[object, ...]]:
-    """Every choice with what its row holds, independent of where the row is."""
+    """List every choice with the contents of its row, independent of the row's index."""
     rows = [tuple(row[:n]) for row, n in zip(batch.token, row_lengths(batch), strict=True)]
     return sorted(
         (rows[row], slot, edge, gain)

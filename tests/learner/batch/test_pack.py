@@ -1,4 +1,4 @@
-"""Packing against a plain-Python layout and against one ordinary forward pass per candidate."""
+"""Test packing against a plain-Python layout and one ordinary forward pass per candidate."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,13 +27,13 @@ SIZES = (4, 1, 7, 12, 2)
 
 
 def credits_of(scored: ScoredTrees) -> list[Advantages]:
-    """Two credits whose signs disagree on some candidates."""
+    """Return two credits whose signs disagree on some candidates."""
     flipped = replace(scored, reward=np.roll(scored.reward, 1))
     return [ESTIMATORS["group"](scored, 1e-4), ESTIMATORS["drgrpo"](flipped, 1e-4)]
 
 
 def lay_out(trees: SearchTrees, row: int) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-    """Paths of a row's nodes that need a slot, and of its choices, from the definition."""
+    """List the paths of a row's nodes that need a slot and of its choices, by definition."""
     nodes = range(trees.node_start[row], trees.node_start[row + 1])
     path: dict[int, tuple[int, ...]] = {nodes[0]: ()}
     for node in nodes[1:]:
@@ -48,14 +48,14 @@ def test_rows_hold_the_prompt_and_in_preorder_every_node_above_a_choice(
     catalog: Catalog, policy: Policy, score_random: Grow
 ) -> None:
     scored = score_random(SIZES)
-    trees, vocabulary = scored.trees, policy[1]
-    batch = pack(scored, credits_of(scored), vocabulary)
+    trees, tokenizer = scored.trees, policy[1]
+    batch = pack(scored, credits_of(scored), tokenizer)
     visible = tree_mask(to_tensors(batch).subtree_end).numpy()
     for row in range(len(trees)):
         prompt = trees.prompts.select(np.array([row])).token
         above, choice = lay_out(trees, row)
         last = torch.tensor([path[-1] for path in above], dtype=torch.long)
-        tokens = [*prompt, *vocabulary.token_of(last).tolist()] if choice else []
+        tokens = [*prompt, *tokenizer.token_of(last).tolist()] if choice else []
         places = [*range(len(prompt)), *(len(prompt) + len(path) - 1 for path in above)]
         assert batch.token[row, : len(tokens)].tolist() == tokens
         assert batch.position[row, : len(tokens)].tolist() == places[: len(tokens)]
@@ -75,7 +75,7 @@ def test_choices_are_the_unforced_codes_with_the_summed_credit_of_their_candidat
     trees, credits = scored.trees, credits_of(scored)
     batch = pack(scored, credits, policy[1])
     paths, owner = trees.paths(), trees.prompt_of_candidate
-    found: list[tuple[int, ...]] = []
+    actual: list[tuple[int, ...]] = []
     for choice, (row, edge) in enumerate(zip(batch.row, batch.chosen, strict=True)):
         through = np.argwhere((trees.state[paths] == edge) & (paths >= 0) & (owner[:, None] == row))
         earned = [c.advantage[i, k] * c.weight[i, k] for c in credits for i, k in through]
@@ -92,9 +92,9 @@ def test_choices_are_the_unforced_codes_with_the_summed_credit_of_their_candidat
         ]  # fmt: skip
         above = [int(n) for n in catalog.trie.path(torch.tensor([edge]))[0] if n >= 0]
         assert batch.state[choice] == ([0, *above])[-2]
-        found.append((int(row), *above))
+        actual.append((int(row), *above))
     expected = [(row, *path) for row in range(len(trees)) for path in lay_out(trees, row)[1]]
-    assert sorted(found) == sorted(expected)
+    assert sorted(actual) == sorted(expected)
     assert (np.minimum(batch.advantage_pos, -batch.advantage_neg) > 0).any()
 
 
@@ -102,19 +102,19 @@ def test_choices_are_the_unforced_codes_with_the_summed_credit_of_their_candidat
 def test_choice_logprobs_add_up_to_those_of_an_ordinary_forward_pass_per_leaf(
     catalog: Catalog, policy: Policy, score_random: Grow, layout: Callable[..., Any]
 ) -> None:
-    model, vocabulary = policy
+    model, tokenizer = policy
     scored = score_random(SIZES)
     trees = scored.trees
-    batch = layout(scored, credits_of(scored), vocabulary)
+    batch = layout(scored, credits_of(scored), tokenizer)
     with torch.no_grad():
-        logprob, _ = choice_logprobs(model, to_tensors(batch), vocabulary)
+        logprob, _ = choice_logprobs(model, to_tensors(batch), tokenizer)
     paths = trees.paths()
     for i, prompt in enumerate(trees.prompt_of_candidate):
         row = prompt if layout is pack else i
         edges = trees.state[paths[i][paths[i] >= 0]]
         total = logprob.numpy()[(batch.row == row) & np.isin(batch.chosen, edges)].sum()
         tokens = trees.prompts.select(np.array([prompt])).token
-        expected = brute_force(model, vocabulary, tokens)[trees.leaf[i]]
+        expected = brute_force(model, tokenizer, tokens)[trees.leaf[i]]
         assert total == pytest.approx(expected, abs=1e-5)
 
 
@@ -186,18 +186,18 @@ def thoughts(catalog: Catalog) -> ScoredTrees:
 
 def test_spans_of_text_and_of_several_codes_are_predicted_token_by_token() -> None:
     catalog = catalogs.from_codes(list(product((0, 1), repeat=3)))
-    model, vocabulary = tiny_policy(catalog)
+    model, tokenizer = tiny_policy(catalog)
     scored = thoughts(catalog)
     prompt = scored.trees.prompts.token.tolist()
-    batch = pack(scored, credits_of(scored), vocabulary)
+    batch = pack(scored, credits_of(scored), tokenizer)
     assert batch.forward_tokens == len(prompt) + 9
     with torch.no_grad():
-        got = choice_logprobs(model, to_tensors(batch), vocabulary)
-    words, codes = list(range(vocabulary.size)), ([3, 4], [5, 6], [7, 8])
+        got = choice_logprobs(model, to_tensors(batch), tokenizer)
+    tokens, codes = list(range(tokenizer.size)), ([3, 4], [5, 6], [7, 8])
     cases: list[tuple[list[int], list[int], int]] = [
-        ([], words, 3), ([3, 8], words, 5),
+        ([], tokens, 3), ([3, 8], tokens, 5),
         ([3, 8, 5], codes[0], 3), ([3, 8, 5, 3], codes[1], 5), ([3, 8, 5, 3, 5], codes[2], 7),
-        ([], words, 4), ([4], words, 7),
+        ([], tokens, 4), ([4], tokens, 7),
         ([4, 7], codes[0], 4), ([4, 7, 4], codes[1], 6), ([4, 7, 4, 6], codes[2], 8),
     ]  # fmt: skip
     for (before, legal, token), logprob, entropy in zip(cases, *got, strict=True):
