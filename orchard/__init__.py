@@ -1,1 +1,1 @@
-"""The nouns of Orchard: types, configuration, catalog, policy, data, metrics, errors."""
+"""Core of Orchard: types, configuration, catalog, policy, data, metrics and errors."""
