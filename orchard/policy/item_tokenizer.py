@@ -226,7 +226,7 @@ def _title_item_tokenizer(
         raise CatalogError(
             f"the titles end with token {int(token[-1])} and use tokens up to {int(token.max())}, "
             f"the policy's tokenizer ends with {tokenizer.eos_token_id} and has {len(tokenizer)}; "
-            "tokenise the titles with the policy's own tokenizer"
+            "tokenize the titles with the policy's own tokenizer"
         )
     return _with_specials(tokenizer, vocabulary, catalog, (token,))
 

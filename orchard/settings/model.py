@@ -76,7 +76,7 @@ class LoraConfig(Section):
 
 
 class ModelConfig(Section):
-    """The policy: a Hugging Face causal language model."""
+    """Policy model: a Hugging Face causal language model."""
 
     path: Path | None = None
     """Folder of a saved policy; by default a small Qwen3 is created from the sizes of this
