@@ -1,7 +1,7 @@
-"""One run, validated before anything starts. Importable without torch and without Ray.
+"""Load and validate the configuration of a run. Importable without torch and without Ray.
 
-A run is a TOML file plus dotted overrides (`learner.lr=1e-4`); each room receives its own section
-of `orchard.settings`. Unknown keys are refused, with the nearest known one named.
+A run is a TOML file plus dotted overrides (`learner.lr=1e-4`); each component receives its own
+section of `orchard.settings`. Unknown keys are rejected with the closest known key as a hint.
 """
 
 import copy
@@ -20,9 +20,9 @@ from orchard.settings.section import current_key
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """The run of a TOML file with overrides such as `learner.lr=1e-4` applied.
+    """Load the run of a TOML file and apply overrides such as `learner.lr=1e-4`.
 
-    Relative data paths are taken from the working directory, as every other path is.
+    Relative data paths are relative to the working directory, like all other paths.
 
     Raises:
         ConfigError: a missing or broken file, an unknown key, or a value out of bounds.
@@ -37,23 +37,27 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def parse(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
-    """The run of a nested mapping; raises ConfigError with one sentence per fault."""
-    changed = copy.deepcopy(dict(tree))
+    """Validate the run of a nested mapping with overrides applied.
+
+    Raises:
+        ConfigError: the run is invalid; the message has one sentence per error.
+    """
+    overridden = copy.deepcopy(dict(tree))
     for override in overrides:
-        _set(changed, override)
+        _set(overridden, override)
     try:
-        return Config.model_validate(changed)
+        return Config.model_validate(overridden)
     except ValidationError as error:
         raise ConfigError("; ".join(_sentence(dict(e)) for e in error.errors())) from error
 
 
 def dump(config: Config) -> str:
-    """The resolved run as TOML; `parse` of it gives the run back."""
+    """Return the resolved run as TOML, from which `parse` restores it."""
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
 
 
 def differences(a: Config, b: Config) -> list[str]:
-    """Dotted keys in which two runs differ, with both values."""
+    """Return the dotted keys in which two runs differ, with both values."""
     left, right = flatten(a.model_dump(mode="json")), flatten(b.model_dump(mode="json"))
     return [
         f"{key} = {right.get(key)} (was {left.get(key)})"
@@ -63,7 +67,10 @@ def differences(a: Config, b: Config) -> list[str]:
 
 
 def _set(tree: dict[str, Any], override: str) -> None:
-    """Apply `a.b=value`; the value is read as TOML and, failing that, as a bare string."""
+    """Apply the override `a.b=value` in place.
+
+    The value is parsed as TOML and, if that fails, taken as a bare string.
+    """
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"override {override!r} is not of the form section.key=value")
@@ -83,7 +90,7 @@ def _set(tree: dict[str, Any], override: str) -> None:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys to values."""
+    """Flatten a nested mapping to dotted keys."""
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
@@ -93,8 +100,8 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def _known() -> list[str]:
-    """All dotted keys."""
+def _known_keys() -> list[str]:
+    """Return the dotted keys of all settings."""
 
     def walk(section: type[BaseModel], prefix: str) -> list[str]:
         keys: list[str] = []
@@ -110,17 +117,18 @@ def _known() -> list[str]:
 
 
 def _sentence(error: Mapping[str, Any]) -> str:
-    """One fault as value, bound and remedy."""
+    """Describe one validation error by its value, bound and remedy."""
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, _known(), n=1, cutoff=0.5)
-        near = near or [k for k in _known() if k.split(".")[-1] == key.split(".")[-1]]
-        hint = f"did you mean {near[0]}?" if near else "see docs/configuration.md"
+        known_keys = _known_keys()
+        closest = difflib.get_close_matches(key, known_keys, n=1, cutoff=0.5)
+        closest = closest or [k for k in known_keys if k.split(".")[-1] == key.split(".")[-1]]
+        hint = f"did you mean {closest[0]}?" if closest else "see docs/configuration.md"
         return f"unknown key {key}; {hint}"
     if error["type"] == "missing":
         return f"{key} is missing; set it in the run file or as {key}=..."
     message = str(error["msg"]).removeprefix("Value error, ")
-    # A whole section would be spelt out, whatever it holds; its message names what is wrong in it.
+    # The input of a section-level error is the whole section; its message names the wrong values.
     if not key or isinstance(error["input"], dict):
         return message
     return f"{key} = {error['input']!r}: {message}"

@@ -1,29 +1,29 @@
-"""Everything that Orchard raises on purpose.
+"""Exceptions that Orchard raises deliberately.
 
     OrchardError
-    ├── ConfigError        a run that cannot work as written
-    ├── DataError          a file or row that cannot be used
-    │   └── CatalogError     items or semantic IDs that do not fit together
-    ├── CheckpointError    a checkpoint or policy that belongs to something else
-    ├── EngineError        a decoder that cannot serve the request
-    │   └── UnfitError         a decoder that computes something else than its weights say
-    ├── ActorError         a remote part that died, hung or answered wrongly
-    └── Stopped            a run that was asked to stop, and did in order
+    ├── ConfigError              a configuration that cannot work
+    ├── DataError                a file or row that cannot be used
+    │   └── CatalogError           inconsistent items or semantic IDs
+    ├── CheckpointError          a checkpoint or policy of another run, model or catalog
+    ├── EngineError              a decoding engine that cannot serve the request
+    │   └── WeightMismatchError    an engine whose outputs contradict its weights
+    ├── ActorError               a remote actor that died, hung or returned a wrong result
+    └── RunInterrupted           a run that was stopped by a signal and saved its state
 
 Each message names the value, the bound and the remedy; the command line prints it and exits with 2.
 """
 
 
 class OrchardError(Exception):
-    """Base of every error that a user can act on."""
+    """Base class of every error that a user can act on."""
 
 
 class ConfigError(OrchardError):
-    """The configuration names something unknown, contradictory or out of bounds."""
+    """The configuration contains an unknown key, a contradiction or a value out of bounds."""
 
 
 class DataError(OrchardError):
-    """A data file is missing, unreadable, or holds a row that cannot be used."""
+    """A data file is missing or unreadable, or contains a row that cannot be used."""
 
 
 class CatalogError(DataError):
@@ -35,16 +35,16 @@ class CheckpointError(OrchardError):
 
 
 class EngineError(OrchardError):
-    """A decoding engine cannot be built, or a request does not fit it."""
+    """A decoding engine cannot be created, or a request exceeds its limits."""
 
 
 class WeightMismatchError(EngineError):
-    """A holder of weights answers a probe otherwise than the learner; its pool replaces it."""
+    """An engine disagrees with the learner on a weight probe; its actor pool replaces it."""
 
 
 class ActorError(OrchardError):
-    """A rollout, reward or learner actor died, missed its deadline or answered wrongly."""
+    """A rollout, reward or learner actor died, missed its deadline or returned a wrong result."""
 
 
 class RunInterrupted(OrchardError):
-    """The run was told to stop (SIGTERM); what it has done is saved."""
+    """The run was stopped by SIGTERM, after it saved its progress."""

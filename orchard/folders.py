@@ -1,4 +1,4 @@
-"""Folders that are there whole or not at all."""
+"""Write output folders and files atomically, and protect existing ones."""
 
 import shutil
 from collections.abc import Generator
@@ -9,13 +9,13 @@ from orchard.errors import DataError
 
 
 def check_output_dir(out: Path, *, mark: str, kind: str, overwrite: bool) -> None:
-    """Raise DataError unless `out` is new, empty, or a folder of ours that may be replaced.
+    """Raise DataError unless `out` is new, empty, or an Orchard folder that may be replaced.
 
     Args:
-        out: the folder.
-        mark: a file by which our folders are known. What lacks it is never deleted.
-        kind: what our folders are, for messages.
-        overwrite: replace one.
+        out: the output folder.
+        mark: a file that identifies folders of this kind; a folder without it is never deleted.
+        kind: name of the kind of folder, for messages.
+        overwrite: allow the replacement of an existing folder.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
@@ -27,7 +27,7 @@ def check_output_dir(out: Path, *, mark: str, kind: str, overwrite: bool) -> Non
 
 @contextmanager
 def atomic_dir(out: Path) -> Generator[Path]:
-    """A temporary folder that takes the place of `out` when the block ends well."""
+    """Yield a temporary folder that replaces `out` if the block succeeds."""
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -44,7 +44,7 @@ def atomic_dir(out: Path) -> Generator[Path]:
 
 
 def atomic_write(path: Path, text: str) -> None:
-    """Write a file whole: a reader finds the old text or the new one, never a part."""
+    """Write a file atomically: a reader sees the old text or the new text, never a part."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)

@@ -1,4 +1,4 @@
-"""Optimiser and schedule."""
+"""AdamW optimizer and learning-rate schedule."""
 
 import math
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ def make_optimizer(
     own: Sequence[nn.Parameter] = (),
     own_lr: float = 0.0,
 ) -> AdamW:
-    """AdamW that decays matrices only: norms and biases are scales, not weights to shrink.
+    """Create an AdamW optimizer that decays matrices only, not norms and biases.
 
-    The parameters of `own` learn at a rate of their own and do not decay.
+    The parameters in `own` have the separate learning rate `own_lr` and no weight decay.
     """
-    apart = {id(p) for p in own}
-    shared = [p for p in model.parameters() if p.requires_grad and id(p) not in apart]
+    own_ids = {id(p) for p in own}
+    shared = [p for p in model.parameters() if p.requires_grad and id(p) not in own_ids]
     groups = [
         {"params": [p for p in shared if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in shared if p.ndim < 2], "weight_decay": 0.0},
@@ -33,13 +33,20 @@ def make_optimizer(
 def make_schedule(
     optimizer: AdamW, *, total_steps: int, warmup: float, final_lr: float
 ) -> LambdaLR:
-    """Linear rise over a share of the steps, then a cosine down to a share of the peak rate."""
-    rise = max(1, round(total_steps * warmup))
+    """Create a schedule with linear warmup and cosine decay.
+
+    Args:
+        optimizer: the optimizer, whose rates are the peak rates.
+        total_steps: number of updates.
+        warmup: share of the updates with a linearly rising rate.
+        final_lr: final rate as a share of the peak rate.
+    """
+    warmup_steps = max(1, round(total_steps * warmup))
 
     def factor(step: int) -> float:
-        if step < rise:
-            return (step + 1) / rise
-        progress = min(1.0, (step - rise) / max(1, total_steps - rise))
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
         return final_lr + (1 - final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
     return LambdaLR(optimizer, factor)

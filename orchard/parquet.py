@@ -1,4 +1,4 @@
-"""Reading the Parquet files that users bring."""
+"""Read and check the Parquet files that users provide."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,21 +10,21 @@ import pyarrow.parquet as pq
 from orchard.errors import DataError
 
 _INTEGERS, _LISTS = ("item_id", "target"), ("history",)
-"""Columns that hold integers, and lists of them, in whichever file they stand."""
+"""Names of the columns that must hold integers, and lists of integers, in every file."""
 
 
 def read_table(path: Path, *, role: str, columns: Sequence[str], remedy: str) -> Any:
-    """The table of a file that must hold certain columns; it may hold others.
+    """Read a Parquet file and check that it has the required columns; it may have others.
 
     Args:
-        path: of the file.
-        role: what the file is, for messages.
-        columns: names that must be there.
-        remedy: what to check where the file is missing.
+        path: path of the file.
+        role: role of the file, for messages.
+        columns: names of the required columns.
+        remedy: setting to check if the file is missing, for messages.
 
     Raises:
-        DataError: the file is missing or no Parquet, lacks a column, or holds something else than
-            items where items belong.
+        DataError: the file is missing or no Parquet, lacks a column, or a column of items has
+            another type or missing values.
     """
     if not path.is_file():
         raise DataError(f"{role} file {path} does not exist; check {remedy}")
@@ -45,6 +45,7 @@ def read_table(path: Path, *, role: str, columns: Sequence[str], remedy: str) ->
 
 
 def _check(column: Any, name: str, where: str) -> None:
+    """Raise DataError if a column of items has the wrong type or missing values."""
     kind = column.type
     if name in _INTEGERS:
         if not pa.types.is_integer(kind):

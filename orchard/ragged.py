@@ -1,4 +1,4 @@
-"""Rows of unequal length as one flat array and an array of starts (CSR).
+"""Operations on ragged arrays, stored as one flat array and an array of row starts (CSR).
 
 Shapes:  R rows   R1 = R + 1   M elements of all rows
 Row r holds the elements `start[r] : start[r + 1]`, so `start` has R + 1 entries.
@@ -11,24 +11,24 @@ from jaxtyping import Int, Shaped
 
 
 def starts(count: Int[np.ndarray, " R"]) -> Int[np.ndarray, " R+1"]:
-    """Where each row starts, given the row lengths."""
+    """Return the start of each row, and the total length, from the row lengths."""
     start = np.zeros(len(count) + 1, dtype=np.int64)
     np.cumsum(count, out=start[1:])
     return start
 
 
 def owners(start: Int[np.ndarray, " R1"]) -> Int[np.ndarray, " M"]:
-    """The row of each element."""
+    """Return the row index of each element."""
     return np.repeat(np.arange(len(start) - 1), np.diff(start))
 
 
 def places(start: Int[np.ndarray, " R1"]) -> Int[np.ndarray, " M"]:
-    """The position of each element within its row."""
+    """Return the position of each element within its row."""
     return np.arange(int(start[-1])) - np.repeat(start[:-1], np.diff(start))
 
 
 def ranges(first: Int[np.ndarray, " R"], count: Int[np.ndarray, " R"]) -> Int[np.ndarray, " M"]:
-    """`first[r], first[r] + 1, ...` with `count[r]` terms, for all rows in one array."""
+    """Concatenate the ranges `first[r], first[r] + 1, ...` of length `count[r]` of all rows."""
     start = starts(count)
     return np.arange(int(start[-1])) + np.repeat(np.asarray(first) - start[:-1], count)
 
@@ -38,7 +38,7 @@ def take(
     start: Int[np.ndarray, " R1"],
     rows: Int[np.ndarray, " K"],
 ) -> tuple[Shaped[np.ndarray, "K2 ..."], Int[np.ndarray, " K+1"]]:
-    """The chosen rows, in the order asked for, as a new ragged array."""
+    """Select rows, in the given order, as a new ragged array."""
     count = np.diff(start)[rows]
     return values[ranges(start[rows], count)], starts(count)
 
@@ -46,7 +46,7 @@ def take(
 def last(
     values: Shaped[np.ndarray, "M ..."], start: Int[np.ndarray, " R1"], most: int
 ) -> tuple[Shaped[np.ndarray, "K2 ..."], Int[np.ndarray, " R1"]]:
-    """The last `most` elements of each row, or all of a shorter one."""
+    """Keep the last `most` elements of each row, or all elements of a shorter row."""
     count = np.minimum(np.diff(start), most)
     return values[ranges(start[1:] - count, count)], starts(count)
 
@@ -54,7 +54,10 @@ def last(
 def pad(
     values: Shaped[np.ndarray, " M"], start: Int[np.ndarray, " R1"], *, fill: int, width: int = 0
 ) -> Shaped[np.ndarray, "R W"]:
-    """A dense table of the rows, filled on the right; W is the longest row or `width` if larger."""
+    """Return a dense table of the rows, padded on the right with `fill`.
+
+    Its width W is the length of the longest row, or `width` if that is larger.
+    """
     count = np.diff(start)
     table = np.full((len(count), max(width, int(count.max(initial=0)))), fill, values.dtype)
     table[owners(start), places(start)] = values
@@ -64,7 +67,7 @@ def pad(
 def concatenate(
     parts: Sequence[tuple[Shaped[np.ndarray, "..."], Int[np.ndarray, " _"]]],
 ) -> tuple[Shaped[np.ndarray, "M2 ..."], Int[np.ndarray, " R2"]]:
-    """Several ragged arrays one after another as one."""
+    """Concatenate the rows of several ragged arrays."""
     values = np.concatenate([values for values, _ in parts])
     counts = np.concatenate([np.diff(start) for _, start in parts])
     return values, starts(counts)

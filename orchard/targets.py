@@ -1,4 +1,4 @@
-"""What a batch may hold beside its choices: states for the value head, candidates as wholes."""
+"""Optional training targets of a batch: states for the value head, whole candidates for GSPO."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from jaxtyping import Float32, Int32, Int64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ValueTargets:
-    """Non-empty prefixes of a batch's candidates, and what the value head is to make of them.
+    """Non-empty prefixes of a batch's candidates and the value targets of these states.
 
     Weights are shares of all states of all candidates of the whole batch.
 
@@ -16,32 +16,37 @@ class ValueTargets:
     """
 
     row: Int64[np.ndarray, " V"]
+    """Row of each state in the packed batch."""
     path: Int32[np.ndarray, "V P"]
-    """Slots of the prompt's end and of the last token of each node down to the state, then -1."""
+    """Slots of the last prompt token and of the last token of each node down to the state, then
+    -1."""
     reward: Float32[np.ndarray, " V"]
-    """Of the step into the state."""
+    """Reward of the step into the state."""
     outcome: Float32[np.ndarray, " V"]
-    """Mean discounted reward from the state on, over the candidates through it."""
+    """Mean discounted return from the state on, over the candidates that pass through it."""
     through: Float32[np.ndarray, " V"]
-    """Weight of the candidates through the state."""
+    """Weight of the candidates that pass through the state."""
     entered: Float32[np.ndarray, " V"]
-    """Of those that came from another state: as `through`, but 0 after the prompt's end."""
+    """Weight of the candidates that enter from another state: `through`, but 0 at the prompt's
+    end."""
     ending: Float32[np.ndarray, " V"]
-    """Of those that end there."""
+    """Weight of the candidates that end in the state."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceTargets:
-    """The candidates of a batch, where the ratio is that of a whole candidate (GSPO).
+    """Candidates of a batch whose importance ratio is taken per candidate (GSPO).
 
     Shapes:  Q candidates   P pairs of a candidate and a choice on its path
     """
 
     row: Int64[np.ndarray, " Q"]
+    """Row of each candidate in the packed batch."""
     advantage: Float32[np.ndarray, " Q"]
-    """Weighted: the sum of weight times advantage over the candidate's tokens."""
+    """Weighted advantage: the sum of weight times advantage over the tokens of the candidate."""
     length: Float32[np.ndarray, " Q"]
-    """Its tokens, forced ones included."""
+    """Number of tokens of the candidate, forced tokens included."""
     choice: Int64[np.ndarray, " P"]
-    """Index into the choices of the batch; candidates that share a choice each name it."""
+    """Index of the choice in the batch; candidates that share a choice have one pair each."""
     candidate: Int64[np.ndarray, " P"]
+    """Index of the candidate, 0 to Q - 1."""

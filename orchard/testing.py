@@ -1,4 +1,4 @@
-"""Tiny worlds for tests and benchmarks: catalogs, policies, prompts, and brute force.
+"""Build small catalogs, policies and prompts for tests and benchmarks, with brute-force scores.
 
 Shapes:  K leaves   B prompts
 """
@@ -48,17 +48,18 @@ def tiny_catalog(
     num_items: int = 30,
     varying_depth: bool = False,
 ) -> Catalog:
-    """Random semantic IDs with what real ones have: collisions, lone children and whole chains.
+    """Create a catalog of random semantic IDs with collisions, single children and whole chains.
 
-    Below an odd first code the second is always 0, so that chains also occur inside a sequence.
-    With `varying_depth`, about a third of the sequences stop early, some as a prefix of another.
+    Below an odd first code the second code is always 0, so that chains also occur within a
+    sequence. With `varying_depth`, about a third of the sequences stop early, some as a prefix of
+    another.
     """
     draw = np.random.default_rng(seed)
     codes = draw.integers(level_size, size=(num_items, len(level_size)))
     codes[codes[:, 0] % 2 == 1, 1:2] = 0
-    codes[-1] = codes[0]  # one collision for certain
-    short = draw.random(num_items) < (1 / 3 if varying_depth else 0)
-    length = np.where(short, draw.integers(1, len(level_size) + 1, num_items), len(level_size))
+    codes[-1] = codes[0]  # guarantees one collision
+    is_short = draw.random(num_items) < (1 / 3 if varying_depth else 0)
+    length = np.where(is_short, draw.integers(1, len(level_size) + 1, num_items), len(level_size))
     return catalogs.from_codes(
         [row[:n].tolist() for row, n in zip(codes, length, strict=True)],
         level_size=level_size,
@@ -69,16 +70,16 @@ def tiny_catalog(
 def tiny_policy(
     catalog: Catalog, *, seed: int = 0, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> tuple[PreTrainedModel, ItemTokenizer]:
-    """A policy of two layers and width 32 whose distributions are far from uniform."""
-    vocabulary = make_item_tokenizer(tokenizer or compact_tokenizer(catalog), catalog)
+    """Create a policy of two layers and width 32 whose distributions are far from uniform."""
+    item_tokenizer = make_item_tokenizer(tokenizer or compact_tokenizer(catalog), catalog)
     sizes = ModelConfig(hidden_size=32, intermediate_size=64, layers=2, heads=2, kv_heads=1)
-    model = models.create(sizes, vocabulary, seed=seed)
+    model = models.create(sizes, item_tokenizer, seed=seed)
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.normal_(0.0, 0.2, generator=draw)
-    return model, vocabulary
+    return model, item_tokenizer
 
 
 def tiny_prompts(
@@ -88,12 +89,12 @@ def tiny_prompts(
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Prompts:
-    """One prompt per history length, with random items as history and target."""
+    """Create one prompt per history length, with random items as history and target."""
     draw = np.random.default_rng(seed)
-    vocabulary = make_item_tokenizer(tokenizer or compact_tokenizer(catalog), catalog)
+    item_tokenizer = make_item_tokenizer(tokenizer or compact_tokenizer(catalog), catalog)
     history_start = ragged.starts(np.asarray(lengths, dtype=np.int64))
     history = draw.integers(len(catalog), size=int(history_start[-1]))
-    token, token_start = vocabulary.encode_history(history, history_start)
+    token, token_start = item_tokenizer.encode_history(history, history_start)
     return Prompts(
         id=np.arange(len(lengths)),
         target=draw.integers(len(catalog), size=len(lengths)),
@@ -109,7 +110,7 @@ def brute_force(
     tokenizer: ItemTokenizer,
     prompt: Int32[np.ndarray, " T"],
 ) -> Float64[np.ndarray, " K"]:
-    """Log-probability of every leaf, by one ordinary forward pass per leaf and plain Python."""
+    """Compute the log-probability of every leaf with one plain forward pass per leaf."""
     catalog = tokenizer.catalog
     leaf_codes = {
         tuple(int(c) for c in row if c >= 0): int(leaf)
@@ -137,7 +138,7 @@ def save_model_folder(
 
 @dataclass(frozen=True, kw_only=True)
 class TinySetup:
-    """A catalog, a policy over it, some prompts, and what brute force says of them."""
+    """Catalog, policy and prompts, with their brute-force log-probabilities."""
 
     catalog: Catalog
     model: PreTrainedModel
@@ -146,25 +147,25 @@ class TinySetup:
 
     @property
     def version(self) -> PolicyVersion:
-        """The policy as it is now, as step 0."""
+        """Version of the current weights, as step 0."""
         return PolicyVersion(step=0, digest=weights.digest(weights.snapshot(self.model)))
 
     @cached_property
     def leaf_logprob(self) -> list[Float64[np.ndarray, " K"]]:
-        """For each prompt the log-probability of every leaf."""
+        """Log-probability of every leaf, for each prompt."""
         rows = np.split(self.prompts.token, self.prompts.token_start[1:-1])
         return [brute_force(self.model, self.tokenizer, row) for row in rows]
 
     @cached_property
     def leaf_path(self) -> list[tuple[int, ...]]:
-        """For each leaf its trie nodes from depth 1 on."""
+        """Trie nodes of each leaf from depth 1 on."""
         trie = self.catalog.trie
         return [tuple(n for n in row if n >= 0) for row in trie.path(trie.leaf_node).tolist()]
 
     def save(self, folder: Path) -> Path:
-        """Write the policy to a folder."""
-        make = tiny_text_tokenizer if self.tokenizer.think else compact_tokenizer
-        save_model_folder(self.model, make(self.catalog), folder)
+        """Write the policy to a folder and return the folder."""
+        make_tokenizer = tiny_text_tokenizer if self.tokenizer.think else compact_tokenizer
+        save_model_folder(self.model, make_tokenizer(self.catalog), folder)
         return folder
 
 
@@ -176,19 +177,19 @@ def tiny_setup(
     varying_depth: bool = False,
     lengths: Sequence[int] = (0, 3, 1, 7),
 ) -> TinySetup:
-    """The above, of one seed; `lengths` are those of the prompts' histories, in items."""
+    """Create a setup from one seed; `lengths` are the history lengths of the prompts, in items."""
     catalog = tiny_catalog(
         seed=seed, level_size=level_size, num_items=num_items, varying_depth=varying_depth
     )
-    model, vocabulary = tiny_policy(catalog, seed=seed)
+    model, item_tokenizer = tiny_policy(catalog, seed=seed)
     prompts = tiny_prompts(catalog, lengths, seed=seed)
-    return TinySetup(catalog=catalog, model=model, tokenizer=vocabulary, prompts=prompts)
+    return TinySetup(catalog=catalog, model=model, tokenizer=item_tokenizer, prompts=prompts)
 
 
 def tiny_title_tokenizer() -> PreTrainedTokenizerBase:
-    """A tokenizer of single characters, as a text policy might bring along."""
-    words = ["<unk>", "<eos>", *string.ascii_lowercase, " "]
-    inner = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    """Create a character-level tokenizer, as a stand-in for that of a text policy."""
+    vocabulary = ["<unk>", "<eos>", *string.ascii_lowercase, " "]
+    inner = Tokenizer(WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
     inner.pre_tokenizer = Split("", "isolated")
     return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="<eos>")
 
@@ -196,29 +197,46 @@ def tiny_title_tokenizer() -> PreTrainedTokenizerBase:
 def tiny_title_setup(
     title: Sequence[str], *, seed: int = 0, lengths: Sequence[int] = (0, 3, 1)
 ) -> TinySetup:
-    """A world whose items are titles of lower-case letters and spaces."""
+    """Create a setup in title mode; titles consist of lower-case letters and spaces."""
     tokenizer = tiny_title_tokenizer()
     catalog = from_titles(title, tokenizer)
-    model, vocabulary = tiny_policy(catalog, seed=seed, tokenizer=tokenizer)
+    model, item_tokenizer = tiny_policy(catalog, seed=seed, tokenizer=tokenizer)
     prompts = tiny_prompts(catalog, lengths, seed=seed, tokenizer=tokenizer)
-    return TinySetup(catalog=catalog, model=model, tokenizer=vocabulary, prompts=prompts)
+    return TinySetup(catalog=catalog, model=model, tokenizer=item_tokenizer, prompts=prompts)
 
 
 def tiny_thinking_setup(*, seed: int = 0, lengths: Sequence[int] = (1, 3, 2)) -> TinySetup:
-    """A world whose policy can think: a few words, the tags, and codes of three levels."""
+    """Create a setup whose policy can think: a few words, thinking tags, codes of three levels."""
     catalog = tiny_catalog(seed=seed)
     tokenizer = tiny_text_tokenizer(catalog)
-    model, vocabulary = tiny_policy(catalog, seed=seed, tokenizer=tokenizer)
+    model, item_tokenizer = tiny_policy(catalog, seed=seed, tokenizer=tokenizer)
     prompts = tiny_prompts(catalog, lengths, seed=seed, tokenizer=tokenizer)
-    vocabulary = replace(vocabulary, think=think_tokens(tokenizer))
-    return TinySetup(catalog=catalog, model=model, tokenizer=vocabulary, prompts=prompts)
+    item_tokenizer = replace(item_tokenizer, think=think_tokens(tokenizer))
+    return TinySetup(catalog=catalog, model=model, tokenizer=item_tokenizer, prompts=prompts)
 
 
 def tiny_text_tokenizer(catalog: Catalog) -> PreTrainedTokenizerBase:
-    """Whole words, the tags of thinking, and the codes of a catalog."""
-    codes = [sid_token(at, c) for at, size in enumerate(catalog.level_size) for c in range(size)]
-    words = [PAD, BOS, EOS, THINK, THOUGHT, *codes, "seen", "next", "oak", "steel", "lamp", "tent"]
-    inner = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token=PAD))
+    """Create a word-level tokenizer of a few words, thinking tags and the catalog's codes."""
+    codes = [
+        sid_token(level, code)
+        for level, size in enumerate(catalog.level_size)
+        for code in range(size)
+    ]
+    vocabulary = [
+        PAD,
+        BOS,
+        EOS,
+        THINK,
+        THOUGHT,
+        *codes,
+        "seen",
+        "next",
+        "oak",
+        "steel",
+        "lamp",
+        "tent",
+    ]
+    inner = Tokenizer(WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=PAD))
     inner.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token=PAD, bos_token=BOS, eos_token=EOS
@@ -226,7 +244,7 @@ def tiny_text_tokenizer(catalog: Catalog) -> PreTrainedTokenizerBase:
 
 
 def make_evaluation(hit: float, *, num_rows: int = 500) -> Evaluation:
-    """Ranks of random rows, of which a share `hit` has its target among the first twenty."""
+    """Create an evaluation of random ranks in which a share `hit` of the rows is a top-20 hit."""
     draw = np.random.default_rng(0)
     rank = np.where(draw.random(num_rows) < hit, draw.integers(0, 20, num_rows), TargetRanks.MISS)
     ranks = TargetRanks(sid=rank, item=rank)

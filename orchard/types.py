@@ -1,10 +1,10 @@
-"""Everything that passes between rooms.
+"""Data types that the components exchange.
 
     Prompts -> SearchTrees -> ScoredTrees -> TrainBatch -> PolicyVersion
        rollout       rewards        learner       learner, publish
 
-A batch of trees is one structure of NumPy arrays, so that it ships through the object store
-without a copy and every algorithm over it is a few array operations.
+A batch of trees is one structure of NumPy arrays, so that it passes through the object store
+without a copy and every algorithm on it is a few array operations.
 
 Shapes:  B prompts (one tree each)   B1 = B + 1   N nodes of all trees   S tokens of all nodes
          C candidates   T prompt tokens   H history items   K steps of the longest candidate
@@ -25,12 +25,12 @@ from orchard.targets import SequenceTargets, ValueTargets
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class PolicyVersion:
-    """Which policy: comparable by age, verifiable by content."""
+    """Version of a policy, ordered by training step and verifiable by its digest."""
 
     step: int
-    """Number of batches learned from since the warm start."""
+    """Number of training batches since SFT."""
     digest: str = field(compare=False)
-    """SHA-256 of the weights, computed once by whoever made them."""
+    """SHA-256 of the weights, computed once by the component that produced them."""
 
     def __str__(self) -> str:
         return f"{self.step}-{self.digest[:8]}"
@@ -38,24 +38,24 @@ class PolicyVersion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompts:
-    """Rows of a data split, as the policy reads them."""
+    """Batch of prompts, made from rows of a data split."""
 
     id: Int64[np.ndarray, " B"]
-    """Row number in the split; the key of everything that is drawn at random for the prompt."""
+    """Row number in the split, which keys every random draw for the prompt."""
     target: Int64[np.ndarray, " B"]
-    """Catalog item that followed the history."""
+    """Catalog row of the item that followed the history."""
     history: Int64[np.ndarray, " H"]
-    """Catalog items, oldest first."""
+    """Catalog rows of the history items, oldest first."""
     history_start: Int64[np.ndarray, " B+1"]
     token: Int32[np.ndarray, " T"]
-    """What the policy sees: the history (and instruction) as token ids."""
+    """Token IDs of the prompt: the history, with the instruction if there is one."""
     token_start: Int64[np.ndarray, " B+1"]
 
     def __len__(self) -> int:
         return len(self.id)
 
     def select(self, rows: Int64[np.ndarray, " R"]) -> "Prompts":
-        """The given prompts, in the order asked for."""
+        """Select prompts by row, in the given order."""
         history, history_start = ragged.take(self.history, self.history_start, rows)
         token, token_start = ragged.take(self.token, self.token_start, rows)
         return Prompts(
@@ -69,7 +69,7 @@ class Prompts:
 
     @staticmethod
     def concatenate(parts: "Sequence[Prompts]") -> "Prompts":
-        """Several batches one after another."""
+        """Concatenate several batches."""
         history, history_start = ragged.concatenate([(p.history, p.history_start) for p in parts])
         token, token_start = ragged.concatenate([(p.token, p.token_start) for p in parts])
         return Prompts(
@@ -84,16 +84,16 @@ class Prompts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """What a search spent; forward tokens exclude the prompt, as the V-STAR paper counts."""
+    """Compute cost of a search; forward tokens exclude the prompt, as in the V-STAR paper."""
 
     forward_tokens: int = 0
     leaf_tokens: int = 0
-    """Tokens forwarded for nothing but the value of a leaf, which the paper does not count."""
+    """Number of tokens forwarded only for the value of a leaf, which the paper does not count."""
     prefill_tokens: int = 0
     passes: int = 0
     seconds: float = 0.0
     counts: Mapping[str, int] = field(default_factory=dict[str, int])
-    """What else a search counted, by name."""
+    """Further counters of a search, by name."""
 
     def __add__(self, other: "Cost") -> "Cost":
         names = [f.name for f in fields(self) if f.name != "counts"]
@@ -106,19 +106,19 @@ class Cost:
 def concatenate_optional(
     parts: Sequence[Float32[np.ndarray, "..."] | None],
 ) -> Float32[np.ndarray, "..."] | None:
-    """Arrays one after another; None where any of them is."""
-    known = [part for part in parts if part is not None]
-    return np.concatenate(known) if len(known) == len(parts) else None
+    """Concatenate arrays; return None if any of them is None."""
+    present = [part for part in parts if part is not None]
+    return np.concatenate(present) if len(present) == len(parts) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchTrees:
     """One search tree per prompt, nodes in preorder: a root, then each child with its subtree.
 
-    A node is a span of tokens with a step number: one semantic-ID code, one title token, or a
-    block of thought. The root is the prompt itself: step 0 and an empty span. Steps grow along a
-    path, by one unless a block is missing: over K codes a thinking policy has blocks at steps 1 to
-    K and codes at steps K + 1 to 2 K.
+    A node is a span of tokens with a step number: one semantic-ID code, one title token, or one
+    thinking block. The root represents the prompt and has step 0 and an empty span. Steps increase
+    along a path, by one unless a block is missing: with K codes a thinking policy has blocks at
+    steps 1 to K and codes at steps K + 1 to 2 K.
     """
 
     NO_PARENT: ClassVar[int] = -1
@@ -129,75 +129,80 @@ class SearchTrees:
     catalog: str
     """Digest of the catalog whose trie constrained the search."""
     node_start: Int64[np.ndarray, " B1"]
+    """First node of each tree, then N."""
     parent: Int64[np.ndarray, " N"]
-    """Index of the parent in these arrays; NO_PARENT at a root."""
+    """Node index of the parent; NO_PARENT at a root."""
     step: Int32[np.ndarray, " N"]
     state: Int64[np.ndarray, " N"]
-    """Trie node reached by the codes so far; FREE_TEXT for a span that the trie does not bind."""
+    """Trie node reached by the codes so far; FREE_TEXT for a span that the trie does not
+    constrain."""
     token: Int32[np.ndarray, " S"]
     token_start: Int64[np.ndarray, " N+1"]
     logprob: Float32[np.ndarray, " S"]
-    """Behaviour log-probability of each token under the distribution it was chosen from."""
+    """Behavior log-probability of each token under the distribution from which it was chosen."""
     forced: Bool[np.ndarray, " S"]
-    """The token was the only choice, or was injected: no gradient."""
+    """True if the token was the only legal choice or was injected, so that it has no gradient."""
     candidate: Int64[np.ndarray, " C"]
-    """Node that ends each candidate, best first within its prompt; i.i.d. draws may repeat one."""
+    """Last node of each candidate, best first within a prompt; independent samples may repeat
+    nodes."""
     candidate_start: Int64[np.ndarray, " B1"]
+    """First candidate of each prompt, then C."""
     leaf: Int64[np.ndarray, " C"]
     """Catalog leaf (distinct semantic ID) of each candidate."""
     score: Float32[np.ndarray, " C"]
-    """Log-probability of the whole candidate given its prompt, free of sampling noise."""
+    """Log-probability of the whole candidate given its prompt, without sampling noise."""
     cost: Cost
     value: Float32[np.ndarray, " N"] | None = None
-    """What the value head made of each node, NaN where it was not asked; None where the search is
-    not guided by values."""
+    """Value estimate of each node, NaN where it was not evaluated; None if the search does not use
+    values."""
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     @property
     def prompt_of_node(self) -> Int64[np.ndarray, " N"]:
-        """The prompt of each node."""
+        """Prompt index of each node."""
         return ragged.owners(self.node_start)
 
     @property
     def prompt_of_candidate(self) -> Int64[np.ndarray, " C"]:
-        """The prompt of each candidate."""
+        """Prompt index of each candidate."""
         return ragged.owners(self.candidate_start)
 
     @property
     def rank(self) -> Int64[np.ndarray, " C"]:
-        """Place of each candidate by policy log-probability within its prompt, 1 for the best."""
+        """Rank of each candidate by policy log-probability within its prompt, 1 for the best."""
         return ragged.places(self.candidate_start) + 1
 
     @property
     def is_reasoning(self) -> bool:
-        """If there is a block of thought before codes."""
+        """True if there are thinking blocks before the codes."""
         return bool((self.state == self.FREE_TEXT).any())
 
     def paths(self) -> Int64[np.ndarray, "C K"]:
-        """Node of each candidate at each step 1..K; NO_PARENT where it has none."""
+        """Return the node of each candidate at each step 1..K; NO_PARENT if it has none."""
         depth = self.step[self.candidate]
         path = np.full((len(self.candidate), int(depth.max(initial=0))), self.NO_PARENT, np.int64)
+        # All candidates climb to their roots in parallel; `node` is the current node of each.
         node, rows = self.candidate.copy(), np.arange(len(self.candidate))
         while True:
-            inside = self.step[node] > 0
-            if not inside.any():
+            below_root = self.step[node] > 0
+            if not below_root.any():
                 return path
-            path[rows[inside], self.step[node[inside]] - 1] = node[inside]
-            node = np.where(inside, self.parent[node], node)
+            path[rows[below_root], self.step[node[below_root]] - 1] = node[below_root]
+            node = np.where(below_root, self.parent[node], node)
 
     def select(self, rows: Int64[np.ndarray, " R"]) -> "SearchTrees":
-        """The trees of the given prompts, in the order asked for."""
-        count = np.diff(self.node_start)[rows]
-        nodes = ragged.ranges(self.node_start[rows], count)
-        node_start = ragged.starts(count)
-        shift = np.repeat(node_start[:-1] - self.node_start[rows], count)
+        """Select the trees of prompts by row, in the given order."""
+        node_count = np.diff(self.node_start)[rows]
+        nodes = ragged.ranges(self.node_start[rows], node_count)  # old index of each kept node
+        node_start = ragged.starts(node_count)
+        tree_shift = node_start[:-1] - self.node_start[rows]  # new minus old node index
+        shift = np.repeat(tree_shift, node_count)
         parent = self.parent[nodes]
         token, token_start = ragged.take(self.token, self.token_start, nodes)
-        candidates = ragged.ranges(
-            self.candidate_start[rows], counts := np.diff(self.candidate_start)[rows]
-        )
+        candidate_count = np.diff(self.candidate_start)[rows]
+        candidates = ragged.ranges(self.candidate_start[rows], candidate_count)
         return SearchTrees(
             prompts=self.prompts.select(rows),
             policy=self.policy,
@@ -210,9 +215,8 @@ class SearchTrees:
             token_start=token_start,
             logprob=ragged.take(self.logprob, self.token_start, nodes)[0],
             forced=ragged.take(self.forced, self.token_start, nodes)[0],
-            candidate=self.candidate[candidates]
-            + np.repeat(node_start[:-1] - self.node_start[rows], counts),
-            candidate_start=ragged.starts(counts),
+            candidate=self.candidate[candidates] + np.repeat(tree_shift, candidate_count),
+            candidate_start=ragged.starts(candidate_count),
             leaf=self.leaf[candidates],
             score=self.score[candidates],
             cost=self.cost,
@@ -221,13 +225,14 @@ class SearchTrees:
 
     @staticmethod
     def concatenate(parts: "Sequence[SearchTrees]") -> "SearchTrees":
-        """Several batches on one catalog as one; costs add up.
+        """Concatenate several batches that share a catalog; costs are summed.
 
-        No tree mixes policies, but a batch may: it counts as old as its oldest tree. Behaviour
-        log-probabilities are stored with the tokens, so the update stays exact.
+        A tree never mixes policy versions, but a batch may: its version is the oldest of its trees.
+        Behavior log-probabilities are stored with the tokens, so the update stays exact.
         """
         first = parts[0]
         assert all(p.catalog == first.catalog for p in parts)
+        # Index of the first node of each part in the result, then the total number of nodes.
         shift = np.cumsum([0, *(len(p.step) for p in parts)])
         token, token_start = ragged.concatenate([(p.token, p.token_start) for p in parts])
         _, node_start = ragged.concatenate([(p.step, p.node_start) for p in parts])
@@ -239,8 +244,8 @@ class SearchTrees:
             node_start=node_start,
             parent=np.concatenate(
                 [
-                    np.where(p.parent == p.NO_PARENT, p.NO_PARENT, p.parent + by)
-                    for p, by in zip(parts, shift[:-1], strict=True)
+                    np.where(p.parent == p.NO_PARENT, p.NO_PARENT, p.parent + offset)
+                    for p, offset in zip(parts, shift[:-1], strict=True)
                 ]
             ),
             step=np.concatenate([p.step for p in parts]),
@@ -250,7 +255,7 @@ class SearchTrees:
             logprob=np.concatenate([p.logprob for p in parts]),
             forced=np.concatenate([p.forced for p in parts]),
             candidate=np.concatenate(
-                [p.candidate + by for p, by in zip(parts, shift[:-1], strict=True)]
+                [p.candidate + offset for p, offset in zip(parts, shift[:-1], strict=True)]
             ),
             candidate_start=candidate_start,
             leaf=np.concatenate([p.leaf for p in parts]),
@@ -262,19 +267,19 @@ class SearchTrees:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredTrees:
-    """Search trees whose candidates have been judged."""
+    """Search trees with the rewards of their candidates."""
 
     trees: SearchTrees
     reward: Float32[np.ndarray, " C"]
-    """Weighted sum of the parts."""
+    """Reward of each candidate: the weighted sum of the parts."""
     parts: Mapping[str, Float32[np.ndarray, " C"]]
-    """The unweighted terms of the reward, by name."""
+    """Unweighted reward parts by name."""
     step_reward: Float32[np.ndarray, "C L"] | None = None
-    """What each of the candidate's L codes earned, for credit by steps; None where not judged."""
+    """Reward of each of the L codes of a candidate, for step-level credit; None if not computed."""
 
     @staticmethod
     def concatenate(parts: "Sequence[ScoredTrees]") -> "ScoredTrees":
-        """Several scored batches as one."""
+        """Concatenate several scored batches."""
         return ScoredTrees(
             trees=SearchTrees.concatenate([p.trees for p in parts]),
             reward=np.concatenate([p.reward for p in parts]),
@@ -285,9 +290,9 @@ class ScoredTrees:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Advantages:
-    """An estimator's verdict: advantage and loss weight of each candidate at each step.
+    """Advantage and loss weight of each candidate at each step, from one estimator.
 
-    Several credits of one batch add up in the loss. Weights are zero past a candidate's end.
+    Losses of several estimators are summed. Weights are zero past the end of a candidate.
     """
 
     advantage: Float32[np.ndarray, "C K"]
@@ -296,12 +301,12 @@ class Advantages:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainBatch:
-    """Trees packed one to a row: the prompt, then the tree's nodes in preorder, each token once.
+    """Search trees packed one per row: the prompt, then the nodes in preorder, each token once.
 
-    Slot j is visible to slot i iff `j <= i < subtree_end[j]` (prompt slots end with the row), which
-    is the whole tree mask. A *choice* is one predicted token: `slot` is the position whose output
-    predicts it, `state` the trie node whose legal children compete (or FREE_TEXT), `edge` the
-    trie node (or token id) chosen.
+    Slot j is visible to slot i if and only if `j <= i < subtree_end[j]`, where the subtree of a
+    prompt slot ends with the row; this defines the whole tree attention mask. A *choice* is one
+    predicted token: `query_slot` is the slot whose output predicts it, `state` the trie node whose
+    legal children compete (or FREE_TEXT), `chosen` the chosen trie node (or token ID).
 
     Shapes:  B rows   S slots of the widest row   E choices
     """
@@ -309,33 +314,34 @@ class TrainBatch:
     token: Int32[np.ndarray, "B S"]
     position: Int32[np.ndarray, "B S"]
     subtree_end: Int32[np.ndarray, "B S"]
-    """One past the last slot of the subtree of the token; 0 at padding."""
+    """End (exclusive) of the subtree of each slot; 0 at padding."""
     row: Int64[np.ndarray, " E"]
     query_slot: Int32[np.ndarray, " E"]
     state: Int64[np.ndarray, " E"]
     chosen: Int64[np.ndarray, " E"]
     behaviour_logprob: Float32[np.ndarray, " E"]
     advantage_pos: Float32[np.ndarray, " E"]
-    """A+: sum of the positive weighted advantages of the candidates through the choice."""
+    """A+: sum of the positive weighted advantages of the candidates that contain the choice."""
     advantage_neg: Float32[np.ndarray, " E"]
-    """A-: sum of the negative ones."""
+    """A-: sum of the negative weighted advantages of these candidates."""
     kl_weight: Float32[np.ndarray, " E"]
     forward_tokens: int
-    """Tokens that are not padding."""
+    """Number of tokens without padding."""
     flat_tokens: int
-    """Tokens of the same candidates laid out one sequence each."""
+    """Number of tokens if each candidate were a separate sequence."""
     policy: PolicyVersion
-    """Which policy grew the trees."""
+    """Version of the policy that ran the search."""
     catalog: str
     values: ValueTargets | None = None
-    """What the value head learns, where there is one to teach."""
+    """Targets of the value head; None without a value head."""
     sequences: SequenceTargets | None = None
-    """The candidates, where they and not the choices have ratios; `gain` and `loss` then rest."""
+    """Candidates with their advantages if the ratio is per candidate; `advantage_pos` and
+    `advantage_neg` are then unused."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Update:
-    """What the learner returns: the new version and what was measured on the way."""
+    """Result of a learner update: the new policy version and the measured metrics."""
 
     policy: PolicyVersion
     metrics: Mapping[str, float]

@@ -1,1 +1,1 @@
-"""The item catalog: semantic IDs, the trie of legal sequences, and versions of both."""
+"""Item catalog: semantic IDs, the trie of legal code sequences, and versions of both."""

@@ -1,4 +1,4 @@
-"""Code sequences as a table: one row per item, -1 past its end. No loop over items.
+"""Build and check the code table: one row per item, -1 past its end. No loop over items.
 
 Shapes:  I items   D longest sequence
 """
@@ -16,10 +16,11 @@ from orchard.errors import CatalogError
 
 
 def from_lists(column: Any, item_id: Int[np.ndarray, " I"]) -> Int[np.ndarray, "I D"]:
-    """The table of a Parquet column of lists; zero-copy where it is of one piece and one length.
+    """Convert a Parquet list column to a code table; zero-copy if it has one chunk and one length.
 
     Raises:
-        CatalogError: no lists of integers, or an item without codes or with a negative one.
+        CatalogError: the column holds no lists of integers, or an item has no codes or a negative
+            code.
     """
     kind = column.type
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_integer(
@@ -35,7 +36,7 @@ def from_lists(column: Any, item_id: Int[np.ndarray, " I"]) -> Int[np.ndarray, "
             "items); give every item a non-empty `sid` or leave it out of the items file"
         )
     flat, start = lists.flatten().to_numpy(zero_copy_only=False), ragged.starts(length)
-    bad = np.flatnonzero(~(flat >= 0))  # null is not a number here
+    bad = np.flatnonzero(~(flat >= 0))  # Arrow converts null to NaN, which is caught too
     if len(bad):
         item = item_id[np.searchsorted(start, bad[0], side="right") - 1]
         raise CatalogError(
@@ -47,18 +48,19 @@ def from_lists(column: Any, item_id: Int[np.ndarray, " I"]) -> Int[np.ndarray, "
         return flat.reshape(len(length), depth)
     table = np.full((len(length), depth), -1, dtype=flat.dtype)
     for level in range(depth):
-        here = np.flatnonzero(length > level)
-        table[here, level] = flat[start[here] + level]
+        rows = np.flatnonzero(length > level)  # items that have a code at this level
+        table[rows, level] = flat[start[rows] + level]
     return table
 
 
 def pad(
     codes: Sequence[Sequence[int]] | Int[np.ndarray, "I D"],
 ) -> tuple[Int[np.ndarray, "I D"], Int[np.ndarray, " I"]]:
-    """The sequences as a table, -1 past their ends, and the length of each."""
+    """Return the sequences as a table, -1 past their ends, and the length of each."""
     if len(codes) == 0:
         raise CatalogError("the catalog has no items; at least one is needed")
     if isinstance(codes, np.ndarray):
+        # Strip the padding from the right: a sequence ends before its trailing -1 entries.
         length = np.full(len(codes), codes.shape[1])
         for level in reversed(range(codes.shape[1])):
             ended = (length == level + 1) & (codes[:, level] == -1)
@@ -74,10 +76,10 @@ def pad(
 def append_end(
     table: Int[np.ndarray, "I D"], length: Int[np.ndarray, " I"], code: int
 ) -> tuple[Int[np.ndarray, "I D+1"], Int[np.ndarray, " I"]]:
-    """The sequences with one more code at the end of each."""
-    closed = np.pad(table.astype(np.int64), ((0, 0), (0, 1)), constant_values=-1)
-    closed[np.arange(len(table)), length] = code
-    return closed, length + 1
+    """Append one code to the end of each sequence."""
+    extended = np.pad(table.astype(np.int64), ((0, 0), (0, 1)), constant_values=-1)
+    extended[np.arange(len(table)), length] = code
+    return extended, length + 1
 
 
 def check(
@@ -86,7 +88,11 @@ def check(
     level_size: Sequence[int] | None,
     varying_depth: bool,
 ) -> Int[np.ndarray, "I D2"]:
-    """The table with a column per level, as narrow as its codes allow."""
+    """Check the codes and return the table with one column per level, in the narrowest type.
+
+    Raises:
+        CatalogError: a sequence has the wrong depth, or a code is out of range.
+    """
     depth = len(level_size) if level_size else int(length.max())
     wrong = (length > depth) | (length == 0) if varying_depth else length != depth
     if wrong.any():
@@ -99,8 +105,8 @@ def check(
         table = np.pad(table, ((0, 0), (0, depth - table.shape[1])), constant_values=-1)
     table = table[:, :depth]
     limit = np.asarray(level_size) if level_size else table.max(0).astype(np.int64) + 1
-    inside = np.arange(depth) < length[:, None]
-    bad = inside & ((table < 0) | (table >= limit))
+    present = np.arange(depth) < length[:, None]  # (I, D): the sequence has a code at this level
+    bad = present & ((table < 0) | (table >= limit))
     if bad.any():
         row, level = (int(i) for i in np.argwhere(bad)[0])
         raise CatalogError(
@@ -115,18 +121,22 @@ def check(
 def disambiguate_prefixes(
     table: Int[np.ndarray, "I D"], sizes: list[int], end_code: list[int]
 ) -> Int[np.ndarray, "I D"]:
-    """Append the end marker to each sequence that is a proper prefix of another."""
+    """Append an end marker to each sequence that is a proper prefix of another.
+
+    Updates `sizes` and `end_code` in place at the levels that receive a marker.
+    """
     order, column = trie.sort_rows(table)
+    # Each sorted row but the last is compared with its successor.
     differs = (column[:, 1:] != column[:, :-1]).any(0)
-    # Sorted with the padding smallest, a prefix of anything is a prefix of its successor.
-    prefix = differs & ((column[:, 1:] == column[:, :-1]) | (column[:, :-1] < 0)).all(0)
-    group = np.concatenate([[0], np.cumsum(differs)])  # equal rows share a fate
-    rows = order[np.isin(group, group[:-1][prefix])]
+    # The padding sorts first, so a prefix of any sequence is a prefix of its successor.
+    is_prefix = differs & ((column[:, 1:] == column[:, :-1]) | (column[:, :-1] < 0)).all(0)
+    group = np.concatenate([[0], np.cumsum(differs)])  # number of each run of equal sorted rows
+    rows = order[np.isin(group, group[:-1][is_prefix])]  # all items whose sequence is a prefix
     if len(rows) == 0:
         return table
-    table, level = table.copy(), (table[rows] >= 0).sum(1)
-    for at in np.unique(level):
-        end_code[at] = sizes[at]
-        sizes[at] += 1
-    table[rows, level] = np.asarray(end_code)[level]
+    table, end_level = table.copy(), (table[rows] >= 0).sum(1)  # level behind each prefix
+    for level in np.unique(end_level):
+        end_code[level] = sizes[level]
+        sizes[level] += 1
+    table[rows, end_level] = np.asarray(end_code)[end_level]
     return table

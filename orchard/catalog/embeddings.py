@@ -1,4 +1,4 @@
-"""Files of item embeddings that users bring.
+"""Read and check item embeddings that users provide.
 
 Shapes:  I items   E dimensions
 """
@@ -15,21 +15,22 @@ from orchard.parquet import read_table
 
 
 def read(path: Path, item_id: Int[np.ndarray, " I"], *, remedy: str) -> Float32[np.ndarray, "I E"]:
-    """The embedding of each item: from Parquet columns `item_id` and `embedding`, or from `.npy`.
+    """Read the embedding of each item from a Parquet or `.npy` file.
 
-    Parquet may hold further items; rows of `.npy` are those of the items file.
+    Parquet has the columns `item_id` and `embedding` and may contain further items; the rows of
+    `.npy` are those of the items file.
 
     Args:
-        path: of the file.
-        item_id: the items, in the order of the rows wanted.
-        remedy: what to check where the file is missing.
+        path: path of the file.
+        item_id: identifiers of the items, in the order of the returned rows.
+        remedy: setting to check if the file is missing, for messages.
 
     Raises:
         DataError: the file or a column is missing or holds no numbers, an item has no embedding or
-            two, lengths differ, or values are not finite.
+            several, lengths differ, or values are not finite.
     """
     if path.suffix == ".npy":
-        return check_embeddings(_array(path, remedy), len(item_id), where=str(path))
+        return check_embeddings(_read_npy(path, remedy), len(item_id), where=str(path))
     table = read_table(path, role="embeddings", columns=("item_id", "embedding"), remedy=remedy)
     ids, kind = table["item_id"].to_numpy(), table["embedding"].type
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not (
@@ -44,61 +45,70 @@ def read(path: Path, item_id: Int[np.ndarray, " I"], *, remedy: str) -> Float32[
             f"{max(length, default=0)}; all items must have one of the same length"
         )
     flat = column.flatten().to_numpy(zero_copy_only=False).reshape(len(ids), -1)
-    return check_embeddings(flat[_places(ids, item_id, path)], len(item_id), where=str(path))
+    return check_embeddings(flat[_row_of_item(ids, item_id, path)], len(item_id), where=str(path))
 
 
-def check_embeddings(made: np.ndarray, num_items: int, *, where: str) -> Float32[np.ndarray, "I E"]:
-    """The embeddings in float32.
+def check_embeddings(
+    embedding: np.ndarray, num_items: int, *, where: str
+) -> Float32[np.ndarray, "I E"]:
+    """Check embeddings and return them in float32.
 
     Raises:
-        DataError: a wrong number of them, or values that are not finite numbers.
+        DataError: the number of rows is wrong, or values are not finite numbers.
     """
-    if made.ndim != 2 or len(made) != num_items:
+    if embedding.ndim != 2 or len(embedding) != num_items:
         raise DataError(
-            f"{where} holds embeddings of shape {made.shape} for {num_items} items; one row per "
-            "item is needed"
+            f"{where} holds embeddings of shape {embedding.shape} for {num_items} items; one row "
+            "per item is needed"
         )
-    if not np.issubdtype(made.dtype, np.floating) and not np.issubdtype(made.dtype, np.integer):
-        raise DataError(f"{where} holds embeddings of type {made.dtype}; save real numbers")
-    bad = np.flatnonzero(~np.isfinite(made).all(axis=1))
+    kind = embedding.dtype
+    if not np.issubdtype(kind, np.floating) and not np.issubdtype(kind, np.integer):
+        raise DataError(f"{where} holds embeddings of type {kind}; save real numbers")
+    bad = np.flatnonzero(~np.isfinite(embedding).all(axis=1))
     if len(bad):
         raise DataError(
             f"the embedding of item row {bad[0]} in {where} is not finite ({len(bad)} such items); "
             "compute it anew"
         )
-    return np.ascontiguousarray(made, dtype=np.float32)
+    return np.ascontiguousarray(embedding, dtype=np.float32)
 
 
-def _array(path: Path, remedy: str) -> np.ndarray:
+def _read_npy(path: Path, remedy: str) -> np.ndarray:
+    """Read the array of an `.npy` file."""
     if not path.is_file():
         raise DataError(f"embeddings file {path} does not exist; check {remedy}")
     try:
-        found: Any = np.load(path, allow_pickle=False)
+        array: Any = np.load(path, allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise DataError(
             f"embeddings file {path} is no array of numbers; write it with numpy.save"
         ) from error
-    return np.asarray(found)
+    return np.asarray(array)
 
 
-def _places(
+def _row_of_item(
     ids: Int[np.ndarray, " N"], item_id: Int[np.ndarray, " I"], path: Path
 ) -> Int64[np.ndarray, " I"]:
-    """Row of each item."""
+    """Return the row of each item in a file with the identifiers `ids`.
+
+    Raises:
+        DataError: an item is missing from the file or has several rows.
+    """
     order = np.argsort(ids, kind="stable")
-    known = ids[order]
-    at = np.searchsorted(known, item_id)
-    place = order[at.clip(max=len(ids) - 1)]
-    missing = np.flatnonzero(ids[place] != item_id)
+    sorted_ids = ids[order]
+    first = np.searchsorted(sorted_ids, item_id)  # first position of each item in sorted order
+    row = order[first.clip(max=len(ids) - 1)]
+    missing = np.flatnonzero(ids[row] != item_id)
     if len(missing):
         raise DataError(
             f"item {item_id[missing[0]]} has no embedding in {path} ({len(missing)} of "
             f"{len(item_id)} items); add it"
         )
-    twice = np.flatnonzero(np.searchsorted(known, item_id, side="right") - at > 1)
-    if len(twice):
+    # Number of rows of each item: the width of its range in sorted order.
+    repeated = np.flatnonzero(np.searchsorted(sorted_ids, item_id, side="right") - first > 1)
+    if len(repeated):
         raise DataError(
-            f"item {item_id[twice[0]]} has several embeddings in {path} ({len(twice)} of "
+            f"item {item_id[repeated[0]]} has several embeddings in {path} ({len(repeated)} of "
             f"{len(item_id)} items); keep one"
         )
-    return place
+    return row

@@ -1,1 +1,1 @@
-"""The policy: model, tokens, prompt template, weights, adapters and its folder."""
+"""Policy: model, tokenizer, prompt template, weights, adapters and policy folder."""

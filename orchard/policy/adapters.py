@@ -1,7 +1,7 @@
-"""A policy's adapters apart from its weights, as a folder that `peft` loads onto the base model.
+"""Export the adapters of a policy as a folder that `peft` loads onto the base model.
 
-Policies are kept with their adapters merged (`orchard.policy.lora`). A merged weight differs from
-the base's by a matrix of low rank, and the factors of that matrix are an adapter again.
+Policies are saved with merged adapters (`orchard.policy.lora`). A merged weight differs from the
+base weight by a matrix of low rank, whose factors are an adapter again.
 
 Shapes:  M rows of a weight   N columns   R rank
 """
@@ -22,55 +22,56 @@ from orchard.settings import LoraConfig
 
 _NAME = "default"
 _ROUNDING = 16 * float(np.finfo(np.float32).eps)
-"""Of merging in float32, as a share of a weight's largest element."""
+"""Rounding error of merging in float32, as a share of the largest element of a weight."""
 
 
 def write(policy: PreTrainedModel, base: PreTrainedModel, settings: LoraConfig, out: Path) -> int:
-    """Write what a policy adds to its base as a `peft` folder; returns the rank of its adapters.
+    """Write the difference between a policy and its base as a `peft` folder; return the rank.
 
-    The rank is that of the settings after a warm start and twice as much after RL, which puts fresh
-    adapters on the merged warm start. Embeddings, and a head of its own, are stored whole (peft's
-    `modules_to_save`), for all their rows were trained.
+    The rank is that of the settings after SFT, and twice as much after RL, which adds new adapters
+    to the merged SFT policy. Embeddings, and an untied head, are stored in full (peft's
+    `modules_to_save`), because all their rows were trained.
 
     Args:
-        policy: with merged weights, without a value head.
-        base: is resized to the policy's tokens and given the adapters, in place.
-        settings: of the run that made the policy.
+        policy: the policy with merged weights and without a value head.
+        base: the base model, which is resized to the policy's tokens and receives the adapters, in
+            place.
+        settings: LoRA settings of the run that trained the policy.
         out: folder to write.
 
     Raises:
-        CheckpointError: the two differ by more than that.
-        ConfigError: as `lora.check`.
+        CheckpointError: policy and base differ in other weights, or by a higher rank.
+        ConfigError: see `lora.check`.
     """
     lora.check(base, settings)
-    from peft import LoraConfig as Adapters
+    from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
 
     base.resize_token_embeddings(head_weight(policy).shape[0], mean_resizing=False)
     old, new = weights.snapshot(base), weights.snapshot(policy)
-    whole = _embeddings(policy)
+    embeddings = _embeddings(policy)
     adapted = [n for n in new if n.split(".")[-2] in settings.targets and n.endswith(".weight")]
-    _check_alike({n: v for n, v in old.items() if n not in (*whole, *adapted)}, new)
-    added = {n: new[n].astype(np.float64) - old[n] for n in adapted}
-    rank, found = _factorise(added, new, settings.rank)
-    settled = Adapters(
+    _check_equal({n: v for n, v in old.items() if n not in (*embeddings, *adapted)}, new)
+    delta = {n: new[n].astype(np.float64) - old[n] for n in adapted}
+    rank, factors_of = _factorize(delta, new, settings.rank)
+    peft_config = PeftLoraConfig(
         r=rank,
         lora_alpha=rank,
         target_modules=list(settings.targets),
-        modules_to_save=[name.split(".")[-2] for name in whole],
-        ensure_weight_tying=len(whole) == 1,
+        modules_to_save=[name.split(".")[-2] for name in embeddings],
+        ensure_weight_tying=len(embeddings) == 1,
         task_type="CAUSAL_LM",
     )
-    wrapped = get_peft_model(base, settled, adapter_name=_NAME)
+    wrapped = get_peft_model(base, peft_config, adapter_name=_NAME)
     modules = cast("dict[str, Any]", dict(base.named_modules()))
     with torch.no_grad():
-        for name, (up, down) in found.items():
+        for name, (up, down) in factors_of.items():
             module = modules[name.removesuffix(".weight")]
             module.lora_A[_NAME].weight.copy_(torch.from_numpy(down))
             module.lora_B[_NAME].weight.copy_(torch.from_numpy(up))
-        for name in whole:
-            own = modules[name.removesuffix(".weight")].modules_to_save[_NAME]
-            own.weight.copy_(torch.from_numpy(new[name]))
+        for name in embeddings:
+            saved = modules[name.removesuffix(".weight")].modules_to_save[_NAME]
+            saved.weight.copy_(torch.from_numpy(new[name]))
     wrapped.save_pretrained(str(out), save_embedding_layers=False)
     return rank
 
@@ -78,41 +79,47 @@ def write(policy: PreTrainedModel, base: PreTrainedModel, settings: LoraConfig, 
 def factors(
     matrix: Float64[np.ndarray, "M N"], rank: int
 ) -> tuple[Float64[np.ndarray, "M R"], Float64[np.ndarray, "R N"]]:
-    """Two factors of alike size of the nearest matrix of that rank (Eckart and Young 1936)."""
-    left, size, right = np.linalg.svd(matrix, full_matrices=False)
-    root = np.sqrt(size[:rank])
+    """Return balanced factors of the nearest matrix of the rank (Eckart and Young 1936)."""
+    left, singular, right = np.linalg.svd(matrix, full_matrices=False)
+    root = np.sqrt(singular[:rank])
     return left[:, :rank] * root, root[:, None] * right[:rank]
 
 
-def _factorise(
-    added: dict[str, np.ndarray], new: weights.Weights, rank: int
+def _factorize(
+    delta: dict[str, np.ndarray], new: weights.Weights, rank: int
 ) -> tuple[int, dict[str, tuple[np.ndarray, np.ndarray]]]:
-    """The rank of all differences, and the factors of each."""
-    left_over = ""
-    for most in (rank, 2 * rank):
-        size = min(most, *(n for matrix in added.values() for n in matrix.shape))
-        found = {name: factors(matrix, size) for name, matrix in added.items()}
-        rest = (
+    """Return the common rank of all weight differences and the factors of each.
+
+    Raises:
+        CheckpointError: a difference has more than twice the given rank.
+    """
+    inexact = ""
+    for max_rank in (rank, 2 * rank):
+        size = min(max_rank, *(n for matrix in delta.values() for n in matrix.shape))
+        factors_of = {name: factors(matrix, size) for name, matrix in delta.items()}
+        # Weights whose difference exceeds the factors by more than rounding.
+        inexact_names = (
             name
-            for name, (up, down) in found.items()
-            if np.abs(added[name] - up @ down).max() > _ROUNDING * np.abs(new[name]).max()
+            for name, (up, down) in factors_of.items()
+            if np.abs(delta[name] - up @ down).max() > _ROUNDING * np.abs(new[name]).max()
         )
-        left_over = next(rest, "")
-        if not left_over:
-            return size, found
+        inexact = next(inexact_names, "")
+        if not inexact:
+            return size, factors_of
     raise CheckpointError(
-        f"{left_over} differs from the base model's by a matrix of more than twice the rank of "
+        f"{inexact} differs from the base model's by a matrix of more than twice the rank of "
         f"model.lora.rank = {rank}; leave out --adapter and export the whole policy"
     )
 
 
 def _embeddings(policy: PreTrainedModel) -> list[str]:
-    """Names of the embeddings' weight and of the head's, where that is another."""
+    """Return the names of the embedding weight and, if it is not tied, of the head weight."""
     tables = (cast(nn.Embedding, policy.get_input_embeddings()).weight, head_weight(policy))
     return [name for name, value in policy.named_parameters() if any(value is t for t in tables)]
 
 
-def _check_alike(old: weights.Weights, new: weights.Weights) -> None:
+def _check_equal(old: weights.Weights, new: weights.Weights) -> None:
+    """Raise CheckpointError if a weight of `old` differs in `new`."""
     for name, value in old.items():
         if name not in new or not np.array_equal(value, new[name]):
             raise CheckpointError(

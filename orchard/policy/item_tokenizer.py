@@ -1,7 +1,7 @@
-"""Items as tokens: the catalog, the token of each code and the template of a prompt.
+"""Tokenize items: the catalog, the token of each code and the prompt template.
 
-Compact policies own a word-level tokenizer with one token per code; text policies carry the code
-tokens among their words. The codes of title catalogs are text tokens, whatever their level.
+Compact policies have a word-level tokenizer with one token per code; text policies have the code
+tokens in addition to their text tokens. The codes of title catalogs are text tokens at all levels.
 
 Shapes:  V codes of one level   F nodes   I items   T tokens   R rows (R1 = R + 1)
          H history items
@@ -33,18 +33,20 @@ THINK, THOUGHT = "<think>", "</think>"
 
 
 def sid_token(level: int, code: int) -> str:
-    """The token of a code, as published data sets spell it: `<a_5>` is code 5 of level 0."""
+    """Return the token of a code, as in published data sets: `<a_5>` is code 5 of level 0."""
     return f"<{chr(ord('a') + level)}_{code}>"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ThinkTokens:
-    """Token ids that cut a policy's text into blocks of thought."""
+    """Token IDs that delimit the thinking blocks in the text of a policy."""
 
     open: int
+    """Opening tag of a block."""
     close: int
+    """Closing tag of a block."""
     end: int
-    """Ends a text altogether; a policy that writes it within a block has stopped too early."""
+    """End-of-text token; a policy that generates it within a block has stopped too early."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,10 +133,10 @@ class ItemTokenizer:
 
 
 def compact_tokenizer(catalog: Catalog) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer with the special tokens and one token per code.
+    """Create a word-level tokenizer with the special tokens and one token per code.
 
     Raises:
-        CatalogError: more levels than there are names for, or codes that are tokens already.
+        CatalogError: the catalog has more levels than there are names, or is a title catalog.
     """
     if catalog.code_token:
         raise CatalogError(
@@ -144,23 +146,23 @@ def compact_tokenizer(catalog: Catalog) -> PreTrainedTokenizerFast:
         raise CatalogError(
             f"semantic IDs have {len(catalog.level_size)} levels; compact policies name up to 26"
         )
-    words = [PAD, BOS, EOS]
+    tokens = [PAD, BOS, EOS]
     for level, size in enumerate(catalog.level_size):
-        words += [sid_token(level, code) for code in range(size)]
-    inner = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token=PAD))
-    inner.pre_tokenizer = WhitespaceSplit()
+        tokens += [sid_token(level, code) for code in range(size)]
+    backend = Tokenizer(WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=PAD))
+    backend.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token=PAD, bos_token=BOS, eos_token=EOS
+        tokenizer_object=backend, pad_token=PAD, bos_token=BOS, eos_token=EOS
     )
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer saved in a policy folder; raises DataError where there is none to load."""
+    """Load the tokenizer of a policy folder; raises DataError if there is none to load."""
     if not (folder / "tokenizer.json").is_file():
         raise DataError(f"{folder} holds no tokenizer.json; it is not a saved policy")
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # the libraries raise whatever they come across in the file
+    except Exception as error:  # the libraries raise arbitrary exceptions for broken files
         reason = str(error).partition("\n")[0]
         raise DataError(f"{folder} holds no loadable tokenizer: {reason}; save it again") from error
 
@@ -169,69 +171,75 @@ def think_tokens(tokenizer: PreTrainedTokenizerBase) -> ThinkTokens:
     """Look up the tags of thinking blocks; each must be a single token.
 
     Raises:
-        DataError: a tag is missing or is cut into several tokens, or there is no `eos_token`.
+        DataError: a tag is missing or is split into several tokens, or there is no `eos_token`.
     """
-    known, found = tokenizer.get_vocab(), list[int]()
+    vocabulary, tag_ids = tokenizer.get_vocab(), list[int]()
     for tag in (THINK, THOUGHT):
         pieces: list[int] = tokenizer.encode(tag, add_special_tokens=False)
-        if pieces != [known.get(tag)]:
+        if pieces != [vocabulary.get(tag)]:
             raise DataError(
                 f"the policy's tokenizer reads {tag} as {len(pieces)} tokens"
-                f"{'' if tag in known else ' and has none for it'}; thinking needs a token for it: "
-                "add one to the tokenizer as a special token and warm-start the policy with it"
+                f"{'' if tag in vocabulary else ' and has none for it'}; thinking needs a token "
+                "for it: add one to the tokenizer as a special token and warm-start the policy "
+                "with it"
             )
-        found += pieces
+        tag_ids += pieces
     end = cast(int | None, tokenizer.eos_token_id)
     if end is None:
         raise DataError("the policy's tokenizer has no eos_token, which ends a text; give it one")
-    return ThinkTokens(open=found[0], close=found[1], end=end)
+    return ThinkTokens(open=tag_ids[0], close=tag_ids[1], end=end)
 
 
 def make_item_tokenizer(tokenizer: PreTrainedTokenizerBase, catalog: Catalog) -> ItemTokenizer:
-    """Look up the token of every code.
+    """Create the item tokenizer of a catalog from the code tokens of a tokenizer.
 
     Raises:
-        CatalogError: a code has no token of its own, as when the policy was made for another
+        CatalogError: a code has no token, for example because the policy belongs to another
             catalog.
     """
-    known = tokenizer.get_vocab()
+    vocabulary = tokenizer.get_vocab()
     if catalog.code_token:
-        return _of_titles(tokenizer, known, catalog)
+        return _title_item_tokenizer(tokenizer, vocabulary, catalog)
     levels: list[Tensor] = []
     for level, size in enumerate(catalog.level_size):
-        words = [sid_token(level, code) for code in range(size)]
-        missing = [word for word in words if word not in known]
+        tokens = [sid_token(level, code) for code in range(size)]
+        missing = [token for token in tokens if token not in vocabulary]
         if missing:
             raise CatalogError(
                 f"the policy's tokenizer has no token {missing[0]} ({len(missing)} of {size} codes "
                 f"of level {level + 1} are missing); it was made for another catalog"
             )
-        levels.append(torch.tensor([known[word] for word in words]))
-    return _with_specials(tokenizer, known, catalog, tuple(levels))
+        levels.append(torch.tensor([vocabulary[token] for token in tokens]))
+    return _with_specials(tokenizer, vocabulary, catalog, tuple(levels))
 
 
-def _of_titles(
-    tokenizer: PreTrainedTokenizerBase, known: dict[str, int], catalog: Catalog
+def _title_item_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, vocabulary: dict[str, int], catalog: Catalog
 ) -> ItemTokenizer:
-    """The one slice of a title catalog, if it is this tokenizer's."""
+    """Create the item tokenizer of a title catalog, whose levels share one slice of token IDs.
+
+    Raises:
+        CatalogError: the titles were tokenized with another tokenizer.
+    """
     token = torch.tensor(catalog.code_token)
     if int(token.max()) >= len(tokenizer) or int(token[-1]) != tokenizer.eos_token_id:
         raise CatalogError(
             f"the titles end with token {int(token[-1])} and use tokens up to {int(token.max())}, "
             f"the policy's tokenizer ends with {tokenizer.eos_token_id} and has {len(tokenizer)}; "
-            "tokenise the titles with the policy's own tokenizer"
+            "tokenize the titles with the policy's own tokenizer"
         )
-    return _with_specials(tokenizer, known, catalog, (token,))
+    return _with_specials(tokenizer, vocabulary, catalog, (token,))
 
 
 def _with_specials(
     tokenizer: PreTrainedTokenizerBase,
-    known: dict[str, int],
+    vocabulary: dict[str, int],
     catalog: Catalog,
     levels: tuple[Tensor, ...],
 ) -> ItemTokenizer:
-    pad = known.get(str(tokenizer.pad_token), 0)
-    bos = known.get(str(tokenizer.bos_token), pad)
+    """Create the item tokenizer from the code tokens and the special tokens of a tokenizer."""
+    pad = vocabulary.get(str(tokenizer.pad_token), 0)
+    bos = vocabulary.get(str(tokenizer.bos_token), pad)
     return ItemTokenizer(
         catalog=catalog,
         level_tokens=levels,

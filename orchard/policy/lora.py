@@ -1,9 +1,9 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685), through the `peft` library.
+"""Train low-rank adapters (LoRA, arXiv 2106.09685) with the `peft` library.
 
-Only the learner knows of adapters. What leaves it, to search with and to be saved, is merged: a
-weight W becomes W + (alpha / rank) B A, under the names that the policy has without adapters.
+Only the learner uses adapters. Published and saved weights are merged: a weight W becomes
+W + (alpha / rank) B A, under the parameter names of the policy without adapters.
 
-Embeddings are trained whole, for the tokens of codes are new to a text model; so is a value head.
+Embeddings and the value head are trained in full, because the code tokens are new to a text model.
 """
 
 from importlib.util import find_spec
@@ -19,21 +19,22 @@ from orchard.policy import value_head, weights
 from orchard.settings import LoraConfig
 
 _NAME = "default"
+"""Name of the adapter in the peft modules."""
 
 
 def attach(model: PreTrainedModel, settings: LoraConfig, *, seed: int) -> None:
-    """Give the policy fresh adapters, with which it computes the same as before; in place.
+    """Add new adapters to the policy in place; they do not change its outputs initially.
 
     Raises:
-        ConfigError: as `check`.
+        ConfigError: see `check`.
     """
     if settings.rank == 0:
         return
     check(model, settings)
-    from peft import LoraConfig as Adapters
+    from peft import LoraConfig as PeftLoraConfig
     from peft import inject_adapter_in_model
 
-    adapters = Adapters(
+    peft_config = PeftLoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
@@ -41,7 +42,7 @@ def attach(model: PreTrainedModel, settings: LoraConfig, *, seed: int) -> None:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        inject_adapter_in_model(adapters, model, adapter_name=_NAME)
+        inject_adapter_in_model(peft_config, model, adapter_name=_NAME)
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
         if isinstance(module, nn.Module):
             module.requires_grad_(True)
@@ -50,9 +51,9 @@ def attach(model: PreTrainedModel, settings: LoraConfig, *, seed: int) -> None:
 
 
 def check(model: nn.Module, settings: LoraConfig) -> None:
-    """Raise ConfigError where adapters are asked for and cannot be had.
+    """Raise ConfigError if the settings request adapters that cannot be created.
 
-    `peft` is not installed, or a target is the name of no linear module of the policy.
+    This is the case if `peft` is not installed or a target names no linear module of the policy.
     """
     if settings.rank == 0:
         return
@@ -70,22 +71,25 @@ def check(model: nn.Module, settings: LoraConfig) -> None:
 
 
 def snapshot(model: nn.Module) -> dict[str, np.ndarray]:
-    """As `orchard.policy.weights.snapshot`, with adapters merged.
+    """Copy the parameters to the CPU like `orchard.policy.weights.snapshot`, with adapters merged.
 
-    Collective where the parameters are sharded over workers: what is merged was gathered first.
+    This is a collective operation if the parameters are sharded over workers: they are gathered
+    before they are merged.
     """
     values = weights.snapshot(model)
     modules = cast("dict[str, Any]", dict(model.named_modules()))
-    adapters = {name: one for name, one in modules.items() if hasattr(one, "get_delta_weight")}
+    adapters = {
+        name: module for name, module in modules.items() if hasattr(module, "get_delta_weight")
+    }
     for name, module in adapters.items():
         up, down = (values[f"{name}.lora_{part}.{_NAME}.weight"] for part in "BA")
         delta = np.float32(module.scaling[_NAME]) * (up @ down)
         for key in [key for key in values if key.startswith(f"{name}.")]:
-            part = values.pop(key)
-            own = key.removeprefix(f"{name}.base_layer.")
-            if own == key:
-                continue  # of the adapter itself
-            if own == "weight":
-                part = part + delta
-            values[f"{name}.{own}"] = part
+            value = values.pop(key)
+            base_key = key.removeprefix(f"{name}.base_layer.")
+            if base_key == key:
+                continue  # a parameter of the adapter itself
+            if base_key == "weight":
+                value = value + delta
+            values[f"{name}.{base_key}"] = value
     return values

@@ -1,6 +1,6 @@
-"""The policy: a Hugging Face causal language model read through the trie.
+"""Policy model: a Hugging Face causal language model, constrained by the trie.
 
-`child_logprobs` is the one definition of the policy's distribution: the softmax over the legal
+`child_logprobs` is the only definition of the policy's distribution: the softmax over the legal
 children of a trie node. Search, learner and serving all call it.
 
 Shapes:  F nodes   M legal children of them   D hidden width   R rows   S slots   F1 = F + 1
@@ -25,11 +25,11 @@ from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.settings import ModelConfig
 
 POSITIONS = 4096
-"""Of a policy made from scratch."""
+"""Number of positions of a policy that is created from scratch."""
 
 
 def create(config: ModelConfig, tokenizer: ItemTokenizer, *, seed: int) -> PreTrainedModel:
-    """A small Qwen3 with tied embeddings from scratch; equal seeds give equal weights."""
+    """Create a small Qwen3 with tied embeddings from scratch; equal seeds give equal weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen3ForCausalLM(
@@ -52,12 +52,12 @@ def create(config: ModelConfig, tokenizer: ItemTokenizer, *, seed: int) -> PreTr
 
 
 def load(folder: Path, tokenizer: ItemTokenizer | None = None) -> PreTrainedModel:
-    """The policy of a Hugging Face folder, in float32, with its value head if one was saved.
+    """Load the policy of a Hugging Face folder in float32, with its value head if one was saved.
 
     Raises:
-        DataError: the folder holds no model.
-        CheckpointError: the model's vocabulary is smaller than the catalog needs, or the value
-            head is another policy's.
+        DataError: the folder contains no model.
+        CheckpointError: the model's vocabulary is smaller than that of the tokenizer, or the value
+            head belongs to another policy.
     """
     check_folder(folder)
     try:
@@ -80,25 +80,27 @@ def load(folder: Path, tokenizer: ItemTokenizer | None = None) -> PreTrainedMode
 
 def check_folder(folder: Path) -> None:
     """Raise DataError unless the folder looks like a saved policy: configuration and weights."""
-    facts = folder / "config.json"
-    if not facts.is_file():
+    config_file = folder / "config.json"
+    if not config_file.is_file():
         raise DataError(f"{folder} holds no config.json; give the folder of a saved policy")
     try:
-        kind = json.loads(facts.read_text()).get("model_type")
+        kind = json.loads(config_file.read_text()).get("model_type")
     except (ValueError, AttributeError) as error:
-        raise DataError(f"{facts} is no JSON object: {error}; save the policy again") from error
+        raise DataError(
+            f"{config_file} is no JSON object: {error}; save the policy again"
+        ) from error
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise DataError(
-            f"{facts} has model_type {kind!r}, which transformers knows no causal language model "
-            "of; give the folder of one"
+            f"{config_file} has model_type {kind!r}, which transformers knows no causal language "
+            "model of; give the folder of one"
         )
-    whole = [file for file in folder.glob("*.safetensors") if file.name != value_head.FILE]
-    if not whole and not any(folder.glob("*.bin")):
+    weight_files = [file for file in folder.glob("*.safetensors") if file.name != value_head.FILE]
+    if not weight_files and not any(folder.glob("*.bin")):
         raise DataError(f"{folder} holds no weights (*.safetensors); save the policy again")
-    for file in whole:
+    for file in weight_files:
         try:
             with safe_open(file, "pt"):
-                pass  # reads where each tensor lies, and whether the file goes on to the last one
+                pass  # reads the header, and checks that the file contains the last tensor
         except (SafetensorError, OSError) as error:
             raise DataError(
                 f"the weights in {file} are damaged or cut short: {error}; save the policy again"
@@ -106,7 +108,7 @@ def check_folder(folder: Path) -> None:
 
 
 def head_weight(model: PreTrainedModel) -> Float[Tensor, "tokens D"]:
-    """The rows that turn a hidden state into logits, one per token id."""
+    """Return the weight of the language-model head: one row per token ID."""
     return cast(Tensor, cast(nn.Module, model.get_output_embeddings()).weight)
 
 
@@ -116,13 +118,13 @@ def hidden_states(
     position: Int[Tensor, "R S"],
     visible: Bool[Tensor, "R S S"],
 ) -> Float[Tensor, "R S D"]:
-    """Last hidden states of packed rows; slot i of a row sees slot j where `visible[i, j]`."""
+    """Compute the last hidden states of packed rows; slot i sees slot j where `visible[i, j]`."""
     dtype = head_weight(model).dtype
-    # A padding slot must see something: 0/0 in its softmax would poison all gradients.
-    lonely = ~visible.any(-1, keepdim=True)
+    # A padding slot attends to itself: 0/0 in its softmax would turn all gradients into NaN.
+    sees_nothing = ~visible.any(-1, keepdim=True)
     eye = torch.eye(visible.shape[-1], dtype=torch.bool, device=visible.device)
     mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-    mask.masked_fill_(~(visible | (lonely & eye)), torch.finfo(dtype).min)
+    mask.masked_fill_(~(visible | (sees_nothing & eye)), torch.finfo(dtype).min)
     output = model.base_model(
         input_ids=token, position_ids=position, attention_mask=mask[:, None], use_cache=False
     )
@@ -135,35 +137,43 @@ def child_logprobs(
     head: Float[Tensor, "tokens D"],
     tokenizer: ItemTokenizer,
 ) -> tuple[Float[Tensor, " M"], Children]:
-    """Log-probability of every legal child of each node, in float32: the policy itself.
+    """Compute the log-probability of every legal child of each node, in float32.
 
-    Only the head's rows of the node's level are evaluated, or in title mode those that all levels
-    share. A single child has log-probability 0.
+    This defines the policy. Only the head rows of the node's level are evaluated, or in title mode
+    the rows that all levels share. A single child has log-probability 0.
+
+    Args:
+        hidden: last hidden state at each queried node.
+        node: trie node of each query.
+        head: weight of the language-model head.
+        tokenizer: item tokenizer of the catalog.
     """
     trie = tokenizer.trie
     children = trie.children(node)
-    level = tokenizer.slice_of(trie.depth_of(node))
-    code = trie.code.index_select(0, children.node)
-    pieces: list[Tensor] = []
-    places: list[Tensor] = []
+    level = tokenizer.slice_of(trie.depth_of(node))  # (F,) token slice of each node's children
+    code = trie.code.index_select(0, children.node)  # (M,) code of each child
+    pieces: list[Tensor] = []  # logits of the children of one slice
+    child_indices: list[Tensor] = []  # positions of these children in (M,)
     slices = cast(list[int], level.unique().tolist())
     if len(slices) == 1:
         tokens = tokenizer.tokens_at(slices[0])
         pieces.append(_code_logits(hidden, head[tokens], children.owner, code))
         slices = []
-    for at in slices:
-        rows = (level == at).nonzero().squeeze(1)
-        place = (level[children.owner] == at).nonzero().squeeze(1)
-        local = torch.full_like(node, -1)
-        local[rows] = torch.arange(len(rows), device=node.device)
-        tokens, owner = tokenizer.tokens_at(at), local[children.owner[place]]
-        pieces.append(_code_logits(hidden[rows], head[tokens], owner, code[place]))
-        places.append(place)
+    for slice_index in slices:
+        rows = (level == slice_index).nonzero().squeeze(1)
+        child_index = (level[children.owner] == slice_index).nonzero().squeeze(1)
+        # Position of each queried node within `rows`, -1 for nodes of other slices.
+        row_of_node = torch.full_like(node, -1)
+        row_of_node[rows] = torch.arange(len(rows), device=node.device)
+        tokens = tokenizer.tokens_at(slice_index)
+        owner = row_of_node[children.owner[child_index]]
+        pieces.append(_code_logits(hidden[rows], head[tokens], owner, code[child_index]))
+        child_indices.append(child_index)
     if not pieces:
         # Empty, but attached to the graph: a worker without choices must still take part in the
-        # gradient exchange.
+        # gradient all-reduce.
         return (hidden @ head[:0].T.to(hidden.dtype)).float().reshape(-1), children
-    logit = pieces[0] if len(pieces) == 1 else torch.cat(pieces)[torch.cat(places).argsort()]
+    logit = pieces[0] if len(pieces) == 1 else torch.cat(pieces)[torch.cat(child_indices).argsort()]
     return segment_log_softmax(logit, children.owner, children.start), children
 
 
@@ -173,7 +183,7 @@ def _code_logits(
     owner: Int[Tensor, " M"],
     code: Int[Tensor, " M"],
 ) -> Float[Tensor, " M"]:
-    """The logit of each code at its owner, an index into `hidden`, in float32."""
+    """Compute the float32 logit of each code at the hidden state with index `owner`."""
     logit = hidden @ head.T.to(hidden.dtype)
     return logit.reshape(-1).index_select(0, owner * len(head) + code).float()
 
@@ -181,7 +191,7 @@ def _code_logits(
 def segment_log_softmax(
     logit: Float[Tensor, " M"], owner: Int[Tensor, " M"], start: Int[Tensor, " F1"]
 ) -> Float[Tensor, " M"]:
-    """Log-softmax within each segment of a ragged array.
+    """Compute the log-softmax within each segment of a ragged array.
 
     Segment f is `start[f] : start[f + 1]`, and `owner` is the segment of each entry.
     """
@@ -193,10 +203,10 @@ def segment_log_softmax(
 
 
 def add_dropout(model: PreTrainedModel, share: float) -> list[RemovableHandle]:
-    """Dropout after the embeddings and after each attention and MLP block, while training.
+    """Add dropout after the embeddings and after each attention and MLP block, in training mode.
 
-    Decoder families disagree on where they offer dropout, and recent ones offer none; hooks on the
-    modules that all of them share leave the saved model untouched. Remove the handles to undo.
+    Decoder families apply dropout at different places, and recent ones have none. Hooks on the
+    modules that all families share do not change the saved model. Remove the handles to undo.
     """
     if share == 0:
         return []

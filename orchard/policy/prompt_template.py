@@ -1,11 +1,11 @@
-"""What stands around the items that a policy reads: a bare `<bos>`, or an instruction.
+"""Encode and fill prompt templates: `<bos>` or an instruction around the items.
 
-A compact policy reads `<bos>` and codes, a text policy an instruction with items in its middle.
-Both are a frame: tokens before the items, between two of them, and after the last. Pieces are
-tokenised apart, so that a prompt is the same whichever room builds it. The frame travels with the
-policy's tokenizer, as chat templates do.
+The prompt of a compact policy is `<bos>` and codes, that of a text policy an instruction with items
+in its middle. Both have one form: tokens before the items, between two items, and after the last
+one. These pieces are tokenized separately, so that every component builds the same prompt. The
+template is saved with the policy's tokenizer, like a chat template.
 
-Shapes:  H items of all rows   R1 = rows + 1   T tokens   W1 = words + 1
+Shapes:  H items of all rows   R1 = rows + 1   T tokens   I1 = catalog items + 1
 """
 
 from dataclasses import asdict, dataclass
@@ -20,59 +20,66 @@ from orchard.errors import ConfigError
 from orchard.settings import PromptConfig
 
 _KEY = "orchard_frame"
-"""In what a tokenizer was made with, which `save_pretrained` writes and the next loader reads."""
+"""Key of the template in `init_kwargs` of a tokenizer, which `save_pretrained` saves and the loader
+restores."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptTemplate:
-    """Token ids around the items of a prompt."""
+    """Token IDs around the items of a prompt."""
 
     before: tuple[int, ...]
+    """Tokens before the first item."""
     between: tuple[int, ...] = ()
+    """Tokens between two items."""
     after: tuple[int, ...] = ()
+    """Tokens after the last item."""
     limit: int = 1 << 30
-    """Tokens of a whole prompt; the oldest items give way."""
+    """Maximum number of tokens of a prompt; the oldest items are dropped first."""
 
     @property
     def size(self) -> int:
-        """Tokens of a prompt without items."""
+        """Number of tokens of a prompt without items."""
         return len(self.before) + len(self.after)
 
 
 def fill_template(
-    frame: PromptTemplate,
-    words: tuple[Int32[np.ndarray, " T"], Int64[np.ndarray, " W1"]],
+    template: PromptTemplate,
+    item_tokens: tuple[Int32[np.ndarray, " T"], Int64[np.ndarray, " I1"]],
     item: Int64[np.ndarray, " H"],
     start: Int64[np.ndarray, " R1"],
 ) -> tuple[Int32[np.ndarray, " T2"], Int64[np.ndarray, " R1"]]:
-    """A prompt for each row of items, whole items dropped from the left until it fits.
+    """Build a prompt for each row of items; whole oldest items are dropped until it fits.
 
     Args:
-        frame: around them.
-        words: tokens of every item of the catalog, ragged.
+        template: tokens around the items.
+        item_tokens: tokens of every item of the catalog, ragged.
         item: catalog rows, oldest first.
         start: row r holds the items `start[r] : start[r + 1]`.
     """
-    word, word_start = words
-    owner, rows = ragged.owners(start), len(start) - 1
-    total = ragged.starts(np.diff(word_start)[item] + len(frame.between))
-    # Tokens from an item to the end of its row, where the last one is followed by no separator.
-    rest = total[start[1:]][owner] - total[:-1] - len(frame.between)
-    kept = rest <= frame.limit - frame.size
-    item, count = item[kept], np.bincount(owner[kept], minlength=rows)
-    # Every prompt as numbers of pieces: the words, then before, between and after.
-    edges = (np.array(one, np.int32) for one in (frame.before, frame.between, frame.after))
-    pieces, piece_start = ragged.concatenate(
-        [(word, word_start), *((edge, np.array([0, len(edge)])) for edge in edges)]
+    catalog_token, catalog_start = item_tokens
+    row, num_rows = ragged.owners(start), len(start) - 1
+    total = ragged.starts(np.diff(catalog_start)[item] + len(template.between))
+    # (H,) tokens from each item to the end of its row; no separator follows the last item
+    rest = total[start[1:]][row] - total[:-1] - len(template.between)
+    kept = rest <= template.limit - template.size
+    item, count = item[kept], np.bincount(row[kept], minlength=num_rows)
+    # Pieces that a prompt consists of: all catalog items, then before, between and after.
+    edges = (
+        np.array(tokens, np.int32) for tokens in (template.before, template.between, template.after)
     )
-    before = len(word_start) - 1
-    bounds = ragged.starts(np.maximum(2 * count, 1) + 1)
-    piece = np.full(int(bounds[-1]), before + 1, dtype=np.int64)
-    piece[bounds[:-1]], piece[bounds[1:] - 1] = before, before + 2
-    place = ragged.places(ragged.starts(count))
-    piece[bounds[:-1][owner[kept]] + 1 + 2 * place] = item
+    pieces, piece_start = ragged.concatenate(
+        [(catalog_token, catalog_start), *((edge, np.array([0, len(edge)])) for edge in edges)]
+    )
+    before = len(catalog_start) - 1  # piece index of `before`; `between` and `after` follow
+    prompt_start = ragged.starts(np.maximum(2 * count, 1) + 1)  # first piece of each prompt
+    # Piece index of each position of all prompts: filled with `between`, then overwritten.
+    piece = np.full(int(prompt_start[-1]), before + 1, dtype=np.int64)
+    piece[prompt_start[:-1]], piece[prompt_start[1:] - 1] = before, before + 2
+    position = ragged.places(ragged.starts(count))  # position of each kept item in its row
+    piece[prompt_start[:-1][row[kept]] + 1 + 2 * position] = item
     token, token_start = ragged.take(pieces, piece_start, piece)
-    return token, token_start[bounds]
+    return token, token_start[prompt_start]
 
 
 def encode_template(
@@ -83,11 +90,11 @@ def encode_template(
     *,
     limit: int,
 ) -> PromptTemplate:
-    """The frame of a template with one `place`, such as "{history}".
+    """Tokenize a template with one placeholder `place`, such as "{history}".
 
     Raises:
-        ConfigError: the tokenizer has no chat template and is to use one, or the instruction alone
-            has more than `limit` tokens.
+        ConfigError: the settings require a chat template that the tokenizer lacks, or the
+            instruction alone has more than `limit` tokens.
     """
     lead: list[int] = []
     if settings.chat:
@@ -95,9 +102,9 @@ def encode_template(
             raise ConfigError(
                 "prompt.chat = true, and the tokenizer has no chat template; set it to false"
             )
-        said = [{"role": "user", "content": template}]
+        messages = [{"role": "user", "content": template}]
         template = cast(
-            str, tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+            str, tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         )
     else:
         specials: list[int] = tokenizer.encode("")
@@ -107,22 +114,22 @@ def encode_template(
         tuple(tokenizer.encode(text, add_special_tokens=False))
         for text in (head, settings.separator, tail)
     )
-    frame = PromptTemplate(before=(*lead, *before), between=between, after=after, limit=limit)
-    if frame.size > limit:
+    encoded = PromptTemplate(before=(*lead, *before), between=between, after=after, limit=limit)
+    if encoded.size > limit:
         raise ConfigError(
-            f"the instruction alone has {frame.size} tokens, the policy has room for {limit} "
+            f"the instruction alone has {encoded.size} tokens, the policy has room for {limit} "
             "beside its answer; shorten the template, or raise prompt.max_tokens if it is set"
         )
-    return frame
+    return encoded
 
 
-def save_to_tokenizer(tokenizer: PreTrainedTokenizerBase, frame: PromptTemplate) -> None:
-    """Let the frame travel with the tokenizer from now on."""
-    tokenizer.init_kwargs[_KEY] = asdict(frame)
+def save_to_tokenizer(tokenizer: PreTrainedTokenizerBase, template: PromptTemplate) -> None:
+    """Store the template in the tokenizer, which then saves and loads it."""
+    tokenizer.init_kwargs[_KEY] = asdict(template)
 
 
 def load_from_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PromptTemplate | None:
-    """The frame that came with a tokenizer, if one did."""
+    """Return the template stored in a tokenizer, or None."""
     saved = cast("dict[str, Any] | None", tokenizer.init_kwargs.get(_KEY))
     if saved is None:
         return None
@@ -130,11 +137,17 @@ def load_from_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PromptTemplate | 
     return PromptTemplate(**parts, limit=saved["limit"])
 
 
-def check_fits(text: Int[np.ndarray, " R1"], frame: PromptTemplate, what: str) -> None:
-    """Raise ConfigError where a text, given the starts of all, leaves no room for its question."""
-    longest = int(np.diff(text).max(initial=0))
-    if longest + frame.size > frame.limit:
+def check_fits(text_start: Int[np.ndarray, " R1"], template: PromptTemplate, what: str) -> None:
+    """Raise ConfigError if the longest text does not fit into the template.
+
+    Args:
+        text_start: start of each text in the ragged array of all texts.
+        template: template that receives one text.
+        what: name of the texts, for messages.
+    """
+    longest = int(np.diff(text_start).max(initial=0))
+    if longest + template.size > template.limit:
         raise ConfigError(
-            f"the longest {what} has {longest} tokens and its question {frame.size}, the policy "
-            f"has room for {frame.limit}; raise prompt.max_tokens, or set that task to 0"
+            f"the longest {what} has {longest} tokens and its question {template.size}, the policy "
+            f"has room for {template.limit}; raise prompt.max_tokens, or set that task to 0"
         )

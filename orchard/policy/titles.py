@@ -1,11 +1,11 @@
-"""Title mode: an item is the text tokens of its title.
+"""Build catalogs in title mode, in which an item is identified by the text tokens of its title.
 
-The codes of a title catalog stand for the distinct tokens of all titles, in the order of their
-ids, and for the end marker, which is the tokenizer's `eos_token`. Unlike those of semantic IDs they
-mean the same at every level, so that one slice of the policy's head serves all levels. Every title
-carries the end marker, so that one may be the beginning of another, and a history of titles can be
-read; where nothing but the end can follow it costs nothing. Items whose titles have the same tokens
-share a leaf.
+The codes of a title catalog are the distinct tokens of all titles, in the order of their IDs, and
+the end marker, which is the tokenizer's `eos_token`. Unlike the codes of semantic IDs they have the
+same meaning at every level, so that all levels share one slice of the policy's head. Every title
+has the end marker, so that one title may be a prefix of another and titles can be separated in a
+history; where only the end can follow, the marker costs nothing. Items whose titles have the same
+tokens share a leaf.
 
 Shapes:  I items
 """
@@ -30,10 +30,10 @@ from orchard.policy.item_tokenizer import BOS, EOS, PAD
 
 
 def make_title_tokenizer(title: Sequence[str], size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of the given titles with the special tokens of compact policies.
+    """Train a byte-level BPE tokenizer on the titles, with the special tokens of compact policies.
 
-    Every text has tokens in it, whatever its letters. Equal titles give equal tokenizers. There
-    are fewer than `size` tokens where the titles hold no further pair that occurs twice.
+    It can encode every text. Equal titles give equal tokenizers. It has fewer than `size` tokens if
+    the titles contain no further pair that occurs twice.
 
     Raises:
         CatalogError: `size` has no room for the 256 bytes and the special tokens.
@@ -45,9 +45,9 @@ def make_title_tokenizer(title: Sequence[str], size: int) -> PreTrainedTokenizer
             f"a vocabulary of {size} tokens has no room for {len(alphabet)} bytes and "
             f"{len(specials)} special tokens; raise data.title_tokens"
         )
-    inner = Tokenizer(BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
+    backend = Tokenizer(BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
     trainer = BpeTrainer(
         vocab_size=size,
         min_frequency=2,
@@ -55,15 +55,15 @@ def make_title_tokenizer(title: Sequence[str], size: int) -> PreTrainedTokenizer
         initial_alphabet=sorted(alphabet),
         show_progress=False,
     )
-    inner.train_from_iterator(title, trainer)
+    backend.train_from_iterator(title, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token=PAD, bos_token=BOS, eos_token=EOS
+        tokenizer_object=backend, pad_token=PAD, bos_token=BOS, eos_token=EOS
     )
 
 
 def read_titles(path: Path) -> list[str]:
-    """The titles of an items file, empty where there is none; raises DataError as `read` does."""
-    return [title or "" for title in _table(path)["title"].to_pylist()]
+    """Read the titles of an items file, empty if missing; raises DataError like `read`."""
+    return [title or "" for title in _read_items(path)["title"].to_pylist()]
 
 
 def from_titles(
@@ -72,16 +72,16 @@ def from_titles(
     *,
     item_id: Int[np.ndarray, " I"] | None = None,
 ) -> Catalog:
-    """A catalog of items given their titles.
+    """Create a catalog from the titles of its items.
 
     Args:
-        title: one per item, tokenised as it stands, without special tokens.
-        tokenizer: of the policy that is to write the titles.
+        title: one title per item, tokenized unchanged and without special tokens.
+        tokenizer: tokenizer of the policy that generates the titles.
         item_id: distinct identifiers; 0, 1, 2, ... by default.
 
     Raises:
-        CatalogError: no items, a title without tokens or with the end marker inside it, a
-            tokenizer without `eos_token`.
+        CatalogError: there are no items, a title has no tokens or contains the end marker, or the
+            tokenizer has no `eos_token`.
     """
     end = cast(int | None, tokenizer.eos_token_id)
     if end is None:
@@ -92,9 +92,9 @@ def from_titles(
         raise CatalogError("the catalog has no items; at least one is needed")
     rows: list[list[int]] = tokenizer(list(title), add_special_tokens=False)["input_ids"]
     empty = [row for row, tokens in enumerate(rows) if not tokens]
-    _refuse(empty, title, item_id, "has no tokens; give it a title or leave it out of the items")
+    _reject(empty, title, item_id, "has no tokens; give it a title or leave it out of the items")
     ended = [row for row, tokens in enumerate(rows) if end in tokens]
-    _refuse(ended, title, item_id, f"contains the end marker {tokenizer.eos_token}; remove it")
+    _reject(ended, title, item_id, f"contains the end marker {tokenizer.eos_token}; remove it")
     start = ragged.starts(np.array([len(tokens) for tokens in rows]))
     distinct, code = np.unique(np.concatenate(rows), return_inverse=True)
     return catalogs.from_codes(
@@ -107,13 +107,13 @@ def from_titles(
 
 
 def read(path: Path, tokenizer: PreTrainedTokenizerBase) -> Catalog:
-    """The catalog of an items file: Parquet columns `item_id` and `title`.
+    """Read the catalog of a Parquet items file with the columns `item_id` and `title`.
 
     Raises:
-        DataError: the file or a column is missing, or unreadable.
-        CatalogError: as `from_titles`.
+        DataError: the file or a column is missing or unreadable.
+        CatalogError: see `from_titles`.
     """
-    table = _table(path)
+    table = _read_items(path)
     return from_titles(
         [title or "" for title in table["title"].to_pylist()],
         tokenizer,
@@ -121,16 +121,17 @@ def read(path: Path, tokenizer: PreTrainedTokenizerBase) -> Catalog:
     )
 
 
-def _table(path: Path) -> Any:
+def _read_items(path: Path) -> Any:
+    """Read the table of an items file with titles."""
     return read_table(
         path, role="items", columns=("item_id", "title"), remedy="data.path and data.items"
     )
 
 
-def _refuse(
+def _reject(
     rows: Sequence[int], title: Sequence[str], item_id: Int[np.ndarray, " I"] | None, why: str
 ) -> None:
-    """Raise CatalogError if there are such rows."""
+    """Raise CatalogError with the reason `why` if there are bad rows."""
     if rows:
         item = rows[0] if item_id is None else item_id[rows[0]]
         raise CatalogError(

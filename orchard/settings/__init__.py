@@ -1,4 +1,6 @@
-"""The settings of a run: one frozen section per room, bounds in the types, meaning below each.
+"""Typed settings of a run: one frozen pydantic section per component, bounds in the types.
+
+The string below each field is its description in docs/configuration.md.
 
 Importable without torch and without Ray.
 """
@@ -54,12 +56,14 @@ __all__ = [
 
 
 class Config(Section):
-    """A whole run."""
+    """All settings of one run."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Of the folder below `output`."""
+    """Run name, which is also the name of its folder below `output`."""
     seed: NonNegativeInt = 0
+    """Seed of every random draw of the run."""
     output: Path = Path("runs")
+    """Folder that holds the run folders."""
     data: DataConfig
     model: ModelConfig = ModelConfig()
     prompt: PromptConfig = PromptConfig()
@@ -75,37 +79,37 @@ class Config(Section):
 
     @property
     def thinks(self) -> bool:
-        """If the policy writes, or is taught to write, blocks of thought."""
+        """True if the policy generates thinking blocks or is trained to generate them."""
         return self.teaches_thinking or self.rollout.search == "think" or self.evaluate.think
 
     @property
     def teaches_thinking(self) -> bool:
-        """If the warm start has rationales."""
+        """True if SFT trains on rationales."""
         return self.data.rationales is not None or self.data.rationale_template is not None
 
     @property
     def run_dir(self) -> Path:
-        """Folder of everything that the run writes."""
+        """Folder that receives every file of the run."""
         return self.output / self.name
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
         sizes = self.model.model_dump()
-        for whole, part in (("hidden_size", "heads"), ("heads", "kv_heads")):
-            if sizes[whole] % sizes[part]:
+        for multiple, divisor in (("hidden_size", "heads"), ("heads", "kv_heads")):
+            if sizes[multiple] % sizes[divisor]:
                 raise ValueError(
-                    f"model.{whole} = {sizes[whole]} is not a multiple of "
-                    f"model.{part} = {sizes[part]}; choose one that is"
+                    f"model.{multiple} = {sizes[multiple]} is not a multiple of "
+                    f"model.{divisor} = {sizes[divisor]}; choose one that is"
                 )
         if self.learner.estimator == "leave_one_out" and self.rollout.group_size < 2:
             raise ValueError(
                 "learner.estimator = leave_one_out needs rollout.group_size >= 2, "
                 f"not {self.rollout.group_size}"
             )
-        by_requests = self.rollout.decode == "requests"
+        decodes_by_requests = self.rollout.decode == "requests"
         if (
             self.model.value_head
-            and by_requests
+            and decodes_by_requests
             and "vllm" in (self.rollout.engine, self.evaluate.engine)
         ):
             raise ValueError(
@@ -113,38 +117,38 @@ class Config(Section):
                 'which vLLM gives no hidden states; set rollout.decode = "worker", or '
                 'rollout.engine and evaluate.engine to "torch"'
             )
-        by_head = self.rollout.search == "ved" and self.rollout.ved.guide == "head"
-        if by_head and not self.model.value_head:
+        guided_by_head = self.rollout.search == "ved" and self.rollout.ved.guide == "head"
+        if guided_by_head and not self.model.value_head:
             raise ValueError(
                 'rollout.search = "ved" is guided by values; set model.value_head = true or '
                 'rollout.ved.guide = "critic", or choose another search'
             )
-        unpaid = self.learner.value.outcome.keys() - self.rewards.weights.keys()
-        if unpaid:
+        unweighted = self.learner.value.outcome.keys() - self.rewards.weights.keys()
+        if unweighted:
             raise ValueError(
-                f"learner.value.outcome names {', '.join(sorted(unpaid))}, which rewards.weights "
-                "does not; give it a weight there, 0 to have it scored alone"
+                f"learner.value.outcome names {', '.join(sorted(unweighted))}, which "
+                "rewards.weights does not; give it a weight there, 0 to have it scored alone"
             )
-        by_candidate = ("group", "dapo", "drgrpo", "leave_one_out", "blend")
-        if self.learner.ratio == "sequence" and self.learner.estimator not in by_candidate:
+        per_candidate = ("group", "dapo", "drgrpo", "leave_one_out", "blend")
+        if self.learner.ratio == "sequence" and self.learner.estimator not in per_candidate:
             raise ValueError(
                 f'learner.ratio = "sequence" needs one advantage per candidate, and '
                 f"learner.estimator = {self.learner.estimator} gives one per step; choose from "
-                f"{', '.join(by_candidate)}"
+                f"{', '.join(per_candidate)}"
             )
         if self.data.rationales is not None and self.data.rationale_template is not None:
             raise ValueError(
                 "data.rationales and data.rationale_template both say where rationales come from; "
                 "set one of them"
             )
-        thinks = self.rollout.search == "think"
+        searches_thoughts = self.rollout.search == "think"
         if self.prompt.history is not None and self.data.titles:
             raise ValueError(
                 "prompt.history writes items as semantic IDs, data.titles = true as titles; "
                 "leave one of them out"
             )
-        taught = any(self.sft.tasks.model_dump().values())
-        if taught and (self.prompt.history is None or self.teaches_thinking):
+        has_tasks = any(self.sft.tasks.model_dump().values())
+        if has_tasks and (self.prompt.history is None or self.teaches_thinking):
             raise ValueError(
                 "sft.tasks are tasks of a text model that is not taught to think; set "
                 "prompt.history and no rationales, or leave them at 0"
@@ -154,17 +158,17 @@ class Config(Section):
                 "a policy that thinks has a block for each code, and so needs semantic IDs of one "
                 "length; set data.titles = data.varying_depth = false"
             )
-        if thinks and self.rollout.add_target:
+        if searches_thoughts and self.rollout.add_target:
             raise ValueError(
                 'rollout.add_target = true has no effect with rollout.search = "think"; leave one '
                 "of them out"
             )
-        if thinks and self.model.value_head:
+        if searches_thoughts and self.model.value_head:
             raise ValueError(
                 'model.value_head = true learns from codes alone, rollout.search = "think" gives '
                 "it blocks of thought; switch one of them off"
             )
-        if self.learner.sapo.think_only and not thinks:
+        if self.learner.sapo.think_only and not searches_thoughts:
             raise ValueError(
                 "learner.sapo.think_only = true leaves nothing to learn without thoughts; set "
                 'rollout.search = "think"'
@@ -174,11 +178,11 @@ class Config(Section):
                 f"learner.dual_clip = {self.learner.dual_clip} would bind at ratio 1; "
                 "take a value above 1, or 0 to switch it off"
             )
-        updates, lag = self.learner.updates_per_batch, self.cluster.max_off_policy_steps
-        if self.learner.dropout and (updates > 1 or lag):
+        updates, max_lag = self.learner.updates_per_batch, self.cluster.max_off_policy_steps
+        if self.learner.dropout and (updates > 1 or max_lag):
             raise ValueError(
                 f"learner.dropout = {self.learner.dropout} needs learner.updates_per_batch = 1 and "
-                f"cluster.max_off_policy_steps = 0, not {updates} and {lag}: the ratio of two "
+                f"cluster.max_off_policy_steps = 0, not {updates} and {max_lag}: the ratio of two "
                 "passes under different dropout is noise"
             )
         learner = self.learner

@@ -1,4 +1,4 @@
-"""The prefix critic that may guide a search in the place of the policy's own value head."""
+"""Settings of the prefix critic that can guide a search instead of the policy's value head."""
 
 from typing import Annotated, Literal
 
@@ -9,22 +9,25 @@ from orchard.settings.section import Fraction
 
 
 class CriticConfig(ScorerConfig):
-    """What prefixes promise, learned offline by MARWIL; `orchard fit critic` makes it.
+    """Prefix value model, trained offline with MARWIL by `orchard fit critic`.
 
     Step rewards and their discount are those of `learner.value`.
     """
 
     backend: Literal["torch", "rllib"] = "torch"
-    """Who updates it: a loop of this repository's own, or RLlib's MARWIL learner, which needs
-    requirements/rllib.txt; both train the same network on the same walks by the same loss."""
+    """Trainer of the critic: the training loop of this repository, or RLlib's MARWIL learner, which
+    needs requirements/rllib.txt. Both train the same network on the same trie walks with the same
+    loss."""
     beta: Annotated[float, Field(gt=0.0)] = 1.0
-    """Of the advantage in the weight of an imitated step."""
+    """MARWIL beta: factor of the advantage in the exponent of an imitated step's weight."""
     value_weight: Annotated[float, Field(gt=0.0)] = 1.0
-    """Of the values' squared error beside the imitation."""
+    """Weight of the value loss (squared error) relative to the imitation loss."""
     contrasts: PositiveInt = 4
-    """Walks down the trie beside the logged one of each row: they follow it for some codes, then
-    take any child."""
+    """Contrastive trie walks per row, in addition to the logged one: each follows the logged walk
+    for some codes, then takes random children."""
     dropout: Fraction = 0.1
+    """Dropout rate of the critic during training."""
     batch_size: PositiveInt = 128
     """Rows per update."""
     lr: NonNegativeFloat = 2e-3
+    """Learning rate of the critic."""

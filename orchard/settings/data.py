@@ -1,4 +1,4 @@
-"""Where the interactions are, and how items become sequences."""
+"""Settings of the data files and of the item sequences made from them."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,34 +9,36 @@ from orchard.settings.section import Section
 
 
 class DataConfig(Section):
-    """Where the interactions are, in the Parquet schema of `docs/data.md`."""
+    """Locations of the interaction files, in the Parquet schema of `docs/data.md`."""
 
     path: Path
-    """Folder of the files below."""
+    """Folder that contains the data files."""
     items: str = "items.parquet"
-    """Columns item_id, sid, and title if known."""
+    """Items file with the columns item_id, sid, and optionally title."""
     train: tuple[str, ...] = ("train.parquet",)
-    """Columns user_id, history, target; several files are one split."""
+    """Training files with the columns user_id, history and target; several files form one split."""
     valid: str = "valid.parquet"
+    """Validation file, with the columns of the training files."""
     test: str = "test.parquet"
+    """Test file, with the columns of the training files."""
     embeddings: str | None = None
-    """Columns item_id and embedding (a list of numbers): what the value head's step rewards compare
-    items by; by default they compare codes."""
+    """Embeddings file with the columns item_id and embedding (a list of numbers). The step rewards
+    of the value head compare items by these embeddings; by default they compare codes."""
     max_history: PositiveInt = 10
-    """Most recent items that the policy sees."""
+    """Maximum number of history items in a prompt; the most recent items are kept."""
     level_size: tuple[PositiveInt, ...] | None = None
-    """Nominal codebook sizes; by default the largest code in use plus one."""
+    """Codebook size of each level; by default the largest code in use plus one."""
     varying_depth: bool = False
-    """Allow semantic IDs of different lengths."""
+    """Whether semantic IDs may differ in length."""
     rationales: str | None = None
-    """Column of the train files with a rationale for each row, one block for each code: the warm
-    start then teaches to think (see `orchard.data.rationales`)."""
+    """Column of the training files with a rationale for each row, one block for each code. SFT then
+    trains the policy to think (see `orchard.data.rationales`)."""
     rationale_template: str | None = None
-    """Instead of a column, a template of a block such as "seen {seen}, next {next}", filled in with
-    words that the codes stand for in the items' titles."""
+    """Template of a thinking block, used instead of a rationales column, such as
+    "seen {seen}, next {next}". It is filled with the title words that each code stands for."""
     titles: bool = False
-    """Items are their titles, in the text tokens of the policy in `model.path`, instead of semantic
-    IDs."""
+    """Whether items are identified by the text tokens of their titles, in the tokenizer of the
+    policy in `model.path`, instead of by semantic IDs."""
     title_tokens: Annotated[int, Field(ge=259)] | None = None
-    """Size of the byte-level BPE vocabulary made from the titles where a policy is made from
+    """Size of the byte-level BPE vocabulary trained on the titles when a policy is created from
     scratch: at least the 256 bytes and three special tokens."""

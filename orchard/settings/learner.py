@@ -1,4 +1,4 @@
-"""Scored trees to the next policy."""
+"""Settings of the learner, which turns scored trees into the next policy version."""
 
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
@@ -9,51 +9,57 @@ from orchard.settings.section import Fraction, Section
 
 
 class KlConfig(Section):
-    """How far the policy may move from its reference."""
+    """KL penalty towards a reference policy."""
 
     weight: NonNegativeFloat = 1e-3
-    """Of the k3 estimator; 0 leaves the reference model out altogether."""
+    """Weight of the k3 KL estimator in the loss; with 0 no reference model is loaded."""
     reference: Literal["fixed", "ema"] = "fixed"
+    """Reference policy: the initial policy, or an exponential moving average of the policy."""
     ema_every: PositiveInt = 512
-    """Updates between two moves of an `ema` reference."""
+    """Updates between two steps of an `ema` reference."""
     ema_share: Fraction = 0.6
-    """Share of the current policy in each move."""
+    """Share of the current policy in each step of an `ema` reference."""
 
 
 class ValueConfig(Section):
-    """How the value head of `model.value_head` learns (V-STAR, arXiv 2602.10699)."""
+    """Training of the value head of `model.value_head` (V-STAR, arXiv 2602.10699)."""
 
     weight: NonNegativeFloat = 1.0
-    """Of its squared error beside the policy's loss."""
+    """Weight of the value loss (squared error) relative to the policy loss."""
     lr: NonNegativeFloat = 1e-3
-    """Its own rate, on the schedule of `learner.lr`."""
+    """Learning rate of the value head, on the schedule of `learner.lr`."""
     target: Literal["td", "monte_carlo"] = "td"
-    """Step reward plus the next state's discounted value, or the discounted rewards to the end."""
+    """Value target: the step reward plus the discounted value of the next state, or the discounted
+    sum of the rewards to the end."""
     discount: Fraction = 0.99
+    """Discount factor per code."""
     level_weight: Annotated[tuple[NonNegativeFloat, ...], Field(min_length=1)] = (0.3, 0.5, 1.0)
-    """Step reward of codes 1, 2, ... that agree with the target; the last one of all later ones."""
+    """Step reward of codes 1, 2, ... that match the target; the last entry applies to all later
+    codes."""
     outcome: dict[str, NonNegativeFloat] = Field(default_factory=dict[str, float])
-    """Parts of the reward, with their weights, that a candidate earns at its last code in place of
-    these step rewards: V then foretells what the run pays. Empty as in the paper."""
+    """Reward parts and their weights, paid at a candidate's last code instead of the step rewards,
+    so that the value head predicts the reward of the run. Empty as in the paper."""
     detach: bool = True
-    """Keep its gradient out of the rest of the policy."""
+    """Whether to stop the gradient of the value loss at the hidden states of the policy."""
 
 
 class SapoConfig(Section):
-    """Credit by steps (SAPO, arXiv 2605.17648), for `learner.estimator = "sapo"`."""
+    """Step-level credit (SAPO, arXiv 2605.17648), for `learner.estimator = "sapo"`."""
 
     match: Literal["step_match", "prefix_match"] = "step_match"
-    """Code k earns its reward by being the target's, or only where all codes before it are, too."""
+    """Condition for the reward of code k: it equals the target's code k, or all codes up to k
+    do."""
     think_only: bool = False
-    """Give a step's advantage to its thinking block alone, not to its code."""
+    """Whether the advantage of a step applies to its thinking block alone and not to its code."""
     sid_token_weight: NonNegativeFloat = 1.0
-    """Factor on the weight of codes, each of which is one token beside a whole block."""
+    """Factor on the loss weight of codes, each of which is one token next to a whole block."""
     format_weight: NonNegativeFloat = 0.0
-    """Of a further loss, standardised on its own, that rewards the right number of blocks."""
+    """Weight of an additional, separately standardized loss that rewards the right number of
+    blocks."""
 
 
 class LearnerConfig(Section):
-    """Scored trees to the next policy."""
+    """Policy optimization on scored trees."""
 
     section: ClassVar[str] = "learner"
     renamed: ClassVar[Mapping[str, str]] = {
@@ -62,55 +68,74 @@ class LearnerConfig(Section):
     renamed_values: ClassVar[Mapping[str, Mapping[str, str]]] = {"estimator": {"step": "sapo"}}
 
     workers: PositiveInt = 1
-    """Ray Train workers."""
+    """Number of Ray Train workers."""
     gpus: NonNegativeFloat = 0.0
     """GPUs per worker."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Parallelism over the workers."""
     steps: PositiveInt = 300
+    """Number of training steps, each of which consumes one batch of rollouts."""
     prompts_per_step: PositiveInt = 64
+    """Number of prompts per training step."""
     updates_per_batch: PositiveInt = 1
-    """Gradient steps on one batch; above 1 the clip comes into force."""
+    """Gradient steps on one batch; the ratio clip takes effect above 1."""
     estimator: Literal[
         "group", "dapo", "drgrpo", "leave_one_out", "sibling", "blend", "group_sibling", "sapo"
     ] = "group"
-    """Who a candidate is compared with: its group, or at each code the alternatives that were also
-    found; `group_sibling` adds both losses, `blend` averages both advantages; `step` compares each
-    step of a candidate with the same step of its group."""
+    """Advantage estimator. `group`, `dapo`, `drgrpo` and `leave_one_out` compare a candidate with
+    its group; `sibling` compares it, at each code, with the sibling codes of the same search tree;
+    `group_sibling` adds both losses and `blend` averages both advantages; `sapo` compares each step
+    of a candidate with the same step of its group."""
     sibling_weight: NonNegativeFloat = 1.0
-    """Of the sibling loss beside the group's, in `group_sibling`."""
+    """Weight of the sibling loss relative to the group loss, in `group_sibling`."""
     sapo: SapoConfig = SapoConfig()
     std_epsilon: Annotated[float, Field(gt=0.0)] = 1e-4
+    """Constant added to a standard deviation before advantages are divided by it."""
     lr: NonNegativeFloat = 2e-4
+    """Peak learning rate."""
     warmup: Fraction = 0.03
+    """Share of the updates with a linearly rising learning rate; a cosine decay to `final_lr`
+    follows."""
     final_lr: Fraction = 0.1
+    """Final learning rate as a share of `lr`."""
     weight_decay: NonNegativeFloat = 0.0
+    """AdamW weight decay of matrices; norms and biases have none."""
     grad_clip: NonNegativeFloat = 0.3
+    """Maximum gradient norm; 0 disables clipping."""
     ratio: Literal["token", "sequence"] = "token"
-    """What is compared with the behaviour policy and clipped: each choice, or the geometric mean
-    over a candidate's tokens (GSPO, arXiv 2507.18071), which wants far narrower clips: 3e-4 and
-    4e-4 for texts of thousands of tokens."""
+    """Level of the clipped importance ratio: each token, or the geometric mean over a candidate's
+    tokens (GSPO, arXiv 2507.18071). The latter needs far narrower clips: 3e-4 and 4e-4 for texts of
+    thousands of tokens."""
     clip_low: Fraction = 0.2
+    """Lower clip: the ratio is clipped at 1 - clip_low."""
     clip_high: NonNegativeFloat = 0.2
+    """Upper clip: the ratio is clipped at 1 + clip_high."""
     dual_clip: NonNegativeFloat = 3.0
-    """Bound above 1 on the ratio of choices with negative advantage; 0 switches it off."""
+    """Dual clip: upper bound, above 1, on the ratio where the advantage is negative; 0 disables
+    it."""
     tis_clip: NonNegativeFloat = 0.0
-    """Bound of truncated importance weights to the version that searched (TIS); 0: none."""
+    """Upper bound of the truncated importance sampling (TIS) weight relative to the policy version
+    that ran the search; 0 disables it."""
     logprob: Literal["trie", "full"] = "trie"
-    """Distribution of a code: over its legal siblings, or over the whole vocabulary."""
+    """Distribution of a code: over its legal siblings, or over the full vocabulary."""
     dropout: Fraction = 0.0
-    """Of embeddings and of each block's output while a batch is learned from, with one update per
-    batch and no lag: the ratio is then one, to the same pass."""
+    """Dropout rate of the embeddings and of each block's output during an update. It requires one
+    update per batch and no lag, because the ratio is then 1 within the same pass."""
     ema_decay: Fraction = 0.0
-    """Decay per update of the moving average of the weights that is evaluated and kept; 0: none.
-    Rollouts always follow the newest weights."""
+    """Decay per update of the moving average of the weights that is evaluated and saved; 0 disables
+    it. Rollouts always use the newest weights."""
     kl: KlConfig = KlConfig()
     value: ValueConfig = ValueConfig()
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the forward and backward pass; weights and optimiser stay in float32."""
+    """Precision of the forward and backward pass; weights and optimizer state stay in float32."""
     max_tokens: PositiveInt = 65536
-    """Padded slots per forward pass; larger batches are cut into micro-batches."""
+    """Maximum number of padded token slots per forward pass; larger batches are split into
+    micro-batches."""
     threads: PositiveInt = 2
+    """CPU threads per worker."""
     max_failures: NonNegativeInt = 3
+    """Number of times a failed worker group is restarted."""
     timeout_s: PositiveFloat = 600.0
-    """Longest wait for one update or one epoch."""
+    """Seconds to wait for one update or one epoch."""
     start_timeout_s: PositiveFloat = 300.0
+    """Seconds to wait for the workers to start."""

@@ -1,4 +1,4 @@
-"""The policy and its supervised warm start."""
+"""Settings of the policy model and of its supervised fine-tuning (SFT)."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,14 +9,14 @@ from pydantic import AfterValidator, NonNegativeFloat, NonNegativeInt, PositiveI
 from orchard.settings.section import Fraction, Section
 
 
-def _template(place: str) -> AfterValidator:
-    """A text that names the place once."""
+def _template(placeholder: str) -> AfterValidator:
+    """Return a validator of templates that contain the placeholder exactly once."""
 
     def check(text: str) -> str:
-        if text.count(place) != 1:
+        if text.count(placeholder) != 1:
             raise ValueError(
-                f"a template has {place} once, this one {text.count(place)} times; write it where "
-                "the items belong"
+                f"a template has {placeholder} once, this one {text.count(placeholder)} times; "
+                "write it where the items belong"
             )
         return text
 
@@ -24,102 +24,117 @@ def _template(place: str) -> AfterValidator:
 
 
 class PromptConfig(Section):
-    """Instructions for a text model; a compact policy has none."""
+    """Instruction templates of a text model; a compact policy has none."""
 
     history: Annotated[str, _template("{history}")] | None = None
-    """Template with `{history}` where the items belong; it makes the policy a text model, to whose
-    tokenizer a token for each code is added."""
+    """Prompt template with `{history}` in place of the items. Setting it makes the policy a text
+    model and adds a token for each code to its tokenizer."""
     separator: str = ", "
-    """Between two items."""
+    """Separator between two items."""
     titles: Annotated[str, _template("{history}")] = (
         "A customer bought, oldest first: {history}. The semantic ID of the next item is "
     )
-    """As `history`, for the task that shows the history's titles."""
+    """Template like `history`, for the task whose prompt lists the titles of the history."""
     title: Annotated[str, _template("{title}")] = "The semantic ID of the item '{title}' is "
-    """For the task that asks for the item of a title."""
+    """Template of the task that predicts the item from its title."""
     item: Annotated[str, _template("{item}")] = "The title of the item {item} is:"
-    """For the task that asks for the title of an item."""
+    """Template of the task that predicts the title of an item."""
     chat: bool = False
-    """Wrap instructions in the tokenizer's own chat template, as what the user says."""
+    """Whether to wrap instructions in the chat template of the tokenizer, as a user message."""
     max_tokens: PositiveInt | None = None
-    """Of a prompt; the oldest items give way. By default all positions of the model but those of
-    the answer."""
+    """Maximum number of tokens of a prompt; the oldest items are dropped first. By default all
+    positions of the model except those of the answer."""
 
 
 class TasksConfig(Section):
-    """What a text model is taught beside history -> item: examples per row of the split."""
+    """Additional SFT tasks of a text model, as examples per row of the split."""
 
     titles: NonNegativeFloat = 0.0
-    """Titles of the history -> item."""
+    """Examples per row of the task titles of the history -> item."""
     title_to_item: NonNegativeFloat = 0.0
+    """Examples per row of the task title -> item."""
     item_to_title: NonNegativeFloat = 0.0
+    """Examples per row of the task item -> title."""
 
     @property
     def share(self) -> dict[str, float]:
-        """Examples of each task per row of the split."""
+        """Number of examples per row of the split, by task."""
         return {"history": 1.0, **self.model_dump()}
 
 
 class LoraConfig(Section):
-    """Low-rank adapters in place of training every weight; embeddings are trained whole."""
+    """Low-rank adapters (LoRA) instead of full fine-tuning; embeddings are still fully trained."""
 
     rank: NonNegativeInt = 0
-    """0 trains every weight."""
+    """Rank of the adapters; 0 trains every weight."""
     alpha: PositiveInt = 32
-    """Adapters count alpha / rank times."""
+    """LoRA alpha: the output of an adapter is scaled by alpha / rank."""
     dropout: Fraction = 0.0
-    """Of what adapters read, in the supervised warm start and where `learner.dropout` is set."""
+    """Dropout rate of the adapters' input, in SFT and, if `learner.dropout` is set, in RL."""
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
-    """Last names of the linear modules that get one."""
+    """Last name components of the linear modules that receive an adapter."""
 
 
 class ModelConfig(Section):
-    """The policy: a Hugging Face causal language model."""
+    """Policy model: a Hugging Face causal language model."""
 
     path: Path | None = None
-    """Folder of a saved policy; by default a small Qwen3 is made from the sizes below."""
+    """Folder of a saved policy; by default a small Qwen3 is created from the sizes of this
+    section."""
     text_tokens: PositiveInt = 512
-    """Text tokens of a new policy that reads or writes text, found in its rationales or in the
-    items' titles; at least the 256 bytes."""
+    """Number of text tokens of a new policy that reads or writes text, trained on its rationales or
+    on the item titles; at least the 256 bytes."""
     hidden_size: PositiveInt = 128
+    """Hidden width of a new policy."""
     intermediate_size: PositiveInt = 384
+    """MLP width of a new policy."""
     layers: PositiveInt = 4
+    """Number of decoder layers of a new policy."""
     heads: PositiveInt = 4
+    """Number of attention heads of a new policy; must divide `hidden_size`."""
     kv_heads: PositiveInt = 2
+    """Number of key/value heads of a new policy; must divide `heads`."""
     dropout: Fraction = 0.2
-    """Of embeddings and of each block's output, in the supervised warm start only."""
+    """Dropout rate of the embeddings and of each block's output, in SFT only."""
     lora: LoraConfig = LoraConfig()
     value_head: bool = False
-    """Teach the policy, in reinforcement learning, what a prefix is worth (see `learner.value`);
-    `rollout.ved.guide` says whether it guides a search."""
+    """Whether the policy has a value head, which RL trains to predict the value of a prefix (see
+    `learner.value`); `rollout.ved.guide` selects whether it guides a search."""
 
 
 class SftConfig(Section):
-    """The supervised warm start: next code over whole user sequences."""
+    """Supervised fine-tuning (SFT): next-code prediction over whole user sequences."""
 
     section: ClassVar[str] = "sft"
     renamed: ClassVar[Mapping[str, str]] = {"average": "ema_decay"}
 
     epochs: PositiveInt = 20
+    """Maximum number of epochs."""
     batch_size: PositiveInt = 64
     """User sequences per update, over all workers."""
     lr: NonNegativeFloat = 2e-3
+    """Peak learning rate."""
     warmup: Fraction = 0.05
-    """Share of the updates during which the rate rises; a cosine falls to `final_lr` after it."""
+    """Share of the updates with a linearly rising learning rate; a cosine decay to `final_lr`
+    follows."""
     final_lr: Fraction = 0.05
-    """Last rate as a share of `lr`."""
+    """Final learning rate as a share of `lr`."""
     weight_decay: NonNegativeFloat = 0.05
+    """AdamW weight decay of matrices; norms and biases have none."""
     grad_clip: NonNegativeFloat = 1.0
+    """Maximum gradient norm; 0 disables clipping."""
     logprob: Literal["trie", "full"] = "trie"
-    """Distribution whose likelihood is raised: over the legal siblings, or over the whole
-    vocabulary, forced codes included, which generalised better on real data."""
+    """Distribution whose likelihood is maximized: over the legal siblings, or over the full
+    vocabulary, forced codes included, which generalized better on real data."""
     ema_decay: Fraction = 0.998
-    """Decay per update of the moving average of the weights that is evaluated and kept; 0: none."""
+    """Decay per update of the moving average of the weights that is evaluated and saved; 0 disables
+    it."""
     minutes: NonNegativeFloat = 0.0
-    """Stop after the epoch in which so many minutes have passed; 0 sets no limit."""
+    """Time limit in minutes, checked after each epoch; 0 sets no limit."""
     valid_rows: NonNegativeInt = 1000
-    """Rows of the validation split that choose the epoch; 0 keeps the last."""
+    """Number of validation rows that select the best epoch; 0 keeps the last epoch."""
     valid_beams: PositiveInt = 20
+    """Beam width of the evaluation on the validation rows."""
     patience: PositiveInt = 5
-    """Stop after so many epochs without a better NDCG@10 on the validation rows."""
+    """Number of epochs without a better NDCG@10 on the validation rows before training stops."""
     tasks: TasksConfig = TasksConfig()

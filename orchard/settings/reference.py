@@ -1,7 +1,7 @@
-"""The configuration reference, from the settings themselves.
+"""Generate the configuration reference page from the settings classes.
 
-`python -m orchard.settings.reference > docs/configuration.md`; a test holds the page to the
-settings.
+Run `python -m orchard.settings.reference > docs/configuration.md`; a test compares the page with
+the settings.
 """
 
 import typing
@@ -15,7 +15,7 @@ from orchard.settings import Config
 
 
 def page() -> str:
-    """Every setting with its default and meaning, section by section."""
+    """Return the page in Markdown: every setting with its default and meaning."""
     lines = [
         "# Configuration",
         "",
@@ -30,7 +30,7 @@ def page() -> str:
 
 
 def rows(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """Dotted key, default and meaning of each setting below a section."""
+    """Yield the dotted key, default and meaning of each setting below a section."""
     for name, field in section.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
@@ -40,6 +40,7 @@ def rows(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str,
 
 
 def _default(field: FieldInfo) -> str:
+    """Return the default of a setting as Markdown."""
     value = field.get_default(call_default_factory=True, validated_data={})
     if value is PydanticUndefined:
         return "required"
@@ -47,7 +48,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _meaning(field: FieldInfo) -> str:
-    """The text below the setting; the choices where it has a few."""
+    """Return the description of a setting, followed by its choices if it is a literal type."""
     text = " ".join((field.description or "").split())
     choices = [str(c) for c in typing.get_args(field.annotation) if isinstance(c, str)]
     return ". ".join(part for part in (text.rstrip("."), ", ".join(choices)) if part)

@@ -1,4 +1,4 @@
-"""The settings of the rewards, and of the models that some of them ask."""
+"""Settings of the rewards and of the scorer models behind some of them."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,23 +17,30 @@ from orchard.settings.section import Fraction, Section
 
 
 class ScorerConfig(Section):
-    """Sizes of a model that a reward or a search asks, and how it is fitted."""
+    """Size and training of a scorer model that a reward or a search uses."""
 
     path: Path | None = None
-    """Its folder; by default that of its name in the run's own."""
+    """Folder of the saved model; by default the folder of the model's name in the run folder."""
     hidden_size: PositiveInt = 64
+    """Hidden width of the model."""
     layers: PositiveInt = 2
+    """Number of attention layers."""
     heads: PositiveInt = 2
+    """Number of attention heads; must divide `hidden_size`."""
     dropout: Fraction = 0.3
+    """Dropout rate during training."""
     epochs: PositiveInt = 30
+    """Maximum number of epochs."""
     minutes: NonNegativeFloat = 0.0
-    """Stop after the epoch in which so many minutes have passed; 0 sets no limit."""
+    """Time limit in minutes, checked after each epoch; 0 sets no limit."""
     patience: PositiveInt = 4
-    """Stop after so many epochs without a better figure on the validation rows."""
+    """Number of epochs without a better validation metric before training stops."""
     batch_size: PositiveInt = 64
-    """User sequences, or lists, per update."""
+    """Number of user sequences, or of lists, per update."""
     lr: NonNegativeFloat = 3e-3
+    """Learning rate."""
     weight_decay: NonNegativeFloat = 0.0
+    """AdamW weight decay."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "ScorerConfig":
@@ -46,33 +53,36 @@ class ScorerConfig(Section):
 
 
 class CollaborativeConfig(ScorerConfig):
-    """The SASRec model behind the reward `collaborative`; `orchard fit collaborative` makes it."""
+    """SASRec model of the reward `collaborative`, trained by `orchard fit collaborative`."""
 
 
 class ListwiseConfig(ScorerConfig):
-    """The list evaluator behind the reward `listwise`; `orchard fit listwise` makes it."""
+    """List evaluator of the reward `listwise`, trained by `orchard fit listwise`."""
 
     list_size: Annotated[int, Field(ge=2)] = 16
-    """Candidates of a training list: the target and others; best near `rollout.group_size`."""
+    """Number of candidates in a training list, the target included; best close to
+    `rollout.group_size`."""
     near: Fraction = 0.5
-    """Share of the others that are neighbours of the target in the trie; the rest are drawn as
-    often as they are targets."""
+    """Share of the other candidates that are neighbors of the target in the trie; the rest are
+    drawn in proportion to their frequency as targets."""
     batch_size: PositiveInt = 256
-    """Lists per update."""
+    """Number of lists per update."""
     lr: NonNegativeFloat = 1e-3
+    """Learning rate."""
 
 
 class TransitionConfig(Section):
-    """What the reward `transition` counts in the training rows."""
+    """Item-to-item transition counts of the training rows, for the reward `transition`."""
 
     decay: Fraction = 0.3
-    """Weight of a history item beside that of the one after it."""
+    """Weight of a history item relative to the next more recent item."""
     floor: Annotated[float, Field(gt=0.0)] = 1e-3
-    """Added to a candidate's strength before the logarithm: that of one that never followed."""
+    """Constant added to a candidate's transition strength before the logarithm, hence the strength
+    of a candidate without any observed transition."""
 
 
 class RewardsConfig(Section):
-    """Search trees to scored trees."""
+    """Reward functions that score the candidates of search trees."""
 
     section: ClassVar[str] = "rewards"
     renamed: ClassVar[Mapping[str, str]] = {"ranking": "ranking_variant"}
@@ -81,16 +91,20 @@ class RewardsConfig(Section):
     }
 
     weights: dict[str, float] = Field(default_factory=lambda: {"rule": 1.0, "ranking": 1.0})
-    """Weight of each part, by name; the names are those of `rewards.REWARDS`."""
+    """Weight of each reward part, by its name in `rewards.REWARDS`."""
     ranking_variant: Literal["reference_code", "paper"] = "reference_code"
-    """Form of the part `ranking`: as the authors run it, or as printed, which also punishes groups
-    without the target (see `docs/rewards.md`)."""
+    """Variant of the part `ranking`: that of the authors' code, or that of the paper, which also
+    penalizes groups without the target (see `docs/rewards.md`)."""
     collaborative: CollaborativeConfig = CollaborativeConfig()
     transition: TransitionConfig = TransitionConfig()
     listwise: ListwiseConfig = ListwiseConfig()
     actors: PositiveInt = 1
+    """Number of reward actors."""
     queue: PositiveInt = 8
-    """Batches that may wait at each actor."""
+    """Maximum number of batches queued at each actor."""
     timeout_s: PositiveFloat = 30.0
+    """Seconds to wait for the scores of one batch."""
     retries: NonNegativeInt = 2
+    """Number of times a batch is sent again after an actor died or missed its deadline."""
     max_restarts: NonNegativeInt = 3
+    """Number of actors that may be replaced over the whole run."""

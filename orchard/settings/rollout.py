@@ -1,4 +1,4 @@
-"""Prompts to search trees."""
+"""Settings of the rollout: the search that turns prompts into search trees."""
 
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
@@ -12,78 +12,93 @@ class VedConfig(Section):
     """Value-guided efficient decoding (V-STAR, arXiv 2602.10699), for `rollout.search = "ved"`."""
 
     guide: Literal["head", "critic"] = "head"
-    """Whose values guide: those of the policy's own head, which learns beside it, or those of a
-    critic fitted beforehand (`orchard fit critic`), which has them from the first update on."""
+    """Source of the values that guide the search: the value head of the policy, trained together
+    with it, or a critic trained beforehand (`orchard fit critic`), available from the first update
+    on."""
     budget: PositiveInt = 33
-    """Most tokens forwarded per prompt, the root's own distribution counted as one and leaves left
-    out, as the paper counts; a beam of width W over three codes costs 1 + 2 W."""
+    """Maximum number of tokens forwarded per prompt. As in the paper, the distribution at the root
+    counts as one token and leaves count as none; a beam of width W over three codes costs 1 + 2
+    W."""
     width: PositiveInt = 8
-    """Of the likelihood beam that the tree begins with."""
+    """Width of the initial likelihood beam."""
     exploration: NonNegativeFloat = 1.0
-    """Of rarely visited nodes in the selection; the paper's beta."""
+    """Weight of the exploration bonus for rarely visited nodes; beta in the paper."""
     entropy_weight: NonNegativeFloat = 0.1
-    """Of a node's entropy in its priority; the paper's lambda."""
+    """Weight of a node's entropy in its priority; lambda in the paper."""
     value_weight: NonNegativeFloat = 1.0
-    """Of a node's value in its priority; 0 leaves the guidance to the entropy."""
+    """Weight of a node's value in its priority; with 0 the entropy alone guides the search."""
     expand_root: bool = True
-    """Let the root, alone at its depth and so never below its mean, grow in every traversal."""
+    """Whether every traversal may expand the root, which is the only node at its depth and so never
+    has a priority below the mean of its depth."""
     warm_visits: bool = False
-    """Count the paths of the beam as visits."""
+    """Whether the paths of the initial beam count as visits."""
     to_leaf: bool = False
-    """Follow each new child down to a leaf, one sampled code after another."""
+    """Whether each new child is extended down to a leaf, one sampled code after another."""
     count_leaves: bool = False
-    """Count the evaluation of leaves against the budget."""
+    """Whether the evaluation of leaves counts against the budget."""
     traversals: PositiveInt = 1
-    """Per prompt between two forward passes; visits count at once, values with the pass."""
+    """Number of traversals per prompt between two forward passes. Visits are counted immediately,
+    values after the pass."""
     warmup: NonNegativeInt = 0
-    """First updates that search by beam, while the value head learns to guide."""
+    """Number of initial updates that use beam search while the value head is trained."""
 
 
 class ThinkConfig(Section):
-    """Thinking before naming an item (SAPO, arXiv 2605.17648), for `rollout.search = "think"`."""
+    """Thinking blocks before each code (SAPO, arXiv 2605.17648), for `rollout.search = "think"`."""
 
     block_tokens: PositiveInt = 64
-    """Most tokens of a block's own; after so many its closing tag is forced."""
+    """Maximum number of tokens in a thinking block, after which its closing tag is forced."""
     codes: Literal["sample", "beam"] = "sample"
-    """How codes are found after a thought."""
+    """Decoding of the codes after a thought."""
     width: PositiveInt = 1
-    """Candidates after each thought, of which there are `rollout.group_size`."""
+    """Number of candidates per thought; the number of thoughts is `rollout.group_size`."""
 
 
 class RolloutConfig(Section):
-    """Prompts to search trees."""
+    """Search for candidates by the rollout actors."""
 
     section: ClassVar[str] = "rollout"
     renamed: ClassVar[Mapping[str, str]] = {"candidates": "group_size"}
 
     actors: PositiveInt = 1
+    """Number of rollout actors."""
     engine: Literal["vllm", "torch"] = "vllm"
+    """Decoding engine."""
     decode: Literal["worker", "requests"] = "worker"
-    """Where vLLM's searches run: inside its worker, or as one public request per prefix."""
+    """Execution of a search with vLLM: inside the vLLM worker, or as one public request per
+    prefix."""
     search: Literal["beam", "beam_sample", "sample", "dynamic", "ved", "think"] = "beam"
-    """`beam`: the best candidates; `beam_sample`: distinct ones, drawn without replacement;
-    `sample`: independent draws; `dynamic`: the target and little twice, of half as many draws
-    again; `ved`: what a value head guides to; `think`: independent thoughts, a block for each code,
-    and what codes follow them."""
+    """Search algorithm. `beam`: the most likely candidates; `beam_sample`: distinct candidates,
+    sampled without replacement; `sample`: independent samples; `dynamic`: 1.5 times as many
+    samples, of which the target and as few duplicates as possible are kept (ReRe); `ved`:
+    value-guided search; `think`: independent thoughts, one block for each code, followed by the
+    codes."""
     group_size: PositiveInt = 16
-    """Candidates per prompt; the width of the beam."""
+    """Number of candidates per prompt, which is also the beam width."""
     add_target: bool = False
-    """Put the target in the place of the worst candidate where a search for training missed it."""
+    """Whether a training search that missed the target replaces its worst candidate with the
+    target."""
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
-    """Of the random searches; reported log-probabilities are those of the policy itself."""
+    """Sampling temperature of the random searches; the reported log-probabilities are those of the
+    unscaled policy."""
     ved: VedConfig = VedConfig()
     think: ThinkConfig = ThinkConfig()
     batch_size: PositiveInt = 64
-    """Prompts per request to an actor."""
+    """Number of prompts per request to an actor."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the engine."""
     threads: PositiveInt = 2
+    """CPU threads per actor."""
     gpus: NonNegativeFloat = 0.0
     """GPUs per actor; vLLM splits the policy over them (tensor parallelism)."""
     kv_cache_gib: Annotated[float, Field(gt=0.0)] = 1.0
-    """vLLM's paged cache per actor: system memory on a CPU; a GPU takes `gpu_memory` instead."""
+    """Size in GiB of vLLM's paged KV cache per actor in system memory on a CPU; on a GPU
+    `gpu_memory` applies instead."""
     gpu_memory: Fraction = 0.4
-    """Share of a GPU that vLLM may take."""
+    """Share of the GPU memory that vLLM may use."""
     max_restarts: NonNegativeInt = 3
+    """Number of actors that may be replaced over the whole run."""
     timeout_s: PositiveFloat = 300.0
-    """Longest wait for one batch of trees."""
+    """Seconds to wait for one batch of search trees."""
     start_timeout_s: PositiveFloat = 300.0
+    """Seconds to wait for an actor to start."""

@@ -1,4 +1,4 @@
-"""What is evaluated, what survives, and where things run."""
+"""Settings of evaluation, checkpoints and the Ray cluster."""
 
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
@@ -12,52 +12,63 @@ class EvaluateConfig(Section):
     """Held-out evaluation by constrained beam search."""
 
     beams: PositiveInt = 50
+    """Beam width of the evaluation on the test split."""
     engine: Literal["vllm", "torch"] = "torch"
+    """Decoding engine of the evaluation."""
     think: bool = False
-    """Let the policy think, greedily and with `rollout.think.block_tokens`, before the beam."""
+    """Whether the policy generates thinking blocks before the beam, greedily and with
+    `rollout.think.block_tokens`."""
     every: NonNegativeInt = 50
-    """Updates between two looks at the validation rows; 0 never looks."""
+    """Number of updates between two evaluations on the validation rows; 0 disables them."""
     valid_rows: PositiveInt = 1000
+    """Number of validation rows."""
     valid_beams: PositiveInt = 20
+    """Beam width of the evaluation on the validation rows."""
     test_rows: NonNegativeInt = 0
-    """Rows of the test split before and after; 0 takes all."""
+    """Number of test rows that are evaluated before and after training; 0 uses all."""
     batch_size: PositiveInt = 256
+    """Number of prompts per batch of the evaluation."""
     resamples: PositiveInt = 2000
-    """Bootstrap resamples behind the 95 % intervals of an evaluation; differences between two take
-    2,000."""
+    """Number of bootstrap resamples for the 95 % intervals of an evaluation; a comparison of two
+    evaluations uses 2,000."""
 
 
 class CheckpointConfig(Section):
-    """What survives."""
+    """Checkpoints of a run."""
 
     every: PositiveInt = 50
-    """Updates between two checkpoints."""
+    """Number of updates between two checkpoints."""
     keep: PositiveInt = 2
+    """Number of most recent checkpoints to keep."""
 
 
 class ClusterConfig(Section):
-    """Where things run and how far ahead rollouts may run."""
+    """Ray cluster, weight synchronization and metrics of a run."""
 
     section: ClassVar[str] = "cluster"
     renamed: ClassVar[Mapping[str, str]] = {"max_lag": "max_off_policy_steps"}
 
     address: str | None = None
-    """Ray cluster to join; by default RAY_ADDRESS, or a local cluster of this run's own."""
+    """Address of the Ray cluster to join; by default RAY_ADDRESS, or a new local cluster."""
     cpus: PositiveInt | None = None
-    """CPUs of the local cluster; by default what the plan needs."""
+    """Number of CPUs of the local cluster; by default as many as the plan needs."""
     max_off_policy_steps: NonNegativeInt = 0
-    """Updates that a rollout's policy may be behind the learner's; 0 is synchronous."""
+    """Maximum number of updates by which the rollout policy may lag behind the learner; 0 is
+    synchronous."""
     publish_timeout_s: PositiveFloat = 60.0
+    """Seconds to wait for the actors to load published weights."""
     probe_prompts: NonNegativeInt = 2
-    """Prompts whose targets each rollout actor scores anew when it is given weights, to compare
-    with the learner; 0 trusts the digest alone."""
+    """Number of probe prompts whose targets each rollout actor scores after it loads weights, for
+    comparison with the learner; with 0 only the digest is verified."""
     probe_tolerance: PositiveFloat | None = None
-    """Largest difference of one of them, in nats; by default 0.001, or 0.5 where rollout or learner
-    computes in bfloat16."""
+    """Maximum difference in nats between the rollout and learner log-probabilities of a probe
+    target; by default 0.001, or 0.5 if rollout or learner computes in bfloat16."""
     tracker: Literal["wandb", "mlflow"] | None = None
-    """Log to Weights & Biases (offline unless WANDB_MODE says otherwise) or MLflow as well; needs
-    the extra `tracking`."""
+    """Additional experiment tracker: Weights & Biases (offline unless WANDB_MODE overrides it) or
+    MLflow; needs the extra `tracking`."""
     metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
-    """Of the driver's `/metrics` for Prometheus; 0 is any free one, by default there is none."""
+    """Port of the driver's `/metrics` endpoint for Prometheus; 0 selects a free port, and by
+    default there is no endpoint."""
     metrics_host: str = "127.0.0.1"
-    """Where that listens; 0.0.0.0 shows the metrics to all who can reach the machine."""
+    """Address that the `/metrics` endpoint binds to; 0.0.0.0 exposes the metrics to every host that
+    can reach the machine."""

@@ -1,4 +1,4 @@
-"""Building blocks of settings: a frozen section that knows its old names, and bounded numbers."""
+"""Base class of the settings sections, which accepts old key names, and bounded number types."""
 
 import logging
 from collections.abc import Mapping
@@ -7,14 +7,16 @@ from typing import Annotated, Any, ClassVar, cast
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+"""Number between 0 and 1, bounds included."""
 
 _warned: set[str] = set()
+"""Texts of the warnings that were logged; each is logged once per process."""
 
 
 class Section(BaseModel):
-    """A frozen part of the configuration; every field documents itself below its line.
+    """Frozen section of the configuration; the string below a field is its description.
 
-    Keys and values of earlier versions are taken under their new names, with a warning.
+    Keys and values of earlier versions are accepted, translated to the new names, with a warning.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -22,21 +24,22 @@ class Section(BaseModel):
     section: ClassVar[str] = ""
     """Dotted name of the section in a run file."""
     renamed: ClassVar[Mapping[str, str]] = {}
-    """Old key -> new key."""
+    """Renamed keys: old key -> new key."""
     renamed_values: ClassVar[Mapping[str, Mapping[str, str]]] = {}
-    """New key -> old value -> new value."""
+    """Renamed values: new key -> old value -> new value."""
 
     @model_validator(mode="before")
     @classmethod
     def _with_new_names(cls, data: Any) -> Any:
+        """Replace old keys and values with the new ones, before validation."""
         if not isinstance(data, dict):
             return data
-        given = cast("dict[str, Any]", data)
+        raw = cast("dict[str, Any]", data)
         tree: dict[str, Any] = {}
-        for key, value in given.items():
+        for key, value in raw.items():
             name = cls.renamed.get(key, key)
             if name != key:
-                if name in given:
+                if name in raw:
                     raise ValueError(f"{key} is now {name}, and both are set; remove {key}")
                 cls._warn(key, name)
             choices = cls.renamed_values.get(name, {})
@@ -48,8 +51,9 @@ class Section(BaseModel):
 
     @classmethod
     def _warn(cls, old: str, new: str) -> None:
-        named = new if new.startswith('"') else f"{cls.section}.{new}"
-        text = f"{cls.section}.{old} is now {named}"
+        """Log once that an old name of the section was used."""
+        replacement = new if new.startswith('"') else f"{cls.section}.{new}"
+        text = f"{cls.section}.{old} is now {replacement}"
         if text not in _warned:
             _warned.add(text)
             logging.getLogger("orchard").warning("%s; the old name still works", text)

@@ -1,4 +1,4 @@
-"""The settings of the recommendation endpoint. Importable without torch and without Ray."""
+"""Settings of the recommendation endpoint. Importable without torch and without Ray."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,35 +10,36 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 from orchard.settings.section import Fraction, Section
 
 
-def _tells_secrets(address: str) -> bool:
-    """If a password or a user is part of a Redis address, before the host or as a parameter."""
+def _has_credentials(address: str) -> bool:
+    """Return whether a Redis address has a user or password, before the host or as a parameter."""
     parts = urlsplit(address)
     return "@" in address or bool({"password", "username"} & parse_qs(parts.query).keys())
 
 
 class FilterConfig(Section):
-    """A named view of the catalog: the items whose attribute passes a comparison."""
+    """Named view of the catalog: the items whose attribute passes a comparison."""
 
     column: str
-    """Of the attributes file."""
+    """Column of the attributes file."""
     op: Literal["==", "!=", "<", "<=", ">", ">=", "in"] = "=="
+    """Comparison operator, with the attribute on the left."""
     value: bool | int | float | str | tuple[int | float | str, ...] = True
-    """An item whose attribute is unknown passes no comparison."""
+    """Value that the attribute is compared with; an item without the attribute never passes."""
 
 
 class VariantConfig(Section):
-    """Another policy behind the same endpoint."""
+    """Additional policy behind the same endpoint."""
 
     policy: Path
-    """Folder of a policy that was trained on the same catalog."""
+    """Folder of a policy trained on the same catalog."""
     share: Fraction = 0.0
-    """Of the users who are answered by it."""
+    """Share of the users that are served by this policy."""
     shadow: bool = False
-    """Let it answer every request too, for the exposure log alone."""
+    """Whether the policy also answers every other request, for the exposure log only."""
 
 
 class ServeConfig(Section):
-    """The recommendation endpoint."""
+    """HTTP endpoint that serves recommendations."""
 
     section: ClassVar[str] = "serve"
     renamed: ClassVar[Mapping[str, str]] = {
@@ -46,63 +47,72 @@ class ServeConfig(Section):
     }  # fmt: skip
 
     host: str = "127.0.0.1"
+    """Address that the endpoint binds to."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """Port of the endpoint."""
     replicas: PositiveInt = 1
+    """Number of replicas."""
     engine: Literal["vllm", "torch"] = "torch"
-    """`vllm` falls back to `torch`, with a warning, where it cannot be had."""
+    """Decoding engine; if vLLM is not available, `vllm` falls back to `torch` with a warning."""
     threads: PositiveInt = 1
-    """Of the engine in each replica."""
+    """CPU threads of the engine in each replica."""
     width: PositiveInt = 50
-    """Beam width where a request does not say."""
+    """Default beam width of a request."""
     max_width: PositiveInt = 512
+    """Maximum beam width of a request."""
     max_k: PositiveInt = 512
+    """Maximum number of items per request."""
     budget: PositiveInt = 1024
-    """Beam rows that one batch may hold."""
+    """Maximum number of beam rows in one batch."""
     queue: PositiveInt = 8192
-    """Beam rows that may wait; beyond it requests are refused with 429."""
+    """Maximum number of queued beam rows; requests beyond it are rejected with status 429."""
     batch_wait_ms: NonNegativeFloat = 0.0
-    """Time that a batch waits for company."""
+    """Milliseconds to wait for more requests before a batch runs."""
     deadline_ms: NonNegativeFloat = 0.0
-    """Where a request does not say; 0 sets none."""
+    """Default deadline of a request in milliseconds; 0 sets none."""
     cache_s: NonNegativeFloat = 0.0
-    """Life of a cached answer; 0 caches nothing."""
+    """Seconds to keep a cached response; 0 disables the cache."""
     cache_size: PositiveInt = 10_000
+    """Maximum number of cached responses."""
     popularity: Path | None = None
-    """Parquet columns item_id and count: what is shown where the policy cannot answer in time. A
-    run without the file counts its training targets."""
+    """Parquet file with the columns item_id and count: the popular items that are returned when the
+    policy cannot answer in time. Without the file the training targets of the run are counted."""
     attributes: Path | None = None
-    """Parquet column item_id, and any others for `filters`."""
+    """Parquet file with the column item_id and the attribute columns that `filters` use."""
     histories: Path | None = None
-    """Parquet columns user_id and history: what requests that name only a user are answered by."""
+    """Parquet file with the columns user_id and history, for requests that contain only a user
+    ID."""
     redis: str | None = None
-    """Address of a Redis server, such as redis://host:6379/0, instead of `histories`: a list of
-    item ids per user, oldest first."""
+    """Address of a Redis server that replaces `histories`, such as redis://host:6379/0. It stores a
+    list of item IDs per user, oldest first."""
     redis_prefix: str = "history:"
-    """Of the keys; the user follows."""
+    """Prefix of the Redis keys, followed by the user ID."""
     redis_timeout_ms: Annotated[float, Field(gt=0.0)] = 50.0
-    """Of connecting, and of an answer; beyond it a request is answered with 503."""
+    """Milliseconds to wait for a Redis connection and for a Redis reply; after that the request
+    fails with status 503."""
     redis_password_env: str = "ORCHARD_REDIS_PASSWORD"
-    """Environment variable with the password of the Redis server, where it has one."""
+    """Environment variable that contains the password of the Redis server, if it has one."""
     filters: dict[str, FilterConfig] = Field(default_factory=dict[str, FilterConfig])
-    """Views by name; requests may ask for several at once."""
+    """Named catalog views; a request may combine several."""
     variants: dict[str, VariantConfig] = Field(default_factory=dict[str, VariantConfig])
-    """Other policies by name, beside the main one, which is named `main`."""
+    """Additional policies by name; the main policy is named `main`."""
     ab_salt: str = "orchard"
-    """Of the hash that spreads users over variants; another one spreads them anew."""
+    """Salt of the hash that assigns users to variants; a new salt reassigns all users."""
     state: Path | None = None
-    """Folder that the replicas share: catalog deltas and the pinned policy. By default `serve`
-    beside the policy."""
+    """Folder shared by the replicas, with catalog deltas and the pinned policy; by default the
+    folder `serve` next to the policy folder."""
     exposure: Path | None = None
-    """Folder of the exposure log; by default none is kept."""
+    """Folder of the exposure log; by default no log is written."""
     poll_interval_s: PositiveFloat = 0.5
-    """Time between two looks at the policy folder and at the shared state."""
+    """Seconds between two checks of the policy folder and of the shared state."""
     versions: PositiveInt = 3
-    """Policies and catalogs kept for rollback."""
+    """Number of policies and of catalogs that are kept for rollback."""
     probe_tolerance: Annotated[float, Field(gt=0.0)] = 1e-3
-    """Largest difference between what a new policy's engine and its reference make of a probe."""
+    """Maximum difference in nats between the scores that the engine and the reference model of a
+    new policy give to a probe."""
     token_env: str = "ORCHARD_SERVE_TOKEN"
-    """Environment variable with the bearer token of the operator's endpoints; unset, they are
-    closed."""
+    """Environment variable that contains the bearer token of the operator endpoints; while it is
+    unset, these endpoints are disabled."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "ServeConfig":
@@ -119,16 +129,16 @@ class ServeConfig(Section):
             raise ValueError(
                 "serve.redis and serve.histories are both set; keep the one store that is to answer"
             )
-        if self.redis is not None and _tells_secrets(self.redis):
+        if self.redis is not None and _has_credentials(self.redis):
             raise ValueError(
                 "serve.redis holds a password or user; leave it out and put the password into the "
                 f"environment variable {self.redis_password_env}"
             )
         if "main" in self.variants:
             raise ValueError("serve.variants.main names the main policy; choose another name")
-        shared = sum(variant.share for variant in self.variants.values())
-        if shared > 1:
+        total_share = sum(variant.share for variant in self.variants.values())
+        if total_share > 1:
             raise ValueError(
-                f"the shares of serve.variants add up to {shared:g}, more than 1; lower them"
+                f"the shares of serve.variants add up to {total_share:g}, more than 1; lower them"
             )
         return self
