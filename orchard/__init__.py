@@ -22,7 +22,6 @@ _MODULE_OF = {
     "read_evaluations": "orchard.tables",
 }
 # Types are declared in `__init__.pyi`.
-__all__ = ["LocalPolicy", "load", "read_evaluations", "read_metrics"]
 
 
 def __getattr__(name: str) -> Any:
@@ -34,4 +33,4 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     """List public names for completion."""
-    return sorted([*globals(), *__all__])
+    return sorted([*globals(), *_MODULE_OF])

@@ -1,15 +1,16 @@
 """Metrics and evaluations of a run as Arrow tables."""
 
 from pathlib import Path
+from typing import Any
 
-import pyarrow as pa
+import pyarrow as pa  # its types are unknown to type checkers: a table is Any here
 
 from orchard.errors import DataError
 from orchard.evaluation import ranking
 from orchard.tracking import metrics_log
 
 
-def read_metrics(run: str | Path) -> pa.Table:
+def read_metrics(run: str | Path) -> Any:
     """Return the metrics of a run folder, a row for each phase, step and metric.
 
     Columns: `phase`, `step`, `time` (seconds since 1970), `metric`, `value`.
@@ -17,7 +18,7 @@ def read_metrics(run: str | Path) -> pa.Table:
     Raises:
         DataError: the folder holds no metrics, or they are damaged.
     """
-    parts: list[pa.Table] = [_METRICS.empty_table()]
+    parts: list[Any] = [_METRICS.empty_table()]
     for phase, metrics in metrics_log.read_metrics(Path(run) / metrics_log.FILE).items():
         for name, series in metrics.items():
             length = len(series.step)
@@ -26,7 +27,7 @@ def read_metrics(run: str | Path) -> pa.Table:
     return pa.concat_tables(parts)
 
 
-def read_evaluations(run: str | Path) -> pa.Table:
+def read_evaluations(run: str | Path) -> Any:
     """Return the evaluations of a run folder, a row for each evaluation and metric.
 
     Columns: `evaluation`, `policy`, `metric`, `mean`, `low`, `high` (95 % bootstrap interval), `n`.
