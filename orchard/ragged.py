@@ -22,7 +22,7 @@ def owners(start: Int[np.ndarray, " R1"]) -> Int[np.ndarray, " M"]:
     return np.repeat(np.arange(len(start) - 1), np.diff(start))
 
 
-def places(start: Int[np.ndarray, " R1"]) -> Int[np.ndarray, " M"]:
+def index_in_row(start: Int[np.ndarray, " R1"]) -> Int[np.ndarray, " M"]:
     """Return the position of each element within its row."""
     return np.arange(int(start[-1])) - np.repeat(start[:-1], np.diff(start))
 
@@ -60,7 +60,7 @@ def pad(
     """
     count = np.diff(start)
     table = np.full((len(count), max(width, int(count.max(initial=0)))), fill, values.dtype)
-    table[owners(start), places(start)] = values
+    table[owners(start), index_in_row(start)] = values
     return table
 
 

@@ -172,7 +172,7 @@ class SearchTrees:
     @property
     def rank(self) -> Int64[np.ndarray, " C"]:
         """Rank of each candidate by policy log-probability within its prompt, 1 for the best."""
-        return ragged.places(self.candidate_start) + 1
+        return ragged.index_in_row(self.candidate_start) + 1
 
     @property
     def is_reasoning(self) -> bool:

@@ -186,7 +186,7 @@ class Service:
             await self._in_loader(self._shared_state.catch_up, self.catalog_store)
             for slot in self.slots.values():
                 await self._follow_pin(slot)
-                loaded = await self._in_loader(slot.poll)
+                loaded = await self._in_loader(slot.read_new_policy)
                 if loaded is None:
                     continue
                 if await self._switch(slot, loaded):

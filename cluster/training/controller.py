@@ -45,7 +45,7 @@ class PublishedWeights:
     """Policy version with the object reference of its weights, and its log-probability probe."""
 
     policy: PolicyVersion
-    weights: Any
+    weights_ref: Any
     probe: LogprobProbe | None = None
 
 
@@ -66,7 +66,7 @@ class Controller:
         exporter.set("orchard_policy_lag_bound_versions", run.config.cluster.max_off_policy_steps)
         exporter.set("orchard_logprob_gap_bound_nats", probe_tolerance(run.config))
         self._tokenizer = ray.put(run.tokenizer)
-        self._newest = PublishedWeights(policy=PolicyVersion(step=-1, digest=""), weights=None)
+        self._newest = PublishedWeights(policy=PolicyVersion(step=-1, digest=""), weights_ref=None)
         self._published: dict[Pool, PublishedWeights] = {}
         """Last version sent to each pool, for actors that start later."""
         self.ranking: Pool | None = None
@@ -121,7 +121,9 @@ class Controller:
         reproduce them. An actor that does not is replaced before it runs any search.
         """
         probe = None if probed is None else self._probe(probed)
-        self._newest = PublishedWeights(policy=policy, weights=ray.put(dict(weights)), probe=probe)
+        self._newest = PublishedWeights(
+            policy=policy, weights_ref=ray.put(dict(weights)), probe=probe
+        )
         self.exporter.set("orchard_policy_version", policy.step, "learner")
         if self.rollout is not None:
             await self._install(self.rollout, self._newest)
@@ -187,7 +189,7 @@ class Controller:
         if loaded is None or wanted != (loaded.policy.step, loaded.policy.digest):
             newest = self._newest
             if wanted != (newest.policy.step, newest.policy.digest):
-                newest = PublishedWeights(policy=policy, weights=ray.put(dict(weights)))
+                newest = PublishedWeights(policy=policy, weights_ref=ray.put(dict(weights)))
             await self._install(ranking, newest)
         size = config.evaluate.batch_size
         batches = [
@@ -232,7 +234,7 @@ class Controller:
         self._published[pool], policy = published, published.policy
         timeout_s = self.run.config.cluster.publish_timeout_s
         answers: list[PolicyVersion] = await pool.broadcast(
-            "load_weights", policy, published.weights, published.probe, timeout_s=timeout_s
+            "load_weights", policy, published.weights_ref, published.probe, timeout_s=timeout_s
         )
         for version in answers:
             if (version.step, version.digest) != (policy.step, policy.digest):
@@ -307,7 +309,7 @@ class Controller:
 
         async def catch_up(actor: Any) -> None:
             if (newest := self._published.get(pool)) is not None:
-                answer = actor.load_weights.remote(newest.policy, newest.weights, newest.probe)
+                answer = actor.load_weights.remote(newest.policy, newest.weights_ref, newest.probe)
                 limit = run.config.cluster.publish_timeout_s
                 await asyncio.wait_for(asyncio.wrap_future(answer.future()), limit)
 

@@ -55,7 +55,7 @@ async def train(controller: Controller) -> PolicyVersion:
         stop=controller.stopping,
     )
     with Progress("training", total=steps, done=policy.step) as progress:
-        stream.release(policy)
+        stream.start_allowed_by(policy)
         clock = PhaseTimer()
         async for scored_batch in stream:
             clock.mark("wait_s")
@@ -72,7 +72,7 @@ async def train(controller: Controller) -> PolicyVersion:
                 policy, controller.learner.weights, controller.learner.probe_logprobs
             )
             clock.mark("publish_s")
-            stream.release(policy)
+            stream.start_allowed_by(policy)
             metrics = step_metrics(trees, update, lag) | controller.restarts() | clock.seconds()
             if evaluated:
                 metrics |= await best_checkpoint.evaluate_and_keep()

@@ -42,7 +42,7 @@ class RolloutStream:
         self._stop = stop or asyncio.Event()
         self._running: deque[asyncio.Task[ScoredTrees]] = deque()
 
-    def release(self, policy: PolicyVersion) -> None:
+    def start_allowed_by(self, policy: PolicyVersion) -> None:
         """Start every step whose lag bound this version satisfies."""
         while self._next < self._last and self._next <= policy.step + self._max_lag:
             self._running.append(asyncio.ensure_future(self._rollout(self._next)))

@@ -151,7 +151,7 @@ def _lay_out(
     prompt_of_token = trees.prompt_of_node[node_of_token]
     # [M] offset from that global count to the slot within the row
     shift = prompt_length[prompt_of_token] - kept_before[tree_start[prompt_of_token]]
-    depth = _tokens_above(trees)[node_of_token] + ragged.places(trees.token_start)
+    depth = _tokens_above(trees)[node_of_token] + ragged.index_in_row(trees.token_start)
     return _Layout(
         prompt_length=prompt_length,
         length=prompt_length + np.diff(kept_before[tree_start]),
@@ -233,7 +233,7 @@ def _dense_tables(trees: SearchTrees, layout: _Layout, pad: int) -> dict[str, np
     """Build the [B, S] tables of the batch, by field name."""
     prompts, kept = trees.prompts, layout.kept
     prompt_of_token = ragged.owners(prompts.token_start)
-    slot_in_prompt = ragged.places(prompts.token_start)
+    slot_in_prompt = ragged.index_in_row(prompts.token_start)
     # prompt tokens of the rows that are not padding
     used = layout.prompt_length[prompt_of_token] > 0
     # row and slot of every filled cell: first all prompt tokens, then all kept tree tokens

@@ -47,7 +47,7 @@ def pack_sequences(
     item, start = ragged.take(sequences.item, sequences.start, rows)
     token, token_start = tokenizer.encode_history(item, start)
     # [I] row of each item, and the item's index within its window
-    row_of_item, item_index = ragged.owners(start), ragged.places(start)
+    row_of_item, item_index = ragged.owners(start), ragged.index_in_row(start)
     # [I, code] trie nodes before and after each code, negative past an item's last code
     before, after = code_states(tokenizer.catalog, item)
     exists = after >= 0
@@ -134,7 +134,7 @@ def pack_examples(
     # [B + 1] start of each row: its prompt, its text and its codes
     start = ragged.starts(num_prompt + num_text + num_codes)
     # [T] slot and row of each token, and its kind
-    slot, row = ragged.places(start), ragged.owners(start)
+    slot, row = ragged.index_in_row(start), ragged.owners(start)
     kind = (slot >= num_prompt[row]).astype(int) + (slot >= (num_prompt + num_text)[row])
     token = np.empty(len(slot), np.int32)
     token[kind == _PROMPT], token[kind == _TEXT] = prompt_token, text_token
@@ -172,7 +172,7 @@ def _chain_batch(
     length, count = np.diff(start), len(row)
     return TrainBatch(
         token=ragged.pad(token, start, fill=tokenizer.pad),
-        position=ragged.pad(ragged.places(start).astype(np.int32), start, fill=0),
+        position=ragged.pad(ragged.index_in_row(start).astype(np.int32), start, fill=0),
         subtree_end=ragged.pad(np.repeat(length, length).astype(np.int32), start, fill=0),
         row=row.astype(np.int64),
         query_slot=query_slot.astype(np.int32),

@@ -63,7 +63,7 @@ class Catalog:
     def place_in_leaf(self) -> Int[np.ndarray, " I"]:
         """Position of each item among the items of its leaf."""
         position = np.empty(len(self), dtype=np.int64)
-        position[self.item_of_leaf] = ragged.places(self.leaf_start)
+        position[self.item_of_leaf] = ragged.index_in_row(self.leaf_start)
         return position
 
     @property

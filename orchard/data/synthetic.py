@@ -109,7 +109,7 @@ def write_world(out: Path, params: WorldParams, *, overwrite: bool = False) -> W
 
 def _rows(events: Events, max_history: int) -> _Rows:
     """Return a row for every event except each user's first, in time order."""
-    position_in_history = ragged.places(events.start)
+    position_in_history = ragged.index_in_row(events.start)
     event = np.flatnonzero(position_in_history > 0)
     user = ragged.owners(events.start)[event]
     order = np.lexsort((user, events.timestamp[event]))

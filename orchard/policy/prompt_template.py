@@ -76,7 +76,7 @@ def fill_template(
     # Piece index of each position of all prompts: filled with `between`, then overwritten.
     piece = np.full(int(prompt_start[-1]), before + 1, dtype=np.int64)
     piece[prompt_start[:-1]], piece[prompt_start[1:] - 1] = before, before + 2
-    position = ragged.places(ragged.starts(count))  # position of each kept item in its row
+    position = ragged.index_in_row(ragged.starts(count))  # position of each kept item in its row
     piece[prompt_start[:-1][row[kept]] + 1 + 2 * position] = item
     token, token_start = ragged.take(pieces, piece_start, piece)
     return token, token_start[prompt_start]

@@ -120,7 +120,7 @@ class ListwiseRanker(nn.Module):
                 np.where(is_known, leaf, self.num_leaves), start, fill=self.num_leaves, width=1
             )
         )
-        logprob = self(recent_leaves, padded_leaf)[ragged.owners(start), ragged.places(start)]
+        logprob = self(recent_leaves, padded_leaf)[ragged.owners(start), ragged.index_in_row(start)]
         no_history = (recent_leaves == self.num_leaves).all(1)[ragged.owners(start)]
         return logprob.masked_fill(no_history | ~torch.from_numpy(is_known), float("-inf"))
 

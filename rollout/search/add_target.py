@@ -23,7 +23,7 @@ from rollout.engine.protocol import DecodingBackend
 from rollout.search.beam import check_finite, collect, spans
 
 
-def inject_target(
+def search_with_target(
     engine: DecodingBackend,
     prompts: Prompts,
     *,
@@ -49,7 +49,7 @@ def inject_target(
     added = score_leaf(engine, prompts.select(missed), target[missed])
     count = np.diff(candidates.start)
     # All candidates but the last one of each prompt without its target.
-    stays = has_target[prompt_of] | (ragged.places(candidates.start) < count[prompt_of] - 1)
+    stays = has_target[prompt_of] | (ragged.index_in_row(candidates.start) < count[prompt_of] - 1)
     # Remaining candidates, followed by the added targets.
     prompt = np.concatenate([prompt_of[stays], missed])
     score = np.concatenate([candidates.score[stays], added.score])

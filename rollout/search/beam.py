@@ -23,7 +23,7 @@ from rollout.candidates import Candidates
 from rollout.engine.protocol import DecodingBackend, NextCodeLogprobs
 from rollout.item_filter import ItemFilter, PrefixMask, make_prefix_mask
 from rollout.search.gumbel import GumbelNoise
-from rollout.search.topk import sort_by_score, starts_of_mask, top_k
+from rollout.search.topk import row_starts, sort_by_score, top_k
 
 
 def beam(
@@ -69,7 +69,7 @@ def beam(
         if mask is not None:
             admitted = mask.allows(prompt[source], child)
             source, child, gain = source[admitted], child[admitted], gain[admitted]
-            start = starts_of_mask(admitted)[start]
+            start = row_starts(admitted)[start]
         if noise is None:
             key = score.index_select(0, source) + gain
             kept = top_k(start, key, child, width)
@@ -77,7 +77,7 @@ def beam(
             key = noise.keys(prompt[source], source, child, gain)
             kept = top_k(start, key, child, width)
             noise.keep(kept)
-        start = starts_of_mask(start.diff().clamp(max=width))
+        start = row_starts(start.diff().clamp(max=width))
         source, node, gain = source[kept], child[kept], gain[kept]
         prompt, score = prompt[source], score[source] + gain
         forwarded, state, logprob = forwarded[source], state[source], logprob[source]
@@ -213,7 +213,7 @@ def _children(
         return _Children(children.owner, children.node, expansion.logprob, children.start)
     # First child of each beam, or the leaf itself.
     below = torch.where(fanout > 0, trie.first_child(node), node)
-    start = starts_of_mask(fanout.clamp(min=1))
+    start = row_starts(fanout.clamp(min=1))
     source = torch.repeat_interleave(start.diff())
     child = torch.arange(len(source), device=node.device) + (below - start[:-1])[source]
     gain = torch.zeros_like(source, dtype=torch.float32)
@@ -228,7 +228,7 @@ def spans(
     """Return the tokens of the codes from `above` down to `node`, and their boundaries."""
     trie = engine.trie
     top = trie.depth_of(above)
-    start = starts_of_mask(count := trie.depth_of(node) - top)
+    start = row_starts(count := trie.depth_of(node) - top)
     if int(start[-1]) == len(node):  # one code each
         return engine.tokenizer.token_of(node), start
     # Span of each token, and its column in the path of the span's node.

@@ -16,7 +16,7 @@ from orchard.settings import RolloutConfig
 from orchard.types import Prompts
 from rollout.candidates import Candidates
 from rollout.engine.protocol import DecodingBackend
-from rollout.search.add_target import inject_target
+from rollout.search.add_target import search_with_target
 from rollout.search.beam import beam, sample
 from rollout.search.sampling import beam_sample, dynamic
 from rollout.search.ved.search import ved
@@ -87,5 +87,5 @@ def make_search(name: str, ctx: SearchContext) -> SearchFn:
     """Make the search called `name`, which adds missed targets if `rollout.add_target` is set."""
     search_fn = SEARCHES[name](ctx)
     if ctx.config.add_target:
-        return partial(inject_target, find=search_fn, catalog=ctx.catalog)
+        return partial(search_with_target, find=search_fn, catalog=ctx.catalog)
     return search_fn

@@ -75,12 +75,12 @@ def dynamic(
     run_start = np.append(np.flatnonzero(opens), len(order))
     # Number of each copy within its run, and the number of copies.
     copy, frequency = np.empty_like(order), np.empty_like(order)
-    copy[order] = ragged.places(run_start)
+    copy[order] = ragged.index_in_row(run_start)
     frequency[order] = np.diff(run_start)[ragged.owners(run_start)]
     copy[is_target] = 0
     # Candidates of each prompt in the order of preference.
     order = np.lexsort((candidates.leaf, -candidates.score, -frequency, copy, ~is_target, prompt))
-    kept = order[ragged.places(candidates.start) < count]
+    kept = order[ragged.index_in_row(candidates.start) < count]
     kept = kept[np.lexsort((candidates.leaf[kept], -candidates.score[kept], prompt[kept]))]
     return _pick(candidates, kept, np.minimum(np.diff(candidates.start), count))
 

@@ -54,13 +54,13 @@ class Thoughts:
         start = ragged.starts(count)
         token = np.empty(int(start[-1]), np.int32)
         # Whether each token of the contexts is of the prompt; the others are of the thoughts.
-        is_prompt = ragged.places(start) < np.repeat(np.diff(repeated.token_start), count)
+        is_prompt = ragged.index_in_row(start) < np.repeat(np.diff(repeated.token_start), count)
         token[is_prompt], token[~is_prompt] = repeated.token, self.token
         # Draws after a thought depend on the prompt's id and the sample's index in its prompt.
         max_samples = int(np.diff(self.sample_start).max(initial=1))
         return replace(
             repeated,
-            id=repeated.id * max_samples + ragged.places(self.sample_start),
+            id=repeated.id * max_samples + ragged.index_in_row(self.sample_start),
             token=token,
             token_start=start,
         )
@@ -102,11 +102,14 @@ def attach_thoughts(
     # New node of each sample's first block; every prompt has a root before its samples.
     first = ragged.starts(size)[:-1] + prompt_of + 1
     # Sample of each block, its index there, and its new node.
-    sample, block_index = ragged.owners(thoughts.block_start), ragged.places(thoughts.block_start)
+    sample, block_index = (
+        ragged.owners(thoughts.block_start),
+        ragged.index_in_row(thoughts.block_start),
+    )
     block = first[sample] + block_index
     # New node of each node of `codes`; the root of a context becomes its last block.
     sample_of_node = codes.prompt_of_node
-    new_node = (first + num_blocks)[sample_of_node] + ragged.places(codes.node_start) - 1
+    new_node = (first + num_blocks)[sample_of_node] + ragged.index_in_row(codes.node_start) - 1
     new_node[codes.node_start[:-1]] = first + num_blocks - 1
     inner = codes.parent != SearchTrees.NO_PARENT
     code_node = new_node[inner]

@@ -28,7 +28,7 @@ def top_k(
     order = sort_by_score(prompt, score[chosen], node[chosen])
     if surplus:
         prompt = prompt[order]
-        first = starts_of_mask(torch.bincount(prompt, minlength=num_prompts))
+        first = row_starts(torch.bincount(prompt, minlength=num_prompts))
         # Rank of each contender within its prompt.
         rank = torch.arange(len(prompt), device=prompt.device) - first[prompt]
         order = order[rank < width]
@@ -74,7 +74,7 @@ def _by_score(score: Float[Tensor, " M"], node: Int64[Tensor, " M"]) -> Int64[Te
     return order[score[order].argsort(descending=True, stable=True)]
 
 
-def starts_of_mask(count: Int64[Tensor, " R"] | Bool[Tensor, " R"]) -> Int64[Tensor, " R1"]:
+def row_starts(count: Int64[Tensor, " R"] | Bool[Tensor, " R"]) -> Int64[Tensor, " R1"]:
     """Return the boundaries of the rows of a ragged array, from their lengths or from a mask."""
     start = torch.zeros(len(count) + 1, dtype=torch.long, device=count.device)
     torch.cumsum(count, 0, out=start[1:])

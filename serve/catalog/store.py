@@ -82,7 +82,7 @@ class CatalogVersion:
         order = np.argsort(-count, kind="stable")
         return order[self.snapshot.live[order]]
 
-    def offer(self, names: tuple[str, ...]) -> FilteredItems:
+    def filtered_items(self, names: tuple[str, ...]) -> FilteredItems:
         """Return the live items that pass all named filters; all live items without filters.
 
         Raises:

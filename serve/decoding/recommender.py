@@ -81,7 +81,7 @@ def recommend(
         EngineError: the engine cannot search the batch, or its policy has diverged.
         ConfigError: the budget of the value-guided search is too small for its beam.
     """
-    filtered = catalog_version.offer(kind.filters)
+    filtered = catalog_version.filtered_items(kind.filters)
     prompts, unknown_items = read_queries(catalog_version, queries, max_history)
     excluded = [excluded_rows(catalog_version, filtered, query) for query in queries]
     # Leaves that the search must not reach, per query.
@@ -237,7 +237,7 @@ def popular_items(
 ) -> RankedItems:
     """Return the most popular allowed items, the fallback if the policy cannot answer."""
     catalog = catalog_version.catalog
-    filtered = catalog_version.offer(filters)
+    filtered = catalog_version.filtered_items(filters)
     excluded = excluded_rows(catalog_version, filtered, query)
     # Catalog rows of the allowed items, most popular first.
     rows = catalog_version.by_popularity
@@ -291,5 +291,5 @@ def places_among(group: Int[np.ndarray, " M"]) -> Int64[np.ndarray, " M"]:
     # Start of each group's run in `order`.
     first = np.flatnonzero(np.diff(group[order], prepend=group[order][:1] - 1))
     start = np.append(first, len(group))
-    count[order] = ragged.places(start) if len(group) else np.zeros(0, np.int64)
+    count[order] = ragged.index_in_row(start) if len(group) else np.zeros(0, np.int64)
     return count

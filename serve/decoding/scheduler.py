@@ -157,7 +157,7 @@ class DecodeScheduler:
     ) -> None:
         """Count and log illegal items; a safeguard, since the search admits none."""
         variant, key = kind
-        filtered = catalog_version.offer(key.filters)
+        filtered = catalog_version.filtered_items(key.filters)
         for query, of_query in zip(queries, ranked, strict=True):
             ids = np.array([item.item_id for item in of_query.items], dtype=np.int64)
             rows, in_catalog = catalog_version.catalog.find(ids)

@@ -27,7 +27,9 @@ def item_info(catalog_version: CatalogVersion, item_id: int) -> ItemInfo:
         title=catalog.title[row],
         shares_sid_with=[int(i) for i in catalog.item_id[same_leaf] if i != item_id],
         filters=[
-            name for name in catalog_version.filters if catalog_version.offer((name,)).items[row]
+            name
+            for name in catalog_version.filters
+            if catalog_version.filtered_items((name,)).items[row]
         ],
         catalog=catalog_version.name,
     )
@@ -35,7 +37,7 @@ def item_info(catalog_version: CatalogVersion, item_id: int) -> ItemInfo:
 
 def catalog_info(service: Service, catalog_version: CatalogVersion) -> CatalogInfo:
     """Describe a catalog version."""
-    all_items = catalog_version.offer(())
+    all_items = catalog_version.filtered_items(())
     return CatalogInfo(
         version=catalog_version.version,
         digest=catalog_version.catalog.digest,

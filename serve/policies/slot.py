@@ -94,8 +94,8 @@ def probe(engine: InferenceEngine, tokenizer: ItemTokenizer) -> Candidates:
 class PolicySlot:
     """One variant: its inference engine and the folder that it follows.
 
-    `poll` and `load_archived` may run in any thread, one at a time; `switch` and `set_catalog` must
-    run in the search thread.
+    `read_new_policy` and `load_archived` may run in any thread, one at a time; `switch` and
+    `set_catalog` must run in the search thread.
     """
 
     def __init__(
@@ -156,7 +156,7 @@ class PolicySlot:
         archived = [p for p in self._keep.iterdir() if not p.name.startswith(".")]
         return [p.name for p in sorted(archived, key=lambda p: int(p.name.split("-")[0]))]
 
-    def poll(self) -> LoadedPolicy | None:
+    def read_new_policy(self) -> LoadedPolicy | None:
         """Return a new policy from the folder, None if there is none or a version is pinned.
 
         A policy that cannot be read sets `refused`.

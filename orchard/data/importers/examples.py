@@ -73,7 +73,7 @@ def of_log(log: InteractionLog, *, split: Split, max_history: int) -> SplitExamp
     order = np.lexsort((log.timestamp, log.user))  # stable: equal times keep the file's order
     user, sequence, timestamp = log.user[order], log.item[order], log.timestamp[order]
     start = ragged.starts(np.bincount(user, minlength=len(log.user_id)))
-    position = ragged.places(start)
+    position = ragged.index_in_row(start)
     event = np.flatnonzero(position > 0)
     count = np.diff(start)
     if len(event) == 0:

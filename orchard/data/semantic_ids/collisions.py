@@ -42,7 +42,7 @@ def extra_level(quantized: Quantized, prior: Float[np.ndarray, " I"]) -> Resolve
     group_of_position = np.repeat(np.arange(len(start) - 1), np.diff(start))
     order = order[np.lexsort((order, -prior[order], group_of_position))]
     rank_in_group = np.empty(len(codes), dtype=np.int64)
-    rank_in_group[order] = ragged.places(start)
+    rank_in_group[order] = ragged.index_in_row(start)
     return ResolvedCodes(
         codes=np.concatenate([codes, rank_in_group[:, None]], axis=1), order=np.arange(len(codes))
     )

@@ -31,7 +31,7 @@ def select_candidates(
     order = np.lexsort((tree.node[leaf], -tree.score[leaf], -tree.value[leaf], tree.prompt[leaf]))
     leaf = leaf[order]  # visited leaves, best first within each prompt
     num_visited = np.bincount(tree.prompt[leaf], minlength=num_prompts)
-    leaf = leaf[ragged.places(ragged.starts(num_visited)) < count]
+    leaf = leaf[ragged.index_in_row(ragged.starts(num_visited)) < count]
     entry, owner, below = _completions(trie, tree, count - np.minimum(num_visited, count))
     # Visited leaves, followed by completions.
     prompt = np.concatenate([tree.prompt[leaf], tree.prompt[owner]])
@@ -82,11 +82,11 @@ def _completions(trie: Trie, tree: VedTree, missing: Int64[np.ndarray, " B"]) ->
     # Rank of each leaf among those of its prefix, by log-probability.
     order = np.lexsort((node, -tree.child_logprob[entry], owner))
     entry, owner, node = entry[order], owner[order], node[order]
-    rank = ragged.places(ragged.starts(np.bincount(owner, minlength=len(tree))))
+    rank = ragged.index_in_row(ragged.starts(np.bincount(owner, minlength=len(tree))))
     # Rank among all leaves of the prompt.
     order = np.lexsort((node, -tree.score[owner], -tree.value[owner], rank, tree.prompt[owner]))
     entry, owner, node = entry[order], owner[order], node[order]
     prompt = tree.prompt[owner]
-    rank = ragged.places(ragged.starts(np.bincount(prompt, minlength=len(missing))))
+    rank = ragged.index_in_row(ragged.starts(np.bincount(prompt, minlength=len(missing))))
     kept = rank < missing[prompt]
     return _Completions(entry[kept], owner[kept], node[kept])

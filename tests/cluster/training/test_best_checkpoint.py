@@ -70,7 +70,7 @@ def controller(run: Run) -> Controller:
     made.run = run.with_phase("evaluate", run.result)
     made.stopping = asyncio.Event()
     made.ranking = pool
-    held: dict[Pool, PublishedWeights] = {pool: PublishedWeights(policy=version, weights=None)}
+    held: dict[Pool, PublishedWeights] = {pool: PublishedWeights(policy=version, weights_ref=None)}
     made._published = held  # pyright: ignore[reportPrivateUsage]
     learner: Any = SimpleNamespace(eval_weights=(version, snapshot(policy)))
     made.learner = learner

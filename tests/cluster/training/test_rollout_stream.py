@@ -30,14 +30,14 @@ async def run(world: World, *, steps: int, max_lag: int, first: int = 0) -> list
     """Return (step, lag) of every batch, with a publication after each."""
     world.published = version(first)
     stream = RolloutStream(world.rollout, first=first, last=steps, max_lag=max_lag)
-    stream.release(world.published)
+    stream.start_allowed_by(world.published)
     seen: list[tuple[int, int]] = []
     async for trees in stream:
         in_flight = len(world.begun) - len(seen)
         assert in_flight <= max_lag + 1
         seen.append((trees.step, world.published.step - trees.policy.step))
         world.published = version(world.published.step + 1)
-        stream.release(world.published)
+        stream.start_allowed_by(world.published)
     await stream.close()
     return seen
 
@@ -68,7 +68,7 @@ def test_a_failed_rollout_is_raised_and_the_rest_is_cancelled() -> None:
 
     async def scenario() -> None:
         stream = RolloutStream(failing, first=0, last=3, max_lag=2)
-        stream.release(version(0))
+        stream.start_allowed_by(version(0))
         with pytest.raises(ValueError, match="broken"):
             await anext(aiter(stream))
         await asyncio.wait_for(stream.close(), timeout=5)
@@ -80,10 +80,10 @@ def test_a_stopped_stream_ends_at_once_whatever_is_running() -> None:
     async def scenario() -> list[int]:
         world, stop, seen = World([1, 10**9]), asyncio.Event(), list[int]()
         stream = RolloutStream(world.rollout, first=0, last=5, max_lag=0, stop=stop)
-        stream.release(version(0))
+        stream.start_allowed_by(version(0))
         async for trees in stream:
             seen.append(trees.step)
-            stream.release(version(1))
+            stream.start_allowed_by(version(1))
             asyncio.get_running_loop().call_later(0.01, stop.set)
         await stream.close()
         return seen

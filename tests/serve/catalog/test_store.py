@@ -106,13 +106,13 @@ def test_attributes_change_at_once_and_new_items_bring_theirs(shop: TinyShop) ->
         )
     )
     catalog_version = catalog_store.current
-    assert catalog_version.catalog.item_id[catalog_version.offer(("stocked",)).items].tolist() == [
-        100
-    ]
     assert catalog_version.catalog.item_id[
-        catalog_version.offer(("stocked", "cheap")).items
+        catalog_version.filtered_items(("stocked",)).items
     ].tolist() == [100]
-    assert catalog_version.offer(("stocked", "red")).total == 0
+    assert catalog_version.catalog.item_id[
+        catalog_version.filtered_items(("stocked", "cheap")).items
+    ].tolist() == [100]
+    assert catalog_version.filtered_items(("stocked", "red")).total == 0
     shop.engine.set_catalog(catalog_version.catalog)
     (ranked,), _ = recommend(
         shop.engine, catalog_version, [query([100])], kind(filters=("stocked",)), max_history=10
