@@ -87,7 +87,7 @@ def dying_work(task: dict[str, Any]) -> None:
 
 
 class DyingHouse(cluster.training.controller.Controller):
-    async def publish(self, policy: PolicyVersion, *rest: Any) -> None:
+    async def sync_weights(self, policy: PolicyVersion, *rest: Any) -> None:
         if at("publish", policy.step):
             die()
         await super().sync_weights(policy, *rest)

@@ -59,9 +59,7 @@ def actor(
     engine = "torch" if request.param == "torch" else "vllm"
     decode = "worker" if request.param == "torch" else request.param
     config = CONFIG.model_copy(update={"engine": engine, "decode": decode})
-    handle = RolloutActor.options(num_cpus=1).remote(
-        config, folder, wide.catalog, wide.tokenizer, 0
-    )
+    handle = RolloutActor.options(num_cpus=1).remote(config, folder, wide.tokenizer, 0)
     yield handle
     ray.kill(handle)
 

@@ -32,7 +32,7 @@ class Owner:
 
     def __init__(self, world: TinySetup, folder: Path, dtype: str, kv_cache_gib: float) -> None:
         config = RolloutConfig(dtype=dtype, threads=1, kv_cache_gib=kv_cache_gib)
-        _trie, vocabulary = world.catalog.trie, world.tokenizer
+        vocabulary = world.tokenizer
         self._world = world
         self._engine = VllmEngine(folder, world.model, vocabulary, world.version, config, seed=0)
 
@@ -181,7 +181,7 @@ def test_values_by_requests_are_refused_before_vllm_starts(
     world: TinySetup, tmp_path: Path
 ) -> None:
     config = RolloutConfig(decode="requests")
-    _trie, vocabulary = world.catalog.trie, world.tokenizer
+    vocabulary = world.tokenizer
     with pytest.raises(EngineError, match=r'search in the worker \(rollout.decode = "worker"\)'):
         VllmEngine(tmp_path, world.model, vocabulary, world.version, config, seed=0)
 

@@ -40,9 +40,7 @@ def folder(world: TinySetup, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def actor(ray_cluster: None, world: TinySetup, folder: Path) -> Iterator[Any]:
     config = RolloutConfig.model_validate(SETTINGS)
-    handle = RolloutActor.options(num_cpus=1).remote(
-        config, folder, world.catalog, world.tokenizer, 0
-    )
+    handle = RolloutActor.options(num_cpus=1).remote(config, folder, world.tokenizer, 0)
     yield handle
     ray.kill(handle)
 
