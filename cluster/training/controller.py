@@ -121,9 +121,8 @@ class Controller:
         reproduce them. An actor that does not is replaced before it runs any search.
         """
         probe = None if probed is None else self._probe(probed)
-        self._newest = PublishedWeights(
-            policy=policy, weights_ref=ray.put(dict(weights)), probe=probe
-        )
+        weights_ref = ray.put(dict(weights))
+        self._newest = PublishedWeights(policy=policy, weights_ref=weights_ref, probe=probe)
         self.exporter.set("orchard_policy_version", policy.step, "learner")
         if self.rollout is not None:
             await self._install(self.rollout, self._newest)

@@ -31,7 +31,7 @@ CATALOG = "catalogue"
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyFacts:
-    """Content of`policy.json`; every field is empty for a folder that Orchard did not write."""
+    """Content of `policy.json`; every field is empty for a folder that Orchard did not write."""
 
     version: PolicyVersion = field(default=PolicyVersion(step=0, digest=""))
     """Step, and digest of the weights."""
