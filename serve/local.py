@@ -38,7 +38,8 @@ class LocalPolicy:
     def __init__(self, policy: Policy, *, device: str = "cpu", dtype: str = "float32") -> None:
         """Take over an open policy; `device` and `dtype` are torch's names."""
         nn.Module.to(policy.model, device=device, dtype=getattr(torch, dtype))
-        self._policy = policy
+        # The policy itself is not kept: it holds a second copy of the weights.
+        self._version, self._tokenizer = policy.version, policy.tokenizer
         self._max_history = policy.facts.max_history or 10
         self._engine = TorchEngine(policy.model, policy.tokenizer, policy.version)
         self._store = CatalogStore(
@@ -48,12 +49,12 @@ class LocalPolicy:
     @property
     def version(self) -> PolicyVersion:
         """Step and digest of the weights."""
-        return self._policy.version
+        return self._version
 
     @property
     def catalog(self) -> Catalog:
         """Items that the policy can recommend, with their codes and titles."""
-        return self._policy.tokenizer.catalog
+        return self._tokenizer.catalog
 
     def recommend(
         self,
@@ -114,7 +115,7 @@ class LocalPolicy:
         """
         prompts = self._prompts(histories)
         candidates = beam(self._engine, prompts, width=width)
-        return build_search_trees(prompts, candidates, self._policy.tokenizer, self.version)
+        return build_search_trees(prompts, candidates, self._tokenizer, self.version)
 
     def _prompts(self, histories: Sequence[Sequence[int]]) -> Prompts:
         """Histories as the policy reads them, items that the catalog lacks passed over."""
@@ -124,7 +125,7 @@ class LocalPolicy:
             rows.append(row[present][-self._max_history :])
         start = ragged.starts(np.array([len(row) for row in rows], np.int64))
         item = np.concatenate([np.zeros(0, np.int64), *rows])
-        token, token_start = self._policy.tokenizer.encode_history(item, start)
+        token, token_start = self._tokenizer.encode_history(item, start)
         return Prompts(
             id=np.arange(len(rows)), target=np.zeros(len(rows), np.int64), history=item,
             history_start=start, token=token, token_start=token_start,

@@ -134,19 +134,22 @@ class Policy:
             tokenizer = item_tokenizer.make_item_tokenizer(text_tokenizer, _catalog_of(folder))
         facts.check_catalog(tokenizer.catalog, folder)
         network = model.load(folder, tokenizer)
-        found, named = digest(snapshot(network)), facts.version.digest
+        weights = snapshot(network)
+        found, named = digest(weights), facts.version.digest
         if verify and named and named != found:
             raise CheckpointError(
                 f"the weights have digest {found[:8]}, their folder names {named[:8]}; it is being "
                 "written, or was damaged"
             )
-        return cls(
+        policy = cls(
             version=PolicyVersion(step=facts.version.step, digest=found),
             model=network,
             tokenizer=tokenizer,
             text_tokenizer=text_tokenizer,
             facts=facts,
         )
+        policy.__dict__["weights"] = weights  # the cached property: one copy is enough
+        return policy
 
     @cached_property
     def weights(self) -> Weights:
