@@ -30,17 +30,21 @@ dev: .venv/.dev      ## and what checks and tests it
 quickstart: env  ## the main job on synthetic data: warm start, RL with vLLM rollouts, table, report
 	@$(BIN)/orchard quickstart
 
+# Tests that need neither Ray nor vLLM run in two processes; the others share one Ray.
+QUICK := not ray and not vllm and not slow and not nightly
+
 check: dev  ## lint, types, tests without Ray or vLLM
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyright -p pyproject.toml
-	@$(BIN)/pytest -q -m "not ray and not vllm and not slow and not nightly"
+	@$(BIN)/pytest -q -n 2 -m "$(QUICK)"
 
 test: dev  ## everything but `make nightly`
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyright -p pyproject.toml
-	@$(BIN)/pytest -q --durations=10
+	@$(BIN)/pytest -q -n 2 -m "$(QUICK)"
+	@$(BIN)/pytest -q --durations=25 -m "not nightly and not ($(QUICK))"
 
 nightly: dev  ## the tests that take minutes each
 	@$(BIN)/pytest -q -m nightly

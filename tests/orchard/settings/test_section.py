@@ -6,7 +6,7 @@ import pytest
 
 from orchard import config
 from orchard.errors import ConfigError
-from orchard.settings import Config, ServeConfig
+from orchard.settings import Config, ServeConfig, section
 from orchard.settings.section import current_key
 
 OLD = {
@@ -40,7 +40,10 @@ def test_old_keys_and_values_of_a_file_mean_what_the_new_ones_mean() -> None:
     assert config.parse(new, [f"{k}={v}" for k, v in OLD.items()]) == settings
 
 
-def test_an_old_key_is_announced_under_its_new_name(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_old_key_is_announced_under_its_new_name(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(section, "_warned", set[str]())  # another test may have used the key
     with caplog.at_level(logging.WARNING, logger="orchard"):
         assert ServeConfig.model_validate({"salt": "a", "linger_ms": 3}).ab_salt == "a"
     assert "serve.salt is now serve.ab_salt; the old name still works" in caplog.text
