@@ -23,8 +23,8 @@ from rollout.engine.protocol import InferenceEngine
 from rollout.engine.torch import TorchEngine
 from rollout.engine.vllm import VllmEngine
 from rollout.probe import LogprobProbe, verify
-from rollout.search.beam import beam, sample
-from rollout.search.registry import SearchContext, SearchFn, make_search
+from rollout.search.beam import beam
+from rollout.search.registry import SEARCHES, SearchContext, SearchFn, make_search
 from rollout.search.think import think
 from rollout.search.thoughts import Thoughts, attach_thoughts
 from rollout.search_trees import build_search_trees
@@ -87,12 +87,12 @@ class RolloutWorker:
     def search(self, prompts: Prompts, seed: int, kind: str | None = None) -> SearchTrees:
         """Search one tree per prompt, with the configured search or the one named by `kind`."""
         name = kind or self._config.search
-        if name == "think":
-            return self._think_and_search(prompts, seed)
         ctx = SearchContext(
             config=self._config, catalog=self._tokenizer.catalog, seed=seed, critic=self._critic
         )
         search_fn = make_search(name, ctx)
+        if SEARCHES.facts(name).thinks:
+            return self._think_and_search(prompts, search_fn, seed)
         candidates = self._in_batches(prompts, search_fn)
         return build_search_trees(prompts, candidates, self._tokenizer, self._engine.version)
 
@@ -110,18 +110,12 @@ class RolloutWorker:
         cost = thoughts.cost + candidates.cost
         return replace(candidates, cost=replace(cost, seconds=perf_counter() - began))
 
-    def _think_and_search(self, prompts: Prompts, seed: int) -> SearchTrees:
-        """Generate thoughts, then search codes after each of them."""
+    def _think_and_search(self, prompts: Prompts, search_fn: SearchFn, seed: int) -> SearchTrees:
+        """Generate thoughts, then search codes after each of them by `search_fn`."""
         began, config = perf_counter(), self._config
-        temperature = config.temperature
         thoughts = self._thoughts(
-            prompts, count=config.group_size, temperature=temperature, seed=seed
+            prompts, count=config.group_size, temperature=config.temperature, seed=seed
         )
-        search_fn: SearchFn = partial(
-            sample, count=config.think.width, temperature=temperature, seed=seed
-        )
-        if config.think.codes == "beam":
-            search_fn = partial(beam, width=config.think.width)
         contexts, version = thoughts.contexts(prompts), self._engine.version
         candidates = self._in_batches(contexts, search_fn)
         codes = build_search_trees(contexts, candidates, self._tokenizer, version)

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cluster.actors.session import address_of
 from cluster.training import text_policy
+from cluster.training.checks import check_names
 from orchard import config
 from orchard.catalog import catalog as catalogs
 from orchard.catalog.catalog import Catalog
@@ -27,10 +28,10 @@ from orchard.scorers import prefix_critic
 from orchard.scorers.prefix_critic import PrefixCritic
 from orchard.settings import Config, DataConfig
 from rewards.context import RewardContext
-from rewards.score import check_rewards, preload
+from rewards.score import preload
 from rewards.transition_counts import TransitionCounts, count_transitions
 from rollout.engine.availability import check_vllm
-from rollout.search.ved.search import check_budget
+from rollout.search.registry import SEARCHES
 
 Phase = Literal["sft", "train", "evaluate"]
 
@@ -116,11 +117,8 @@ class Run:
     def critic(self) -> PrefixCritic | None:
         """Prefix critic that guides the training searches; None if the search uses none."""
         settings = self.config
-        if (
-            self.phase != "train"
-            or settings.rollout.search != "ved"
-            or settings.rollout.ved.guide != "critic"
-        ):
+        uses_critic = SEARCHES.facts(settings.rollout.search).uses_critic
+        if self.phase != "train" or uses_critic is None or not uses_critic(settings.rollout):
             return None
         return prefix_critic.load(
             settings.critic.path or self.dir / prefix_critic.KIND, self.catalog
@@ -157,7 +155,7 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
         ConfigError, DataError, CatalogError, CheckpointError: one sentence each.
         EngineError: vLLM is needed on this machine and cannot run.
     """
-    check_rewards(settings.rewards.weights)
+    check_names(settings)
     check_engines(settings, phase)
     if phase != "evaluate":
         check_unchanged(settings, phase)
@@ -182,8 +180,9 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
         )
         for name, files in (("train", data.train), ("valid", [data.valid]), ("test", [data.test]))
     }
-    if settings.rollout.search == "ved":
-        check_budget(settings.rollout.ved, catalog.trie)
+    check_catalog = SEARCHES.facts(settings.rollout.search).check_catalog
+    if check_catalog is not None:
+        check_catalog(settings.rollout, catalog.trie)
     width = max(settings.rollout.group_size, settings.evaluate.beams, settings.evaluate.valid_beams)
     if width > catalog.trie.num_leaves:
         logging.getLogger("orchard").warning(

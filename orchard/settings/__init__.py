@@ -64,6 +64,9 @@ class Config(Section):
     """Seed of every random draw of the run."""
     output: Path = Path("runs")
     """Folder that holds the run folders."""
+    plugins: tuple[str, ...] = ()
+    """Modules that register searches, estimators, rewards or engines of your own; the driver and
+    every actor import them, also from the working directory."""
     data: DataConfig
     model: ModelConfig = ModelConfig()
     prompt: PromptConfig = PromptConfig()
@@ -101,11 +104,6 @@ class Config(Section):
                     f"model.{multiple} = {sizes[multiple]} is not a multiple of "
                     f"model.{divisor} = {sizes[divisor]}; choose one that is"
                 )
-        if self.learner.estimator == "leave_one_out" and self.rollout.group_size < 2:
-            raise ValueError(
-                "learner.estimator = leave_one_out needs rollout.group_size >= 2, "
-                f"not {self.rollout.group_size}"
-            )
         decodes_by_requests = self.rollout.decode == "requests"
         if (
             self.model.value_head
@@ -116,25 +114,6 @@ class Config(Section):
                 'rollout.decode = "requests" cannot run the head of model.value_head = true, for '
                 'which vLLM gives no hidden states; set rollout.decode = "worker", or '
                 'rollout.engine and evaluate.engine to "torch"'
-            )
-        guided_by_head = self.rollout.search == "ved" and self.rollout.ved.guide == "head"
-        if guided_by_head and not self.model.value_head:
-            raise ValueError(
-                'rollout.search = "ved" is guided by values; set model.value_head = true or '
-                'rollout.ved.guide = "critic", or choose another search'
-            )
-        unweighted = self.learner.value.outcome.keys() - self.rewards.weights.keys()
-        if unweighted:
-            raise ValueError(
-                f"learner.value.outcome names {', '.join(sorted(unweighted))}, which "
-                "rewards.weights does not; give it a weight there, 0 to have it scored alone"
-            )
-        per_candidate = ("group", "dapo", "drgrpo", "leave_one_out", "blend")
-        if self.learner.ratio == "sequence" and self.learner.estimator not in per_candidate:
-            raise ValueError(
-                f'learner.ratio = "sequence" needs one advantage per candidate, and '
-                f"learner.estimator = {self.learner.estimator} gives one per step; choose from "
-                f"{', '.join(per_candidate)}"
             )
         if self.data.rationales is not None and self.data.rationale_template is not None:
             raise ValueError(
@@ -157,16 +136,6 @@ class Config(Section):
             raise ValueError(
                 "a policy that thinks has a block for each code, and so needs semantic IDs of one "
                 "length; set data.titles = data.varying_depth = false"
-            )
-        if searches_thoughts and self.rollout.add_target:
-            raise ValueError(
-                'rollout.add_target = true has no effect with rollout.search = "think"; leave one '
-                "of them out"
-            )
-        if searches_thoughts and self.model.value_head:
-            raise ValueError(
-                'model.value_head = true learns from codes alone, rollout.search = "think" gives '
-                "it blocks of thought; switch one of them off"
             )
         if self.learner.sapo.think_only and not searches_thoughts:
             raise ValueError(

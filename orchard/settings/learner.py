@@ -79,9 +79,7 @@ class LearnerConfig(Section):
     """Number of prompts per training step."""
     updates_per_batch: PositiveInt = 1
     """Gradient steps on one batch; the ratio clip takes effect above 1."""
-    estimator: Literal[
-        "group", "dapo", "drgrpo", "leave_one_out", "sibling", "blend", "group_sibling", "sapo"
-    ] = "group"
+    estimator: str = "group"
     """Advantage estimator. `group`, `dapo`, `drgrpo` and `leave_one_out` compare a candidate with
     its group; `sibling` compares it, at each code, with the sibling codes of the same search tree;
     `group_sibling` adds both losses and `blend` averages both advantages; `sapo` compares each step

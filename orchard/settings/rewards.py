@@ -91,7 +91,7 @@ class RewardsConfig(Section):
     }
 
     weights: dict[str, float] = Field(default_factory=lambda: {"rule": 1.0, "ranking": 1.0})
-    """Weight of each reward part, by its name in `rewards.REWARDS`."""
+    """Weight of each reward part, by its name in the registry of rewards."""
     ranking_variant: Literal["reference_code", "paper"] = "reference_code"
     """Variant of the part `ranking`: that of the authors' code, or that of the paper, which also
     penalizes groups without the target (see `docs/rewards.md`)."""

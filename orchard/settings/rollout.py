@@ -62,12 +62,12 @@ class RolloutConfig(Section):
 
     actors: PositiveInt = 1
     """Number of rollout actors."""
-    engine: Literal["vllm", "torch"] = "vllm"
+    engine: str = "vllm"
     """Decoding engine."""
     decode: Literal["worker", "requests"] = "worker"
     """Execution of a search with vLLM: inside the vLLM worker, or as one public request per
     prefix."""
-    search: Literal["beam", "beam_sample", "sample", "dynamic", "ved", "think"] = "beam"
+    search: str = "beam"
     """Search algorithm. `beam`: the most likely candidates; `beam_sample`: distinct candidates,
     sampled without replacement; `sample`: independent samples; `dynamic`: 1.5 times as many
     samples, of which the target and as few duplicates as possible are kept (ReRe); `ved`:

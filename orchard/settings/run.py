@@ -1,7 +1,7 @@
 """Settings of evaluation, checkpoints and the Ray cluster."""
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -13,7 +13,7 @@ class EvaluateConfig(Section):
 
     beams: PositiveInt = 50
     """Beam width of the evaluation on the test split."""
-    engine: Literal["vllm", "torch"] = "torch"
+    engine: str = "torch"
     """Decoding engine of the evaluation."""
     think: bool = False
     """Whether the policy generates thinking blocks before the beam, greedily and with
@@ -63,7 +63,7 @@ class ClusterConfig(Section):
     probe_tolerance: PositiveFloat | None = None
     """Maximum difference in nats between the rollout and learner log-probabilities of a probe
     target; by default 0.001, or 0.5 if rollout or learner computes in bfloat16."""
-    tracker: Literal["wandb", "mlflow"] | None = None
+    tracker: str | None = None
     """Additional experiment tracker: Weights & Biases (offline unless WANDB_MODE overrides it) or
     MLflow; needs the extra `tracking`."""
     metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None

@@ -52,7 +52,7 @@ class ServeConfig(Section):
     """Port of the endpoint."""
     replicas: PositiveInt = 1
     """Number of replicas."""
-    engine: Literal["vllm", "torch"] = "torch"
+    engine: str = "torch"
     """Decoding engine; if vLLM is not available, `vllm` falls back to `torch` with a warning."""
     threads: PositiveInt = 1
     """CPU threads of the engine in each replica."""
