@@ -32,6 +32,7 @@ from learner.spec import LearnerSpec, learner_config, probe_of, sft_epoch
 from learner.trainer import Trainer
 from orchard.errors import ActorError, CheckpointError
 from orchard.policy import lora, model, value_head, weights
+from orchard.policy.store import Policy
 from orchard.policy.weights import Weights
 from orchard.types import PolicyVersion, TrainBatch, Update
 
@@ -49,7 +50,7 @@ def worker_loop(task: dict[str, Any]) -> None:
     rank, world = context.get_world_rank(), context.get_world_size()
     config = spec.config
     torch.set_num_threads(config.learner.threads)
-    policy = model.load(spec.policy, spec.tokenizer)
+    policy = Policy.open(spec.policy, spec.tokenizer).model
     supervised = spec.phase == "sft"
     lora.attach(policy, config.model.lora, seed=config.seed)
     if config.model.value_head and not supervised:

@@ -9,7 +9,6 @@ run's configuration and evaluations, and `README.md` (description, metrics and l
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from cluster.training.run import Run
@@ -47,9 +46,7 @@ def export_policy(run: Run, out: Path, *, overwrite: bool = False, adapter: bool
             f"{run.policy} is no policy of a run; warm-start or train one first, or name its "
             "folder with --policy"
         )
-    policy = Policy.open(run.policy, run.tokenizer, verify=False)
-    # The version as it was saved: a lie about the weights must not be made true by an export.
-    policy = replace(policy, version=policy.facts.version)
+    policy = Policy.open(run.policy, run.tokenizer)
 
     def describe(partial: Path) -> None:
         if not adapter:
@@ -60,10 +57,7 @@ def export_policy(run: Run, out: Path, *, overwrite: bool = False, adapter: bool
         evaluations = evaluations_of(run)
         for name, evaluation in evaluations.items():
             ranking.write(evaluation, partial / "evaluation" / f"{name}.json")
-        card = model_card(
-            run, evaluations, parameters=policy.model.num_parameters(), adapter=adapter
-        )
-        (partial / MODEL_CARD).write_text(card)
+        (partial / MODEL_CARD).write_text(model_card(run, policy, evaluations, adapter=adapter))
 
     if not adapter:
         policy.save(out, describe)
@@ -96,18 +90,17 @@ def evaluations_of(run: Run) -> dict[str, Evaluation]:
 
 
 def model_card(
-    run: Run, evaluations: Mapping[str, Evaluation], *, parameters: int, adapter: bool = False
+    run: Run, policy: Policy, evaluations: Mapping[str, Evaluation], *, adapter: bool = False
 ) -> str:
     """Return the model card in Markdown, from recorded facts only."""
-    about = json.loads((run.policy / _MARK).read_text())
     parts = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n"
         "tags: [generative-recommendation, semantic-ids, orchard]\n---",
         f"# {run.config.name}",
-        f"A generative recommender of {parameters:,} parameters, made by the run "
-        f"`{run.config.name}` of Orchard: version {about['version']['step']}, digest "
-        f"`{about['version']['digest'][:12] or 'none'}`. It reads a user's last "
-        f"{about['max_history']} items and writes the next one as its "
+        f"A generative recommender of {policy.model.num_parameters():,} parameters, made by the "
+        f"run `{run.config.name}` of Orchard: version {policy.version.step}, digest "
+        f"`{policy.version.digest[:12]}`. It reads a user's last "
+        f"{policy.facts.max_history} items and writes the next one as its "
         f"{'title' if run.config.data.titles else 'semantic ID'}. "
         "`run.toml` is its whole configuration.",
         "## Data",

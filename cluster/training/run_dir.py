@@ -44,7 +44,7 @@ def save_policy(
 
 def saved_policy(run: Run, folder: Path) -> tuple[PolicyVersion, Weights]:
     """Return version and weights of a policy folder of the run's catalog."""
-    policy = Policy.open(folder, run.tokenizer, verify=False)
+    policy = Policy.open(folder, run.tokenizer)
     return policy.version, policy.weights
 
 

@@ -22,7 +22,7 @@ from orchard.errors import CheckpointError
 from orchard.folders import atomic_dir, atomic_write
 from orchard.policy import item_tokenizer, model, value_head
 from orchard.policy.item_tokenizer import ItemTokenizer
-from orchard.policy.weights import Weights, digest, snapshot
+from orchard.policy.weights import Weights, digest, snapshot, views
 from orchard.types import PolicyVersion
 
 FILE = "policy.json"
@@ -114,19 +114,17 @@ class Policy:
     """Facts of the folder that the policy was read from."""
 
     @classmethod
-    def open(
-        cls, folder: Path, tokenizer: ItemTokenizer | None = None, *, verify: bool = True
-    ) -> "Policy":
+    def open(cls, folder: Path, tokenizer: ItemTokenizer | None = None) -> "Policy":
         """Read a policy folder; the version carries the digest of the weights as read.
 
         Args:
             folder: a policy folder.
             tokenizer: tokens and catalog that are in memory already; by default the folder's own.
-            verify: refuse weights whose digest is not the one that the folder names.
 
         Raises:
             DataError: the folder holds no policy, or no catalog where none is given.
-            CheckpointError: weights or `policy.json` are damaged, or belong to another catalog.
+            CheckpointError: weights or `policy.json` are damaged, or belong to another catalog; or
+                the weights do not have the digest that the folder names.
         """
         model.check_folder(folder)
         facts, text_tokenizer = PolicyFacts.read(folder), item_tokenizer.read_tokenizer(folder)
@@ -134,22 +132,19 @@ class Policy:
             tokenizer = item_tokenizer.make_item_tokenizer(text_tokenizer, _catalog_of(folder))
         facts.check_catalog(tokenizer.catalog, folder)
         network = model.load(folder, tokenizer)
-        weights = snapshot(network)
-        found, named = digest(weights), facts.version.digest
-        if verify and named and named != found:
+        found, named = digest(views(network)), facts.version.digest
+        if named and named != found:
             raise CheckpointError(
                 f"the weights have digest {found[:8]}, their folder names {named[:8]}; it is being "
                 "written, or was damaged"
             )
-        policy = cls(
+        return cls(
             version=PolicyVersion(step=facts.version.step, digest=found),
             model=network,
             tokenizer=tokenizer,
             text_tokenizer=text_tokenizer,
             facts=facts,
         )
-        policy.__dict__["weights"] = weights  # the cached property: one copy is enough
-        return policy
 
     @cached_property
     def weights(self) -> Weights:
