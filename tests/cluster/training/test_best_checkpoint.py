@@ -72,7 +72,7 @@ def controller(run: Run) -> Controller:
     made.ranking = pool
     held: dict[Pool, PublishedWeights] = {pool: PublishedWeights(policy=version, weights_ref=None)}
     made._published = held  # pyright: ignore[reportPrivateUsage]
-    learner: Any = SimpleNamespace(eval_weights=(version, snapshot(policy)))
+    learner: Any = SimpleNamespace(eval_weights=(version, snapshot(policy)), adapter={})
     made.learner = learner
     return made
 
