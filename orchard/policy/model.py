@@ -97,7 +97,7 @@ def _check_generation(model: PreTrainedModel, folder: Path) -> None:
     Orchard decodes without it, and only passes it on to exported policies.
     """
     try:
-        cast(GenerationConfig, model.generation_config).validate(strict=True)
+        model.generation_config.validate(strict=True)
     except ValueError as error:
         reason = str(error).strip().splitlines()[0]
         logging.getLogger("orchard").warning(
