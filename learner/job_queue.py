@@ -40,6 +40,8 @@ class Result:
     eval_weights: tuple[PolicyVersion, Weights] | None
     """Version and weights to evaluate and keep, where they differ from `weights` and the job
     requested them."""
+    adapter: Weights | None = None
+    """LoRA factors of the weights to evaluate and keep, where the job requested those."""
     probe_logprobs: Float32[np.ndarray, " B"] | None = None
     """Log-probabilities of the probe's answers under `weights`, where there is a probe."""
     restarts: int = 0

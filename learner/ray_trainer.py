@@ -32,6 +32,7 @@ from learner.spec import LearnerSpec, learner_config, probe_of, sft_epoch
 from learner.trainer import Trainer
 from orchard.errors import ActorError, CheckpointError
 from orchard.policy import lora, model, value_head, weights
+from orchard.policy.store import Policy
 from orchard.policy.weights import Weights
 from orchard.types import PolicyVersion, TrainBatch, Update
 
@@ -49,7 +50,7 @@ def worker_loop(task: dict[str, Any]) -> None:
     rank, world = context.get_world_rank(), context.get_world_size()
     config = spec.config
     torch.set_num_threads(config.learner.threads)
-    policy = model.load(spec.policy, spec.tokenizer)
+    policy = Policy.open(spec.policy, spec.tokenizer).model
     supervised = spec.phase == "sft"
     lora.attach(policy, config.model.lora, seed=config.seed)
     if config.model.value_head and not supervised:
@@ -80,6 +81,7 @@ def worker_loop(task: dict[str, Any]) -> None:
         rollout_weights = lora.snapshot(rollout_policy)
         is_distinct = needs_eval and rollout_policy is not trainer.result
         average = lora.snapshot(trainer.result) if is_distinct else None
+        adapter = lora.factors(trainer.result) if needs_eval else None
         probe_logprobs = None if probe is None else trainer.score(probe)
         if rank == 0:
             version = PolicyVersion(step=number, digest=weights.digest(rollout_weights))
@@ -93,6 +95,7 @@ def worker_loop(task: dict[str, Any]) -> None:
                 update=update,
                 weights=rollout_weights,
                 eval_weights=eval_weights,
+                adapter=adapter,
                 probe_logprobs=probe_logprobs,
             )
             ray.get(queue.put_result.remote(result))
@@ -161,6 +164,8 @@ class TrainerHandle:
         """Log-probabilities of the probe's answers under `weights`."""
         self.eval_weights: tuple[PolicyVersion, Weights] = (PolicyVersion(step=-1, digest=""), {})
         """Version and weights to evaluate and keep, from the newest job that returned them."""
+        self.adapter: Weights = {}
+        """LoRA factors of the weights to evaluate and keep."""
 
     async def start(self) -> PolicyVersion:
         """Start the workers, from a checkpoint if there is one; return their first version."""
@@ -262,6 +267,7 @@ class TrainerHandle:
         self.weights, self.restarts = result.weights, result.restarts
         self.probe_logprobs = result.probe_logprobs
         self.eval_weights = result.eval_weights or (result.update.policy, result.weights)
+        self.adapter = result.adapter or {}
         return result
 
     async def _wait(self, answer: Any, number: int, timeout_s: float | None = None) -> object:

@@ -1,5 +1,6 @@
 """Write output folders and files atomically, and protect existing ones."""
 
+import os
 import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -23,6 +24,20 @@ def check_output_dir(out: Path, *, mark: str, kind: str, overwrite: bool) -> Non
         raise DataError(f"{out} exists and is no {kind}; choose another folder")
     if not overwrite:
         raise DataError(f"{out} holds a {kind} already; choose another folder or pass --overwrite")
+
+
+def check_readable(*paths: Path) -> None:
+    """Raise DataError if a file or folder exists but may not be read by this user."""
+    for path in paths:
+        try:
+            os.close(os.open(path, os.O_RDONLY))
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except PermissionError as error:
+            raise DataError(
+                f"{path} may not be read: {error.strerror}; let its owner change its mode, or run "
+                "as a user who may"
+            ) from error
 
 
 @contextmanager

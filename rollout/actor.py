@@ -47,11 +47,12 @@ class RolloutWorker:
 
         Raises:
             DataError: the folder contains no policy.
+            CheckpointError: the weights do not have the digest that the folder names.
             EngineError: the engine cannot run on this machine.
         """
         self._config, self._tokenizer, self._critic = config, tokenizer, critic
         torch.set_num_threads(config.threads)
-        policy = Policy.open(folder, tokenizer, verify=False)
+        policy = Policy.open(folder, tokenizer)
         model, version = policy.model, replace(policy.version, step=0)
         self._engine: InferenceEngine
         if config.engine == "vllm":

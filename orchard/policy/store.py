@@ -2,6 +2,7 @@
 
 model.safetensors, config.json      the Hugging Face model
 value_head.safetensors              the value head, where there is one
+adapter/lora.safetensors            factors of what LoRA added to the run's base, where it did
 tokenizer.json, ...                 tokens and the prompt template
 catalogue/                          the items and their codes
 policy.json                         version, catalog digest, length of histories, measurements
@@ -14,19 +15,24 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+from safetensors.numpy import save as serialize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from orchard.catalog import catalog as catalogs
 from orchard.catalog.catalog import Catalog
 from orchard.errors import CheckpointError
-from orchard.folders import atomic_dir, atomic_write
+from orchard.folders import atomic_dir, atomic_write, check_readable
 from orchard.policy import item_tokenizer, model, value_head
 from orchard.policy.item_tokenizer import ItemTokenizer
-from orchard.policy.weights import Weights, digest, snapshot
+from orchard.policy.weights import Weights, digest, snapshot, views
 from orchard.types import PolicyVersion
 
 FILE = "policy.json"
 CATALOG = "catalogue"
+ADAPTER = "adapter/lora.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +47,8 @@ class PolicyFacts:
     """Items of a history that the policy reads."""
     measurements: Mapping[str, float] = field(default_factory=dict[str, float])
     """Measurements of the policy, such as its validation score."""
+    adapter: str = ""
+    """Digest of the LoRA factors beside the merged weights; empty where there are none."""
 
     @classmethod
     def read(cls, folder: Path) -> "PolicyFacts":
@@ -62,6 +70,7 @@ class PolicyFacts:
             catalog=tree.get("catalogue", ""),
             max_history=tree.get("max_history"),
             measurements=tree.get("facts", {}),
+            adapter=tree.get("adapter", ""),
         )
 
     def to_json(self) -> str:
@@ -71,6 +80,7 @@ class PolicyFacts:
             "catalogue": self.catalog,
             "max_history": self.max_history,
             "facts": dict(self.measurements),
+            **({"adapter": self.adapter} if self.adapter else {}),
         }
         return json.dumps(tree, indent=2) + "\n"
 
@@ -102,6 +112,28 @@ def _catalog_of(folder: Path) -> Catalog:
     return catalogs.load(folder / CATALOG)
 
 
+def read_adapter(folder: Path) -> Weights:
+    """Read the LoRA factors beside a merged policy; empty where it has none.
+
+    Raises:
+        CheckpointError: the file is damaged, or is not the one that the folder names.
+    """
+    path, named = folder / ADAPTER, PolicyFacts.read(folder).adapter
+    if not named:
+        return {}
+    check_readable(path)
+    try:
+        adapter = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}; save the policy again") from error
+    if digest(adapter) != named:
+        raise CheckpointError(
+            f"{path} has digest {digest(adapter)[:8]}, its folder names {named[:8]}; save the "
+            "policy again"
+        )
+    return adapter
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Policy:
     """A model with its tokens, its catalog and its version."""
@@ -112,21 +144,21 @@ class Policy:
     text_tokenizer: PreTrainedTokenizerBase
     facts: PolicyFacts = field(default_factory=PolicyFacts)
     """Facts of the folder that the policy was read from."""
+    adapter: Weights = field(default_factory=dict[str, np.ndarray])
+    """LoRA factors to save beside the merged weights; `read_adapter` reads them."""
 
     @classmethod
-    def open(
-        cls, folder: Path, tokenizer: ItemTokenizer | None = None, *, verify: bool = True
-    ) -> "Policy":
+    def open(cls, folder: Path, tokenizer: ItemTokenizer | None = None) -> "Policy":
         """Read a policy folder; the version carries the digest of the weights as read.
 
         Args:
             folder: a policy folder.
             tokenizer: tokens and catalog that are in memory already; by default the folder's own.
-            verify: refuse weights whose digest is not the one that the folder names.
 
         Raises:
             DataError: the folder holds no policy, or no catalog where none is given.
-            CheckpointError: weights or `policy.json` are damaged, or belong to another catalog.
+            CheckpointError: weights or `policy.json` are damaged, or belong to another catalog; or
+                the weights do not have the digest that the folder names.
         """
         model.check_folder(folder)
         facts, text_tokenizer = PolicyFacts.read(folder), item_tokenizer.read_tokenizer(folder)
@@ -134,22 +166,19 @@ class Policy:
             tokenizer = item_tokenizer.make_item_tokenizer(text_tokenizer, _catalog_of(folder))
         facts.check_catalog(tokenizer.catalog, folder)
         network = model.load(folder, tokenizer)
-        weights = snapshot(network)
-        found, named = digest(weights), facts.version.digest
-        if verify and named and named != found:
+        found, named = digest(views(network)), facts.version.digest
+        if named and named != found:
             raise CheckpointError(
                 f"the weights have digest {found[:8]}, their folder names {named[:8]}; it is being "
                 "written, or was damaged"
             )
-        policy = cls(
+        return cls(
             version=PolicyVersion(step=facts.version.step, digest=found),
             model=network,
             tokenizer=tokenizer,
             text_tokenizer=text_tokenizer,
             facts=facts,
         )
-        policy.__dict__["weights"] = weights  # the cached property: one copy is enough
-        return policy
 
     @cached_property
     def weights(self) -> Weights:
@@ -164,6 +193,9 @@ class Policy:
         with atomic_dir(folder) as partial:
             value_head.save(self.model, partial)
             self.save_description(partial)
+            if self.adapter:
+                (partial / ADAPTER).parent.mkdir()
+                (partial / ADAPTER).write_bytes(serialize(dict(self.adapter)))
             if extra is not None:
                 extra(partial)
 
@@ -176,5 +208,6 @@ class Policy:
             catalog=self.tokenizer.catalog.digest,
             max_history=self.facts.max_history,
             measurements=self.facts.measurements,
+            adapter=digest(self.adapter) if self.adapter else "",
         )
         atomic_write(folder / FILE, facts.to_json())

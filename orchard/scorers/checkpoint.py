@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
 from torch import nn
 
 from orchard.catalog.catalog import Catalog
 from orchard.errors import CatalogError, CheckpointError, ConfigError
-from orchard.folders import atomic_write
+from orchard.folders import atomic_write, check_readable
 
 WEIGHTS, ABOUT = "model.safetensors", "model.json"
 
@@ -34,7 +35,7 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ABOUT).unlink(missing_ok=True)
     tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
-    save_file(tensors, folder / WEIGHTS)
+    (folder / WEIGHTS).write_bytes(serialize(tensors))
     description = {
         "kind": kind,
         "catalogue": catalog.digest,
@@ -84,7 +85,13 @@ def sizes(
 
 
 def restore(model: nn.Module, folder: Path) -> None:
-    """Load the weights in place; raise CheckpointError if they are damaged or do not fit."""
+    """Load the weights in place.
+
+    Raises:
+        DataError: the file may not be read.
+        CheckpointError: the weights are damaged or do not fit.
+    """
+    check_readable(folder / WEIGHTS)
     try:
         model.load_state_dict(load_file(folder / WEIGHTS))
     except (OSError, SafetensorError, RuntimeError) as error:

@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -46,19 +46,8 @@ class SearchPayload:
     """Keys to evict from the cache after unpickling."""
 
 
-@runtime_checkable
-class Splittable(Protocol):
-    """Search that splits itself with its batch."""
-
-    def part(self, rows: Int64[np.ndarray, " R"]) -> SearchFn:
-        """Return the search for the prompts `rows` of its batch."""
-        ...
-
-
 def split_search(search_fn: SearchFn, rows: Int64[np.ndarray, " R"]) -> SearchFn:
     """Return the search for the prompts `rows` of its batch, with its item filter split alike."""
-    if isinstance(search_fn, Splittable):
-        return search_fn.part(rows)
     allowed = search_fn.keywords.get("allowed") if isinstance(search_fn, partial) else None
     if allowed is None:
         return search_fn

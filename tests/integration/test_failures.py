@@ -73,7 +73,9 @@ def begin(run_file: Path, *changes: str) -> Run:
     begun = prepare(settings, "sft")
     open_run_dir(begun)
     first = model.create(settings.model, begun.tokenizer, seed=0)
-    save_policy(begun, begun.result, PolicyVersion(step=0, digest="x"), snapshot(first))
+    save_policy(
+        begun, begun.result, PolicyVersion(step=0, digest=digest(snapshot(first))), snapshot(first)
+    )
     return prepare(settings, "train")
 
 

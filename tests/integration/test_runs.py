@@ -70,7 +70,9 @@ def untrained(settings: Config) -> None:
     run = prepare(settings, "sft")
     open_run_dir(run)
     first = model.create(run.config.model, run.tokenizer, seed=0)
-    save_policy(run, run.result, PolicyVersion(step=0, digest="x"), snapshot(first))
+    save_policy(
+        run, run.result, PolicyVersion(step=0, digest=digest(snapshot(first))), snapshot(first)
+    )
 
 
 def in_a_controller(phase: Callable[[Controller], Awaitable[T]], run: Run) -> T:

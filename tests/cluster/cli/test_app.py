@@ -17,7 +17,7 @@ from orchard.data.synthetic import WorldParams, write_world
 from orchard.errors import EngineError
 from orchard.policy import model
 from orchard.policy.titles import from_titles
-from orchard.policy.weights import snapshot
+from orchard.policy.weights import digest, snapshot
 from orchard.testing import save_model_folder, tiny_policy, tiny_title_tokenizer
 from orchard.types import PolicyVersion
 
@@ -156,7 +156,9 @@ def saved_policy(world: Path) -> Path:
     run = prepare(config.load(world), "sft")
     open_run_dir(run)
     first = model.create(run.config.model, run.tokenizer, seed=0)
-    save_policy(run, run.result, PolicyVersion(step=1, digest="x"), snapshot(first))
+    save_policy(
+        run, run.result, PolicyVersion(step=1, digest=digest(snapshot(first))), snapshot(first)
+    )
     return run.result
 
 

@@ -1,6 +1,8 @@
 """A policy folder is read and written by one type, whole, and verified."""
 
+import errno
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -68,7 +70,54 @@ def test_weights_that_are_not_the_named_ones_are_refused(policy: Policy, tmp_pat
     other.save(tmp_path / "policy")
     with pytest.raises(CheckpointError, match="their folder names 00000000"):
         Policy.open(tmp_path / "policy")
-    assert Policy.open(tmp_path / "policy", verify=False).version.digest == policy.version.digest
+
+
+def test_an_open_policy_owns_its_weights(policy: Policy, tmp_path: Path) -> None:
+    policy.save(tmp_path / "policy")
+    read = Policy.open(tmp_path / "policy")
+    for file in (tmp_path / "policy").glob("*.safetensors"):
+        with file.open("r+b") as stream:  # in place, as a copy over the folder writes
+            stream.seek(-64, os.SEEK_END)
+            stream.write(bytes(64))
+    assert digest(read.weights) == policy.version.digest
+    with pytest.raises(CheckpointError, match="their folder names"):
+        Policy.open(tmp_path / "policy")
+
+
+def test_weights_are_readable_like_the_files_beside_them(policy: Policy, tmp_path: Path) -> None:
+    policy.save(tmp_path / "policy")
+    modes = {file.name: file.stat().st_mode for file in (tmp_path / "policy").glob("*.*")}
+    assert {"model.safetensors", "value_head.safetensors", FILE} <= modes.keys()
+    assert len(set(modes.values())) == 1
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", FILE])
+def test_a_file_that_may_not_be_read_is_not_called_damaged(
+    name: str, policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy.save(tmp_path / "policy")
+    real = os.open
+
+    def guarded(path: Path, *more: int) -> int:  # root may read everything
+        if Path(path).name == name:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return real(path, *more)
+
+    monkeypatch.setattr(os, "open", guarded)
+    with pytest.raises(DataError, match=rf"{name} may not be read: Permission denied"):
+        Policy.open(tmp_path / "policy")
+
+
+def test_a_generation_config_that_cannot_be_saved_is_replaced(
+    policy: Policy, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    policy.save(tmp_path / "policy")
+    file = tmp_path / "policy" / "generation_config.json"
+    file.write_text('{"do_sample": false, "temperature": 0.6, "eos_token_id": 2}')
+    read = Policy.open(tmp_path / "policy")
+    assert "contradicts itself" in caplog.text
+    read.save(tmp_path / "again")
+    assert Policy.open(tmp_path / "again").version == policy.version
 
 
 def test_a_policy_of_another_catalog_is_refused(policy: Policy, tmp_path: Path) -> None:
