@@ -39,7 +39,10 @@ def import_dataset(
             )
 
         examples = read(source, items, options, tick)
-    print_facts(write(out, examples, source=source.name, overwrite=overwrite))
+    facts = write(out, examples, source=source.resolve().name, overwrite=overwrite)
+    for note in examples.notes:
+        typer.echo(note)
+    print_facts(facts)
     typer.echo(f"data set: {out}")
     if examples.items.sid is None:
         typer.echo(f"it has no semantic IDs yet: orchard data sids {out}")

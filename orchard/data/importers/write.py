@@ -21,7 +21,7 @@ _ROWS = 100_000
 def write(
     out: Path, examples: SplitExamples, *, source: str, overwrite: bool
 ) -> Mapping[str, float]:
-    """Write items, the three splits and the card to `out`; return the card's facts.
+    """Write items, names of users, splits and card to `out`; return the card's facts.
 
     Raises:
         DataError: `out` is not empty and not a data set to overwrite, or the split leaks (see
@@ -29,9 +29,17 @@ def write(
     """
     folders.check_output_dir(out, mark=CARD, kind="data set", overwrite=overwrite)
     card_facts = facts(examples)
-    card = {"source": source, "split": examples.split, "facts": card_facts}
+    card = {
+        "source": source,
+        "split": examples.split,
+        "facts": card_facts,
+        "notes": list(examples.notes),
+    }
     with folders.atomic_dir(out) as partial:
         pq.write_table(_items(examples), partial / "items.parquet", compression="zstd")
+        if examples.users is not None:
+            users = pa.table({"user_id": examples.users.user_id, "key": list(examples.users.key)})
+            pq.write_table(users, partial / "users.parquet", compression="zstd")
         for index, part in enumerate(PARTS):
             _write_part(examples, np.flatnonzero(examples.part == index), partial, part)
         (partial / CARD).write_text(json.dumps(card, indent=2) + "\n")
