@@ -238,9 +238,15 @@ def load(folder: Path) -> Catalog:
     path = folder / "items.parquet"
     if not path.is_file():
         raise DataError(f"{folder} holds no items.parquet; it is not a saved catalog")
-    metadata = {k.decode(): v.decode() for k, v in (pq.read_schema(path).metadata or {}).items()}
-    tokens = [int(token) for token in metadata.get("code_token", "").split(",") if token]
-    sizes = [int(size) for size in metadata["level_size"].split(",")]
+    try:
+        schema = pq.read_schema(path)
+        metadata = {k.decode(): v.decode() for k, v in (schema.metadata or {}).items()}
+        tokens = [int(token) for token in metadata.get("code_token", "").split(",") if token]
+        sizes = [int(size) for size in metadata["level_size"].split(",")]
+    except (pa.ArrowInvalid, OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"{path} is damaged, or no catalog that was saved: {error}; export the policy again"
+        ) from error
     catalog = read(
         path,
         level_size=None if tokens else sizes,

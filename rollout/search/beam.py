@@ -272,7 +272,8 @@ def draw(
     index of each drawn child in `children`.
     """
     owner, start = children.owner, children.start
-    scaled = (logprob.double() / temperature).masked_fill(~admitted, float("-inf"))
+    least = 1e-200  # a log-probability divided by a smaller number would overflow
+    scaled = (logprob.double() / max(temperature, least)).masked_fill(~admitted, float("-inf"))
     peak = scaled.new_full((len(start) - 1,), float("-inf"))
     peak = peak.scatter_reduce(0, owner, scaled, "amax")
     # Unnormalized probabilities, and one CDF over the children of all nodes.

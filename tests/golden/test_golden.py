@@ -77,6 +77,7 @@ RENAMED_SCHEMAS: dict[str, str] = {"CatalogueInfo": "CatalogInfo"}
 ADDED_FIELDS: dict[str, set[str]] = {
     "RecommendResponse": {"catalog", "requested", "shortfall_reason", "unknown_items"},
     "ItemInfo": {"catalog"},
+    "CatalogInfo": {"refused"},
 }
 """Fields of the API that came beside the recorded ones, by the name of their schema."""
 

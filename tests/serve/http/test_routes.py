@@ -273,7 +273,7 @@ def test_replicas_share_deltas_and_later_ones_read_them_all(folder: Path) -> Non
                      {"rollback_to": 1}, {"remove": [3]}):  # fmt: skip
             response = await client.post("/v1/catalog/delta", json=body, headers=OPERATOR)
             assert response.status_code == 200
-        await other.look()
+        await other.poll()
         late = open_service(folder, settings(folder), InMemoryMetrics())
         await late.start()
         for replica in (other, late):
@@ -303,7 +303,7 @@ def test_the_endpoint_follows_training_pins_and_goes_back(
     async def work(client: httpx.AsyncClient, service: Service) -> None:
         first = await recommend(client, history=[3, 4], k=40)
         trained_further(shop_world, folder, step=4)
-        await service.look()
+        await service.poll()
         second = await recommend(client, history=[3, 4], k=40)
         assert second["policy"].startswith("4-")
         assert [i["score"] for i in second["items"]] != [i["score"] for i in first["items"]]
@@ -314,7 +314,7 @@ def test_the_endpoint_follows_training_pins_and_goes_back(
         assert again["policy"] == first["policy"]
         assert [i["score"] for i in again["items"]] == [i["score"] for i in first["items"]]
         trained_further(shop_world, folder, step=5)
-        await service.look()
+        await service.poll()
         assert (await recommend(client, history=[3]))["policy"] == first["policy"]  # pinned
         other = open_service(folder, settings(folder), InMemoryMetrics())
         await other.start()
@@ -322,7 +322,7 @@ def test_the_endpoint_follows_training_pins_and_goes_back(
         await other.close()
         latest = {"version": "latest"}
         await client.post("/v1/policy:activate", json=latest, headers=OPERATOR)
-        await service.look()
+        await service.poll()
         assert (await recommend(client, history=[3]))["policy"].startswith("5-")
         unknown = {"version": "77-abc"}
         refused = await client.post("/v1/policy:activate", json=unknown, headers=OPERATOR)
@@ -343,7 +343,7 @@ def test_a_policy_exported_while_the_endpoint_starts_is_found(
     async def work(client: httpx.AsyncClient, service: Service) -> None:
         assert (await recommend(client, history=[3]))["policy"].startswith("3-")
         assert service.slots["main"].kept == []  # the folder contains another policy
-        await service.look()
+        await service.poll()
         assert (await recommend(client, history=[3]))["policy"].startswith("4-")
         (kept,) = service.slots["main"].kept
         assert kept.startswith("4-")
@@ -374,7 +374,7 @@ def test_the_newest_versions_are_kept_and_can_be_activated(
         slot = service.slots["main"]
         for step in (4, 5, 6):
             trained_further(shop_world, folder, step=step)
-            await service.look()
+            await service.poll()
         assert [version.split("-")[0] for version in slot.kept] == ["5", "6"]
         body = {"version": slot.kept[0]}
         await client.post("/v1/policy:activate", json=body, headers=OPERATOR)
@@ -389,12 +389,12 @@ def test_a_policy_that_is_not_what_it_says_is_not_followed(
     async def work(client: httpx.AsyncClient, service: Service) -> None:
         first = (await recommend(client, history=[3]))["policy"]
         trained_further(shop_world, folder, step=4, spoil=True)
-        await service.look()
+        await service.poll()
         assert (await recommend(client, history=[3]))["policy"] == first
         (main,) = (await client.get("/v1/policy")).json()["variants"]
         assert "their folder names 00000000" in main["refused"]
         shutil.rmtree(folder)
-        await service.look()
+        await service.poll()
         assert (await recommend(client, history=[3]))["policy"] == first
         # A switch is undone if the engine scores differently from the model.
         trained_further(shop_world, folder, step=6)
@@ -410,7 +410,7 @@ def test_a_policy_that_is_not_what_it_says_is_not_followed(
 
         slot.inference_engine.load_weights = broken  # type: ignore[method-assign]
         before = [i["score"] for i in (await recommend(client, history=[3]))["items"]]
-        await service.look()
+        await service.poll()
         after = await recommend(client, history=[3])
         assert after["policy"] == first
         assert [i["score"] for i in after["items"]] == before
