@@ -14,6 +14,7 @@ Shapes:  B histories   H items of all histories   W items read of each history  
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -162,7 +163,5 @@ def load(folder: Path, catalog: Catalog) -> PrefixCritic:
         CatalogError: the critic was fitted for another catalog.
         CheckpointError: the model is of another kind, or damaged.
     """
-    sizes = checkpoint.sizes(folder, kind=KIND, catalog=catalog, section="")
-    critic = PrefixCritic(catalog, **sizes)
-    checkpoint.restore(critic, folder)
-    return critic
+    make = partial(PrefixCritic, catalog)
+    return checkpoint.load(make, folder, kind=KIND, catalog=catalog, section="")
