@@ -21,6 +21,23 @@ def facts(examples: SplitExamples) -> Mapping[str, float]:
         DataError: an interaction of valid or test is inside a training history.
     """
     check_leaks(examples)
+    train_users = np.unique(examples.user_id[examples.part == 0])
+    test_users = examples.user_id[examples.part == 2]
+    titles = examples.items.title or ("",) * len(examples.items)
+    values: dict[str, float | int] = {
+        **examples.facts,
+        **split_facts(examples),
+        "test_users_in_train": float(np.isin(test_users, train_users).mean()),
+        "items_without_title": sum(not title for title in titles),
+        # `check_leaks` has counted them and refuses all but none.
+        "interactions_of_valid_or_test_in_train": len(leaks(examples)),
+        "held_out_rows_that_another_user_has_in_train": len(copies(examples)[1]),
+    }
+    return {name: float(value) for name, value in values.items()}
+
+
+def split_facts(examples: SplitExamples) -> Mapping[str, float]:
+    """Compute the numbers of examples, lengths of histories and overlap of test with train."""
     test = np.flatnonzero(examples.part == 2)
     train_targets = examples.target[examples.part == 0]
     item, start = examples.history(test)
@@ -28,23 +45,14 @@ def facts(examples: SplitExamples) -> Mapping[str, float]:
     repeats_history = (
         np.bincount(owner, item == examples.target[test][owner], minlength=len(test)) > 0
     )
-    train_users = np.unique(examples.user_id[examples.part == 0])
-    titles = examples.items.title or ("",) * len(examples.items)
-    values: dict[str, float | int] = {
-        **examples.facts,
-        **{f"{name}_rows": int((examples.part == i).sum()) for i, name in enumerate(PARTS)},
+    return {
+        **{f"{name}_rows": float((examples.part == i).sum()) for i, name in enumerate(PARTS)},
         "history_mean": float(examples.length.mean()),
         "history_median": float(np.median(examples.length)),
-        "history_max": int(examples.length.max()),
+        "history_max": float(examples.length.max()),
         "test_targets_in_history": float(repeats_history.mean()),
         "test_targets_seen_in_train": float(np.isin(examples.target[test], train_targets).mean()),
-        "test_users_in_train": float(np.isin(examples.user_id[test], train_users).mean()),
-        "items_without_title": sum(not title for title in titles),
-        # `check_leaks` has counted them and refuses all but none.
-        "interactions_of_valid_or_test_in_train": len(leaks(examples)),
-        "held_out_rows_that_another_user_has_in_train": len(copies(examples)[1]),
     }
-    return {name: float(value) for name, value in values.items()}
 
 
 def check_leaks(examples: SplitExamples) -> None:
