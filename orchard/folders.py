@@ -58,8 +58,18 @@ def atomic_dir(out: Path) -> Generator[Path]:
     shutil.rmtree(retired, ignore_errors=True)
 
 
+@contextmanager
+def atomic_file(path: Path) -> Generator[Path]:
+    """Yield the path of a temporary file that replaces `path` if the block succeeds."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def atomic_write(path: Path, text: str) -> None:
     """Write a file atomically: a reader sees the old text or the new text, never a part."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    with atomic_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")

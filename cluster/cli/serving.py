@@ -30,6 +30,7 @@ from ray.serve.schema import (
 from cluster.actors.session import address_of, ray_session
 from orchard import config
 from orchard.errors import ConfigError, DataError
+from orchard.folders import atomic_file
 from orchard.parquet import read_table
 from orchard.policy import model
 from orchard.policy.store import PolicyFacts
@@ -191,9 +192,8 @@ def count_targets(settings: Config, path: Path) -> Path | None:
     counted = target.value_counts()
     path.parent.mkdir(parents=True, exist_ok=True)
     table = pa.table({"item_id": counted.field("values"), "count": counted.field("counts")})
-    partial = path.with_name(f".{path.name}.partial")
-    pq.write_table(table, partial)
-    partial.replace(path)
+    with atomic_file(path) as partial:
+        pq.write_table(table, partial)
     return path
 
 
