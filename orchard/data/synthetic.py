@@ -74,9 +74,7 @@ def write_world(out: Path, params: WorldParams, *, overwrite: bool = False) -> W
     world_rng, user_rng = np.random.default_rng(params.seed).spawn(2)
     world = make_world(params, world_rng)
     events = simulate_users(world, user_rng)
-    examples = of_log(
-        _log(world, events), split="chronological", max_history=params.max_history
-    )
+    examples = of_log(_log(world, events), split="chronological", max_history=params.max_history)
     card = WorldCard(
         params=params,
         facts=_facts(world, examples),
