@@ -24,6 +24,7 @@ from orchard.catalog.catalog import load
 from orchard.data.synthetic import WorldParams, write_world
 from orchard.evaluation.ranking import Evaluation, difference, read
 from orchard.policy import model
+from orchard.policy.store import read_adapter
 from orchard.policy.titles import from_titles
 from orchard.policy.weights import digest, snapshot
 from orchard.settings import Config
@@ -307,8 +308,16 @@ def test_a_text_model_is_taught_and_improved_through_adapters_with_vllm(
     assert in_a_controller(taught_and_improved, begin).step == 2
     log = read_metrics(begin.dir / "metrics.jsonl")["train"]
     assert float(np.max(log["learner/logprob_gap"].value)) < 1e-4
-    names = set(snapshot(model.load(begin.dir / "policy")))
-    assert not [name for name in names if "lora" in name or "base_layer" in name]
+    trained = snapshot(model.load(begin.dir / "policy"))
+    assert not [name for name in trained if "lora" in name or "base_layer" in name]
+    base, adapter = snapshot(model.load(begin.dir / "scratch")), read_adapter(begin.dir / "policy")
+    adapted = [name.removesuffix(".lora_B.weight") for name in adapter if ".lora_B." in name]
+    assert adapted
+    for name in adapted:  # what both phases have added, whatever the best update was
+        up, down = adapter[f"{name}.lora_B.weight"], adapter[f"{name}.lora_A.weight"]
+        assert up.shape[1] == 8
+        merged = base[f"{name}.weight"] + up @ down
+        np.testing.assert_allclose(merged, trained[f"{name}.weight"], atol=1e-6)
 
 
 def test_rollouts_run_ahead_as_far_as_the_bound_and_no_further(
