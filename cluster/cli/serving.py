@@ -34,6 +34,7 @@ from orchard.parquet import read_table
 from orchard.policy import model
 from orchard.policy.store import PolicyFacts
 from orchard.settings import ClusterConfig, Config, ServeConfig
+from rollout.engine.registry import ENGINES
 from serve.app import Arguments, build, options
 
 APPLICATION = "orchard"
@@ -70,6 +71,7 @@ def resolve(target: Path, overrides: list[str]) -> tuple[Arguments, Config]:
                 f"run {settings.name} has no policy yet: neither {trained} nor {folder} exists; "
                 "run `orchard sft` or `orchard train` first"
             )
+    ENGINES.check_name(settings.serve.engine, "serve.engine")
     model.check_folder(folder)
     PolicyFacts.read(folder)
     if not (folder / "catalogue").is_dir():

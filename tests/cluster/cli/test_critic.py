@@ -12,7 +12,7 @@ import torch
 
 from cluster.cli import app as cli
 from cluster.cli import rllib
-from cluster.cli.rllib import RllibBackend
+from cluster.training.rllib import RllibBackend
 from cluster.training.run import prepare
 from orchard import config
 from orchard.catalog.catalog import Catalog
