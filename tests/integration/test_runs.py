@@ -46,21 +46,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def settings(data: Path, tmp_path: Path) -> Callable[..., Config]:
+def settings(data: Path, tiny_run: TinyRun) -> Callable[..., Config]:
     """Return the settings of a few steps on the torch engine, with dotted changes."""
-    path = tmp_path / "run.toml"
-    path.write_text(
-        f"""
-        name = "toy"
-        output = "{tmp_path / "runs"}"
-        data.path = "{data}"
-        model = {{hidden_size = 32, heads = 2, kv_heads = 1, intermediate_size = 32, layers = 1}}
-        sft = {{epochs = 2, valid_rows = 40, valid_beams = 10, lr = 5e-3}}
-        rollout = {{engine = "torch", group_size = 6, batch_size = 4, threads = 1}}
-        learner = {{steps = 4, prompts_per_step = 16, threads = 1, lr = 5e-3}}
-        evaluate = {{every = 2, valid_rows = 20, valid_beams = 10}}
-        checkpoint = {{every = 2}}
-        """
+    path = tiny_run(
+        data={"path": str(data)},
+        model={"hidden_size": 32, "intermediate_size": 32},
+        sft={"epochs": 2, "valid_rows": 40, "valid_beams": 10, "lr": 5e-3},
+        rollout={"engine": "torch", "group_size": 6, "batch_size": 4, "threads": 1},
+        learner={"steps": 4, "prompts_per_step": 16, "threads": 1, "lr": 5e-3},
+        evaluate={"every": 2, "valid_rows": 20, "valid_beams": 10},
+        checkpoint={"every": 2},
     )
     return lambda *changes: config.load(path, changes)
 

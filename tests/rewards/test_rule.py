@@ -22,27 +22,6 @@ from rollout.candidates import Candidates
 from rollout.search_trees import build_search_trees
 
 
-def trees_of(
-    catalog: Catalog, groups: Sequence[Sequence[int]], targets: Sequence[int]
-) -> SearchTrees:
-    """Trees whose candidates are the given leaves, best first, for prompts of the given targets."""
-    leaf = np.array([leaf for group in groups for leaf in group], np.int64)
-    node = catalog.trie.path(catalog.trie.leaf_node[leaf]).numpy()
-    candidates = Candidates(
-        start=ragged.starts(np.array([len(group) for group in groups])),
-        node=node,
-        logprob=np.zeros(node.shape, np.float32),
-        score=np.zeros(len(leaf), np.float32),
-        leaf=leaf,
-        cost=Cost(),
-    )
-    prompts = replace(tiny_prompts(catalog, [2] * len(groups)), target=np.array(targets))
-    vocabulary = make_item_tokenizer(compact_tokenizer(catalog), catalog)
-    return build_search_trees(
-        prompts, candidates, vocabulary, PolicyVersion(step=0, digest="0" * 64)
-    )
-
-
 WIDE = catalogs.from_codes([[code] for code in range(17)])
 KNOWN = RewardContext(catalog=WIDE)
 PUBLISHED = RewardContext(catalog=WIDE, settings=RewardsConfig(ranking_variant="paper"))

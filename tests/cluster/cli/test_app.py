@@ -13,36 +13,17 @@ from cluster.cli import app as cli
 from cluster.training.run import check_engines, prepare
 from cluster.training.run_dir import open_run_dir, save_policy
 from orchard import config
-from orchard.data.synthetic import WorldParams, write_world
 from orchard.errors import EngineError
 from orchard.policy import model
 from orchard.policy.titles import from_titles
 from orchard.policy.weights import digest, snapshot
 from orchard.testing import save_model_folder, tiny_policy, tiny_title_tokenizer
 from orchard.types import PolicyVersion
-
-TINY = WorldParams(num_items=60, num_users=60, level_size=(4, 5, 6))
-
+from tests.fixtures.runs import TinyRun
 
 @pytest.fixture
-def world(tmp_path: Path) -> Path:
-    write_world(tmp_path / "data", TINY)
-    run = tmp_path / "run.toml"
-    run.write_text(
-        f"""
-        name = "toy"
-        output = "{tmp_path / "runs"}"
-        [data]
-        path = "{tmp_path / "data"}"
-        [model]
-        hidden_size = 16
-        heads = 2
-        kv_heads = 1
-        intermediate_size = 16
-        layers = 1
-        """
-    )
-    return run
+def world(tiny_run: TinyRun) -> Path:
+    return tiny_run()
 
 
 @pytest.fixture

@@ -92,15 +92,8 @@ def test_a_cluster_elsewhere_is_not_judged_by_this_machine() -> None:
 
 
 @pytest.fixture
-def run_file(tmp_path: Path) -> Path:
-    write_world(tmp_path / "data", WorldParams(num_items=60, num_users=60, level_size=(4, 5, 6)))
-    path = tmp_path / "run.toml"
-    sizes = "hidden_size = 16\nheads = 2\nkv_heads = 1\nintermediate_size = 16\nlayers = 1"
-    path.write_text(
-        f'name = "toy"\noutput = "{tmp_path / "runs"}"\n[data]\npath = "{tmp_path / "data"}"\n'
-        f'[model]\n{sizes}\nvalue_head = true\n[rollout]\nengine = "torch"\n'
-    )
-    return path
+def run_file(tiny_run: TinyRun) -> Path:
+    return tiny_run(model={"value_head": True}, rollout={"engine": "torch"})
 
 
 def test_the_command_plans_without_starting_anything(
