@@ -189,7 +189,7 @@ def _slot(
     """Build the slot of a variant around its first policy."""
 
     def make(loaded: LoadedPolicy) -> InferenceEngine:
-        return engine_of(folder, loaded, tokenizer, config)
+        return engine_of(loaded, tokenizer, config)
 
     return PolicySlot(
         name, folder, first, tokenizer, make,
@@ -199,7 +199,7 @@ def _slot(
 
 
 def engine_of(
-    folder: Path, loaded: LoadedPolicy, tokenizer: ItemTokenizer, config: ServeConfig
+    loaded: LoadedPolicy, tokenizer: ItemTokenizer, config: ServeConfig
 ) -> InferenceEngine:
     """Create the configured engine; fall back to torch, with a warning, if it is unavailable."""
     ENGINES.check_name(config.engine, "serve.engine")

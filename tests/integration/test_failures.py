@@ -36,6 +36,7 @@ from orchard.settings import Config
 from orchard.tracking.metrics_log import read_metrics
 from orchard.types import PolicyVersion, SearchTrees
 from rollout.actor import RolloutWorker
+from tests.fixtures.runs import write_tiny_run
 
 T = TypeVar("T")
 

@@ -21,7 +21,6 @@ from cluster.training.run_dir import open_run_dir, save_policy
 from cluster.training.sft import sft
 from orchard import config
 from orchard.catalog.catalog import load
-from orchard.data.synthetic import WorldParams, write_world
 from orchard.evaluation.ranking import Evaluation, difference, read
 from orchard.policy import model
 from orchard.policy.titles import from_titles
@@ -30,19 +29,11 @@ from orchard.settings import Config
 from orchard.testing import save_model_folder, tiny_policy, tiny_title_tokenizer
 from orchard.tracking.metrics_log import read_metrics
 from orchard.types import PolicyVersion
+from tests.fixtures.runs import TinyRun
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
 T = TypeVar("T")
-
-WORLD = WorldParams(num_items=80, num_users=120, level_size=(5, 6, 7))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world") / "data"
-    write_world(folder, WORLD)
-    return folder
 
 
 @pytest.fixture

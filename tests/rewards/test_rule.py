@@ -1,6 +1,5 @@
 """Rewards against worked examples and plain-Python references."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from math import log2
 
@@ -9,17 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchard import ragged
 from orchard.catalog import catalog as catalogs
-from orchard.catalog.catalog import Catalog
-from orchard.policy.item_tokenizer import compact_tokenizer, make_item_tokenizer
 from orchard.settings import RewardsConfig
-from orchard.testing import tiny_catalog, tiny_prompts
-from orchard.types import Cost, PolicyVersion, SearchTrees
+from orchard.testing import tiny_catalog
 from rewards.registry import RewardContext
 from rewards.rule import prefix, ranking, rule
-from rollout.candidates import Candidates
-from rollout.search_trees import build_search_trees
+from tests.fixtures.trees import trees_of
 
 
 WIDE = catalogs.from_codes([[code] for code in range(17)])

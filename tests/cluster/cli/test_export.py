@@ -20,7 +20,6 @@ from cluster.training.run_dir import open_run_dir, save_policy
 from orchard import config
 from orchard.catalog import catalog
 from orchard.data.prompts import make_prompts
-from orchard.data.synthetic import WorldParams, write_world
 from orchard.evaluation import ranking
 from orchard.evaluation.ranking import Evaluation, TargetRanks
 from orchard.policy import lora, model, value_head

@@ -12,8 +12,8 @@ import ray
 from cluster.cli import app as cli
 from cluster.planning.plan import GIB, Machine, Sizes, Speed, layout, plan
 from orchard import config
-from orchard.data.synthetic import WorldParams, write_world
 from orchard.settings import Config
+from tests.fixtures.runs import TinyRun
 
 SIZES = Sizes(
     parameters=10_000_000, hidden=256, inner=1024, layers=4, longest=4096,

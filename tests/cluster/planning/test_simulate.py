@@ -8,7 +8,7 @@ import pytest
 
 from cluster.cli import app as cli
 from cluster.planning.simulate import GPUS, STAGES, Model, simulate, times
-from orchard.data.synthetic import WorldParams, write_world
+from tests.fixtures.runs import TinyRun
 
 CALM = Model(spread=0.0, prompts_per_step=512.0, max_lag=0.0, reward_actors=512.0)
 
