@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from benchmarks.shared.measure import Figure, Report, Row, figure, report
-from cluster.training import rllib  # noqa: F401  (registers its critic trainer)
 from cluster.training.run import Run, prepare
 from orchard import config
 from orchard.data.prompts import make_prompts

@@ -203,11 +203,16 @@ def report(
     """Write one self-contained HTML report of a run, or a comparison of several."""
     for folder in runs:
         if not folder.is_dir():
-            raise DataError(f"run folder {folder} does not exist; give the folder below runs/", code="data.no_run")
+            raise DataError(
+                f"run folder {folder} does not exist; give the folder below runs/",
+                code="data.no_run",
+            )
         if not any((folder / name).is_file() for name in ("config.toml", "metrics.jsonl")):
             raise DataError(
                 f"{folder} is no run folder: it holds neither config.toml nor metrics.jsonl; give "
-                "the folder below runs/", code="data.no_run")
+                "the folder below runs/",
+                code="data.no_run",
+            )
     if len(runs) == 1 and output is None:
         from cluster.report.report import write_report
 
@@ -247,7 +252,9 @@ def bench(
     if name not in benchmarks:
         raise ConfigError(
             f"there is no bench {name!r}; choose from {', '.join(benchmarks) or 'none'} "
-            "(benches run from the repository's root)", code="config.unknown_name")
+            "(benches run from the repository's root)",
+            code="config.unknown_name",
+        )
     sys.path.insert(0, str(Path.cwd()))  # an installed package does not contain the benchmarks
     result = importlib.import_module(f"benchmarks.{name}").run(quick=quick)
     text = json.dumps(result, indent=2)

@@ -44,7 +44,10 @@ def fit(kind: str, settings: Config) -> None:
         ConfigError: the model is unknown, or a package that its backend needs is not installed.
     """
     if kind not in FITS:
-        raise ConfigError(f"there is no model to fit for {kind!r}; choose {' or '.join(FITS)}", code="config.unknown_name")
+        raise ConfigError(
+            f"there is no model to fit for {kind!r}; choose {' or '.join(FITS)}",
+            code="config.unknown_name",
+        )
     torch.set_num_threads(settings.learner.threads)
     FITS[kind](prepare(settings, "sft"))
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from cluster.training import rllib  # noqa: F401  (registers its critic trainer)
+from cluster.training.rllib import RllibBackend
 from cluster.training.text_policy import thinks
 from learner.advantage.estimators import ESTIMATORS
 from orchard.errors import ConfigError
@@ -13,6 +13,8 @@ from orchard.tracking.trackers import TRACKERS
 from rewards.registry import REWARDS
 from rollout.engine.registry import ENGINES
 from rollout.search.registry import SEARCHES
+
+CRITIC_BACKENDS.register("rllib")(RllibBackend)  # may name Ray, which `orchard` may not
 
 REGISTRIES: tuple[Registry[Any, Any], ...] = (
     SEARCHES, ENGINES, ESTIMATORS, REWARDS, TRACKERS, CRITIC_BACKENDS,

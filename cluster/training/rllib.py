@@ -13,7 +13,7 @@ import numpy as np
 
 from orchard.errors import ConfigError
 from orchard.optim import make_optimizer
-from orchard.scorers.fit_critic import CRITIC_BACKENDS, NORM_RATE, NORM_START, Trajectories
+from orchard.scorers.fit_critic import NORM_RATE, NORM_START, Trajectories
 from orchard.scorers.prefix_critic import PrefixCritic
 from orchard.settings import CriticConfig
 
@@ -21,7 +21,6 @@ _NEEDS = ("gymnasium", "tree", "lz4", "ormsgpack")
 _MODULE = "critic"
 
 
-@CRITIC_BACKENDS.register("rllib")
 class RllibBackend:
     """Critic backend that updates by `MARWILTorchLearner`; see `CriticBackend`."""
 

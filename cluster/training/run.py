@@ -163,7 +163,10 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
         check_unchanged(settings, phase)
     data = settings.data
     if not data.path.is_dir():
-        raise ConfigError(f"data.path = {data.path} is not a folder; set it to where the data is", code="config.no_data")
+        raise ConfigError(
+            f"data.path = {data.path} is not a folder; set it to where the data is",
+            code="config.no_data",
+        )
     policy = policy or starting_policy(settings, phase)
     text_tokenizer: PreTrainedTokenizerBase | None = None
     if policy is not None:
@@ -261,7 +264,9 @@ def read_items(data: DataConfig, tokenizer: PreTrainedTokenizerBase | None) -> C
     if tokenizer is None:
         raise ConfigError(
             "data.titles = true needs a policy whose tokens the titles are written in; "
-            "set model.path to its folder, or data.title_tokens for a policy from scratch", code="config.no_title_tokens")
+            "set model.path to its folder, or data.title_tokens for a policy from scratch",
+            code="config.no_title_tokens",
+        )
     return titles.read(path, tokenizer)
 
 
@@ -275,7 +280,9 @@ def starting_policy(settings: Config, phase: Phase) -> Path | None:
     if phase != "sft":
         raise ConfigError(
             f"there is no policy to improve: {sft_policy} does not exist and model.path is not "
-            "set; run `orchard sft` first, or set model.path", code="config.no_policy")
+            "set; run `orchard sft` first, or set model.path",
+            code="config.no_policy",
+        )
     return None
 
 
@@ -297,4 +304,6 @@ def check_unchanged(settings: Config, phase: Phase) -> None:
         raise ConfigError(
             f"run {settings.name} exists with another configuration: {'; '.join(changed)}; choose "
             "another name, to go on from what it has learned with model.path="
-            f"{settings.run_dir / 'warm_start'} (or its policy)", code="config.changed")
+            f"{settings.run_dir / 'warm_start'} (or its policy)",
+            code="config.changed",
+        )

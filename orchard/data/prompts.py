@@ -66,7 +66,9 @@ def read_split(paths: Sequence[Path], catalog: Catalog, *, max_history: int) -> 
         row = int(np.argmax(counts == 0))
         raise DataError(
             f"row {row} of {names} has an empty history ({int((counts == 0).sum())} such rows); "
-            "drop rows that have no item before the target", code="data.empty_history")
+            "drop rows that have no item before the target",
+            code="data.empty_history",
+        )
     start = ragged.starts(counts)
     flat = np.concatenate([part.flatten().to_numpy().astype(np.int64) for part in lists])
     recent, recent_start = ragged.last(flat, start, max_history)

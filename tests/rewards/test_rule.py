@@ -15,7 +15,6 @@ from rewards.registry import RewardContext
 from rewards.rule import prefix, ranking, rule
 from tests.fixtures.trees import trees_of
 
-
 WIDE = catalogs.from_codes([[code] for code in range(17)])
 KNOWN = RewardContext(catalog=WIDE)
 PUBLISHED = RewardContext(catalog=WIDE, settings=RewardsConfig(ranking_variant="paper"))

@@ -22,6 +22,7 @@ from orchard.testing import save_model_folder, tiny_policy, tiny_title_tokenizer
 from orchard.types import PolicyVersion
 from tests.fixtures.runs import TinyRun
 
+
 @pytest.fixture
 def world(tiny_run: TinyRun) -> Path:
     return tiny_run()
@@ -113,7 +114,9 @@ def test_training_without_a_policy_names_the_remedy(
     assert refused("train", world, f"model.path={world.parent}").code == "policy.missing"
 
 
-def test_items_that_form_no_catalog_are_refused(world: Path, refused: Callable[..., Refusal]) -> None:
+def test_items_that_form_no_catalog_are_refused(
+    world: Path, refused: Callable[..., Refusal]
+) -> None:
     items = world.parent / "data" / "items.parquet"
     good = pq.read_table(items)["sid"].to_pylist()
     rewrite(items, sid=[None, *good[1:]])
@@ -196,7 +199,9 @@ def test_a_damaged_policy_is_refused(
     assert refused("train", world).code == code
 
 
-def test_a_policy_of_another_catalog_is_refused(world: Path, refused: Callable[..., Refusal]) -> None:
+def test_a_policy_of_another_catalog_is_refused(
+    world: Path, refused: Callable[..., Refusal]
+) -> None:
     saved_policy(world)
     items = world.parent / "data" / "items.parquet"
     sids = pq.read_table(items)["sid"].to_pylist()

@@ -22,7 +22,7 @@ OLD = {
 
 
 def run(**sections: object) -> Config:
-    return config.parse({"data": {"path": "data"}, **sections})
+    return config.parse({"name": "old", "data": {"path": "data"}, **sections})
 
 
 def test_old_keys_and_values_of_a_file_mean_what_the_new_ones_mean() -> None:
