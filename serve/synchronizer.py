@@ -7,7 +7,7 @@ happens at a time, and none while a search that it would affect runs.
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 from orchard.errors import DataError
 from serve.catalog.ledger import LedgerError
@@ -22,6 +22,7 @@ _log = logging.getLogger("orchard.serve")
 T = TypeVar("T")
 
 
+@runtime_checkable
 class InLoader(Protocol):
     """Runs a blocking call in the loader thread, one at a time."""
 

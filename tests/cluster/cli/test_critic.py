@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cluster.cli import app as cli
-from cluster.cli import rllib
+from cluster.training import rllib
 from cluster.training.checks import check_names
 from cluster.training.rllib import RllibBackend
 from cluster.training.run import prepare
