@@ -27,18 +27,20 @@ def read_table(path: Path, *, role: str, columns: Sequence[str], remedy: str) ->
             another type or missing values.
     """
     if not path.is_file():
-        raise DataError(f"{role} file {path} does not exist; check {remedy}")
+        raise DataError(f"{role} file {path} does not exist; check {remedy}", code="data.no_file")
     try:
         table = pq.read_table(path)
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(
-            f"{role} file {path} is not readable as Parquet: {error}; write it again"
+            f"{role} file {path} is not readable as Parquet: {error}; write it again",
+            code="data.unreadable",
         ) from error
     for column in columns:
         if column not in table.column_names:
             raise DataError(
                 f"{role} file {path} has columns {', '.join(table.column_names)} but no "
-                f"`{column}`; add it, or rename the one that is meant"
+                f"`{column}`; add it, or rename the one that is meant",
+                code="data.no_column",
             )
         _check(table[column], column, f"{role} file {path}")
     return table
@@ -49,16 +51,21 @@ def _check(column: Any, name: str, where: str) -> None:
     kind = column.type
     if name in _INTEGERS:
         if not pa.types.is_integer(kind):
-            raise DataError(f"column `{name}` of {where} holds {kind}; it must hold integers")
+            raise DataError(
+                f"column `{name}` of {where} holds {kind}; it must hold integers",
+                code="data.wrong_type",
+            )
         if column.null_count:
             row = column.is_null().index(pa.scalar(True)).as_py()
             raise DataError(
                 f"row {row} of {where} has no `{name}` ({column.null_count} such rows); fill it in "
-                "or drop the row"
+                "or drop the row",
+                code="data.missing_value",
             )
     if name in _LISTS:
         is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
         if not is_list or not pa.types.is_integer(kind.value_type):
             raise DataError(
-                f"column `{name}` of {where} holds {kind}; it must hold lists of integers"
+                f"column `{name}` of {where} holds {kind}; it must hold lists of integers",
+                code="data.wrong_type",
             )

@@ -1,5 +1,6 @@
 """Ray actor for rollouts: an inference engine with its policy, searched for batches of prompts."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,19 +10,18 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from torch import nn
 
 from orchard.errors import EngineError, WeightMismatchError
 from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.policy.store import Policy
 from orchard.policy.weights import Weights
+from orchard.registry import import_plugins
 from orchard.scorers.prefix_critic import PrefixCritic
 from orchard.settings import RolloutConfig
 from orchard.types import PolicyVersion, Prompts, SearchTrees
 from rollout.candidates import Candidates
 from rollout.engine.protocol import InferenceEngine
-from rollout.engine.torch import TorchEngine
-from rollout.engine.vllm import VllmEngine
+from rollout.engine.registry import ENGINES, EngineContext
 from rollout.probe import LogprobProbe, verify
 from rollout.search.beam import beam
 from rollout.search.registry import SEARCHES, SearchContext, SearchFn, make_search
@@ -40,27 +40,33 @@ class RolloutWorker:
         tokenizer: ItemTokenizer,
         seed: int,
         critic: PrefixCritic | None = None,
+        plugins: Sequence[str] = (),
     ) -> None:
         """Load the policy saved in `folder` as step 0; `load_weights` replaces it.
 
-        A `critic` replaces the policy's own value head as the guide of `ved`.
+        A `critic` replaces the policy's own value head as the guide of `ved`. `plugins` are modules
+        that register searches and engines.
 
         Raises:
+            ConfigError: a plugin cannot be imported.
             DataError: the folder contains no policy.
             CheckpointError: the weights do not have the digest that the folder names.
             EngineError: the engine cannot run on this machine.
         """
+        import_plugins(plugins)
         self._config, self._tokenizer, self._critic = config, tokenizer, critic
         torch.set_num_threads(config.threads)
         policy = Policy.open(folder, tokenizer)
-        model, version = policy.model, replace(policy.version, step=0)
-        self._engine: InferenceEngine
-        if config.engine == "vllm":
-            self._engine = VllmEngine(folder, model, tokenizer, version, config, seed=seed)
-        else:
-            device = "cuda" if config.gpus else "cpu"
-            nn.Module.to(model, device=device, dtype=getattr(torch, config.dtype))
-            self._engine = TorchEngine(model, tokenizer, version)
+        self._engine: InferenceEngine = ENGINES[config.engine](
+            EngineContext(
+                folder=folder,
+                model=policy.model,
+                tokenizer=tokenizer,
+                version=replace(policy.version, step=0),
+                config=config,
+                seed=seed,
+            )
+        )
         self._verified = True
         """Whether the loaded weights passed their probe; False from loading until the check."""
 

@@ -15,8 +15,7 @@ from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.policy.store import CATALOG, PolicyFacts, open_tokenizer
 from orchard.settings import RolloutConfig, ServeConfig
 from rollout.engine.protocol import InferenceEngine
-from rollout.engine.torch import TorchEngine
-from rollout.engine.vllm import VllmEngine
+from rollout.engine.registry import ENGINES, EngineContext
 from serve.catalog.attributes import NOTHING, check_filters, read_attributes
 from serve.catalog.store import CatalogStore
 from serve.exposure_log import ExposureLog
@@ -29,6 +28,9 @@ from serve.shared_state import SharedState
 from serve.user_history import open_histories
 
 _log = logging.getLogger("orchard.serve")
+
+_FALLBACK = "torch"
+"""Engine that serves where the configured one cannot run."""
 
 
 def open_service(
@@ -199,19 +201,25 @@ def _slot(
 def engine_of(
     loaded: LoadedPolicy, tokenizer: ItemTokenizer, config: ServeConfig
 ) -> InferenceEngine:
-    """Create the configured engine; fall back to torch, with a warning, if vLLM is unavailable."""
-    if config.engine == "vllm":
-        rollout = RolloutConfig(engine="vllm", threads=config.threads)
+    """Create the configured engine; fall back to torch, with a warning, if it is unavailable."""
+    ENGINES.check_name(config.engine, "serve.engine")
+    ctx = EngineContext(
+        folder=loaded.source,
+        model=loaded.model,
+        tokenizer=tokenizer,
+        version=loaded.version,
+        config=RolloutConfig(engine=config.engine, threads=config.threads),
+        seed=0,
+    )
+    if config.engine != _FALLBACK:
         try:
-            engine = VllmEngine(
-                loaded.source, loaded.model, tokenizer, loaded.version, rollout, seed=0
-            )
-            # vLLM has read the files itself, which may have changed since they were verified.
+            engine = ENGINES[config.engine](ctx)
+            # The engine has read the files itself, which may have changed since they were verified.
             engine.load_weights(loaded.version, loaded.weights)
             return engine
         except EngineError as error:
-            _log.warning("serving with the torch engine: %s", error)
-    return TorchEngine(loaded.model, tokenizer, loaded.version)
+            _log.warning("serving with the %s engine: %s", _FALLBACK, error)
+    return ENGINES[_FALLBACK](ctx)
 
 
 def read_popularity(path: Path) -> dict[int, float]:

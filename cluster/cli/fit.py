@@ -9,15 +9,14 @@ import typer
 from jaxtyping import Int64
 from torch import nn
 
-from cluster.cli.rllib import RllibBackend
 from cluster.console import Progress
 from cluster.training.run import Run, prepare
 from orchard.data.prompts import Split
 from orchard.errors import ConfigError
 from orchard.scorers import checkpoint, listwise_ranker, prefix_critic, sasrec
 from orchard.scorers.fit_critic import (
+    CRITIC_BACKENDS,
     CriticBackend,
-    TorchCriticBackend,
     Trajectories,
     measure_critic,
     sample_trajectories,
@@ -32,7 +31,7 @@ from orchard.scorers.fit_sasrec import (
     sasrec_ranks,
 )
 from orchard.scorers.prefix_critic import PrefixCritic
-from orchard.settings import Config, CriticConfig, ScorerConfig
+from orchard.settings import Config, ScorerConfig
 
 SHOWN = ("ndcg@10/item", "hr@10/item", "ndcg@10/sid", "hr@10/sid", "hit@1/list", "chance",
          "explained", "value_loss", "choice_loss")  # fmt: skip
@@ -45,7 +44,10 @@ def fit(kind: str, settings: Config) -> None:
         ConfigError: the model is unknown, or a package that its backend needs is not installed.
     """
     if kind not in FITS:
-        raise ConfigError(f"there is no model to fit for {kind!r}; choose {' or '.join(FITS)}")
+        raise ConfigError(
+            f"there is no model to fit for {kind!r}; choose {' or '.join(FITS)}",
+            code="config.unknown_name",
+        )
     torch.set_num_threads(settings.learner.threads)
     FITS[kind](prepare(settings, "sft"))
 
@@ -103,7 +105,7 @@ def fit_prefix_critic(run: Run) -> None:
                 heads=settings.heads,
                 dropout=settings.dropout,
             )
-            backend: CriticBackend = BACKENDS[settings.backend](critic, settings)
+            backend: CriticBackend = CRITIC_BACKENDS[settings.backend](critic, settings)
             generator = np.random.default_rng(run.config.seed)
             held_out = _all_trajectories(run, critic, run.valid)
 
@@ -192,8 +194,4 @@ FITS: dict[str, Callable[[Run], None]] = {
     sasrec.KIND: fit_collaborative,
     listwise_ranker.KIND: fit_listwise,
     prefix_critic.KIND: fit_prefix_critic,
-}
-BACKENDS: dict[str, Callable[[PrefixCritic, CriticConfig], CriticBackend]] = {
-    "torch": TorchCriticBackend,
-    "rllib": RllibBackend,
 }

@@ -35,6 +35,7 @@ from orchard.parquet import read_table
 from orchard.policy import model
 from orchard.policy.store import PolicyFacts
 from orchard.settings import ClusterConfig, Config, ServeConfig
+from rollout.engine.registry import ENGINES
 from serve.app import Arguments, build, options
 
 APPLICATION = "orchard"
@@ -71,6 +72,7 @@ def resolve(target: Path, overrides: list[str]) -> tuple[Arguments, Config]:
                 f"run {settings.name} has no policy yet: neither {trained} nor {folder} exists; "
                 "run `orchard sft` or `orchard train` first"
             )
+    ENGINES.check_name(settings.serve.engine, "serve.engine")
     model.check_folder(folder)
     PolicyFacts.read(folder)
     if not (folder / "catalogue").is_dir():
@@ -156,11 +158,14 @@ def check_config(tree: object) -> None:
         checked = ServeDeploySchema.model_validate(config_tree)
         for app in checked.applications:
             if app.import_path == IMPORT_PATH:
-                Arguments.model_validate(app.args)
+                arguments = Arguments.model_validate(app.args)
+                ENGINES.check_name(arguments.serve.engine, "serve.engine")
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"Serve config: {key}: {first['msg']}") from error
+        raise ConfigError(
+            f"Serve config: {key}: {first['msg']}", code="config.bad_value"
+        ) from error
 
 
 def _refuse_unknown(tree: Mapping[str, Any], shape: type[BaseModel], prefix: str) -> None:
@@ -170,7 +175,9 @@ def _refuse_unknown(tree: Mapping[str, Any], shape: type[BaseModel], prefix: str
         if key not in known:
             matches = difflib.get_close_matches(key, [n for n in known if n], n=1, cutoff=0.5)
             hint = f"did you mean {matches[0]}?" if matches else "remove it"
-            raise ConfigError(f"unknown key {prefix}{key} in the Serve config; {hint}")
+            raise ConfigError(
+                f"unknown key {prefix}{key} in the Serve config; {hint}", code="config.unknown_key"
+            )
         child_shape = _SHAPES.get(key)
         if child_shape is None:
             continue

@@ -291,7 +291,7 @@ class Controller:
         def make(index: int) -> Any:
             return RolloutActor.options(num_cpus=1, num_gpus=rollout.gpus).remote(
                 settings, run.policy.resolve(), self._tokenizer,
-                run.config.seed + index, critic,
+                run.config.seed + index, critic, run.config.plugins,
             )  # fmt: skip
 
         pool = Pool(
@@ -318,9 +318,10 @@ class Controller:
     def _reward_pool(self) -> Pool:
         """Start the pool of reward actors."""
         rewards, context = self.run.config.rewards, ray.put(self.run.knowledge)
+        plugins = self.run.config.plugins
         return Pool(
             "rewards",
-            lambda _: RewardActor.options(num_cpus=1).remote(context),
+            lambda _: RewardActor.options(num_cpus=1).remote(context, plugins),
             size=rewards.actors,
             queue=rewards.queue,
             timeout_s=rewards.timeout_s,

@@ -30,7 +30,7 @@ from orchard.settings import Config, DataConfig
 from rewards.context import RewardContext
 from rewards.score import preload
 from rewards.transition_counts import TransitionCounts, count_transitions
-from rollout.engine.availability import check_vllm
+from rollout.engine.registry import ENGINES
 from rollout.search.registry import SEARCHES
 
 Phase = Literal["sft", "train", "evaluate"]
@@ -44,7 +44,7 @@ MAY_CHANGE = (
 )  # fmt: skip
 """Settings that may differ between a run and its continuation: duration, resources and evaluation,
 but nothing that changes an update."""
-OF_RL = ("learner.", "rollout.", "rewards.", "critic.")
+OF_RL = ("learner.", "rollout.", "rewards.", "critic.", "plugins")
 """Settings that SFT does not use, which may change until RL has written a checkpoint."""
 
 
@@ -130,7 +130,7 @@ class Run:
 
 
 def check_engines(settings: Config, phase: Phase) -> None:
-    """Raise EngineError if vLLM is needed on this machine and cannot run; skip remote clusters.
+    """Raise EngineError if a needed engine cannot run on this machine; skip remote clusters.
 
     Without this check the error would appear only when the first actor starts.
     """
@@ -139,8 +139,10 @@ def check_engines(settings: Config, phase: Phase) -> None:
     engines = {settings.evaluate.engine}
     if phase == "train":
         engines.add(settings.rollout.engine)
-    if "vllm" in engines:
-        check_vllm()
+    for name in engines:
+        check_machine = ENGINES.facts(name).check_machine
+        if check_machine is not None:
+            check_machine()
 
 
 def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Run:
@@ -153,7 +155,7 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
 
     Raises:
         ConfigError, DataError, CatalogError, CheckpointError: one sentence each.
-        EngineError: vLLM is needed on this machine and cannot run.
+        EngineError: an engine is needed on this machine and cannot run.
     """
     check_names(settings)
     check_engines(settings, phase)
@@ -161,7 +163,10 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
         check_unchanged(settings, phase)
     data = settings.data
     if not data.path.is_dir():
-        raise ConfigError(f"data.path = {data.path} is not a folder; set it to where the data is")
+        raise ConfigError(
+            f"data.path = {data.path} is not a folder; set it to where the data is",
+            code="config.no_data",
+        )
     policy = policy or starting_policy(settings, phase)
     text_tokenizer: PreTrainedTokenizerBase | None = None
     if policy is not None:
@@ -195,7 +200,7 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
         text_tokenizer = new_tokenizer(settings, catalog, reasons)
     grows = text_policy.add_instruction(settings, text_tokenizer, catalog, policy)
     tokenizer, traces = item_tokenizer.make_item_tokenizer(text_tokenizer, catalog), None
-    if settings.thinks:
+    if text_policy.thinks(settings):
         tokenizer = replace(tokenizer, think=item_tokenizer.think_tokens(text_tokenizer))
     if reasons is not None:
         traces = rationales.tokenize_rationales(
@@ -259,7 +264,8 @@ def read_items(data: DataConfig, tokenizer: PreTrainedTokenizerBase | None) -> C
     if tokenizer is None:
         raise ConfigError(
             "data.titles = true needs a policy whose tokens the titles are written in; "
-            "set model.path to its folder, or data.title_tokens for a policy from scratch"
+            "set model.path to its folder, or data.title_tokens for a policy from scratch",
+            code="config.no_title_tokens",
         )
     return titles.read(path, tokenizer)
 
@@ -274,7 +280,8 @@ def starting_policy(settings: Config, phase: Phase) -> Path | None:
     if phase != "sft":
         raise ConfigError(
             f"there is no policy to improve: {sft_policy} does not exist and model.path is not "
-            "set; run `orchard sft` first, or set model.path"
+            "set; run `orchard sft` first, or set model.path",
+            code="config.no_policy",
         )
     return None
 
@@ -297,5 +304,6 @@ def check_unchanged(settings: Config, phase: Phase) -> None:
         raise ConfigError(
             f"run {settings.name} exists with another configuration: {'; '.join(changed)}; choose "
             "another name, to go on from what it has learned with model.path="
-            f"{settings.run_dir / 'warm_start'} (or its policy)"
+            f"{settings.run_dir / 'warm_start'} (or its policy)",
+            code="config.changed",
         )

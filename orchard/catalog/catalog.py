@@ -105,7 +105,8 @@ class Catalog:
         if len(unknown):
             raise DataError(
                 f"item {item_id[unknown[0]]} is not in the catalog of {len(self)} items "
-                f"({len(unknown)} such references); add it to the items file or drop the rows"
+                f"({len(unknown)} such references); add it to the items file or drop the rows",
+                code="data.unknown_item",
             )
         return row
 

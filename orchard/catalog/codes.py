@@ -33,7 +33,8 @@ def from_lists(column: Any, item_id: Int[np.ndarray, " I"]) -> Int[np.ndarray, "
     if len(missing):
         raise CatalogError(
             f"item {item_id[missing[0]]} has no semantic ID ({len(missing)} of {len(length)} "
-            "items); give every item a non-empty `sid` or leave it out of the items file"
+            "items); give every item a non-empty `sid` or leave it out of the items file",
+            code="catalog.no_sid",
         )
     flat, start = lists.flatten().to_numpy(zero_copy_only=False), ragged.starts(length)
     bad = np.flatnonzero(~(flat >= 0))  # Arrow converts null to NaN, which is caught too
@@ -99,7 +100,9 @@ def check(
         row = int(np.argmax(wrong))
         raise CatalogError(
             f"row {row} of the items has a semantic ID of depth {length[row]} where {depth} was "
-            f"expected ({int(wrong.sum())} such items); repair it, or set data.varying_depth = true"
+            f"expected ({int(wrong.sum())} such items); repair it, or set data.varying_depth = "
+            "true",
+            code="catalog.mixed_depth",
         )
     if table.shape[1] < depth:
         table = np.pad(table, ((0, 0), (0, depth - table.shape[1])), constant_values=-1)
@@ -112,7 +115,8 @@ def check(
         raise CatalogError(
             f"row {row} of the items has code {table[row, level]} at level {level + 1}; "
             f"codes there run from 0 to {limit[level] - 1} ({int(bad.any(1).sum())} such items); "
-            "mend the items file, or make semantic IDs anew (orchard data sids --overwrite)"
+            "mend the items file, or make semantic IDs anew (orchard data sids --overwrite)",
+            code="catalog.code_out_of_range",
         )
     # An end marker may still be added to each level.
     return table.astype(trie.code_type(limit))

@@ -59,14 +59,15 @@ def read_split(paths: Sequence[Path], catalog: Catalog, *, max_history: int) -> 
     ]
     names = ", ".join(path.name for path in paths)
     if sum(len(table) for table in tables) == 0:
-        raise DataError(f"split {names} has no rows; at least one is needed")
+        raise DataError(f"split {names} has no rows; at least one is needed", code="data.no_rows")
     lists = [_combined(table["history"]) for table in tables]
     counts = np.concatenate([part.value_lengths().fill_null(0).to_numpy() for part in lists])
     if (counts == 0).any():
         row = int(np.argmax(counts == 0))
         raise DataError(
             f"row {row} of {names} has an empty history ({int((counts == 0).sum())} such rows); "
-            "drop rows that have no item before the target"
+            "drop rows that have no item before the target",
+            code="data.empty_history",
         )
     start = ragged.starts(counts)
     flat = np.concatenate([part.flatten().to_numpy().astype(np.int64) for part in lists])

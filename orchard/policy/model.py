@@ -114,28 +114,37 @@ def check_folder(folder: Path) -> None:
     check_readable(*folder.glob("*.json"), *folder.glob("*.safetensors"), *folder.glob("*.bin"))
     config_file = folder / "config.json"
     if not config_file.is_file():
-        raise DataError(f"{folder} holds no config.json; give the folder of a saved policy")
+        raise DataError(
+            f"{folder} holds no config.json; give the folder of a saved policy",
+            code="policy.missing",
+        )
     try:
         kind = json.loads(config_file.read_text()).get("model_type")
     except (ValueError, AttributeError) as error:
         raise DataError(
-            f"{config_file} is no JSON object: {error}; save the policy again"
+            f"{config_file} is no JSON object: {error}; save the policy again",
+            code="policy.damaged",
         ) from error
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise DataError(
             f"{config_file} has model_type {kind!r}, which transformers knows no causal language "
-            "model of; give the folder of one"
+            "model of; give the folder of one",
+            code="policy.unknown_model",
         )
     weight_files = [file for file in folder.glob("*.safetensors") if file.name != value_head.FILE]
     if not weight_files and not any(folder.glob("*.bin")):
-        raise DataError(f"{folder} holds no weights (*.safetensors); save the policy again")
+        raise DataError(
+            f"{folder} holds no weights (*.safetensors); save the policy again",
+            code="policy.missing",
+        )
     for file in weight_files:
         try:
             with safe_open(file, "pt"):
                 pass  # reads the header, and checks that the file contains the last tensor
         except (SafetensorError, OSError) as error:
             raise DataError(
-                f"the weights in {file} are damaged or cut short: {error}; save the policy again"
+                f"the weights in {file} are damaged or cut short: {error}; save the policy again",
+                code="policy.damaged",
             ) from error
 
 

@@ -63,7 +63,9 @@ class PolicyFacts:
         try:
             tree: dict[str, Any] = json.loads(path.read_text())
         except ValueError as error:
-            raise CheckpointError(f"{path} is damaged: {error}; export the policy again") from error
+            raise CheckpointError(
+                f"{path} is damaged: {error}; export the policy again", code="policy.damaged"
+            ) from error
         version = tree.get("version", {})
         return cls(
             version=PolicyVersion(step=version.get("step", 0), digest=version.get("digest", "")),
@@ -90,7 +92,8 @@ class PolicyFacts:
             raise CheckpointError(
                 f"the policy in {folder} was trained on catalog {self.catalog[:12]}, the one in "
                 f"use is {catalog.digest[:12]}; use the items file that it was trained on, or run "
-                "SFT on the new one"
+                "SFT on the new one",
+                code="catalog.mismatch",
             )
 
 

@@ -21,7 +21,6 @@ from cluster.training.run_dir import open_run_dir, save_policy
 from cluster.training.sft import sft
 from orchard import config
 from orchard.catalog.catalog import load
-from orchard.data.synthetic import WorldParams, write_world
 from orchard.evaluation.ranking import Evaluation, difference, read
 from orchard.policy import model
 from orchard.policy.store import read_adapter
@@ -31,37 +30,24 @@ from orchard.settings import Config
 from orchard.testing import save_model_folder, tiny_policy, tiny_title_tokenizer
 from orchard.tracking.metrics_log import read_metrics
 from orchard.types import PolicyVersion
+from tests.fixtures.runs import TinyRun
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
 T = TypeVar("T")
 
-WORLD = WorldParams(num_items=80, num_users=120, level_size=(5, 6, 7))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world") / "data"
-    write_world(folder, WORLD)
-    return folder
-
 
 @pytest.fixture
-def settings(data: Path, tmp_path: Path) -> Callable[..., Config]:
+def settings(data: Path, tiny_run: TinyRun) -> Callable[..., Config]:
     """Return the settings of a few steps on the torch engine, with dotted changes."""
-    path = tmp_path / "run.toml"
-    path.write_text(
-        f"""
-        name = "toy"
-        output = "{tmp_path / "runs"}"
-        data.path = "{data}"
-        model = {{hidden_size = 32, heads = 2, kv_heads = 1, intermediate_size = 32, layers = 1}}
-        sft = {{epochs = 2, valid_rows = 40, valid_beams = 10, lr = 5e-3}}
-        rollout = {{engine = "torch", group_size = 6, batch_size = 4, threads = 1}}
-        learner = {{steps = 4, prompts_per_step = 16, threads = 1, lr = 5e-3}}
-        evaluate = {{every = 2, valid_rows = 20, valid_beams = 10}}
-        checkpoint = {{every = 2}}
-        """
+    path = tiny_run(
+        data={"path": str(data)},
+        model={"hidden_size": 32, "intermediate_size": 32},
+        sft={"epochs": 2, "valid_rows": 40, "valid_beams": 10, "lr": 5e-3},
+        rollout={"engine": "torch", "group_size": 6, "batch_size": 4, "threads": 1},
+        learner={"steps": 4, "prompts_per_step": 16, "threads": 1, "lr": 5e-3},
+        evaluate={"every": 2, "valid_rows": 20, "valid_beams": 10},
+        checkpoint={"every": 2},
     )
     return lambda *changes: config.load(path, changes)
 

@@ -20,25 +20,18 @@ from cluster.training.run_dir import open_run_dir, save_policy
 from orchard import config
 from orchard.catalog import catalog
 from orchard.data.prompts import make_prompts
-from orchard.data.synthetic import WorldParams, write_world
 from orchard.evaluation import ranking
 from orchard.evaluation.ranking import Evaluation, TargetRanks
 from orchard.policy import lora, model, value_head
 from orchard.policy.store import Policy
 from orchard.policy.weights import digest
 from orchard.types import PolicyVersion
+from tests.fixtures.runs import TinyRun
 
 
 @pytest.fixture
-def run_file(tmp_path: Path) -> Path:
-    write_world(tmp_path / "data", WorldParams(num_items=60, num_users=60, level_size=(4, 5, 6)))
-    path = tmp_path / "run.toml"
-    sizes = "hidden_size = 32\nheads = 2\nkv_heads = 1\nintermediate_size = 32\nlayers = 1"
-    path.write_text(
-        f'name = "toy"\noutput = "{tmp_path / "runs"}"\n[data]\npath = "{tmp_path / "data"}"\n'
-        f"[model]\n{sizes}\n"
-    )
-    return path
+def run_file(tiny_run: TinyRun) -> Path:
+    return tiny_run(model={"hidden_size": 32, "intermediate_size": 32})
 
 
 def started(path: Path) -> Run:

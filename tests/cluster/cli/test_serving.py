@@ -111,10 +111,15 @@ def test_a_written_config_checks_out_and_what_serve_would_swallow_is_refused(
     ):
         with pytest.raises(ConfigError, match=f"unknown key .*{path[-1]}.* did you mean {said}"):
             spoilt(*path)
-    with pytest.raises(ConfigError, match="num_replicas"):
-        spoilt(*deployment, "num_replicas", value="many")
-    with pytest.raises(ConfigError, match=r"serve\.width"):
-        spoilt("applications", 0, "args", "serve", "width", value=0)
+    serve = ("applications", 0, "args", "serve")
+    for path, value, code in (
+        ((*deployment, "num_replicas"), "many", "bad_value"),
+        ((*serve, "width"), 0, "bad_value"),
+        ((*serve, "engine"), "trt", "unknown_name"),
+    ):
+        with pytest.raises(ConfigError, match=str(path[-1])) as refused:
+            spoilt(*path, value=value)
+        assert refused.value.code == f"config.{code}"
 
 
 def test_a_run_serves_its_policy_and_counts_its_targets(policy: Path, tmp_path: Path) -> None:
@@ -131,8 +136,10 @@ def test_a_run_serves_its_policy_and_counts_its_targets(policy: Path, tmp_path: 
     assert {row["item_id"]: row["count"] for row in counts} == {5: 2, 9: 1}
     with pytest.raises(DataError, match="has no policy yet"):
         serving.resolve(run, ["name=other"])
-    with pytest.raises(ConfigError, match=r"did you mean serve\.width"):
-        serving.resolve(run, ["serve.widht=20"])
+    for override, code in (("serve.widht=20", "unknown_key"), ("serve.engine=trt", "unknown_name")):
+        with pytest.raises(ConfigError) as refused:
+            serving.resolve(run, [override])
+        assert refused.value.code == f"config.{code}"
     (policy / "policy.json").write_text('{"version": ')
     with pytest.raises(CheckpointError, match=r"policy\.json is damaged"):
         serving.resolve(policy, [])
