@@ -7,7 +7,7 @@ happens at a time, and none while a search that it would affect runs.
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Any
 
 from orchard.errors import DataError
 from serve.catalog.ledger import LedgerError
@@ -19,16 +19,6 @@ from serve.schema import ActivateRequest, DeltaRequest
 from serve.shared_state import SharedState
 
 _log = logging.getLogger("orchard.serve")
-T = TypeVar("T")
-
-
-@runtime_checkable
-class InLoader(Protocol):
-    """Runs a blocking call in the loader thread, one at a time."""
-
-    def __call__(self, call: Callable[..., T], *args: object) -> Awaitable[T]:
-        """Run the call."""
-        ...
 
 
 class Synchronizer:
@@ -40,9 +30,12 @@ class Synchronizer:
         catalog_store: CatalogStore,
         shared_state: SharedState,
         scheduler: DecodeScheduler,
-        in_loader: InLoader,
+        in_loader: Callable[..., Awaitable[Any]],
     ) -> None:
-        """Change `slots` and `catalog_store` as `shared_state` and the policies' folders say."""
+        """Change `slots` and `catalog_store` as `shared_state` and the policies' folders say.
+
+        `in_loader(call, *args)` runs a blocking call in the loader thread, one at a time.
+        """
         self.slots, self.catalog_store = slots, catalog_store
         self._shared_state, self._scheduler = shared_state, scheduler
         self._in_loader = in_loader

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Union, cast, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from ray.runtime_env import RuntimeEnv, RuntimeEnvConfig
+from ray.serve.config import AutoscalingPolicy
 from ray.serve.schema import ServeDeploySchema
 
 from orchard.errors import ConfigError
@@ -61,6 +62,8 @@ def _refuse_unknown(tree: Mapping[str, Any], shape: type[BaseModel], prefix: str
         if field is None:
             raise _unknown(key, prefix, field_of)
         _check_value(value, field.annotation, f"{prefix}{key}")
+        if key == "autoscaling_policy" and isinstance(value, dict):  # a plain mapping in Serve
+            _check_value(cast(dict[str, Any], value), AutoscalingPolicy, f"{prefix}{key}")
         if key == "runtime_env" and isinstance(value, dict):
             _check_runtime_env(cast(dict[str, Any], value), f"{prefix}{key}.")
 

@@ -22,6 +22,7 @@ from orchard.parquet import read_table
 from orchard.policy import model
 from orchard.policy.store import PolicyFacts, open_tokenizer
 from orchard.settings import Config, ServeConfig
+from rollout.engine.registry import ENGINES
 from serve.app import Arguments, options
 from serve.shared_state import SharedState
 

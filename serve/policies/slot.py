@@ -19,7 +19,6 @@ from pathlib import Path
 from uuid import uuid4
 
 import numpy as np
-import torch
 
 from orchard import ragged
 from orchard.catalog.catalog import Catalog
@@ -73,7 +72,6 @@ def read_policy(folder: Path, tokenizer: ItemTokenizer) -> LoadedPolicy:
     stamp, source = folder_stamp(folder), folder.resolve()
     # Read through one resolved path: a link that is switched meanwhile cannot mix two policies.
     policy = Policy.open(source, tokenizer)
-    _own_memory(policy)
     return LoadedPolicy(
         version=policy.version, weights=policy.weights, model=policy.model,
         guided=value_head.value_head_of(policy.model) is not None, stamp=stamp, source=source,
@@ -89,13 +87,6 @@ def read_copy(copy: Path, tokenizer: ItemTokenizer) -> LoadedPolicy:
     if str(loaded.version) != copy.name:
         raise CheckpointError(f"{copy} holds policy {loaded.version}; remove the folder")
     return replace(loaded, stamp="")
-
-
-def _own_memory(policy: Policy) -> None:
-    """Give the model's parameters the verified weights, in memory that no file backs."""
-    for name, parameter in policy.model.named_parameters():
-        value = torch.from_numpy(np.array(policy.weights[name]))
-        parameter.data = value.to(parameter.dtype)
 
 
 def folder_stamp(folder: Path) -> str:

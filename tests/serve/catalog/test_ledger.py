@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,7 @@ def test_a_replica_that_starts_later_reads_every_delta(
     assert SharedState(tmp_path, shop_world.catalog.digest).verify() == 4
     entries = [json.loads((deltas / f"{n:09d}.json").read_text()) for n in range(1, 5)]
     assert entries[0]["previous"] == shop_world.catalog.digest
-    for before, after in zip(entries, entries[1:], strict=False):
+    for before, after in pairwise(entries):
         assert after["previous"] == before["digest"]
     assert entries[3]["makes"] == store.current.digest
 
