@@ -106,8 +106,7 @@ class RecommendRequest(RequestModel):
     deadline_ms: Annotated[float, Field(gt=0.0, le=60_000.0, allow_inf_nan=False)] | None = None
     """Deadline in milliseconds; to meet it the beam is narrowed or popular items are shown."""
     explain: Literal["none", "levels", "tree"] = "none"
-    """Detail to add: `levels` the log-probability and value of every code, `tree` also the search
-    tree."""
+    """Detail to add: `levels` the log-probability and value of every code, `tree` the tree too."""
 
     @model_validator(mode="after")
     def _require_history_or_user(self) -> "RecommendRequest":
@@ -289,7 +288,7 @@ class CatalogInfo(ResponseModel):
     kept: list[int]
     """Versions available for rollback."""
     dry_run: bool = False
-    refused: str = ""
+    deltas_refused: str = ""
     """Reason for not applying newer deltas of the shared state, empty if they are applied."""
 
 

@@ -79,7 +79,7 @@ ADDED_SETTINGS = {"plugins"}
 ADDED_FIELDS: dict[str, set[str]] = {
     "RecommendResponse": {"catalog", "requested", "shortfall_reason", "unknown_items"},
     "ItemInfo": {"catalog"},
-    "CatalogInfo": {"refused"},
+    "CatalogInfo": {"deltas_refused"},
 }
 """Fields of the API that came beside the recorded ones, by the name of their schema."""
 

@@ -316,13 +316,13 @@ def test_a_damaged_ledger_keeps_the_catalog_and_refuses_the_next_delta(
         assert caplog.text.count("000000002.json") == 1
         info = (await client.get("/v1/catalog")).json()
         assert info["version"] == 1
-        assert info["refused"] == "the ledger of the catalog is damaged after version 1"
+        assert info["deltas_refused"] == "the ledger of the catalog is damaged after version 1"
         refused = await client.post("/v1/catalog/delta", json={"remove": [2]}, headers=OPERATOR)
         assert refused.status_code == 503
         assert 1 not in shown(await recommend(client, history=[3], k=40))
         broken.unlink()
         taken = await client.post("/v1/catalog/delta", json={"remove": [2]}, headers=OPERATOR)
-        assert (taken.status_code, taken.json()["refused"]) == (200, "")
+        assert (taken.status_code, taken.json()["deltas_refused"]) == (200, "")
 
     served(folder, work)
 
