@@ -28,7 +28,7 @@ from jaxtyping import Bool, Float32, Float64, Int64
 from orchard import ragged
 from orchard.catalog.trie import Children, Trie
 from orchard.errors import ConfigError
-from orchard.scorers.prefix_critic import PrefixCritic, Values
+from orchard.guide.values import Valuer, Values
 from orchard.settings import VedConfig
 from orchard.types import Prompts
 from rollout.candidates import Candidates
@@ -52,7 +52,7 @@ def ved(
     count: int,
     seed: int,
     allowed: ItemFilter | None = None,
-    critic: PrefixCritic | None = None,
+    critic: Valuer | None = None,
 ) -> Candidates:
     """Return up to `count` candidates per prompt, from at most `settings.budget` forward tokens.
 
