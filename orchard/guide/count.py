@@ -38,7 +38,7 @@ def neighbors(rows: LeafRows) -> Expert:
 
 
 def item_knn(rows: LeafRows) -> Expert:
-    """Compute the cosine of the users of two leaves, with 5 added to the denominator (shrinkage)."""
+    """Compute the cosine of the users of two leaves, shrunk by 5 in the denominator."""
     _, user = np.unique(rows.user, return_inverse=True)
     who = np.concatenate([user[ragged.owners(rows.start)], user])
     what = np.concatenate([rows.history, rows.target])

@@ -4,7 +4,7 @@ Shapes:  F prefixes
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, Int64
@@ -17,6 +17,7 @@ Values = Callable[[Int64[np.ndarray, " F"], Int64[Tensor, " F"]], Float32[np.nda
 """Function of prompt indices and trie nodes that returns the value of each node to its prompt."""
 
 
+@runtime_checkable
 class Valuer(Protocol):
     """Source of values: a guide, or a prefix critic."""
 
