@@ -18,7 +18,7 @@ from scipy.optimize import minimize
 
 from orchard import ragged
 from orchard.catalog.catalog import Catalog
-from orchard.errors import ConfigError, DataError
+from orchard.errors import DataError
 from orchard.guide.expert import LeafRows
 from orchard.guide.guide import Guide, Term
 from orchard.guide.registry import EXPERTS
@@ -49,17 +49,14 @@ def count(
     Raises:
         ConfigError: an expert is unknown, or its scores are negative or not finite.
     """
-    unknown = [name for name in names if name not in EXPERTS]
-    if unknown or not names:
-        raise ConfigError(
-            f"guide.experts names {', '.join(unknown) or 'none'}; choose from {', '.join(EXPERTS)}"
-        )
+    for name in names:
+        EXPERTS.check_name(name, "guide.experts")
     if exclude_seen is None:
         exclude_seen = rows.repeat_rate < REPEATS_EXCLUDED_BELOW
     return Guide(
         catalog=catalog,
-        experts=tuple(replace(EXPERTS[n].count(rows), name=n).strongest(most) for n in names),
-        terms=tuple(Term(expert=n, scale=eps) for n in names for eps in EXPERTS[n].scales),
+        experts=tuple(replace(EXPERTS[n](rows), name=n).strongest(most) for n in names),
+        terms=tuple(Term(expert=n, scale=eps) for n in names for eps in EXPERTS.facts(n).scales),
         popularity=np.bincount(rows.target, minlength=rows.num_leaves),
         exclude_seen=exclude_seen,
         rows=rows.digest,

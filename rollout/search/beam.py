@@ -66,6 +66,7 @@ def beam(
         prove: number of first candidates that `Candidates.proved` is about, at most `count`; 0
             proves nothing. They are proved to be the best of all allowed leaves if the last of them
             reaches the largest key that was ever dropped, which bounds the keys of leaves below it.
+            The cost counts the prompts so `proved`.
 
     Raises:
         CatalogError: `allowed` or `guide` belongs to another catalog, or another batch.
@@ -135,10 +136,11 @@ def beam(
             state = state.index_copy(0, rows, expansion.state)
         tokens, passes = tokens + spent, passes + turns
     cost = Cost(prefill_tokens=len(prompts.token), forward_tokens=tokens, passes=passes)
-    found = collect(trie, prompt, node, logprob, score, num_prompts, cost)
     if not prove:
-        return found
-    return replace(found, proved=proof.holds(prompt, key, min(prove, count)).cpu().numpy())
+        return collect(trie, prompt, node, logprob, score, num_prompts, cost)
+    proved = proof.holds(prompt, key, min(prove, count)).cpu().numpy()
+    cost = replace(cost, counts={"proved": int(proved.sum())})
+    return replace(collect(trie, prompt, node, logprob, score, num_prompts, cost), proved=proved)
 
 
 def _extend(

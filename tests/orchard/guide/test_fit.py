@@ -1,12 +1,15 @@
 """The conditional logit recovers weights; lists without a hit give none."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from orchard.catalog.catalog import Catalog
 from orchard.errors import ConfigError, DataError
 from orchard.guide import fit
-from orchard.guide.registry import EXPERTS, ExpertEntry
+from orchard.guide.registry import EXPERTS, ExpertFactory, ExpertFacts
+from orchard.registry import Registry
 from orchard.testing import tiny_catalog, tiny_prompts
 from orchard.types import Prompts
 from tests.fixtures.guides import random_rows
@@ -34,8 +37,6 @@ def test_weights_of_a_world_that_follows_the_model_are_found() -> None:
     utility = 0.5 * (score + (table @ true).reshape(score.shape))
     chosen = (utility + draw.gumbel(size=utility.shape)).argmax(1)
     target = catalog.item_of_leaf[catalog.leaf_start[chosen]]
-    from dataclasses import replace
-
     lists = all_leaves(catalog, replace(prompts, target=target), score)
     fitted = fit.fit_weights(guide, [lists], ridge=1e-6)
     assert fitted.hits == 3000
@@ -93,10 +94,11 @@ def test_a_policy_whose_likelihood_misleads_gives_no_weights() -> None:
 def test_experts_are_registered_by_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     catalog = tiny_catalog(seed=3)
     rows = random_rows(catalog, seed=0)
-    with pytest.raises(ConfigError, match="guide.experts names two_tower; choose from transitions"):
-        fit.count(catalog, rows, ["two_tower"])
-    entry = ExpertEntry(count=EXPERTS["item_knn"].count, scales=(0.5, 2.0))
-    monkeypatch.setitem(EXPERTS, "two_tower", entry)
+    with pytest.raises(ConfigError, match=r"guide\.experts names an unknown expert item_nn"):
+        fit.count(catalog, rows, ["item_nn"])
+    own: Registry[ExpertFactory, ExpertFacts] = Registry("expert", (), ExpertFacts())
+    own.register("two_tower", ExpertFacts(scales=(0.5, 2.0)))(EXPERTS["item_knn"])
+    monkeypatch.setattr(fit, "EXPERTS", own)
     guide = fit.count(catalog, rows, ["two_tower"])
     assert [(t.expert, t.scale) for t in guide.terms] == [("two_tower", 0.5), ("two_tower", 2.0)]
     assert guide.experts[0].name == "two_tower"
