@@ -12,6 +12,7 @@ from torch import nn
 
 from cluster.cli.fit_guide import fit_guide
 from cluster.console import Progress
+from cluster.training.evaluate import excludes_seen
 from cluster.training.run import Run, prepare
 from orchard.data.prompts import Split
 from orchard.errors import ConfigError
@@ -36,7 +37,8 @@ from orchard.scorers.fit_sasrec import (
 from orchard.scorers.prefix_critic import PrefixCritic
 from orchard.settings import Config, ScorerConfig
 
-SHOWN = ("ndcg@10/item", "hr@10/item", "ndcg@10/sid", "hr@10/sid", "hit@1/list", "chance",
+SHOWN = ("ndcg@10/item", "hr@10/item", "ndcg@10/sid", "hr@10/sid", "unseen_ndcg@10/sid",
+         "unseen_hr@10/sid", "hit@1/list", "chance",
          "explained", "value_loss", "choice_loss")  # fmt: skip
 
 
@@ -73,7 +75,11 @@ def fit_collaborative(run: Run) -> None:
             run.train, run.valid, run.catalog, settings,
             max_history=length, seed=run.config.seed, tell=tell,
         )  # fmt: skip
-        return model, metrics_of(sasrec_ranks(model, run.test, run.catalog))
+        facts = metrics_of(sasrec_ranks(model, run.test, run.catalog))
+        if excludes_seen(run, None):
+            unseen = sasrec_ranks(model, run.test, run.catalog, exclude_seen=True)
+            facts |= {f"unseen_{name}": value for name, value in metrics_of(unseen).items()}
+        return model, facts
 
     _fit_and_save(run, sasrec.KIND, settings, "ndcg@10", work, {"num_items": len(run.catalog)})
 
@@ -198,7 +204,7 @@ def _fit_and_save(
     )
     for name in SHOWN:
         if name in facts:
-            typer.echo(f"{name:>16}  {facts[name]:.4f}  (test rows)")
+            typer.echo(f"{name:>18}  {facts[name]:.4f}  (test rows)")
     typer.echo(f"model: {folder}")
 
 
