@@ -118,12 +118,14 @@ class Registry(Mapping[str, F], Generic[F, D]):
 
 
 def names_in(config: Config, setting: str) -> tuple[str, ...]:
-    """Return the names in a dotted setting: its value, the keys of a mapping, or none for None."""
+    """Return the names in a dotted setting: one, several, the keys of a mapping, or none."""
     value: Any = config
     for part in setting.split("."):
         value = getattr(value, part)
     if isinstance(value, Mapping):
         return tuple(cast("Mapping[str, object]", value))
+    if isinstance(value, tuple):
+        return cast("tuple[str, ...]", value)
     return () if value is None else (str(value),)
 
 

@@ -11,7 +11,9 @@ import numpy as np
 import ray
 import torch
 
+from orchard.catalog.view import full_view
 from orchard.errors import EngineError, WeightMismatchError
+from orchard.guide.guide import Guide
 from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.policy.store import Policy
 from orchard.policy.weights import Weights
@@ -24,7 +26,8 @@ from rollout.engine.protocol import InferenceEngine
 from rollout.engine.registry import ENGINES, EngineContext
 from rollout.probe import LogprobProbe, verify
 from rollout.search.beam import beam
-from rollout.search.registry import SEARCHES, SearchContext, SearchFn, make_search
+from rollout.search.guided import wider_unless_proved, without_history
+from rollout.search.registry import PROVED, SEARCHES, SearchContext, SearchFn, make_search
 from rollout.search.think import think
 from rollout.search.thoughts import Thoughts, attach_thoughts
 from rollout.search_trees import build_search_trees
@@ -40,12 +43,13 @@ class RolloutWorker:
         tokenizer: ItemTokenizer,
         seed: int,
         critic: PrefixCritic | None = None,
+        guide: Guide | None = None,
         plugins: Sequence[str] = (),
     ) -> None:
         """Load the policy saved in `folder` as step 0; `load_weights` replaces it.
 
-        A `critic` replaces the policy's own value head as the guide of `ved`. `plugins` are modules
-        that register searches and engines.
+        A `critic` or a `guide` gives the values of guided searches, where the settings say so.
+        `plugins` are modules that register searches and engines.
 
         Raises:
             ConfigError: a plugin cannot be imported.
@@ -55,6 +59,7 @@ class RolloutWorker:
         """
         import_plugins(plugins)
         self._config, self._tokenizer, self._critic = config, tokenizer, critic
+        self._guide = guide
         torch.set_num_threads(config.threads)
         policy = Policy.open(folder, tokenizer)
         self._engine: InferenceEngine = ENGINES[config.engine](
@@ -95,7 +100,11 @@ class RolloutWorker:
         """Search one tree per prompt, with the configured search or the one named by `kind`."""
         name = kind or self._config.search
         ctx = SearchContext(
-            config=self._config, catalog=self._tokenizer.catalog, seed=seed, critic=self._critic
+            config=self._config,
+            catalog=self._tokenizer.catalog,
+            seed=seed,
+            critic=self._critic,
+            guide=self._guide,
         )
         search_fn = make_search(name, ctx)
         if SEARCHES.facts(name).thinks:
@@ -103,17 +112,44 @@ class RolloutWorker:
         candidates = self._in_batches(prompts, search_fn)
         return build_search_trees(prompts, candidates, self._tokenizer, self._engine.version)
 
-    def rank(self, prompts: Prompts, beams: int, thinking: bool = False) -> Candidates:
+    def rank(
+        self,
+        prompts: Prompts,
+        beams: int,
+        thinking: bool = False,
+        guide: Guide | None = None,
+        exclude_seen: bool = False,
+        wide: int = 0,
+    ) -> Candidates:
         """Return the best `beams` leaves of each prompt by beam search.
 
         The configured search does not matter. With `thinking`, the beam search follows the
         policy's greedy thought.
+
+        Args:
+            prompts: prompts to search.
+            beams: width of the beam.
+            thinking: whether the policy thinks first.
+            guide: guide that ranks prefixes and candidates.
+            exclude_seen: whether to leave out the leaves of each prompt's history.
+            wide: width of a second search where the first ten candidates are not proved; 0 for
+                none. Only with a guide.
         """
+        search_fn: SearchFn = partial(beam, width=beams)
+        if guide is not None:
+            search_fn = partial(beam, width=beams, guide=guide, prove=PROVED)
+        if guide is not None and wide:
+            search_fn = partial(
+                wider_unless_proved, width=beams, wide=wide, prove=PROVED, guide=guide
+            )
+        if exclude_seen:
+            view = full_view(self._tokenizer.catalog.trie)
+            search_fn = partial(without_history, find=search_fn, view=view)
         if not thinking:
-            return self._in_batches(prompts, partial(beam, width=beams))
+            return self._in_batches(prompts, search_fn)
         began = perf_counter()
         thoughts = self._thoughts(prompts, count=1, temperature=0.0, seed=0)
-        candidates = self._in_batches(thoughts.contexts(prompts), partial(beam, width=beams))
+        candidates = self._in_batches(thoughts.contexts(prompts), search_fn)
         cost = thoughts.cost + candidates.cost
         return replace(candidates, cost=replace(cost, seconds=perf_counter() - began))
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float32, Int64
+from jaxtyping import Bool, Float32, Int64
 
 from orchard import ragged
 from orchard.types import Cost, concatenate_optional
@@ -31,6 +31,9 @@ class Candidates:
     value: Float32[np.ndarray, "C D"] | None = None
     """Value of the prefix that ends with each code, NaN where it was not computed; None if the
     search does not use values."""
+    proved: Bool[np.ndarray, " B"] | None = None
+    """Whether the first candidates of each prompt are proved to be the best of the whole catalog;
+    None if the search does not prove it."""
 
     @property
     def count(self) -> Int64[np.ndarray, " B"]:
@@ -49,12 +52,14 @@ class Candidates:
             leaf=self.leaf[candidate_index],
             cost=self.cost,
             value=None if self.value is None else self.value[candidate_index],
+            proved=None if self.proved is None else self.proved[rows],
         )
 
     @staticmethod
     def concatenate(parts: "Sequence[Candidates]") -> "Candidates":
         """Concatenate batches in order and sum their costs."""
         leaf, start = ragged.concatenate([(p.leaf, p.start) for p in parts])
+        proved = [p.proved for p in parts if p.proved is not None]
         return Candidates(
             start=start,
             node=np.concatenate([p.node for p in parts]),
@@ -63,4 +68,5 @@ class Candidates:
             leaf=leaf,
             cost=sum((p.cost for p in parts), Cost()),
             value=concatenate_optional([p.value for p in parts]),
+            proved=np.concatenate(proved) if len(proved) == len(parts) else None,
         )

@@ -125,15 +125,19 @@ def evaluate(
 
 @app.command()
 def fit(
-    kind: Annotated[str, typer.Argument(help="Model to fit: collaborative, listwise or critic.")],
+    kind: Annotated[str, typer.Argument(help="collaborative, listwise, critic or guide.")],
     run: RunFile,
     overrides: Overrides = None,
+    policy: Annotated[
+        Path | None,
+        typer.Option(help="Policy folder of the guide; the run's latest policy by default."),
+    ] = None,
 ) -> None:
-    """Fit a reward model or a prefix critic on the training rows of a run."""
+    """Fit a reward model, a prefix critic or a guide of experts on the rows of a run."""
     settings = config.load(run, overrides or [])
     from cluster.cli.fit import fit as fit_model
 
-    fit_model(kind, settings)
+    fit_model(kind, settings, policy)
 
 
 @app.command()

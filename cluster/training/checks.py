@@ -6,6 +6,7 @@ from cluster.training.rllib import RllibBackend
 from cluster.training.text_policy import thinks
 from learner.advantage.estimators import ESTIMATORS
 from orchard.errors import ConfigError
+from orchard.guide.registry import EXPERTS
 from orchard.registry import Registry, Rule, import_plugins
 from orchard.scorers.fit_critic import CRITIC_BACKENDS
 from orchard.settings import Config
@@ -17,7 +18,7 @@ from rollout.search.registry import SEARCHES
 CRITIC_BACKENDS.register("rllib")(RllibBackend)  # may name Ray, which `orchard` may not
 
 REGISTRIES: tuple[Registry[Any, Any], ...] = (
-    SEARCHES, ENGINES, ESTIMATORS, REWARDS, TRACKERS, CRITIC_BACKENDS,
+    SEARCHES, ENGINES, ESTIMATORS, REWARDS, TRACKERS, CRITIC_BACKENDS, EXPERTS,
 )  # fmt: skip
 """Registries that settings name entries of."""
 

@@ -15,15 +15,16 @@ from jaxtyping import Float32, Int64
 from cluster.actors.pool import Pool
 from cluster.actors.session import cpus_needed, ray_session
 from cluster.monitoring.exporter import Exporter
+from cluster.training.learner_spec import learner_spec
 from cluster.training.loggers import open_loggers
 from cluster.training.measure import measure
 from cluster.training.run import Run
 from cluster.training.run_dir import open_run_dir
 from learner.ray_trainer import TrainerHandle
-from learner.spec import LearnerSpec
-from orchard.data.prompts import Split, make_prompts, make_windows, rows_of_step
+from orchard.data.prompts import Split, make_prompts, rows_of_step
 from orchard.errors import ActorError, RunInterrupted
 from orchard.evaluation.ranking import Evaluation
+from orchard.guide.guide import Guide
 from orchard.policy.weights import Weights
 from orchard.settings import Config
 from orchard.tracking.metrics_log import MetricsLogger
@@ -76,7 +77,7 @@ class Controller:
     def _begin(self) -> None:
         """Start the learner and the actors of the current phase."""
         run, config = self.run, self.run.config
-        self.learner = TrainerHandle(self._learner_spec(), storage=run.dir / "checkpoints")
+        self.learner = TrainerHandle(learner_spec(run), storage=run.dir / "checkpoints")
         self.rollout: Pool | None = None
         self.rewards: Pool | None = None
         if run.phase == "train":
@@ -173,9 +174,28 @@ class Controller:
         beams: int,
         advance: Callable[[], None] | None = None,
     ) -> Evaluation:
-        """Evaluate a policy by constrained beam search on held-out rows.
+        """Evaluate a policy by constrained beam search on held-out rows; see `rank`."""
+        candidates = await self.rank(
+            split, rows, policy=policy, weights=weights, beams=beams, advance=advance
+        )
+        return measure(self.run, split, rows, candidates, beams, policy)
 
-        `advance` is called after each batch of `evaluate.batch_size` rows.
+    async def rank(
+        self,
+        split: Split,
+        rows: Int64[np.ndarray, " R"],
+        *,
+        policy: PolicyVersion,
+        weights: Weights,
+        beams: int,
+        advance: Callable[[], None] | None = None,
+        guide: Guide | None = None,
+        exclude_seen: bool = False,
+    ) -> Candidates:
+        """Return the candidates of a policy for held-out rows by constrained beam search.
+
+        `advance` is called after each batch of `evaluate.batch_size` rows. With a guide, prefixes
+        and candidates are ranked by it; `exclude_seen` leaves out the histories.
         """
         config = self.run.config
         if self.ranking is None:
@@ -196,10 +216,13 @@ class Controller:
             for start in range(0, len(rows), size)
         ]
 
+        guide_ref = None if guide is None else ray.put(guide)
+
         async def rank(prompts: Prompts) -> Candidates:
             candidates: Candidates = await ranking.call(
-                "rank", prompts, beams, config.evaluate.think
-            )
+                "rank", prompts, beams, config.evaluate.think, guide_ref, exclude_seen,
+                config.evaluate.wide,
+            )  # fmt: skip
             if advance is not None:
                 advance()
             # In other phases a signal takes effect at the end of an update or an epoch.
@@ -208,7 +231,7 @@ class Controller:
             return candidates
 
         parts = await asyncio.gather(*(rank(prompts) for prompts in batches))
-        return measure(self.run, split, rows, Candidates.concatenate(parts), beams, policy)
+        return Candidates.concatenate(parts)
 
     async def save(self) -> None:
         """Write a checkpoint of the learner; raises CheckpointError as `TrainerHandle.save`."""
@@ -255,43 +278,16 @@ class Controller:
             tolerance=probe_tolerance(run.config),
         )
 
-    def _learner_spec(self) -> LearnerSpec:
-        """Build the specification of the learner for the current phase."""
-        run, config = self.run, self.run.config
-        supervised = run.phase == "sft"
-        traces = (run.train, run.traces) if supervised and run.traces is not None else None
-        tasks = run.tasks if supervised else None
-        windows, per_epoch = None, 0
-        if supervised and traces is None and tasks is None:
-            windows = make_windows(run.train, max_history=config.data.max_history)
-        if supervised:
-            examples = next(rows for rows in (tasks, windows, run.train) if rows is not None)
-            per_epoch = -(-len(examples) // config.sft.batch_size)
-        probed = 0 if supervised else min(config.cluster.probe_prompts, len(run.train))
-        return LearnerSpec(
-            probe=make_prompts(run.tokenizer, run.train, np.arange(probed)) if probed else None,
-            config=config,
-            phase="sft" if supervised else "train",
-            policy=run.policy.resolve(),
-            tokenizer=run.tokenizer,
-            sequences=windows,
-            traces=traces,
-            tasks=tasks,
-            total_steps=config.sft.epochs * per_epoch
-            if supervised
-            else config.learner.steps * config.learner.updates_per_batch,
-        )
-
     def _rollout_pool(self, name: str, engine: str, size: int) -> Pool:
         """Start a pool of rollout actors with an engine."""
         run, rollout = self.run, self.run.config.rollout
         settings = rollout.model_copy(update={"engine": engine})
-        critic = ray.put(run.critic)
+        critic, guide = ray.put(run.critic), ray.put(run.guide)
 
         def make(index: int) -> Any:
             return RolloutActor.options(num_cpus=1, num_gpus=rollout.gpus).remote(
                 settings, run.policy.resolve(), self._tokenizer,
-                run.config.seed + index, critic, run.config.plugins,
+                run.config.seed + index, critic, guide, run.config.plugins,
             )  # fmt: skip
 
         pool = Pool(

@@ -21,9 +21,11 @@ from orchard.data.prompts import Split, read_split
 from orchard.data.rationales import RationaleBlocks, TokenizedRationales
 from orchard.data.sft_tasks import SftTasks
 from orchard.errors import ConfigError
+from orchard.guide.expert import LeafRows
+from orchard.guide.guide import Guide
 from orchard.policy import item_tokenizer, model, titles
 from orchard.policy.item_tokenizer import ItemTokenizer
-from orchard.policy.store import PolicyFacts
+from orchard.policy.store import PolicyFacts, open_guide
 from orchard.scorers import prefix_critic
 from orchard.scorers.prefix_critic import PrefixCritic
 from orchard.settings import Config, DataConfig
@@ -40,11 +42,11 @@ MAY_CHANGE = (
     "rollout.actors", "rollout.max_restarts", "rollout.timeout_s", "rollout.start_timeout_s",
     "rollout.threads", "rewards.actors", "rewards.queue", "rewards.timeout_s", "rewards.retries",
     "rewards.max_restarts", "learner.threads", "learner.max_failures", "learner.timeout_s",
-    "learner.start_timeout_s", "evaluate.", "checkpoint.", "cluster.", "serve.",
+    "learner.start_timeout_s", "evaluate.", "guide.", "checkpoint.", "cluster.", "serve.",
 )  # fmt: skip
 """Settings that may differ between a run and its continuation: duration, resources and evaluation,
 but nothing that changes an update."""
-OF_RL = ("learner.", "rollout.", "rewards.", "critic.", "plugins")
+OF_RL = ("learner.", "rollout.", "rewards.", "critic.", "guide.", "plugins")
 """Settings that SFT does not use, which may change until RL has written a checkpoint."""
 
 
@@ -123,6 +125,38 @@ class Run:
         return prefix_critic.load(
             settings.critic.path or self.dir / prefix_critic.KIND, self.catalog
         )
+
+    @cached_property
+    def leaf_rows(self) -> LeafRows:
+        """Training rows with items as leaves, which the experts of a guide count."""
+        rows = self.train
+        return LeafRows.of_items(
+            self.catalog,
+            user=rows.user,
+            history=rows.history,
+            history_start=rows.history_start,
+            target=rows.target,
+        )
+
+    @cached_property
+    def guide(self) -> Guide | None:
+        """Guide of the training searches; None if the search uses none.
+
+        Raises:
+            ConfigError: the policy that training starts from has no guide.
+        """
+        settings = self.config
+        uses_guide = SEARCHES.facts(settings.rollout.search).uses_guide
+        if self.phase != "train" or uses_guide is None or not uses_guide(settings.rollout):
+            return None
+        if (guide := open_guide(self.policy, self.catalog)) is None:
+            raise ConfigError(
+                f"the search is to be guided by experts, and {self.policy} holds no guide; run "
+                "`orchard fit guide` with the run file, or set rollout.guide and "
+                "rollout.ved.guide to another value",
+                code="config.no_guide",
+            )
+        return guide
 
     def with_phase(self, phase: Phase, policy: Path) -> "Run":
         """Return the run in another phase that starts from `policy`."""
@@ -224,7 +258,7 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
     )
     if phase == "train":
         preload(settings.rewards.weights, run.knowledge)
-        _ = run.critic  # loaded now, so that its errors appear before an actor starts
+        _ = run.critic, run.guide  # loaded now, so that its errors appear before an actor starts
     return run
 
 

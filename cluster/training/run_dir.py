@@ -9,7 +9,7 @@ from orchard import config
 from orchard.errors import ConfigError
 from orchard.folders import atomic_write
 from orchard.policy import lora, model, value_head
-from orchard.policy.store import Policy, PolicyFacts, read_adapter
+from orchard.policy.store import Policy, PolicyFacts, has_guide, read_adapter
 from orchard.policy.weights import Weights, restore
 from orchard.settings import Config
 from orchard.types import PolicyVersion
@@ -49,6 +49,9 @@ def save_policy(
 ) -> None:
     """Write a version of the run's policy as a policy folder.
 
+    A guide of the folder is kept; without one, that of the policy that the run started from is
+    carried along.
+
     Args:
         run: run that trained it.
         folder: folder to write.
@@ -60,7 +63,8 @@ def save_policy(
     trained = model.load(run.policy, run.tokenizer)
     value_head.adapt_weights(trained, weights)
     restore(trained, weights)
-    policy = _as_policy(run, trained, version, measurements)
+    source = folder if has_guide(folder) else run.policy
+    policy = _as_policy(run, trained, version, measurements, source)
     replace(policy, adapter=_since_base(run, adapter or {})).save(folder)
 
 
@@ -83,6 +87,7 @@ def _as_policy(
     trained: model.PreTrainedModel,
     version: PolicyVersion,
     measurements: dict[str, float],
+    source: Path | None = None,
 ) -> Policy:
     return Policy(
         version=version,
@@ -90,4 +95,5 @@ def _as_policy(
         tokenizer=run.tokenizer,
         text_tokenizer=run.text_tokenizer,
         facts=PolicyFacts(max_history=run.config.data.max_history, measurements=measurements),
+        folder=source,
     )

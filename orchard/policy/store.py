@@ -5,6 +5,7 @@ value_head.safetensors              the value head, where there is one
 adapter/lora.safetensors            factors of what LoRA added to the run's base, where it did
 tokenizer.json, ...                 tokens and the prompt template
 catalogue/                          the items and their codes
+guide/                              the guide of its searches, where there is one (`orchard.guide`)
 policy.json                         version, catalog digest, length of histories, measurements
 """
 
@@ -25,13 +26,14 @@ from orchard.catalog import catalog as catalogs
 from orchard.catalog.catalog import Catalog
 from orchard.errors import CheckpointError
 from orchard.folders import atomic_dir, atomic_write, check_readable
+from orchard.guide.guide import ABOUT, Guide
 from orchard.policy import item_tokenizer, model, value_head
 from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.policy.weights import Weights, digest, snapshot, views
 from orchard.types import PolicyVersion
 
 FILE = "policy.json"
-CATALOG = "catalogue"
+CATALOG, GUIDE = "catalogue", "guide"
 ADAPTER = "adapter/lora.safetensors"
 
 
@@ -149,6 +151,8 @@ class Policy:
     """Facts of the folder that the policy was read from."""
     adapter: Weights = field(default_factory=dict[str, np.ndarray])
     """LoRA factors to save beside the merged weights; `read_adapter` reads them."""
+    folder: Path | None = None
+    """Folder that the policy was read from, which may hold a guide."""
 
     @classmethod
     def open(cls, folder: Path, tokenizer: ItemTokenizer | None = None) -> "Policy":
@@ -181,12 +185,23 @@ class Policy:
             tokenizer=tokenizer,
             text_tokenizer=text_tokenizer,
             facts=facts,
+            folder=folder,
         )
 
     @cached_property
     def weights(self) -> Weights:
         """Every parameter by name, in float32, in memory of its own."""
         return snapshot(self.model)
+
+    @cached_property
+    def guide(self) -> Guide | None:
+        """Guide of the policy's folder, read on first use; None where there is none.
+
+        Raises:
+            CatalogError: the guide was fitted for another catalog.
+            CheckpointError: a file of the guide is damaged.
+        """
+        return open_guide(self.folder, self.tokenizer.catalog) if self.folder else None
 
     def save(self, folder: Path, extra: Callable[[Path], None] | None = None) -> None:
         """Write the folder as a whole; a reader never meets half a policy.
@@ -214,3 +229,22 @@ class Policy:
             adapter=digest(self.adapter) if self.adapter else "",
         )
         atomic_write(folder / FILE, facts.to_json())
+        if self.guide is not None:
+            self.guide.save(folder / GUIDE)
+
+
+def open_guide(folder: Path, catalog: Catalog) -> Guide | None:
+    """Read the guide of a policy folder; None where there is none.
+
+    Raises:
+        CatalogError: the guide was fitted for another catalog.
+        CheckpointError: a file of the guide is damaged.
+    """
+    if not has_guide(folder):
+        return None
+    return Guide.open(folder / GUIDE, catalog)
+
+
+def has_guide(folder: Path) -> bool:
+    """Return whether a policy folder holds a guide."""
+    return (folder / GUIDE / ABOUT).is_file()

@@ -13,7 +13,6 @@ Shapes:  B histories   H items of all histories   W items read of each history  
          A actions: the codes of the widest level, and the end of an item
 """
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -26,14 +25,12 @@ from torch.nn import functional
 from orchard import ragged
 from orchard.catalog.catalog import Catalog
 from orchard.catalog.trie import ROOT
+from orchard.guide.values import Values
 from orchard.scorers import checkpoint
 from orchard.scorers.encoder import encoder
 from orchard.types import Prompts
 
 KIND = "critic"
-
-Values = Callable[[Int64[np.ndarray, " F"], Int64[Tensor, " F"]], Float32[np.ndarray, " F"]]
-"""Function of prompt indices and trie nodes that returns the value of each node to its prompt."""
 
 
 class PrefixCritic(nn.Module):

@@ -11,6 +11,7 @@ from pydantic import Field, NonNegativeInt, model_validator
 
 from orchard.settings.critic import CriticConfig
 from orchard.settings.data import DataConfig
+from orchard.settings.guide import GuideConfig
 from orchard.settings.learner import KlConfig, LearnerConfig, SapoConfig, ValueConfig
 from orchard.settings.model import LoraConfig, ModelConfig, PromptConfig, SftConfig, TasksConfig
 from orchard.settings.rewards import (
@@ -34,6 +35,7 @@ __all__ = [
     "DataConfig",
     "EvaluateConfig",
     "FilterConfig",
+    "GuideConfig",
     "KlConfig",
     "LearnerConfig",
     "ListwiseConfig",
@@ -75,6 +77,7 @@ class Config(Section):
     rewards: RewardsConfig = RewardsConfig()
     learner: LearnerConfig = LearnerConfig()
     critic: CriticConfig = CriticConfig()
+    guide: GuideConfig = GuideConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     cluster: ClusterConfig = ClusterConfig()

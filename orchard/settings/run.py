@@ -1,7 +1,7 @@
 """Settings of evaluation, checkpoints and the Ray cluster."""
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -18,6 +18,16 @@ class EvaluateConfig(Section):
     think: bool = False
     """Whether the policy generates thinking blocks before the beam, greedily and with
     `rollout.think.block_tokens`."""
+    guide: bool | Literal["auto"] = "auto"
+    """Whether an evaluation also searches with the guide of the policy; `auto` does if it has
+    one."""
+    wide: NonNegativeInt = 0
+    """Beam width of a second guided search for the rows whose first ten candidates are not proved
+    to be the best of the catalog; 0 searches once."""
+    exclude_seen: bool | Literal["auto"] = "auto"
+    """Whether an evaluation also reports lists without the items of the row's own history, and
+    leaves them out of guided lists; `auto` does if fewer than 1 % of the training targets are in
+    their own history."""
     every: NonNegativeInt = 50
     """Number of updates between two evaluations on the validation rows; 0 disables them."""
     valid_rows: PositiveInt = 1000

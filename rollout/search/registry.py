@@ -11,6 +11,8 @@ from functools import partial
 from orchard.catalog.catalog import Catalog
 from orchard.catalog.trie import Trie
 from orchard.errors import ConfigError
+from orchard.guide.guide import Guide
+from orchard.guide.values import Valuer
 from orchard.registry import Facts, Registry
 from orchard.scorers.prefix_critic import PrefixCritic
 from orchard.settings import Config, RolloutConfig
@@ -21,6 +23,9 @@ from rollout.search.add_target import search_with_target
 from rollout.search.beam import beam, sample
 from rollout.search.sampling import beam_sample, dynamic
 from rollout.search.ved.search import check_budget, ved
+
+PROVED = 10
+"""Number of first candidates of a guided beam that are proved to be the best, where they are."""
 
 SearchFn = Callable[[DecodingBackend, Prompts], Candidates]
 """Search function: from a decoding backend and a batch of prompts to candidates."""
@@ -35,7 +40,13 @@ class SearchContext:
     seed: int
     """Random seed of the training step."""
     critic: PrefixCritic | None = None
-    """Critic that guides `ved` instead of the policy's value head."""
+    """Critic that guides `ved` instead of the policy's value head, or `beam`."""
+    guide: Guide | None = None
+    """Guide of experts for `ved` or `beam`."""
+
+    def valuer(self, name: str) -> Valuer | None:
+        """Return the source of values called `name` in the settings; None for the head or none."""
+        return {"critic": self.critic, "expert": self.guide}.get(name)
 
 
 SearchFactory = Callable[[SearchContext], SearchFn]
@@ -50,6 +61,8 @@ class SearchFacts(Facts):
     """Whether the policy generates thoughts first, so that the prompts of the search end in one."""
     uses_critic: Callable[[RolloutConfig], bool] | None = None
     """Whether a prefix critic guides the search under these settings; None if never."""
+    uses_guide: Callable[[RolloutConfig], bool] | None = None
+    """Whether a guide of experts guides the search under these settings; None if never."""
     check_catalog: Callable[[RolloutConfig, Trie], None] | None = None
     """Check of the settings against the catalog's trie; raises ConfigError."""
 
@@ -60,9 +73,18 @@ SEARCHES: Registry[SearchFactory, SearchFacts] = Registry(
 """Searches by their name in `rollout.search`."""
 
 
-@SEARCHES.register("beam")
+@SEARCHES.register(
+    "beam",
+    SearchFacts(
+        uses_critic=lambda config: config.guide == "critic",
+        uses_guide=lambda config: config.guide == "expert",
+    ),
+)
 def _beam(ctx: SearchContext) -> SearchFn:
-    return partial(beam, width=ctx.config.group_size)
+    width, valuer = ctx.config.group_size, ctx.valuer(ctx.config.guide)
+    if valuer is None:
+        return partial(beam, width=width)
+    return partial(beam, width=width, guide=valuer, prove=PROVED)
 
 
 @SEARCHES.register("beam_sample")
@@ -106,12 +128,13 @@ def _needs_values(config: Config) -> None:
     SearchFacts(
         rules=(_needs_values,),
         uses_critic=lambda config: config.ved.guide == "critic",
+        uses_guide=lambda config: config.ved.guide == "expert",
         check_catalog=lambda config, trie: check_budget(config.ved, trie),
     ),
 )
 def _ved(ctx: SearchContext) -> SearchFn:
     config, seed = ctx.config, ctx.seed
-    count, critic = config.group_size, ctx.critic
+    count, critic = config.group_size, ctx.valuer(config.ved.guide)
     return partial(ved, settings=config.ved, count=count, seed=seed, critic=critic)
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from orchard.errors import CheckpointError, DataError
+from orchard.errors import CatalogError, CheckpointError, DataError
 from orchard.policy import value_head
 from orchard.policy.item_tokenizer import compact_tokenizer
 from orchard.policy.store import FILE, Policy, PolicyFacts
 from orchard.policy.weights import digest
 from orchard.testing import TinySetup, tiny_setup
+from tests.fixtures.guides import random_guide
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,20 @@ def test_what_is_saved_is_read_back(policy: Policy, tmp_path: Path) -> None:
     assert read.facts.measurements == {"valid_score": 0.25}
     assert value_head.value_head_of(read.model) is not None
     assert all(np.array_equal(read.weights[name], value) for name, value in policy.weights.items())
+
+
+def test_a_guide_travels_with_its_policy(policy: Policy, tmp_path: Path) -> None:
+    policy.save(tmp_path / "policy")
+    assert Policy.open(tmp_path / "policy").guide is None
+    guide = random_guide(policy.tokenizer.catalog, seed=1)
+    guide.save(tmp_path / "policy" / "guide")
+    Policy.open(tmp_path / "policy").save(tmp_path / "copy")
+    copied = Policy.open(tmp_path / "copy").guide
+    assert copied is not None
+    assert copied.digest == guide.digest
+    random_guide(tiny_setup(seed=5).catalog, seed=1).save(tmp_path / "copy" / "guide")
+    with pytest.raises(CatalogError, match="was fitted on catalog"):
+        _ = Policy.open(tmp_path / "copy").guide
 
 
 def test_a_folder_in_use_is_replaced_as_a_whole(policy: Policy, tmp_path: Path) -> None:
