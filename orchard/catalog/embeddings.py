@@ -103,9 +103,10 @@ def _order_of_rows(
     """
     if items is None or not items.is_file():
         return item_id
+    current = pq.read_table(items, columns=["item_id"])["item_id"].to_numpy()
     recorded = (pq.read_schema(items).metadata or {}).get(_ORDER)
-    if recorded is None or recorded == order_digest(item_id).encode():
-        return item_id
+    if recorded is None or recorded == order_digest(current).encode():
+        return current
     before = first_order(items)
     if before is not None:
         _, known = _read_parquet(items.with_name(EMBEDDINGS), "")
@@ -163,8 +164,8 @@ def check_embeddings(
     if max(float(embedding.max(initial=0)), -float(embedding.min(initial=0))) > MOST:
         row, column = np.argwhere(np.abs(embedding.astype(np.float64)) > MOST)[0]
         raise DataError(
-            f"the embedding of item row {row} in {where} holds {embedding[row, column]:.3g}, beyond "
-            f"{MOST:g}, whose squares overflow; scale the embeddings"
+            f"the embedding of item row {row} in {where} holds {embedding[row, column]:.3g}, "
+            f"beyond {MOST:g}, whose squares overflow; scale the embeddings"
         )
     return np.ascontiguousarray(embedding, dtype=np.float32)
 

@@ -105,6 +105,7 @@ def build(folder: Path, recipe: SemanticIdConfig, *, overwrite: bool = False) ->
     items = read_table(path, role="items", columns=("item_id",), remedy="the data folder")
     if "sid" in items.column_names and not overwrite:
         raise DataError(f"the items of {path} have semantic IDs; pass --overwrite to replace them")
+    items = _in_first_order(items, path)
     embedding, origin = _embedding(folder, items, recipe)
     silent = embed.without_signal(embedding)
     if silent.mean() > recipe.max_without_signal:
@@ -134,6 +135,18 @@ def build(folder: Path, recipe: SemanticIdConfig, *, overwrite: bool = False) ->
     )
     _write(folder, items, resolved, embedding, report)
     return report
+
+
+def _in_first_order(items: Any, path: Path) -> Any:
+    """Return the items in the order before semantic IDs were made, so that making them repeats."""
+    before = embeddings.first_order(path)
+    if before is None:
+        return items
+    ids = items["item_id"].to_numpy().astype(np.int64)
+    order = np.argsort(ids, kind="stable")
+    row = order[np.searchsorted(ids, before, sorter=order).clip(max=len(ids) - 1)]
+    # A file whose items were changed since keeps the order that it has.
+    return items.take(row) if len(row) == len(ids) and (ids[row] == before).all() else items
 
 
 def _embedding(
@@ -195,18 +208,14 @@ def _write(
     table = items.drop_columns([n for n in ("sid", "sid_text") if n in items.column_names])
     sids = pa.array(resolved.codes.tolist(), pa.list_(pa.int32()))
     table = table.append_column("sid", sids).append_column("sid_text", pa.array(text))
-    table = table.take(resolved.order)
     ids = items["item_id"].to_numpy().astype(np.int64)
+    table = table.take(resolved.order)
     if (resolved.order != np.arange(len(ids))).any():
         table = embeddings.record_order(table, ids)
-    # The embeddings stay in the first order of the items, in which a file without identifiers is.
-    before = embeddings.first_order(folder / "items.parquet")
-    listed = ids if before is None else before
-    order = np.argsort(ids, kind="stable")
-    row = order[np.searchsorted(ids, listed, sorter=order)]
-    flat = pa.array(embedding[row].reshape(-1))
+    # The embeddings stay in the first order of the items, which a file without identifiers has.
+    flat = pa.array(embedding.reshape(-1))
     lists = pa.FixedSizeListArray.from_arrays(flat, embedding.shape[1]).cast(pa.list_(pa.float32()))
-    vectors = pa.table({"item_id": listed, "embedding": lists})
+    vectors = pa.table({"item_id": ids, "embedding": lists})
     partial = {n: folder / f".{n}.partial" for n in (PICTURE, EMBEDDINGS, REPORT, "items.parquet")}
     try:
         draw(resolved.codes, report["residual"], partial[PICTURE])

@@ -20,7 +20,10 @@ from orchard import ragged
 from orchard.catalog import embeddings
 from orchard.errors import ConfigError, DataError
 
-_SCRIPTS = "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_SCRIPTS = (
+    "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff"
+    "\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
 """Thai, Lao, Tibetan, Burmese, Khmer, Japanese and Chinese characters."""
 _UNSPACED = re.compile(f"[{_SCRIPTS}]")
 _WORDS = re.compile(f"[{_SCRIPTS}]+|[^\\W{_SCRIPTS}]+")
