@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -42,8 +43,22 @@ def read_table(path: Path, *, role: str, columns: Sequence[str], remedy: str) ->
                 f"`{column}`; add it, or rename the one that is meant",
                 code="data.no_column",
             )
+        table = _with_plain_lists(table, column)
         _check(table[column], column, f"{role} file {path}")
     return table
+
+
+def _with_plain_lists(table: Any, name: str) -> Any:
+    """Return the table with lists of a fixed size, and views of lists, as lists."""
+    kind = table[name].type
+    if not (
+        pa.types.is_fixed_size_list(kind)
+        or pa.types.is_list_view(kind)
+        or pa.types.is_large_list_view(kind)
+    ):
+        return table
+    column = table[name].cast(pa.large_list(kind.value_type))
+    return table.set_column(table.column_names.index(name), name, column)
 
 
 def _check(column: Any, name: str, where: str) -> None:
@@ -68,4 +83,13 @@ def _check(column: Any, name: str, where: str) -> None:
             raise DataError(
                 f"column `{name}` of {where} holds {kind}; it must hold lists of integers",
                 code="data.wrong_type",
+            )
+        lists = column.combine_chunks()
+        if not isinstance(lists, pa.ChunkedArray) and lists.flatten().null_count:
+            length = lists.value_lengths().fill_null(0).to_numpy()
+            missing = lists.flatten().is_null().to_numpy(zero_copy_only=False)
+            rows = np.unique(np.repeat(np.arange(len(length)), length)[missing])
+            raise DataError(
+                f"row {rows[0]} of {where} has a missing item in `{name}` ({len(rows)} such rows); "
+                "leave missing items out of the list"
             )

@@ -36,8 +36,8 @@ def import_(
         Path,
         typer.Argument(
             help="Interaction log: text table (CSV, TSV, .txt, .dat), JSON lines, Parquet, or a "
-            "folder of parts, text also packed (.gz, .bz2, .zst, .xz); RecBole files; a MiniOneRec, "
-            "LC-Rec or LETTER folder."
+            "folder of parts, text also packed (.gz, .bz2, .zst, .xz); RecBole files; a folder of "
+            "MiniOneRec, LC-Rec or LETTER."
         ),
     ],
     out: Annotated[Path, typer.Argument(help="Folder to write; must be new or empty.")],
@@ -51,9 +51,9 @@ def import_(
     column: Annotated[
         list[str] | None,
         typer.Option(
-            help="role=NAME with role user, item, timestamp, title or label (of the log), items.item "
-            "or items.title (of the item list); may be repeated. Columns of a file without a header "
-            "are numbered from 1."
+            help="role=NAME with role user, item, timestamp, title or label (of the log), "
+            "items.item or items.title (of the item list); may be repeated. Columns of a file "
+            "without a header are numbered from 1."
         ),
     ] = None,
     labels: Annotated[
@@ -131,11 +131,21 @@ def sids(
         Path | None, typer.Option(help="Folder of a sentence-transformers model for the titles.")
     ] = None,
     embeddings: Annotated[
-        Path | None, typer.Option(help="Embeddings: .npy, or Parquet of item_id and embedding.")
+        Path | None,
+        typer.Option(
+            help="Embeddings: Parquet, .npz or .pt of item_id and embedding, or rows in the order "
+            "of the items in .npy, .npz or .pt."
+        ),
     ] = None,
     dimensions: Annotated[
         int, typer.Option(min=2, help="Dimensions of computed embeddings.")
     ] = 128,
+    max_without_signal: Annotated[
+        float,
+        typer.Option(
+            min=0, max=1, help="Largest share of items whose embedding says nothing about them."
+        ),
+    ] = 0.2,
     seed: Annotated[int, typer.Option(min=0, help="Random seed.")] = 0,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace existing semantic IDs.")
@@ -161,6 +171,7 @@ def sids(
             model=model,
             embeddings=embeddings,
             dimensions=dimensions,
+            max_without_signal=max_without_signal,
             seed=seed,
         ),
         overwrite=overwrite,

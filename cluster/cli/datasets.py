@@ -58,7 +58,11 @@ def assign_semantic_ids(folder: Path, recipe: "SemanticIdConfig", *, overwrite: 
 
     report = build.build(folder, recipe, overwrite=overwrite)
     before, after = report["before"], report["after"]
-    typer.echo(f"embeddings: {report['embedding']}, {report['recipe']['dimensions']} dimensions")
+    typer.echo(
+        f"embeddings: {report['embedding']}, {report['recipe']['dimensions']} dimensions; "
+        f"{report['items_without_signal']} items without signal, "
+        f"{report['items_sharing_an_embedding']} share an embedding"
+    )
     for name, quality in (("as quantised", before), ("with collisions settled", after)):
         typer.echo(
             f"{name}: {quality['distinct']} distinct of {quality['items']} items, "

@@ -87,7 +87,9 @@ class Run:
         data = self.config.data
         if data.embeddings is None:
             return None
-        return catalogs.read_embeddings(data.path / data.embeddings, self.catalog)
+        return catalogs.read_embeddings(
+            data.path / data.embeddings, self.catalog, items=data.path / data.items
+        )
 
     @cached_property
     def knowledge(self) -> RewardContext:

@@ -187,7 +187,7 @@ def read(
 
     Raises:
         DataError: the file or a column is missing or unreadable.
-        CatalogError: see `from_codes`.
+        CatalogError: see `from_codes`, or codes without `level_size` leave most tokens unused.
     """
     table = read_table(
         path, role="items", columns=("item_id", "sid"), remedy="data.path and data.items"
@@ -199,6 +199,8 @@ def read(
     )
     ids = table["item_id"].to_numpy().astype(np.int64)
     codes = tables.from_lists(table["sid"], ids)
+    if level_size is None and not code_token:
+        tables.check_use(codes)
     # Release the Arrow memory, which is as large as the catalog itself for ten million items.
     del table
     pa.default_memory_pool().release_unused()
@@ -259,13 +261,16 @@ def load(folder: Path) -> Catalog:
     return catalog
 
 
-def read_embeddings(path: Path, catalog: Catalog) -> Float32[np.ndarray, "I E"]:
+def read_embeddings(
+    path: Path, catalog: Catalog, *, items: Path | None = None
+) -> Float32[np.ndarray, "I E"]:
     """Read the embedding of each item of the catalog; other items of the file are ignored.
 
-    Raises the errors of `orchard.catalog.embeddings.read`.
+    `items` is the file that the catalog was read from, which records the order of its rows. Raises
+    the errors of `orchard.catalog.embeddings.read`.
     """
     remedy = "data.path and data.embeddings"
-    return embeddings.read(path, catalog.item_id, remedy=remedy)
+    return embeddings.read(path, catalog.item_id, remedy=remedy, items=items)
 
 
 def _digest(

@@ -59,17 +59,13 @@ def encode(parts: Sequence[Any], role: str, where: str, first: int) -> Encoded:
         raise DataError(
             f"{where} has the {role} {example[:60]!r}; an identifier is one number or one text"
         )
-    # distinct values of the canonical form, in the order of their first event
-    text, row_of_value = np.unique(values.to_numpy(zero_copy_only=False), return_inverse=True)
-    missing = pc.fill_null(pc.match_substring_regex(pa.array(text, pa.string()), _MISSING), False)
-    row_of_text = np.where(missing.to_numpy(zero_copy_only=False), -1, 0)
-    row = row_of_value.reshape(-1)[index] if len(index) else index
-    seen, first_event = np.unique(row, return_index=True)
-    seen = seen[np.argsort(first_event, kind="stable")]
-    kept = seen[row_of_text[seen] >= 0]
-    row_of_text[kept] = np.arange(len(kept))
-    keys = pa.array(text[kept], pa.string())
-    return Encoded(row=row_of_text[row], key=tuple(keys.to_pylist()), number=integers(keys))
+    # Distinct values of the canonical form, in the order of their first event, without the missing.
+    distinct = values.dictionary_encode()
+    missing = pc.match_substring_regex(distinct.dictionary, _MISSING)
+    kept = pc.invert(missing).to_numpy(zero_copy_only=False)
+    row_of_value = np.where(kept, np.cumsum(kept) - 1, -1)[distinct.indices.to_numpy()]
+    keys = distinct.dictionary.filter(pc.invert(missing))
+    return Encoded(row=row_of_value[index], key=tuple(keys.to_pylist()), number=integers(keys))
 
 
 def canonical(text: Any) -> Any:

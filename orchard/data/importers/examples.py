@@ -51,7 +51,7 @@ class SplitExamples:
     facts: Mapping[str, float | int] = field(default_factory=dict[str, float | int])
     """Statistics of the source, for the data card."""
     notes: tuple[str, ...] = ()
-    """What the reader did with every column, and what it guessed, in words."""
+    """Use of every column, and guesses of the reader, in words."""
 
     def __len__(self) -> int:
         return len(self.target)

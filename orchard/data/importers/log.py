@@ -73,7 +73,7 @@ class InteractionLog:
     counts: Mapping[str, int] = field(default_factory=dict[str, int])
     """Numbers of events, users or items that were changed or are implausible, by reason."""
     notes: tuple[str, ...] = ()
-    """What the reader did with every column, and what it guessed, in words."""
+    """Use of every column, and guesses of the reader, in words."""
     dropped: Mapping[str, int] = field(default_factory=dict[str, int])
     """Number of events, users or items removed so far, by reason."""
 

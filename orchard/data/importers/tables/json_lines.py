@@ -1,7 +1,9 @@
 """Read fields of JSON lines as text, whatever their types."""
 
 import json
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +64,15 @@ def read(file: Path, names: Sequence[str], encoded: Sequence[str], tick: Tick) -
     schema = pa.schema([(n, IDENTIFIERS if n in encoded else pa.string()) for n in names])
     try:
         # One schema for all lines: fields of other types become text, others are not read.
-        frame = pl.scan_ndjson(file, schema=dict.fromkeys(names, pl.String))
-        for batch in frame.collect_batches():
-            for name in names:
-                text = batch[name].to_arrow().cast(pa.string())
-                columns[name].append(text.dictionary_encode() if name in encoded else text)
-            step = min(int(len(batch) * bytes_per_row), size - done)
-            tick(step)
-            done += step
+        with _readable(file) as path:
+            frame = pl.scan_ndjson(path, schema=dict.fromkeys(names, pl.String))
+            for batch in frame.collect_batches():
+                for name in names:
+                    text = batch[name].to_arrow().cast(pa.string())
+                    columns[name].append(text.dictionary_encode() if name in encoded else text)
+                step = min(int(len(batch) * bytes_per_row), size - done)
+                tick(step)
+                done += step
     except (pl.exceptions.PolarsError, OSError) as error:
         _name_bad_line(file)
         raise DataError(f"{file.name} is no file of JSON lines: {error}") from error
@@ -77,6 +80,20 @@ def read(file: Path, names: Sequence[str], encoded: Sequence[str], tick: Tick) -
     return pa.table(
         [pa.chunked_array(columns[name], schema.field(name).type) for name in names], schema=schema
     )
+
+
+@contextmanager
+def _readable(file: Path) -> Generator[Path]:
+    """Yield a file in a packing that Polars reads: the file itself, or an unpacked copy."""
+    if file.suffix.lower() not in (".bz2", ".xz"):
+        yield file
+        return
+    with tempfile.NamedTemporaryFile(suffix=".jsonl") as copy:
+        stream, _ = open_stream(file)
+        while data := stream.read(_SAMPLE):
+            copy.write(data)
+        copy.flush()
+        yield Path(copy.name)
 
 
 def _name_bad_line(file: Path) -> None:

@@ -136,7 +136,7 @@ def text_layout(path: Path, encoding: str | None) -> TextLayout:
     data, _ = sample(path)
     notes: list[str] = []
     if encoding is None:
-        encoding = _encoding(data, path)
+        encoding = _encoding(data, path, is_whole=len(data) < _SAMPLE)
         if encoding == "cp1252":
             notes.append(f"{path.name} is not UTF-8; read as Western European (cp1252), a guess")
     else:
@@ -187,21 +187,29 @@ def guess_encoding(path: Path) -> str:
     """
     stream, _ = open_stream(path)
     decoder = codecs.getincrementaldecoder("utf-8")()
+    last = b""
     while data := read_exactly(stream, 1 << 22):
+        last = data
         try:
             decoder.decode(data)
         except UnicodeDecodeError:
-            return _encoding(data, path)
+            return _encoding(data, path, is_whole=True)
+    try:
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError:  # the end is half a character
+        return _encoding(last, path, is_whole=True)
     return "utf-8"
 
 
-def _encoding(data: bytes, path: Path) -> str:
+def _encoding(data: bytes, path: Path, *, is_whole: bool) -> str:
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
     if data.startswith(codecs.BOM_UTF8):
         return "utf-8"
-    try:
-        codecs.getincrementaldecoder("utf-8")().decode(data)  # the last character may be cut
+    if data[:2000].count(b"\0") > len(data[:2000]) // 4:
+        return "utf-16-le" if data[1:2] == b"\0" else "utf-16-be"
+    try:  # the last character of a sample may be cut
+        codecs.getincrementaldecoder("utf-8")().decode(data, final=is_whole)
     except UnicodeDecodeError:
         if _is_western(data):
             return "cp1252"
@@ -209,8 +217,6 @@ def _encoding(data: bytes, path: Path) -> str:
             f"{path} is neither UTF-8 nor Western European text; name its encoding with "
             "--encoding, such as cp1251, cp1250, gbk, shift_jis or euc_kr"
         ) from None
-    if data[:2000].count(b"\0") > len(data[:2000]) // 4:
-        return "utf-16-le" if data[1:2] == b"\0" else "utf-16-be"
     return "utf-8"
 
 

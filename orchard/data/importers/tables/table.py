@@ -34,6 +34,8 @@ class Table:
     """Type of each column that holds no single values."""
     text: TextLayout | None
     notes: tuple[str, ...]
+    encoding: str | None = None
+    """Encoding of text that the caller named."""
 
     @property
     def first_row(self) -> int:
@@ -74,7 +76,14 @@ def inspect(path: Path, *, encoding: str | None = None) -> Table:
     if len(files) > 1:
         notes = (f"{path.name} is read from {len(files)} parts, in the order of names", *notes)
     return Table(
-        path=path, files=files, kind=kind, names=names, nested=nested, text=layout, notes=notes
+        path=path,
+        files=files,
+        kind=kind,
+        names=names,
+        nested=nested,
+        text=layout,
+        notes=notes,
+        encoding=encoding,
     )
 
 
@@ -102,7 +111,7 @@ def read_columns(
             assert table.text is not None
             layout = table.text
             if file != table.files[0]:
-                layout = text_layout(file, None)
+                layout = text_layout(file, table.encoding)
                 _same_columns(file, table.files[0], layout.names, table.text.names)
             part, said = text.read(file, layout, table.names, names, encoded, tick)
             notes += said

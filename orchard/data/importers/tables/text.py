@@ -79,7 +79,7 @@ def _attempt(
     stream, raw = open_stream(file)
     separator = layout.separator
     if separator == "::":
-        stream, separator = pa.transform_input_stream(stream, _Unify()), "\x1f"
+        stream, separator = pa.PythonFile(_Unified(stream), mode="r"), "\x1f"
     reader = csv.open_csv(
         stream,
         read_options=csv.ReadOptions(
@@ -120,16 +120,24 @@ def _bad_row(file: Path, layout: TextLayout, encoding: str) -> str | None:
     return None
 
 
-class _Unify:
-    """Replacement of double colons by one character, in a stream of blocks."""
+class _Unified(io.RawIOBase):
+    """A stream with double colons replaced by one character, which the reader takes."""
 
-    def __init__(self) -> None:
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
         self._rest = b""
 
-    def __call__(self, block: Any) -> bytes:
-        data = self._rest + bytes(block)
-        self._rest = data[-1:] if data[-1:] == b":" and len(block) else b""
-        return (data[:-1] if self._rest else data).replace(b"::", b"\x1f")
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        """Read up to about `size` bytes; nothing is left when none are returned."""
+        data = self._stream.read(size) if size >= 0 else self._stream.read()
+        whole = self._rest + data
+        # A colon at the end may be the first of two.
+        self._rest = b":" if data and whole.endswith(b":") and not whole.endswith(b"::") else b""
+        whole = (whole[:-1] if self._rest else whole).replace(b"::", b"\x1f")
+        return whole or (self.read(size) if data else b"")
 
 
 def _ticked(reader: Any, raw: Any, tick: Tick) -> Iterator[Any]:
