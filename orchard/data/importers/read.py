@@ -36,7 +36,7 @@ class ImportOptions:
     """Rule of the split; by default leave-one-out for LC-Rec folders, else chronological."""
     max_history: int = 50
     labels: Labels | None = None
-    """What to do with events whose label is 0: drop them (`positive`) or keep them (`all`); must
+    """Treatment of events whose label is 0: drop (`positive`) or keep (`all`) them; must
     be given if there are any."""
     encoding: str | None = None
     """Encoding of text files; detected by default."""
