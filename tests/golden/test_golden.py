@@ -74,7 +74,7 @@ RENAMED_CHOICES: dict[str, dict[str, str]] = {
 """Values of settings."""
 RENAMED_SCHEMAS: dict[str, str] = {"CatalogueInfo": "CatalogInfo"}
 """Schemas of the API."""
-ADDED_SETTINGS = {"plugins"}
+ADDED_SETTINGS = {"plugins", "serve.application", "serve.route"}
 """Settings that came after the recording."""
 ADDED_FIELDS: dict[str, set[str]] = {
     "RecommendResponse": {"catalog", "requested", "shortfall_reason", "unknown_items"},
