@@ -11,7 +11,7 @@ Shapes:  R selected prompts
 import io
 import pickle
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, cast, runtime_checkable
@@ -22,12 +22,8 @@ from jaxtyping import Int64
 
 from orchard.catalog.catalog import Catalog
 from orchard.catalog.view import CatalogView
-from orchard.types import Prompts
-from rollout.candidates import Candidates
-from rollout.engine.protocol import DecodingBackend
+from rollout.engine.protocol import SearchFn
 from rollout.item_filter import ItemFilter
-
-SearchFn = Callable[[DecodingBackend, Prompts], Candidates]
 
 CAPACITY = 16
 """Maximum number of large arguments that workers cache, by last use; a search with more of them

@@ -72,10 +72,10 @@ def guided(settings: Config) -> Run:
     return prepare(settings, "train")
 
 
-def search(run: Run, *, kind: str | None = None) -> ScoredTrees:
+def search(run: Run, *, name: str | None = None) -> ScoredTrees:
     rollout_worker = RolloutWorker(run.config.rollout, run.policy, run.tokenizer, seed=0)
     trees = rollout_worker.search(
-        make_prompts(run.tokenizer, run.train, np.arange(8)), seed=0, kind=kind
+        make_prompts(run.tokenizer, run.train, np.arange(8)), seed=0, name=name
     )
     return score_trees(trees, run.catalog, run.config.rewards.weights)
 
@@ -105,7 +105,7 @@ def test_guided_trees_carry_values_and_become_a_batch_that_teaches_them(
     assert metrics["rollout/traversals"] > 0
     assert metrics["rollout/leaf_tokens"] > 0
     assert metrics["rollout/forward_tokens"] <= 8 * 16
-    assert search(run, kind="beam").trees.value is None
+    assert search(run, name="beam").trees.value is None
 
 
 def test_embeddings_of_the_data_set_change_what_the_head_is_taught(

@@ -157,7 +157,7 @@ def test_a_block_that_never_closes_is_closed_by_force_and_counted(world: TinySet
     seen, write = script([short, long, long, short, [tags.close], short])
     prompts = world.prompts.select(np.array([0]))
     thoughts = think(
-        write, prompts, tags, count=2, blocks=3, cap=5, temperature=1.0, seed=0
+        write, prompts, tags, count=2, num_blocks=3, block_tokens=5, temperature=1.0, seed=0
     )  # fmt: skip  # pyright: ignore
     assert thoughts.cost.counts["cut_blocks"] == 2
     assert thoughts.cost.counts["malformed_thoughts"] == 0
@@ -183,7 +183,7 @@ def test_a_text_that_ends_within_a_block_leaves_too_few_blocks(world: TinySetup)
     _, write = script([[31, tags.end], done, done, done])
     prompts = world.prompts.select(np.array([0]))
     thoughts = think(
-        write, prompts, tags, count=2, blocks=3, cap=5, temperature=1.0, seed=0
+        write, prompts, tags, count=2, num_blocks=3, block_tokens=5, temperature=1.0, seed=0
     )  # fmt: skip  # pyright: ignore
     assert np.diff(thoughts.block_start).tolist() == [1, 3]
     assert thoughts.cost.counts["malformed_thoughts"] == 1
