@@ -115,8 +115,8 @@ class Trainer:
             self.scorer,
             lr=config.lr,
             weight_decay=config.weight_decay,
-            own=self._head,
-            own_lr=config.value.lr,
+            head_params=self._head,
+            head_lr=config.value.lr,
         )
         self.schedule: LambdaLR = make_schedule(
             self.optimizer,
@@ -127,7 +127,7 @@ class Trainer:
         self.updates = 0
 
     @property
-    def result(self) -> PreTrainedModel:
+    def eval_policy(self) -> PreTrainedModel:
         """Model to evaluate and keep: the average where there is one, else the policy."""
         return self.copies["average"].policy if "average" in self.copies else self.policy
 

@@ -14,7 +14,7 @@ Ragged axes are a flat array and a `*_start` array with one more entry (see `orc
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64
@@ -162,12 +162,12 @@ class SearchTrees:
     @property
     def prompt_of_node(self) -> Int64[np.ndarray, " N"]:
         """Prompt index of each node."""
-        return ragged.owners(self.node_start)
+        return ragged.row_of(self.node_start)
 
     @property
     def prompt_of_candidate(self) -> Int64[np.ndarray, " C"]:
         """Prompt index of each candidate."""
-        return ragged.owners(self.candidate_start)
+        return ragged.row_of(self.candidate_start)
 
     @property
     def rank(self) -> Int64[np.ndarray, " C"]:
@@ -178,6 +178,17 @@ class SearchTrees:
     def is_reasoning(self) -> bool:
         """True if there are thinking blocks before the codes."""
         return bool((self.state == self.FREE_TEXT).any())
+
+    def well_formed(self, num_steps: int) -> Bool[np.ndarray, " C"]:
+        """Mark candidates with a thinking block for each of the `num_steps` codes.
+
+        Where the policy does not think, all candidates are well formed.
+        """
+        if not self.is_reasoning:
+            return np.ones(len(self.candidate), dtype=bool)
+        path = self.paths()
+        num_blocks = ((path >= 0) & (self.state[path] == self.FREE_TEXT)).sum(1)
+        return num_blocks == num_steps
 
     def paths(self) -> Int64[np.ndarray, "C K"]:
         """Return the node of each candidate at each step 1..K; NO_PARENT if it has none."""
@@ -276,6 +287,8 @@ class ScoredTrees:
     """Unweighted reward parts by name."""
     step_reward: Float32[np.ndarray, "C L"] | None = None
     """Reward of each of the L codes of a candidate, for step-level credit; None if not computed."""
+    node_reward: Float32[np.ndarray, " N"] | None = None
+    """Reward of the step into each node, which trains the value head; None without one."""
 
     @staticmethod
     def concatenate(parts: "Sequence[ScoredTrees]") -> "ScoredTrees":
@@ -285,6 +298,7 @@ class ScoredTrees:
             reward=np.concatenate([p.reward for p in parts]),
             parts={name: np.concatenate([p.parts[name] for p in parts]) for name in parts[0].parts},
             step_reward=concatenate_optional([p.step_reward for p in parts]),
+            node_reward=concatenate_optional([p.node_reward for p in parts]),
         )
 
 
@@ -341,7 +355,24 @@ class TrainBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Update:
-    """Result of a learner update: the new policy version and the measured metrics."""
+    """Result of the learner's start or of an update: a policy version with its weights.
+
+    Weights are values by parameter name, or the object reference of such values.
+    """
 
     policy: PolicyVersion
+    """Version to search with from now on."""
     metrics: Mapping[str, float]
+    """Measured metrics; empty at a start."""
+    weights: Any = field(default_factory=dict[str, np.ndarray])
+    """Weights of `policy`."""
+    probe_logprobs: Float32[np.ndarray, " B"] | None = None
+    """Log-probabilities of the probe's answers under `weights`; None without a probe."""
+    eval_weights: tuple[PolicyVersion, Any] | None = None
+    """Version and weights to evaluate and keep; None if they are `policy` and `weights`, or if the
+    update was not asked for them."""
+
+    @property
+    def to_evaluate(self) -> tuple[PolicyVersion, Any]:
+        """Version and weights to evaluate and keep."""
+        return self.eval_weights or (self.policy, self.weights)

@@ -323,7 +323,7 @@ class Controller:
 
     def _reward_pool(self) -> Pool:
         """Start the pool of reward actors."""
-        rewards, context = self.run.config.rewards, ray.put(self.run.knowledge)
+        rewards, context = self.run.config.rewards, ray.put(self.run.reward_context)
         return Pool(
             "rewards",
             lambda _: RewardActor.options(num_cpus=1).remote(context),

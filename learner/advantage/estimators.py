@@ -28,7 +28,7 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
 from learner.advantage.groups import group_center, group_normalize
-from learner.advantage.sapo import apply_code_switches, sapo, well_formed
+from learner.advantage.sapo import apply_code_switches, sapo
 from learner.advantage.sibling import sibling
 from orchard.settings import LearnerConfig
 from orchard.types import Advantages, ScoredTrees, SearchTrees
@@ -116,7 +116,7 @@ def _sapo_credits(scored: ScoredTrees, config: LearnerConfig) -> list[Advantages
     credits = [apply_code_switches(scored, sapo(scored, config.std_epsilon), config.sapo)]
     if config.sapo.format_weight:
         assert scored.step_reward is not None
-        is_well_formed = well_formed(scored.trees, scored.step_reward.shape[1])
+        is_well_formed = scored.trees.well_formed(scored.step_reward.shape[1])
         format_reward = is_well_formed.astype(np.float32)
         credit = group(replace(scored, reward=format_reward), config.std_epsilon)
         credit = apply_code_switches(

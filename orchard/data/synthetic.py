@@ -111,7 +111,7 @@ def _rows(events: Events, max_history: int) -> _Rows:
     """Return a row for every event except each user's first, in time order."""
     position_in_history = ragged.index_in_row(events.start)
     event = np.flatnonzero(position_in_history > 0)
-    user = ragged.owners(events.start)[event]
+    user = ragged.row_of(events.start)[event]
     order = np.lexsort((user, events.timestamp[event]))
     event = event[order]
     return _Rows(
@@ -178,7 +178,7 @@ def _facts(world: SyntheticWorld, events: Events, rows: _Rows) -> dict[str, floa
     target = {name: events.item[rows.cut(low, high).event] for name, low, high in SPLITS}
     codes, count = np.unique(world.code, axis=0, return_counts=True)
     prefixes = np.unique(codes[:, :-1], axis=0, return_counts=True)[1]
-    seen = np.unique(events.item + len(world.code) * ragged.owners(events.start))
+    seen = np.unique(events.item + len(world.code) * ragged.row_of(events.start))
     facts = {
         "num_items": len(world.code),
         "num_sids": len(codes),
@@ -199,7 +199,7 @@ def _facts(world: SyntheticWorld, events: Events, rows: _Rows) -> dict[str, floa
 
 def _repeated(events: Events, rows: _Rows) -> Bool[np.ndarray, " R"]:
     """Return whether each row's history contains its target."""
-    owner = ragged.owners(ragged.starts(rows.length))
+    owner = ragged.row_of(ragged.starts(rows.length))
     history = events.item[ragged.ranges(rows.event - rows.length, rows.length)]
     same = history == events.item[rows.event][owner]
     return np.bincount(owner, same, minlength=len(rows.event)) > 0

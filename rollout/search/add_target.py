@@ -37,7 +37,7 @@ def search_with_target(
     """
     candidates = search_fn(engine, prompts)
     target = catalog.leaf_of_item[prompts.target]
-    prompt_of = ragged.owners(candidates.start)
+    prompt_of = ragged.row_of(candidates.start)
     has_target = (
         np.bincount(prompt_of[candidates.leaf == target[prompt_of]], minlength=len(prompts)) > 0
     )

@@ -42,12 +42,12 @@ class Thoughts:
     @property
     def score(self) -> Float64[np.ndarray, " S"]:
         """Log-probability of each sample's text."""
-        sample = ragged.owners(self.block_start)[ragged.owners(self.token_start)]
+        sample = ragged.row_of(self.block_start)[ragged.row_of(self.token_start)]
         return np.bincount(sample, self.logprob, len(self.block_start) - 1)
 
     def contexts(self, prompts: Prompts) -> Prompts:
         """Return a prompt per sample, with its own id: the prompt followed by the thoughts."""
-        prompt_of = ragged.owners(self.sample_start)
+        prompt_of = ragged.row_of(self.sample_start)
         repeated = prompts.select(prompt_of)
         text_start = self.token_start[self.block_start]
         count = np.diff(repeated.token_start) + np.diff(text_start)
@@ -93,7 +93,7 @@ def attach_thoughts(
         codes: search trees of `thoughts.contexts(prompts)`, one per sample.
         num_steps: codes of an item, and blocks of a well-formed sample.
     """
-    prompt_of = ragged.owners(thoughts.sample_start)  # of each sample
+    prompt_of = ragged.row_of(thoughts.sample_start)  # of each sample
     num_blocks, num_codes = np.diff(thoughts.block_start), np.diff(codes.node_start) - 1
     size = num_blocks + num_codes  # new nodes of each sample
     node_start = ragged.starts(
@@ -103,7 +103,7 @@ def attach_thoughts(
     first = ragged.starts(size)[:-1] + prompt_of + 1
     # Sample of each block, its index there, and its new node.
     sample, block_index = (
-        ragged.owners(thoughts.block_start),
+        ragged.row_of(thoughts.block_start),
         ragged.index_in_row(thoughts.block_start),
     )
     block = first[sample] + block_index

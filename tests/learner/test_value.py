@@ -15,7 +15,7 @@ from learner.batch.microbatch import micro_batches, shard
 from learner.batch.pack import pack
 from learner.logprobs import ValueTensors, to_tensors, tree_mask
 from learner.trainer import Trainer
-from learner.value import node_rewards, outcome_rewards, state_values, value_loss
+from learner.value import state_values, value_loss
 from orchard.catalog.catalog import Catalog, from_codes
 from orchard.policy import value_head
 from orchard.policy.item_tokenizer import ItemTokenizer
@@ -25,6 +25,7 @@ from orchard.policy.weights import digest, snapshot
 from orchard.settings import LearnerConfig, ValueConfig
 from orchard.testing import tiny_policy, tiny_prompts
 from orchard.types import PolicyVersion, ScoredTrees, TrainBatch
+from rewards.values import node_rewards, outcome_rewards
 from rollout.engine.torch import TorchEngine
 from rollout.search.beam import beam
 from rollout.search_trees import build_search_trees
@@ -39,7 +40,7 @@ def packed(scored: ScoredTrees, catalog: Catalog, reward: np.ndarray | None = No
         reward = node_rewards(scored.trees, catalog, level_weight=WEIGHT)
     credits = [ESTIMATORS["group"](scored, 1e-4)]
     tokenizer = tiny_policy(catalog)[1]
-    return pack(scored, credits, tokenizer, node_reward=reward, discount=GAMMA)
+    return pack(replace(scored, node_reward=reward), credits, tokenizer, discount=GAMMA)
 
 
 def tensors(batch: TrainBatch) -> ValueTensors:
@@ -261,5 +262,5 @@ def test_a_part_without_states_still_takes_part_in_the_backward_pass(
 def test_an_average_keeps_its_own_head(catalog: Catalog) -> None:
     model, tokenizer = policy_with_head(catalog)
     trainer = Trainer(model, tokenizer, LearnerConfig(), total_steps=9, ema_decay=0.9)
-    assert snapshot(trainer.result).keys() == snapshot(trainer.policy).keys()
-    assert trainer.result is not trainer.policy
+    assert snapshot(trainer.eval_policy).keys() == snapshot(trainer.policy).keys()
+    assert trainer.eval_policy is not trainer.policy

@@ -167,7 +167,7 @@ def _later(
     is_later = examples.timestamp[last_train] > examples.timestamp[held_out]
     last_train, held_out = last_train[is_later], held_out[is_later]
     item, start = examples.history(last_train)
-    owner = ragged.owners(start)
+    owner = ragged.row_of(start)
     matches = np.bincount(owner, item == examples.target[held_out][owner], minlength=len(held_out))
     return held_out[matches > 0]
 
