@@ -22,7 +22,6 @@ import torch
 from jaxtyping import Bool, Float, Float32, Float64, Int64
 from torch import Tensor
 
-from learner.logprobs import ValueTensors
 from orchard.policy.value_head import ValueHead
 from orchard.types import SearchTrees, ValueTargets
 
@@ -63,7 +62,7 @@ def value_targets(
 
 
 def state_values(
-    head: ValueHead, hidden: Float[Tensor, "B S D"], states: ValueTensors
+    head: ValueHead, hidden: Float[Tensor, "B S D"], states: ValueTargets[Tensor]
 ) -> Float32[Tensor, " V"]:
     """Evaluate each state from the last hidden state of every slot."""
     shift = states.row[:, None] * hidden.shape[1]
@@ -74,7 +73,7 @@ def state_values(
 
 def value_loss(
     value: Float32[Tensor, " V"],
-    targets: ValueTensors,
+    targets: ValueTargets[Tensor],
     *,
     discount: float,
     target: Literal["td", "monte_carlo"],

@@ -15,13 +15,13 @@ from jaxtyping import Float32, Int64
 from cluster.actors.pool import Pool
 from cluster.actors.session import cpus_needed, ray_session
 from cluster.monitoring.exporter import Exporter
+from cluster.training.learner_spec import make_learner_spec
 from cluster.training.loggers import open_loggers
 from cluster.training.measure import measure
 from cluster.training.run import Run
 from cluster.training.run_dir import open_run_dir
 from learner.ray_trainer import TrainerHandle
-from learner.spec import LearnerSpec
-from orchard.data.prompts import Split, make_prompts, make_windows, rows_of_step
+from orchard.data.prompts import Split, make_prompts, rows_of_step
 from orchard.errors import ActorError, RunInterrupted
 from orchard.evaluation.ranking import Evaluation
 from orchard.policy.weights import Weights
@@ -76,7 +76,7 @@ class Controller:
     def _begin(self) -> None:
         """Start the learner and the actors of the current phase."""
         run, config = self.run, self.run.config
-        self.learner = TrainerHandle(self._learner_spec(), storage=run.dir / "checkpoints")
+        self.learner = TrainerHandle(make_learner_spec(run), storage=run.dir / "checkpoints")
         self.rollout: Pool | None = None
         self.rewards: Pool | None = None
         if run.phase == "train":
@@ -259,33 +259,6 @@ class Controller:
             leaf=run.catalog.leaf_of_item[run.train.target[rows]],
             score=score,
             tolerance=probe_tolerance(run.config),
-        )
-
-    def _learner_spec(self) -> LearnerSpec:
-        """Build the specification of the learner for the current phase."""
-        run, config = self.run, self.run.config
-        supervised = run.phase == "sft"
-        traces = (run.train, run.traces) if supervised and run.traces is not None else None
-        tasks = run.tasks if supervised else None
-        windows, per_epoch = None, 0
-        if supervised and traces is None and tasks is None:
-            windows = make_windows(run.train, max_history=config.data.max_history)
-        if supervised:
-            examples = next(rows for rows in (tasks, windows, run.train) if rows is not None)
-            per_epoch = -(-len(examples) // config.sft.batch_size)
-        probed = 0 if supervised else min(config.cluster.probe_prompts, len(run.train))
-        return LearnerSpec(
-            probe=make_prompts(run.tokenizer, run.train, np.arange(probed)) if probed else None,
-            config=config,
-            phase="sft" if supervised else "train",
-            policy=run.policy.resolve(),
-            tokenizer=run.tokenizer,
-            sequences=windows,
-            traces=traces,
-            tasks=tasks,
-            total_steps=config.sft.epochs * per_epoch
-            if supervised
-            else config.learner.steps * config.learner.updates_per_batch,
         )
 
     def _rollout_pool(self, name: str, engine: str, size: int) -> Pool:

@@ -1,0 +1,35 @@
+"""Specify the learner of a phase from a run."""
+
+import numpy as np
+
+from cluster.training.run import Run
+from learner.spec import LearnerSpec
+from orchard.data.prompts import make_prompts, make_windows
+
+
+def make_learner_spec(run: Run) -> LearnerSpec:
+    """Return the policy, the data and the schedule that the learner of the run's phase needs."""
+    config = run.config
+    supervised = run.phase == "sft"
+    traces = (run.train, run.traces) if supervised and run.traces is not None else None
+    tasks = run.tasks if supervised else None
+    windows, per_epoch = None, 0
+    if supervised and traces is None and tasks is None:
+        windows = make_windows(run.train, max_history=config.data.max_history)
+    if supervised:
+        examples = next(rows for rows in (tasks, windows, run.train) if rows is not None)
+        per_epoch = -(-len(examples) // config.sft.batch_size)
+    probed = 0 if supervised else min(config.cluster.probe_prompts, len(run.train))
+    return LearnerSpec(
+        probe=make_prompts(run.tokenizer, run.train, np.arange(probed)) if probed else None,
+        config=config,
+        phase="sft" if supervised else "train",
+        policy=run.policy.resolve(),
+        tokenizer=run.tokenizer,
+        sequences=windows,
+        traces=traces,
+        tasks=tasks,
+        total_steps=config.sft.epochs * per_epoch
+        if supervised
+        else config.learner.steps * config.learner.updates_per_batch,
+    )
