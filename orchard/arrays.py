@@ -8,8 +8,9 @@ do with it:
     node: Annotated[Int64[np.ndarray, " C"], Indices("N")]      values index axis N, -1 for none
     cost: Annotated[Cost, Merge(sum_costs)]                     concatenated by a function
 
-`B1` and `B+1` stand for axis B with one more entry. A field may be None, another structure, or a mapping of arrays. Fields without an axis are kept by
-a selection, and by a concatenation if they are equal in all parts.
+`B1` and `B+1` stand for axis B with one more entry. A field may be None, another structure, or a
+mapping of arrays. Fields without an axis are kept by a selection, and by a concatenation if they
+are equal in all parts.
 
 Shapes:  R selected rows
 """
