@@ -15,14 +15,13 @@ import numpy as np
 import torch
 
 from benchmarks.shared.measure import Figure, Report, Row, figure, report
-from cluster.cli.fit import BACKENDS
 from cluster.training.run import Run, prepare
 from orchard import config
 from orchard.data.prompts import make_prompts
 from orchard.evaluation import bootstrap
 from orchard.policy import model, value_head
 from orchard.scorers import prefix_critic
-from orchard.scorers.fit_critic import measure_critic, sample_trajectories
+from orchard.scorers.fit_critic import CRITIC_BACKENDS, measure_critic, sample_trajectories
 from orchard.scorers.prefix_critic import PrefixCritic
 from orchard.settings import VedConfig
 from orchard.types import PolicyVersion
@@ -59,7 +58,7 @@ def _parity(prepared: Run, *, updates: int, seeds: int) -> tuple[list[Row], Figu
     rows, max_gap = list[Row](), 0.0
     for seed in range(seeds):
         loss: list[float] = []
-        for name, backend in BACKENDS.items():
+        for name, backend in CRITIC_BACKENDS.items():
             torch.manual_seed(seed)
             critic = PrefixCritic(
                 prepared.catalog, max_history=prepared.config.data.max_history,

@@ -30,6 +30,7 @@ from learner.spec import LearnerSpec, learner_config, pack_probe, sft_epoch
 from learner.trainer import Trainer
 from orchard.errors import ActorError, CheckpointError
 from orchard.policy import lora, model, value_head, weights
+from orchard.policy.store import Policy
 from orchard.types import PolicyVersion, TrainBatch, Update
 
 JobQueueActor: Any = ray.remote(JobQueue)
@@ -46,7 +47,7 @@ def worker_loop(task: dict[str, Any]) -> None:
     rank, world = context.get_world_rank(), context.get_world_size()
     config = spec.config
     torch.set_num_threads(config.learner.threads)
-    policy = model.load(spec.policy, spec.tokenizer)
+    policy = Policy.open(spec.policy, spec.tokenizer).model
     supervised = spec.phase == "sft"
     lora.attach(policy, config.model.lora, seed=config.seed)
     if config.model.value_head and not supervised:
@@ -77,6 +78,7 @@ def worker_loop(task: dict[str, Any]) -> None:
         rollout_weights = lora.snapshot(rollout_policy)
         is_distinct = needs_eval and rollout_policy is not trainer.eval_policy
         average = lora.snapshot(trainer.eval_policy) if is_distinct else None
+        adapter = lora.factors(trainer.eval_policy) if needs_eval else None
         probe_logprobs = None if probe is None else trainer.score(probe)
         if rank == 0:
             version = PolicyVersion(step=number, digest=weights.digest(rollout_weights))
@@ -88,6 +90,7 @@ def worker_loop(task: dict[str, Any]) -> None:
                 policy=version,
                 metrics=metrics,
                 weights=rollout_weights,
+                adapter=adapter,
                 probe_logprobs=probe_logprobs,
                 eval_weights=eval_weights,
             )

@@ -77,7 +77,7 @@ def select(structure: S, rows: Int64[np.ndarray, " R"], *, axis: str = "B") -> S
             selection.owner[below] = np.repeat(selection.owner[above], count)
             if above == axis:
                 selection.shift[below] = ragged.starts(count)[:-1] - start[index]
-        pending = [one for one in pending if one[0] not in selection.index]
+        pending = [one for one in pending if one[1] not in selection.index]
     return _apply(structure, selection)
 
 

@@ -28,11 +28,16 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: a missing or broken file, an unknown key, or a value out of bounds.
     """
     if not path.is_file():
-        raise ConfigError(f"run file {path} does not exist; see cluster/runs/ for examples")
+        raise ConfigError(
+            f"run file {path} does not exist; see cluster/runs/ for examples",
+            code="config.no_file",
+        )
     try:
         tree = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"run file {path} is not valid TOML: {error}") from error
+        raise ConfigError(
+            f"run file {path} is not valid TOML: {error}", code="config.bad_toml"
+        ) from error
     return parse(tree, overrides)
 
 
@@ -40,7 +45,8 @@ def parse(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
     """Validate the run of a nested mapping with overrides applied.
 
     Raises:
-        ConfigError: the run is invalid; the message has one sentence per error.
+        ConfigError: the run is invalid; the message has one sentence per error, the code is that
+            of the first.
     """
     overridden = copy.deepcopy(dict(tree))
     for override in overrides:
@@ -48,7 +54,8 @@ def parse(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
     try:
         return Config.model_validate(overridden)
     except ValidationError as error:
-        raise ConfigError("; ".join(_sentence(dict(e)) for e in error.errors())) from error
+        errors = [dict(each) for each in error.errors()]
+        raise ConfigError("; ".join(map(_sentence, errors)), code=_code(errors[0])) from error
 
 
 def dump(config: Config) -> str:
@@ -73,7 +80,10 @@ def _set(tree: dict[str, Any], override: str) -> None:
     """
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
-        raise ConfigError(f"override {override!r} is not of the form section.key=value")
+        raise ConfigError(
+            f"override {override!r} is not of the form section.key=value",
+            code="config.bad_override",
+        )
     try:
         value: Any = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -83,7 +93,9 @@ def _set(tree: dict[str, Any], override: str) -> None:
         branch = tree.setdefault(section, {})
         if not isinstance(branch, dict):
             raise ConfigError(
-                f"override {override!r}: {section} is a value, not a section; set that value itself"
+                f"override {override!r}: {section} is a value, not a section; set that value "
+                "itself",
+                code="config.bad_override",
             )
         tree = cast(dict[str, Any], branch)
     tree[last] = value
@@ -114,6 +126,15 @@ def _known_keys() -> list[str]:
         return keys
 
     return walk(Config, "")
+
+
+def _code(error: Mapping[str, Any]) -> str:
+    """Return the code of a validation error."""
+    kind = str(error["type"])
+    if kind.startswith("config."):
+        return kind
+    known = {"extra_forbidden": "config.unknown_key", "missing": "config.missing_key"}
+    return known.get(kind, "config.bad_value")
 
 
 def _sentence(error: Mapping[str, Any]) -> str:

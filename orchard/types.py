@@ -289,6 +289,8 @@ class Update:
     eval_weights: tuple[PolicyVersion, Any] | None = None
     """Version and weights to evaluate and keep; None if they are `policy` and `weights`, or if the
     update was not asked for them."""
+    adapter: Mapping[str, np.ndarray] | None = None
+    """LoRA factors of the weights to evaluate and keep, where the update was asked for them."""
 
     @property
     def to_evaluate(self) -> tuple[PolicyVersion, Any]:

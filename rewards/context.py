@@ -12,7 +12,7 @@ from jaxtyping import Float32, Float64, Int64
 
 from orchard.catalog.catalog import Catalog
 from orchard.errors import ConfigError, DataError
-from orchard.scorers import listwise_ranker, sasrec
+from orchard.scorers import checkpoint, listwise_ranker, sasrec
 from orchard.scorers.listwise_ranker import ListwiseRanker
 from orchard.scorers.sasrec import SasRec
 from orchard.settings import RewardsConfig, ValueConfig
@@ -44,15 +44,16 @@ class RewardContext:
 
     @cached_property
     def sasrec(self) -> SasRec:
-        """SASRec model of the reward `collaborative`; raises as `orchard.scorers.sasrec.load`."""
+        """Model of the reward `collaborative`; raises as `orchard.scorers.checkpoint.load`."""
         path = self.settings.collaborative.path or self.folder / sasrec.KIND
-        return sasrec.load(path, self.catalog)
+        return checkpoint.load(SasRec, path, kind=sasrec.KIND, catalog=self.catalog)
 
     @cached_property
     def listwise_ranker(self) -> ListwiseRanker:
-        """Model of the reward `listwise`; raises as `orchard.scorers.listwise_ranker.load`."""
+        """Model of the reward `listwise`; raises as `orchard.scorers.checkpoint.load`."""
         path = self.settings.listwise.path or self.folder / listwise_ranker.KIND
-        return listwise_ranker.load(path, self.catalog)
+        kind = listwise_ranker.KIND
+        return checkpoint.load(ListwiseRanker, path, kind=kind, catalog=self.catalog)
 
     @cached_property
     def leaf_embedding(self) -> Float64[np.ndarray, "K E"]:

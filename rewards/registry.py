@@ -1,16 +1,20 @@
 """Registry of the reward functions, by their name in `rewards.weights`.
 
-To add a reward, write a function of the type `Reward` in a module of this package and register it
-in `REWARDS`; its name is then a key of `rewards.weights` in a run file. If the reward needs more
-than the trees and the catalog, add a property to `RewardContext` and list it in `REQUIREMENTS`, so
-that a missing input stops the run before it starts. `docs/rewards.md` has an example.
+To add a reward, write a function of the type `Reward` in a module of its own and register it in
+`REWARDS`; its name is then a key of `rewards.weights` in a run file. If the reward needs more than
+the trees and the catalog, name the loader of it in `RewardFacts`, so that a missing input stops the
+run before it starts. `docs/extending.md` has an example.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float32
 
+from orchard.errors import ConfigError
+from orchard.registry import Facts, Registry
+from orchard.settings import Config
 from orchard.types import SearchTrees
 from rewards.collaborative import collaborative
 from rewards.context import RewardContext
@@ -22,25 +26,42 @@ from rewards.transition import transition
 Reward = Callable[[SearchTrees, RewardContext], Float32[np.ndarray, " C"]]
 """Function from the trees of a batch to one finite number per candidate, larger for better."""
 
-REWARDS: dict[str, Reward] = {
-    "rule": rule,
-    "ranking": ranking,
-    "prefix": prefix,
-    "semantic": semantic,
-    "collaborative": collaborative,
-    "transition": transition,
-    "listwise": listwise,
-    "diversity": diversity,
-    "popularity_debias": popularity_debias,
-}
 
-REQUIREMENTS: dict[str, Callable[[RewardContext], object]] = {
-    "semantic": lambda ctx: ctx.leaf_embedding,
-    "collaborative": lambda ctx: ctx.sasrec,
-    "transition": lambda ctx: ctx.counted_transitions,
-    "listwise": lambda ctx: ctx.listwise_ranker,
-    "popularity_debias": lambda ctx: ctx.leaf_popularity,
-}
-"""Loader of the input of each reward that needs one; raises an OrchardError if it is missing."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardFacts(Facts):
+    """Properties of a reward that a run looks up."""
 
-__all__ = ["REQUIREMENTS", "REWARDS", "Reward", "RewardContext"]
+    load: Callable[[RewardContext], object] | None = None
+    """Loader of the input that the reward needs besides trees and catalog; raises an OrchardError
+    if it is missing."""
+
+
+def _outcome_is_weighted(config: Config) -> None:
+    """Refuse parts of the value targets that are not scored."""
+    unweighted = config.learner.value.outcome.keys() - config.rewards.weights.keys()
+    if unweighted:
+        raise ConfigError(
+            f"learner.value.outcome names {', '.join(sorted(unweighted))}, which "
+            "rewards.weights does not; give it a weight there, 0 to have it scored alone",
+            code="config.outcome_without_weight",
+        )
+
+
+REWARDS: Registry[Reward, RewardFacts] = Registry(
+    "reward", ("rewards.weights",), RewardFacts(), rules=(_outcome_is_weighted,)
+)
+"""Rewards by their name in `rewards.weights`."""
+
+REWARDS.register("rule")(rule)
+REWARDS.register("ranking")(ranking)
+REWARDS.register("prefix")(prefix)
+REWARDS.register("semantic", RewardFacts(load=lambda ctx: ctx.leaf_embedding))(semantic)
+REWARDS.register("collaborative", RewardFacts(load=lambda ctx: ctx.sasrec))(collaborative)
+REWARDS.register("transition", RewardFacts(load=lambda ctx: ctx.counted_transitions))(transition)
+REWARDS.register("listwise", RewardFacts(load=lambda ctx: ctx.listwise_ranker))(listwise)
+REWARDS.register("diversity")(diversity)
+REWARDS.register("popularity_debias", RewardFacts(load=lambda ctx: ctx.leaf_popularity))(
+    popularity_debias
+)
+
+__all__ = ["REWARDS", "Reward", "RewardContext", "RewardFacts"]

@@ -3,16 +3,15 @@
 Shapes:  C candidates
 """
 
-import difflib
 from collections.abc import Mapping
 
 import numpy as np
 from jaxtyping import Float32
 
 from orchard.catalog.catalog import Catalog
-from orchard.errors import CatalogError, ConfigError, DataError
+from orchard.errors import CatalogError, DataError
 from orchard.types import ScoredTrees, SearchTrees
-from rewards.registry import REQUIREMENTS, REWARDS, RewardContext
+from rewards.registry import REWARDS, RewardContext
 from rewards.steps import add_step_rewards
 from rewards.values import add_value_rewards
 
@@ -20,10 +19,7 @@ from rewards.values import add_value_rewards
 def check_rewards(weights: Mapping[str, float]) -> None:
     """Raise ConfigError, with the nearest name, if a weight is of an unknown reward."""
     for name in weights:
-        if name not in REWARDS:
-            near = difflib.get_close_matches(name, REWARDS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(REWARDS)}"
-            raise ConfigError(f"rewards.weights names an unknown reward {name}; {hint}")
+        REWARDS.check_name(name, "rewards.weights")
 
 
 def preload(weights: Mapping[str, float], ctx: RewardContext) -> None:
@@ -35,8 +31,9 @@ def preload(weights: Mapping[str, float], ctx: RewardContext) -> None:
     """
     check_rewards(weights)
     for name in weights:
-        if name in REQUIREMENTS:
-            REQUIREMENTS[name](ctx)
+        load = REWARDS.facts(name).load
+        if load is not None:
+            load(ctx)
 
 
 def score_trees(
@@ -44,7 +41,7 @@ def score_trees(
 ) -> ScoredTrees:
     """Score every candidate; a reward of weight 0 is computed for the log only.
 
-    A bare catalog is enough for rewards without entries in `REQUIREMENTS`.
+    A bare catalog is enough for rewards that load nothing.
 
     Raises:
         ConfigError: a weight is of an unknown reward.

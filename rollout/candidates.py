@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import numpy as np
-from jaxtyping import Float32, Int64
+from jaxtyping import Bool, Float32, Int64
 
 from orchard import arrays
 from orchard.arrays import Merge, Starts
@@ -33,6 +33,9 @@ class Candidates:
     value: Float32[np.ndarray, "C D"] | None = None
     """Value of the prefix that ends with each code, NaN where it was not computed; None if the
     search does not use values."""
+    proved: Bool[np.ndarray, " B"] | None = None
+    """Whether the first candidates of each prompt are proved to be the best of the whole catalog;
+    None if the search does not prove it."""
 
     @property
     def count(self) -> Int64[np.ndarray, " B"]:

@@ -36,6 +36,12 @@ class UnauthorizedError(ApiError):
     status, title, kind = 401, "A bearer token is needed", "unauthorised"
 
 
+class UnsupportedMediaError(ApiError):
+    """Error for a body that is not declared as JSON."""
+
+    status, title, kind = 415, "The body must be JSON", "unsupported-media"
+
+
 class OverloadedError(ApiError):
     """Error for a full queue."""
 

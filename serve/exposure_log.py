@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from orchard.folders import atomic_file
 from serve.schema import RecommendResponse
 
 SCHEMA = pa.schema(
@@ -90,12 +91,10 @@ class ExposureLog:
             if not rows:
                 return
             name = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:12]}"
-            partial = self._folder / f".{name}.partial"
             try:
-                pq.write_table(pa.Table.from_pylist(rows, SCHEMA), partial, compression="zstd")
-                partial.rename(self._folder / f"{name}.parquet")
+                with atomic_file(self._folder / f"{name}.parquet") as partial:
+                    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), partial, compression="zstd")
             except OSError:
-                partial.unlink(missing_ok=True)
                 with self._lock:  # retried by the next flush, up to the memory limit
                     self._rows = (rows + self._rows)[-_KEPT_FILES * self._size :]
                 raise

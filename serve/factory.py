@@ -1,32 +1,36 @@
 """Service factory: build a service from a policy folder and the settings."""
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers.utils import logging as transformers_logging
 
-from orchard.errors import ConfigError, EngineError
+from orchard.catalog import catalog as catalogs
+from orchard.errors import CheckpointError, ConfigError, EngineError
 from orchard.parquet import read_table
 from orchard.policy import model as models
 from orchard.policy.item_tokenizer import ItemTokenizer
-from orchard.policy.store import PolicyFacts, open_tokenizer
+from orchard.policy.store import CATALOG, PolicyFacts, open_tokenizer
 from orchard.settings import RolloutConfig, ServeConfig
 from rollout.engine.protocol import InferenceEngine
-from rollout.engine.torch import TorchEngine
-from rollout.engine.vllm import VllmEngine
+from rollout.engine.registry import ENGINES, EngineContext
 from serve.catalog.attributes import NOTHING, check_filters, read_attributes
 from serve.catalog.store import CatalogStore
 from serve.exposure_log import ExposureLog
 from serve.metrics import ServeMetrics
 from serve.policies import slot
 from serve.policies.ab_test import MAIN
-from serve.policies.slot import LoadedPolicy, PolicySlot
+from serve.policies.slot import UNREADABLE, LoadedPolicy, PolicySlot
 from serve.service import Service
 from serve.shared_state import SharedState
 from serve.user_history import open_histories
 
 _log = logging.getLogger("orchard.serve")
+
+_FALLBACK = "torch"
+"""Engine that serves where the configured one cannot run."""
 
 
 def open_service(
@@ -45,24 +49,27 @@ def open_service(
     """
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(config.threads)
-    models.check_folder(folder)
-    tokenizer = open_tokenizer(folder)
+    state = config.state or folder.parent / "serve"
+    main = _open_main(folder, state)
+    tokenizer, facts = main.tokenizer, main.facts
     attributes = NOTHING
     if config.attributes is not None:
         attributes = read_attributes(config.attributes, config.filters)
     check_filters(attributes, config.filters)
     popularity = read_popularity(config.popularity) if config.popularity is not None else {}
-    shared_state = SharedState(config.state or folder.parent / "serve", tokenizer.catalog.digest)
+    shared_state = SharedState(state, tokenizer.catalog.digest)
+    shared_state.keep_catalog(tokenizer.catalog)
     catalog_store = CatalogStore(
         tokenizer, attributes=attributes, filters=config.filters, popularity=popularity,
         keep=config.versions,
     )  # fmt: skip
-    slots = {MAIN: _slot(MAIN, folder, config, tokenizer, shared_state)}
-    facts = PolicyFacts.read(folder)
+    shared_state.catch_up(catalog_store)
+    slots = {MAIN: _slot(MAIN, folder, config, tokenizer, shared_state, main.first, main.refused)}
     for name in sorted(config.variants):
         variant = config.variants[name]
         slots[name] = _slot(
             name, variant.policy, config, tokenizer, shared_state,
+            *_open_variant(variant.policy, tokenizer, shared_state.policies / name),
             share=variant.share, shadow=variant.shadow,
         )  # fmt: skip
         _check_prompts(name, variant.policy, tokenizer, facts)
@@ -72,6 +79,78 @@ def open_service(
         histories=open_histories(config),
         exposure=ExposureLog(config.exposure) if config.exposure is not None else None,
     )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class _MainPolicy:
+    """What the endpoint starts with."""
+
+    tokenizer: ItemTokenizer
+    facts: PolicyFacts
+    first: LoadedPolicy
+    refused: str
+    """Reason why it is an archived policy, empty if it is the one in the folder."""
+
+
+def _open_main(folder: Path, state: Path) -> _MainPolicy:
+    """Read the main policy; if its folder is unreadable, the newest whole copy in `state`.
+
+    Raises:
+        DataError, CheckpointError: the folder cannot be read, and there is no whole copy.
+    """
+    try:
+        models.check_folder(folder)
+        tokenizer = open_tokenizer(folder)
+        first = slot.read_policy(folder, tokenizer)
+        return _MainPolicy(
+            tokenizer=tokenizer, facts=PolicyFacts.read(folder), first=first, refused=""
+        )
+    except UNREADABLE as error:
+        for copy in copies_of(state):
+            try:
+                catalog = catalogs.load(copy.parents[2] / CATALOG)
+                tokenizer = open_tokenizer(copy, catalog)
+                first = slot.read_copy(copy, tokenizer)
+                facts = PolicyFacts.read(copy)
+            except UNREADABLE:
+                continue
+            _log.error("serving policy %s of %s instead: %s", first.version, copy, error)
+            return _MainPolicy(
+                tokenizer=tokenizer, facts=facts, first=first, refused=slot.sentence(error)
+            )
+        raise
+
+
+def _open_variant(
+    folder: Path, tokenizer: ItemTokenizer, archive: Path
+) -> tuple[LoadedPolicy, str]:
+    """Read the policy of a variant, or its newest whole copy and why the folder is refused."""
+    try:
+        return slot.read_policy(folder, tokenizer), ""
+    except UNREADABLE as error:
+        try:
+            PolicyFacts.read(folder).check_catalog(tokenizer.catalog, folder)
+        except CheckpointError as other:
+            if not archive.is_dir():
+                raise other from error
+        for copy in reversed(slot.archived_policies(archive)):
+            try:
+                first = slot.read_copy(copy, tokenizer)
+            except UNREADABLE:
+                continue
+            _log.error("serving policy %s of %s instead: %s", first.version, copy, error)
+            return first, slot.sentence(error)
+        raise
+
+
+def copies_of(state: Path) -> list[Path]:
+    """Return the archived main policies below a state folder, the newest copy first."""
+    copies = [
+        copy
+        for archive in state.glob(f"*/policies/{MAIN}")
+        for copy in slot.archived_policies(archive)
+    ]
+    return sorted(copies, key=lambda copy: copy.stat().st_mtime_ns, reverse=True)
 
 
 def _check_prompts(
@@ -101,34 +180,46 @@ def _slot(
     config: ServeConfig,
     tokenizer: ItemTokenizer,
     shared_state: SharedState,
+    first: LoadedPolicy,
+    refused: str,
     *,
     share: float = 0.0,
     shadow: bool = False,
 ) -> PolicySlot:
-    """Build the slot of a variant with the policy that is in its folder now."""
-    first = slot.read_policy(folder, tokenizer)
+    """Build the slot of a variant around its first policy."""
 
     def make(loaded: LoadedPolicy) -> InferenceEngine:
-        return engine_of(folder, loaded, tokenizer, config)
+        return engine_of(loaded, tokenizer, config)
 
     return PolicySlot(
         name, folder, first, tokenizer, make,
         keep=shared_state.policies, versions=config.versions, tolerance=config.probe_tolerance,
-        share=share, shadow=shadow,
+        share=share, shadow=shadow, spared=shared_state.pinned(name), refused=refused,
     )  # fmt: skip
 
 
 def engine_of(
-    folder: Path, loaded: LoadedPolicy, tokenizer: ItemTokenizer, config: ServeConfig
+    loaded: LoadedPolicy, tokenizer: ItemTokenizer, config: ServeConfig
 ) -> InferenceEngine:
-    """Create the configured engine; fall back to torch, with a warning, if vLLM is unavailable."""
-    if config.engine == "vllm":
-        rollout = RolloutConfig(engine="vllm", threads=config.threads)
+    """Create the configured engine; fall back to torch, with a warning, if it is unavailable."""
+    ENGINES.check_name(config.engine, "serve.engine")
+    ctx = EngineContext(
+        folder=loaded.source,
+        model=loaded.model,
+        tokenizer=tokenizer,
+        version=loaded.version,
+        config=RolloutConfig(engine=config.engine, threads=config.threads),
+        seed=0,
+    )
+    if config.engine != _FALLBACK:
         try:
-            return VllmEngine(folder, loaded.model, tokenizer, loaded.version, rollout, seed=0)
+            engine = ENGINES[config.engine](ctx)
+            # The engine has read the files itself, which may have changed since they were verified.
+            engine.load_weights(loaded.version, loaded.weights)
+            return engine
         except EngineError as error:
-            _log.warning("serving with the torch engine: %s", error)
-    return TorchEngine(loaded.model, tokenizer, loaded.version)
+            _log.warning("serving with the %s engine: %s", _FALLBACK, error)
+    return ENGINES[_FALLBACK](ctx)
 
 
 def read_popularity(path: Path) -> dict[int, float]:

@@ -38,7 +38,6 @@ class LocalPolicy:
     def __init__(self, policy: Policy, *, device: str = "cpu", dtype: str = "float32") -> None:
         """Take over an open policy; `device` and `dtype` are torch's names."""
         nn.Module.to(policy.model, device=device, dtype=getattr(torch, dtype))
-        # The policy itself is not kept: it holds a second copy of the weights.
         self._version, self._tokenizer = policy.version, policy.tokenizer
         self._max_history = policy.facts.max_history or 10
         self._engine = TorchEngine(policy.model, policy.tokenizer, policy.version)

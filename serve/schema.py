@@ -8,6 +8,7 @@ from pydantic import (
     Field,
     StrictBool,
     StrictInt,
+    StrictStr,
     computed_field,
     model_validator,
 )
@@ -18,6 +19,14 @@ ItemId = Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)]
 Ids = Annotated[list[ItemId], Field(max_length=10_000, fail_fast=True)]
 Name = Annotated[str, Field(min_length=1, max_length=100)]
 Count = Annotated[StrictInt, Field(ge=1, le=100_000)]
+AttributeValue = (
+    StrictBool
+    | Annotated[StrictInt, Field(ge=-(2**63), lt=2**64)]
+    | Annotated[float, Field(strict=True, allow_inf_nan=False)]
+    | Annotated[StrictStr, Field(max_length=10_000)]
+    | None
+)
+"""Attribute of an item; of the type of its column (see `serve.catalog.attributes`)."""
 
 
 class ResponseModel(BaseModel):
@@ -97,8 +106,7 @@ class RecommendRequest(RequestModel):
     deadline_ms: Annotated[float, Field(gt=0.0, le=60_000.0, allow_inf_nan=False)] | None = None
     """Deadline in milliseconds; to meet it the beam is narrowed or popular items are shown."""
     explain: Literal["none", "levels", "tree"] = "none"
-    """Detail to add: `levels` the log-probability and value of every code, `tree` also the search
-    tree."""
+    """Detail to add: `levels` the log-probability and value of every code, `tree` the tree too."""
 
     @model_validator(mode="after")
     def _require_history_or_user(self) -> "RecommendRequest":
@@ -224,9 +232,7 @@ class NewItem(RequestModel):
     item_id: ItemId
     sid: Annotated[list[Annotated[StrictInt, Field(ge=0, lt=2**31)]], Field(max_length=64)]
     title: Annotated[str, Field(max_length=2000)] = ""
-    attributes: dict[Name, bool | int | float | str | None] = Field(
-        default_factory=dict[str, bool | int | float | str | None]
-    )
+    attributes: dict[Name, AttributeValue] = Field(default_factory=dict[str, AttributeValue])
 
 
 class ChangedItem(RequestModel):
@@ -237,9 +243,7 @@ class ChangedItem(RequestModel):
         None
     ) = None
     title: Annotated[str, Field(max_length=2000)] | None = None
-    attributes: dict[Name, bool | int | float | str | None] = Field(
-        default_factory=dict[str, bool | int | float | str | None]
-    )
+    attributes: dict[Name, AttributeValue] = Field(default_factory=dict[str, AttributeValue])
 
 
 class DeltaRequest(RequestModel):
@@ -284,6 +288,8 @@ class CatalogInfo(ResponseModel):
     kept: list[int]
     """Versions available for rollback."""
     dry_run: bool = False
+    deltas_refused: str = ""
+    """Reason for not applying newer deltas of the shared state, empty if they are applied."""
 
 
 class ItemInfo(_NamesCatalog):

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, TypeVar
 
+import numpy as np
 from cachetools import TTLCache
 
 from orchard.errors import EngineError
@@ -23,11 +24,11 @@ from serve.decoding.request import ResolvedRequest, cache_key, query_of, resolve
 from serve.decoding.response import build_response
 from serve.decoding.scheduler import DecodeResult, DecodeScheduler
 from serve.decoding.trace import draw_tree
-from serve.errors import ConflictError, UnavailableError, UnknownNameError
+from serve.errors import UnavailableError, UnknownNameError
 from serve.exposure_log import ExposureLog
 from serve.metrics import ServeMetrics
 from serve.policies.ab_test import MAIN, assign_variant
-from serve.policies.slot import LATEST, LoadedPolicy, PolicySlot
+from serve.policies.slot import PolicySlot
 from serve.schema import (
     ActivateRequest,
     Cost,
@@ -36,9 +37,12 @@ from serve.schema import (
     RecommendResponse,
 )
 from serve.shared_state import SharedState
+from serve.synchronizer import Synchronizer
 from serve.user_history import Histories
 
 _log = logging.getLogger("orchard.serve")
+_FAILURES = 3
+"""Failed searches in a row after which an endpoint is not ready."""
 T = TypeVar("T")
 
 
@@ -60,27 +64,39 @@ class Service:
         """Create a service that `start` makes ready; `slots` contains `main` and other variants."""
         self.config, self.slots = config, slots
         self.catalog_store, self.metrics = catalog_store, metrics
-        self._shared_state, self._exposure = shared_state, exposure
+        self._exposure = exposure
         self._histories, self._max_history = histories, max_history
         self._shares = {n: s.share for n, s in slots.items() if n != MAIN and not s.shadow}
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._scheduler = DecodeScheduler(
             config, slots, catalog_store, metrics, max_history=max_history
         )
-        self._cache: TTLCache[object, RecommendResponse] | None = None
+        self._cache: TTLCache[object, tuple[RecommendResponse, CatalogVersion]] | None = None
         if config.cache_s:
             self._cache = TTLCache(config.cache_size, config.cache_s)
         self._tasks = set[asyncio.Future[None]]()
         self._following: asyncio.Task[None] | None = None
-        self._changing = asyncio.Lock()
+        self._synchronizer = Synchronizer(
+            slots, catalog_store, shared_state, self._scheduler, self._in_loader
+        )
+        self._failures = dict.fromkeys(slots, 0)
         self.ready = False
+
+    @property
+    def catalog_refused(self) -> str:
+        """Reason for not applying newer deltas, without paths; empty if they are applied."""
+        return self._synchronizer.catalog_refused
+
+    @property
+    def failing(self) -> bool:
+        """Whether the last searches of the main policy all failed."""
+        return self._failures[MAIN] >= _FAILURES
 
     async def start(self) -> None:
         """Catch up with the other replicas, warm up the engines and start following training."""
-        await self._in_loader(self._shared_state.catch_up, self.catalog_store)
+        await self._synchronizer.start()
         warmup = RecommendRequest(history=[], k=1)
-        for name, slot in self.slots.items():
-            await self._follow_pin(slot)
+        for name in self.slots:
             await self._scheduler.warm(self._resolve(warmup, [], name))
         self._following = asyncio.create_task(self._follow())
         self.ready = True
@@ -116,13 +132,14 @@ class Service:
         cached = cache.get(key) if cache is not None and key is not None else None
         if cached is not None:
             self.metrics.count("orchard_serve_cache_hits", variant=variant)
-            answer = cached.model_copy(update={"source": "cache"})
+            answer = cached[0].model_copy(update={"source": "cache"})
+            catalog_version = cached[1]
         else:
-            answer = await self._answer(resolved, start_time)
+            answer, catalog_version = await self._answer(resolved, start_time)
             is_complete = not answer.fallback and resolved.width == answer.width
             if cache is not None and key is not None and is_complete:
-                cache[key] = answer
-        self._log_exposure(resolved, answer, request_id, shadow=False)
+                cache[key] = answer, catalog_version
+        self._log_exposure(resolved, answer, catalog_version, request_id, shadow=False)
         for name, slot in self.slots.items():
             if slot.shadow and self._scheduler.waiting_rows < self.config.queue // 2:
                 self._spawn(self._shadow(resolved, name, request_id))
@@ -145,61 +162,28 @@ class Service:
         if variant not in self.slots:
             raise UnknownNameError(f"there is no such variant; known: {', '.join(self.slots)}")
         history = await self._history_of(request)
-        return await self._answer(self._resolve(request, history, variant), time.monotonic())
+        resolved = self._resolve(request, history, variant)
+        answer, _ = await self._answer(resolved, time.monotonic())
+        return answer
 
     async def change(self, delta: DeltaRequest) -> CatalogVersion:
-        """Apply a delta and, unless it is a dry run, publish it to all replicas.
-
-        Raises:
-            ApiError: the delta is invalid, or was made for another version.
-        """
-        async with self._changing:
-            await self._in_loader(self._shared_state.catch_up, self.catalog_store)
-            catalog_version = await self._in_loader(self.catalog_store.apply, delta)
-            if not delta.dry_run:
-                await self._in_loader(self._shared_state.append, catalog_version.version, delta)
-                self.catalog_store.activate(catalog_version)
-            return catalog_version
+        """Apply a delta to the catalog; see `Synchronizer.change`."""
+        return await self._synchronizer.change(delta)
 
     async def activate(self, request: ActivateRequest) -> None:
-        """Pin an archived version of a variant's policy, or follow training again.
+        """Pin a policy version; see `Synchronizer.activate`."""
+        await self._synchronizer.activate(request)
 
-        Raises:
-            ApiError: the variant or version does not exist, or the probe fails.
-        """
-        async with self._changing:
-            if request.variant not in self.slots:
-                raise UnknownNameError(
-                    f"there is no variant {request.variant!r}; known: {', '.join(self.slots)}"
-                )
-            slot = self.slots[request.variant]
-            if request.version == LATEST:
-                slot.unpin()
-            else:
-                await self._pin(slot, request.version)
-            pinned = None if request.version == LATEST else request.version
-            await self._in_loader(self._shared_state.pin, slot.name, pinned)
-
-    async def look(self) -> None:
+    async def poll(self) -> None:
         """Poll the other replicas and training once; runs every `poll_interval_s` after `start`."""
-        async with self._changing:
-            await self._in_loader(self._shared_state.catch_up, self.catalog_store)
-            for slot in self.slots.values():
-                await self._follow_pin(slot)
-                loaded = await self._in_loader(slot.read_new_policy)
-                if loaded is None:
-                    continue
-                if await self._switch(slot, loaded):
-                    await self._in_loader(slot.archive, loaded)
-                else:
-                    _log.warning("variant %s keeps %s: %s", slot.name, slot.version, slot.refused)
+        await self._synchronizer.poll()
 
     async def _follow(self) -> None:
         """Poll forever, flush the exposure log and set the gauges."""
         while True:
             await asyncio.sleep(self.config.poll_interval_s)
             try:
-                await self.look()
+                await self.poll()
                 if self._exposure is not None:
                     await self._in_loader(self._exposure.flush)
             except Exception:
@@ -208,36 +192,6 @@ class Service:
                 self.metrics.set("orchard_serve_policy_step", slot.version.step, variant=name)
             self.metrics.set("orchard_serve_catalogue_version", self.catalog_store.current.version)
             self.metrics.set("orchard_serve_queue_rows", self._scheduler.waiting_rows)
-
-    async def _follow_pin(self, slot: PolicySlot) -> None:
-        """Pin or unpin the slot as the shared state says."""
-        pinned = await self._in_loader(self._shared_state.pinned, slot.name)
-        if pinned is None and slot.pinned is not None:
-            slot.unpin()
-        elif pinned is not None and pinned != slot.pinned:
-            try:
-                await self._pin(slot, pinned)
-            except (UnknownNameError, ConflictError) as error:
-                slot.refused = str(error)
-
-    async def _pin(self, slot: PolicySlot, version: str) -> None:
-        """Switch to an archived version and pin it; raise ConflictError if its probe fails."""
-        loaded = await self._in_loader(slot.load_archived, version)
-        if str(slot.version) != version and not await self._switch(slot, loaded):
-            raise ConflictError(slot.refused)
-        slot.pinned = version
-
-    async def _switch(self, slot: PolicySlot, loaded: LoadedPolicy) -> bool:
-        """Verify a policy and switch to it; return whether that succeeded.
-
-        Once started, callers hold the lock that catalog changes also take, so that both calls below
-        use the same catalog.
-        """
-        catalog = self.catalog_store.current.catalog
-        expected = await self._in_loader(slot.reference_scores, loaded, catalog)
-        if expected is None:
-            return False
-        return await self._scheduler.run_exclusive(slot.switch, loaded, catalog, expected)
 
     async def _history_of(self, request: RecommendRequest) -> list[int]:
         """Return the history of the request, or that of its user from the store."""
@@ -251,8 +205,13 @@ class Service:
         """Resolve a request for a variant; see `serve.decoding.request.resolve`."""
         return resolve(request, history, variant, self.config, guided=self.slots[variant].guided)
 
-    async def _answer(self, resolved: ResolvedRequest, start_time: float) -> RecommendResponse:
-        """Search through the queue; return popular items if the policy cannot answer in time."""
+    async def _answer(
+        self, resolved: ResolvedRequest, start_time: float
+    ) -> tuple[RecommendResponse, CatalogVersion]:
+        """Search through the queue; return popular items if the policy cannot answer in time.
+
+        Also returns the catalog version that answered.
+        """
         limit = resolved.request.deadline_ms or self.config.deadline_ms
         deadline = start_time + limit / 1000 if limit else float("inf")
         try:
@@ -261,12 +220,14 @@ class Service:
             return await self._fallback(resolved, "deadline", error)
         except EngineError as error:
             _log.error("variant %s cannot search: %s", resolved.variant, error)
+            self._failures[resolved.variant] += 1
             return await self._fallback(resolved, "engine", error)
-        return await self._respond(resolved, result)
+        self._failures[resolved.variant] = 0
+        return await self._respond(resolved, result), result.catalog_version
 
     async def _fallback(
         self, resolved: ResolvedRequest, why: Literal["deadline", "engine"], error: Exception
-    ) -> RecommendResponse:
+    ) -> tuple[RecommendResponse, CatalogVersion]:
         """Answer with popular items; raise UnavailableError if there are no counts."""
         catalog_version = self.catalog_store.current
         if not catalog_version.popularity:
@@ -281,11 +242,12 @@ class Service:
         ranked = await asyncio.to_thread(
             popular_items, catalog_version, query_of(resolved), filters
         )
-        return build_response(
+        answer = build_response(
             resolved, ranked, catalog_version,
             policy=str(self.slots[resolved.variant].version), source="popularity", fallback=why,
             width=0, cost=Cost(prefill_tokens=0, forward_tokens=0, passes=0, batch=0, seconds=0.0),
         )  # fmt: skip
+        return answer, catalog_version
 
     async def _respond(self, resolved: ResolvedRequest, result: DecodeResult) -> RecommendResponse:
         """Build the response from a search result, with its tree if requested."""
@@ -316,21 +278,29 @@ class Service:
             _log.info("shadow %s did not answer: %s", name, error)
             return
         answer = await self._respond(shadowed, result)
-        self._log_exposure(shadowed, answer, request_id, shadow=True)
+        self._log_exposure(shadowed, answer, result.catalog_version, request_id, shadow=True)
 
     def _log_exposure(
-        self, resolved: ResolvedRequest, answer: RecommendResponse, request_id: str, *, shadow: bool
+        self,
+        resolved: ResolvedRequest,
+        answer: RecommendResponse,
+        catalog_version: CatalogVersion,
+        request_id: str,
+        *,
+        shadow: bool,
     ) -> None:
         """Add an answer to the exposure log, if there is one, and flush a full buffer."""
         if self._exposure is None:
             return
         request = resolved.request
         has_exclusions = bool(request.exclude or request.exclude_seen or request.filters)
+        history = np.array(resolved.history, np.int64)
+        _, is_known = catalog_version.catalog.find(history)
         is_full = self._exposure.add(
             answer, request_id=request_id, user=request.user,
-            history=resolved.history[-self._max_history :], temperature=request.temperature,
-            restricted=has_exclusions or not self.catalog_store.current.snapshot.live.all(),
-            shadow=shadow,
+            history=history[is_known][-self._max_history :].tolist(),  # as the policy reads it
+            temperature=request.temperature,
+            restricted=has_exclusions or not catalog_version.is_whole, shadow=shadow,
         )  # fmt: skip
         if is_full:
             self._spawn(self._in_loader(self._exposure.flush))

@@ -1,64 +1,90 @@
 """State shared by the replicas of an endpoint: catalog deltas and pins, as files in one folder.
 
-Delta n turns version n - 1 into version n. Its file is created atomically and only once: of two
-replicas that write the same number, one gets a ConflictError. A replica that starts later applies
-all deltas and so reaches the same catalog.
+A replica that starts later applies all deltas of the ledger and so reaches the same catalog.
 """
 
 import json
-import os
+import logging
 import uuid
 from pathlib import Path
 
+from orchard.catalog import catalog as catalogs
+from orchard.catalog.catalog import Catalog
+from orchard.errors import ConfigError, DataError
+from orchard.folders import atomic_dir
+from orchard.policy.store import CATALOG
+from serve.catalog.ledger import Ledger
 from serve.catalog.store import CatalogStore, CatalogVersion
-from serve.errors import ConflictError
 from serve.schema import DeltaRequest
+
+_log = logging.getLogger("orchard.serve")
 
 
 class SharedState:
     """Shared folder of the replicas that serve one base catalog."""
 
     def __init__(self, folder: Path, catalog: str) -> None:
-        """Open or create the folder; `catalog` is the digest of the catalog at version 0."""
+        """Open or create the folder; `catalog` is the digest of the catalog at version 0.
+
+        Raises:
+            ConfigError: the folder cannot be created.
+        """
         self._folder = folder / catalog[:16]
-        self._deltas = self._folder / "deltas"
-        self._deltas.mkdir(parents=True, exist_ok=True)
+        deltas = self._folder / "deltas"
+        try:
+            deltas.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"the state folder {folder} cannot be written ({error.strerror}); set serve.state "
+                "to a folder that all replicas can write"
+            ) from error
+        self._ledger = Ledger(deltas, catalog)
 
     @property
     def policies(self) -> Path:
         """Folder of archived policies."""
         return self._folder / "policies"
 
-    def next_after(self, version: int) -> DeltaRequest | None:
-        """Return the delta from this version to the next, None if there is none yet."""
-        path = self._path(version + 1)
-        return DeltaRequest.model_validate_json(path.read_text()) if path.is_file() else None
+    def keep_catalog(self, catalog: Catalog) -> None:
+        """Keep the base catalog, so that an archived policy can be served without its folder."""
+        kept = self._folder / CATALOG
+        try:
+            if not kept.is_dir():
+                with atomic_dir(kept) as partial:
+                    catalogs.write(catalog, partial)
+        except OSError as error:  # another replica keeps it at this moment
+            _log.info("the catalog is not kept in %s: %s", kept, error)
 
-    def append(self, version: int, delta: DeltaRequest) -> None:
-        """Write the delta that creates `version`.
+    def append(self, catalog_version: CatalogVersion, delta: DeltaRequest) -> None:
+        """Write the delta that makes a catalog version.
 
         Raises:
             ConflictError: another replica has already created that version.
         """
-        temporary = self._deltas / f".{uuid.uuid4().hex}"
-        temporary.write_text(delta.model_dump_json())
-        try:
-            os.link(temporary, self._path(version))
-        except FileExistsError as error:
-            raise ConflictError(
-                f"another replica created catalog version {version} at the same time; read the "
-                "catalog again and send a new delta"
-            ) from error
-        finally:
-            temporary.unlink()
+        self._ledger.append(catalog_version.version, delta, catalog_version.digest)
 
     def catch_up(self, catalog_store: CatalogStore) -> CatalogVersion:
-        """Apply all new deltas to the store; return its current catalog version."""
-        while (delta := self.next_after(catalog_store.current.version)) is not None:
-            catalog_store.activate(
-                catalog_store.apply(delta.model_copy(update={"base_version": None}))
-            )
+        """Apply all new deltas to the store; return its current catalog version.
+
+        Raises:
+            LedgerError: a delta is missing, damaged, or does not make the version that it names.
+        """
+        while (entry := self._ledger.next_entry()) is not None:
+            try:
+                made = catalog_store.replay(entry.delta, self._ledger.operations)
+            except DataError as error:
+                why = f"does not fit the catalog ({error})"
+                raise self._ledger.error(entry.version, why) from error
+            if entry.makes and made.digest != entry.makes:
+                why = f"makes version {made.digest[:8]} where it names {entry.makes[:8]}"
+                raise self._ledger.error(entry.version, why)
+            catalog_store.activate(made)
+            self._ledger.advance(entry)
         return catalog_store.current
+
+    def verify(self) -> int:
+        """Check the ledger without applying it; return its newest version or raise LedgerError."""
+        return self._ledger.verify()
 
     def pin(self, variant: str, version: str | None) -> None:
         """Record the version of a variant that all replicas pin; None follows training."""
@@ -67,9 +93,18 @@ class SharedState:
         temporary.replace(self._folder / f"pin-{variant}.json")
 
     def pinned(self, variant: str) -> str | None:
-        """Return the pinned version of a variant, None if it follows training."""
-        path = self._folder / f"pin-{variant}.json"
-        return json.loads(path.read_text())["version"] if path.is_file() else None
+        """Return the pinned version of a variant, None if it follows training.
 
-    def _path(self, version: int) -> Path:
-        return self._deltas / f"{version:09d}.json"
+        Raises:
+            DataError: the file of the pin is damaged.
+        """
+        path = self._folder / f"pin-{variant}.json"
+        try:
+            version = json.loads(path.read_text())["version"]
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"pin {path} is damaged; remove it to follow training, or pin a version again"
+            ) from error
+        return None if version is None else str(version)

@@ -5,6 +5,7 @@ Every store returns item ids, oldest first, and raises UnknownNameError for an u
 
 import importlib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -18,6 +19,8 @@ from orchard.parquet import read_table
 from orchard.settings import ServeConfig
 from serve.errors import UnavailableError, UnknownNameError
 
+_INTEGER = re.compile(rb"-?[0-9]{1,20}")
+"""Item id as Redis holds it; Python's own `int` would also read 1_0 and blanks."""
 MOST_ITEMS = 10_000
 """Maximum number of items of a history, the same as in a request."""
 
@@ -114,12 +117,11 @@ class RedisHistories:
             ) from error
         if not reply:  # Redis stores no empty lists
             raise _unknown_user()
-        try:
-            items = [int(entry) for entry in reply]
-        except ValueError as error:
+        if not all(_INTEGER.fullmatch(entry) for entry in reply):
             raise UnavailableError(
                 "the history store holds something else than item ids for this user; give a history"
-            ) from error
+            )
+        items = [int(entry) for entry in reply]
         if not all(-(2**63) <= item < 2**63 for item in items):
             raise UnavailableError(
                 "the history store holds item ids beyond 64 bits for this user; give a history"

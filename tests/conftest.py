@@ -18,7 +18,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).parents[1]
-pytest_plugins = ["tests.fixtures.runs", "tests.fixtures.trees"]
+pytest_plugins = ["tests.fixtures.registries", "tests.fixtures.runs", "tests.fixtures.trees"]
 
 # How long an example takes says more about what else the machine does than about the code.
 settings.register_profile("orchard", deadline=None, suppress_health_check=[HealthCheck.too_slow])

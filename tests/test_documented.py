@@ -1,23 +1,27 @@
 """The examples of docs/extending.md work as printed."""
 
 import re
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from learner.advantage import estimators
 from orchard.settings import RolloutConfig
-from orchard.testing import tiny_setup
+from orchard.testing import tiny_catalog, tiny_setup
+from orchard.types import SearchTrees
+from rewards.registry import REWARDS
 from rewards.score import score_trees
 from rollout.engine.torch import TorchEngine
 from rollout.search import registry
 from rollout.search.beam import beam
 from rollout.search_trees import build_search_trees
+from tests.fixtures.registries import Borrow
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
-SEARCH, ESTIMATOR = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+SEARCH, ESTIMATOR, REWARD = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 
 def as_written(code: str) -> None:
@@ -26,8 +30,8 @@ def as_written(code: str) -> None:
     exec(code, dict[str, Any]())  # what the page tells a reader to write
 
 
-def test_the_search_keeps_every_second_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rollout.search.registry.SEARCHES", dict(registry.SEARCHES))
+def test_the_search_keeps_every_second_candidate(borrow: Borrow) -> None:
+    borrow(registry.SEARCHES)
     as_written(SEARCH)
     world = tiny_setup()
     engine = TorchEngine(world.model, world.tokenizer, world.version)
@@ -41,8 +45,8 @@ def test_the_search_keeps_every_second_candidate(monkeypatch: pytest.MonkeyPatch
     assert np.diff(found.candidate_start).max() == 3
 
 
-def test_the_estimator_compares_with_the_median(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("learner.advantage.estimators.ESTIMATORS", dict(estimators.ESTIMATORS))
+def test_the_estimator_compares_with_the_median(borrow: Borrow) -> None:
+    borrow(estimators.ESTIMATORS)
     as_written(ESTIMATOR)
     world = tiny_setup()
     engine = TorchEngine(world.model, world.tokenizer, world.version)
@@ -59,3 +63,15 @@ def test_the_estimator_compares_with_the_median(monkeypatch: pytest.MonkeyPatch)
         np.testing.assert_array_equal(credit.advantage[own], expected[:, None] * inside[own])
     assert np.isclose(credit.weight.sum(), 1)
     assert credit.advantage.any()
+
+
+def test_the_reward_pays_for_what_is_not_in_the_history(
+    trees_with: Callable[..., SearchTrees], borrow: Borrow
+) -> None:
+    borrow(REWARDS)
+    as_written(REWARD)
+    catalog = tiny_catalog()
+    leaf = catalog.leaf_of_item
+    trees = trees_with(catalog, [leaf[[1, 2]], leaf[[1, 2]]], targets=[0, 0])
+    trees = replace(trees, prompts=replace(trees.prompts, history=np.array([1, 4, 2, 5])))
+    assert score_trees(trees, catalog, {"fresh": 1.0}).reward.tolist() == [0, 1, 1, 0]

@@ -102,7 +102,7 @@ def evaluate(
     """Evaluate a saved policy: HR@K, NDCG@K, coverage, diversity and cost on held-out rows."""
     settings = config.load(run, overrides or [])
     if split not in ("valid", "test"):
-        raise ConfigError(f"--split = {split!r}; choose valid or test")
+        raise ConfigError(f"--split = {split!r}; choose valid or test", code="config.unknown_name")
     if logged is not None:
         if rewards is None:
             raise ConfigError("--logged needs --rewards, a Parquet file of what was earned")
@@ -125,15 +125,19 @@ def evaluate(
 
 @app.command()
 def fit(
-    kind: Annotated[str, typer.Argument(help="Model to fit: collaborative, listwise or critic.")],
+    kind: Annotated[str, typer.Argument(help="collaborative, listwise, critic or guide.")],
     run: RunFile,
     overrides: Overrides = None,
+    policy: Annotated[
+        Path | None,
+        typer.Option(help="Policy folder of the guide; the run's latest policy by default."),
+    ] = None,
 ) -> None:
-    """Fit a reward model or a prefix critic on the training rows of a run."""
+    """Fit a reward model, a prefix critic or a guide of experts on the rows of a run."""
     settings = config.load(run, overrides or [])
     from cluster.cli.fit import fit as fit_model
 
-    fit_model(kind, settings)
+    fit_model(kind, settings, policy)
 
 
 @app.command()
@@ -203,11 +207,15 @@ def report(
     """Write one self-contained HTML report of a run, or a comparison of several."""
     for folder in runs:
         if not folder.is_dir():
-            raise DataError(f"run folder {folder} does not exist; give the folder below runs/")
+            raise DataError(
+                f"run folder {folder} does not exist; give the folder below runs/",
+                code="data.no_run",
+            )
         if not any((folder / name).is_file() for name in ("config.toml", "metrics.jsonl")):
             raise DataError(
                 f"{folder} is no run folder: it holds neither config.toml nor metrics.jsonl; give "
-                "the folder below runs/"
+                "the folder below runs/",
+                code="data.no_run",
             )
     if len(runs) == 1 and output is None:
         from cluster.report.report import write_report
@@ -248,7 +256,8 @@ def bench(
     if name not in benchmarks:
         raise ConfigError(
             f"there is no bench {name!r}; choose from {', '.join(benchmarks) or 'none'} "
-            "(benches run from the repository's root)"
+            "(benches run from the repository's root)",
+            code="config.unknown_name",
         )
     sys.path.insert(0, str(Path.cwd()))  # an installed package does not contain the benchmarks
     result = importlib.import_module(f"benchmarks.{name}").run(quick=quick)

@@ -15,7 +15,13 @@ from cluster.planning import plan as plans
 from cluster.planning import simulate as simulation
 from cluster.report.report import write_report
 from cluster.training.controller import Controller, start_controller
-from cluster.training.evaluate import evaluate, evaluate_split, evaluation_file, write_metrics
+from cluster.training.evaluate import (
+    UNSEEN,
+    evaluate,
+    evaluate_split,
+    evaluation_file,
+    write_metrics,
+)
 from cluster.training.loop import PhaseTimer, train
 from cluster.training.run import Run, check_engines, prepare
 from cluster.training.sft import sft
@@ -97,15 +103,17 @@ def evaluate_policy(
     run = prepare(settings, "evaluate", policy=policy or (trained if trained.is_dir() else None))
     earlier = ranking.read(evaluation_file(run, against)) if against else None
 
-    async def work() -> Evaluation:
+    async def work() -> dict[str, Evaluation]:
         async with start_controller(run) as controller:
             return await evaluate(controller, run.policy, split=split, beams=beams, name=name)
 
-    result = asyncio.run(work())
+    results = asyncio.run(work())
     if json_file is not None:
-        write_metrics(result, json_file)
-    shown = {against: earlier, name: result} if against and earlier else {name: result}
-    closing_table(shown, seconds={"evaluation": result.seconds})
+        write_metrics(results, name, json_file)
+    shown = {against: earlier, **results} if against and earlier else results
+    closing_table(shown, seconds={"evaluation": results[name].seconds})
+    if f"{name}{UNSEEN}" in results:
+        typer.echo("the history was left out of the lists of *_unseen and of *_guided")
 
 
 def quickstart(output: Path, overrides: list[str]) -> None:

@@ -35,21 +35,46 @@ def import_(
     source: Annotated[
         Path,
         typer.Argument(
-            help="Interaction log (CSV, TSV, Parquet), Amazon reviews (JSON lines), RecBole files, "
-            "or a MiniOneRec folder."
+            help="Interaction log: text table (CSV, TSV, .txt, .dat), JSON lines, Parquet, or a "
+            "folder of parts, text also packed (.gz, .bz2, .zst, .xz); RecBole files; a folder of "
+            "MiniOneRec, LC-Rec or LETTER."
         ),
     ],
     out: Annotated[Path, typer.Argument(help="Folder to write; must be new or empty.")],
     items: Annotated[
-        Path | None, typer.Option(help="Item list with titles, or Amazon metadata.")
+        Path | None,
+        typer.Option(
+            help="Item list with titles, in any of these formats; its identifiers are matched with "
+            "those of the log."
+        ),
     ] = None,
     column: Annotated[
         list[str] | None,
-        typer.Option(help="role=NAME with role user, item, timestamp or title; may be repeated."),
+        typer.Option(
+            help="role=NAME with role user, item, timestamp, title or label (of the log), "
+            "items.item or items.title (of the item list); may be repeated. Columns of a file "
+            "without a header are numbered from 1."
+        ),
+    ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            help="Events with label 0, which were shown but not chosen: positive drops them, all "
+            "keeps them."
+        ),
+    ] = None,
+    encoding: Annotated[
+        str | None,
+        typer.Option(help="Encoding of text files, such as cp1251 or gbk; detected by default."),
     ] = None,
     split: Annotated[
-        str, typer.Option(help="Split rule: chronological or leave_one_out.")
-    ] = "chronological",
+        str | None,
+        typer.Option(
+            help="Split rule: chronological or leave_one_out. "
+            "[default: leave_one_out for LC-Rec and LETTER, else chronological]",
+            show_default=False,
+        ),
+    ] = None,
     core: Annotated[
         int | None,
         typer.Option(min=1, help="Minimum events per user and item (k-core); 5 for Amazon."),
@@ -67,8 +92,10 @@ def import_(
     from orchard.data.importers.read import ImportOptions
     from orchard.errors import ConfigError
 
-    if split not in ("chronological", "leave_one_out"):
+    if split not in (None, "chronological", "leave_one_out"):
         raise ConfigError(f"--split = {split!r}; choose chronological or leave_one_out")
+    if labels not in (None, "positive", "all"):
+        raise ConfigError(f"--labels = {labels!r}; choose positive or all")
 
     datasets.import_dataset(
         source,
@@ -78,8 +105,10 @@ def import_(
             columns=datasets.column_roles(column or []),
             core=core,
             title_words=title_words,
-            split="leave_one_out" if split == "leave_one_out" else "chronological",
+            split=split,
             max_history=max_history,
+            labels=labels,
+            encoding=encoding,
         ),
         overwrite=overwrite,
     )
@@ -102,11 +131,21 @@ def sids(
         Path | None, typer.Option(help="Folder of a sentence-transformers model for the titles.")
     ] = None,
     embeddings: Annotated[
-        Path | None, typer.Option(help="Embeddings: .npy, or Parquet of item_id and embedding.")
+        Path | None,
+        typer.Option(
+            help="Embeddings: Parquet, .npz or .pt of item_id and embedding, or rows in the order "
+            "of the items in .npy, .npz or .pt."
+        ),
     ] = None,
     dimensions: Annotated[
         int, typer.Option(min=2, help="Dimensions of computed embeddings.")
     ] = 128,
+    max_without_signal: Annotated[
+        float,
+        typer.Option(
+            min=0, max=1, help="Largest share of items whose embedding says nothing about them."
+        ),
+    ] = 0.2,
     seed: Annotated[int, typer.Option(min=0, help="Random seed.")] = 0,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace existing semantic IDs.")
@@ -132,6 +171,7 @@ def sids(
             model=model,
             embeddings=embeddings,
             dimensions=dimensions,
+            max_without_signal=max_without_signal,
             seed=seed,
         ),
         overwrite=overwrite,

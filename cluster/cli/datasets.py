@@ -39,7 +39,10 @@ def import_dataset(
             )
 
         examples = read(source, items, options, tick)
-    print_facts(write(out, examples, source=source.name, overwrite=overwrite))
+    facts = write(out, examples, source=source.resolve().name, overwrite=overwrite)
+    for note in examples.notes:
+        typer.echo(note)
+    print_facts(facts)
     typer.echo(f"data set: {out}")
     if examples.items.sid is None:
         typer.echo(f"it has no semantic IDs yet: orchard data sids {out}")
@@ -55,7 +58,11 @@ def assign_semantic_ids(folder: Path, recipe: "SemanticIdConfig", *, overwrite: 
 
     report = build.build(folder, recipe, overwrite=overwrite)
     before, after = report["before"], report["after"]
-    typer.echo(f"embeddings: {report['embedding']}, {report['recipe']['dimensions']} dimensions")
+    typer.echo(
+        f"embeddings: {report['embedding']}, {report['recipe']['dimensions']} dimensions; "
+        f"{report['items_without_signal']} items without signal, "
+        f"{report['items_sharing_an_embedding']} share an embedding"
+    )
     for name, quality in (("as quantised", before), ("with collisions settled", after)):
         typer.echo(
             f"{name}: {quality['distinct']} distinct of {quality['items']} items, "

@@ -9,17 +9,17 @@ run's configuration and evaluations, and `README.md` (description, metrics and l
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from cluster.training.run import Run
+from cluster.training.run_dir import base_of
 from orchard import config, folders
 from orchard.data.importers.card import CARD
 from orchard.errors import CheckpointError, ConfigError, DataError
 from orchard.evaluation import ranking
 from orchard.evaluation.ranking import Evaluation
-from orchard.policy import adapters, model, value_head
-from orchard.policy.store import FILE, Policy
+from orchard.policy import lora, model, value_head
+from orchard.policy.store import FILE, Policy, read_adapter
 from orchard.settings import Config
 
 _SHOWN = ("hr@1", "hr@3", "hr@10", "hr@50", "ndcg@3", "ndcg@10")
@@ -33,7 +33,7 @@ def export_policy(run: Run, out: Path, *, overwrite: bool = False, adapter: bool
     Raises:
         DataError: `out` holds something else, or the policy or its base has no weights.
         CheckpointError: the weights do not fit the tokenizer, do not belong to a trained policy,
-            or differ from the base by more than adapters.
+            or hold no adapters where those are to be exported.
         ConfigError: `adapter` is set and the run has no adapters.
     """
     if adapter and run.config.model.lora.rank == 0:
@@ -47,9 +47,8 @@ def export_policy(run: Run, out: Path, *, overwrite: bool = False, adapter: bool
             f"{run.policy} is no policy of a run; warm-start or train one first, or name its "
             "folder with --policy"
         )
-    policy = Policy.open(run.policy, run.tokenizer, verify=False)
-    # The version as it was saved: a lie about the weights must not be made true by an export.
-    policy = replace(policy, version=policy.facts.version)
+    policy = Policy.open(run.policy, run.tokenizer)
+    parameters = policy.model.num_parameters()
 
     def describe(partial: Path) -> None:
         if not adapter:
@@ -60,9 +59,7 @@ def export_policy(run: Run, out: Path, *, overwrite: bool = False, adapter: bool
         evaluations = evaluations_of(run)
         for name, evaluation in evaluations.items():
             ranking.write(evaluation, partial / "evaluation" / f"{name}.json")
-        card = model_card(
-            run, evaluations, parameters=policy.model.num_parameters(), adapter=adapter
-        )
+        card = model_card(run, policy, evaluations, parameters=parameters, adapter=adapter)
         (partial / MODEL_CARD).write_text(card)
 
     if not adapter:
@@ -74,18 +71,18 @@ def export_policy(run: Run, out: Path, *, overwrite: bool = False, adapter: bool
         describe(partial)
 
 
-def base_of(settings: Config) -> Path:
-    """Return the folder of the base model of a run's adapters."""
-    return settings.model.path or settings.run_dir / "scratch"
-
-
 def _save_adapters(run: Run, policy: model.PreTrainedModel, folder: Path) -> None:
-    base = model.load(base_of(run.config))
-    for network in (policy, base):
-        value_head.detach(network)
-    adapters.write(policy, base, run.config.model.lora, folder)
+    adapter = read_adapter(run.policy)
+    if not adapter:
+        raise CheckpointError(
+            f"{run.policy} holds no adapters for {base_of(run.config)}: an older version of "
+            "Orchard wrote it, or a phase of the run trained without; leave out --adapter and "
+            "export the whole policy"
+        )
+    value_head.detach(policy)
+    lora.export(policy, adapter, folder, base=str(base_of(run.config)))
     if (run.policy / value_head.FILE).is_file():
-        shutil.copy2(run.policy / value_head.FILE, folder / value_head.FILE)
+        shutil.copy(run.policy / value_head.FILE, folder / value_head.FILE)
 
 
 def evaluations_of(run: Run) -> dict[str, Evaluation]:
@@ -96,18 +93,22 @@ def evaluations_of(run: Run) -> dict[str, Evaluation]:
 
 
 def model_card(
-    run: Run, evaluations: Mapping[str, Evaluation], *, parameters: int, adapter: bool = False
+    run: Run,
+    policy: Policy,
+    evaluations: Mapping[str, Evaluation],
+    *,
+    parameters: int,
+    adapter: bool = False,
 ) -> str:
     """Return the model card in Markdown, from recorded facts only."""
-    about = json.loads((run.policy / _MARK).read_text())
     parts = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n"
         "tags: [generative-recommendation, semantic-ids, orchard]\n---",
         f"# {run.config.name}",
         f"A generative recommender of {parameters:,} parameters, made by the run "
-        f"`{run.config.name}` of Orchard: version {about['version']['step']}, digest "
-        f"`{about['version']['digest'][:12] or 'none'}`. It reads a user's last "
-        f"{about['max_history']} items and writes the next one as its "
+        f"`{run.config.name}` of Orchard: version {policy.version.step}, digest "
+        f"`{policy.version.digest[:12]}`. It reads a user's last "
+        f"{policy.facts.max_history} items and writes the next one as its "
         f"{'title' if run.config.data.titles else 'semantic ID'}. "
         "`run.toml` is its whole configuration.",
         "## Data",

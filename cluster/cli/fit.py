@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,15 +10,17 @@ import typer
 from jaxtyping import Int64
 from torch import nn
 
-from cluster.cli.rllib import RllibBackend
+from cluster.cli.fit_guide import fit_guide
 from cluster.console import Progress
+from cluster.training.evaluate import excludes_seen
 from cluster.training.run import Run, prepare
 from orchard.data.prompts import Split
 from orchard.errors import ConfigError
+from orchard.policy.store import GUIDE
 from orchard.scorers import checkpoint, listwise_ranker, prefix_critic, sasrec
 from orchard.scorers.fit_critic import (
+    CRITIC_BACKENDS,
     CriticBackend,
-    TorchCriticBackend,
     Trajectories,
     measure_critic,
     sample_trajectories,
@@ -32,20 +35,33 @@ from orchard.scorers.fit_sasrec import (
     sasrec_ranks,
 )
 from orchard.scorers.prefix_critic import PrefixCritic
-from orchard.settings import Config, CriticConfig, ScorerConfig
+from orchard.settings import Config, ScorerConfig
 
-SHOWN = ("ndcg@10/item", "hr@10/item", "ndcg@10/sid", "hr@10/sid", "hit@1/list", "chance",
+SHOWN = ("ndcg@10/item", "hr@10/item", "ndcg@10/sid", "hr@10/sid", "unseen_ndcg@10/sid",
+         "unseen_hr@10/sid", "hit@1/list", "chance",
          "explained", "value_loss", "choice_loss")  # fmt: skip
 
 
-def fit(kind: str, settings: Config) -> None:
+def fit(kind: str, settings: Config, policy: Path | None = None) -> None:
     """Fit a model, evaluate it on the test rows, and save it where its users load it from.
+
+    A guide is fitted to a `policy` and lies in its folder; nothing else takes one.
 
     Raises:
         ConfigError: the model is unknown, or a package that its backend needs is not installed.
     """
+    if kind == GUIDE:
+        return fit_guide(settings, policy)
+    if policy is not None:
+        raise ConfigError(
+            f"--policy = {policy} has no use for {kind}, which is fitted to rows alone; leave it "
+            "out"
+        )
     if kind not in FITS:
-        raise ConfigError(f"there is no model to fit for {kind!r}; choose {' or '.join(FITS)}")
+        raise ConfigError(
+            f"there is no model to fit for {kind!r}; choose {' or '.join((*FITS, GUIDE))}",
+            code="config.unknown_name",
+        )
     torch.set_num_threads(settings.learner.threads)
     FITS[kind](prepare(settings, "sft"))
 
@@ -59,7 +75,11 @@ def fit_collaborative(run: Run) -> None:
             run.train, run.valid, run.catalog, settings,
             max_history=length, seed=run.config.seed, tell=tell,
         )  # fmt: skip
-        return model, metrics_of(sasrec_ranks(model, run.test, run.catalog))
+        facts = metrics_of(sasrec_ranks(model, run.test, run.catalog))
+        if excludes_seen(run, None):
+            unseen = sasrec_ranks(model, run.test, run.catalog, exclude_seen=True)
+            facts |= {f"unseen_{name}": value for name, value in metrics_of(unseen).items()}
+        return model, facts
 
     _fit_and_save(run, sasrec.KIND, settings, "ndcg@10", work, {"num_items": len(run.catalog)})
 
@@ -103,7 +123,7 @@ def fit_prefix_critic(run: Run) -> None:
                 heads=settings.heads,
                 dropout=settings.dropout,
             )
-            backend: CriticBackend = BACKENDS[settings.backend](critic, settings)
+            backend: CriticBackend = CRITIC_BACKENDS[settings.backend](critic, settings)
             generator = np.random.default_rng(run.config.seed)
             held_out = _all_trajectories(run, critic, run.valid)
 
@@ -184,7 +204,7 @@ def _fit_and_save(
     )
     for name in SHOWN:
         if name in facts:
-            typer.echo(f"{name:>16}  {facts[name]:.4f}  (test rows)")
+            typer.echo(f"{name:>18}  {facts[name]:.4f}  (test rows)")
     typer.echo(f"model: {folder}")
 
 
@@ -192,8 +212,4 @@ FITS: dict[str, Callable[[Run], None]] = {
     sasrec.KIND: fit_collaborative,
     listwise_ranker.KIND: fit_listwise,
     prefix_critic.KIND: fit_prefix_critic,
-}
-BACKENDS: dict[str, Callable[[PrefixCritic, CriticConfig], CriticBackend]] = {
-    "torch": TorchCriticBackend,
-    "rllib": RllibBackend,
 }

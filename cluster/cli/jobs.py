@@ -40,7 +40,9 @@ def submit(
     """Submit a run as a job to a Ray cluster; submit it again to resume."""
     settings = config.load(run, overrides or [])
     from cluster.actors import jobs
+    from cluster.training.checks import check_names
 
+    check_names(settings)
     job_request = jobs.JobRequest(
         command=command,
         working_dir=working_dir,

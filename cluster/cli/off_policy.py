@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import typer
 from jaxtyping import Float64, Int64
 
@@ -26,6 +25,8 @@ _NEEDED = (
     "request_id", "item_id", "decoder", "width", "temperature", "restricted", "source", "shadow",
     "history", "logprob",
 )  # fmt: skip
+_OPTIONAL = ("time", "rank", "catalogue")
+"""Columns that tell the items of one answer from those of the next, and their catalog."""
 _BATCH, _FOLDS = 128, 5
 
 
@@ -34,21 +35,27 @@ class LoggedRows:
     """Usable decisions of an exposure log: single draws with a known probability."""
 
     row: Int64[np.ndarray, " B"]
-    """Catalog row of the drawn item."""
+    """Catalog row of the drawn item, -1 where the judged policy cannot show it."""
     history: list[list[int]]
     """Item ids before each decision, oldest first."""
     logprob: list[list[float]]
     """Log-probabilities of the codes of the drawn item, under the logging policy."""
     reward: Float64[np.ndarray, " B"]
+    """Reward of each decision: the sum over the items that it showed."""
     passed_over: int
     """Number of log rows that are left out."""
+    elsewhere: int
+    """Number of decisions that were drawn from another catalog than the judged one."""
 
 
 def read_log(log: Path, rewards: Path, catalog: Catalog) -> LoggedRows:
     """Load the single draws of an exposure log with their rewards; a missing reward counts as 0.
 
-    A slate of several items, a beam, a restricted draw, or a draw at a temperature other than 1 has
-    no known probability and is left out, as are items that the catalog lacks.
+    A slate of several draws, a beam, a restricted draw, or a draw at a temperature other than 1 has
+    no known probability and is left out. One draw may show several items, which share a semantic
+    ID: they are one decision. A draw that the judged policy cannot make, because its catalog lacks
+    the item or would show another one of the same semantic ID first, is kept: its probability is 0,
+    and to leave it out would bias every estimate.
 
     Raises:
         DataError: a file or a column is missing, or no row is left.
@@ -56,39 +63,78 @@ def read_log(log: Path, rewards: Path, catalog: Catalog) -> LoggedRows:
     files = sorted(log.glob("*.parquet")) if log.is_dir() else [log]
     if not files:
         raise DataError(f"exposure log {log} holds no Parquet file; set serve.exposure to make one")
-    parts = [
-        read_table(file, role="exposure", columns=_NEEDED, remedy="--logged") for file in files
-    ]
-    table = pa.concat_tables([part.select(_NEEDED) for part in parts])
-    rows: list[dict[str, Any]] = table.to_pylist()
-    drawn = [
+    rows: list[dict[str, Any]] = []
+    for file in files:
+        table = read_table(file, role="exposure", columns=_NEEDED, remedy="--logged")
+        known = [name for name in (*_NEEDED, *_OPTIONAL) if name in table.column_names]
+        rows += table.select(known).to_pylist()
+    usable = [
         row
         for row in rows
         if row["decoder"] == "beam_sample" and row["width"] == 1 and row["temperature"] == 1.0
         and row["source"] == "policy" and not row["restricted"] and not row["shadow"]
         and row["logprob"]
     ]  # fmt: skip
-    if not drawn:
+    if not usable:
         raise DataError(
             f"of {len(rows)} rows of {log} none is a single unrestricted draw; let the endpoint "
             'explore with decoder = "beam_sample", width = 1, k = 1 and temperature = 1'
         )
-    reward_table = read_table(
-        rewards, role="rewards", columns=("request_id", "item_id", "reward"), remedy="--rewards"
-    )
-    earned = {
-        (row["request_id"], row["item_id"]): float(row["reward"])
-        for row in reward_table.to_pylist()
-    }
-    catalog_row, in_catalog = catalog.find(np.array([row["item_id"] for row in drawn], np.int64))
-    kept = [row for row, listed in zip(drawn, in_catalog, strict=True) if listed]
+    earned = read_rewards(rewards)
+    # Rows of each draw; a draw shows its first item first.
+    draws: list[list[dict[str, Any]]] = []
+    for row in usable:
+        if draws and _continues(draws[-1][-1], row):
+            draws[-1].append(row)
+        else:
+            draws.append([row])
+    first = [draw[0] for draw in draws]
+    found, listed = catalog.find(np.array([row["item_id"] for row in first], np.int64))
+    # The judged policy shows the first item of a leaf first: it draws no other one.
+    shows = listed & (catalog.place_in_leaf[found] == 0)
+    short = catalog.digest[:8]
     return LoggedRows(
-        row=catalog_row[in_catalog],
-        history=[row["history"] for row in kept],
-        logprob=[row["logprob"] for row in kept],
-        reward=np.array([earned.get((row["request_id"], row["item_id"]), 0.0) for row in kept]),
-        passed_over=len(rows) - len(kept),
+        row=np.where(shows, found, -1),
+        history=[row["history"] for row in first],
+        logprob=[row["logprob"] for row in first],
+        reward=np.array(
+            [
+                sum(earned.get((row["request_id"], row["item_id"]), 0.0) for row in draw)
+                for draw in draws
+            ],
+            dtype=np.float64,
+        ),
+        passed_over=len(rows) - len(usable),
+        elsewhere=sum((row.get("catalogue") or short).rpartition("-")[2] != short for row in first),
     )
+
+
+def read_rewards(path: Path) -> dict[tuple[str, int], float]:
+    """Read the reward of each shown item, by request and item; several of one item are summed.
+
+    Raises:
+        DataError: the file or a column is missing, or a reward is missing or not finite.
+    """
+    table = read_table(
+        path, role="rewards", columns=("request_id", "item_id", "reward"), remedy="--rewards"
+    )
+    earned: dict[tuple[str, int], float] = {}
+    for number, row in enumerate(table.to_pylist()):
+        try:
+            reward = float(row["reward"])
+        except (TypeError, ValueError) as error:
+            raise DataError(
+                f"row {number} of {path} has reward {row['reward']!r}; give a number or drop it"
+            ) from error
+        key = (row["request_id"], row["item_id"])
+        earned[key] = earned.get(key, 0.0) + reward
+    return earned
+
+
+def _continues(before: dict[str, Any], row: dict[str, Any]) -> bool:
+    """Return whether a row of the log shows a further item of the draw of the row before it."""
+    same = all(before[name] == row[name] for name in ("request_id", "logprob", "history"))
+    return same and before.get("time") == row.get("time") and row.get("rank") != 1
 
 
 def evaluate_log(
@@ -103,22 +149,27 @@ def evaluate_log(
     tokenizer, catalog = policy.tokenizer, policy.tokenizer.catalog
     engine = TorchEngine(policy.model, tokenizer, policy.version)
     logged = read_log(log, rewards, catalog)
-    target = np.zeros((len(logged.row), catalog.trie.depth))
+    deepest = max(len(logprob) for logprob in logged.logprob)
+    target = np.zeros((len(logged.row), max(deepest, catalog.trie.depth)))
     behaviour, reward = np.zeros_like(target), np.zeros_like(target)
     # target, behaviour: log-probability of each code of the drawn item under the evaluated and the
     # logging policy, (B, depth); root: probability of each first code under the evaluated policy.
     root: list[np.ndarray] = []
     for batch_start in range(0, len(logged.row), _BATCH):
         rows = slice(batch_start, min(batch_start + _BATCH, len(logged.row)))
-        prompts = prompts_of(logged.history[rows], tokenizer)
-        target[rows], first = score_items(engine, prompts, catalog.leaf_of_item[logged.row[rows]])
+        prompts = prompts_of(logged.history[rows], tokenizer, policy.facts.max_history)
+        leaf = catalog.leaf_of_item[logged.row[rows].clip(min=0)]
+        target[rows, : catalog.trie.depth], first = score_items(engine, prompts, leaf)
         root.append(np.exp(first.astype(np.float64)))
+    # A draw that the evaluated policy cannot make has probability 0 under it.
+    target[logged.row < 0] = -np.inf
     for row, logprob in enumerate(logged.logprob):
         behaviour[row, : len(logprob)] = logprob
-        reward[row, len(logprob) - 1] = logged.reward[row]  # earned with the last code
+    reward[:, -1] = logged.reward  # earned with the whole item; columns past its end have weight 1
     codes = catalog.trie.code[catalog.trie.children(catalog.trie.level_start[:1]).node].numpy()
     # Index of the first code of each drawn item among the children of the root.
     first_code = np.searchsorted(codes, catalog.codes[logged.row, 0])
+    first_code[logged.row < 0] = off_policy.UNKNOWN
     fold = np.arange(len(first_code)) % _FOLDS
     q, v = off_policy.first_code_model(first_code, reward, fold, np.concatenate(root))
     estimates = off_policy.estimate(
@@ -131,6 +182,13 @@ def evaluate_log(
         f"weights leave {estimates.effective:.1f} effective decisions of {len(first_code)}, the "
         f"largest is {estimates.largest:.3g}; {logged.passed_over} rows of the log were passed over"
     )
+    impossible = int((logged.row < 0).sum())
+    if impossible or logged.elsewhere:
+        typer.echo(
+            f"{logged.elsewhere} decisions were drawn from another catalog than "
+            f"{catalog.digest[:8]}, {impossible} cannot be drawn from it and have weight 0; items "
+            "that the log's catalog lacked are judged by no decision"
+        )
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         metrics = {name: asdict(each) for name, each in estimates.value.items()}
@@ -138,12 +196,17 @@ def evaluate_log(
     return estimates
 
 
-def prompts_of(history: list[list[int]], tokenizer: ItemTokenizer) -> Prompts:
-    """Build the prompts of logged histories; items that the catalog lacks are skipped."""
+def prompts_of(
+    history: list[list[int]], tokenizer: ItemTokenizer, max_history: int | None = None
+) -> Prompts:
+    """Build the prompts of logged histories; items that the catalog lacks are skipped.
+
+    Of each history the last `max_history` items are read, all by default.
+    """
     rows: list[np.ndarray] = []
     for item_ids in history:
         row, in_catalog = tokenizer.catalog.find(np.array(item_ids, dtype=np.int64))
-        rows.append(row[in_catalog])
+        rows.append(row[in_catalog][-(max_history or len(row) + 1) :])
     # Catalog rows of all histories, concatenated; history b is flat[start[b] : start[b + 1]].
     start = ragged.starts(np.array([len(row) for row in rows]))
     flat = np.concatenate([np.zeros(0, np.int64), *rows])

@@ -1,53 +1,34 @@
-"""Run the endpoint on this machine, or write and check a Ray Serve config for a cluster.
-
-Ray Serve ignores unknown keys silently; `check_config` rejects them and suggests the nearest key.
-"""
+"""Run the endpoint on this machine, or write and check a Ray Serve config for a cluster."""
 
 import asyncio
-import difflib
-import logging
 import signal
-import socket
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import typer
 import yaml
-from pydantic import BaseModel, ValidationError
-from ray import serve as ray_serve
-from ray.serve.schema import (
-    DeploymentSchema,
-    HTTPOptionsSchema,
-    LoggingConfig,
-    RayActorOptionsSchema,
-    ServeApplicationSchema,
-    ServeDeploySchema,
-)
 
 from cluster.actors.session import address_of, ray_session
+from cluster.cli import endpoint
+from cluster.cli.serve_config import IMPORT_PATH, check_config
 from orchard import config
 from orchard.errors import ConfigError, DataError
+from orchard.folders import atomic_file
 from orchard.parquet import read_table
 from orchard.policy import model
-from orchard.policy.store import PolicyFacts
-from orchard.settings import ClusterConfig, Config, ServeConfig
-from serve.app import Arguments, build, options
+from orchard.policy.store import PolicyFacts, open_tokenizer
+from orchard.settings import Config, ServeConfig
+from rollout.engine.registry import ENGINES
+from serve.app import Arguments, options
+from serve.shared_state import SharedState
 
 APPLICATION = "orchard"
-IMPORT_PATH = "serve.app:build"
-_SHAPES: dict[str, type[BaseModel]] = {
-    "http_options": HTTPOptionsSchema,
-    "logging_config": LoggingConfig,
-    "applications": ServeApplicationSchema,
-    "deployments": DeploymentSchema,
-    "ray_actor_options": RayActorOptionsSchema,
-    "args": Arguments,
-    "serve": ServeConfig,
-}
-"""Schema of the value below each key, at any depth; other keys are defined by Serve or Ray."""
+_SAID_ELSEWHERE = {"host", "port", "application", "route", "logs"}
+"""Settings that a Serve config holds outside the endpoint's arguments, or that a cluster has."""
 
 
 def resolve(target: Path, overrides: list[str]) -> tuple[Arguments, Config]:
@@ -70,41 +51,53 @@ def resolve(target: Path, overrides: list[str]) -> tuple[Arguments, Config]:
                 f"run {settings.name} has no policy yet: neither {trained} nor {folder} exists; "
                 "run `orchard sft` or `orchard train` first"
             )
+    ENGINES.check_name(settings.serve.engine, "serve.engine")
     model.check_folder(folder)
     PolicyFacts.read(folder)
     if not (folder / "catalogue").is_dir():
         raise DataError(f"{folder} holds no catalog; give a folder that `orchard` exported")
     serving = settings.serve
     if serving.popularity is None and not target.is_dir():
-        counts = count_targets(settings, folder.parent / "serve" / "popularity.parquet")
+        state = serving.state or folder.parent / "serve"
+        counts = count_targets(settings, state / "popularity.parquet")
         serving = serving.model_copy(update={"popularity": counts})
-    return Arguments(policy=folder.resolve(), serve=_absolute(serving)), settings
+    # Not resolved: a symbolic link that is switched to another policy is followed.
+    return Arguments(policy=folder.absolute(), serve=_absolute(serving)), settings
 
 
 def serve_here(arguments: Arguments, settings: Config) -> None:
-    """Serve until interrupted, on an existing Ray cluster or a local one."""
+    """Serve until interrupted, on an existing Ray cluster or a local one.
+
+    Raises:
+        ConfigError: a folder cannot be written, or a name, route, host or port cannot be had.
+        LedgerError: the ledger of catalog deltas is damaged.
+    """
     serving = arguments.serve
     cpus = serving.replicas * serving.threads + 1
-    logs = arguments.policy.parent / "logs"
-    _refuse_taken_port(serving, settings.cluster)
+    state = state_of(arguments)
+    logs = serving.logs or state / "logs"
+    _check_writable(logs, "serve.logs, or serve.state")
+    SharedState(state, open_tokenizer(arguments.policy).catalog.digest).verify()
+    if address_of(settings.cluster) is None:
+        endpoint.refuse_taken_port(serving)
     with ray_session(settings.cluster, cpus=cpus, logs=logs):
-        start(arguments)
+        own = endpoint.serve_instance() is None
+        address = endpoint.start(arguments)
         try:
-            typer.echo(f"serving {arguments.policy} at http://{serving.host}:{serving.port}")
+            typer.echo(f"serving {arguments.policy} at {address}")
             asyncio.run(_wait_for_signal())
         finally:
-            ray_serve.shutdown()
+            endpoint.stop(serving, own=own)
 
 
-def start(arguments: Arguments) -> None:
-    """Start the endpoint in the current Ray session."""
-    serving = arguments.serve
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    ray_serve.start(
-        http_options={"host": serving.host, "port": serving.port, "request_timeout_s": 60},
-        logging_config=LoggingConfig(encoding="JSON"),
-    )
-    ray_serve.run(build(arguments), name=APPLICATION, logging_config={"encoding": "JSON"})
+def start(arguments: Arguments) -> str:
+    """Start the endpoint in the current Ray session; see `endpoint.start`."""
+    return endpoint.start(arguments)
+
+
+def state_of(arguments: Arguments) -> Path:
+    """Return the folder of the endpoint's shared state."""
+    return arguments.serve.state or arguments.policy.parent / "serve"
 
 
 def cluster_config(arguments: Arguments) -> dict[str, Any]:
@@ -116,10 +109,15 @@ def cluster_config(arguments: Arguments) -> dict[str, Any]:
         "logging_config": {"encoding": "JSON", "log_level": "INFO"},
         "applications": [
             {
-                "name": APPLICATION,
-                "route_prefix": "/",
+                "name": serving.application,
+                "route_prefix": serving.route,
                 "import_path": IMPORT_PATH,
-                "args": arguments.model_dump(mode="json", exclude_none=True, exclude_defaults=True),
+                "args": arguments.model_dump(
+                    mode="json",
+                    exclude_none=True,
+                    exclude_defaults=True,
+                    exclude={"serve": _SAID_ELSEWHERE},
+                ),
                 "deployments": [options(serving)],
             }
         ],
@@ -145,40 +143,6 @@ def read_config(path: Path) -> dict[str, Any]:
     return tree
 
 
-def check_config(tree: object) -> None:
-    """Raise ConfigError for unknown keys or wrong values, in Serve's schema or this endpoint's."""
-    if not isinstance(tree, dict):
-        raise ConfigError("a Serve config is a mapping; write one with --write-config")
-    config_tree = cast(dict[str, Any], tree)
-    _refuse_unknown(config_tree, ServeDeploySchema, "")
-    try:
-        checked = ServeDeploySchema.model_validate(config_tree)
-        for app in checked.applications:
-            if app.import_path == IMPORT_PATH:
-                Arguments.model_validate(app.args)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"Serve config: {key}: {first['msg']}") from error
-
-
-def _refuse_unknown(tree: Mapping[str, Any], shape: type[BaseModel], prefix: str) -> None:
-    """Raise ConfigError for a key that the schema of its level does not define."""
-    known = {name for field in shape.model_fields.items() for name in (field[0], field[1].alias)}
-    for key, value in tree.items():
-        if key not in known:
-            matches = difflib.get_close_matches(key, [n for n in known if n], n=1, cutoff=0.5)
-            hint = f"did you mean {matches[0]}?" if matches else "remove it"
-            raise ConfigError(f"unknown key {prefix}{key} in the Serve config; {hint}")
-        child_shape = _SHAPES.get(key)
-        if child_shape is None:
-            continue
-        for index, child in enumerate(value if isinstance(value, list) else [value]):
-            if isinstance(child, dict):
-                path = f"{key}.{index}" if isinstance(value, list) else key
-                _refuse_unknown(cast(dict[str, Any], child), child_shape, f"{prefix}{path}.")
-
-
 def count_targets(settings: Config, path: Path) -> Path | None:
     """Write how often each item is a training target; returns None without training data."""
     files = [settings.data.path / name for name in settings.data.train]
@@ -189,41 +153,35 @@ def count_targets(settings: Config, path: Path) -> Path | None:
     ]
     target = pa.concat_tables([table.select(["target"]) for table in tables])["target"]
     counted = target.value_counts()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _check_writable(path.parent, "serve.state, or serve.popularity to counts of your own")
     table = pa.table({"item_id": counted.field("values"), "count": counted.field("counts")})
-    partial = path.with_name(f".{path.name}.partial")
-    pq.write_table(table, partial)
-    partial.replace(path)
+    with atomic_file(path) as partial:
+        pq.write_table(table, partial)
     return path
 
 
 def _absolute(serving: ServeConfig) -> ServeConfig:
     """Return the settings with absolute paths, since replicas have another working directory."""
     paths = {
-        name: value.resolve()
+        name: value.absolute()
         for name in ServeConfig.model_fields
         if isinstance(value := getattr(serving, name), Path)
     }
     variants = {
-        name: variant.model_copy(update={"policy": variant.policy.resolve()})
+        name: variant.model_copy(update={"policy": variant.policy.absolute()})
         for name, variant in serving.variants.items()
     }
     return serving.model_copy(update={**paths, "variants": variants})
 
 
-def _refuse_taken_port(serving: ServeConfig, cluster: ClusterConfig) -> None:
-    """Raise ConfigError for a port in use, before the policy is loaded."""
-    if address_of(cluster) is not None or serving.port == 0:
-        return
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((serving.host, serving.port))
-        except OSError as error:
-            raise ConfigError(
-                f"port {serving.port} of {serving.host} cannot be had: {error.strerror}; "
-                "choose another one with serve.port="
-            ) from error
+def _check_writable(folder: Path, remedy: str) -> None:
+    """Create a folder; raise ConfigError if nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be written ({error.strerror}); set {remedy}") from error
 
 
 async def _wait_for_signal() -> None:

@@ -21,6 +21,7 @@ from cluster.training.run import Run
 from orchard.data.prompts import make_prompts
 from orchard.policy import model, value_head
 from orchard.settings import Config
+from rollout.engine.registry import ENGINES
 
 GIB = 1 << 30
 _PROCESS = int(0.55 * GIB)
@@ -149,7 +150,7 @@ def layout(config: Config, sizes: Sizes) -> tuple[ProcessGroup, ...]:
     kv_bytes = 4 * 2 * sizes.layers * sizes.hidden  # bytes of keys and values per token, at most
     branches = rollout.group_size * len(sizes.nodes_per_level)
     cache = int(rollout.batch_size * (sizes.prompt_tokens_max + branches) * kv_bytes)
-    if rollout.engine == "vllm":
+    if ENGINES.facts(rollout.engine).own_process:
         cache = int(rollout.kv_cache_gib * GIB) + _PROCESS  # the engine is a separate process
     return (
         ProcessGroup(

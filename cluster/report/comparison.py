@@ -5,13 +5,12 @@ that the folders contain, and missing parts are listed at the top.
 """
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from cluster.report import sections
 from cluster.report.plots import Curve, curves
-from cluster.report.report import RunFindings, document, gather
+from cluster.report.report import RunFindings, gather
 from orchard.config import flatten
 from orchard.errors import DataError
 from orchard.evaluation.bootstrap import Estimate
@@ -51,37 +50,28 @@ def comparison(runs: Sequence[RunFindings]) -> str:
     }
     changes, refused = _changes(last)
     phases = [phase for phase in sections.PANELS if any(phase in run.log for run in runs)]
-    body = [
-        f"<header><h1>{escape(' against '.join(names))}</h1></header>",
-        sections.notices([*missing, *refused]),
-        settings(dict(zip(names, (run.config for run in runs), strict=True))),
-        sections.evaluation(last, changes),
-        *(courses(phase, names, runs) for phase in phases),
-    ]
-    return document(" / ".join(names), body)
-
-
-def settings(configs: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return a table of the settings in which the runs differ."""
-    flat = {name: flatten(config) for name, config in configs.items()}
-    keys = sorted({key for run in flat.values() for key in run} - UNCHANGED | {"seed"})
-    rows = ""
-    for key in keys:
-        values = [run.get(key) for run in flat.values()]
-        if any(value != values[0] for value in values):
-            cells = "".join(f"<td>{escape(str(value))}</td>" for value in values)
-            rows += f"<tr><td>{escape(key)}</td>{cells}</tr>"
-    heads = "".join(f"<th>{escape(name)}</th>" for name in configs)
-    table = (
-        "<div class='scroll'><table><thead><tr><th>setting</th>"
-        f"{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
+    return sections.render(
+        "comparison.html",
+        title=" / ".join(names),
+        names=names,
+        missing=[*missing, *refused],
+        settings=settings([run.config for run in runs]),
+        evaluation=sections.evaluation(last, changes),
+        phases=[(sections.TITLES[phase], courses(phase, names, runs)) for phase in phases],
     )
-    return f"<h2>Settings that differ</h2>{table if rows else '<p>None.</p>'}"
 
 
-def courses(phase: str, names: Sequence[str], runs: Sequence[RunFindings]) -> str:
+def settings(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Return the values of the settings in which the runs differ."""
+    flat = [flatten(config) for config in configs]
+    keys = sorted({key for run in flat for key in run} - UNCHANGED | {"seed"})
+    values = {key: [run.get(key) for run in flat] for key in keys}
+    return {key: row for key, row in values.items() if any(value != row[0] for value in row)}
+
+
+def courses(phase: str, names: Sequence[str], runs: Sequence[RunFindings]) -> list[sections.Figure]:
     """Return the figures of a phase, with one curve per run."""
-    figures = ""
+    figures: list[sections.Figure] = []
     for panel in sections.PANELS[phase]:
         for metric in panel.names:
             run_curves = [
@@ -92,8 +82,8 @@ def courses(phase: str, names: Sequence[str], runs: Sequence[RunFindings]) -> st
             if run_curves:
                 title = panel.title if len(panel.names) == 1 else f"{panel.title}: {metric}"
                 svg = curves(run_curves, title=title, steps=sections.STEPS[phase], log=panel.log)
-                figures += sections.figure(title, svg)
-    return f"<h2>{sections.TITLES[phase]}</h2><div class='grid'>{figures}</div>" if figures else ""
+                figures.append(sections.Figure(title, svg))
+    return figures
 
 
 def _changes(

@@ -10,13 +10,13 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from jaxtyping import Float64
+from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, PercentFormatter
@@ -73,7 +73,9 @@ def apply_style(salt: str) -> Any:
     return _STYLE | {"svg.hashsalt": salt}
 
 
-def curves(metrics: Sequence[Curve], *, title: str, steps: str = "step", log: bool = False) -> str:
+def curves(
+    metrics: Sequence[Curve], *, title: str, steps: str = "step", log: bool = False
+) -> Markup:
     """Plot metrics over steps; long ones are faint, with their running mean on top.
 
     Each has at least one finite value. `log` selects a logarithmic axis if all are positive.
@@ -108,7 +110,7 @@ def curves(metrics: Sequence[Curve], *, title: str, steps: str = "step", log: bo
         return _svg(figure, title)
 
 
-def forest(changes: Mapping[str, Mapping[str, Estimate]], metrics: Sequence[str]) -> str:
+def forest(changes: Mapping[str, Mapping[str, Estimate]], metrics: Sequence[str]) -> Markup:
     """Plot paired differences with intervals: one row per metric, one color per comparison."""
     title = "Paired differences, 95 % interval"
     with mpl.rc_context(apply_style(title)):
@@ -137,7 +139,7 @@ def forest(changes: Mapping[str, Mapping[str, Estimate]], metrics: Sequence[str]
         return _svg(figure, title)
 
 
-def tree(example: Mapping[str, Any]) -> str:
+def tree(example: Mapping[str, Any]) -> Markup:
     """Draw a search tree from left to right, with candidates at the end (see `search_examples`).
 
     Thick edges are likely choices. Nodes are colored by value, or by log-probability if
@@ -256,7 +258,7 @@ def _cycle_colors(num: int) -> list[str]:
     return [COLOURS[i % len(COLOURS)] for i in range(num)]
 
 
-def _svg(figure: Figure, label: str) -> str:
+def _svg(figure: Figure, label: str) -> Markup:
     """Return the figure as an SVG element that scales with its column."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg")
@@ -271,4 +273,4 @@ def _svg(figure: Figure, label: str) -> str:
     text = re.sub(r"<g id=\"[^\"]*\"", "<g", text)
     head, _, body = text.partition(">")
     head = re.sub(r"\s(width|height|version)=\"[^\"]*\"", "", head)
-    return f'{head} role="img" aria-label="{escape(label)}">{body}'
+    return Markup(f'{head} role="img" aria-label="{escape(label)}">{body}')

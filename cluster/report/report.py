@@ -10,7 +10,6 @@ import time
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -102,34 +101,23 @@ def gather(run_dir: Path) -> RunFindings:
 def page(findings: RunFindings) -> str:
     """Return the whole HTML document."""
     name = str(findings.config.get("name", findings.folder.resolve().name))
-    phases = [phase for phase in sections.PANELS if phase in findings.log]
-    body = [
-        f"<header><h1>{escape(name)}</h1><p class='faint'>{escape(_when(findings))}</p></header>",
-        sections.notices(findings.missing),
-        sections.tiles(
-            findings.evaluations,
-            findings.changes,
-            findings.log.get("train", {}),
-            _configured_steps(findings.config),
-        ),
-        sections.evaluation(findings.evaluations, findings.changes),
-        *(sections.training(phase, findings.log[phase]) for phase in phases),
-        *(sections.seconds(phase, findings.log[phase]) for phase in phases),
-        sections.examples(findings.examples),
-        sections.configuration(findings.config_text),
-        sections.appendix(findings.log),
-    ]
-    return document(name, body)
-
-
-def document(title: str, body: Sequence[str]) -> str:
-    """Return a self-contained HTML page of some parts."""
-    css = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
-    return (
-        "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>{escape(title)} - Orchard</title><style>{css}</style></head>\n"
-        f"<body>{''.join(part for part in body if part)}</body></html>\n"
+    train = findings.log.get("train", {})
+    num_steps = _configured_steps(findings.config)
+    return sections.render(
+        "report.html",
+        title=name,
+        when=_when(findings),
+        missing=findings.missing,
+        tiles=sections.tiles(findings.evaluations, findings.changes, train, num_steps),
+        evaluation=sections.evaluation(findings.evaluations, findings.changes),
+        phases=[
+            sections.phase(phase, findings.log[phase])
+            for phase in sections.PANELS
+            if phase in findings.log
+        ],
+        examples=findings.examples,
+        config_text=findings.config_text,
+        others=sections.others(findings.log),
     )
 
 

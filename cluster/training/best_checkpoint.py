@@ -70,6 +70,7 @@ class BestCheckpoint:
                 self.controller.run.result,
                 policy,
                 weights,
+                update.adapter or {},
                 valid_score=score,
                 valid_rows=float(len(self.rows)),
                 valid_beams=float(self.beams),

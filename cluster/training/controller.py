@@ -15,7 +15,7 @@ from jaxtyping import Float32, Int64
 from cluster.actors.pool import Pool
 from cluster.actors.session import cpus_needed, ray_session
 from cluster.monitoring.exporter import Exporter
-from cluster.training.learner_spec import make_learner_spec
+from cluster.training.learner_spec import learner_spec
 from cluster.training.loggers import open_loggers
 from cluster.training.measure import measure
 from cluster.training.run import Run
@@ -24,6 +24,7 @@ from learner.ray_trainer import TrainerHandle
 from orchard.data.prompts import Split, make_prompts, rows_of_step
 from orchard.errors import ActorError, RunInterrupted
 from orchard.evaluation.ranking import Evaluation
+from orchard.guide.guide import Guide
 from orchard.policy.weights import Weights
 from orchard.settings import Config
 from orchard.tracking.metrics_log import MetricsLogger
@@ -76,7 +77,7 @@ class Controller:
     def _begin(self) -> None:
         """Start the learner and the actors of the current phase."""
         run, config = self.run, self.run.config
-        self.learner = TrainerHandle(make_learner_spec(run), storage=run.dir / "checkpoints")
+        self.learner = TrainerHandle(learner_spec(run), storage=run.dir / "checkpoints")
         self.rollout: Pool | None = None
         self.rewards: Pool | None = None
         if run.phase == "train":
@@ -179,9 +180,28 @@ class Controller:
         beams: int,
         advance: Callable[[], None] | None = None,
     ) -> Evaluation:
-        """Evaluate a policy by constrained beam search on held-out rows.
+        """Evaluate a policy by constrained beam search on held-out rows; see `rank`."""
+        candidates = await self.rank(
+            split, rows, policy=policy, weights=weights, beams=beams, advance=advance
+        )
+        return measure(self.run, split, rows, candidates, beams, policy)
 
-        `advance` is called after each batch of `evaluate.batch_size` rows.
+    async def rank(
+        self,
+        split: Split,
+        rows: Int64[np.ndarray, " R"],
+        *,
+        policy: PolicyVersion,
+        weights: Weights,
+        beams: int,
+        advance: Callable[[], None] | None = None,
+        guide: Guide | None = None,
+        exclude_seen: bool = False,
+    ) -> Candidates:
+        """Return the candidates of a policy for held-out rows by constrained beam search.
+
+        `advance` is called after each batch of `evaluate.batch_size` rows. With a guide, prefixes
+        and candidates are ranked by it; `exclude_seen` leaves out the histories.
         """
         config = self.run.config
         if self.ranking is None:
@@ -202,10 +222,13 @@ class Controller:
             for start in range(0, len(rows), size)
         ]
 
+        guide_ref = None if guide is None else ray.put(guide)
+
         async def rank(prompts: Prompts) -> Candidates:
             candidates: Candidates = await ranking.call(
-                "rank", prompts, beams, config.evaluate.think
-            )
+                "rank", prompts, beams, config.evaluate.think, guide_ref, exclude_seen,
+                config.evaluate.wide,
+            )  # fmt: skip
             if advance is not None:
                 advance()
             # In other phases a signal takes effect at the end of an update or an epoch.
@@ -214,7 +237,7 @@ class Controller:
             return candidates
 
         parts = await asyncio.gather(*(rank(prompts) for prompts in batches))
-        return measure(self.run, split, rows, Candidates.concatenate(parts), beams, policy)
+        return Candidates.concatenate(parts)
 
     async def save(self) -> None:
         """Write a checkpoint of the learner; raises CheckpointError as `TrainerHandle.save`."""
@@ -265,12 +288,12 @@ class Controller:
         """Start a pool of rollout actors with an engine."""
         run, rollout = self.run, self.run.config.rollout
         settings = rollout.model_copy(update={"engine": engine})
-        critic = ray.put(run.critic)
+        critic, guide = ray.put(run.critic), ray.put(run.guide)
 
         def make(index: int) -> Any:
             return RolloutActor.options(num_cpus=1, num_gpus=rollout.gpus).remote(
                 settings, run.policy.resolve(), self._tokenizer,
-                run.config.seed + index, critic,
+                run.config.seed + index, critic, guide, run.config.plugins,
             )  # fmt: skip
 
         pool = Pool(
@@ -297,9 +320,10 @@ class Controller:
     def _reward_pool(self) -> Pool:
         """Start the pool of reward actors."""
         rewards, context = self.run.config.rewards, ray.put(self.run.reward_context)
+        plugins = self.run.config.plugins
         return Pool(
             "rewards",
-            lambda _: RewardActor.options(num_cpus=1).remote(context),
+            lambda _: RewardActor.options(num_cpus=1).remote(context, plugins),
             size=rewards.actors,
             queue=rewards.queue,
             timeout_s=rewards.timeout_s,

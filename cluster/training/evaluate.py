@@ -1,43 +1,136 @@
-"""Evaluate saved policies on held-out rows, and keep the results in the run folder."""
+"""Evaluate saved policies on held-out rows, and keep the results in the run folder.
 
+An evaluation of the plain beam comes with up to two more: `_unseen` is the same lists without the
+items of each row's own history, and `_guided` are lists searched with the policy's guide.
+
+Shapes:  R rows
+"""
+
+import dataclasses
 import json
+import logging
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Int64
 
 from cluster.console import Progress
 from cluster.training.controller import Controller
+from cluster.training.measure import measure
 from cluster.training.run import Run
 from cluster.training.run_dir import saved_policy
+from orchard import ragged
+from orchard.data.prompts import Split
+from orchard.errors import ConfigError
 from orchard.evaluation import ranking
 from orchard.evaluation.ranking import Evaluation
 from orchard.folders import atomic_write
+from orchard.guide.fit import REPEATS_EXCLUDED_BELOW
+from orchard.guide.guide import Guide
+from orchard.policy.store import open_guide
+from orchard.types import PolicyVersion
+from rollout.candidates import Candidates
+
+_log = logging.getLogger("orchard")
+
+UNSEEN, GUIDED = "_unseen", "_guided"
+"""Endings of the names of evaluations without the history, and of guided lists."""
 
 SplitName = Literal["valid", "test"]
 
 
 async def evaluate(
     controller: Controller, folder: Path, *, split: SplitName, beams: int, name: str
-) -> Evaluation:
-    """Evaluate a policy folder and keep the result as `evaluation/<name>.json`."""
-    run = controller.run
+) -> dict[str, Evaluation]:
+    """Evaluate a policy folder, and keep each result as `evaluation/<name>.json`.
+
+    Returns the evaluation of the plain beam as `name`, and those of further lists after it.
+    """
+    run, data = controller.run, getattr(controller.run, split)
     rows = chosen_rows(run, split)
     version, values = saved_policy(run, folder)
+    guide = guide_to_evaluate(run, folder, version)
+    excludes = excludes_seen(run, guide)
+    searches: dict[str, Guide | None] = {name: None}
+    if guide is not None:
+        searches[f"{name}{GUIDED}"] = guide
     batches = -(-len(rows) // run.config.evaluate.batch_size)
-    with Progress(f"evaluating {name}", total=batches) as progress:
-        result = await controller.evaluate(
-            getattr(run, split),
-            rows,
-            policy=version,
-            weights=values,
-            beams=beams,
-            advance=progress.advance,
+    results: dict[str, Evaluation] = {}
+    for title, guided_by in searches.items():
+        with Progress(f"evaluating {title}", total=batches) as progress:
+            candidates = await controller.rank(
+                data,
+                rows,
+                policy=version,
+                weights=values,
+                beams=beams,
+                advance=progress.advance,
+                guide=guided_by,
+                exclude_seen=excludes and guided_by is not None,
+            )
+        results[title] = measure(run, data, rows, candidates, beams, version)
+        if excludes and guided_by is None:
+            unseen = without_seen(run, data, rows, candidates)
+            width = max(1, int(unseen.count.min(initial=beams)))
+            results[f"{title}{UNSEEN}"] = measure(run, data, rows, unseen, width, version)
+    for title, result in results.items():
+        ranking.write(result, evaluation_file(run, title))
+    return results
+
+
+def guide_to_evaluate(run: Run, folder: Path, version: PolicyVersion) -> Guide | None:
+    """Return the guide of a policy folder if evaluations use it; log what it was fitted for.
+
+    Raises:
+        ConfigError: `evaluate.guide` asks for a guide, and the folder holds none.
+        CatalogError, CheckpointError: as `Guide.open`.
+    """
+    wanted = run.config.evaluate.guide
+    if wanted is False:
+        return None
+    guide = open_guide(folder, run.catalog)
+    if guide is None and wanted is True:
+        raise ConfigError(
+            f"evaluate.guide = true, and {folder} holds no guide; run `orchard fit guide` with the "
+            "run file, or set evaluate.guide = false"
         )
-    ranking.write(result, evaluation_file(run, name))
-    return result
+    if guide is not None:
+        for note in guide.notes(rows=run.leaf_rows.digest, policy=version.digest):
+            _log.warning("%s", note)
+    return guide
+
+
+def excludes_seen(run: Run, guide: Guide | None) -> bool:
+    """Return whether lists leave out the history: as set, or by the repeats of training targets."""
+    setting = run.config.evaluate.exclude_seen
+    if setting != "auto":
+        return setting
+    if guide is not None:
+        return guide.exclude_seen
+    return run.leaf_rows.repeat_rate < REPEATS_EXCLUDED_BELOW
+
+
+def without_seen(
+    run: Run, split: Split, rows: Int64[np.ndarray, " R"], candidates: Candidates
+) -> Candidates:
+    """Drop the candidates that are in the history of their own row."""
+    leaf_of_item, size = run.catalog.leaf_of_item, run.catalog.trie.num_leaves
+    history, start = ragged.take(split.history, split.history_start, rows)
+    seen = ragged.row_of(start) * size + leaf_of_item[history]
+    prompt = ragged.row_of(candidates.start)
+    kept = np.flatnonzero(~np.isin(prompt * size + candidates.leaf, seen))
+    return dataclasses.replace(
+        candidates,
+        start=ragged.starts(np.bincount(prompt[kept], minlength=len(rows))),
+        node=candidates.node[kept],
+        logprob=candidates.logprob[kept],
+        score=candidates.score[kept],
+        leaf=candidates.leaf[kept],
+        value=None if candidates.value is None else candidates.value[kept],
+    )
 
 
 async def evaluate_split(controller: Controller, folder: Path, name: str) -> Evaluation:
@@ -49,7 +142,8 @@ async def evaluate_split(controller: Controller, folder: Path, name: str) -> Eva
         same = np.array_equal(saved.row, chosen_rows(controller.run, "test"))
         if fresh and same and saved.width == beams:
             return saved
-    return await evaluate(controller, folder, split="test", beams=beams, name=name)
+    results = await evaluate(controller, folder, split="test", beams=beams, name=name)
+    return results[name]
 
 
 def chosen_rows(run: Run, split: SplitName) -> Int64[np.ndarray, " R"]:
@@ -66,8 +160,16 @@ def evaluation_file(run: Run, name: str) -> Path:
     return run.dir / "evaluation" / f"{name}.json"
 
 
-def write_metrics(evaluation: Evaluation, path: Path) -> None:
-    """Write {mean, low, high, n} of each metric as JSON, for `orchard evaluate --json`."""
-    metrics = {name: asdict(estimate) for name, estimate in evaluation.metrics.items()}
+def write_metrics(evaluations: Mapping[str, Evaluation], name: str, path: Path) -> None:
+    """Write {mean, low, high, n} of each metric as JSON, for `orchard evaluate --json`.
+
+    Metrics of lists without the history start with `unseen_`, those of guided lists with
+    `guided_`.
+    """
+    metrics: dict[str, Any] = {}
+    for title, evaluation in evaluations.items():
+        kind = title.removeprefix(name).removeprefix("_")
+        prefix = f"{kind}_" if kind else ""
+        metrics |= {f"{prefix}{n}": asdict(e) for n, e in evaluation.metrics.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, json.dumps(metrics, indent=2) + "\n")

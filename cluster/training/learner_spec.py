@@ -1,4 +1,4 @@
-"""Specify the learner of a phase from a run."""
+"""Specification of the learner for the phase of a run."""
 
 import numpy as np
 
@@ -7,8 +7,8 @@ from learner.spec import LearnerSpec
 from orchard.data.prompts import make_prompts, make_windows
 
 
-def make_learner_spec(run: Run) -> LearnerSpec:
-    """Return the policy, the data and the schedule that the learner of the run's phase needs."""
+def learner_spec(run: Run) -> LearnerSpec:
+    """Build the specification of the learner for the phase of the run."""
     config = run.config
     supervised = run.phase == "sft"
     traces = (run.train, run.traces) if supervised and run.traces is not None else None

@@ -100,6 +100,8 @@ def step_metrics(scored: ScoredTrees, update: Update, lag: int) -> dict[str, flo
         for name, value in statistics.items()
     }
     metrics |= diagnose(scored)
+    if "proved" in cost.counts:  # by guided searches
+        metrics["rollout/proved"] = cost.counts["proved"] / num_prompts
     metrics |= {f"learner/{name}": value for name, value in update.metrics.items()}
     return metrics | {
         "rollout/prompts": float(num_prompts),

@@ -34,6 +34,9 @@ def measure(
         target_leaf=catalog.leaf_of_item[split.target[rows]],
         target_position=catalog.place_in_leaf[split.target[rows]],
     )
+    proved: dict[str, float] = {}
+    if candidates.proved is not None:
+        proved["proved@10"] = float(candidates.proved.mean())
     extra = {
         "coverage@10": ranking.coverage(
             leaf=candidates.leaf, num_leaves=catalog.trie.num_leaves, start=candidates.start, k=10
@@ -45,6 +48,7 @@ def measure(
             for f in dataclasses.fields(candidates.cost)
             if f.name != "counts"
         },
+        **proved,
         **{name: float(count) for name, count in candidates.cost.counts.items()},
     }
     return Evaluation(

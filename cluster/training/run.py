@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cluster.actors.session import address_of
 from cluster.training import text_policy
+from cluster.training.checks import check_names
 from orchard import config
 from orchard.catalog import catalog as catalogs
 from orchard.catalog.catalog import Catalog
@@ -20,17 +21,19 @@ from orchard.data.prompts import Split, read_split
 from orchard.data.rationales import RationaleBlocks, TokenizedRationales
 from orchard.data.sft_tasks import SftTasks
 from orchard.errors import ConfigError
+from orchard.guide.expert import LeafRows
+from orchard.guide.guide import Guide
 from orchard.policy import item_tokenizer, model, titles
 from orchard.policy.item_tokenizer import ItemTokenizer
-from orchard.policy.store import PolicyFacts
+from orchard.policy.store import PolicyFacts, open_guide
 from orchard.scorers import prefix_critic
 from orchard.scorers.prefix_critic import PrefixCritic
 from orchard.settings import Config, DataConfig
 from rewards.context import RewardContext
-from rewards.score import check_rewards, preload
+from rewards.score import preload
 from rewards.transition_counts import TransitionCounts, count_transitions
-from rollout.engine.availability import check_vllm
-from rollout.search.ved.search import check_budget
+from rollout.engine.registry import ENGINES
+from rollout.search.registry import SEARCHES
 
 Phase = Literal["sft", "train", "evaluate"]
 
@@ -39,11 +42,11 @@ MAY_CHANGE = (
     "rollout.actors", "rollout.max_restarts", "rollout.timeout_s", "rollout.start_timeout_s",
     "rollout.threads", "rewards.actors", "rewards.queue", "rewards.timeout_s", "rewards.retries",
     "rewards.max_restarts", "learner.threads", "learner.max_failures", "learner.timeout_s",
-    "learner.start_timeout_s", "evaluate.", "checkpoint.", "cluster.", "serve.",
+    "learner.start_timeout_s", "evaluate.", "guide.", "checkpoint.", "cluster.", "serve.",
 )  # fmt: skip
 """Settings that may differ between a run and its continuation: duration, resources and evaluation,
 but nothing that changes an update."""
-OF_RL = ("learner.", "rollout.", "rewards.", "critic.")
+OF_RL = ("learner.", "rollout.", "rewards.", "critic.", "guide.", "plugins")
 """Settings that SFT does not use, which may change until RL has written a checkpoint."""
 
 
@@ -84,7 +87,9 @@ class Run:
         data = self.config.data
         if data.embeddings is None:
             return None
-        return catalogs.read_embeddings(data.path / data.embeddings, self.catalog)
+        return catalogs.read_embeddings(
+            data.path / data.embeddings, self.catalog, items=data.path / data.items
+        )
 
     @cached_property
     def reward_context(self) -> RewardContext:
@@ -118,15 +123,44 @@ class Run:
     def critic(self) -> PrefixCritic | None:
         """Prefix critic that guides the training searches; None if the search uses none."""
         settings = self.config
-        if (
-            self.phase != "train"
-            or settings.rollout.search != "ved"
-            or settings.rollout.ved.guide != "critic"
-        ):
+        uses_critic = SEARCHES.facts(settings.rollout.search).uses_critic
+        if self.phase != "train" or uses_critic is None or not uses_critic(settings.rollout):
             return None
         return prefix_critic.load(
             settings.critic.path or self.dir / prefix_critic.KIND, self.catalog
         )
+
+    @cached_property
+    def leaf_rows(self) -> LeafRows:
+        """Training rows with items as leaves, which the experts of a guide count."""
+        rows = self.train
+        return LeafRows.of_items(
+            self.catalog,
+            user=rows.user,
+            history=rows.history,
+            history_start=rows.history_start,
+            target=rows.target,
+        )
+
+    @cached_property
+    def guide(self) -> Guide | None:
+        """Guide of the training searches; None if the search uses none.
+
+        Raises:
+            ConfigError: the policy that training starts from has no guide.
+        """
+        settings = self.config
+        uses_guide = SEARCHES.facts(settings.rollout.search).uses_guide
+        if self.phase != "train" or uses_guide is None or not uses_guide(settings.rollout):
+            return None
+        if (guide := open_guide(self.policy, self.catalog)) is None:
+            raise ConfigError(
+                f"the search is to be guided by experts, and {self.policy} holds no guide; run "
+                "`orchard fit guide` with the run file, or set rollout.guide and "
+                "rollout.ved.guide to another value",
+                code="config.no_guide",
+            )
+        return guide
 
     def with_phase(self, phase: Phase, policy: Path) -> "Run":
         """Return the run in another phase that starts from `policy`."""
@@ -134,7 +168,7 @@ class Run:
 
 
 def check_engines(settings: Config, phase: Phase) -> None:
-    """Raise EngineError if vLLM is needed on this machine and cannot run; skip remote clusters.
+    """Raise EngineError if a needed engine cannot run on this machine; skip remote clusters.
 
     Without this check the error would appear only when the first actor starts.
     """
@@ -143,8 +177,10 @@ def check_engines(settings: Config, phase: Phase) -> None:
     engines = {settings.evaluate.engine}
     if phase == "train":
         engines.add(settings.rollout.engine)
-    if "vllm" in engines:
-        check_vllm()
+    for name in engines:
+        check_machine = ENGINES.facts(name).check_machine
+        if check_machine is not None:
+            check_machine()
 
 
 def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Run:
@@ -157,15 +193,18 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
 
     Raises:
         ConfigError, DataError, CatalogError, CheckpointError: one sentence each.
-        EngineError: vLLM is needed on this machine and cannot run.
+        EngineError: an engine is needed on this machine and cannot run.
     """
-    check_rewards(settings.rewards.weights)
+    check_names(settings)
     check_engines(settings, phase)
     if phase != "evaluate":
         check_unchanged(settings, phase)
     data = settings.data
     if not data.path.is_dir():
-        raise ConfigError(f"data.path = {data.path} is not a folder; set it to where the data is")
+        raise ConfigError(
+            f"data.path = {data.path} is not a folder; set it to where the data is",
+            code="config.no_data",
+        )
     policy = policy or starting_policy(settings, phase)
     text_tokenizer: PreTrainedTokenizerBase | None = None
     if policy is not None:
@@ -184,8 +223,9 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
         )
         for name, files in (("train", data.train), ("valid", [data.valid]), ("test", [data.test]))
     }
-    if settings.rollout.search == "ved":
-        check_budget(settings.rollout.ved, catalog.trie)
+    check_catalog = SEARCHES.facts(settings.rollout.search).check_catalog
+    if check_catalog is not None:
+        check_catalog(settings.rollout, catalog.trie)
     width = max(settings.rollout.group_size, settings.evaluate.beams, settings.evaluate.valid_beams)
     if width > catalog.trie.num_leaves:
         logging.getLogger("orchard").warning(
@@ -198,7 +238,7 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
         text_tokenizer = new_tokenizer(settings, catalog, reasons)
     grows = text_policy.add_instruction(settings, text_tokenizer, catalog, policy)
     tokenizer, traces = item_tokenizer.make_item_tokenizer(text_tokenizer, catalog), None
-    if settings.thinks:
+    if text_policy.thinks(settings):
         tokenizer = replace(tokenizer, think=item_tokenizer.think_tokens(text_tokenizer))
     if reasons is not None:
         traces = rationales.tokenize_rationales(
@@ -222,7 +262,7 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
     )
     if phase == "train":
         preload(settings.rewards.weights, run.reward_context)
-        _ = run.critic  # loaded now, so that its errors appear before an actor starts
+        _ = run.critic, run.guide  # loaded now, so that its errors appear before an actor starts
     return run
 
 
@@ -262,7 +302,8 @@ def read_items(data: DataConfig, tokenizer: PreTrainedTokenizerBase | None) -> C
     if tokenizer is None:
         raise ConfigError(
             "data.titles = true needs a policy whose tokens the titles are written in; "
-            "set model.path to its folder, or data.title_tokens for a policy from scratch"
+            "set model.path to its folder, or data.title_tokens for a policy from scratch",
+            code="config.no_title_tokens",
         )
     return titles.read(path, tokenizer)
 
@@ -277,7 +318,8 @@ def starting_policy(settings: Config, phase: Phase) -> Path | None:
     if phase != "sft":
         raise ConfigError(
             f"there is no policy to improve: {sft_policy} does not exist and model.path is not "
-            "set; run `orchard sft` first, or set model.path"
+            "set; run `orchard sft` first, or set model.path",
+            code="config.no_policy",
         )
     return None
 
@@ -300,5 +342,6 @@ def check_unchanged(settings: Config, phase: Phase) -> None:
         raise ConfigError(
             f"run {settings.name} exists with another configuration: {'; '.join(changed)}; choose "
             "another name, to go on from what it has learned with model.path="
-            f"{settings.run_dir / 'warm_start'} (or its policy)"
+            f"{settings.run_dir / 'warm_start'} (or its policy)",
+            code="config.changed",
         )

@@ -1,5 +1,6 @@
 """Create the folder of a run, and read and write the policies in it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from cluster.training import text_policy
@@ -7,9 +8,10 @@ from cluster.training.run import Run
 from orchard import config
 from orchard.errors import ConfigError
 from orchard.folders import atomic_write
-from orchard.policy import model, value_head
-from orchard.policy.store import Policy, PolicyFacts
+from orchard.policy import lora, model, value_head
+from orchard.policy.store import Policy, PolicyFacts, has_guide, read_adapter
 from orchard.policy.weights import Weights, restore
+from orchard.settings import Config
 from orchard.types import PolicyVersion
 
 
@@ -32,20 +34,52 @@ def open_run_dir(run: Run) -> None:
         _as_policy(run, initial, PolicyVersion(step=0, digest=""), {}).save(run.policy)
 
 
+def base_of(settings: Config) -> Path:
+    """Return the folder of the model that the run's first phase starts from."""
+    return settings.model.path or settings.run_dir / "scratch"
+
+
 def save_policy(
-    run: Run, folder: Path, version: PolicyVersion, weights: Weights, **measurements: float
+    run: Run,
+    folder: Path,
+    version: PolicyVersion,
+    weights: Weights,
+    adapter: Weights | None = None,
+    **measurements: float,
 ) -> None:
-    """Write a version of the run's policy as a policy folder."""
+    """Write a version of the run's policy as a policy folder.
+
+    A guide of the folder is kept; without one, that of the policy that the run started from is
+    carried along.
+
+    Args:
+        run: run that trained it.
+        folder: folder to write.
+        version: version of the weights.
+        weights: weights, with merged adapters.
+        adapter: LoRA factors of what the phase has added to the policy that it started from.
+        measurements: facts about the version.
+    """
     trained = model.load(run.policy, run.tokenizer)
     value_head.adapt_weights(trained, weights)
     restore(trained, weights)
-    _as_policy(run, trained, version, measurements).save(folder)
+    source = folder if has_guide(folder) else run.policy
+    policy = _as_policy(run, trained, version, measurements, source)
+    replace(policy, adapter=_since_base(run, adapter or {})).save(folder)
 
 
 def saved_policy(run: Run, folder: Path) -> tuple[PolicyVersion, Weights]:
     """Return version and weights of a policy folder of the run's catalog."""
-    policy = Policy.open(folder, run.tokenizer, verify=False)
+    policy = Policy.open(folder, run.tokenizer)
     return policy.version, policy.weights
+
+
+def _since_base(run: Run, adapter: Weights) -> Weights:
+    """Return the factors of all that was added to the base; empty where more than that was."""
+    if not adapter or run.policy in (base_of(run.config), run.dir / "scratch"):
+        return adapter
+    before = read_adapter(run.policy)
+    return lora.stack(before, adapter) if before.keys() == adapter.keys() else {}
 
 
 def _as_policy(
@@ -53,6 +87,7 @@ def _as_policy(
     trained: model.PreTrainedModel,
     version: PolicyVersion,
     measurements: dict[str, float],
+    source: Path | None = None,
 ) -> Policy:
     return Policy(
         version=version,
@@ -60,4 +95,5 @@ def _as_policy(
         tokenizer=run.tokenizer,
         text_tokenizer=run.text_tokenizer,
         facts=PolicyFacts(max_history=run.config.data.max_history, measurements=measurements),
+        folder=source,
     )

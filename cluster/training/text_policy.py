@@ -18,6 +18,13 @@ from orchard.errors import ConfigError
 from orchard.policy import lora, model, prompt_template, token_embeddings
 from orchard.policy.item_tokenizer import ItemTokenizer, read_tokenizer
 from orchard.settings import Config
+from rollout.search.registry import SEARCHES
+
+
+def thinks(settings: Config) -> bool:
+    """Return whether the policy generates thinking blocks or is trained to generate them."""
+    search_thinks = SEARCHES.facts(settings.rollout.search).thinks
+    return settings.data.has_rationales or search_thinks or settings.evaluate.think
 
 
 def add_instruction(
@@ -31,9 +38,9 @@ def add_instruction(
     template = settings.prompt.history
     if template is None:
         return False
-    added = token_embeddings.add_tokens(tokenizer, catalog, tags=settings.thinks)
+    added = token_embeddings.add_tokens(tokenizer, catalog, tags=thinks(settings))
     room = positions(policy) - catalog.trie.depth
-    if settings.thinks:  # a block per code, with both tags
+    if thinks(settings):  # a block per code, with both tags
         room -= catalog.trie.depth * (settings.rollout.think.block_tokens + 1)
     if room < 1:
         raise ConfigError(
@@ -56,7 +63,7 @@ def sft_tasks(
     policy: Path | None,
 ) -> SftTasks | None:
     """Build the SFT tasks of a text model; None if SFT trains on rationales instead."""
-    if settings.prompt.history is None or settings.teaches_thinking:
+    if settings.prompt.history is None or settings.data.has_rationales:
         return None
     return build_sft_tasks(
         train,

@@ -14,6 +14,9 @@ its group:
 length must not depend on how many siblings its codes have in the catalog. N counts the whole
 batch, before it is split for workers or micro-batches, so the losses of the parts add up.
 
+To add an estimator, write a function of the type `Estimator` in a module of its own and register it
+in `ESTIMATORS`; `docs/extending.md` has an example.
+
 `sibling` compares node by node within a group (`learner.advantage.sibling`), and two estimators
 combine it with `group`: `group_sibling` adds the two losses, `blend` averages the two advantages.
 `sapo` compares step by step (`learner.advantage.sapo`).
@@ -22,7 +25,7 @@ Shapes:  B prompts   N nodes   C candidates   K steps of the longest candidate
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
@@ -30,11 +33,45 @@ from jaxtyping import Float32, Float64, Int64
 from learner.advantage.groups import group_center, group_normalize
 from learner.advantage.sapo import apply_code_switches, sapo
 from learner.advantage.sibling import sibling
-from orchard.settings import LearnerConfig
+from orchard.errors import ConfigError
+from orchard.registry import Facts, Registry
+from orchard.settings import Config, LearnerConfig
 from orchard.types import Advantages, ScoredTrees, SearchTrees
 
 Estimator = Callable[[ScoredTrees, float], Advantages]
 """Function from scored trees and the epsilon added to a standard deviation to advantages."""
+
+
+def _one_advantage_per_candidate(config: Config) -> None:
+    """Refuse a ratio of whole candidates for advantages that differ between their steps."""
+    name = config.learner.estimator
+    if config.learner.ratio == "sequence" and not ESTIMATORS.facts(name).per_candidate:
+        known = [other for other in ESTIMATORS if ESTIMATORS.facts(other).per_candidate]
+        raise ConfigError(
+            'learner.ratio = "sequence" needs one advantage per candidate, and learner.estimator = '
+            f"{name} gives one per step; choose from {', '.join(known)}",
+            code="config.ratio_of_steps",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EstimatorFacts(Facts):
+    """Properties of an advantage estimator that a run looks up."""
+
+    per_candidate: bool = True
+    """Whether all steps of a candidate have one advantage, as `learner.ratio` "sequence" needs."""
+    losses: Callable[[ScoredTrees, LearnerConfig], list[Advantages]] | None = None
+    """Advantages of several losses that add up; None if those of the estimator are the only ones.
+    The weights of the first also weight the divergence from the reference."""
+
+
+ESTIMATORS: Registry[Estimator, EstimatorFacts] = Registry(
+    "estimator",
+    ("learner.estimator",),
+    EstimatorFacts(),
+    rules=(_one_advantage_per_candidate,),
+)
+"""Estimators by their name in `learner.estimator`."""
 
 
 def candidate_lengths(trees: SearchTrees) -> Int64[np.ndarray, " C"]:
@@ -43,6 +80,7 @@ def candidate_lengths(trees: SearchTrees) -> Int64[np.ndarray, " C"]:
     return np.where(path >= 0, np.diff(trees.token_start)[path], 0).sum(1)
 
 
+@ESTIMATORS.register("group")
 def group(scored: ScoredTrees, std_epsilon: float) -> Advantages:
     """Standardize rewards within the group; every candidate weighs the same."""
     return broadcast_to_steps(
@@ -50,6 +88,7 @@ def group(scored: ScoredTrees, std_epsilon: float) -> Advantages:
     )
 
 
+@ESTIMATORS.register("dapo")
 def dapo(scored: ScoredTrees, std_epsilon: float) -> Advantages:
     """Standardize rewards within the group; every token of the batch weighs the same."""
     length = candidate_lengths(scored.trees)
@@ -57,6 +96,7 @@ def dapo(scored: ScoredTrees, std_epsilon: float) -> Advantages:
     return broadcast_to_steps(scored, group_normalize(*_by_group(scored), std_epsilon), weight)
 
 
+@ESTIMATORS.register("drgrpo")
 def drgrpo(scored: ScoredTrees, std_epsilon: float) -> Advantages:
     """Center rewards within the group without dividing by the spread; ignores `std_epsilon`."""
     length = candidate_lengths(scored.trees)
@@ -64,6 +104,17 @@ def drgrpo(scored: ScoredTrees, std_epsilon: float) -> Advantages:
     return broadcast_to_steps(scored, group_center(*_by_group(scored)), weight)
 
 
+def _two_candidates(config: Config) -> None:
+    """Refuse groups of one, in which there are no others to compare with."""
+    if config.rollout.group_size < 2:
+        raise ConfigError(
+            "learner.estimator = leave_one_out needs rollout.group_size >= 2, "
+            f"not {config.rollout.group_size}",
+            code="config.group_of_one",
+        )
+
+
+@ESTIMATORS.register("leave_one_out", EstimatorFacts(rules=(_two_candidates,)))
 def leave_one_out(scored: ScoredTrees, std_epsilon: float) -> Advantages:
     """Compare each reward with the mean of the others in the group; ignores `std_epsilon`."""
     size = np.diff(scored.trees.candidate_start)[scored.trees.prompt_of_candidate]
@@ -72,6 +123,7 @@ def leave_one_out(scored: ScoredTrees, std_epsilon: float) -> Advantages:
     return broadcast_to_steps(scored, advantage, mean_weight(scored))
 
 
+@ESTIMATORS.register("blend")
 def blend(scored: ScoredTrees, std_epsilon: float) -> Advantages:
     """Average `group` and the mean of `sibling` over steps; every candidate weighs the same."""
     by_group, by_node = group(scored, std_epsilon), sibling(scored, std_epsilon)
@@ -82,36 +134,22 @@ def blend(scored: ScoredTrees, std_epsilon: float) -> Advantages:
     return broadcast_to_steps(scored, advantage, mean_weight(scored))
 
 
-ESTIMATORS: dict[str, Estimator] = {
-    "group": group,
-    "dapo": dapo,
-    "drgrpo": drgrpo,
-    "leave_one_out": leave_one_out,
-    "sibling": sibling,
-    "blend": blend,
-    "sapo": sapo,
-}
-"""Estimators by their name in `learner.estimator`. To add one, write a function of the type
-`Estimator`, list it here and add its name to the choices of that setting."""
-
-SUMS: dict[str, tuple[str, ...]] = {"group_sibling": ("group", "sibling")}
-"""Combinations of estimators whose losses add up, by their name in `learner.estimator`; the weights
-of the first one also weight the divergence from the reference."""
+ESTIMATORS.register("sibling", EstimatorFacts(per_candidate=False))(sibling)
 
 
-def compute_advantages(scored: ScoredTrees, config: LearnerConfig) -> list[Advantages]:
-    """Compute a batch's advantages by the configured estimator; the losses of several add up."""
-    if config.estimator == "sapo":
-        return _sapo_credits(scored, config)
-    names = SUMS.get(config.estimator, (config.estimator,))
-    credits = [ESTIMATORS[name](scored, config.std_epsilon) for name in names]
-    return credits[:1] + [
-        replace(credit, weight=credit.weight * np.float32(config.sibling_weight))
-        for credit in credits[1:]
-    ]
+def _group_and_sibling(scored: ScoredTrees, config: LearnerConfig) -> list[Advantages]:
+    """Return the advantages within the group and, with its weight, those among siblings."""
+    credits = [estimate(scored, config.std_epsilon) for estimate in (group, sibling)]
+    credits[1] = replace(credits[1], weight=credits[1].weight * np.float32(config.sibling_weight))
+    return credits
 
 
-def _sapo_credits(scored: ScoredTrees, config: LearnerConfig) -> list[Advantages]:
+ESTIMATORS.register(
+    "group_sibling", EstimatorFacts(per_candidate=False, losses=_group_and_sibling)
+)(group)
+
+
+def _steps_and_format(scored: ScoredTrees, config: LearnerConfig) -> list[Advantages]:
     """Return the step-aligned credit and, where it has a weight, the credit of the format."""
     credits = [apply_code_switches(scored, sapo(scored, config.std_epsilon), config.sapo)]
     if config.sapo.format_weight:
@@ -125,6 +163,17 @@ def _sapo_credits(scored: ScoredTrees, config: LearnerConfig) -> list[Advantages
         format_weight = np.float32(config.sapo.format_weight)
         credits.append(replace(credit, weight=credit.weight * format_weight))
     return credits
+
+
+ESTIMATORS.register("sapo", EstimatorFacts(per_candidate=False, losses=_steps_and_format))(sapo)
+
+
+def compute_advantages(scored: ScoredTrees, config: LearnerConfig) -> list[Advantages]:
+    """Compute a batch's advantages by the configured estimator; the losses of several add up."""
+    losses = ESTIMATORS.facts(config.estimator).losses
+    if losses is not None:
+        return losses(scored, config)
+    return [ESTIMATORS[config.estimator](scored, config.std_epsilon)]
 
 
 def group_statistics(scored: ScoredTrees) -> dict[str, float]:

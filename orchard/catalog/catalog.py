@@ -105,7 +105,8 @@ class Catalog:
         if len(unknown):
             raise DataError(
                 f"item {item_id[unknown[0]]} is not in the catalog of {len(self)} items "
-                f"({len(unknown)} such references); add it to the items file or drop the rows"
+                f"({len(unknown)} such references); add it to the items file or drop the rows",
+                code="data.unknown_item",
             )
         return row
 
@@ -186,7 +187,7 @@ def read(
 
     Raises:
         DataError: the file or a column is missing or unreadable.
-        CatalogError: see `from_codes`.
+        CatalogError: see `from_codes`, or codes without `level_size` leave most tokens unused.
     """
     table = read_table(
         path, role="items", columns=("item_id", "sid"), remedy="data.path and data.items"
@@ -198,6 +199,8 @@ def read(
     )
     ids = table["item_id"].to_numpy().astype(np.int64)
     codes = tables.from_lists(table["sid"], ids)
+    if level_size is None and not code_token:
+        tables.check_use(codes)
     # Release the Arrow memory, which is as large as the catalog itself for ten million items.
     del table
     pa.default_memory_pool().release_unused()
@@ -238,9 +241,15 @@ def load(folder: Path) -> Catalog:
     path = folder / "items.parquet"
     if not path.is_file():
         raise DataError(f"{folder} holds no items.parquet; it is not a saved catalog")
-    metadata = {k.decode(): v.decode() for k, v in (pq.read_schema(path).metadata or {}).items()}
-    tokens = [int(token) for token in metadata.get("code_token", "").split(",") if token]
-    sizes = [int(size) for size in metadata["level_size"].split(",")]
+    try:
+        schema = pq.read_schema(path)
+        metadata = {k.decode(): v.decode() for k, v in (schema.metadata or {}).items()}
+        tokens = [int(token) for token in metadata.get("code_token", "").split(",") if token]
+        sizes = [int(size) for size in metadata["level_size"].split(",")]
+    except (pa.ArrowInvalid, OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"{path} is damaged, or no catalog that was saved: {error}; export the policy again"
+        ) from error
     catalog = read(
         path,
         level_size=None if tokens else sizes,
@@ -252,13 +261,16 @@ def load(folder: Path) -> Catalog:
     return catalog
 
 
-def read_embeddings(path: Path, catalog: Catalog) -> Float32[np.ndarray, "I E"]:
+def read_embeddings(
+    path: Path, catalog: Catalog, *, items: Path | None = None
+) -> Float32[np.ndarray, "I E"]:
     """Read the embedding of each item of the catalog; other items of the file are ignored.
 
-    Raises the errors of `orchard.catalog.embeddings.read`.
+    `items` is the file that the catalog was read from, which records the order of its rows. Raises
+    the errors of `orchard.catalog.embeddings.read`.
     """
     remedy = "data.path and data.embeddings"
-    return embeddings.read(path, catalog.item_id, remedy=remedy)
+    return embeddings.read(path, catalog.item_id, remedy=remedy, items=items)
 
 
 def _digest(

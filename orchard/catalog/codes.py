@@ -14,6 +14,11 @@ from orchard import ragged
 from orchard.catalog import trie
 from orchard.errors import CatalogError
 
+_OFFSET, _OFFSET_CODES = 16, 16
+"""Smallest first code of a level, and number of its codes, that show an offset per level."""
+_DEAD_CODES, _DEAD_SHARE = 1 << 16, 4
+"""Number of unused codes of a level that is always allowed, and that allowed per code in use."""
+
 
 def from_lists(column: Any, item_id: Int[np.ndarray, " I"]) -> Int[np.ndarray, "I D"]:
     """Convert a Parquet list column to a code table; zero-copy if it has one chunk and one length.
@@ -23,6 +28,9 @@ def from_lists(column: Any, item_id: Int[np.ndarray, " I"]) -> Int[np.ndarray, "
             code.
     """
     kind = column.type
+    if pa.types.is_fixed_size_list(kind):
+        column = column.cast(pa.large_list(kind.value_type))
+        kind = column.type
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_integer(
         kind.value_type
     ):
@@ -33,7 +41,8 @@ def from_lists(column: Any, item_id: Int[np.ndarray, " I"]) -> Int[np.ndarray, "
     if len(missing):
         raise CatalogError(
             f"item {item_id[missing[0]]} has no semantic ID ({len(missing)} of {len(length)} "
-            "items); give every item a non-empty `sid` or leave it out of the items file"
+            "items); give every item a non-empty `sid` or leave it out of the items file",
+            code="catalog.no_sid",
         )
     flat, start = lists.flatten().to_numpy(zero_copy_only=False), ragged.starts(length)
     bad = np.flatnonzero(~(flat >= 0))  # Arrow converts null to NaN, which is caught too
@@ -99,7 +108,9 @@ def check(
         row = int(np.argmax(wrong))
         raise CatalogError(
             f"row {row} of the items has a semantic ID of depth {length[row]} where {depth} was "
-            f"expected ({int(wrong.sum())} such items); repair it, or set data.varying_depth = true"
+            f"expected ({int(wrong.sum())} such items); repair it, or set data.varying_depth = "
+            "true",
+            code="catalog.mixed_depth",
         )
     if table.shape[1] < depth:
         table = np.pad(table, ((0, 0), (0, depth - table.shape[1])), constant_values=-1)
@@ -112,10 +123,41 @@ def check(
         raise CatalogError(
             f"row {row} of the items has code {table[row, level]} at level {level + 1}; "
             f"codes there run from 0 to {limit[level] - 1} ({int(bad.any(1).sum())} such items); "
-            "mend the items file, or make semantic IDs anew (orchard data sids --overwrite)"
+            "mend the items file, or make semantic IDs anew (orchard data sids --overwrite)",
+            code="catalog.code_out_of_range",
         )
     # An end marker may still be added to each level.
     return table.astype(trie.code_type(limit))
+
+
+def check_use(table: Int[np.ndarray, "I D"]) -> None:
+    """Raise CatalogError if codes carry an offset per level, or are far apart.
+
+    A level has a token for every code from 0 to its largest, so that each code between that no item
+    has is a dead token, with a row of the embedding table.
+    """
+    previous = -1
+    for level in range(table.shape[1]):
+        code = table[:, level]
+        code = np.sort(code[code >= 0])
+        if len(code) == 0:
+            return
+        used = 1 + int((code[1:] != code[:-1]).sum())
+        first, last = int(code[0]), int(code[-1])
+        dead = last + 1 - used
+        anyway = f"or state data.level_size to have {dead} tokens that no item uses"
+        if level and first > previous and first >= _OFFSET and used >= _OFFSET_CODES:
+            raise CatalogError(
+                f"the codes of level {level + 1} run from {first} to {last}, and those of level "
+                f"{level} end at {previous}: they carry an offset per level, but each level counts "
+                f"from 0; subtract the offset, {anyway}"
+            )
+        if dead > max(_DEAD_CODES, _DEAD_SHARE * used):
+            raise CatalogError(
+                f"level {level + 1} has {used} different codes up to {last}, which leaves {dead} "
+                f"tokens unused; number the codes of each level from 0 without gaps, {anyway}"
+            )
+        previous = last
 
 
 def disambiguate_prefixes(

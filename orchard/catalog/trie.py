@@ -166,26 +166,6 @@ class Trie:
             node = torch.where(reached, self.parent(node), node)
         return table
 
-    def walk(self, codes: Int[Tensor, "F D"]) -> tuple[Int[Tensor, " F"], Bool[Tensor, " F"]]:
-        """Follow codes from the root; return the last node reached and whether all codes are legal.
-
-        Sequences are padded with -1 past their end.
-        """
-        node = torch.zeros(len(codes), dtype=torch.long, device=codes.device)
-        legal = torch.ones(len(codes), dtype=torch.bool, device=codes.device)
-        for depth in range(codes.shape[1]):
-            low, high, code = self.first_child(node), self.first_child(node + 1), codes[:, depth]
-            end, has_code = high.clone(), code >= 0
-            while bool((low < high).any()):  # binary search for the code among the sorted children
-                middle = (low + high) // 2
-                go_right = (low < high) & (self.code[middle.clamp(max=self.num_nodes - 1)] < code)
-                high = torch.where((low < high) & ~go_right, middle, high)
-                low = torch.where(go_right, middle + 1, low)
-            is_child = (low < end) & (self.code[low.clamp(max=self.num_nodes - 1)] == code)
-            legal &= is_child | ~has_code
-            node = torch.where(has_code & is_child & legal, low, node)
-        return node, legal
-
 
 def _from_arrays(*parts: Any) -> Trie:
     """Rebuild a pickled trie around its arrays, read-only where they are mapped."""

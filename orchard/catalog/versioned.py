@@ -93,11 +93,6 @@ class VersionedCatalog:
         """Current snapshot; a search reads it once and keeps it."""
         return self._snapshot
 
-    @property
-    def num_waiting(self) -> int:
-        """Number of items in the delta."""
-        return len(self._delta)
-
     def add(
         self,
         codes: Sequence[Sequence[int]],

@@ -42,7 +42,7 @@ def read_split(paths: Sequence[Path], catalog: Catalog, *, max_history: int) -> 
     """Read the rows of one or more Parquet files.
 
     The columns are `history`, `target` and, optionally, `user_id`. Histories keep their last
-    `max_history` items. A row without a `user_id` counts as a distinct user.
+    `max_history` items. Users may be integers or text; a row without one counts as a distinct user.
 
     Raises:
         DataError: a file or a column is missing or unreadable, there are no rows, a history is
@@ -59,34 +59,74 @@ def read_split(paths: Sequence[Path], catalog: Catalog, *, max_history: int) -> 
     ]
     names = ", ".join(path.name for path in paths)
     if sum(len(table) for table in tables) == 0:
-        raise DataError(f"split {names} has no rows; at least one is needed")
+        raise DataError(f"split {names} has no rows; at least one is needed", code="data.no_rows")
     lists = [_combined(table["history"]) for table in tables]
     counts = np.concatenate([part.value_lengths().fill_null(0).to_numpy() for part in lists])
     if (counts == 0).any():
         row = int(np.argmax(counts == 0))
         raise DataError(
             f"row {row} of {names} has an empty history ({int((counts == 0).sum())} such rows); "
-            "drop rows that have no item before the target"
+            "drop rows that have no item before the target",
+            code="data.empty_history",
         )
     start = ragged.starts(counts)
     flat = np.concatenate([part.flatten().to_numpy().astype(np.int64) for part in lists])
     recent, recent_start = ragged.last(flat, start, max_history)
     target = np.concatenate([_combined(t["target"]).to_numpy() for t in tables]).astype(np.int64)
-    users: list[np.ndarray] = []
-    for index, table in enumerate(tables):
-        has_user_id = "user_id" in table.column_names
-        user_id = (
-            table["user_id"].to_numpy()
-            if has_user_id
-            else -1 - np.arange(len(table)) - (index << 40)
-        )
-        users.append(user_id.astype(np.int64))
     return Split(
-        user=np.concatenate(users),
+        user=_users(tables, names),
         history=catalog.rows(recent),
         history_start=recent_start,
         target=catalog.rows(target),
     )
+
+
+def _users(tables: Sequence[Any], names: str) -> Int64[np.ndarray, " R"]:
+    """Return a number per user; users who are not integers are numbered by their first row.
+
+    A row without a user counts as a user of its own, with a negative number.
+    """
+    users: list[np.ndarray] = []
+    texts: list[Any] = []
+    for index, table in enumerate(tables):
+        alone = -1 - np.arange(len(table)) - (index << 40)
+        column = table["user_id"] if "user_id" in table.column_names else None
+        if column is None or pa.types.is_null(column.type):
+            users.append(alone)
+            texts.append(pa.nulls(len(table), pa.string()))
+            continue
+        kind = column.type
+        if pa.types.is_dictionary(kind):
+            column, kind = column.cast(kind.value_type), kind.value_type
+        if pa.types.is_floating(kind):
+            column = pa.chunked_array([_combined(column).fill_null(float("nan"))])
+            column = _whole(column, names)
+        elif not (
+            pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
+        ):
+            raise DataError(
+                f"column `user_id` of {names} holds {kind}; it must hold integers or text"
+            )
+        text = _combined(column).cast(pa.string())
+        texts.append(text)
+        if pa.types.is_integer(column.type):
+            present = text.is_valid().to_numpy(zero_copy_only=False)
+            users.append(np.where(present, _combined(column).fill_null(0).to_numpy(), alone))
+    if len(users) == len(tables):  # no text
+        return np.concatenate(users).astype(np.int64)
+    text = pa.chunked_array(texts).combine_chunks()
+    row = text.dictionary_encode().indices
+    alone = -1 - np.arange(len(text))
+    return np.where(text.is_valid().to_numpy(zero_copy_only=False), row.fill_null(0), alone)
+
+
+def _whole(column: Any, names: str) -> Any:
+    """Return a floating-point column as integers, null where it is NaN."""
+    values = column.to_numpy()
+    known = ~np.isnan(values)
+    if (values[known] != np.floor(values[known])).any() or np.isinf(values).any():
+        raise DataError(f"column `user_id` of {names} holds fractions; it must hold integers")
+    return pa.chunked_array([pa.array(np.where(known, values, 0).astype(np.int64), mask=~known)])
 
 
 def _combined(column: Any) -> Any:

@@ -1,22 +1,23 @@
-"""Write a synthetic data set in the Parquet schema of real ones, with a card of its properties.
+"""Write a synthetic data set as the importers write real ones, with a card of its properties.
 
 `orchard.data.synthetic_world` generates the items and the interactions.
 
-Shapes:  I items   L levels   E events   R rows   H history items   K tastes of a user
+Shapes:  I items   L levels   R rows   K tastes of a user
 """
 
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from jaxtyping import Bool, Float64, Int, Int64
+from jaxtyping import Float64, Int, Int64
 
 from orchard import folders, ragged
+from orchard.data.importers.card import CARD, split_facts
+from orchard.data.importers.examples import PARTS, SplitExamples, of_log
+from orchard.data.importers.log import InteractionLog, ItemTable
+from orchard.data.importers.write import write_tables
 from orchard.data.synthetic_world import (
     Events,
     SyntheticWorld,
@@ -25,10 +26,6 @@ from orchard.data.synthetic_world import (
     simulate_users,
 )
 from orchard.evaluation.ranking import Estimate, TargetRanks, metrics
-
-CARD = "card.json"
-SPLITS = (("train", 0.0, 0.8), ("valid", 0.8, 0.9), ("test", 0.9, 1.0))
-"""Start and end of each split, as shares of all rows in time order."""
 
 _YARDSTICK_ROWS = 4000
 """Number of test rows on which the baselines are evaluated."""
@@ -64,22 +61,6 @@ class WorldCard:
     train, smoothed by popularity; `popularity` counts targets in train."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Rows:
-    """Examples in time order, as references to events."""
-
-    user: Int64[np.ndarray, " R"]
-    event: Int64[np.ndarray, " R"]
-    """Event of the target."""
-    length: Int64[np.ndarray, " R"]
-    """Number of history items, which are the events directly before the target."""
-
-    def cut(self, low: float, high: float) -> "_Rows":
-        """Return the rows between two shares of all rows."""
-        part = slice(int(low * len(self.event)), int(high * len(self.event)))
-        return _Rows(user=self.user[part], event=self.event[part], length=self.length[part])
-
-
 def write_world(out: Path, params: WorldParams, *, overwrite: bool = False) -> WorldCard:
     """Write items, train, valid and test rows and the card to `out`, atomically.
 
@@ -93,58 +74,31 @@ def write_world(out: Path, params: WorldParams, *, overwrite: bool = False) -> W
     world_rng, user_rng = np.random.default_rng(params.seed).spawn(2)
     world = make_world(params, world_rng)
     events = simulate_users(world, user_rng)
-    rows = _rows(events, params.max_history)
+    examples = of_log(_log(world, events), split="chronological", max_history=params.max_history)
     card = WorldCard(
         params=params,
-        facts=_facts(world, events, rows),
-        yardsticks=_yardsticks(world, events, rows),
+        facts=_facts(world, examples),
+        yardsticks=_yardsticks(world, events, examples),
     )
     with folders.atomic_dir(out) as partial:
-        _write(_item_columns(world), partial / "items.parquet")
-        for name, low, high in SPLITS:
-            _write(_row_columns(events, rows.cut(low, high)), partial / f"{name}.parquet")
+        write_tables(examples, partial)
         (partial / CARD).write_text(json.dumps(asdict(card), indent=2) + "\n")
     return card
 
 
-def _rows(events: Events, max_history: int) -> _Rows:
-    """Return a row for every event except each user's first, in time order."""
-    position_in_history = ragged.index_in_row(events.start)
-    event = np.flatnonzero(position_in_history > 0)
-    user = ragged.row_of(events.start)[event]
-    order = np.lexsort((user, events.timestamp[event]))
-    event = event[order]
-    return _Rows(
-        user=user[order], event=event, length=np.minimum(position_in_history[event], max_history)
+def _log(world: SyntheticWorld, events: Events) -> InteractionLog:
+    """Return the events, in the order of users and times, as a log."""
+    return InteractionLog(
+        user=ragged.row_of(events.start),
+        item=events.item,
+        timestamp=events.timestamp,
+        user_id=np.arange(len(events.start) - 1),
+        items=ItemTable(
+            item_id=np.arange(len(world.code)),
+            title=tuple(titles(world.code)),
+            sid=tuple(map(tuple, world.code.tolist())),
+        ),
     )
-
-
-def _write(columns: Mapping[str, Any], path: Path) -> None:
-    pq.write_table(pa.table(dict(columns)), path, compression="zstd")
-
-
-def _row_columns(events: Events, rows: _Rows) -> dict[str, Any]:
-    history = events.item[ragged.ranges(rows.event - rows.length, rows.length)].astype(np.int32)
-    offsets = ragged.starts(rows.length).astype(np.int32)
-    return {
-        "user_id": rows.user.astype(np.int32),
-        "history": pa.ListArray.from_arrays(offsets, history),
-        "target": events.item[rows.event].astype(np.int32),
-        "timestamp": events.timestamp[rows.event],
-    }
-
-
-def _item_columns(world: SyntheticWorld) -> dict[str, Any]:
-    text = [
-        "".join(f"<{chr(97 + level)}_{code}>" for level, code in enumerate(codes))
-        for codes in world.code.tolist()
-    ]
-    return {
-        "item_id": np.arange(len(world.code), dtype=np.int32),
-        "title": titles(world.code),
-        "sid": pa.array(world.code.tolist(), pa.list_(pa.int16())),
-        "sid_text": text,
-    }
 
 
 def titles(code: Int[np.ndarray, "I L"]) -> list[str]:
@@ -173,44 +127,27 @@ def _word(level: int, code: int) -> str:
     return name.capitalize()
 
 
-def _facts(world: SyntheticWorld, events: Events, rows: _Rows) -> dict[str, float]:
+def _facts(world: SyntheticWorld, examples: SplitExamples) -> dict[str, float]:
     """Compute the statistics of the card from the data that is written."""
-    target = {name: events.item[rows.cut(low, high).event] for name, low, high in SPLITS}
     codes, count = np.unique(world.code, axis=0, return_counts=True)
     prefixes = np.unique(codes[:, :-1], axis=0, return_counts=True)[1]
-    seen = np.unique(events.item + len(world.code) * ragged.row_of(events.start))
+    names = ("num_items", "num_users", "num_events", "sparsity")
     facts = {
-        "num_items": len(world.code),
+        **{name: examples.facts[name] for name in names},
         "num_sids": len(codes),
         "items_sharing_a_sid": int(count[count > 1].sum()),
         "single_child_share": float((prefixes == 1).mean()),
-        "num_users": len(events.start) - 1,
-        "num_events": len(events.item),
-        **{f"{name}_rows": len(items) for name, items in target.items()},
-        "sparsity": 1 - len(seen) / len(world.code) / (len(events.start) - 1),
-        "history_mean": float(rows.length.mean()),
-        "history_median": float(np.median(rows.length)),
-        "history_max": int(rows.length.max()),
-        "test_targets_in_history": float(_repeated(events, rows.cut(*SPLITS[-1][1:])).mean()),
-        "test_targets_seen_in_train": float(np.isin(target["test"], target["train"]).mean()),
+        **split_facts(examples),
     }
     return {name: float(value) for name, value in facts.items()}
 
 
-def _repeated(events: Events, rows: _Rows) -> Bool[np.ndarray, " R"]:
-    """Return whether each row's history contains its target."""
-    owner = ragged.row_of(ragged.starts(rows.length))
-    history = events.item[ragged.ranges(rows.event - rows.length, rows.length)]
-    same = history == events.item[rows.event][owner]
-    return np.bincount(owner, same, minlength=len(rows.event)) > 0
-
-
 def _yardsticks(
-    world: SyntheticWorld, events: Events, rows: _Rows
+    world: SyntheticWorld, events: Events, examples: SplitExamples
 ) -> dict[str, dict[str, Estimate]]:
     """Evaluate the oracle and two counting baselines on a sample of the test rows."""
-    (_, *train_part), _, (_, *test_part) = SPLITS
-    train, test = rows.cut(*train_part).event, rows.cut(*test_part).event
+    target_event = examples.first + examples.length  # a history ends before its target
+    train, test = (target_event[examples.part == PARTS.index(p)] for p in ("train", "test"))
     test = test[np.unique(np.linspace(0, len(test) - 1, _YARDSTICK_ROWS).astype(np.int64))]
     # [2, train rows] last history item and target of each row, sorted by the former
     item_pairs = np.stack([events.item[train - 1], events.item[train]])

@@ -1,8 +1,9 @@
 """Estimate the reward of a target policy from the logged decisions of a behavior policy.
 
 A logged decision is a history, one sampled item (its codes a_1..a_D, with their log-probabilities
-under the behavior policy) and its reward. With rho_d the ratio of target to behavior probability of
-code d and w_d = rho_1 ... rho_d,
+under the behavior policy) and its reward. An item that the target policy cannot draw has target
+log-probability -inf: its weight is 0, and it counts among the decisions. With rho_d the ratio of
+target to behavior probability of code d and w_d = rho_1 ... rho_d,
 
     IS     mean of w_D r
     SNIPS  sum of w_D r / sum of w_D                                  (Swaminathan, Joachims 2015)
@@ -26,6 +27,8 @@ from jaxtyping import Float64, Int64
 from orchard.errors import DataError
 from orchard.evaluation.bootstrap import Estimate, estimates
 
+UNKNOWN = -1
+"""Index of a first code that the target policy does not have."""
 _CELLS = 1 << 22
 """Maximum number of resampled row indices in memory at a time."""
 
@@ -116,26 +119,25 @@ def first_code_model(
     codes with few decisions are shrunk towards the overall mean.
 
     Args:
-        first: index of the first code among those that an item may begin with.
+        first: index of the first code among those that an item may begin with, `UNKNOWN` for an
+            item that the target policy cannot draw; no mean is fitted on such a decision.
         reward: reward of each code.
         fold: fold of each decision.
         root: target probability of every first code, for each decision's history.
     """
-    total, num_codes = reward.sum(1), root.shape[1]
+    total, num_codes, known = reward.sum(1), root.shape[1], first != UNKNOWN
     first_q = np.zeros(len(first))
     root_value = np.zeros(len(first))
     for held_out in np.unique(fold):
-        in_fold, out_of_fold = fold == held_out, fold != held_out
+        in_fold, out_of_fold = fold == held_out, (fold != held_out) & known
         mean = float(total[out_of_fold].mean()) if out_of_fold.any() else 0.0
         # [A] mean reward of each first code outside the fold, with one pseudo-decision at the mean
         count = np.bincount(first[out_of_fold], minlength=num_codes)
         mean_reward = (np.bincount(first[out_of_fold], total[out_of_fold], num_codes) + mean) / (
             count + 1
         )
-        first_q[in_fold], root_value[in_fold] = (
-            mean_reward[first[in_fold]],
-            root[in_fold] @ mean_reward,
-        )
+        first_q[in_fold] = np.where(known[in_fold], mean_reward[first[in_fold]], 0.0)
+        root_value[in_fold] = root[in_fold] @ mean_reward
     q_of_code = np.repeat(first_q[:, None], reward.shape[1], axis=1)
     v = q_of_code.copy()
     v[:, 0] = root_value

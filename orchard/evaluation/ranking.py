@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float64, Int, Int64
 from orchard import ragged
 from orchard.errors import DataError
 from orchard.evaluation.bootstrap import Estimate, estimates
-from orchard.folders import atomic_write
+from orchard.folders import atomic_file, atomic_write
 
 HIT_RATE_AT = (1, 3, 5, 10, 20, 50)
 NDCG_AT = (3, 5, 10)
@@ -236,9 +236,8 @@ def write(evaluation: Evaluation, path: Path) -> None:
         # JSON knows no NaN or infinity.
         "extra": {n: v if math.isfinite(v) else None for n, v in evaluation.extra.items()},
     }
-    partial = path.with_name(f".{path.name}.partial")
-    pq.write_table(table, partial, compression="zstd")
-    partial.replace(path.with_suffix(".parquet"))
+    with atomic_file(path.with_suffix(".parquet")) as partial:
+        pq.write_table(table, partial, compression="zstd")
     atomic_write(path, json.dumps(facts, indent=2, allow_nan=False) + "\n")
 
 

@@ -164,7 +164,9 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # the libraries raise arbitrary exceptions for broken files
         reason = str(error).partition("\n")[0]
-        raise DataError(f"{folder} holds no loadable tokenizer: {reason}; save it again") from error
+        raise DataError(
+            f"{folder} holds no loadable tokenizer: {reason}; save it again", code="policy.damaged"
+        ) from error
 
 
 def think_tokens(tokenizer: PreTrainedTokenizerBase) -> ThinkTokens:

@@ -1,12 +1,17 @@
 """Train low-rank adapters (LoRA, arXiv 2106.09685) with the `peft` library.
 
 Only the learner uses adapters. Published and saved weights are merged: a weight W becomes
-W + (alpha / rank) B A, under the parameter names of the policy without adapters.
+W + (alpha / rank) B A, under the parameter names of the policy without adapters. The factors are
+saved beside the merged policy, for an export of the adapters alone.
 
 Embeddings and the value head are trained in full, because the code tokens are new to a text model.
+
+Shapes:  M rows of a weight   N columns   R rank
 """
 
+import shutil
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -16,10 +21,14 @@ from transformers import PreTrainedModel
 
 from orchard.errors import ConfigError
 from orchard.policy import value_head, weights
+from orchard.policy.model import head_weight
+from orchard.policy.weights import Weights
 from orchard.settings import LoraConfig
 
 _NAME = "default"
 """Name of the adapter in the peft modules."""
+_UP, _DOWN = ".lora_B.weight", ".lora_A.weight"
+"""Endings of the names of the factors (M, R) and (R, N) of a module's weight."""
 
 
 def attach(model: PreTrainedModel, settings: LoraConfig, *, seed: int) -> None:
@@ -93,3 +102,68 @@ def snapshot(model: nn.Module) -> dict[str, np.ndarray]:
                 value = value + delta
             values[f"{name}.{base_key}"] = value
     return values
+
+
+def factors(model: nn.Module) -> Weights:
+    """Copy the factors of all adapters to the CPU; their product is what an adapter adds.
+
+    Collective, like `snapshot`, if the parameters are sharded. Empty without adapters.
+    """
+    result: dict[str, np.ndarray] = {}
+    for name, module in cast("dict[str, Any]", dict(model.named_modules())).items():
+        if hasattr(module, "get_delta_weight"):
+            up, down = (
+                weights.snapshot(part[_NAME])["weight"] for part in (module.lora_B, module.lora_A)
+            )
+            result |= {name + _UP: np.float32(module.scaling[_NAME]) * up, name + _DOWN: down}
+    return result
+
+
+def stack(first: Weights, second: Weights) -> Weights:
+    """Return the factors of the sum of two sets of adapters, of the sum of their ranks."""
+    return {
+        name: np.concatenate([first[name], second[name]], axis=1 if name.endswith(_UP) else 0)
+        for name in second
+    }
+
+
+def export(policy: PreTrainedModel, adapter: Weights, out: Path, *, base: str) -> None:
+    """Write adapters as a folder that `peft` loads onto the base model.
+
+    Embeddings, and an untied head, are stored in full (peft's `modules_to_save`), because all their
+    rows were trained.
+
+    Args:
+        policy: merged policy without a value head; it receives the adapters, in place.
+        adapter: factors of what the policy's weights add to those of the base.
+        out: folder to write.
+        base: name or folder of the base model.
+    """
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import get_peft_model
+
+    tables = (cast(nn.Embedding, policy.get_input_embeddings()).weight, head_weight(policy))
+    in_full = [
+        name.split(".")[-2]
+        for name, value in policy.named_parameters()
+        if any(value is table for table in tables)
+    ]
+    adapted = [name.removesuffix(_UP) for name in adapter if name.endswith(_UP)]
+    rank = adapter[adapted[0] + _DOWN].shape[0]
+    peft_config = PeftLoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=sorted({name.split(".")[-1] for name in adapted}),
+        modules_to_save=in_full,
+        ensure_weight_tying=len(in_full) == 1,
+        task_type="CAUSAL_LM",
+    )
+    policy.name_or_path = base
+    wrapped = get_peft_model(policy, peft_config, adapter_name=_NAME)
+    modules = cast("dict[str, Any]", dict(policy.named_modules()))
+    with torch.no_grad():
+        for name in adapted:
+            modules[name].lora_A[_NAME].weight.copy_(torch.from_numpy(adapter[name + _DOWN]))
+            modules[name].lora_B[_NAME].weight.copy_(torch.from_numpy(adapter[name + _UP]))
+    wrapped.save_pretrained(str(out), save_embedding_layers=False)
+    shutil.copymode(out / "adapter_config.json", out / "adapter_model.safetensors")

@@ -7,6 +7,7 @@ Shapes:  F nodes   M legal children of them   D hidden width   R rows   S slots 
 """
 
 import json
+import logging
 from pathlib import Path
 from typing import cast
 
@@ -15,11 +16,18 @@ from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from orchard.catalog.trie import Children
 from orchard.errors import CheckpointError, DataError
+from orchard.folders import check_readable
 from orchard.policy import value_head
 from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.settings import ModelConfig
@@ -54,6 +62,8 @@ def create(config: ModelConfig, tokenizer: ItemTokenizer, *, seed: int) -> PreTr
 def load(folder: Path, tokenizer: ItemTokenizer | None = None) -> PreTrainedModel:
     """Load the policy of a Hugging Face folder in float32, with its value head if one was saved.
 
+    The model owns its weights: a later change of the files does not reach it.
+
     Raises:
         DataError: the folder contains no model.
         CheckpointError: the model's vocabulary is smaller than that of the tokenizer, or the value
@@ -68,6 +78,9 @@ def load(folder: Path, tokenizer: ItemTokenizer | None = None) -> PreTrainedMode
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise DataError(f"{folder} holds no loadable weights: {reason}") from error
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()  # it may be a view of the file, which may change
+    _check_generation(model, folder)
     rows = head_weight(model).shape[0]
     if tokenizer is not None and rows < tokenizer.size:
         raise CheckpointError(
@@ -78,32 +91,60 @@ def load(folder: Path, tokenizer: ItemTokenizer | None = None) -> PreTrainedMode
     return model.eval()
 
 
+def _check_generation(model: PreTrainedModel, folder: Path) -> None:
+    """Replace a generation config that transformers reads but refuses to save.
+
+    Orchard decodes without it, and only passes it on to exported policies.
+    """
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError as error:
+        reason = str(error).strip().splitlines()[0]
+        logging.getLogger("orchard").warning(
+            "the generation config in %s contradicts itself (%s); the policy is saved with the "
+            "defaults of its model", folder, reason,
+        )  # fmt: skip
+        tokens = {key: getattr(model.config, key, None) for key in ("bos_token_id", "eos_token_id")}
+        model.generation_config = GenerationConfig(**tokens)
+
+
 def check_folder(folder: Path) -> None:
     """Raise DataError unless the folder looks like a saved policy: configuration and weights."""
+    check_readable(folder)
+    check_readable(*folder.glob("*.json"), *folder.glob("*.safetensors"), *folder.glob("*.bin"))
     config_file = folder / "config.json"
     if not config_file.is_file():
-        raise DataError(f"{folder} holds no config.json; give the folder of a saved policy")
+        raise DataError(
+            f"{folder} holds no config.json; give the folder of a saved policy",
+            code="policy.missing",
+        )
     try:
         kind = json.loads(config_file.read_text()).get("model_type")
     except (ValueError, AttributeError) as error:
         raise DataError(
-            f"{config_file} is no JSON object: {error}; save the policy again"
+            f"{config_file} is no JSON object: {error}; save the policy again",
+            code="policy.damaged",
         ) from error
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise DataError(
             f"{config_file} has model_type {kind!r}, which transformers knows no causal language "
-            "model of; give the folder of one"
+            "model of; give the folder of one",
+            code="policy.unknown_model",
         )
     weight_files = [file for file in folder.glob("*.safetensors") if file.name != value_head.FILE]
     if not weight_files and not any(folder.glob("*.bin")):
-        raise DataError(f"{folder} holds no weights (*.safetensors); save the policy again")
+        raise DataError(
+            f"{folder} holds no weights (*.safetensors); save the policy again",
+            code="policy.missing",
+        )
     for file in weight_files:
         try:
             with safe_open(file, "pt"):
                 pass  # reads the header, and checks that the file contains the last tensor
         except (SafetensorError, OSError) as error:
             raise DataError(
-                f"the weights in {file} are damaged or cut short: {error}; save the policy again"
+                f"the weights in {file} are damaged or cut short: {error}; save the policy again",
+                code="policy.damaged",
             ) from error
 
 

@@ -2,8 +2,10 @@
 
 model.safetensors, config.json      the Hugging Face model
 value_head.safetensors              the value head, where there is one
+adapter/lora.safetensors            factors of what LoRA added to the run's base, where it did
 tokenizer.json, ...                 tokens and the prompt template
 catalogue/                          the items and their codes
+guide/                              the guide of its searches, where there is one (`orchard.guide`)
 policy.json                         version, catalog digest, length of histories, measurements
 """
 
@@ -14,19 +16,25 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+from safetensors.numpy import save as serialize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from orchard.catalog import catalog as catalogs
 from orchard.catalog.catalog import Catalog
 from orchard.errors import CheckpointError
-from orchard.folders import atomic_dir, atomic_write
+from orchard.folders import atomic_dir, atomic_write, check_readable
+from orchard.guide.guide import ABOUT, Guide
 from orchard.policy import item_tokenizer, model, value_head
 from orchard.policy.item_tokenizer import ItemTokenizer
-from orchard.policy.weights import Weights, digest, snapshot
+from orchard.policy.weights import Weights, digest, snapshot, views
 from orchard.types import PolicyVersion
 
 FILE = "policy.json"
-CATALOG = "catalogue"
+CATALOG, GUIDE = "catalogue", "guide"
+ADAPTER = "adapter/lora.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +49,8 @@ class PolicyFacts:
     """Items of a history that the policy reads."""
     measurements: Mapping[str, float] = field(default_factory=dict[str, float])
     """Measurements of the policy, such as its validation score."""
+    adapter: str = ""
+    """Digest of the LoRA factors beside the merged weights; empty where there are none."""
 
     @classmethod
     def read(cls, folder: Path) -> "PolicyFacts":
@@ -55,13 +65,16 @@ class PolicyFacts:
         try:
             tree: dict[str, Any] = json.loads(path.read_text())
         except ValueError as error:
-            raise CheckpointError(f"{path} is damaged: {error}; export the policy again") from error
+            raise CheckpointError(
+                f"{path} is damaged: {error}; export the policy again", code="policy.damaged"
+            ) from error
         version = tree.get("version", {})
         return cls(
             version=PolicyVersion(step=version.get("step", 0), digest=version.get("digest", "")),
             catalog=tree.get("catalogue", ""),
             max_history=tree.get("max_history"),
             measurements=tree.get("facts", {}),
+            adapter=tree.get("adapter", ""),
         )
 
     def to_json(self) -> str:
@@ -71,6 +84,7 @@ class PolicyFacts:
             "catalogue": self.catalog,
             "max_history": self.max_history,
             "facts": dict(self.measurements),
+            **({"adapter": self.adapter} if self.adapter else {}),
         }
         return json.dumps(tree, indent=2) + "\n"
 
@@ -80,7 +94,8 @@ class PolicyFacts:
             raise CheckpointError(
                 f"the policy in {folder} was trained on catalog {self.catalog[:12]}, the one in "
                 f"use is {catalog.digest[:12]}; use the items file that it was trained on, or run "
-                "SFT on the new one"
+                "SFT on the new one",
+                code="catalog.mismatch",
             )
 
 
@@ -102,6 +117,28 @@ def _catalog_of(folder: Path) -> Catalog:
     return catalogs.load(folder / CATALOG)
 
 
+def read_adapter(folder: Path) -> Weights:
+    """Read the LoRA factors beside a merged policy; empty where it has none.
+
+    Raises:
+        CheckpointError: the file is damaged, or is not the one that the folder names.
+    """
+    path, named = folder / ADAPTER, PolicyFacts.read(folder).adapter
+    if not named:
+        return {}
+    check_readable(path)
+    try:
+        adapter = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}; save the policy again") from error
+    if digest(adapter) != named:
+        raise CheckpointError(
+            f"{path} has digest {digest(adapter)[:8]}, its folder names {named[:8]}; save the "
+            "policy again"
+        )
+    return adapter
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Policy:
     """A model with its tokens, its catalog and its version."""
@@ -112,21 +149,23 @@ class Policy:
     text_tokenizer: PreTrainedTokenizerBase
     facts: PolicyFacts = field(default_factory=PolicyFacts)
     """Facts of the folder that the policy was read from."""
+    adapter: Weights = field(default_factory=dict[str, np.ndarray])
+    """LoRA factors to save beside the merged weights; `read_adapter` reads them."""
+    folder: Path | None = None
+    """Folder that the policy was read from, which may hold a guide."""
 
     @classmethod
-    def open(
-        cls, folder: Path, tokenizer: ItemTokenizer | None = None, *, verify: bool = True
-    ) -> "Policy":
+    def open(cls, folder: Path, tokenizer: ItemTokenizer | None = None) -> "Policy":
         """Read a policy folder; the version carries the digest of the weights as read.
 
         Args:
             folder: a policy folder.
             tokenizer: tokens and catalog that are in memory already; by default the folder's own.
-            verify: refuse weights whose digest is not the one that the folder names.
 
         Raises:
             DataError: the folder holds no policy, or no catalog where none is given.
-            CheckpointError: weights or `policy.json` are damaged, or belong to another catalog.
+            CheckpointError: weights or `policy.json` are damaged, or belong to another catalog; or
+                the weights do not have the digest that the folder names.
         """
         model.check_folder(folder)
         facts, text_tokenizer = PolicyFacts.read(folder), item_tokenizer.read_tokenizer(folder)
@@ -134,27 +173,35 @@ class Policy:
             tokenizer = item_tokenizer.make_item_tokenizer(text_tokenizer, _catalog_of(folder))
         facts.check_catalog(tokenizer.catalog, folder)
         network = model.load(folder, tokenizer)
-        weights = snapshot(network)
-        found, named = digest(weights), facts.version.digest
-        if verify and named and named != found:
+        found, named = digest(views(network)), facts.version.digest
+        if named and named != found:
             raise CheckpointError(
                 f"the weights have digest {found[:8]}, their folder names {named[:8]}; it is being "
                 "written, or was damaged"
             )
-        policy = cls(
+        return cls(
             version=PolicyVersion(step=facts.version.step, digest=found),
             model=network,
             tokenizer=tokenizer,
             text_tokenizer=text_tokenizer,
             facts=facts,
+            folder=folder,
         )
-        policy.__dict__["weights"] = weights  # the cached property: one copy is enough
-        return policy
 
     @cached_property
     def weights(self) -> Weights:
         """Every parameter by name, in float32, in memory of its own."""
         return snapshot(self.model)
+
+    @cached_property
+    def guide(self) -> Guide | None:
+        """Guide of the policy's folder, read on first use; None where there is none.
+
+        Raises:
+            CatalogError: the guide was fitted for another catalog.
+            CheckpointError: a file of the guide is damaged.
+        """
+        return open_guide(self.folder, self.tokenizer.catalog) if self.folder else None
 
     def save(self, folder: Path, extra: Callable[[Path], None] | None = None) -> None:
         """Write the folder as a whole; a reader never meets half a policy.
@@ -164,6 +211,9 @@ class Policy:
         with atomic_dir(folder) as partial:
             value_head.save(self.model, partial)
             self.save_description(partial)
+            if self.adapter:
+                (partial / ADAPTER).parent.mkdir()
+                (partial / ADAPTER).write_bytes(serialize(dict(self.adapter)))
             if extra is not None:
                 extra(partial)
 
@@ -176,5 +226,25 @@ class Policy:
             catalog=self.tokenizer.catalog.digest,
             max_history=self.facts.max_history,
             measurements=self.facts.measurements,
+            adapter=digest(self.adapter) if self.adapter else "",
         )
         atomic_write(folder / FILE, facts.to_json())
+        if self.guide is not None:
+            self.guide.save(folder / GUIDE)
+
+
+def open_guide(folder: Path, catalog: Catalog) -> Guide | None:
+    """Read the guide of a policy folder; None where there is none.
+
+    Raises:
+        CatalogError: the guide was fitted for another catalog.
+        CheckpointError: a file of the guide is damaged.
+    """
+    if not has_guide(folder):
+        return None
+    return Guide.open(folder / GUIDE, catalog)
+
+
+def has_guide(folder: Path) -> bool:
+    """Return whether a policy folder holds a guide."""
+    return (folder / GUIDE / ABOUT).is_file()

@@ -15,6 +15,7 @@ Shapes:  N hidden states   D hidden width   F prefixes   K states of the longest
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import cast
 
@@ -155,6 +156,8 @@ def save(model: PreTrainedModel, folder: Path) -> None:
         save_file(tensors, folder / FILE)
         if (folder / _POLICY_FILE).is_file():  # otherwise it is sharded and has an index already
             _write_index(folder)
+    for file in folder.glob("*.safetensors"):  # which the library lets only its owner read
+        shutil.copymode(folder / "config.json", file)
 
 
 def _write_index(folder: Path) -> None:

@@ -24,6 +24,11 @@ def snapshot(model: nn.Module) -> dict[str, np.ndarray]:
     }
 
 
+def views(model: nn.Module) -> Weights:
+    """Return the parameters of a float32 model on the CPU, without copying them."""
+    return {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
+
+
 def digest(weights: Weights) -> str:
     """Return the SHA-256 of names, shapes and values, independent of the order of the mapping."""
     sha256 = hashlib.sha256()

@@ -6,18 +6,20 @@ sizes, and the metrics measured when it was fitted.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
 from torch import nn
 
 from orchard.catalog.catalog import Catalog
 from orchard.errors import CatalogError, CheckpointError, ConfigError
-from orchard.folders import atomic_write
+from orchard.folders import atomic_write, check_readable
 
+M = TypeVar("M", bound=nn.Module)
 WEIGHTS, ABOUT = "model.safetensors", "model.json"
 
 
@@ -34,7 +36,7 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ABOUT).unlink(missing_ok=True)
     tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
-    save_file(tensors, folder / WEIGHTS)
+    (folder / WEIGHTS).write_bytes(serialize(tensors))
     description = {
         "kind": kind,
         "catalogue": catalog.digest,
@@ -44,16 +46,8 @@ def save(
     atomic_write(folder / ABOUT, json.dumps(description, indent=2) + "\n")
 
 
-def sizes(
-    folder: Path, *, kind: str, catalog: Catalog, section: str = "rewards."
-) -> dict[str, int]:
-    """Read the sizes of a fitted model, whose settings are under `section` and its kind.
-
-    Raises:
-        ConfigError: the folder has no model.
-        CheckpointError: the model is of another kind, or its description is damaged.
-        CatalogError: the model was fitted for another catalog.
-    """
+def _sizes(folder: Path, *, kind: str, catalog: Catalog, section: str) -> dict[str, int]:
+    """Read the sizes of a fitted model, whose settings are under `section` and its kind."""
     setting = f"{section}{kind}"
     if not (folder / ABOUT).is_file():
         raise ConfigError(
@@ -83,8 +77,19 @@ def sizes(
     return model_sizes
 
 
-def restore(model: nn.Module, folder: Path) -> None:
-    """Load the weights in place; raise CheckpointError if they are damaged or do not fit."""
+def load(
+    make: Callable[..., M], folder: Path, *, kind: str, catalog: Catalog, section: str = "rewards."
+) -> M:
+    """Load the model that `orchard fit` wrote to a folder; `make` creates it from its sizes.
+
+    Raises:
+        DataError: its file may not be read.
+        ConfigError: the folder has no model.
+        CatalogError: the model was fitted for another catalog.
+        CheckpointError: the model is of another kind, or damaged.
+    """
+    model = make(**_sizes(folder, kind=kind, catalog=catalog, section=section))
+    check_readable(folder / WEIGHTS)
     try:
         model.load_state_dict(load_file(folder / WEIGHTS))
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -92,4 +97,4 @@ def restore(model: nn.Module, folder: Path) -> None:
             f"{folder / WEIGHTS} does not hold the model that {ABOUT} describes "
             f"({error}); fit it again"
         ) from error
-    model.eval()
+    return model.eval()

@@ -16,7 +16,7 @@ Shapes:  R rows   W history items   K walks of each row   P = L + 1 states of a 
          A actions
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -28,6 +28,7 @@ from torch import Tensor
 from orchard import ragged
 from orchard.data.prompts import Split
 from orchard.optim import make_optimizer
+from orchard.registry import Facts, Registry
 from orchard.scorers.prefix_critic import PrefixCritic
 from orchard.settings import CriticConfig
 
@@ -128,6 +129,13 @@ def _outcomes(
     return outcome
 
 
+CRITIC_BACKENDS: Registry[Callable[[PrefixCritic, CriticConfig], CriticBackend], Facts] = Registry(
+    "critic trainer", ("critic.backend",), Facts()
+)
+"""Trainers of the critic by their name in `critic.backend`."""
+
+
+@CRITIC_BACKENDS.register("torch")
 class TorchCriticBackend:
     """Reference implementation of the loss above in PyTorch."""
 

@@ -107,12 +107,18 @@ def fit_sasrec(
 
 
 def sasrec_ranks(
-    model: SasRec, split: Split, catalog: Catalog, *, batch_size: int = 512
+    model: SasRec,
+    split: Split,
+    catalog: Catalog,
+    *,
+    batch_size: int = 512,
+    exclude_seen: bool = False,
 ) -> TargetRanks:
     """Return the rank of each target among all items, and of its leaf among all leaves.
 
     Equal scores count as better. A target outside the training items is a miss, and so is every
-    target whose history has no training item.
+    target whose history has no training item. With `exclude_seen`, items of the leaves of the
+    row's own history are left out, and a target among them is a miss.
     """
     item, sid = (np.full(len(split), TargetRanks.MISS, np.int64) for _ in range(2))
     unknown = ~model.trained.numpy()
@@ -122,6 +128,10 @@ def sasrec_ranks(
         with torch.no_grad():
             logit = (state @ model.item.weight[:-1].T).double().numpy()
         logit[:, unknown] = -np.inf
+        if exclude_seen:
+            seen = np.zeros((len(rows), catalog.trie.num_leaves), np.bool_)
+            seen[ragged.row_of(start), catalog.leaf_of_item[history]] = True
+            logit[seen[:, catalog.leaf_of_item]] = -np.inf
         # [Q, K] log-sum-exp of the logits of each leaf's items
         leaf_logit = np.logaddexp.reduceat(
             logit[:, catalog.item_of_leaf], catalog.leaf_start[:-1], axis=1

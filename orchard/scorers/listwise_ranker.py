@@ -9,16 +9,12 @@ Shapes:  B prompts   H history items   S positions of a history   G longest list
          I items   K leaves   D width
 """
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor, nn
 
 from orchard import ragged
-from orchard.catalog.catalog import Catalog
-from orchard.scorers import checkpoint
 from orchard.scorers.encoder import encoder
 
 KIND = "listwise"
@@ -123,16 +119,3 @@ class ListwiseRanker(nn.Module):
         logprob = self(recent_leaves, padded_leaf)[ragged.row_of(start), ragged.index_in_row(start)]
         no_history = (recent_leaves == self.num_leaves).all(1)[ragged.row_of(start)]
         return logprob.masked_fill(no_history | ~torch.from_numpy(is_known), float("-inf"))
-
-
-def load(folder: Path, catalog: Catalog) -> ListwiseRanker:
-    """Load the model that `orchard fit listwise` wrote to a folder.
-
-    Raises:
-        ConfigError: the folder has no model.
-        CatalogError: the model was fitted for another catalog.
-        CheckpointError: the model is of another kind, or damaged.
-    """
-    model = ListwiseRanker(**checkpoint.sizes(folder, kind=KIND, catalog=catalog))
-    checkpoint.restore(model, folder)
-    return model

@@ -13,7 +13,7 @@ Shapes:  B histories   H items of all histories   W items read of each history  
          A actions: the codes of the widest level, and the end of an item
 """
 
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,14 +25,12 @@ from torch.nn import functional
 from orchard import ragged
 from orchard.catalog.catalog import Catalog
 from orchard.catalog.trie import ROOT
+from orchard.guide.values import Values
 from orchard.scorers import checkpoint
 from orchard.scorers.encoder import encoder
 from orchard.types import Prompts
 
 KIND = "critic"
-
-Values = Callable[[Int64[np.ndarray, " F"], Int64[Tensor, " F"]], Float32[np.ndarray, " F"]]
-"""Function of prompt indices and trie nodes that returns the value of each node to its prompt."""
 
 
 class PrefixCritic(nn.Module):
@@ -162,7 +160,5 @@ def load(folder: Path, catalog: Catalog) -> PrefixCritic:
         CatalogError: the critic was fitted for another catalog.
         CheckpointError: the model is of another kind, or damaged.
     """
-    sizes = checkpoint.sizes(folder, kind=KIND, catalog=catalog, section="")
-    critic = PrefixCritic(catalog, **sizes)
-    checkpoint.restore(critic, folder)
-    return critic
+    make = partial(PrefixCritic, catalog)
+    return checkpoint.load(make, folder, kind=KIND, catalog=catalog, section="")

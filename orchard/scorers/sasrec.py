@@ -7,8 +7,6 @@ histories and get no score.
 Shapes:  B prompts   H history items   I items   C candidates   R rows   S positions   D width
 """
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float64, Int, Int64
@@ -16,7 +14,6 @@ from torch import Tensor, nn
 
 from orchard import ragged
 from orchard.catalog.catalog import Catalog
-from orchard.scorers import checkpoint
 from orchard.scorers.encoder import encoder
 
 KIND = "collaborative"
@@ -76,19 +73,6 @@ class SasRec(nn.Module):
         states = self(torch.from_numpy(table))
         last = torch.from_numpy(np.maximum(length - 1, 0))
         return states[torch.arange(len(length)), last], length > 0
-
-
-def load(folder: Path, catalog: Catalog) -> SasRec:
-    """Load the model that `orchard fit collaborative` wrote to a folder.
-
-    Raises:
-        ConfigError: the folder has no model.
-        CatalogError: the model was fitted for another catalog.
-        CheckpointError: the model is of another kind, or damaged.
-    """
-    model = SasRec(**checkpoint.sizes(folder, kind=KIND, catalog=catalog))
-    checkpoint.restore(model, folder)
-    return model
 
 
 @torch.no_grad()

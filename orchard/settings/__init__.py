@@ -11,6 +11,7 @@ from pydantic import Field, NonNegativeInt, model_validator
 
 from orchard.settings.critic import CriticConfig
 from orchard.settings.data import DataConfig
+from orchard.settings.guide import GuideConfig
 from orchard.settings.learner import KlConfig, LearnerConfig, SapoConfig, ValueConfig
 from orchard.settings.model import LoraConfig, ModelConfig, PromptConfig, SftConfig, TasksConfig
 from orchard.settings.rewards import (
@@ -22,7 +23,7 @@ from orchard.settings.rewards import (
 )
 from orchard.settings.rollout import RolloutConfig, ThinkConfig, VedConfig
 from orchard.settings.run import CheckpointConfig, ClusterConfig, EvaluateConfig
-from orchard.settings.section import Section
+from orchard.settings.section import Section, refusal
 from orchard.settings.serve import FilterConfig, ServeConfig, VariantConfig
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "DataConfig",
     "EvaluateConfig",
     "FilterConfig",
+    "GuideConfig",
     "KlConfig",
     "LearnerConfig",
     "ListwiseConfig",
@@ -64,6 +66,9 @@ class Config(Section):
     """Seed of every random draw of the run."""
     output: Path = Path("runs")
     """Folder that holds the run folders."""
+    plugins: tuple[str, ...] = ()
+    """Modules that register searches, estimators, rewards or engines of your own; the driver and
+    every actor import them, also from the working directory."""
     data: DataConfig
     model: ModelConfig = ModelConfig()
     prompt: PromptConfig = PromptConfig()
@@ -72,20 +77,11 @@ class Config(Section):
     rewards: RewardsConfig = RewardsConfig()
     learner: LearnerConfig = LearnerConfig()
     critic: CriticConfig = CriticConfig()
+    guide: GuideConfig = GuideConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     cluster: ClusterConfig = ClusterConfig()
     serve: ServeConfig = ServeConfig()
-
-    @property
-    def thinks(self) -> bool:
-        """True if the policy generates thinking blocks or is trained to generate them."""
-        return self.teaches_thinking or self.rollout.search == "think" or self.evaluate.think
-
-    @property
-    def teaches_thinking(self) -> bool:
-        """True if SFT trains on rationales."""
-        return self.data.rationales is not None or self.data.rationale_template is not None
 
     @property
     def run_dir(self) -> Path:
@@ -93,111 +89,34 @@ class Config(Section):
         return self.output / self.name
 
     @model_validator(mode="after")
-    def _consistent(self) -> "Config":
-        sizes = self.model.model_dump()
-        for multiple, divisor in (("hidden_size", "heads"), ("heads", "kv_heads")):
-            if sizes[multiple] % sizes[divisor]:
-                raise ValueError(
-                    f"model.{multiple} = {sizes[multiple]} is not a multiple of "
-                    f"model.{divisor} = {sizes[divisor]}; choose one that is"
-                )
-        if self.learner.estimator == "leave_one_out" and self.rollout.group_size < 2:
-            raise ValueError(
-                "learner.estimator = leave_one_out needs rollout.group_size >= 2, "
-                f"not {self.rollout.group_size}"
-            )
-        decodes_by_requests = self.rollout.decode == "requests"
-        if (
-            self.model.value_head
-            and decodes_by_requests
-            and "vllm" in (self.rollout.engine, self.evaluate.engine)
-        ):
-            raise ValueError(
-                'rollout.decode = "requests" cannot run the head of model.value_head = true, for '
-                'which vLLM gives no hidden states; set rollout.decode = "worker", or '
-                'rollout.engine and evaluate.engine to "torch"'
-            )
-        guided_by_head = self.rollout.search == "ved" and self.rollout.ved.guide == "head"
-        if guided_by_head and not self.model.value_head:
-            raise ValueError(
-                'rollout.search = "ved" is guided by values; set model.value_head = true or '
-                'rollout.ved.guide = "critic", or choose another search'
-            )
-        unweighted = self.learner.value.outcome.keys() - self.rewards.weights.keys()
-        if unweighted:
-            raise ValueError(
-                f"learner.value.outcome names {', '.join(sorted(unweighted))}, which "
-                "rewards.weights does not; give it a weight there, 0 to have it scored alone"
-            )
-        per_candidate = ("group", "dapo", "drgrpo", "leave_one_out", "blend")
-        if self.learner.ratio == "sequence" and self.learner.estimator not in per_candidate:
-            raise ValueError(
-                f'learner.ratio = "sequence" needs one advantage per candidate, and '
-                f"learner.estimator = {self.learner.estimator} gives one per step; choose from "
-                f"{', '.join(per_candidate)}"
-            )
-        if self.data.rationales is not None and self.data.rationale_template is not None:
-            raise ValueError(
-                "data.rationales and data.rationale_template both say where rationales come from; "
-                "set one of them"
-            )
-        searches_thoughts = self.rollout.search == "think"
+    def _items_in_one_notation(self) -> "Config":
         if self.prompt.history is not None and self.data.titles:
-            raise ValueError(
+            raise refusal(
+                "two_notations",
                 "prompt.history writes items as semantic IDs, data.titles = true as titles; "
-                "leave one of them out"
+                "leave one of them out",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _tasks_of_text_model(self) -> "Config":
         has_tasks = any(self.sft.tasks.model_dump().values())
-        if has_tasks and (self.prompt.history is None or self.teaches_thinking):
-            raise ValueError(
+        if has_tasks and (self.prompt.history is None or self.data.has_rationales):
+            raise refusal(
+                "tasks_without_text",
                 "sft.tasks are tasks of a text model that is not taught to think; set "
-                "prompt.history and no rationales, or leave them at 0"
+                "prompt.history and no rationales, or leave them at 0",
             )
-        if self.thinks and (self.data.titles or self.data.varying_depth):
-            raise ValueError(
-                "a policy that thinks has a block for each code, and so needs semantic IDs of one "
-                "length; set data.titles = data.varying_depth = false"
-            )
-        if searches_thoughts and self.rollout.add_target:
-            raise ValueError(
-                'rollout.add_target = true has no effect with rollout.search = "think"; leave one '
-                "of them out"
-            )
-        if searches_thoughts and self.model.value_head:
-            raise ValueError(
-                'model.value_head = true learns from codes alone, rollout.search = "think" gives '
-                "it blocks of thought; switch one of them off"
-            )
-        if self.learner.sapo.think_only and not searches_thoughts:
-            raise ValueError(
-                "learner.sapo.think_only = true leaves nothing to learn without thoughts; set "
-                'rollout.search = "think"'
-            )
-        if 0 < self.learner.dual_clip <= 1:
-            raise ValueError(
-                f"learner.dual_clip = {self.learner.dual_clip} would bind at ratio 1; "
-                "take a value above 1, or 0 to switch it off"
-            )
+        return self
+
+    @model_validator(mode="after")
+    def _dropout_of_one_pass(self) -> "Config":
         updates, max_lag = self.learner.updates_per_batch, self.cluster.max_off_policy_steps
         if self.learner.dropout and (updates > 1 or max_lag):
-            raise ValueError(
+            raise refusal(
+                "dropout_of_two_passes",
                 f"learner.dropout = {self.learner.dropout} needs learner.updates_per_batch = 1 and "
                 f"cluster.max_off_policy_steps = 0, not {updates} and {max_lag}: the ratio of two "
-                "passes under different dropout is noise"
+                "passes under different dropout is noise",
             )
-        learner = self.learner
-        if learner.tis_clip and (
-            learner.dropout or learner.logprob == "full" or learner.ratio == "sequence"
-        ):
-            raise ValueError(
-                'learner.tis_clip > 0 needs learner.dropout = 0, logprob = "trie" and ratio = '
-                '"token"'
-            )
-        if 0 < learner.tis_clip < 1:
-            raise ValueError(
-                f"learner.tis_clip = {learner.tis_clip} would shrink every advantage; take 1 or "
-                "more, or 0 to switch it off"
-            )
-        if not any(self.rewards.weights.values()):
-            raise ValueError("rewards.weights has no part with a weight; give one, e.g. rule = 1.0")
         return self

@@ -1,6 +1,6 @@
 """Settings of the prefix critic that can guide a search instead of the policy's value head."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
@@ -14,7 +14,7 @@ class CriticConfig(ScorerConfig):
     Step rewards and their discount are those of `learner.value`.
     """
 
-    backend: Literal["torch", "rllib"] = "torch"
+    backend: str = "torch"
     """Trainer of the critic: the training loop of this repository, or RLlib's MARWIL learner, which
     needs requirements/rllib.txt. Both train the same network on the same trie walks with the same
     loss."""

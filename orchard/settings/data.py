@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
-from orchard.settings.section import Section
+from orchard.settings.section import Section, refusal
 
 
 class DataConfig(Section):
@@ -42,3 +42,18 @@ class DataConfig(Section):
     title_tokens: Annotated[int, Field(ge=259)] | None = None
     """Size of the byte-level BPE vocabulary trained on the titles when a policy is created from
     scratch: at least the 256 bytes and three special tokens."""
+
+    @property
+    def has_rationales(self) -> bool:
+        """True if SFT trains on rationales."""
+        return self.rationales is not None or self.rationale_template is not None
+
+    @model_validator(mode="after")
+    def _one_source_of_rationales(self) -> "DataConfig":
+        if self.rationales is not None and self.rationale_template is not None:
+            raise refusal(
+                "two_rationales",
+                "data.rationales and data.rationale_template both say where rationales come from; "
+                "set one of them",
+            )
+        return self

@@ -3,9 +3,16 @@
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
-from orchard.settings.section import Fraction, Section
+from orchard.settings.section import Fraction, Section, refusal
 
 
 class KlConfig(Section):
@@ -79,9 +86,7 @@ class LearnerConfig(Section):
     """Number of prompts per training step."""
     updates_per_batch: PositiveInt = 1
     """Gradient steps on one batch; the ratio clip takes effect above 1."""
-    estimator: Literal[
-        "group", "dapo", "drgrpo", "leave_one_out", "sibling", "blend", "group_sibling", "sapo"
-    ] = "group"
+    estimator: str = "group"
     """Advantage estimator. `group`, `dapo`, `drgrpo` and `leave_one_out` compare a candidate with
     its group; `sibling` compares it, at each code, with the sibling codes of the same search tree;
     `group_sibling` adds both losses and `blend` averages both advantages; `sapo` compares each step
@@ -139,3 +144,30 @@ class LearnerConfig(Section):
     """Seconds to wait for one update or one epoch."""
     start_timeout_s: PositiveFloat = 300.0
     """Seconds to wait for the workers to start."""
+
+    @model_validator(mode="after")
+    def _dual_clip_above_one(self) -> "LearnerConfig":
+        if 0 < self.dual_clip <= 1:
+            raise refusal(
+                "dual_clip_too_low",
+                f"learner.dual_clip = {self.dual_clip} would bind at ratio 1; take a value above "
+                "1, or 0 to switch it off",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _tis_clip_fits(self) -> "LearnerConfig":
+        full_or_sequence = self.logprob == "full" or self.ratio == "sequence"
+        if self.tis_clip and (self.dropout or full_or_sequence):
+            raise refusal(
+                "tis_of_other_ratios",
+                'learner.tis_clip > 0 needs learner.dropout = 0, logprob = "trie" and ratio = '
+                '"token"',
+            )
+        if 0 < self.tis_clip < 1:
+            raise refusal(
+                "tis_clip_too_low",
+                f"learner.tis_clip = {self.tis_clip} would shrink every advantage; take 1 or "
+                "more, or 0 to switch it off",
+            )
+        return self

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import AfterValidator, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
-from orchard.settings.section import Fraction, Section
+from orchard.settings.section import Fraction, Section, refusal
 
 
 def _template(placeholder: str) -> AfterValidator:
@@ -100,6 +100,18 @@ class ModelConfig(Section):
     value_head: bool = False
     """Whether the policy has a value head, which RL trains to predict the value of a prefix (see
     `learner.value`); `rollout.ved.guide` selects whether it guides a search."""
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> "ModelConfig":
+        sizes = self.model_dump()
+        for multiple, divisor in (("hidden_size", "heads"), ("heads", "kv_heads")):
+            if sizes[multiple] % sizes[divisor]:
+                raise refusal(
+                    "not_a_multiple",
+                    f"model.{multiple} = {sizes[multiple]} is not a multiple of "
+                    f"model.{divisor} = {sizes[divisor]}; choose one that is",
+                )
+        return self
 
 
 class SftConfig(Section):

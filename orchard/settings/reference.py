@@ -1,11 +1,11 @@
 """Generate the configuration reference page from the settings classes.
 
-Run `python -m orchard.settings.reference > docs/configuration.md`; a test compares the page with
-the settings.
+Run `python -m cluster.cli.reference > docs/configuration.md`; a test compares the page with the
+settings.
 """
 
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -14,8 +14,11 @@ from pydantic_core import PydanticUndefined
 from orchard.settings import Config
 
 
-def page() -> str:
-    """Return the page in Markdown: every setting with its default and meaning."""
+def page(names: Mapping[str, Sequence[str]]) -> str:
+    """Return the page in Markdown: every setting with its default and meaning.
+
+    `names` are the names in the registries, by the setting that has one of them.
+    """
     lines = [
         "# Configuration",
         "",
@@ -25,18 +28,23 @@ def page() -> str:
         "| setting | default | meaning |",
         "|---|---|---|",
     ]
-    lines += [f"| `{key}` | {default} | {meaning} |" for key, default, meaning in rows(Config)]
+    lines += [
+        f"| `{key}` | {default} | {meaning} |" for key, default, meaning in rows(Config, names)
+    ]
     return "\n".join(lines) + "\n"
 
 
-def rows(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str]]:
+def rows(
+    section: type[BaseModel], names: Mapping[str, Sequence[str]], prefix: str = ""
+) -> Iterator[tuple[str, str, str]]:
     """Yield the dotted key, default and meaning of each setting below a section."""
     for name, field in section.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
-            yield from rows(kind, f"{prefix}{name}.")
+            yield from rows(kind, names, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}", _default(field), _meaning(field)
+            key = f"{prefix}{name}"
+            yield key, _default(field), _meaning(field, names.get(key, ()))
 
 
 def _default(field: FieldInfo) -> str:
@@ -47,12 +55,8 @@ def _default(field: FieldInfo) -> str:
     return "none" if value is None else f"`{value}`"
 
 
-def _meaning(field: FieldInfo) -> str:
-    """Return the description of a setting, followed by its choices if it is a literal type."""
+def _meaning(field: FieldInfo, names: Sequence[str]) -> str:
+    """Return the description of a setting, followed by its choices or names."""
     text = " ".join((field.description or "").split())
-    choices = [str(c) for c in typing.get_args(field.annotation) if isinstance(c, str)]
+    choices = [str(c) for c in typing.get_args(field.annotation) if isinstance(c, str)] or names
     return ". ".join(part for part in (text.rstrip("."), ", ".join(choices)) if part)
-
-
-if __name__ == "__main__":
-    print(page(), end="")

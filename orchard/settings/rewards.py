@@ -13,7 +13,7 @@ from pydantic import (
     model_validator,
 )
 
-from orchard.settings.section import Fraction, Section
+from orchard.settings.section import Fraction, Section, refusal
 
 
 class ScorerConfig(Section):
@@ -43,11 +43,12 @@ class ScorerConfig(Section):
     """AdamW weight decay."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> "ScorerConfig":
+    def _heads_divide_width(self) -> "ScorerConfig":
         if self.hidden_size % self.heads:
-            raise ValueError(
+            raise refusal(
+                "not_a_multiple",
                 f"hidden_size = {self.hidden_size} is not a multiple of heads = {self.heads}; "
-                "choose one that is"
+                "choose one that is",
             )
         return self
 
@@ -91,7 +92,7 @@ class RewardsConfig(Section):
     }
 
     weights: dict[str, float] = Field(default_factory=lambda: {"rule": 1.0, "ranking": 1.0})
-    """Weight of each reward part, by its name in `rewards.REWARDS`."""
+    """Weight of each reward part, by its name in the registry of rewards."""
     ranking_variant: Literal["reference_code", "paper"] = "reference_code"
     """Variant of the part `ranking`: that of the authors' code, or that of the paper, which also
     penalizes groups without the target (see `docs/rewards.md`)."""
@@ -108,3 +109,12 @@ class RewardsConfig(Section):
     """Number of times a batch is sent again after an actor died or missed its deadline."""
     max_restarts: NonNegativeInt = 3
     """Number of actors that may be replaced over the whole run."""
+
+    @model_validator(mode="after")
+    def _some_part_weighs(self) -> "RewardsConfig":
+        if not any(self.weights.values()):
+            raise refusal(
+                "no_reward",
+                "rewards.weights has no part with a weight; give one, e.g. rule = 1.0",
+            )
+        return self

@@ -11,10 +11,13 @@ from orchard.settings.section import Fraction, Section
 class VedConfig(Section):
     """Value-guided efficient decoding (V-STAR, arXiv 2602.10699), for `rollout.search = "ved"`."""
 
-    guide: Literal["head", "critic"] = "head"
+    guide: Literal["head", "critic", "expert"] = "head"
     """Source of the values that guide the search: the value head of the policy, trained together
-    with it, or a critic trained beforehand (`orchard fit critic`), available from the first update
-    on."""
+    with it; a critic trained beforehand (`orchard fit critic`), available from the first update on;
+    or the experts of the policy's guide (`orchard fit guide`)."""
+    likelihood: bool = False
+    """Whether the priority of a node, and the order of the leaves, contain its log-probability
+    besides its value; the paper's priority has none."""
     budget: PositiveInt = 33
     """Maximum number of tokens forwarded per prompt. As in the paper, the distribution at the root
     counts as one token and leaves count as none; a beam of width W over three codes costs 1 + 2
@@ -62,17 +65,21 @@ class RolloutConfig(Section):
 
     actors: PositiveInt = 1
     """Number of rollout actors."""
-    engine: Literal["vllm", "torch"] = "vllm"
+    engine: str = "vllm"
     """Decoding engine."""
     decode: Literal["worker", "requests"] = "worker"
     """Execution of a search with vLLM: inside the vLLM worker, or as one public request per
     prefix."""
-    search: Literal["beam", "beam_sample", "sample", "dynamic", "ved", "think"] = "beam"
+    search: str = "beam"
     """Search algorithm. `beam`: the most likely candidates; `beam_sample`: distinct candidates,
     sampled without replacement; `sample`: independent samples; `dynamic`: 1.5 times as many
     samples, of which the target and as few duplicates as possible are kept (ReRe); `ved`:
     value-guided search; `think`: independent thoughts, one block for each code, followed by the
     codes."""
+    guide: Literal["none", "expert", "critic"] = "none"
+    """Values that guide `beam`, whose prefixes are then ranked by log p + V: `expert` takes the
+    guide of the policy that training starts from (`orchard fit guide`), `critic` the critic
+    (`orchard fit critic`). Rewards and losses use log p alone."""
     group_size: PositiveInt = 16
     """Number of candidates per prompt, which is also the beam width."""
     add_target: bool = False

@@ -13,11 +13,21 @@ class EvaluateConfig(Section):
 
     beams: PositiveInt = 50
     """Beam width of the evaluation on the test split."""
-    engine: Literal["vllm", "torch"] = "torch"
+    engine: str = "torch"
     """Decoding engine of the evaluation."""
     think: bool = False
     """Whether the policy generates thinking blocks before the beam, greedily and with
     `rollout.think.block_tokens`."""
+    guide: bool | Literal["auto"] = "auto"
+    """Whether an evaluation also searches with the guide of the policy; `auto` does if it has
+    one."""
+    wide: NonNegativeInt = 0
+    """Beam width of a second guided search for the rows whose first ten candidates are not proved
+    to be the best of the catalog; 0 searches once."""
+    exclude_seen: bool | Literal["auto"] = "auto"
+    """Whether an evaluation also reports lists without the items of the row's own history, and
+    leaves them out of guided lists; `auto` does if fewer than 1 % of the training targets are in
+    their own history."""
     every: NonNegativeInt = 50
     """Number of updates between two evaluations on the validation rows; 0 disables them."""
     valid_rows: PositiveInt = 1000
@@ -63,7 +73,7 @@ class ClusterConfig(Section):
     probe_tolerance: PositiveFloat | None = None
     """Maximum difference in nats between the rollout and learner log-probabilities of a probe
     target; by default 0.001, or 0.5 if rollout or learner computes in bfloat16."""
-    tracker: Literal["wandb", "mlflow"] | None = None
+    tracker: str | None = None
     """Additional experiment tracker: Weights & Biases (offline unless WANDB_MODE overrides it) or
     MLflow; needs the extra `tracking`."""
     metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None

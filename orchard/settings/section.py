@@ -5,12 +5,22 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 """Number between 0 and 1, bounds included."""
 
 _warned: set[str] = set()
 """Texts of the warnings that were logged; each is logged once per process."""
+
+
+def refusal(code: str, sentence: str) -> PydanticCustomError:
+    """Return the error of values that contradict each other, for a validator to raise.
+
+    `orchard.config` raises it as a ConfigError of the code `config.CODE`.
+    """
+    # pydantic_core asks for literals so that messages are templates; this one has no placeholders.
+    return PydanticCustomError(cast("Any", f"config.{code}"), cast("Any", sentence))
 
 
 class Section(BaseModel):
@@ -40,7 +50,10 @@ class Section(BaseModel):
             name = cls.renamed.get(key, key)
             if name != key:
                 if name in raw:
-                    raise ValueError(f"{key} is now {name}, and both are set; remove {key}")
+                    raise refusal(
+                        "renamed_key_twice",
+                        f"{key} is now {name}, and both are set; remove {key}",
+                    )
                 cls._warn(key, name)
             choices = cls.renamed_values.get(name, {})
             if isinstance(value, str) and value in choices:

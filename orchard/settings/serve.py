@@ -50,9 +50,13 @@ class ServeConfig(Section):
     """Address that the endpoint binds to."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """Port of the endpoint."""
+    application: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] = "orchard"
+    """Name of the application on Ray Serve; every endpoint on a cluster has its own."""
+    route: Annotated[str, Field(pattern=r"^/([A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*)?$")] = "/"
+    """Path that the endpoint's routes begin with; every endpoint on a cluster has its own."""
     replicas: PositiveInt = 1
     """Number of replicas."""
-    engine: Literal["vllm", "torch"] = "torch"
+    engine: str = "torch"
     """Decoding engine; if vLLM is not available, `vllm` falls back to `torch` with a warning."""
     threads: PositiveInt = 1
     """CPU threads of the engine in each replica."""
@@ -101,6 +105,9 @@ class ServeConfig(Section):
     state: Path | None = None
     """Folder shared by the replicas, with catalog deltas and the pinned policy; by default the
     folder `serve` next to the policy folder."""
+    logs: Path | None = None
+    """Folder of the logs of `orchard serve`; by default the folder `logs` in the folder of
+    `state`."""
     exposure: Path | None = None
     """Folder of the exposure log; by default no log is written."""
     poll_interval_s: PositiveFloat = 0.5

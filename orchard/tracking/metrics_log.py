@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Float64, Int64
 
 from orchard.errors import DataError
+from orchard.folders import atomic_write
 
 FILE = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
@@ -97,9 +98,7 @@ class MetricsLogger:
                 kept.append(line)
         if dropped:
             self._file.close()
-            partial = self._path.with_name(f".{FILE}.partial")
-            partial.write_text("".join(kept), encoding="utf-8")
-            partial.replace(self._path)
+            atomic_write(self._path, "".join(kept))
             self._file = self._path.open("a", encoding="utf-8")
             self._events_of(phase).purge(step + 1)
         return dropped

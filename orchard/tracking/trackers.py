@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
 from orchard.errors import ConfigError
+from orchard.registry import Facts, Registry
 
 _NOT_IN_MLFLOW = re.compile(r"[^\w\-. /]")
 
@@ -30,6 +31,13 @@ class Tracker(Protocol):
         ...
 
 
+TRACKERS: Registry[Callable[[Any, Path, str, Mapping[str, object]], Tracker], Facts] = Registry(
+    "tracker", ("cluster.tracker",), Facts()
+)
+"""Trackers by the name of their package, as in `cluster.tracker`."""
+
+
+@TRACKERS.register("wandb")
 class WandbTracker:
     """W&B tracker, offline in the run folder unless WANDB_MODE is set; `wandb sync` uploads it."""
 
@@ -60,6 +68,7 @@ class WandbTracker:
         self._run.finish()
 
 
+@TRACKERS.register("mlflow")
 class MlflowTracker:
     """MLflow tracker, to MLFLOW_TRACKING_URI or a database in the run folder."""
 
@@ -85,14 +94,6 @@ class MlflowTracker:
     def close(self) -> None:
         """End the run."""
         self._library.end_run()
-
-
-TRACKERS: Mapping[str, Callable[[Any, Path, str, Mapping[str, object]], Tracker]] = {
-    "wandb": WandbTracker,
-    "mlflow": MlflowTracker,
-}
-"""Trackers by package name. To add one, add a class that is a `Tracker`, and its name to
-`cluster.tracker`."""
 
 
 def open_tracker(

@@ -1,9 +1,9 @@
 """Serialize searches for vLLM's workers; large arguments are sent once and cached by digest.
 
-A search is a function with its arguments. These may include catalog views and a catalog, whose size
-grows with the number of items and which are the same in batch after batch. They are identified by
-their content: a worker caches what it has received, on its device, and later payloads contain only
-the key.
+A search is a function with its arguments. These may include catalog views, a catalog and a guide,
+whose size grows with the number of items and which are the same in batch after batch. They are
+identified by their content: a worker caches what it has received, on its device, and later payloads
+contain only the key.
 
 Shapes:  R selected prompts
 """
@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,8 +22,12 @@ from jaxtyping import Int64
 
 from orchard.catalog.catalog import Catalog
 from orchard.catalog.view import CatalogView
+from orchard.guide.guide import Guide
 from rollout.engine.protocol import SearchFn
 from rollout.item_filter import ItemFilter
+
+LargeArgument = CatalogView | Catalog | Guide
+"""Argument that workers cache by its content."""
 
 CAPACITY = 16
 """Maximum number of large arguments that workers cache, by last use; a search with more of them
@@ -36,25 +40,14 @@ class SearchPayload:
 
     search: bytes
     """Pickled search, with large arguments replaced by their keys."""
-    new: Mapping[str, CatalogView | Catalog]
+    new: Mapping[str, LargeArgument]
     """Arguments to add to the cache before unpickling, by key."""
     gone: tuple[str, ...]
     """Keys to evict from the cache after unpickling."""
 
 
-@runtime_checkable
-class Splittable(Protocol):
-    """Search that splits itself with its batch."""
-
-    def part(self, rows: Int64[np.ndarray, " R"]) -> SearchFn:
-        """Return the search for the prompts `rows` of its batch."""
-        ...
-
-
 def split_search(search_fn: SearchFn, rows: Int64[np.ndarray, " R"]) -> SearchFn:
     """Return the search for the prompts `rows` of its batch, with its item filter split alike."""
-    if isinstance(search_fn, Splittable):
-        return search_fn.part(rows)
     allowed = search_fn.keywords.get("allowed") if isinstance(search_fn, partial) else None
     if allowed is None:
         return search_fn
@@ -91,7 +84,7 @@ class PayloadDecoder:
     def __init__(self, device: torch.device) -> None:
         """Start with an empty cache, whose views are stored on `device`."""
         self._device = device
-        self._cached: dict[str, CatalogView | Catalog] = {}
+        self._cached: dict[str, LargeArgument] = {}
 
     def decode(self, payload: SearchPayload) -> SearchFn:
         """Decode a search and update the cache."""
@@ -109,7 +102,7 @@ class _Pickler(pickle.Pickler):
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
-        self.large: dict[str, CatalogView | Catalog] = {}
+        self.large: dict[str, LargeArgument] = {}
 
     def persistent_id(self, obj: Any) -> str | None:
         """Return the key of a large argument; None pickles everything else by value."""
@@ -117,6 +110,8 @@ class _Pickler(pickle.Pickler):
             key = f"view {obj.digest}"
         elif isinstance(obj, Catalog):
             key = f"catalog {obj.digest}"
+        elif isinstance(obj, Guide):
+            key = f"guide {obj.digest}"
         else:
             return None
         self.large[key] = obj
@@ -126,10 +121,10 @@ class _Pickler(pickle.Pickler):
 class _Unpickler(pickle.Unpickler):
     """Unpickler that looks large arguments up in a cache."""
 
-    def __init__(self, file: io.BytesIO, cached: Mapping[str, CatalogView | Catalog]) -> None:
+    def __init__(self, file: io.BytesIO, cached: Mapping[str, LargeArgument]) -> None:
         super().__init__(file)
         self._cached = cached
 
-    def persistent_load(self, pid: str) -> CatalogView | Catalog:
+    def persistent_load(self, pid: str) -> LargeArgument:
         """Return the large argument with the key `pid`."""
         return self._cached[pid]

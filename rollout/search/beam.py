@@ -8,7 +8,8 @@ Shapes:  B prompts   F beams, draws or frontier nodes of all prompts   M legal c
          C candidates   D longest sequence   S tokens of all spans   F1 = F + 1
 """
 
-from typing import NamedTuple
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,11 +19,14 @@ from torch import Tensor
 from orchard import ragged
 from orchard.catalog.trie import ROOT, Children, Trie
 from orchard.errors import EngineError
+from orchard.guide.values import Valuer
 from orchard.types import Cost, Prompts
 from rollout.candidates import Candidates
 from rollout.engine.protocol import DecodingBackend, NextCodeLogprobs
 from rollout.item_filter import ItemFilter, PrefixMask, make_prefix_mask
+from rollout.search.continuations import continuations
 from rollout.search.gumbel import GumbelNoise
+from rollout.search.ranking import Beams, Proof, Ranking, extend_needed
 from rollout.search.topk import row_starts, sort_by_score, top_k
 
 
@@ -33,6 +37,9 @@ def beam(
     width: int,
     noise: GumbelNoise | None = None,
     allowed: ItemFilter | None = None,
+    guide: Valuer | None = None,
+    count: int | None = None,
+    prove: int = 0,
 ) -> Candidates:
     """Run exact beam search: keep the `width` best prefixes of each prompt at each depth.
 
@@ -41,15 +48,34 @@ def beam(
     fewer than `width` if the catalog has fewer leaves. With `noise`, prefixes are kept and
     candidates ordered by their noisy keys instead of their scores.
 
+    With a `guide`, keys are log p + V: prefixes are kept and candidates ordered by them. Scores
+    and log-probabilities stay those of the policy. Where all values are 0, nothing changes.
+
     With `allowed`, only prefixes of allowed leaves compete: a prompt gets as many candidates as it
     has allowed leaves, up to `width`, possibly none.
 
+    Args:
+        engine: backend with the policy.
+        prompts: batch of prompts.
+        width: prefixes kept at each depth.
+        noise: random keys; not together with a guide.
+        allowed: leaves that may be found.
+        guide: source of the values V.
+        count: candidates returned, the first of the beam; all by default. Prefixes that cannot
+            lead to one of them are not forwarded at the last level, in one more pass at most.
+        prove: number of first candidates that `Candidates.proved` is about, at most `count`; 0
+            proves nothing. They are proved to be the best of all allowed leaves if the last of them
+            reaches the largest key that was ever dropped, which bounds the keys of leaves below it.
+            The cost counts the prompts so `proved`.
+
     Raises:
-        CatalogError: `allowed` belongs to another catalog or another batch.
+        CatalogError: `allowed` or `guide` belongs to another catalog, or another batch.
         EngineError: a prompt does not fit the engine, or the policy has diverged.
     """
     trie, num_prompts = engine.trie, len(prompts)
+    count = width if count is None else min(count, width)
     mask = make_prefix_mask(trie, allowed, num_prompts) if allowed else None
+    ranking, proof = Ranking(trie, prompts, guide), Proof(trie, num_prompts)
     expansion = check_finite(engine, engine.prefill(prompts))
     tokens, passes = 0, 1
     # The beams of prompt b are `start[b] : start[b + 1]`.
@@ -63,41 +89,70 @@ def beam(
     # Number of children of each beam's node, and whether the expansion has its children.
     fanout, scored = trie.num_children(node), torch.ones_like(prompt, dtype=torch.bool)
     for level in range(trie.depth):
+        is_last = level + 1 == trie.depth
         # [M]: beam, trie node and log-probability of each child.
-        source, child, gain, child_start = _children(trie, node, fanout, scored, expansion)
+        source, child, gain, child_start = continuations(trie, node, fanout, scored, expansion)
         start = child_start[start]  # now the boundaries of each prompt's children
         if mask is not None:
             admitted = mask.allows(prompt[source], child)
             source, child, gain = source[admitted], child[admitted], gain[admitted]
             start = row_starts(admitted)[start]
+        most = count if is_last else width
         if noise is None:
-            key = score.index_select(0, source) + gain
-            kept = top_k(start, key, child, width)
+            key = ranking.keys(prompt[source], child, score.index_select(0, source) + gain)
+            kept = top_k(start, key, child, most)
         else:
             key = noise.keys(prompt[source], source, child, gain)
-            kept = top_k(start, key, child, width)
+            kept = top_k(start, key, child, most)
             noise.keep(kept)
-        start = row_starts(start.diff().clamp(max=width))
-        source, node, gain = source[kept], child[kept], gain[kept]
+        if prove and not is_last:
+            proof.drop(prompt[source], key, kept)
+        start = row_starts(start.diff().clamp(max=most))
+        source, node, gain, key = source[kept], child[kept], gain[kept], key[kept]
         prompt, score = prompt[source], score[source] + gain
         forwarded, state, logprob = forwarded[source], state[source], logprob[source]
         logprob[:, level] = gain  # 0 for a beam that is at its leaf
-        if level + 1 == trie.depth:
+        if is_last:
             break
         fanout = trie.num_children(node)
         scored = fanout > 1
         rows = scored.nonzero().squeeze(1)
         expansion = None
-        if len(rows):
-            token, span_start = spans(engine, forwarded[rows], node[rows])
-            expansion = check_finite(
-                engine, engine.extend(state[rows], token, span_start, node[rows])
+        if len(rows) == 0:
+            continue
+        extend = partial(_extend, engine, state, forwarded, node)
+        if count < width and noise is None and level + 2 == trie.depth:
+            beams = Beams(prompt=prompt, node=node, score=score, key=key, scored=scored)
+            expansion, alive, spent, turns = extend_needed(
+                extend, trie, ranking, mask, beams, count
             )
+            start = row_starts(alive)[start]
+            prompt, node, score, logprob = prompt[alive], node[alive], score[alive], logprob[alive]
+            fanout, scored = fanout[alive], scored[alive]
+            forwarded, state = forwarded[alive], state[alive]
+        else:
+            (expansion, spent), turns = extend(rows), 1
             forwarded = torch.where(scored, node, forwarded)
             state = state.index_copy(0, rows, expansion.state)
-            tokens, passes = tokens + len(token), passes + 1
+        tokens, passes = tokens + spent, passes + turns
     cost = Cost(prefill_tokens=len(prompts.token), forward_tokens=tokens, passes=passes)
-    return collect(trie, prompt, node, logprob, score, num_prompts, cost)
+    if not prove:
+        return collect(trie, prompt, node, logprob, score, num_prompts, cost)
+    proved = proof.holds(prompt, key, min(prove, count)).cpu().numpy()
+    cost = replace(cost, counts={"proved": int(proved.sum())})
+    return replace(collect(trie, prompt, node, logprob, score, num_prompts, cost), proved=proved)
+
+
+def _extend(
+    engine: DecodingBackend,
+    state: Int64[Tensor, " F"],
+    above: Int64[Tensor, " F"],
+    node: Int64[Tensor, " F"],
+    rows: Int64[Tensor, " R"],
+) -> tuple[NextCodeLogprobs, int]:
+    """Forward the beams `rows` from the nodes `above` to their nodes; also count the tokens."""
+    token, start = spans(engine, above[rows], node[rows])
+    return check_finite(engine, engine.extend(state[rows], token, start, node[rows])), len(token)
 
 
 def sample(
@@ -183,45 +238,6 @@ def check_finite(engine: DecodingBackend, expansion: NextCodeLogprobs) -> NextCo
     return expansion
 
 
-class _Children(NamedTuple):
-    """Continuations of all beams, grouped by beam."""
-
-    source: Int64[Tensor, " M"]
-    """Beam that each child continues."""
-    node: Int64[Tensor, " M"]
-    """Trie node of each child."""
-    gain: Float32[Tensor, " M"]
-    """Log-probability that each child adds to the score."""
-    start: Int64[Tensor, " F1"]
-    """Boundaries: the children of beam f are `start[f] : start[f + 1]`."""
-
-
-def _children(
-    trie: Trie,
-    node: Int64[Tensor, " F"],
-    fanout: Int64[Tensor, " F"],
-    scored: Bool[Tensor, " F"],
-    expansion: NextCodeLogprobs | None,
-) -> _Children:
-    """Return the continuations of each beam.
-
-    Beams that are `scored` have the expansion's children. The others either stay at their leaf or
-    follow their only child, with gain 0.
-    """
-    if expansion is not None and bool(scored.all()):
-        children = expansion.children
-        return _Children(children.owner, children.node, expansion.logprob, children.start)
-    # First child of each beam, or the leaf itself.
-    below = torch.where(fanout > 0, trie.first_child(node), node)
-    start = row_starts(fanout.clamp(min=1))
-    source = torch.repeat_interleave(start.diff())
-    child = torch.arange(len(source), device=node.device) + (below - start[:-1])[source]
-    gain = torch.zeros_like(source, dtype=torch.float32)
-    if expansion is not None:
-        gain[scored[source]] = expansion.logprob
-    return _Children(source, child, gain, start)
-
-
 def spans(
     engine: DecodingBackend, above: Int64[Tensor, " F"], node: Int64[Tensor, " F"]
 ) -> tuple[Int64[Tensor, " S"], Int64[Tensor, " F1"]]:
@@ -272,7 +288,8 @@ def draw(
     index of each drawn child in `children`.
     """
     owner, start = children.owner, children.start
-    scaled = (logprob.double() / temperature).masked_fill(~admitted, float("-inf"))
+    least = 1e-200  # a log-probability divided by a smaller number would overflow
+    scaled = (logprob.double() / max(temperature, least)).masked_fill(~admitted, float("-inf"))
     peak = scaled.new_full((len(start) - 1,), float("-inf"))
     peak = peak.scatter_reduce(0, owner, scaled, "amax")
     # Unnormalized probabilities, and one CDF over the children of all nodes.

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float32, Float64, Int64, UInt64
 from torch import Tensor
 
+_LEAST_TEMPERATURE = 1e-200
+
 
 class GumbelNoise:
     """Gumbel-perturbed log-probabilities that rank the beams of one search.
@@ -23,7 +25,9 @@ class GumbelNoise:
         self, prompt_id: Int64[np.ndarray, " B"], *, temperature: float, seed: int
     ) -> None:
         """Start at the root of each prompt, with key 0."""
-        self._prompt_id, self._temperature, self._seed = prompt_id, temperature, seed
+        # A log-probability divided by a smaller number overflows; the search is greedy long before.
+        self._temperature = max(temperature, _LEAST_TEMPERATURE)
+        self._prompt_id, self._seed = prompt_id, seed
         self._logprob: Float64[Tensor, " F"] = torch.zeros(len(prompt_id), dtype=torch.float64)
         self._key: Float64[Tensor, " F"] = torch.zeros_like(self._logprob)
 

@@ -3,8 +3,8 @@
 A search is one function from prompts to search trees. Most search codes alone: they are a function
 that runs where the model is, and `SearchContext.search_codes` makes a search of it.
 
-To add a search, write a `SearchFactory`, register it in `SEARCHES`, and add its name to the choices
-of that setting. `docs/extending.md` has an example.
+To add a search, write a `SearchFactory` in a module of its own and register it in `SEARCHES`.
+`docs/extending.md` has an example.
 """
 
 from collections.abc import Callable
@@ -12,9 +12,14 @@ from dataclasses import dataclass
 from functools import partial
 
 from orchard.catalog.catalog import Catalog
+from orchard.catalog.trie import Trie
+from orchard.errors import ConfigError
+from orchard.guide.guide import Guide
+from orchard.guide.values import Valuer
 from orchard.policy.item_tokenizer import ItemTokenizer
+from orchard.registry import Facts, Registry
 from orchard.scorers.prefix_critic import PrefixCritic
-from orchard.settings import RolloutConfig
+from orchard.settings import Config, RolloutConfig
 from orchard.types import Prompts, SearchTrees
 from rollout.engine.protocol import InferenceEngine, SearchFn
 from rollout.search.add_target import search_with_target
@@ -22,8 +27,11 @@ from rollout.search.batches import search_in_batches
 from rollout.search.beam import beam, sample
 from rollout.search.sampling import beam_sample, dynamic
 from rollout.search.think import search_after_thoughts
-from rollout.search.ved.search import ved
+from rollout.search.ved.search import check_budget, ved
 from rollout.search_trees import build_search_trees
+
+PROVED = 10
+"""Number of first candidates of a guided beam that are proved to be the best, where they are."""
 
 Search = Callable[[Prompts], SearchTrees]
 """Search: from prompts to one search tree per prompt."""
@@ -41,7 +49,13 @@ class SearchContext:
     step: int | None = None
     """Number of updates before the training step; None outside of training."""
     critic: PrefixCritic | None = None
-    """Critic that guides `ved` instead of the policy's value head."""
+    """Critic that guides `ved` instead of the policy's value head, or `beam`."""
+    guide: Guide | None = None
+    """Guide of experts for `ved` or `beam`."""
+
+    def valuer(self, name: str) -> Valuer | None:
+        """Return the source of values called `name` in the settings; None for the head or none."""
+        return {"critic": self.critic, "expert": self.guide}.get(name)
 
     @property
     def catalog(self) -> Catalog:
@@ -68,10 +82,41 @@ SearchFactory = Callable[[SearchContext], Search]
 """Factory of a search from its context."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchFacts(Facts):
+    """Properties of a search that a run looks up."""
+
+    thinks: bool = False
+    """Whether the policy generates thoughts before it searches codes."""
+    uses_critic: Callable[[RolloutConfig], bool] | None = None
+    """Whether a prefix critic guides the search under these settings; None if never."""
+    uses_guide: Callable[[RolloutConfig], bool] | None = None
+    """Whether a guide of experts guides the search under these settings; None if never."""
+    check_catalog: Callable[[RolloutConfig, Trie], None] | None = None
+    """Check of the settings against the catalog's trie; raises ConfigError."""
+
+
+SEARCHES: Registry[SearchFactory, SearchFacts] = Registry(
+    "search", ("rollout.search",), SearchFacts()
+)
+"""Searches by their name in `rollout.search`."""
+
+
+@SEARCHES.register(
+    "beam",
+    SearchFacts(
+        uses_critic=lambda config: config.guide == "critic",
+        uses_guide=lambda config: config.guide == "expert",
+    ),
+)
 def _beam(ctx: SearchContext) -> Search:
-    return ctx.search_codes(partial(beam, width=ctx.config.group_size))
+    width, valuer = ctx.config.group_size, ctx.valuer(ctx.config.guide)
+    if valuer is None:
+        return ctx.search_codes(partial(beam, width=width))
+    return ctx.search_codes(partial(beam, width=width, guide=valuer, prove=PROVED))
 
 
+@SEARCHES.register("beam_sample")
 def _beam_sample(ctx: SearchContext) -> Search:
     width, temperature = ctx.config.group_size, ctx.config.temperature
     return ctx.search_codes(
@@ -79,11 +124,13 @@ def _beam_sample(ctx: SearchContext) -> Search:
     )
 
 
+@SEARCHES.register("sample")
 def _sample(ctx: SearchContext) -> Search:
     count, temperature = ctx.config.group_size, ctx.config.temperature
     return ctx.search_codes(partial(sample, count=count, temperature=temperature, seed=ctx.seed))
 
 
+@SEARCHES.register("dynamic")
 def _dynamic(ctx: SearchContext) -> Search:
     return ctx.search_codes(
         partial(
@@ -96,28 +143,58 @@ def _dynamic(ctx: SearchContext) -> Search:
     )
 
 
+def _needs_values(config: Config) -> None:
+    """Refuse a search guided by the value head of a policy that has none."""
+    if config.rollout.ved.guide == "head" and not config.model.value_head:
+        raise ConfigError(
+            'rollout.search = "ved" is guided by values; set model.value_head = true or '
+            'rollout.ved.guide = "critic", or choose another search',
+            code="config.no_values",
+        )
+
+
+@SEARCHES.register(
+    "ved",
+    SearchFacts(
+        rules=(_needs_values,),
+        uses_critic=lambda config: config.ved.guide == "critic",
+        uses_guide=lambda config: config.ved.guide == "expert",
+        check_catalog=lambda config, trie: check_budget(config.ved, trie),
+    ),
+)
 def _ved(ctx: SearchContext) -> Search:
     config = ctx.config
     if ctx.step is not None and ctx.step < config.ved.warmup:
         return _beam(ctx)  # provides the training data until the value head is warmed up
-    count, critic = config.group_size, ctx.critic
+    count, critic = config.group_size, ctx.valuer(config.ved.guide)
     return ctx.search_codes(
         partial(ved, settings=config.ved, count=count, seed=ctx.seed, critic=critic)
     )
 
 
+def _adds_no_target(config: Config) -> None:
+    """Refuse to add targets after thoughts that the policy has not had."""
+    if config.rollout.add_target:
+        raise ConfigError(
+            'rollout.add_target = true has no effect with rollout.search = "think"; leave one '
+            "of them out",
+            code="config.target_without_thought",
+        )
+
+
+def _trains_no_values(config: Config) -> None:
+    """Refuse a value head, which learns from codes alone."""
+    if config.model.value_head:
+        raise ConfigError(
+            'model.value_head = true learns from codes alone, rollout.search = "think" gives '
+            "it blocks of thought; switch one of them off",
+            code="config.values_of_thoughts",
+        )
+
+
+@SEARCHES.register("think", SearchFacts(rules=(_adds_no_target, _trains_no_values), thinks=True))
 def _think(ctx: SearchContext) -> Search:
     return partial(search_after_thoughts, ctx.engine, ctx.tokenizer, ctx.config, seed=ctx.seed)
-
-
-SEARCHES: dict[str, SearchFactory] = {
-    "beam": _beam,
-    "beam_sample": _beam_sample,
-    "sample": _sample,
-    "dynamic": _dynamic,
-    "ved": _ved,
-    "think": _think,
-}
 
 
 def make_search(name: str, ctx: SearchContext) -> Search:

@@ -3,6 +3,7 @@
 Shapes:  R rows of the attributes file   I items to filter
 """
 
+import logging
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from orchard.errors import ConfigError
 from orchard.parquet import read_table
 from orchard.settings import FilterConfig
 
+_log = logging.getLogger("orchard.serve")
 Value = bool | int | float | str | None
 _COMPARE: dict[str, Callable[[Any, Any], Any]] = {
     "==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le,
@@ -55,24 +57,69 @@ class Attributes:
                     passes[index] = _passes(self.changed[item][by.column], by)
         return passes
 
-    def with_changes(self, changes: Mapping[int, Mapping[str, Value]]) -> "Attributes":
+    def with_changes(
+        self, changes: Mapping[int, Mapping[str, Value]], *, strict: bool = True
+    ) -> "Attributes":
         """Return a copy with changed attributes of some items.
 
+        A value must have the type of its column, as it came from the file: a number for a float
+        column, a whole number in its range for an integer one, a boolean, or a text; or be null.
+
+        Args:
+            changes: changed attributes by item id.
+            strict: refuse an attribute that does not exist or a value of another type; such values
+                are passed over otherwise, with a warning.
+
         Raises:
-            ConfigError: an attribute does not exist.
+            ConfigError: an attribute does not exist, or a value is not of its column's type.
         """
+        merged, passed_over = dict(self.changed), list[str]()
         for item, values in changes.items():
-            unknown = sorted(values.keys() - self.column.keys())
-            if unknown:
-                raise ConfigError(
-                    f"attribute {unknown[0]} of item {item} is no column of the attributes; "
-                    f"there are {', '.join(self.column) or 'none'}"
-                )
-        merged = dict(self.changed)
-        for item, values in changes.items():
-            if values:
-                merged[item] = {**merged.get(item, {}), **values}
+            fitting: dict[str, Value] = {}
+            for name, value in values.items():
+                problem = self._misfit(name, value)
+                if problem is None:
+                    fitting[name] = value
+                elif strict:
+                    raise ConfigError(f"attribute {name} of item {item} {problem}")
+                else:
+                    passed_over.append(name)
+            if fitting:
+                merged[item] = {**merged.get(item, {}), **fitting}
+        if passed_over:
+            _log.warning(
+                "%d attribute values of earlier deltas fit no column of serve.attributes and are "
+                "passed over: %s", len(passed_over), ", ".join(sorted(set(passed_over))),
+            )  # fmt: skip
         return replace(self, changed=merged)
+
+    def _misfit(self, name: str, value: Value) -> str | None:
+        """Return why a value cannot be an attribute of that name, None if it can."""
+        if name not in self.column:
+            known = ", ".join(self.column) or "none"
+            return f"is no column of the attributes; there are {known}"
+        if value is None:
+            return None
+        kind, holds = self.column[name][0].dtype, _HOLDS[self.column[name][0].dtype.kind]
+        if isinstance(value, bool):
+            fits = kind.kind == "b"
+        elif isinstance(value, str):
+            fits = kind.kind == "U"
+        elif kind.kind in "iu":
+            limits = np.iinfo(kind)
+            fits = isinstance(value, int) and limits.min <= value <= limits.max
+        elif kind.kind == "f":
+            # Compared as exact Python numbers: a large integer would overflow a conversion.
+            fits = abs(value) <= float(np.finfo(kind).max)
+        else:
+            fits = False
+        return None if fits else f"is {value!r}, but its column holds {holds} ({kind})"
+
+
+_HOLDS = {
+    "b": "booleans", "i": "whole numbers", "u": "whole numbers", "f": "numbers", "U": "text",
+}  # fmt: skip
+"""What a column of each kind of NumPy type holds; columns of other kinds are not read."""
 
 
 def _passes(value: Value, by: FilterConfig) -> bool:
@@ -98,11 +145,19 @@ def read_attributes(path: Path, filters: Mapping[str, FilterConfig]) -> Attribut
     table = read_table(path, role="attributes", columns=("item_id",), remedy="serve.attributes")
     ids = table["item_id"].to_numpy().astype(np.int64)
     order = np.argsort(ids, kind="stable")
-    column = {
-        name: _column(table[name].combine_chunks(), order)
-        for name in table.column_names
-        if name != "item_id"
-    }
+    used = {by.column for by in filters.values()}
+    column: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for name in table.column_names:
+        if name == "item_id":
+            continue
+        values = _column(table[name].combine_chunks(), order)
+        if values is not None:
+            column[name] = values
+        elif name in used:
+            raise ConfigError(
+                f"column {name!r} of {path} holds {table[name].type}, which no filter compares; "
+                "give it numbers, booleans or text"
+            )
     attributes = Attributes(item_id=ids[order], column=column)
     check_filters(attributes, filters)
     return attributes
@@ -133,13 +188,22 @@ def check_filters(attributes: Attributes, filters: Mapping[str, FilterConfig]) -
 
 def _column(
     values: Any, order: Int64[np.ndarray, " R"]
-) -> tuple[Shaped[np.ndarray, " R"], Bool[np.ndarray, " R"]]:
-    """Return the values of a column and where they are not null, both in the given row order."""
+) -> tuple[Shaped[np.ndarray, " R"], Bool[np.ndarray, " R"]] | None:
+    """Return the values of a column and where they are known, both in the given row order.
+
+    NaN counts as unknown, like null. None for a type that filters do not compare.
+    """
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    kind = values.type
     is_known = ~values.is_null().to_numpy(zero_copy_only=False)
-    is_text = pa.types.is_string(values.type) or pa.types.is_large_string(values.type)
     array: np.ndarray
-    if is_text:
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or kind == pa.string_view():
         array = np.array([value or "" for value in values.to_pylist()], dtype=np.str_)
+    elif pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind):
+        array = values.fill_null(pa.scalar(0).cast(kind)).to_numpy(zero_copy_only=False)
     else:
-        array = values.fill_null(pa.scalar(0).cast(values.type)).to_numpy(zero_copy_only=False)
+        return None
+    if array.dtype.kind == "f":
+        is_known = is_known & ~np.isnan(array)
     return array[order], is_known[order]

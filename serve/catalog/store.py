@@ -6,9 +6,10 @@ stays in use; one assignment then makes the new version current.
 Shapes:  I items   K leaves
 """
 
+import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -64,10 +65,25 @@ class CatalogVersion:
         """Catalog of this version, including removed items."""
         return self.snapshot.catalog
 
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the catalog and of what was removed from it; the catalog's own without."""
+        live = self.snapshot.live
+        if live.all():
+            return self.catalog.digest
+        sha256 = hashlib.sha256(self.catalog.digest.encode())
+        sha256.update(np.packbits(live).tobytes())
+        return sha256.hexdigest()
+
     @property
     def name(self) -> str:
         """Version number and digest, as shown in responses."""
-        return f"{self.version}-{self.catalog.digest[:8]}"
+        return f"{self.version}-{self.digest[:8]}"
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether no item of the catalog is removed."""
+        return bool(self.snapshot.live.all())
 
     @cached_property
     def by_popularity(self) -> Int64[np.ndarray, " I"]:
@@ -140,6 +156,7 @@ class CatalogStore:
             version=0, live=live, snapshot=live.snapshot, tokenizer=tokenizer,
             attributes=attributes, filters=filters, popularity=popularity,
         )  # fmt: skip
+        self._first = self.current
         self._keep = keep
         self._earlier: list[CatalogVersion] = []
 
@@ -165,9 +182,34 @@ class CatalogStore:
         if delta.rollback_to is not None:
             return replace(self._earlier_version(delta.rollback_to), version=current.version + 1)
         try:
-            return _apply_changes(current, delta)
+            return _apply_changes(current, delta, strict=True)
         except (DataError, ConfigError) as error:
             raise UnprocessableError(str(error)) from error
+
+    def replay(
+        self, delta: DeltaRequest, changes_of: Callable[[int], Sequence[DeltaRequest]]
+    ) -> CatalogVersion:
+        """Build the next version from a delta that was accepted before.
+
+        The settings may have changed since then: attributes that no column takes any more are
+        passed over, and a version that is no longer kept for rollback is built again.
+
+        Args:
+            delta: the delta; its `base_version` is not looked at.
+            changes_of: the changes that lead from version 0 to an earlier version.
+
+        Raises:
+            DataError: the delta does not fit the catalog.
+        """
+        if delta.rollback_to is None:
+            return _apply_changes(self.current, delta, strict=False)
+        for kept in self._earlier:
+            if kept.version == delta.rollback_to:
+                return replace(kept, version=self.current.version + 1)
+        rebuilt = self._first
+        for change in changes_of(delta.rollback_to):
+            rebuilt = _apply_changes(rebuilt, change, strict=False)
+        return replace(rebuilt, version=self.current.version + 1)
 
     def activate(self, catalog_version: CatalogVersion) -> None:
         """Make a catalog version built by `apply` the current one."""
@@ -186,8 +228,13 @@ class CatalogStore:
         )
 
 
-def _apply_changes(catalog_version: CatalogVersion, delta: DeltaRequest) -> CatalogVersion:
-    """Return the next catalog version, with items removed, added and updated."""
+def _apply_changes(
+    catalog_version: CatalogVersion, delta: DeltaRequest, *, strict: bool
+) -> CatalogVersion:
+    """Return the next catalog version, with items removed, added and updated.
+
+    Attributes that fit no column raise ConfigError if `strict`, and are passed over otherwise.
+    """
     _refuse_duplicates([*delta.remove, *(item.item_id for item in (*delta.add, *delta.update))])
     live, old = catalog_version.live.copy(), catalog_version.snapshot
     add: list[tuple[int, Sequence[int], str]] = [
@@ -221,7 +268,7 @@ def _apply_changes(catalog_version: CatalogVersion, delta: DeltaRequest) -> Cata
         live=live,
         snapshot=live.snapshot,
         tokenizer=catalog_version.tokenizer.with_catalog(live.snapshot.catalog),
-        attributes=catalog_version.attributes.with_changes(attributes),
+        attributes=catalog_version.attributes.with_changes(attributes, strict=strict),
         filters=catalog_version.filters,
         popularity=catalog_version.popularity,
     )

@@ -7,7 +7,7 @@ may be shown or the beam is narrower than the list.
 Shapes:  B queries   H history items   X excluded rows   C candidates   M items
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,6 +24,7 @@ from rollout.search.beam import beam
 from rollout.search.sampling import beam_sample
 from rollout.search.ved.search import ved
 from serve.catalog.store import CatalogVersion, FilteredItems
+from serve.decoding.trace import Trace
 from serve.schema import Decoder, Item, Level, Shortfall
 
 
@@ -73,8 +74,11 @@ def recommend(
     kind: BatchKey,
     *,
     max_history: int,
+    trace: Trace | None = None,
 ) -> tuple[list[RankedItems], Candidates]:
     """Return the ranked items of each query and the candidates of the whole batch.
+
+    The search is recorded in `trace`, where one is given.
 
     Raises:
         UnprocessableError: a filter does not exist.
@@ -91,7 +95,8 @@ def recommend(
         excluded=np.concatenate([np.zeros(0, np.int64), *leaves]),
         excluded_start=ragged.starts(np.array([len(rows) for rows in leaves])),
     )
-    candidates = runner.run(search_of(kind, allowed), prompts)
+    search_fn = search_of(kind, allowed)
+    candidates = runner.run(search_fn if trace is None else trace.of(search_fn), prompts)
     ranked = [
         rank_items(
             catalog_version,
@@ -152,9 +157,7 @@ def full_leaves(
     return leaf[count == filtered.per_leaf[leaf]]
 
 
-def search_of(
-    kind: BatchKey, allowed: ItemFilter
-) -> Callable[[DecodingBackend, Prompts], Candidates]:
+def search_of(kind: BatchKey, allowed: ItemFilter) -> partial[Candidates]:
     """Return the search function of the batch's decoder."""
     if kind.decoder == "beam":
         return partial(beam, width=kind.width, allowed=allowed)

@@ -15,14 +15,12 @@ from typing import TypeVar
 import numpy as np
 
 from orchard.settings import ServeConfig
-from orchard.types import Prompts
 from rollout.candidates import Candidates
-from rollout.engine.protocol import DecodingBackend, SearchRunner
 from serve.catalog.store import CatalogStore, CatalogVersion
 from serve.decoding.batching import Batcher, BatchPlan, LatencyModel
 from serve.decoding.recommender import BatchKey, Query, RankedItems, recommend
 from serve.decoding.request import ResolvedRequest, batch_key, query_of
-from serve.decoding.trace import TracedSearch
+from serve.decoding.trace import Trace
 from serve.metrics import ServeMetrics
 from serve.policies.slot import PolicySlot
 
@@ -37,7 +35,7 @@ class DecodeResult:
     ranked: RankedItems
     candidates: Candidates
     """Candidates and cost of the whole batch."""
-    trace: TracedSearch
+    trace: Trace
     catalog_version: CatalogVersion
     policy: str
     width: int
@@ -132,16 +130,17 @@ class DecodeScheduler:
         variant, key = kind
         slot, catalog_version = self._slots[variant], self._catalog_store.current
         slot.set_catalog(catalog_version.catalog)
-        runner = _TracingRunner(slot.inference_engine, record_steps=key.trace is not None)
+        trace = Trace(record_steps=key.trace is not None)
         queries = [query_of(resolved) for resolved in batch]
         ranked, candidates = recommend(
-            runner, catalog_version, queries, key, max_history=self._max_history
-        )
+            slot.inference_engine, catalog_version, queries, key,
+            max_history=self._max_history, trace=trace,
+        )  # fmt: skip
         self._check_legal(catalog_version, kind, queries, ranked)
         seconds = time.monotonic() - start_time
         return [
             DecodeResult(
-                ranked=of_query, candidates=candidates, trace=runner.trace,
+                ranked=of_query, candidates=candidates, trace=trace,
                 catalog_version=catalog_version, policy=str(slot.version), width=key.width,
                 batch=len(batch), seconds=seconds,
             )
@@ -169,18 +168,3 @@ class DecodeScheduler:
 
     def _observe_phase(self, variant: str, phase: str, seconds: float) -> None:
         self._metrics.observe("orchard_serve_phase_seconds", seconds, variant=variant, phase=phase)
-
-
-class _TracingRunner:
-    """Search runner that traces its next search."""
-
-    def __init__(self, runner: SearchRunner, *, record_steps: bool) -> None:
-        self._runner, self._record_steps = runner, record_steps
-        self.trace: TracedSearch
-
-    def run(
-        self, search_fn: Callable[[DecodingBackend, Prompts], Candidates], prompts: Prompts
-    ) -> Candidates:
-        """Run a search in the wrapped runner and keep its trace."""
-        self.trace = TracedSearch(search_fn, record_steps=self._record_steps)
-        return self._runner.run(self.trace, prompts)

@@ -6,6 +6,7 @@ Shapes:  F nodes of a frontier   M legal children   R prompts of a split
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
 
 import numpy as np
@@ -17,7 +18,6 @@ from orchard.catalog.trie import ROOT, Trie
 from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.types import PolicyVersion, Prompts
 from rollout.candidates import Candidates
-from rollout.engine.payload import split_search
 from rollout.engine.protocol import DecodingBackend, NextCodeLogprobs
 from serve.catalog.store import CatalogVersion
 from serve.schema import Node
@@ -37,10 +37,9 @@ class TracedStep:
 
 
 @dataclass(eq=False)
-class TracedSearch:
-    """Search function that records its time in the engine and, on request, every expansion."""
+class Trace:
+    """Record of a search: its time in the engine and, on request, every expansion."""
 
-    search_fn: Callable[[DecodingBackend, Prompts], Candidates]
     record_steps: bool = False
     """Whether to record every expansion; the search then has a single prompt."""
     prefill_s: float = 0.0
@@ -48,22 +47,25 @@ class TracedSearch:
     """Seconds in forward passes after the first."""
     steps: list[TracedStep] = field(default_factory=list[TracedStep])
 
-    def __call__(self, engine: DecodingBackend, prompts: Prompts) -> Candidates:
-        """Run the search and record its use of the engine."""
-        return self.search_fn(_RecordingBackend(engine, self), prompts)
+    def of(self, search_fn: partial[Candidates]) -> partial[Candidates]:
+        """Return the search, recorded here; it keeps its keywords, and is split by them."""
+        return partial(_traced, self, search_fn.func, **search_fn.keywords)
 
-    def part(
-        self, rows: Int64[np.ndarray, " R"]
-    ) -> Callable[[DecodingBackend, Prompts], Candidates]:
-        """Return the search for some prompts of the batch, recorded in this same trace."""
-        search_fn = split_search(self.search_fn, rows)
-        return lambda engine, prompts: search_fn(_RecordingBackend(engine, self), prompts)
+
+def _traced(
+    trace: Trace,
+    search_fn: Callable[..., Candidates],
+    engine: DecodingBackend,
+    prompts: Prompts,
+    **arguments: object,
+) -> Candidates:
+    return search_fn(_RecordingBackend(engine, trace), prompts, **arguments)
 
 
 class _RecordingBackend:
     """Decoding backend that forwards to an engine and records its expansions."""
 
-    def __init__(self, engine: DecodingBackend, trace: TracedSearch) -> None:
+    def __init__(self, engine: DecodingBackend, trace: Trace) -> None:
         self._engine, self._trace = engine, trace
 
     @property

@@ -40,13 +40,14 @@ def catalog_info(service: Service, catalog_version: CatalogVersion) -> CatalogIn
     all_items = catalog_version.filtered_items(())
     return CatalogInfo(
         version=catalog_version.version,
-        digest=catalog_version.catalog.digest,
+        digest=catalog_version.digest,
         items=all_items.total,
         leaves=all_items.view.num_leaves,
         levels=catalog_version.catalog.trie.depth,
         level_size=list(catalog_version.catalog.level_size),
         filters=sorted(catalog_version.filters),
         kept=service.catalog_store.kept,
+        deltas_refused=service.catalog_refused,
     )
 
 

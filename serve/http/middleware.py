@@ -6,18 +6,21 @@ route and within a time limit, and passes it on as one message.
 
 import asyncio
 import hmac
+import json
 import os
 import re
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from fastapi import Request
 from fastapi.responses import JSONResponse
+from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.errors import ApiError, UnauthorizedError
+from serve.errors import ApiError, UnauthorizedError, UnsupportedMediaError
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,100}")
+_HEADER = b"x-request-id"
 _MIB = 1 << 20
 _LARGE = {"/v1/recommend:batch": 8 * _MIB, "/v1/catalog/delta": 32 * _MIB}
 _MAX_BYTES = _MIB
@@ -58,21 +61,26 @@ class RequestMiddleware:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        client_id = headers.get(b"x-request-id", b"").decode("latin-1")
-        request_id = client_id if _REQUEST_ID.fullmatch(client_id) else uuid.uuid4().hex
+        request_id = request_id_of(scope)
         scope.setdefault("state", {})["id"] = request_id
+        is_head, is_post = scope["method"] == "HEAD", scope["method"] == "POST"
+        if is_head:  # answered as GET, without the body
+            scope = {**scope, "method": "GET"}
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+                message["headers"] = _with_id(message["headers"], request_id)
+            elif is_head and message["type"] == "http.response.body":
+                message = {**message, "body": b""}
             await send(message)
 
         route = str(scope["path"]).removeprefix(scope.get("root_path", ""))
+        limit = _LARGE.get(route, _MAX_BYTES) if is_post else _MAX_BYTES
         try:
-            if route in OPERATOR:
+            if route in OPERATOR and is_post:
                 check_token(headers.get(b"authorization", b"").decode("latin-1"), self._token_env)
             async with asyncio.timeout(_BODY_S):
-                body = await _read_body(receive, headers, _LARGE.get(route, _MAX_BYTES))
+                body = await _read_body(receive, headers, limit)
         except UnauthorizedError as error:
             self._refused(error)
             await error_response(error, Request(scope))(scope, receive, send_with_id)
@@ -94,6 +102,50 @@ class RequestMiddleware:
             return pending.pop() if pending else await receive()
 
         await self._app(scope, replay, send_with_id)
+
+
+class RequestIdMiddleware:
+    """Middleware for Serve's own proxy, which echoes any `x-request-id` and adds a second one.
+
+    It wraps the proxy: a request reaches it with one valid ID, and a response leaves with one.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        """Wrap `app`."""
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Forward one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = request_id_of(scope)
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": _with_id(message["headers"], request_id)}
+            await send(message)
+
+        headers = _with_id(scope["headers"], request_id)
+        await self._app({**scope, "headers": headers}, receive, send_with_id)
+
+
+def proxy_middlewares() -> list[Middleware]:
+    """Return the middlewares that Serve's proxies load by `RAY_SERVE_HTTP_PROXY_CALLBACK`."""
+    return [Middleware(RequestIdMiddleware)]
+
+
+def request_id_of(scope: Scope) -> str:
+    """Return the request ID of the client if it sent one valid ID, else a new one."""
+    sent = [value for name, value in scope["headers"] if name.lower() == _HEADER]
+    client_id = sent[0].decode("latin-1") if len(set(sent)) == 1 else ""
+    return client_id if _REQUEST_ID.fullmatch(client_id) else uuid.uuid4().hex
+
+
+def _with_id(headers: Iterable[tuple[bytes, bytes]], request_id: str) -> list[tuple[bytes, bytes]]:
+    """Return the headers with this request ID in place of any other."""
+    others = [header for header in headers if header[0].lower() != _HEADER]
+    return [*others, (_HEADER, request_id.encode())]
 
 
 async def _read_body(receive: Receive, headers: Mapping[bytes, bytes], limit: int) -> Message:
@@ -120,8 +172,8 @@ async def _read_body(receive: Receive, headers: Mapping[bytes, bytes], limit: in
 def check_token(header: str | None, variable: str) -> None:
     """Raise UnauthorizedError unless the header carries the operator's token."""
     expected = os.environ.get(variable, "")
-    token = (header or "").removeprefix("Bearer ")
-    is_bearer = (header or "").startswith("Bearer ")
+    scheme, _, token = (header or "").partition(" ")
+    token, is_bearer = token.strip(" "), scheme.lower() == "bearer"
     # In constant time, and even if the header cannot be valid.
     is_equal = hmac.compare_digest(
         token.encode("utf-8", "replace"), expected.encode("utf-8", "replace")
@@ -130,11 +182,38 @@ def check_token(header: str | None, variable: str) -> None:
         raise UnauthorizedError("send `Authorization: Bearer` with the operator's token")
 
 
+class ProblemResponse(JSONResponse):
+    """Problem in ASCII: a client's text may hold characters that UTF-8 does not have."""
+
+    media_type = "application/problem+json"
+
+    def render(self, content: object) -> bytes:
+        """Return the JSON text of the problem."""
+        return json.dumps(content).encode("ascii")
+
+
+def require_json(request: Request) -> None:
+    """Raise UnsupportedMediaError unless the body is declared as JSON in UTF-8."""
+    sent = request.headers.get("content-type", "")
+    kind, _, parameters = sent.partition(";")
+    kind = kind.strip().lower()
+    charset = re.search(r"charset\s*=\s*\"?([^\s\";]*)", parameters, re.IGNORECASE)
+    is_json = kind == "application/json" or re.fullmatch(r"application/[^/\s]+\+json", kind)
+    if not is_json or (charset and charset[1].lower() not in ("utf-8", "utf8", "us-ascii")):
+        raise UnsupportedMediaError(
+            "send the body as `content-type: application/json`, in UTF-8; the request has "
+            + (f"{sent[:100]!a}" if sent else "none")
+        )
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        raise UnsupportedMediaError(
+            f"send the body without `content-encoding`; the request has {encoding[:100]!a}"
+        )
+
+
 def error_response(error: ApiError, request: Request) -> JSONResponse:
     """Return an API error as a problem response with its headers."""
-    response = JSONResponse(
-        problem(error, request.state.id), error.status, media_type="application/problem+json"
-    )
+    response = ProblemResponse(problem(error, request.state.id), error.status)
     if error.retry_after_s is not None:
         response.headers["retry-after"] = str(max(1, round(error.retry_after_s)))
     if isinstance(error, UnauthorizedError):
@@ -161,4 +240,4 @@ def problem_response(
         "type": f"urn:orchard:problem:{kind}", "title": title, "status": status,
         "detail": detail, "instance": request.state.id, **fields,
     }  # fmt: skip
-    return JSONResponse(body, status, media_type="application/problem+json")
+    return ProblemResponse(body, status)

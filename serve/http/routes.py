@@ -6,16 +6,19 @@ Every response carries `x-request-id`. Errors are problems (RFC 9457) without fi
 import asyncio
 import json
 import logging
+import re
 from collections.abc import AsyncGenerator, Awaitable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
-from fastapi import Body, FastAPI, Request, Response
+from fastapi import Body, Depends, FastAPI, Request, Response, status
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
+from pydantic import BeforeValidator
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from serve.errors import (
     ApiError,
@@ -25,6 +28,7 @@ from serve.errors import (
     UnavailableError,
     UnknownNameError,
     UnprocessableError,
+    UnsupportedMediaError,
 )
 from serve.http.info import catalog_info, item_info, policy_info
 from serve.http.middleware import (
@@ -33,6 +37,7 @@ from serve.http.middleware import (
     error_response,
     problem,
     problem_response,
+    require_json,
 )
 from serve.schema import (
     ActivateRequest,
@@ -49,15 +54,28 @@ from serve.service import Service
 
 _log = logging.getLogger("orchard.serve")
 _EXPLORER = Path(__file__).with_name("explorer.html")
+_DOCS = Path(__file__).with_name("docs.html")
+_JSON = [Depends(require_json)]
+"""Dependencies of every route with a body."""
 _CONTENT_SECURITY_POLICY = (
     "default-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
 )
 _CLOSED_REQUEST = 499
 """Status that proxies log for a client that disconnected; no client receives it."""
 T = TypeVar("T")
+
+
+def _check_digits(text: str) -> str:
+    """Refuse what Python reads as an integer besides its digits, such as 1_0 or a line break."""
+    if not re.fullmatch(r"0|-?[1-9][0-9]{0,40}", text):
+        raise ValueError("an item id is a whole number, written in digits")
+    return text
+
+
+_ItemIdInPath = Annotated[int, BeforeValidator(_check_digits)]
 _ERRORS = (
     ApiError, UnauthorizedError, UnknownNameError, ConflictError, UnprocessableError,
-    OverloadedError, UnavailableError,
+    OverloadedError, UnavailableError, UnsupportedMediaError,
 )  # fmt: skip
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     408: {"model": Problem, "description": "The body came too late"},
@@ -77,7 +95,7 @@ def create_app(service: Service) -> FastAPI:
 
     app = FastAPI(
         title="Orchard", summary="Generative recommendation.", version="1", lifespan=lifespan,
-        responses=PROBLEMS, docs_url="/docs", redoc_url=None,
+        responses=PROBLEMS, docs_url=None, redoc_url=None,
     )  # fmt: skip
 
     def count_refused(error: ApiError) -> None:
@@ -85,6 +103,7 @@ def create_app(service: Service) -> FastAPI:
 
     app.add_middleware(RequestMiddleware, token_env=service.config.token_env, refused=count_refused)
     _add_error_handlers(app, service)
+    _add_docs_route(app)
     _add_read_routes(app, service)
     _add_operator_routes(app, service)
     _add_explorer_routes(app, service)
@@ -94,14 +113,16 @@ def create_app(service: Service) -> FastAPI:
 def _add_read_routes(app: FastAPI, service: Service) -> None:
     """Add the routes that change nothing."""
 
-    @app.post("/v1/recommend", response_model=RecommendResponse, tags=["recommend"])
+    @app.post(
+        "/v1/recommend", response_model=RecommendResponse, tags=["recommend"], dependencies=_JSON
+    )
     async def recommend(request: Request, body: RecommendRequest) -> Response:
         """Recommend items for one history or user, best first."""
         work = service.recommend(body, request.state.id)
         answer = await _cancel_on_disconnect(request, work)
         return Response(answer.model_dump_json(), media_type="application/json")
 
-    @app.post("/v1/recommend:batch", response_model=None, tags=["recommend"])
+    @app.post("/v1/recommend:batch", response_model=None, tags=["recommend"], dependencies=_JSON)
     async def recommend_batch(request: Request, body: BatchRequest) -> Response:
         """Answer several requests at once; each succeeds or fails independently."""
 
@@ -118,7 +139,7 @@ def _add_read_routes(app: FastAPI, service: Service) -> None:
         return Response(f'{{"responses":[{",".join(answers)}]}}', media_type="application/json")
 
     @app.get("/v1/items/{item_id}", tags=["catalogue"])
-    async def item(item_id: int) -> ItemInfo:
+    async def item(item_id: _ItemIdInPath) -> ItemInfo:
         """Describe one item and the filters that it passes."""
         # In a thread: a filter that is not cached yet scans the whole catalog.
         return await asyncio.to_thread(item_info, service.catalog_store.current, item_id)
@@ -143,7 +164,19 @@ def _add_read_routes(app: FastAPI, service: Service) -> None:
         """Report whether policy and catalog are loaded and warmed up."""
         if not service.ready:
             raise UnavailableError("the policy is still being loaded; try again in a moment")
+        if service.failing:
+            raise UnavailableError("the policy cannot search; its last searches all failed")
         return {"status": "ready"}
+
+
+def _add_docs_route(app: FastAPI) -> None:
+    """Add the page that shows the OpenAPI document, without files from elsewhere."""
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        """Return the page."""
+        text = await asyncio.to_thread(_DOCS.read_text)
+        return HTMLResponse(text, headers={"content-security-policy": _CONTENT_SECURITY_POLICY})
 
 
 def _add_explorer_routes(app: FastAPI, service: Service) -> None:
@@ -162,7 +195,7 @@ def _add_explorer_routes(app: FastAPI, service: Service) -> None:
         chosen = np.random.default_rng().choice(rows, min(5, len(rows)), replace=False)
         return {"item_ids": service.catalog_store.current.catalog.item_id[chosen].tolist()}
 
-    @app.post("/v1/explore/{variant}", include_in_schema=False)
+    @app.post("/v1/explore/{variant}", include_in_schema=False, dependencies=_JSON)
     async def explore(request: Request, variant: str, body: RecommendRequest) -> Response:
         """Recommend with a given variant, without cache or exposure log."""
         answer = await _cancel_on_disconnect(request, service.explore(body, variant))
@@ -172,14 +205,14 @@ def _add_explorer_routes(app: FastAPI, service: Service) -> None:
 def _add_operator_routes(app: FastAPI, service: Service) -> None:
     """Add the operator routes, which require the token."""
 
-    @app.post("/v1/catalog/delta", tags=["catalogue"])
+    @app.post("/v1/catalog/delta", tags=["catalogue"], dependencies=_JSON)
     async def delta(request: Request, body: Annotated[DeltaRequest, Body()]) -> CatalogInfo:
         """Add, remove and update items, or roll back to an earlier version."""
         check_token(request.headers.get("authorization"), service.config.token_env)
         catalog_version = await service.change(body)
         return catalog_info(service, catalog_version).model_copy(update={"dry_run": body.dry_run})
 
-    @app.post("/v1/policy:activate", tags=["policy"])
+    @app.post("/v1/policy:activate", tags=["policy"], dependencies=_JSON)
     async def activate(request: Request, body: Annotated[ActivateRequest, Body()]) -> PolicyInfo:
         """Pin a policy version, or follow training again."""
         check_token(request.headers.get("authorization"), service.config.token_env)
@@ -208,6 +241,16 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
+def allowed_methods(app: FastAPI, request: Request) -> list[str]:
+    """Return the methods that the path of a request takes."""
+    methods = set[str]()
+    for route in app.routes:
+        found, _ = route.matches(request.scope)
+        if found is not Match.NONE:
+            methods |= set(getattr(route, "methods", None) or ())
+    return sorted(methods | ({"HEAD"} if "GET" in methods else set[str]()))
+
+
 def _add_error_handlers(app: FastAPI, service: Service) -> None:
     """Add handlers that return every error as a problem."""
 
@@ -230,9 +273,13 @@ def _add_error_handlers(app: FastAPI, service: Service) -> None:
 
     @app.exception_handler(HTTPException)
     async def plain(request: Request, error: HTTPException) -> JSONResponse:
-        return problem_response(
-            error.status_code, str(error.detail), "http", str(error.detail), request
-        )
+        headers, detail = dict(error.headers or {}), str(error.detail)
+        if error.status_code == status.HTTP_405_METHOD_NOT_ALLOWED:
+            headers["allow"] = ", ".join(allowed_methods(app, request))
+            detail = f"send {headers['allow']} to this path"
+        response = problem_response(error.status_code, str(error.detail), "http", detail, request)
+        response.headers.update(headers)
+        return response
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> JSONResponse:

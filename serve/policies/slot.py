@@ -7,11 +7,13 @@ thread, so that no answer mixes policies. If the engine then scores the probe di
 independent copy of the model, the previous weights are restored before any request is answered.
 """
 
+import hashlib
 import logging
 import re
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from uuid import uuid4
@@ -36,7 +38,12 @@ from serve.errors import UnknownNameError
 _log = logging.getLogger("orchard.serve")
 LATEST = "latest"
 _PROBES, _PROBE_WIDTH = 4, 8
-_TRANSIENT = (OSError, OrchardError, ValueError, KeyError)
+_ARCHIVED = re.compile(r"[0-9]+-[0-9a-f]*")
+"""Name of an archived policy: step, and the first digits of the digest."""
+_REREAD_S = 10.0
+"""Seconds until an unchanged folder that could not be read is read again."""
+UNREADABLE = (OSError, OrchardError, ValueError, KeyError)
+"""What a folder raises that is half written, damaged, or of another catalog."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,6 +57,8 @@ class LoadedPolicy:
     """Whether the policy has a value head."""
     stamp: str
     """Stamp of the folder when reading started; see `folder_stamp`."""
+    source: Path
+    """Folder that it was read from, symbolic links resolved."""
 
 
 def read_policy(folder: Path, tokenizer: ItemTokenizer) -> LoadedPolicy:
@@ -60,22 +69,61 @@ def read_policy(folder: Path, tokenizer: ItemTokenizer) -> LoadedPolicy:
         CheckpointError: the weights do not match the digest in the folder, or belong to another
             catalog than the tokenizer's.
     """
-    stamp = folder_stamp(folder)
-    policy = Policy.open(folder, tokenizer)
+    stamp, source = folder_stamp(folder), folder.resolve()
+    # Read through one resolved path: a link that is switched meanwhile cannot mix two policies.
+    policy = Policy.open(source, tokenizer)
     return LoadedPolicy(
         version=policy.version, weights=policy.weights, model=policy.model,
-        guided=value_head.value_head_of(policy.model) is not None, stamp=stamp,
+        guided=value_head.value_head_of(policy.model) is not None, stamp=stamp, source=source,
     )  # fmt: skip
 
 
+def read_copy(copy: Path, tokenizer: ItemTokenizer) -> LoadedPolicy:
+    """Load an archived policy; raise CheckpointError if it is not the version that its name says.
+
+    Its stamp is empty: whatever is in the policy's folder counts as new.
+    """
+    loaded = read_policy(copy, tokenizer)
+    if str(loaded.version) != copy.name:
+        raise CheckpointError(f"{copy} holds policy {loaded.version}; remove the folder")
+    return replace(loaded, stamp="")
+
+
 def folder_stamp(folder: Path) -> str:
-    """Return a string that changes with every export to the folder; empty without an export."""
+    """Return a string that changes with every change of the folder's files; empty without any.
+
+    A change in place counts as well: size and times of every file are part of the stamp, and so is
+    the folder that a symbolic link leads to.
+    """
     try:
-        path = folder / FILE
-        status = path.stat()
-        return f"{status.st_ino}-{status.st_mtime_ns}-{path.read_text()}"
-    except OSError:
+        source = folder.resolve(strict=True)
+        parts = [str(source)]
+        for path in sorted(source.iterdir()):
+            if path.name.startswith(".") or not path.is_file():
+                continue
+            status = path.stat()
+            parts.append(
+                f"{path.name}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
+            )
+        if len(parts) == 1:
+            return ""
+        facts = source / FILE
+        if facts.is_file():
+            parts.append(facts.read_text())
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    except (OSError, UnicodeDecodeError):
         return ""
+
+
+def archived_policies(archive: Path) -> list[Path]:
+    """Return the folders of archived policies, oldest first."""
+
+    def found() -> Iterator[Path]:
+        for path in archive.iterdir() if archive.is_dir() else ():
+            if _ARCHIVED.fullmatch(path.name):
+                yield path
+
+    return sorted(found(), key=lambda path: int(path.name.split("-")[0]))
 
 
 def probe(engine: InferenceEngine, tokenizer: ItemTokenizer) -> Candidates:
@@ -111,6 +159,8 @@ class PolicySlot:
         tolerance: float,
         share: float = 0.0,
         shadow: bool = False,
+        spared: str | None = None,
+        refused: str = "",
     ) -> None:
         """Create the engine of the first policy with `make` and archive that policy.
 
@@ -125,17 +175,21 @@ class PolicySlot:
             tolerance: largest score difference between engine and reference on the probe.
             share: share of the users.
             shadow: whether answers are only logged.
+            spared: archived version that is never deleted, because replicas pin it.
+            refused: why `first` is not the policy in the folder, if it is not.
         """
         self.name, self.share, self.shadow = name, share, shadow
         self.pinned: str | None = None
-        self.refused = ""
+        self.refused = refused
         self.inference_engine = make(first)
         self.guided = first.guided and isinstance(self.inference_engine, TorchEngine)
         self._folder, self._tokenizer = folder, tokenizer
         self._digest = tokenizer.catalog.digest
         self._weights = first.weights
         self._keep, self._versions, self._tolerance = keep / name, versions, tolerance
+        self._spared = spared
         self._seen = first.stamp  # an export after this one is new
+        self._unreadable, self._reread_at = "", 0.0
         self.archive(first)
 
     @property
@@ -151,23 +205,24 @@ class PolicySlot:
     @property
     def kept(self) -> list[str]:
         """Archived versions that can be activated, oldest first."""
-        if not self._keep.is_dir():
-            return []
-        archived = [p for p in self._keep.iterdir() if not p.name.startswith(".")]
-        return [p.name for p in sorted(archived, key=lambda p: int(p.name.split("-")[0]))]
+        return [path.name for path in archived_policies(self._keep)]
 
     def read_new_policy(self) -> LoadedPolicy | None:
         """Return a new policy from the folder, None if there is none or a version is pinned.
 
         A policy that cannot be read sets `refused`.
         """
-        if self.pinned is not None or folder_stamp(self._folder) == self._seen:
+        stamp = folder_stamp(self._folder)
+        if self.pinned is not None or stamp == self._seen:
+            return None
+        if stamp == self._unreadable and time.monotonic() < self._reread_at:
             return None
         try:
             loaded = read_policy(self._folder, self._tokenizer)
-        except _TRANSIENT as error:
-            # Training may still be writing the export: the next poll reads it again.
-            self.refused = _sentence(error)
+        except UNREADABLE as error:
+            # It may still be written: the next poll reads it again, or a later one if it stays.
+            self._unreadable, self._reread_at = stamp, time.monotonic() + _REREAD_S
+            self.refused = sentence(error)
             return None
         if folder_stamp(self._folder) != loaded.stamp:
             return None
@@ -191,16 +246,13 @@ class PolicySlot:
             )
         damaged = f"policy {version} is kept but damaged; activate another of GET /v1/policy"
         try:
-            loaded = read_policy(self._keep / version, self._tokenizer)
-        except _TRANSIENT as error:
+            return read_copy(self._keep / version, self._tokenizer)
+        except UNREADABLE as error:
             raise UnknownNameError(damaged) from error
-        if str(loaded.version) != version:
-            raise UnknownNameError(damaged)
-        return loaded
 
     def unpin(self) -> None:
         """Follow the folder again; its current policy counts as new."""
-        self.pinned, self._seen = None, ""
+        self.pinned, self._spared, self._seen = None, None, ""
 
     def reference_scores(self, loaded: LoadedPolicy, catalog: Catalog) -> Candidates | None:
         """Score the probe with an independent copy of a policy's model.
@@ -213,7 +265,7 @@ class PolicySlot:
         try:
             return probe(reference, tokenizer)
         except EngineError as error:
-            self.refused = _sentence(error)
+            self.refused = sentence(error)
             return None
 
     def switch(self, loaded: LoadedPolicy, catalog: Catalog, expected: Candidates) -> bool:
@@ -233,7 +285,7 @@ class PolicySlot:
         except (EngineError, CheckpointError) as error:
             if self.version is not old_version:
                 self.inference_engine.load_weights(old_version, old_weights)
-            self.refused = _sentence(error)
+            self.refused = sentence(error)
             return False
         self._weights, self.refused = loaded.weights, ""
         self.guided = loaded.guided and isinstance(self.inference_engine, TorchEngine)
@@ -252,7 +304,7 @@ class PolicySlot:
             # Replicas share the archive: each writes its own copy, and the first rename wins.
             copy = target.with_name(f".{target.name}.{uuid4().hex}")
             try:
-                shutil.copytree(self._folder, copy, ignore=shutil.ignore_patterns("catalogue"))
+                shutil.copytree(accepted.source, copy, ignore=shutil.ignore_patterns("catalogue"))
                 if folder_stamp(self._folder) == accepted.stamp:
                     copy.rename(target)
             except OSError as error:  # another replica was first, or training replaced the folder
@@ -260,7 +312,8 @@ class PolicySlot:
             finally:
                 shutil.rmtree(copy, ignore_errors=True)
         for old in self.kept[: -self._versions]:
-            if old not in (self.pinned, str(self.version), str(accepted.version)):
+            used = (self.pinned, self._spared, str(self.version), str(accepted.version))
+            if old not in used:
                 shutil.rmtree(self._keep / old, ignore_errors=True)
 
 
@@ -282,7 +335,7 @@ def check_probe(
         )
 
 
-def _sentence(error: Exception) -> str:
+def sentence(error: Exception) -> str:
     """Return an error message without file paths, safe to show to clients."""
     if isinstance(error, OSError | ValueError | KeyError | DataError):
         return "the policy folder could not be read"

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from ray.runtime_env import RuntimeEnv
 
-from cluster.cli.serving import IMPORT_PATH, check_config
+from cluster.cli.serve_config import IMPORT_PATH, check_config
 from orchard import config
 
 ROOT = Path(__file__).parents[2]
@@ -143,6 +143,26 @@ def test_the_service_is_our_application_with_arguments_that_it_takes() -> None:
     asked = yaml.safe_load(read("rayservice")["spec"]["serveConfigV2"])
     check_config(asked)  # unknown keys and wrong values, those of the application included
     assert [one["import_path"] for one in asked["applications"]] == [IMPORT_PATH]
+
+
+def test_the_way_in_bounds_what_serve_does_not() -> None:
+    parts = list(yaml.safe_load_all((FOLDER / "serveproxy.yaml").read_text()))
+    config_map, deployment, service = parts
+    text = config_map["data"]["default.conf"]
+    assert text.count("{") - text.count("{1,100}") == text.count("}") - text.count("{1,100}")
+    for directive in ("client_header_timeout 10s", "client_body_timeout 30s"):
+        assert f"{directive};" in text
+    for header in ("X-Request-Timeout-Seconds", "X-Request-Disconnect-Disabled"):
+        assert f'proxy_set_header {header} "";' in text
+    served = read("rayservice")["metadata"]["name"]
+    assert f"http://{served}-serve-svc:8000" in text  # the service that KubeRay makes
+    pod = deployment["spec"]["template"]
+    assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
+    assert (
+        deployment["spec"]["selector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+    )
+    (container,) = pod["spec"]["containers"]
+    assert f"listen {container['ports'][0]['containerPort']};" in text
 
 
 def test_the_operator_gets_the_rules_that_are_tested() -> None:

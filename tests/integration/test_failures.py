@@ -36,6 +36,7 @@ from orchard.settings import Config
 from orchard.tracking.metrics_log import read_metrics
 from orchard.types import PolicyVersion, SearchTrees
 from rollout.actor import RolloutWorker
+from tests.fixtures.runs import write_tiny_run
 
 T = TypeVar("T")
 
@@ -51,20 +52,13 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run file of five steps on the torch engine, with a checkpoint after each."""
     folder = tmp_path_factory.mktemp("world")
     write_world(folder / "data", WORLD)
-    path = folder / "run.toml"
-    path.write_text(
-        f"""
-        name = "toy"
-        output = "{folder / "runs"}"
-        data.path = "{folder / "data"}"
-        model = {{hidden_size = 16, heads = 2, kv_heads = 1, intermediate_size = 16, layers = 1}}
-        rollout = {{engine = "torch", group_size = 4, batch_size = 4, threads = 1}}
-        learner = {{steps = 5, prompts_per_step = 8, threads = 1, lr = 5e-3}}
-        evaluate = {{every = 0, test_rows = 8, beams = 4, valid_beams = 4}}
-        checkpoint = {{every = 1, keep = 9}}
-        """
+    return write_tiny_run(
+        folder,
+        rollout={"engine": "torch", "group_size": 4, "batch_size": 4, "threads": 1},
+        learner={"steps": 5, "prompts_per_step": 8, "threads": 1, "lr": 5e-3},
+        evaluate={"every": 0, "test_rows": 8, "beams": 4, "valid_beams": 4},
+        checkpoint={"every": 1, "keep": 9},
     )
-    return path
 
 
 def begin(run_file: Path, *changes: str) -> Run:
@@ -73,7 +67,9 @@ def begin(run_file: Path, *changes: str) -> Run:
     begun = prepare(settings, "sft")
     open_run_dir(begun)
     first = model.create(settings.model, begun.tokenizer, seed=0)
-    save_policy(begun, begun.result, PolicyVersion(step=0, digest="x"), snapshot(first))
+    save_policy(
+        begun, begun.result, PolicyVersion(step=0, digest=digest(snapshot(first))), snapshot(first)
+    )
     return prepare(settings, "train")
 
 

@@ -21,46 +21,33 @@ from cluster.training.run_dir import open_run_dir, save_policy
 from cluster.training.sft import sft
 from orchard import config
 from orchard.catalog.catalog import load
-from orchard.data.synthetic import WorldParams, write_world
 from orchard.evaluation.ranking import Evaluation, difference, read
 from orchard.policy import model
+from orchard.policy.store import read_adapter
 from orchard.policy.titles import from_titles
 from orchard.policy.weights import digest, snapshot
 from orchard.settings import Config
 from orchard.testing import save_model_folder, tiny_policy, tiny_title_tokenizer
 from orchard.tracking.metrics_log import read_metrics
 from orchard.types import PolicyVersion
+from tests.fixtures.runs import TinyRun
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
 T = TypeVar("T")
 
-WORLD = WorldParams(num_items=80, num_users=120, level_size=(5, 6, 7))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world") / "data"
-    write_world(folder, WORLD)
-    return folder
-
 
 @pytest.fixture
-def settings(data: Path, tmp_path: Path) -> Callable[..., Config]:
+def settings(data: Path, tiny_run: TinyRun) -> Callable[..., Config]:
     """Return the settings of a few steps on the torch engine, with dotted changes."""
-    path = tmp_path / "run.toml"
-    path.write_text(
-        f"""
-        name = "toy"
-        output = "{tmp_path / "runs"}"
-        data.path = "{data}"
-        model = {{hidden_size = 32, heads = 2, kv_heads = 1, intermediate_size = 32, layers = 1}}
-        sft = {{epochs = 2, valid_rows = 40, valid_beams = 10, lr = 5e-3}}
-        rollout = {{engine = "torch", group_size = 6, batch_size = 4, threads = 1}}
-        learner = {{steps = 4, prompts_per_step = 16, threads = 1, lr = 5e-3}}
-        evaluate = {{every = 2, valid_rows = 20, valid_beams = 10}}
-        checkpoint = {{every = 2}}
-        """
+    path = tiny_run(
+        data={"path": str(data)},
+        model={"hidden_size": 32, "intermediate_size": 32},
+        sft={"epochs": 2, "valid_rows": 40, "valid_beams": 10, "lr": 5e-3},
+        rollout={"engine": "torch", "group_size": 6, "batch_size": 4, "threads": 1},
+        learner={"steps": 4, "prompts_per_step": 16, "threads": 1, "lr": 5e-3},
+        evaluate={"every": 2, "valid_rows": 20, "valid_beams": 10},
+        checkpoint={"every": 2},
     )
     return lambda *changes: config.load(path, changes)
 
@@ -70,7 +57,9 @@ def untrained(settings: Config) -> None:
     run = prepare(settings, "sft")
     open_run_dir(run)
     first = model.create(run.config.model, run.tokenizer, seed=0)
-    save_policy(run, run.result, PolicyVersion(step=0, digest="x"), snapshot(first))
+    save_policy(
+        run, run.result, PolicyVersion(step=0, digest=digest(snapshot(first))), snapshot(first)
+    )
 
 
 def in_a_controller(phase: Callable[[Controller], Awaitable[T]], run: Run) -> T:
@@ -305,8 +294,16 @@ def test_a_text_model_is_taught_and_improved_through_adapters_with_vllm(
     assert in_a_controller(taught_and_improved, begin).step == 2
     log = read_metrics(begin.dir / "metrics.jsonl")["train"]
     assert float(np.max(log["learner/logprob_gap"].value)) < 1e-4
-    names = set(snapshot(model.load(begin.dir / "policy")))
-    assert not [name for name in names if "lora" in name or "base_layer" in name]
+    trained = snapshot(model.load(begin.dir / "policy"))
+    assert not [name for name in trained if "lora" in name or "base_layer" in name]
+    base, adapter = snapshot(model.load(begin.dir / "scratch")), read_adapter(begin.dir / "policy")
+    adapted = [name.removesuffix(".lora_B.weight") for name in adapter if ".lora_B." in name]
+    assert adapted
+    for name in adapted:  # what both phases have added, whatever the best update was
+        up, down = adapter[f"{name}.lora_B.weight"], adapter[f"{name}.lora_A.weight"]
+        assert up.shape[1] == 8
+        merged = base[f"{name}.weight"] + up @ down
+        np.testing.assert_allclose(merged, trained[f"{name}.weight"], atol=1e-6)
 
 
 def test_rollouts_run_ahead_as_far_as_the_bound_and_no_further(

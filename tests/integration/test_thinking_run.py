@@ -157,19 +157,20 @@ def test_a_run_goes_on_with_the_tokenizer_it_was_made_with(
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "code"),
     [
-        (["data.varying_depth=true"], "semantic IDs of one length"),
-        (["data.rationales=why"], "set one of them"),
-        (["model.value_head=true", "evaluate.engine=torch"], "switch one of them off"),
-        (["rollout.search=beam", "learner.sapo.think_only=true"], "nothing to learn without"),
+        (["data.varying_depth=true"], "thoughts_of_varying_depth"),
+        (["data.rationales=why"], "two_rationales"),
+        (["model.value_head=true", "evaluate.engine=torch"], "values_of_thoughts"),
+        (["rollout.search=beam", "learner.sapo.think_only=true"], "think_only_without_thoughts"),
     ],
 )
 def test_settings_that_cannot_think_are_refused(
-    settings: Callable[..., Config], changes: list[str], message: str
+    settings: Callable[..., Config], changes: list[str], code: str
 ) -> None:
-    with pytest.raises(ConfigError, match=message):
-        settings(*changes)
+    with pytest.raises(ConfigError) as refused:
+        prepare(settings(*changes), "sft")
+    assert refused.value.code == f"config.{code}"
 
 
 def test_a_policy_without_tags_is_refused_before_anything_starts(

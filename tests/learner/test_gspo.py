@@ -152,5 +152,6 @@ def test_a_learner_takes_several_updates_with_sequence_ratios(
 
 def test_credit_by_step_has_no_sequence_ratio() -> None:
     learner = {"ratio": "sequence", "estimator": "sibling"}
-    with pytest.raises(ConfigError, match="needs one advantage per candidate"):
-        parse({"name": "x", "data": {"path": "d"}, "learner": learner})
+    with pytest.raises(ConfigError) as refused:
+        ESTIMATORS.check(parse({"name": "x", "data": {"path": "d"}, "learner": learner}))
+    assert refused.value.code == "config.ratio_of_steps"

@@ -1,6 +1,5 @@
 """Rewards against worked examples and plain-Python references."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from math import log2
 
@@ -9,39 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchard import ragged
 from orchard.catalog import catalog as catalogs
-from orchard.catalog.catalog import Catalog
-from orchard.policy.item_tokenizer import compact_tokenizer, make_item_tokenizer
 from orchard.settings import RewardsConfig
-from orchard.testing import tiny_catalog, tiny_prompts
-from orchard.types import Cost, PolicyVersion, SearchTrees
+from orchard.testing import tiny_catalog
 from rewards.registry import RewardContext
 from rewards.rule import prefix, ranking, rule
-from rollout.candidates import Candidates
-from rollout.search_trees import build_search_trees
-
-
-def trees_of(
-    catalog: Catalog, groups: Sequence[Sequence[int]], targets: Sequence[int]
-) -> SearchTrees:
-    """Trees whose candidates are the given leaves, best first, for prompts of the given targets."""
-    leaf = np.array([leaf for group in groups for leaf in group], np.int64)
-    node = catalog.trie.path(catalog.trie.leaf_node[leaf]).numpy()
-    candidates = Candidates(
-        start=ragged.starts(np.array([len(group) for group in groups])),
-        node=node,
-        logprob=np.zeros(node.shape, np.float32),
-        score=np.zeros(len(leaf), np.float32),
-        leaf=leaf,
-        cost=Cost(),
-    )
-    prompts = replace(tiny_prompts(catalog, [2] * len(groups)), target=np.array(targets))
-    vocabulary = make_item_tokenizer(compact_tokenizer(catalog), catalog)
-    return build_search_trees(
-        prompts, candidates, vocabulary, PolicyVersion(step=0, digest="0" * 64)
-    )
-
+from tests.fixtures.trees import trees_of
 
 WIDE = catalogs.from_codes([[code] for code in range(17)])
 KNOWN = RewardContext(catalog=WIDE)

@@ -17,6 +17,7 @@ from rewards.transition_counts import count_transitions
 from rollout.engine.torch import TorchEngine
 from rollout.search.beam import beam
 from rollout.search_trees import build_search_trees
+from tests.fixtures.registries import Borrow
 
 VERSION = PolicyVersion(step=0, digest="0" * 64)
 
@@ -98,14 +99,14 @@ def test_an_unknown_reward_is_refused_with_a_hint(
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_reward_that_is_not_finite_is_refused_by_name(
-    world: tuple[SearchTrees, Catalog], monkeypatch: pytest.MonkeyPatch, value: float
+    world: tuple[SearchTrees, Catalog], borrow: Borrow, value: float
 ) -> None:
     def broken(trees: SearchTrees, known: RewardContext) -> np.ndarray:
         part = np.zeros(len(trees.leaf), np.float32)
         part[7] = value
         return part
 
-    monkeypatch.setitem(REWARDS, "broken", broken)
+    borrow(REWARDS).register("broken")(broken)
     with pytest.raises(DataError, match=rf"reward broken is {value} .* prompt 1 "):
         score_trees(*world, {"rule": 1.0, "broken": 0.0})
 

@@ -1,7 +1,6 @@
 """Serving on vLLM: the same traced answers as on torch, also after a catalog change."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -9,13 +8,11 @@ import ray
 
 from orchard.settings import RolloutConfig
 from orchard.testing import TinySetup, tiny_setup
-from orchard.types import Prompts
-from rollout.candidates import Candidates
 from rollout.engine.protocol import DecodingBackend
 from rollout.engine.torch import TorchEngine
 from rollout.engine.vllm import VllmEngine
 from serve.decoding.recommender import RankedItems, recommend
-from serve.decoding.trace import TracedSearch
+from serve.decoding.trace import Trace
 from serve.testing import kind, make_catalog_store, query
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow]
@@ -48,21 +45,16 @@ class Replica:
         """Return answers on a catalog of that size, prefill seconds and number of steps."""
         world = small_world(num_items)
         self._engine.set_catalog(world.catalog)
-        traces: list[TracedSearch] = []
-
-        class TracingRunner:
-            def run(inner, search_fn: Any, prompts: Prompts) -> Candidates:
-                traces.append(TracedSearch(search_fn, record_steps=True))
-                return self._engine.run(traces[0], prompts)
-
+        trace = Trace(record_steps=True)
         ranked, _ = recommend(
-            TracingRunner(),
+            self._engine,
             make_catalog_store(world).current,
             QUERIES,
             kind(filters=("stocked",)),
             max_history=10,
+            trace=trace,
         )
-        return ranked, traces[0].prefill_s, len(traces[0].steps)
+        return ranked, trace.prefill_s, len(trace.steps)
 
 
 def plain(ranked: list[RankedItems]) -> list[list[tuple[int, float]]]:

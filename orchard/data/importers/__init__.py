@@ -1,7 +1,8 @@
-"""Import data sets from logs, Amazon reviews, RecBole files and MiniOneRec folders.
+"""Import data sets from logs, item lists, and the folders of RecBole, MiniOneRec and LC-Rec.
 
-    files -> InteractionLog -> SplitExamples -> a folder in the schema of docs/data.md, with a card
+    files -> Table -> InteractionLog -> SplitExamples -> a folder in the schema of docs/data.md
 
-`read.Format` names the formats; to add one, add a function to `read` that returns an
+`tables` reads columns of files of any layout, `roles` chooses them, `flat` and `item_list` make a
+log of them. `read.Format` names the formats; to add one, add a function to `read` that returns an
 `InteractionLog`, or `SplitExamples` where the source is split already.
 """

@@ -1,151 +1,120 @@
-"""Convert columns of a table to numbers: identifiers and times, with errors that name the row."""
+"""Encode columns of identifiers, titles and labels as rows of a log."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 
-from orchard.data.importers.log import InteractionLog, ItemTable
 from orchard.errors import DataError
 
 pc: Any = pyarrow.compute  # it generates its functions at import, invisibly to type checkers
 
 _INTEGER = r"^(0|-?[1-9][0-9]{0,17})$"
 """Pattern of integers in canonical form, so that distinct identifiers stay distinct."""
+_WHOLE = r"^(0|-?[1-9][0-9]{0,14})(\.0+)?$"
+"""Pattern of integers that passed through floating point, as columns with gaps do."""
+_MISSING = r"^(?i:nan|none|null|<na>|n/a)$"
+"""Pattern of what data frames write for a missing identifier."""
 
 
-def log_of(
-    user: Any, item: Any, timestamp: Any, *, where: str, first: int = 1, title: Any = None
-) -> InteractionLog:
-    """Build the interaction log of three columns of equal length.
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """Identifiers as rows of their distinct values."""
 
-    Args:
-        user: any identifiers.
-        item: any identifiers.
-        timestamp: numbers, dates, or text of either.
-        where: name of the file, for error messages.
-        first: number of the first row in error messages.
-        title: title of each event's item, if the log has titles; an item's first title counts.
+    row: Int64[np.ndarray, " E"]
+    """Row of each event's identifier; -1 where it is missing."""
+    key: tuple[str, ...]
+    """Distinct identifiers, in the order of their first event."""
+    number: Int64[np.ndarray, " N"] | None
+    """The identifiers as integers if all of them are integers."""
+
+
+def encode(parts: Sequence[Any], role: str, where: str, first: int) -> Encoded:
+    """Encode dictionary-encoded identifiers of all parts.
 
     Raises:
-        DataError: no rows, or a row without user, item or time.
+        DataError: a row has no identifier, or one that is a list or an object of JSON.
     """
-    if len(user) == 0:
-        raise DataError(f"{where} holds no interactions; at least one user needs two")
-    user_index, users = _encoded(user, "user", where, first)
-    item_index, keys = _encoded(item, "item", where, first)
-    times = _times(timestamp, where, first)
-    numbers = _integers(keys)
-    titles = tuple[str, ...]()
-    if title is not None:
-        titles = _titles(title, item_index, len(keys))
-    items = ItemTable(
-        item_id=np.arange(len(keys)) if numbers is None else numbers,
-        key=tuple(keys.to_pylist()) if numbers is None else None,
-        title=titles,
-    )
-    user_id = _integers(users)
-    user_id = np.arange(len(users)) if user_id is None else user_id
-    return InteractionLog(
-        user=user_index, item=item_index, timestamp=times, user_id=user_id, items=items
-    )
-
-
-def _encoded(column: Any, role: str, where: str, first: int) -> tuple[Int64[np.ndarray, " E"], Any]:
-    """Return the index of each value among the distinct values, and the distinct values as text."""
-    if not pa.types.is_dictionary(column.type):
-        column = column.cast(pa.string()).dictionary_encode()
+    chunks = [chunk for part in parts for chunk in part.chunks]
+    column = pa.chunked_array(chunks, pa.dictionary(pa.int32(), pa.string()))
     column = column.unify_dictionaries().combine_chunks()
-    values = column.dictionary.cast(pa.string())
-    empty = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(values), ""), True)
-    bad = pc.is_null(column)
-    if pc.any(empty).as_py():
-        bad = pc.or_(bad, pc.fill_null(empty.take(column.indices), True))
-    if pc.any(bad).as_py():
-        row = pc.index(bad, True).as_py()
+    if isinstance(column, pa.ChunkedArray):
+        column = column.chunk(0)
+    values = canonical(column.dictionary.cast(pa.string()))
+    index = column.indices.fill_null(-1).to_numpy().astype(np.int64)
+    empty = pc.fill_null(pc.equal(values, ""), True).to_numpy(zero_copy_only=False)
+    bad = np.append(empty, True)[index]
+    if bad.any():
         raise DataError(
-            f"row {first + row} of {where} has no {role} ({pc.sum(bad).as_py()} such rows); fill "
-            "it in or drop the row"
+            f"row {first + int(np.argmax(bad))} of {where} has no {role} ({int(bad.sum())} such "
+            "rows); fill it in or drop the row"
         )
-    return column.indices.to_numpy().astype(np.int64), values
+    nested = pc.match_substring_regex(values, r"^[\[{].*[\]}]$")
+    if pc.any(nested).as_py():
+        example = values.filter(nested)[0].as_py()
+        raise DataError(
+            f"{where} has the {role} {example[:60]!r}; an identifier is one number or one text"
+        )
+    # Distinct values of the canonical form, in the order of their first event, without the missing.
+    distinct = values.dictionary_encode()
+    missing = pc.match_substring_regex(distinct.dictionary, _MISSING)
+    kept = pc.invert(missing).to_numpy(zero_copy_only=False)
+    row_of_value = np.where(kept, np.cumsum(kept) - 1, -1)[distinct.indices.to_numpy()]
+    keys = distinct.dictionary.filter(pc.invert(missing))
+    return Encoded(row=row_of_value[index], key=tuple(keys.to_pylist()), number=integers(keys))
 
 
-def _integers(text: Any) -> Int64[np.ndarray, " N"] | None:
+def canonical(text: Any) -> Any:
+    """Return identifiers without surrounding spaces, and `12.0` as `12` if all are whole numbers.
+
+    Identifiers that differ in leading zeros stay distinct.
+    """
+    text = pc.utf8_trim_whitespace(text)
+    present = text.filter(pc.invert(pc.fill_null(pc.match_substring_regex(text, _MISSING), True)))
+    present = present.filter(pc.not_equal(present, ""))
+    if len(present) and pc.all(pc.match_substring_regex(present, _WHOLE)).as_py():
+        return pc.replace_substring_regex(text, r"\.0+$", "")
+    return text
+
+
+def integers(text: Any) -> Int64[np.ndarray, " N"] | None:
     """Return the values as integers if all of them are integers, else None."""
     if not pc.all(pc.match_substring_regex(text, _INTEGER)).as_py():
         return None
     return text.cast(pa.int64()).to_numpy()
 
 
-def _titles(title: Any, item: Int64[np.ndarray, " E"], num_items: int) -> tuple[str, ...]:
-    """Return each item's first title that is not empty, or an empty string."""
-    titles = pc.fill_null(title.cast(pa.string()), "").combine_chunks()
-    filled = pc.not_equal(titles, "").to_numpy(zero_copy_only=False)
+def first_titles(
+    title: Any, item: Int64[np.ndarray, " E"], num_items: int
+) -> tuple[tuple[str, ...], int]:
+    """Return each item's first title that is not empty, and how many items have several."""
+    titles = pc.utf8_trim_whitespace(pc.fill_null(title.cast(pa.string()), "")).combine_chunks()
+    filled = pc.not_equal(titles, "").to_numpy(zero_copy_only=False) & (item >= 0)
     items, first_event = np.unique(item[filled], return_index=True)
     result = [""] * num_items
-    texts = titles.filter(pa.array(filled)).take(pa.array(first_event)).to_pylist()
+    kept = titles.filter(pa.array(filled))
+    texts = kept.take(pa.array(first_event)).to_pylist()
     for row, text in zip(items.tolist(), texts, strict=True):
         result[row] = text
-    return tuple(result)
+    code = kept.dictionary_encode().indices.to_numpy().astype(np.int64)
+    pairs = np.unique(np.stack([item[filled], code]), axis=1)
+    several = int((np.unique(pairs[0], return_counts=True)[1] > 1).sum())
+    return tuple(result), several
 
 
-def _times(column: Any, where: str, first: int) -> Int64[np.ndarray, " E"]:
-    """Convert times to integers of the same order."""
-    if column.null_count:
-        row = pc.index(pc.is_null(column), True).as_py()
+def negative_labels(label: Any, where: str) -> Bool[np.ndarray, " E"]:
+    """Return which labels are zero or false; raises DataError if one is no number or truth."""
+    text = pc.utf8_lower(pc.utf8_trim_whitespace(pc.fill_null(label.cast(pa.string()), "")))
+    text = text.combine_chunks()
+    zero = pc.match_substring_regex(text, r"^(-?0+(\.0*)?|false|no|f|n)$")
+    known = pc.match_substring_regex(text, r"^([-+]?\d+(\.\d*)?|true|false|yes|no|t|f|y|n)$")
+    if not pc.all(known).as_py():
+        row = pc.index(known, False).as_py()
         raise DataError(
-            f"row {first + row} of {where} has no time ({column.null_count} such rows); fill it in "
-            "or drop the row"
+            f"{where} has the label {text[row].as_py()!r}; a label is a number, or true or false"
         )
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        column = _parsed(column, where, first)
-    if pa.types.is_date(column.type):
-        column = column.cast(pa.timestamp("s"))
-    if pa.types.is_timestamp(column.type):
-        return column.cast(pa.int64()).to_numpy().astype(np.int64)
-    values = column.to_numpy()
-    if not np.issubdtype(values.dtype, np.number):
-        raise DataError(f"the times of {where} are {column.type}; give numbers or dates")
-    bad = np.flatnonzero(~np.isfinite(values))
-    if len(bad):
-        raise DataError(
-            f"row {first + bad[0]} of {where} has the time {values[bad[0]]} ({len(bad)} such "
-            "rows); correct it or drop the row"
-        )
-    if np.issubdtype(values.dtype, np.floating) and (values != np.floor(values)).any():
-        values = np.floor(values * 1e3)  # fractional seconds: keep the order within a second
-    return values.astype(np.int64)
-
-
-_TRIED = (pa.int64(), pa.float64(), pa.timestamp("us"), pa.timestamp("us", "UTC"))
-
-
-def _parsed(column: Any, where: str, first: int) -> Any:
-    """Parse text with the first of the tried types that fits every value."""
-
-    def reads(kind: Any) -> Callable[[Any], bool]:
-        def attempt(part: Any) -> bool:
-            try:
-                part.cast(kind)
-            except pa.ArrowInvalid:
-                return False
-            return True
-
-        return attempt
-
-    for kind in _TRIED:
-        if reads(kind)(column):
-            return column.cast(kind)
-    kinds = [kind for kind in _TRIED if reads(kind)(column.slice(0, 1))] or [_TRIED[0]]
-    low, high = 0, len(column)
-    while high - low > 1:  # bisect: the first half that cannot be parsed has the first bad row
-        middle = (low + high) // 2
-        readable = any(reads(kind)(column.slice(low, middle - low)) for kind in kinds)
-        low, high = (middle, high) if readable else (low, middle)
-    raise DataError(
-        f"row {first + low} of {where} has the time {column[low].as_py()!r}, which is no number "
-        "and no date like 2024-01-31 12:00:00; correct it or drop the row"
-    )
+    return zero.to_numpy(zero_copy_only=False)

@@ -1,4 +1,4 @@
-"""Turn interaction logs into prediction examples, split them, and check the split for leaks.
+"""Turn interaction logs into prediction examples and split them.
 
 An example is a history, the item that followed, and a part (train, valid or test). Equal histories
 with different targets remain different examples.
@@ -6,7 +6,7 @@ with different targets remain different examples.
 Shapes:  R examples   M items of all sequences   E events   U users   I items
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Int64
 
 from orchard import ragged
-from orchard.data.importers.log import InteractionLog, ItemTable
+from orchard.data.importers.log import InteractionLog, ItemTable, UserNames
 from orchard.errors import DataError
 
 PARTS = ("train", "valid", "test")
@@ -46,8 +46,12 @@ class SplitExamples:
     """Whether the history reaches back to the user's first item."""
     split: Split
     """Rule by which the examples were assigned to parts."""
+    users: UserNames | None = None
+    """Identifiers of the users in the source if they are not integers."""
     facts: Mapping[str, float | int] = field(default_factory=dict[str, float | int])
     """Statistics of the source, for the data card."""
+    notes: tuple[str, ...] = ()
+    """Use of every column, and guesses of the reader, in words."""
 
     def __len__(self) -> int:
         return len(self.target)
@@ -67,10 +71,14 @@ def of_log(log: InteractionLog, *, split: Split, max_history: int) -> SplitExamp
     may occur in all parts. `leave_one_out` tests on a user's last event, validates on the one
     before, and trains on the rest; a user with two events occurs in train only.
 
+    Events of a user at one time are ordered by the identifier of the item, and examples of one time
+    by that of the user, so that the order of the source does not matter.
+
     Raises:
         DataError: no user has two events, or a part has no examples.
     """
-    order = np.lexsort((log.timestamp, log.user))  # stable: equal times keep the file's order
+    rank = _ranks(log.items.item_id, log.items.key)[log.item]
+    order = np.lexsort((rank, log.timestamp, log.user))
     user, sequence, timestamp = log.user[order], log.item[order], log.timestamp[order]
     start = ragged.starts(np.bincount(user, minlength=len(log.user_id)))
     position = ragged.index_in_row(start)
@@ -81,7 +89,8 @@ def of_log(log: InteractionLog, *, split: Split, max_history: int) -> SplitExamp
             f"each of the {len(log.user_id)} users has one interaction; an example needs two"
         )
     # event of each example's target, in the order of time, user and position
-    event = event[np.lexsort((position[event], user[event], timestamp[event]))]
+    user_rank = _ranks(log.user_id, log.user_key)[user[event]]
+    event = event[np.lexsort((position[event], user_rank, timestamp[event]))]
     if split == "chronological":
         bounds = [int(share * len(event)) for share in SHARES]
         part = np.searchsorted(bounds, np.arange(len(event)), side="right").astype(np.int64)
@@ -103,6 +112,11 @@ def of_log(log: InteractionLog, *, split: Split, max_history: int) -> SplitExamp
         "sparsity": 1 - len(user_item) / len(log.items) / len(count),
         "users_with_one_event": int((count == 1).sum()),
         "events_repeating_one_of_the_same_time": _repeats(user, sequence, timestamp),
+        "events_at_the_time_of_the_users_event_before": int(
+            ((np.diff(timestamp) == 0) & (np.diff(user) == 0)).sum()
+        ),
+        "largest_share_of_events_of_one_user": float(count.max() / len(log)),
+        **log.counts,
         **log.dropped,
     }
     return SplitExamples(
@@ -116,8 +130,19 @@ def of_log(log: InteractionLog, *, split: Split, max_history: int) -> SplitExamp
         part=part,
         whole=length == position[event],
         split=split,
+        users=None if log.user_key is None else UserNames(user_id=log.user_id, key=log.user_key),
         facts=facts,
+        notes=log.notes,
     )
+
+
+def _ranks(number: Int64[np.ndarray, " N"], key: Sequence[str] | None) -> Int64[np.ndarray, " N"]:
+    """Return the rank of each identifier, as a number or as text."""
+    rank = np.empty(len(number), dtype=np.int64)
+    rank[np.argsort(number if key is None else np.array(key, dtype=object), kind="stable")] = (
+        np.arange(len(number))
+    )
+    return rank
 
 
 def _repeats(
@@ -129,65 +154,3 @@ def _repeats(
     for column in (user, item, time):
         same &= np.diff(column[order]) == 0
     return int(same.sum())
-
-
-def leaks(examples: SplitExamples) -> Int64[np.ndarray, " K"]:
-    """Return the examples of valid and test whose target is inside a training history.
-
-    For histories that reach back to the user's first item, the position in the sequence identifies
-    an interaction; for the others the time does, if known. An item that a user merely interacted
-    with twice is not a leak.
-    """
-    train = np.flatnonzero(examples.part == 0)
-    held_out = np.flatnonzero(examples.part > 0)
-    leaking = [_later(examples, train, held_out)] if examples.timestamp is not None else []
-    train, held_out = train[examples.whole[train]], held_out[examples.whole[held_out]]
-    return np.unique(np.concatenate([*leaking, _inside(examples, train, held_out)]))
-
-
-def _inside(
-    examples: SplitExamples, train: Int64[np.ndarray, " A"], held_out: Int64[np.ndarray, " B"]
-) -> Int64[np.ndarray, " K"]:
-    """Return the held-out examples whose position the user's longest training history covers."""
-    longest, held_out = _last_of_user(examples, train, held_out, examples.length)
-    position = examples.length[held_out]
-    # The user's sequence begins at `first`, so the item at `position` is the held-out interaction.
-    is_longer = examples.length[longest] > position
-    longest, held_out, position = longest[is_longer], held_out[is_longer], position[is_longer]
-    item_there = examples.sequence[examples.first[longest] + position]
-    return held_out[item_there == examples.target[held_out]]
-
-
-def _later(
-    examples: SplitExamples, train: Int64[np.ndarray, " A"], held_out: Int64[np.ndarray, " B"]
-) -> Int64[np.ndarray, " K"]:
-    """Return the held-out examples that precede a training example whose history has the target."""
-    assert examples.timestamp is not None
-    last_train, held_out = _last_of_user(examples, train, held_out, examples.timestamp)
-    is_later = examples.timestamp[last_train] > examples.timestamp[held_out]
-    last_train, held_out = last_train[is_later], held_out[is_later]
-    item, start = examples.history(last_train)
-    owner = ragged.row_of(start)
-    matches = np.bincount(owner, item == examples.target[held_out][owner], minlength=len(held_out))
-    return held_out[matches > 0]
-
-
-def _last_of_user(
-    examples: SplitExamples,
-    train: Int64[np.ndarray, " A"],
-    held_out: Int64[np.ndarray, " B"],
-    by: Int64[np.ndarray, " R"],
-) -> tuple[Int64[np.ndarray, " K"], Int64[np.ndarray, " K"]]:
-    """Match held-out examples of users in train with the user's training example of largest `by`.
-
-    Returns the training examples and the held-out examples, paired.
-    """
-    empty = np.zeros(0, dtype=np.int64)
-    if len(train) == 0 or len(held_out) == 0:
-        return empty, empty
-    # training examples by user and, within a user, by `by`; then the last one of each user
-    order = train[np.lexsort((by[train], examples.user_id[train]))]
-    user = examples.user_id[order]
-    last = np.searchsorted(user, examples.user_id[held_out], side="right") - 1
-    has_train = (last >= 0) & (user[last.clip(0)] == examples.user_id[held_out])
-    return order[last[has_train]], held_out[has_train]

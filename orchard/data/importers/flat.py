@@ -1,201 +1,161 @@
-"""Read interaction logs and item lists from CSV, Parquet and RecBole's atomic files.
+"""Read interaction logs and item lists from tables: text, JSON lines, Parquet, RecBole's files.
 
-The roles of columns are `user`, `item`, `timestamp` and `title`; a mapping names the column of
-each role.
+Table -> columns of roles -> identifiers, times and titles -> InteractionLog
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.csv as csv
-import pyarrow.parquet as pq
 
-from orchard.data.importers.columns import log_of
-from orchard.data.importers.log import InteractionLog
+from orchard.data.importers.columns import Encoded, encode, first_titles, negative_labels
+from orchard.data.importers.log import InteractionLog, ItemTable
+from orchard.data.importers.roles import Choice, check_roles, choose
+from orchard.data.importers.tables.table import Table, Tick, inspect, read_columns
+from orchard.data.importers.times import parse
 from orchard.errors import ConfigError, DataError
 
-Tick = Callable[[int], None]
-"""Progress callback, called with the number of bytes read since the last call."""
-
-COLUMNS = {"user": "user_id", "item": "item_id", "timestamp": "timestamp", "title": "title"}
-"""Default column of each role."""
-
-ATOMIC = (".inter", ".item")
-TEXT = (".csv", ".tsv", *ATOMIC)
-_DICTIONARY = pa.dictionary(pa.int32(), pa.string())
-_BLOCK = 4 << 20
+Labels = Literal["positive", "all"]
+_MOST_SHARE = 0.2
+"""Largest share of events without user or item that is dropped rather than refused."""
 
 
-def read_log(path: Path, columns: Mapping[str, str], tick: Tick) -> InteractionLog:
-    """Read the interaction log of a file or of a folder of Parquet parts.
+@dataclass(frozen=True, kw_only=True)
+class LogSource:
+    """A log that was found but not read: its table and the columns of the roles."""
 
-    Raises:
-        DataError: the file or a column does not exist, a row is malformed, or as `log_of`.
-    """
-    table = read_columns(path, columns, ("user", "item", "timestamp"), ("title",), tick)
-    return log_of(
-        table["user"],
-        table["item"],
-        table["timestamp"],
-        where=path.name,
-        first=2 if path.suffix in TEXT else 1,  # the header is row 1 of a text file
-        title=table["title"] if "title" in table.column_names else None,
-    )
+    table: Table
+    choice: Choice
 
 
-def read_titles(
-    path: Path, columns: Mapping[str, str], tick: Tick
-) -> tuple[Sequence[str], Sequence[str]]:
-    """Read the identifier and the title of each item in an item list; missing titles are empty.
+def find_log(
+    path: Path, columns: Mapping[str, str], *, encoding: str | None, has_items: bool
+) -> LogSource:
+    """Find the columns of a log.
 
-    A column may have the name that it has in the log, or its default name.
-    """
-    available = _names(path)
-    columns = {r: n for r, n in columns.items() if r in ("item", "title") and n in available}
-    table = read_columns(path, columns, ("item", "title"), (), tick)
-    item_ids = table["item"].cast(pa.string()).to_pylist()
-    return item_ids, [title or "" for title in table["title"].cast(pa.string()).to_pylist()]
-
-
-def read_columns(
-    path: Path,
-    columns: Mapping[str, str],
-    needed: Sequence[str],
-    wanted: Sequence[str],
-    tick: Tick,
-) -> Any:
-    """Read a table with one column per role: all `needed` roles, and the `wanted` ones that exist.
+    Args:
+        path: file, or folder of parts.
+        columns: column of each role that was named.
+        encoding: encoding of text; detected if None.
+        has_items: whether titles come from an item list, which may have the column of titles.
 
     Raises:
         ConfigError: a role does not exist, or two roles share a column.
-        DataError: see `read_log`.
+        DataError: the file or a column does not exist.
     """
-    unknown = columns.keys() - COLUMNS.keys()
-    if unknown:
+    check_roles(columns)
+    table = inspect(path, encoding=encoding)
+    named = {role: name for role, name in columns.items() if "." not in role}
+    if has_items and named.get("title") not in table.names:
+        named.pop("title", None)  # it names the column of the item list
+    wanted = ("label",) if has_items and "title" not in named else ("title", "label")
+    if "parent_asin" in table.names or "asin" in table.names:
+        wanted = ("label",)  # the title of an Amazon review is that of the review
+    return LogSource(
+        table=table, choice=choose(table, named, ("user", "item", "timestamp"), wanted)
+    )
+
+
+def read_log(source: LogSource, labels: Labels | None, tick: Tick) -> InteractionLog:
+    """Read the interaction log of a table.
+
+    Args:
+        source: the table.
+        labels: whether to drop events with a label of 0 or to keep them.
+        tick: progress callback.
+
+    Raises:
+        ConfigError: events have a label of 0 and `labels` is not given, or the reverse.
+        DataError: a row is malformed, or lacks user, item or time.
+    """
+    table, column = source.table, source.choice.column
+    where, first = table.path.name, table.first_row
+    names = list(column.values())
+    parts, notes = read_columns(table, names, [column["user"], column["item"]], tick)
+    if sum(len(part) for part in parts) == 0:
+        raise DataError(f"{where} holds no interactions; at least one user needs two")
+    user = encode([part[column["user"]] for part in parts], "user", where, first)
+    item = encode([part[column["item"]] for part in parts], "item", where, first)
+    times = parse([part[column["timestamp"]] for part in parts], where, first)
+    said = [*source.choice.notes, *notes, *times.notes]
+    title: tuple[str, ...] = ()
+    if "title" in column:
+        title, said_of_titles = _titles(_joined(parts, column["title"]), item, column["title"])
+        said += said_of_titles
+    log = InteractionLog(
+        user=user.row,
+        item=item.row,
+        timestamp=times.value,
+        user_id=np.arange(len(user.key)) if user.number is None else user.number,
+        user_key=user.key if user.number is None else None,
+        items=ItemTable(
+            item_id=np.arange(len(item.key)) if item.number is None else item.number,
+            key=item.key if item.number is None else None,
+            title=title,
+        ),
+        counts=times.counts,
+        notes=tuple(said),
+    )
+    negative = _negative(parts, column.get("label"), labels, where)
+    if negative is not None:
+        log = log.keep(~negative, "events_with_label_0")
+    return _without_missing(log, where)
+
+
+def _joined(parts: list[Any], name: str) -> Any:
+    """Return the column of all parts as text."""
+    columns = [part[name].cast(pa.string()) for part in parts]
+    return pa.chunked_array([chunk for c in columns for chunk in c.chunks], pa.string())
+
+
+def _titles(column: Any, item: Encoded, name: str) -> tuple[tuple[str, ...], list[str]]:
+    """Return the titles of the items, none if they are not titles of items."""
+    title, several = first_titles(column, item.row, len(item.key))
+    titled = sum(bool(text) for text in title)
+    if several > 0.5 * titled:
+        return (), [
+            f"`{name}` differs between the events of {several} of {titled} items; it is not taken "
+            "for their title"
+        ]
+    said = [f"{several} items have several titles; the first is taken"] if several else []
+    return title, said
+
+
+def _negative(
+    parts: list[Any], name: str | None, labels: Labels | None, where: str
+) -> np.ndarray | None:
+    """Return the events to drop because their label is 0, or None if there are none."""
+    if name is None:
+        if labels is not None:
+            raise ConfigError(
+                f"--labels is given, but {where} has no column of labels; name it with --column "
+                "label=NAME, or leave --labels out"
+            )
+        return None
+    negative = negative_labels(_joined(parts, name), where)
+    if labels == "all" or not negative.any():
+        return None
+    if labels is None:
         raise ConfigError(
-            f"there is no column role {min(unknown)!r}; choose from {', '.join(COLUMNS)}"
+            f"column `{name}` of {where} is 0 in {int(negative.sum())} of {len(negative)} rows, "
+            "which were perhaps shown but not chosen; pass --labels positive to drop them, or "
+            "--labels all to keep them"
         )
-    name_of_role = {**COLUMNS, **columns}
-    available = _names(path)
-    if path.suffix in ATOMIC and "title" not in available and "title" not in columns:
-        name_of_role["title"] = next(
-            (n for n in available if n.endswith(("title", "name"))), "title"
-        )
-    for role in needed:
-        if name_of_role[role] not in available:
-            raise DataError(
-                f"{path} has the columns {', '.join(available)} but no `{name_of_role[role]}`; "
-                f"name the one that holds the {role} with --column {role}=NAME"
-            )
-    roles = [r for r in (*needed, *wanted) if name_of_role[r] in available]
-    names = [available[name_of_role[role]] for role in roles]
-    if len(set(names)) < len(names):
-        raise ConfigError(f"columns {', '.join(names)}: each role needs a column of its own")
-    if path.suffix in TEXT:
-        table = _read_text(path, names, [name_of_role[role] for role in roles], roles, tick)
-    else:
-        table = _read_parquet(path, names, tick)
-    return table.select(names).rename_columns(roles)
+    return negative
 
 
-def _names(path: Path) -> dict[str, str]:
-    """Return the columns of a file by name, without RecBole's type suffix (`item_id:token`)."""
-    if not path.exists():
-        raise DataError(f"{path} does not exist; give a file or a folder that does")
-    headers = _header(path) if path.suffix in TEXT else _parquet_names(path)
-    if len(set(headers)) < len(headers):
-        duplicate = next(name for name in headers if headers.count(name) > 1)
-        raise DataError(f"{path} has two columns `{duplicate}`; give each column a name of its own")
-    return {name.split(":")[0] if path.suffix in ATOMIC else name: name for name in headers}
-
-
-def _parquet_files(path: Path) -> list[Path]:
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-    if not files:
+def _without_missing(log: InteractionLog, where: str) -> InteractionLog:
+    """Drop the events whose user or item is NaN, and count them."""
+    missing = {"user": log.user < 0, "item": log.item < 0}
+    role = max(missing, key=lambda name: int(missing[name].sum()))
+    dropped = missing["user"] | missing["item"]
+    if dropped.mean() > _MOST_SHARE:
         raise DataError(
-            f"{path} holds neither *.parquet nor *.index.json nor *.inter; give a log, a folder of "
-            "Parquet parts, a RecBole folder or a MiniOneRec folder"
+            f"{int(dropped.sum())} of {len(log)} rows of {where} have no {role} (NaN); a log "
+            f"names the {role} of nearly every event: fill them in, or drop these rows"
         )
-    return files
-
-
-def _parquet_names(path: Path) -> list[str]:
-    try:
-        return list(pq.read_schema(_parquet_files(path)[0]).names)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} is not readable as Parquet: {error}; write it again") from error
-
-
-def _read_parquet(path: Path, names: Sequence[str], tick: Tick) -> Any:
-    parts: list[Any] = []
-    for file in _parquet_files(path):
-        try:
-            parts.append(pq.read_table(file, columns=list(names)))
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(
-                f"{file} is not readable as Parquet: {error}; write it again"
-            ) from error
-        if list(parts[-1].column_names) != list(names):
-            raise DataError(
-                f"{file} lacks columns of {_parquet_files(path)[0].name}; all parts need "
-                f"{', '.join(names)}"
-            )
-        tick(file.stat().st_size)
-    return pa.concat_tables(parts, promote_options="permissive")
-
-
-def _delimiter(path: Path) -> str:
-    return "," if path.suffix == ".csv" else "\t"
-
-
-def _header(path: Path) -> list[str]:
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
-        line = file.readline().rstrip("\r\n")
-    if not line:
-        raise DataError(f"{path} is empty; its first line must name the columns")
-    return [name.strip().strip('"') for name in line.split(_delimiter(path))]
-
-
-def _read_text(
-    path: Path, names: Sequence[str], shown: Sequence[str], roles: Sequence[str], tick: Tick
-) -> Any:
-    """Read only the named columns, with identifiers dictionary-encoded to save memory."""
-    column_types = {
-        name: _DICTIONARY if role in ("user", "item") else pa.string()
-        for name, role in zip(names, roles, strict=True)
-    }
-    parse = csv.ParseOptions(delimiter=_delimiter(path), newlines_in_values=False)
-    if _delimiter(path) == "\t":
-        parse.quote_char = False  # RecBole's text fields contain unescaped quotes
-    raw = pa.OSFile(str(path))
-    try:
-        reader = csv.open_csv(
-            raw,
-            read_options=csv.ReadOptions(block_size=_BLOCK),
-            parse_options=parse,
-            convert_options=csv.ConvertOptions(
-                include_columns=list(names), column_types=column_types, strings_can_be_null=True,
-                null_values=[""],
-            ),
-        )  # fmt: skip
-        return pa.Table.from_batches(list(_ticked(reader, raw, tick)), reader.schema)
-    except (pa.ArrowInvalid, pa.ArrowKeyError) as error:
-        raise DataError(
-            f"{path.name}: {_without_prefix(error)}; correct the row (the header is row 1), of "
-            f"which the columns {', '.join(shown)} are read"
-        ) from error
-
-
-def _ticked(reader: Any, raw: Any, tick: Tick) -> Iterator[Any]:
-    last_position = 0
-    for batch in reader:
-        position = raw.tell()
-        tick(position - last_position)
-        last_position = position
-        yield batch
-
-
-def _without_prefix(error: Exception) -> str:
-    return str(error).removeprefix("CSV parse error: ").strip()
+    log = log.keep(log.user >= 0, "events_without_user") if missing["user"].any() else log
+    return log.keep(log.item >= 0, "events_without_item") if (log.item < 0).any() else log

@@ -32,6 +32,10 @@ class ItemTable:
         """Return the item's identifier in the source, for messages."""
         return self.key[row] if self.key is not None else str(self.item_id[row])
 
+    def names(self) -> Sequence[str]:
+        """Return the identifiers of all items in the source, as text."""
+        return self.key if self.key is not None else [str(i) for i in self.item_id.tolist()]
+
     def take(self, rows: Int64[np.ndarray, " K"]) -> "ItemTable":
         """Select items by row; consecutive numbers are assigned anew."""
         chosen = rows.tolist()
@@ -41,6 +45,14 @@ class ItemTable:
             title=tuple(self.title[row] for row in chosen) if self.title else (),
             sid=None if self.sid is None else tuple(self.sid[row] for row in chosen),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class UserNames:
+    """Identifiers of users in the source, where they are not integers."""
+
+    user_id: Int64[np.ndarray, " U"]
+    key: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +66,14 @@ class InteractionLog:
     timestamp: Int64[np.ndarray, " E"]
     """Time of each event in any unit that increases with time."""
     user_id: Int64[np.ndarray, " U"]
+    """Identifiers of the source if they are integers, else consecutive numbers."""
     items: ItemTable
+    user_key: tuple[str, ...] | None = None
+    """Identifiers of the users in the source if they are not integers."""
+    counts: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Numbers of events, users or items that were changed or are implausible, by reason."""
+    notes: tuple[str, ...] = ()
+    """Use of every column, and guesses of the reader, in words."""
     dropped: Mapping[str, int] = field(default_factory=dict[str, int])
     """Number of events, users or items removed so far, by reason."""
 
@@ -72,6 +91,9 @@ class InteractionLog:
             item=item_of.reshape(-1),
             timestamp=self.timestamp[events],
             user_id=self.user_id[user],
+            user_key=(
+                None if self.user_key is None else tuple(self.user_key[u] for u in user.tolist())
+            ),
             items=self.items.take(item),
             dropped={**self.dropped, **left_out},
         )
@@ -117,18 +139,29 @@ def titled(log: InteractionLog, *, most_words: int) -> InteractionLog:
     return log.keep(usable[log.item], "events_of_items_without_a_usable_title")
 
 
-def with_titles(items: ItemTable, key: Sequence[str], title: Sequence[str]) -> ItemTable:
-    """Attach titles to the items by identifier; items without one get an empty title.
+def with_titles(
+    items: ItemTable, key: Sequence[str], title: Sequence[str], *, first_counts: bool = False
+) -> ItemTable:
+    """Attach titles to the items by identifier; items without one keep the title that they have.
 
     Raises:
-        DataError: an item is listed twice with two titles.
+        DataError: an item is listed twice with two titles, unless the first one counts.
     """
     title_of_item: dict[str, str] = {}
     for item_id, text in zip(key, title, strict=True):
-        if title_of_item.setdefault(item_id, text) != text:
+        known = title_of_item.get(item_id)
+        if known is None or (first_counts and not known):
+            title_of_item[item_id] = text
+        elif known != text and not first_counts:
             raise DataError(
-                f"item {item_id} is listed twice, as {title_of_item[item_id]!r} and as {text!r}; "
+                f"item {item_id} is listed twice, as {known!r} and as {text!r}; "
                 "keep one row per item"
             )
-    item_ids = items.key if items.key is not None else tuple(str(i) for i in items.item_id.tolist())
-    return replace(items, title=tuple(title_of_item.get(item_id, "") for item_id in item_ids))
+    known_titles = items.title or ("",) * len(items)
+    return replace(
+        items,
+        title=tuple(
+            title_of_item.get(item_id) or known
+            for item_id, known in zip(items.names(), known_titles, strict=True)
+        ),
+    )

@@ -1,17 +1,23 @@
 """Read a source of any supported format as examples."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from orchard.data.importers import amazon, flat, minionerec
+from orchard.data.importers import lcrec, minionerec
 from orchard.data.importers.examples import SplitExamples, of_log
-from orchard.data.importers.flat import Tick
-from orchard.data.importers.log import InteractionLog, k_core, titled, with_titles
+from orchard.data.importers.flat import Labels, LogSource, find_log, read_log
+from orchard.data.importers.item_list import attach_titles
+from orchard.data.importers.log import InteractionLog, k_core, titled
+from orchard.data.importers.roles import check_roles, no_column
+from orchard.data.importers.tables.source import kind_of, sample, suffix_of
+from orchard.data.importers.tables.table import Tick, inspect
 from orchard.errors import ConfigError, DataError
 
-Format = Literal["log", "amazon", "recbole", "minionerec"]
+Format = Literal["log", "amazon", "recbole", "minionerec", "lcrec"]
+_AMAZON = ({"reviewerID", "asin", "unixReviewTime"}, {"user_id", "parent_asin", "timestamp"})
+"""Fields of the review files of 2018 and of 2023."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,36 +25,52 @@ class ImportOptions:
     """Options of an import: columns, filters and split."""
 
     columns: Mapping[str, str] = field(default_factory=dict[str, str])
-    """Column of each role whose name differs from `flat.COLUMNS`."""
+    """Column of each role of `roles.ROLES` whose name differs from `roles.COLUMNS`."""
     core: int | None = None
     """Minimum number of events of each user and item; by default 5 for Amazon reviews, else no
     minimum."""
     title_words: int | None = None
     """Maximum number of words of a title, where items without a title are removed; by default 20
     for Amazon reviews, else no filter."""
-    split: Literal["chronological", "leave_one_out"] = "chronological"
+    split: Literal["chronological", "leave_one_out"] | None = None
+    """Rule of the split; by default leave-one-out for LC-Rec folders, else chronological."""
     max_history: int = 50
+    labels: Labels | None = None
+    """What to do with events whose label is 0: drop them (`positive`) or keep them (`all`); must
+    be given if there are any."""
+    encoding: str | None = None
+    """Encoding of text files; detected by default."""
 
 
 def format_of(source: Path) -> Format:
-    """Detect the format of a file or folder by file names; raise DataError if it does not exist."""
+    """Detect the format of a file or folder by names, and that of JSON lines by their fields.
+
+    Raises:
+        DataError: the source does not exist, or is of no known format.
+    """
     if not source.exists():
         raise DataError(f"{source} does not exist; give a file or a folder that does")
     if source.is_dir():
+        if any(source.glob("**/*.inter.json")):
+            return "lcrec"
         if any(any(source.glob(f"**/{name}")) for name in ("*.index.json", "info/*.txt")):
             return "minionerec"
         return "recbole" if any(source.glob("*.inter")) else "log"
-    suffixes = [s for s in source.suffixes if s != ".gz"]
-    suffix = suffixes[-1] if suffixes else ""
-    if suffix in (".json", ".jsonl"):
-        return "amazon"
-    if suffix == ".inter":
+    if source.name.endswith(".inter.json"):
+        raise DataError(
+            f"{source.name} is one file of an LC-Rec or LETTER folder; give {source.parent}"
+        )
+    if kind_of(source) == "json":
+        is_empty = source.stat().st_size == 0 or not sample(source, 1 << 10)[0].strip()
+        fields = set[str]() if is_empty else set(inspect(source).names)
+        return "amazon" if is_empty or any(names <= fields for names in _AMAZON) else "log"
+    if suffix_of(source) == ".inter":
         return "recbole"
-    if suffix in (".csv", ".tsv", ".parquet") and source.suffix != ".gz":
+    if kind_of(source) is not None:
         return "log"
     raise DataError(
-        f"{source.name} is none of *.csv, *.tsv, *.parquet, *.inter, *.json[l][.gz] or a folder of "
-        "them; convert it to one"
+        f"{source.name} is none of *.csv, *.tsv, *.txt, *.dat, *.inter, *.json[l], each also "
+        "packed as *.gz, *.bz2, *.zst or *.xz, nor *.parquet or a folder of them; convert it to one"
     )
 
 
@@ -65,19 +87,11 @@ def read(source: Path, items: Path | None, choices: ImportOptions, tick: Tick) -
         ConfigError: an option does not apply to the format.
         DataError: the source cannot be read; see the readers.
     """
+    check_roles(choices.columns)
     source_format = format_of(source)
-    if source_format == "minionerec":
-        importer_options = [items, choices.core, choices.title_words, choices.columns or None]
-        if (
-            any(option is not None for option in importer_options)
-            or choices.split != "chronological"
-        ):
-            raise ConfigError(
-                f"{source} is a MiniOneRec folder with items and splits of its own; leave --items, "
-                "--column, --core, --title-words and --split out"
-            )
-        return minionerec.read_folder(source, tick)
-    log = _LOGS[source_format](source, items, choices.columns, tick)
+    if source_format in ("minionerec", "lcrec"):
+        return _folder(source, source_format, items, choices, tick)
+    log = _log(source, source_format, items, choices, tick)
     max_title_words = (
         choices.title_words if source_format != "amazon" else choices.title_words or 20
     )
@@ -86,51 +100,83 @@ def read(source: Path, items: Path | None, choices: ImportOptions, tick: Tick) -
         log = titled(log, most_words=max_title_words)
     if min_events is not None:
         log = k_core(log, min_events)
-    return of_log(log, split=choices.split, max_history=choices.max_history)
+    return of_log(log, split=choices.split or "chronological", max_history=choices.max_history)
 
 
-def _plain(
-    source: Path, items: Path | None, columns: Mapping[str, str], tick: Tick
+def _folder(
+    source: Path, source_format: Format, items: Path | None, choices: ImportOptions, tick: Tick
+) -> SplitExamples:
+    """Read a folder that has items of its own; one of MiniOneRec has splits, too."""
+    given = [items, choices.core, choices.title_words, choices.columns or None, choices.labels]
+    is_split = source_format == "minionerec"
+    if any(option is not None for option in given) or (
+        choices.split not in (None, "chronological")
+        if is_split
+        else choices.split == "chronological"
+    ):
+        name, own = ("a MiniOneRec", "splits") if is_split else ("an LC-Rec", "sequences")
+        raise ConfigError(
+            f"{source} is {name} folder with items and {own} of its own"
+            + ("" if is_split else ", in order but without times")
+            + "; leave --items, --column, --labels, --core, --title-words and --split out"
+        )
+    if is_split:
+        return minionerec.read_folder(source, tick)
+    return lcrec.read_folder(source, tick, max_history=choices.max_history)
+
+
+def _log(
+    source: Path, source_format: Format, items: Path | None, choices: ImportOptions, tick: Tick
 ) -> InteractionLog:
-    log = flat.read_log(source, columns, tick)
-    if items is None:
-        return log
-    return replace(log, items=with_titles(log.items, *flat.read_titles(items, columns, tick)))
-
-
-def _amazon(
-    source: Path, items: Path | None, columns: Mapping[str, str], tick: Tick
-) -> InteractionLog:
-    if columns:
-        raise ConfigError("the fields of Amazon reviews are known; leave --column out")
-    if items is None:
+    """Read a log and the titles of its items."""
+    if source_format == "amazon" and items is None:
         raise ConfigError(
             f"{source.name} holds reviews without titles; give the metadata with --items FILE"
         )
-    log = amazon.read_reviews(source, tick)
-    return replace(log, items=with_titles(log.items, *amazon.read_metadata(items, tick)))
+    required = items is not None
+    path = source
+    if source_format == "recbole":
+        path = _inter(source)
+        beside = path.with_name(path.name.replace(".inter", ".item"))
+        items = items or (beside if beside.is_file() else None)
+    columns = choices.columns
+    found = find_log(path, columns, encoding=choices.encoding, has_items=items is not None)
+    _check_columns(found, columns, items, choices.encoding)
+    log = read_log(found, choices.labels, tick)
+    if items is None:
+        return log
+    return attach_titles(
+        log, found, items, columns, tick, encoding=choices.encoding, required=required
+    )
 
 
-def _recbole(
-    source: Path, items: Path | None, columns: Mapping[str, str], tick: Tick
-) -> InteractionLog:
-    """Read the `.inter` file, and the `.item` file of the same name if there is one."""
+def _check_columns(
+    source: LogSource, columns: Mapping[str, str], items: Path | None, encoding: str | None
+) -> None:
+    """Raise DataError if a column that was named is in neither file; no data are read yet."""
+    listed = inspect(items, encoding=encoding) if items is not None else None
+    for role, name in columns.items():
+        in_list = listed is not None and name in listed.names
+        if role.startswith("items."):
+            if listed is None:
+                raise ConfigError(
+                    f"--column {role}={name} needs an item list; give it with --items"
+                )
+            if not in_list:
+                raise no_column(listed, role, name)
+        elif name not in source.table.names and not (role == "title" and in_list):
+            raise no_column(listed if role == "title" and listed else source.table, role, name)
+
+
+def _inter(source: Path) -> Path:
+    """Return the one interaction file of a RecBole folder, or the file itself."""
     files = sorted(source.glob("*.inter")) if source.is_dir() else [source]
     if len(files) != 1:
         raise DataError(
             f"{source} holds {len(files)} files *.inter ({', '.join(f.name for f in files)}); "
             "give the one to import"
         )
-    item_file = files[0].with_suffix(".item")
-    return _plain(files[0], items or (item_file if item_file.is_file() else None), columns, tick)
-
-
-_LOGS: Mapping[str, Callable[[Path, Path | None, Mapping[str, str], Tick], InteractionLog]] = {
-    "log": _plain,
-    "amazon": _amazon,
-    "recbole": _recbole,
-}
-"""Reader of each format that is a log."""
+    return files[0]
 
 
 def size_of(*paths: Path | None) -> int:

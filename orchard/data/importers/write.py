@@ -21,7 +21,7 @@ _ROWS = 100_000
 def write(
     out: Path, examples: SplitExamples, *, source: str, overwrite: bool
 ) -> Mapping[str, float]:
-    """Write items, the three splits and the card to `out`; return the card's facts.
+    """Write items, names of users, splits and card to `out`; return the card's facts.
 
     Raises:
         DataError: `out` is not empty and not a data set to overwrite, or the split leaks (see
@@ -29,25 +29,45 @@ def write(
     """
     folders.check_output_dir(out, mark=CARD, kind="data set", overwrite=overwrite)
     card_facts = facts(examples)
-    card = {"source": source, "split": examples.split, "facts": card_facts}
+    card = {
+        "source": source,
+        "split": examples.split,
+        "facts": card_facts,
+        "notes": list(examples.notes),
+    }
     with folders.atomic_dir(out) as partial:
-        pq.write_table(_items(examples), partial / "items.parquet", compression="zstd")
-        for index, part in enumerate(PARTS):
-            _write_part(examples, np.flatnonzero(examples.part == index), partial, part)
+        write_tables(examples, partial)
         (partial / CARD).write_text(json.dumps(card, indent=2) + "\n")
     return card_facts
+
+
+def write_tables(examples: SplitExamples, folder: Path) -> None:
+    """Write items, names of users and splits into a folder."""
+    pq.write_table(_items(examples), folder / "items.parquet", compression="zstd")
+    if examples.users is not None:
+        users = pa.table({"user_id": examples.users.user_id, "key": list(examples.users.key)})
+        pq.write_table(users, folder / "users.parquet", compression="zstd")
+    for index, part in enumerate(PARTS):
+        _write_part(examples, np.flatnonzero(examples.part == index), folder, part)
+
+
+def _id_type(ids: Int64[np.ndarray, " N"]) -> Any:
+    """Return the narrower type of identifiers that holds them all."""
+    return pa.int32() if abs(ids).max() < 2**31 else pa.int64()
 
 
 def _items(examples: SplitExamples) -> Any:
     items = examples.items
     columns: dict[str, Any] = {
-        "item_id": items.item_id,
+        "item_id": pa.array(items.item_id).cast(_id_type(items.item_id)),
         "title": list(items.title) if items.title else [""] * len(items),
     }
     if items.key is not None:
         columns["key"] = list(items.key)
     if items.sid is not None:
-        columns["sid"] = pa.array([list(codes) for codes in items.sid], pa.list_(pa.int32()))
+        largest = max(max(codes, default=0) for codes in items.sid)
+        code_type = pa.int16() if largest < 2**15 else pa.int32()
+        columns["sid"] = pa.array([list(codes) for codes in items.sid], pa.list_(code_type))
         columns["sid_text"] = [
             "".join(f"<{chr(97 + level)}_{code}>" for level, code in enumerate(codes))
             for codes in items.sid
@@ -59,8 +79,8 @@ def _write_part(
     examples: SplitExamples, rows: Int64[np.ndarray, " R"], folder: Path, part: str
 ) -> None:
     item_id = examples.items.item_id
-    item_type = pa.int32() if abs(item_id).max() < 2**31 else pa.int64()
-    fields = [("user_id", pa.int64()), ("history", pa.list_(item_type)), ("target", item_type)]
+    item_type, user_type = _id_type(item_id), _id_type(examples.user_id)
+    fields = [("user_id", user_type), ("history", pa.list_(item_type)), ("target", item_type)]
     if examples.timestamp is not None:
         fields.append(("timestamp", pa.int64()))
     schema = pa.schema(fields)
@@ -70,7 +90,7 @@ def _write_part(
             item, start = examples.history(chunk)
             values = pa.array(item_id[item]).cast(item_type)
             columns: list[Any] = [
-                pa.array(examples.user_id[chunk]),
+                pa.array(examples.user_id[chunk]).cast(user_type),
                 pa.ListArray.from_arrays(pa.array(start.astype(np.int32)), values),
                 pa.array(item_id[examples.target[chunk]]).cast(item_type),
             ]

@@ -25,7 +25,7 @@ from orchard.data.semantic_ids.rqvae import quantize_learned
 from orchard.errors import ConfigError, DataError
 from orchard.parquet import read_table
 
-REPORT, PICTURE, EMBEDDINGS = "sids.json", "sids.png", "embeddings.parquet"
+REPORT, PICTURE, EMBEDDINGS = "sids.json", "sids.png", embeddings.EMBEDDINGS
 MAX_LEVELS = 8
 Source = Literal["auto", "titles", "interactions"]
 QUANTIZERS: Mapping[str, Callable[..., Quantized]] = {
@@ -54,6 +54,8 @@ class SemanticIdConfig:
     """File of embeddings to use instead of computing them."""
     dimensions: int = 128
     """Dimension of the computed embeddings."""
+    max_without_signal: float = 0.2
+    """Largest share of items whose embedding may say nothing about them."""
     seed: int = 0
 
 
@@ -64,6 +66,10 @@ class SemanticIdReport(TypedDict):
     """Options of the build."""
     embedding: str
     """Source of the embeddings, in words."""
+    items_without_signal: int
+    """Number of items whose embedding says nothing about them (see `embed.without_signal`)."""
+    items_sharing_an_embedding: int
+    """Number of items whose embedding is another item's, too."""
     residual: list[float]
     """Share of the embeddings' variance that remains after each level."""
     before: CodeQuality
@@ -99,7 +105,17 @@ def build(folder: Path, recipe: SemanticIdConfig, *, overwrite: bool = False) ->
     items = read_table(path, role="items", columns=("item_id",), remedy="the data folder")
     if "sid" in items.column_names and not overwrite:
         raise DataError(f"the items of {path} have semantic IDs; pass --overwrite to replace them")
+    items = _in_first_order(items, path)
     embedding, origin = _embedding(folder, items, recipe)
+    silent = embed.without_signal(embedding)
+    if silent.mean() > recipe.max_without_signal:
+        raise DataError(
+            f"the embeddings of {int(silent.sum())} of {len(silent)} items say nothing about them "
+            f"({origin}), such as item {items['item_id'][int(np.argmax(silent))]}; at most "
+            f"{recipe.max_without_signal:.0%} may: give --embeddings or --model, choose another "
+            "--source, or raise --max-without-signal"
+        )
+    _, copies = np.unique(embedding, axis=0, return_counts=True)
     quantized = QUANTIZERS[recipe.quantiser](embedding, recipe.levels, seed=recipe.seed)
     resolved = POLICIES[recipe.collisions](quantized, _popularity(folder, items))
     report = SemanticIdReport(
@@ -111,6 +127,8 @@ def build(folder: Path, recipe: SemanticIdConfig, *, overwrite: bool = False) ->
             "seed": recipe.seed,
         },
         embedding=origin,
+        items_without_signal=int(silent.sum()),
+        items_sharing_an_embedding=int(copies[copies > 1].sum()),
         residual=quantized.error.tolist(),
         before=measure_codes(quantized.codes),
         after=measure_codes(resolved.codes),
@@ -119,18 +137,31 @@ def build(folder: Path, recipe: SemanticIdConfig, *, overwrite: bool = False) ->
     return report
 
 
+def _in_first_order(items: Any, path: Path) -> Any:
+    """Return the items in the order before semantic IDs were made, so that making them repeats."""
+    before = embeddings.first_order(path)
+    if before is None:
+        return items
+    ids = items["item_id"].to_numpy().astype(np.int64)
+    order = np.argsort(ids, kind="stable")
+    row = order[np.searchsorted(ids, before, sorter=order).clip(max=len(ids) - 1)]
+    # A file whose items were changed since keeps the order that it has.
+    return items.take(row) if len(row) == len(ids) and (ids[row] == before).all() else items
+
+
 def _embedding(
     folder: Path, items: Any, recipe: SemanticIdConfig
 ) -> tuple[Float32[np.ndarray, "I E"], str]:
     """Read or compute the embeddings of the items; return them and their source in words."""
     ids = items["item_id"].to_numpy().astype(np.int64)
     if recipe.embeddings is not None:
-        return embeddings.read(
-            recipe.embeddings, ids, remedy="--embeddings"
-        ), recipe.embeddings.name
+        vectors = embeddings.read(
+            recipe.embeddings, ids, remedy="--embeddings", items=folder / "items.parquet"
+        )
+        return vectors, recipe.embeddings.name
     title = [""] * len(ids)
     if "title" in items.column_names:
-        title = [text or "" for text in items["title"].to_pylist()]
+        title = [str(text or "") for text in items["title"].to_pylist()]
     if recipe.model is not None:
         return embed.of_model(title, recipe.model), f"titles, {recipe.model.name}"
     size = {"dimensions": recipe.dimensions, "seed": recipe.seed}
@@ -177,15 +208,20 @@ def _write(
     table = items.drop_columns([n for n in ("sid", "sid_text") if n in items.column_names])
     sids = pa.array(resolved.codes.tolist(), pa.list_(pa.int32()))
     table = table.append_column("sid", sids).append_column("sid_text", pa.array(text))
+    ids = items["item_id"].to_numpy().astype(np.int64)
+    table = table.take(resolved.order)
+    if (resolved.order != np.arange(len(ids))).any():
+        table = embeddings.record_order(table, ids)
+    # The embeddings stay in the first order of the items, which a file without identifiers has.
     flat = pa.array(embedding.reshape(-1))
     lists = pa.FixedSizeListArray.from_arrays(flat, embedding.shape[1]).cast(pa.list_(pa.float32()))
-    vectors = pa.table({"item_id": items["item_id"], "embedding": lists})
+    vectors = pa.table({"item_id": ids, "embedding": lists})
     partial = {n: folder / f".{n}.partial" for n in (PICTURE, EMBEDDINGS, REPORT, "items.parquet")}
     try:
         draw(resolved.codes, report["residual"], partial[PICTURE])
         pq.write_table(vectors, partial[EMBEDDINGS], compression="zstd")
         partial[REPORT].write_text(json.dumps(report, indent=2) + "\n")
-        pq.write_table(table.take(resolved.order), partial["items.parquet"], compression="zstd")
+        pq.write_table(table, partial["items.parquet"], compression="zstd")
         for name, path in partial.items():
             path.replace(folder / name)
     finally:

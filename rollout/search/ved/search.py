@@ -11,6 +11,9 @@ from the policy over the free ones. When the budget is spent, the leaves of high
 candidates; if they are too few, free leaves below visited prefixes complete them, which needs no
 further forward pass.
 
+With `rollout.ved.likelihood`, log p is a summand of G, and of the value by which the candidates are
+chosen.
+
 All prompts advance together in shared forward passes, and G of a node never changes. For each point
 that the paper leaves open, `orchard.settings.VedConfig` has a setting.
 
@@ -28,7 +31,7 @@ from jaxtyping import Bool, Float32, Float64, Int64
 from orchard import ragged
 from orchard.catalog.trie import Children, Trie
 from orchard.errors import ConfigError
-from orchard.scorers.prefix_critic import PrefixCritic, Values
+from orchard.guide.values import Valuer, Values
 from orchard.settings import VedConfig
 from orchard.types import Prompts
 from rollout.candidates import Candidates
@@ -52,7 +55,7 @@ def ved(
     count: int,
     seed: int,
     allowed: ItemFilter | None = None,
-    critic: PrefixCritic | None = None,
+    critic: Valuer | None = None,
 ) -> Candidates:
     """Return up to `count` candidates per prompt, from at most `settings.budget` forward tokens.
 
@@ -83,7 +86,9 @@ def ved(
             simulation += 1
         search.evaluate_pending()
     cost = replace(search.cost, counts=search.counts)
-    return select_candidates(engine.trie, search.visited, count, len(prompts), cost)
+    return select_candidates(
+        engine.trie, search.visited, count, len(prompts), cost, likelihood=settings.likelihood
+    )
 
 
 def check_budget(settings: VedConfig, trie: Trie) -> None:
@@ -239,6 +244,8 @@ class _Search:
         """Return G of every node."""
         tree, settings = self.visited, self._settings
         value = settings.value_weight * tree.value.astype(np.float64)
+        if settings.likelihood:
+            value = value + tree.score
         return value + settings.entropy_weight * tree.entropy
 
     def _depth_means(self, priority: Float64[np.ndarray, " N"]) -> Float64[np.ndarray, "B L"]:

@@ -20,15 +20,17 @@ from rollout.search.ved.tree import VedTree
 
 
 def select_candidates(
-    trie: Trie, tree: VedTree, count: int, num_prompts: int, cost: Cost
+    trie: Trie, tree: VedTree, count: int, num_prompts: int, cost: Cost, *, likelihood: bool = False
 ) -> Candidates:
     """Select the `count` visited leaves of highest value per prompt, sorted by log-probability.
 
     If too few leaves were visited, free leaves below visited prefixes complete them. Their
-    log-probabilities are already computed, so completion needs no forward pass.
+    log-probabilities are already computed, so completion needs no forward pass. With `likelihood`,
+    leaves are selected by the sum of log-probability and value.
     """
     leaf = np.flatnonzero(tree.is_leaf)
-    order = np.lexsort((tree.node[leaf], -tree.score[leaf], -tree.value[leaf], tree.prompt[leaf]))
+    worth = tree.value[leaf] + (tree.score[leaf] if likelihood else 0.0)
+    order = np.lexsort((tree.node[leaf], -tree.score[leaf], -worth, tree.prompt[leaf]))
     leaf = leaf[order]  # visited leaves, best first within each prompt
     num_visited = np.bincount(tree.prompt[leaf], minlength=num_prompts)
     leaf = leaf[ragged.index_in_row(ragged.starts(num_visited)) < count]

@@ -18,7 +18,7 @@ from torch import Tensor
 from orchard import ragged
 from orchard.catalog.trie import ROOT
 from orchard.errors import EngineError
-from orchard.scorers.prefix_critic import Values
+from orchard.guide.values import Values
 from orchard.types import Cost, Prompts
 from rollout.engine.protocol import DecodingBackend, NextCodeLogprobs
 from rollout.item_filter import PrefixMask

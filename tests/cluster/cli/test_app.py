@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,43 +14,33 @@ from cluster.cli import app as cli
 from cluster.training.run import check_engines, prepare
 from cluster.training.run_dir import open_run_dir, save_policy
 from orchard import config
-from orchard.data.synthetic import WorldParams, write_world
-from orchard.errors import EngineError
+from orchard.errors import EngineError, OrchardError
 from orchard.policy import model
 from orchard.policy.titles import from_titles
-from orchard.policy.weights import snapshot
+from orchard.policy.weights import digest, snapshot
 from orchard.testing import save_model_folder, tiny_policy, tiny_title_tokenizer
 from orchard.types import PolicyVersion
-
-TINY = WorldParams(num_items=60, num_users=60, level_size=(4, 5, 6))
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> Path:
-    write_world(tmp_path / "data", TINY)
-    run = tmp_path / "run.toml"
-    run.write_text(
-        f"""
-        name = "toy"
-        output = "{tmp_path / "runs"}"
-        [data]
-        path = "{tmp_path / "data"}"
-        [model]
-        hidden_size = 16
-        heads = 2
-        kv_heads = 1
-        intermediate_size = 16
-        layers = 1
-        """
-    )
-    return run
+from tests.fixtures.runs import TinyRun
 
 
 @pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., str]:
-    """Return a function that runs a failing command and returns its error message."""
+def world(tiny_run: TinyRun) -> Path:
+    return tiny_run()
 
-    def run(*arguments: object) -> str:
+
+@dataclass(frozen=True)
+class Refusal:
+    """Message of a failing command, and the code of its error."""
+
+    said: str
+    code: str
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., Refusal]:
+    """Return a function that runs a failing command and returns its refusal."""
+
+    def run(*arguments: object) -> Refusal:
         capsys.readouterr()
         before = ray.is_initialized()  # by tests that share this process
         with pytest.raises(SystemExit) as end:
@@ -60,7 +51,9 @@ def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[...,
         assert said.count("\n") == 1
         assert "Traceback" not in said
         assert ray.is_initialized() == before
-        return said
+        error = end.value.__context__
+        assert isinstance(error, OrchardError)
+        return Refusal(said, error.code)
 
     return run
 
@@ -84,44 +77,70 @@ def test_a_dry_run_shows_the_resolved_run_and_writes_nothing(
 
 
 def test_misspelt_keys_and_missing_files_are_refused(
-    world: Path, refused: Callable[..., str]
+    world: Path, refused: Callable[..., Refusal]
 ) -> None:
-    assert "did you mean learner.lr" in refused("sft", world, "learner.lrr=1")
-    assert "does not exist" in refused("train", world.parent / "nothing.toml")
-    assert "data.path" in refused("sft", world, "data.path=nowhere")
+    misspelt = refused("sft", world, "learner.lrr=1")
+    assert misspelt.code == "config.unknown_key"
+    assert "did you mean learner.lr" in misspelt.said
+    assert refused("train", world.parent / "nothing.toml").code == "config.no_file"
+    assert refused("sft", world, "data.path=nowhere").code == "config.no_data"
     (world.parent / "data" / "valid.parquet").unlink()
-    assert "valid.parquet does not exist" in refused("sft", world)
-    assert "unknown reward rul" in refused("train", world, "rewards.weights={rul=1.0}")
+    assert refused("sft", world).code == "data.no_file"
+
+
+@pytest.mark.parametrize(
+    ("command", "override"),
+    [
+        ("sft", "rewards.weights={rul=1.0}"),
+        ("train", "rollout.search=bean"),
+        ("plan", "learner.estimator=grp"),
+        ("evaluate", "rollout.engine=sglang"),
+        ("submit", "cluster.tracker=wandbb"),
+        ("fit critic", "critic.backend=jax"),
+    ],
+)
+def test_names_that_nothing_registers_are_refused_by_every_command(
+    world: Path, refused: Callable[..., Refusal], command: str, override: str
+) -> None:
+    assert refused(*command.split(), world, override).code == "config.unknown_name"
 
 
 def test_training_without_a_policy_names_the_remedy(
-    world: Path, refused: Callable[..., str]
+    world: Path, refused: Callable[..., Refusal]
 ) -> None:
-    assert "run `orchard sft` first" in refused("train", world)
-    assert "holds no config.json" in refused("train", world, f"model.path={world.parent}")
+    without = refused("train", world)
+    assert without.code == "config.no_policy"
+    assert "run `orchard sft` first" in without.said
+    assert refused("train", world, f"model.path={world.parent}").code == "policy.missing"
 
 
-def test_items_that_form_no_catalog_are_refused(world: Path, refused: Callable[..., str]) -> None:
+def test_items_that_form_no_catalog_are_refused(
+    world: Path, refused: Callable[..., Refusal]
+) -> None:
     items = world.parent / "data" / "items.parquet"
     good = pq.read_table(items)["sid"].to_pylist()
     rewrite(items, sid=[None, *good[1:]])
-    assert "has no semantic ID" in refused("sft", world)
+    assert refused("sft", world).code == "catalog.no_sid"
     rewrite(items, sid=[good[0][:2], *good[1:]])
-    assert "depth 2 where 3 was expected" in refused("sft", world)
+    assert refused("sft", world).code == "catalog.mixed_depth"
     rewrite(items, sid=[[0, 0, 99], *good[1:]])
-    assert "codes there run from 0 to 5" in refused("sft", world, "data.level_size=[4,5,6]")
+    large = refused("sft", world, "data.level_size=[4,5,6]")
+    assert large.code == "catalog.code_out_of_range"
+    assert "codes there run from 0 to 5" in large.said
 
 
-def test_rows_that_cannot_be_used_are_refused(world: Path, refused: Callable[..., str]) -> None:
+def test_rows_that_cannot_be_used_are_refused(world: Path, refused: Callable[..., Refusal]) -> None:
     train = world.parent / "data" / "train.parquet"
     rows = pq.read_table(train)
     history = rows["history"].to_pylist()
     rewrite(train, history=[[], *history[1:]])
-    assert "empty history" in refused("sft", world)
+    assert refused("sft", world).code == "data.empty_history"
     rewrite(train, history=[[12345], *history[1:]])
-    assert "item 12345 is not in the catalog" in refused("sft", world)
+    unknown = refused("sft", world)
+    assert unknown.code == "data.unknown_item"
+    assert "item 12345 " in unknown.said
     pq.write_table(rows.slice(0, 0), train)
-    assert "has no rows" in refused("sft", world)
+    assert refused("sft", world).code == "data.no_rows"
     words = {
         "target": (pa.array(["x"] * len(rows)), "`target` .* holds string; it must hold integers"),
         "history": (rows["target"], "`history` .* it must hold lists of integers"),
@@ -129,23 +148,24 @@ def test_rows_that_cannot_be_used_are_refused(world: Path, refused: Callable[...
     for name, (values, message) in words.items():
         at = rows.column_names.index(name)
         pq.write_table(rows.set_column(at, name, values), train)
-        assert re.search(message, refused("sft", world))
+        wrong = refused("sft", world)
+        assert wrong.code == "data.wrong_type"
+        assert re.search(message, wrong.said)
     pq.write_table(rows, train)
     rewrite(train, target=[None, *rows["target"].to_pylist()[1:]])
-    assert "has no `target` (1 such rows)" in refused("sft", world)
+    missing = refused("sft", world)
+    assert missing.code == "data.missing_value"
+    assert "has no `target` (1 such rows)" in missing.said
 
 
 def test_a_machine_without_vllm_is_told_so_at_once(
     world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def unusable() -> None:
-        raise EngineError("vLLM is not there")
-
-    monkeypatch.setattr("cluster.training.run.check_vllm", unusable)
+    monkeypatch.setattr("rollout.engine.availability.find_spec", lambda name: None)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     asked = config.load(world, ["rollout.engine=vllm", "evaluate.engine=torch"])
     prepare(asked, "sft")  # which searches nothing by vLLM
-    with pytest.raises(EngineError, match="not there"):
+    with pytest.raises(EngineError, match="not installed"):
         check_engines(asked, "train")
     monkeypatch.setenv("RAY_ADDRESS", "ray-head:6379")  # whose workers may well have it
     check_engines(asked, "train")
@@ -156,43 +176,49 @@ def saved_policy(world: Path) -> Path:
     run = prepare(config.load(world), "sft")
     open_run_dir(run)
     first = model.create(run.config.model, run.tokenizer, seed=0)
-    save_policy(run, run.result, PolicyVersion(step=1, digest="x"), snapshot(first))
+    save_policy(
+        run, run.result, PolicyVersion(step=1, digest=digest(snapshot(first))), snapshot(first)
+    )
     return run.result
 
 
 @pytest.mark.parametrize(
-    ("file", "content", "message"),
+    ("file", "content", "code"),
     [
-        ("model.safetensors", b"", "model.safetensors are damaged or cut short"),
-        ("config.json", b"{", "config.json is no JSON object"),
-        ("config.json", b'{"model_type": "zorg"}', "has model_type 'zorg'"),
-        ("tokenizer.json", b"{", "holds no loadable tokenizer"),
-        ("policy.json", b"{", "policy.json is damaged"),
+        ("model.safetensors", b"", "policy.damaged"),
+        ("config.json", b"{", "policy.damaged"),
+        ("config.json", b'{"model_type": "zorg"}', "policy.unknown_model"),
+        ("tokenizer.json", b"{", "policy.damaged"),
+        ("policy.json", b"{", "policy.damaged"),
     ],
 )
 def test_a_damaged_policy_is_refused(
-    file: str, content: bytes, message: str, world: Path, refused: Callable[..., str]
+    file: str, content: bytes, code: str, world: Path, refused: Callable[..., Refusal]
 ) -> None:
     (saved_policy(world) / file).write_bytes(content)
-    assert message in refused("train", world)
+    assert refused("train", world).code == code
 
 
-def test_a_policy_of_another_catalog_is_refused(world: Path, refused: Callable[..., str]) -> None:
+def test_a_policy_of_another_catalog_is_refused(
+    world: Path, refused: Callable[..., Refusal]
+) -> None:
     saved_policy(world)
     items = world.parent / "data" / "items.parquet"
     sids = pq.read_table(items)["sid"].to_pylist()
     rewrite(items, sid=[sids[-1], *sids[1:-1], sids[0]])
-    assert "was trained on catalog" in refused("train", world)
+    assert refused("train", world).code == "catalog.mismatch"
 
 
 def test_a_run_continues_only_under_its_own_configuration(
-    world: Path, refused: Callable[..., str], capsys: pytest.CaptureFixture[str]
+    world: Path, refused: Callable[..., Refusal], capsys: pytest.CaptureFixture[str]
 ) -> None:
     warm = saved_policy(world)
     cli.main(["train", str(world), "learner.lr=0.5", "--dry-run"])  # RL has not begun
-    assert "model.layers" in refused("train", world, "model.layers=3")
+    changed = refused("train", world, "model.layers=3")
+    assert changed.code == "config.changed"
+    assert "model.layers" in changed.said
     (warm.parent / "checkpoints" / "learner-train").mkdir(parents=True)
-    said = refused("train", world, "learner.lr=0.5")
+    said = refused("train", world, "learner.lr=0.5").said
     assert "learner.lr = 0.5 (was 0.0002)" in said
     assert f"choose another name, to go on from what it has learned with model.path={warm}" in said
     cli.main(["train", str(world), "learner.steps=999", "--dry-run"])
@@ -208,7 +234,7 @@ def test_a_beam_wider_than_the_catalog_is_announced(
     assert "wider than the catalog" in caplog.text
 
 
-def test_synthetic_data_is_written_once(tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_synthetic_data_is_written_once(tmp_path: Path, refused: Callable[..., Refusal]) -> None:
     out = tmp_path / "fresh"
     cli.main(["data", "synth", str(out), "--items", "80", "--users", "50"])
     assert (out / "items.parquet").is_file()
@@ -216,25 +242,29 @@ def test_synthetic_data_is_written_once(tmp_path: Path, refused: Callable[..., s
 
 
 def test_unknown_names_are_answered_with_the_known_ones(
-    refused: Callable[..., str], world: Path
+    refused: Callable[..., Refusal], world: Path
 ) -> None:
-    assert "learner" in refused("bench", "nonsense")
-    assert "choose valid or test" in refused("evaluate", world, "--split", "train")
-    assert "does not exist" in refused("report", world.parent / "none")
-    assert "is no run folder" in refused("report", world.parent)
+    bench = refused("bench", "nonsense")
+    assert bench.code == "config.unknown_name"
+    assert "learner" in bench.said
+    assert refused("evaluate", world, "--split", "train").code == "config.unknown_name"
+    assert refused("report", world.parent / "none").code == "data.no_run"
+    assert refused("report", world.parent).code == "data.no_run"
     assert not (world.parent / "report.html").exists()
 
 
 def test_items_may_be_titles_in_the_tokens_of_a_policy(
-    world: Path, refused: Callable[..., str], capsys: pytest.CaptureFixture[str]
+    world: Path, refused: Callable[..., Refusal], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "set model.path to its folder" in refused("sft", world, "data.titles=true")
+    assert refused("sft", world, "data.titles=true").code == "config.no_title_tokens"
     items = world.parent / "data" / "items.parquet"
     titles = [f"pen {'abcdefgh'[i % 8]}{'xyz'[i // 8 % 3]}" for i in range(60)]
     rewrite(items, title=titles)
     cli.main(["sft", str(world), "data.titles=true", "data.title_tokens=300", "--dry-run"])
     assert "distinct sequences: 24" in capsys.readouterr().out
-    assert "greater than or equal to 259" in refused("sft", world, "data.title_tokens=9")
+    small = refused("sft", world, "data.title_tokens=9")
+    assert small.code == "config.bad_value"
+    assert "greater than or equal to 259" in small.said
     tokenizer = tiny_title_tokenizer()
     policy, _ = tiny_policy(from_titles(titles, tokenizer), tokenizer=tokenizer)
     save_model_folder(policy, tokenizer, world.parent / "text")

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from cluster.cli import app as cli
-from cluster.cli import rllib
-from cluster.cli.rllib import RllibBackend
+from cluster.training import rllib
+from cluster.training.checks import check_names
+from cluster.training.rllib import RllibBackend
 from cluster.training.run import prepare
 from orchard import config
 from orchard.catalog.catalog import Catalog
 from orchard.data.prompts import Split, make_prompts
-from orchard.data.synthetic import WorldParams, write_world
 from orchard.errors import ConfigError
 from orchard.policy import model
 from orchard.scorers.fit_critic import TorchCriticBackend, measure_critic, sample_trajectories
@@ -27,34 +27,18 @@ from orchard.testing import tiny_catalog
 from rollout.actor import RolloutWorker
 from rollout.engine.payload import PayloadDecoder, PayloadEncoder
 from rollout.search.ved.search import ved
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world") / "data"
-    write_world(folder, WorldParams(num_items=60, num_users=60, level_size=(4, 5, 6)))
-    return folder
+from tests.fixtures.runs import TinyRun
 
 
 @pytest.fixture
-def file(data: Path, tmp_path: Path) -> Path:
-    path = tmp_path / "run.toml"
-    path.write_text(
-        f"""
-        name = "toy"
-        output = "{tmp_path / "runs"}"
-        data.path = "{data}"
-        model = {{hidden_size = 16, heads = 2, kv_heads = 1, intermediate_size = 16, layers = 1}}
-        critic = {{epochs = 2, hidden_size = 8, layers = 1, lr = 1e-2}}
-        [rollout]
-        engine = "torch"
-        search = "ved"
-        group_size = 6
-        threads = 1
-        ved = {{guide = "critic", budget = 17, width = 4}}
-        """
-    )
-    return path
+def file(tiny_run: TinyRun) -> Path:
+    return tiny_run(
+        critic={"epochs": 2, "hidden_size": 8, "layers": 1, "lr": 1e-2},
+        rollout={
+            "engine": "torch", "search": "ved", "group_size": 6, "threads": 1,
+            "ved": {"guide": "critic", "budget": 17, "width": 4},
+        },
+    )  # fmt: skip
 
 
 def start(settings: Config) -> None:
@@ -108,9 +92,10 @@ def test_a_critic_travels_to_a_worker_without_its_catalog() -> None:
 
 
 def test_a_search_by_the_head_still_asks_for_one(file: Path) -> None:
-    with pytest.raises(ConfigError, match=r'rollout\.ved\.guide = "critic"'):
-        config.load(file, ["rollout.ved.guide=head"])
-    assert config.load(file, ["model.value_head=true"]).rollout.ved.guide == "critic"
+    with pytest.raises(ConfigError) as refused:
+        check_names(config.load(file, ["rollout.ved.guide=head"]))
+    assert refused.value.code == "config.no_values"
+    check_names(config.load(file, ["model.value_head=true", "rollout.ved.guide=head"]))
 
 
 def test_without_its_requirements_rllib_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

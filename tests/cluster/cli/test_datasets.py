@@ -38,3 +38,28 @@ def test_a_log_is_imported_by_one_command(
     assert "no list of sizes" in fails(["data", "sids", out, "--levels", "2x2"], capsys)
     main(["data", "sids", out, "--levels", "2,2", "--collisions", "extra_level"])
     assert "6 distinct of 6 items, 0 share theirs" in capsys.readouterr().out
+
+
+def test_the_import_says_what_it_did_and_fills_the_working_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [
+        f"{u};{(u + e) % 6};{1_600_000_000 + 10 * e + u};{e % 2};5"
+        for u in range(6)
+        for e in range(6)
+    ]
+    (tmp_path / "log.csv").write_text("\n".join(["userId;movieId;date;click;stars", *rows]))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    arguments = ["data", "import", "../log.csv", "."]
+    assert "pass --labels positive to drop them" in fails(arguments, capsys)
+    assert "choose positive or all" in fails([*arguments, "--labels", "some"], capsys)
+    assert "is not known" in fails([*arguments, "--encoding", "klingon"], capsys)
+    main([*arguments, "--labels", "all"])
+    shown = capsys.readouterr().out
+    assert "user from `userId` (a guess), item from `movieId` (a guess)" in shown
+    assert "ignored: stars" in shown
+    assert "separated by semicolons" in shown
+    assert (tmp_path / "here" / "train.parquet").is_file()
+    main([*arguments, "--labels", "positive", "--overwrite"])
+    assert "events_with_label_0  18" in capsys.readouterr().out

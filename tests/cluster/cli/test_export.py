@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,24 +20,18 @@ from cluster.training.run_dir import open_run_dir, save_policy
 from orchard import config
 from orchard.catalog import catalog
 from orchard.data.prompts import make_prompts
-from orchard.data.synthetic import WorldParams, write_world
 from orchard.evaluation import ranking
 from orchard.evaluation.ranking import Evaluation, TargetRanks
-from orchard.policy import model, value_head
-from orchard.policy.weights import digest, snapshot
+from orchard.policy import lora, model, value_head
+from orchard.policy.store import Policy
+from orchard.policy.weights import digest
 from orchard.types import PolicyVersion
+from tests.fixtures.runs import TinyRun
 
 
 @pytest.fixture
-def run_file(tmp_path: Path) -> Path:
-    write_world(tmp_path / "data", WorldParams(num_items=60, num_users=60, level_size=(4, 5, 6)))
-    path = tmp_path / "run.toml"
-    sizes = "hidden_size = 32\nheads = 2\nkv_heads = 1\nintermediate_size = 32\nlayers = 1"
-    path.write_text(
-        f'name = "toy"\noutput = "{tmp_path / "runs"}"\n[data]\npath = "{tmp_path / "data"}"\n'
-        f"[model]\n{sizes}\n"
-    )
-    return path
+def run_file(tiny_run: TinyRun) -> Path:
+    return tiny_run(model={"hidden_size": 32, "intermediate_size": 32})
 
 
 def started(path: Path) -> Run:
@@ -131,13 +126,23 @@ def test_adapters_are_exported_for_their_base(
         cli.main([*one, "--adapter", "--policy", str(begun.policy)])
     assert "model.lora.rank = 0: the run trains every weight" in capsys.readouterr().err
     assert not out.exists()
-    policy = model.load(begun.policy)
-    change = 0.1 * torch.randn(32, 1, generator=torch.Generator().manual_seed(0)).tile(1, 32)
-    with torch.no_grad():
-        policy.get_parameter("model.layers.0.self_attn.o_proj.weight")[:, :32] += change
-        policy.get_parameter("model.embed_tokens.weight").mul_(1.5)
-    weights = snapshot(policy)
-    save_policy(begun, begun.result, PolicyVersion(step=1, digest=digest(weights)), weights)
+    with_lora = config.load(run_file, ["model.lora.rank=2"])
+
+    def trained(run: Run, seed: int) -> torch.Tensor:
+        """Move adapters and embeddings of the policy that a phase starts from, and save it."""
+        policy, draw = model.load(run.policy), torch.Generator().manual_seed(seed)
+        lora.attach(policy, with_lora.model.lora, seed=seed)
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=draw))
+        weights = lora.snapshot(policy)
+        version = PolicyVersion(step=seed, digest=digest(weights))
+        save_policy(run, run.result, version, weights, lora.factors(policy))
+        return policy.eval()(torch.tensor([[1, 5, 9]])).logits
+
+    trained(replace(begun, config=with_lora), 1)
+    logits = trained(replace(prepare(config.load(run_file), "train"), config=with_lora), 2)
     cli.main([*one, "--adapter", "model.lora.rank=2"])
     names = {path.name for path in out.iterdir()}
     assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"} <= names
@@ -146,8 +151,18 @@ def test_adapters_are_exported_for_their_base(
     base = model.load(begun.policy)
     before = base(torch.tensor([[1, 5, 9]])).logits
     again = PeftModel.from_pretrained(base, str(out))(torch.tensor([[1, 5, 9]])).logits
-    torch.testing.assert_close(again, policy(torch.tensor([[1, 5, 9]])).logits)
+    torch.testing.assert_close(again, logits)
     assert not torch.equal(before, again)
+    assert json.loads((out / "adapter_config.json").read_text())["r"] == 4  # of both phases
+    facts = json.loads((begun.dir / "policy" / "policy.json").read_text())
+    assert Policy.open(begun.dir / "policy").version.digest == facts["version"]["digest"]
+    (begun.dir / "policy" / "policy.json").write_text(
+        json.dumps({name: value for name, value in facts.items() if name != "adapter"})
+    )
+    with pytest.raises(SystemExit):  # as an older version wrote it
+        cli.main([*one, "--adapter", "--overwrite", "model.lora.rank=2"])
+    assert "holds no adapters for" in capsys.readouterr().err
+    assert Policy.open(begun.dir / "policy").version.step == 2
 
 
 VLLM = """

@@ -8,33 +8,15 @@ import pytest
 from cluster.cli import app as cli
 from cluster.training.run import prepare
 from orchard import config
-from orchard.data.synthetic import WorldParams, write_world
 from rewards.registry import RewardContext
 from rewards.score import preload
+from tests.fixtures.runs import TinyRun
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> Path:
-    write_world(tmp_path / "data", WorldParams(num_items=60, num_users=60, level_size=(4, 5, 6)))
-    run = tmp_path / "run.toml"
-    run.write_text(
-        f"""
-        name = "toy"
-        output = "{tmp_path / "runs"}"
-        [data]
-        path = "{tmp_path / "data"}"
-        [model]
-        hidden_size = 16
-        heads = 2
-        kv_heads = 1
-        intermediate_size = 16
-        layers = 1
-        [rewards]
-        collaborative = {{ epochs = 2, hidden_size = 8 }}
-        listwise = {{ epochs = 2, hidden_size = 8, list_size = 4 }}
-        """
-    )
-    return run
+def world(tiny_run: TinyRun) -> Path:
+    scorer = {"epochs": 2, "hidden_size": 8}
+    return tiny_run(rewards={"collaborative": scorer, "listwise": {**scorer, "list_size": 4}})
 
 
 def test_a_scorer_is_fitted_measured_and_found_by_the_reward(

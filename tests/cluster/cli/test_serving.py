@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from ray import serve as ray_serve
 
 from cluster.cli import app as cli
-from cluster.cli import serving
+from cluster.cli import endpoint, serving
 from orchard.errors import CheckpointError, ConfigError, DataError
 from orchard.testing import tiny_setup
 from serve.app import DEPLOYMENT, build
@@ -111,10 +111,32 @@ def test_a_written_config_checks_out_and_what_serve_would_swallow_is_refused(
     ):
         with pytest.raises(ConfigError, match=f"unknown key .*{path[-1]}.* did you mean {said}"):
             spoilt(*path)
-    with pytest.raises(ConfigError, match="num_replicas"):
-        spoilt(*deployment, "num_replicas", value="many")
-    with pytest.raises(ConfigError, match=r"serve\.width"):
-        spoilt("applications", 0, "args", "serve", "width", value=0)
+    serve = ("applications", 0, "args", "serve")
+    for path, value, code in (
+        ((*deployment, "num_replicas"), "many", "bad_value"),
+        ((*serve, "width"), 0, "bad_value"),
+        ((*serve, "engine"), "trt", "unknown_name"),
+    ):
+        with pytest.raises(ConfigError, match=str(path[-1])) as refused:
+            spoilt(*path, value=value)
+        assert refused.value.code == f"config.{code}"
+
+
+def test_a_link_is_served_as_a_link_and_a_read_only_place_is_named(
+    policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = tmp_path / "current"
+    link.symlink_to(policy, target_is_directory=True)
+    arguments, _ = serving.resolve(link, [])
+    assert arguments.policy == link
+    monkeypatch.chdir(tmp_path)
+    arguments, _ = serving.resolve(Path("current"), ["serve.state=here"])
+    assert arguments.policy == link
+    assert serving.state_of(arguments) == tmp_path / "here"
+    (tmp_path / "file").write_text("")
+    arguments, settings = serving.resolve(link, [f"serve.state={tmp_path / 'file'}"])
+    with pytest.raises(ConfigError, match=r"file/logs cannot be written .*; set serve\.logs"):
+        serving.serve_here(arguments, settings)
 
 
 def test_a_run_serves_its_policy_and_counts_its_targets(policy: Path, tmp_path: Path) -> None:
@@ -131,8 +153,10 @@ def test_a_run_serves_its_policy_and_counts_its_targets(policy: Path, tmp_path: 
     assert {row["item_id"]: row["count"] for row in counts} == {5: 2, 9: 1}
     with pytest.raises(DataError, match="has no policy yet"):
         serving.resolve(run, ["name=other"])
-    with pytest.raises(ConfigError, match=r"did you mean serve\.width"):
-        serving.resolve(run, ["serve.widht=20"])
+    for override, code in (("serve.widht=20", "unknown_key"), ("serve.engine=trt", "unknown_name")):
+        with pytest.raises(ConfigError) as refused:
+            serving.resolve(run, [override])
+        assert refused.value.code == f"config.{code}"
     (policy / "policy.json").write_text('{"version": ')
     with pytest.raises(CheckpointError, match=r"policy\.json is damaged"):
         serving.resolve(policy, [])
@@ -148,7 +172,7 @@ def test_replicas_on_ray_serve_answer_alike_and_a_death_costs_a_retry_at_most(
     arguments, _ = serving.resolve(
         policy, [f"serve.port={port}", "serve.replicas=2", "serve.poll_interval_s=0.2"]
     )
-    serving.start(arguments)
+    assert serving.start(arguments) == f"http://127.0.0.1:{port}"
 
     async def work() -> None:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60.0) as client:
@@ -177,9 +201,36 @@ def test_replicas_on_ray_serve_answer_alike_and_a_death_costs_a_retry_at_most(
             seen = await under_load(client, body, 15.0, kill())
             assert [codes for codes in seen if codes[-1] != 200] == []
             assert victim not in replicas()
+            # One ID, whatever the client sends: Serve's proxy alone would echo it.
+            for sent in (b"mine-1", b"x" * 3000, b"\xff\xfe", b"a b"):
+                reply = await client.get("/healthz", headers=[(b"x-request-id", sent)])
+                (given,) = reply.headers.get_list("x-request-id")
+                assert (reply.status_code, given == "mine-1") == (200, sent == b"mine-1")
+
+    def beside() -> None:
+        """Serve a second endpoint on the same cluster, and end it alone."""
+        with pytest.raises(ConfigError, match="already serves an application 'orchard' at /;"):
+            serving.start(arguments)
+        other, _ = serving.resolve(policy, ["serve.application=second", f"serve.state={policy}2"])
+        with pytest.raises(ConfigError, match="route / is taken by the application 'orchard'"):
+            serving.start(other)
+        overrides = ["serve.application=second", "serve.route=/second", f"serve.state={policy}2"]
+        moved, _ = serving.resolve(policy, [*overrides, "serve.port=1"])
+        with pytest.raises(ConfigError, match=f"already runs on this cluster with port {port}"):
+            serving.start(moved)
+        other, _ = serving.resolve(policy, overrides)
+        address = serving.start(other)
+        assert address == f"http://127.0.0.1:{port}/second/"
+        assert httpx.get(f"{address}v1/policy").json()["variants"][0]["step"] == 7
+        endpoint.stop(other.serve, own=False)
+        assert httpx.get(f"http://127.0.0.1:{port}/healthz").status_code == 200
+        assert httpx.get(f"{address}healthz").status_code == 404
+        endpoint.stop(arguments.serve, own=True)
+        assert endpoint.serve_instance() is None
 
     try:
         asyncio.run(work())
+        beside()
     finally:
         ray_serve.shutdown()
 

@@ -12,8 +12,8 @@ import ray
 from cluster.cli import app as cli
 from cluster.planning.plan import GIB, Machine, Sizes, Speed, layout, plan
 from orchard import config
-from orchard.data.synthetic import WorldParams, write_world
 from orchard.settings import Config
+from tests.fixtures.runs import TinyRun
 
 SIZES = Sizes(
     parameters=10_000_000, hidden=256, inner=1024, layers=4, longest=4096,
@@ -92,15 +92,8 @@ def test_a_cluster_elsewhere_is_not_judged_by_this_machine() -> None:
 
 
 @pytest.fixture
-def run_file(tmp_path: Path) -> Path:
-    write_world(tmp_path / "data", WorldParams(num_items=60, num_users=60, level_size=(4, 5, 6)))
-    path = tmp_path / "run.toml"
-    sizes = "hidden_size = 16\nheads = 2\nkv_heads = 1\nintermediate_size = 16\nlayers = 1"
-    path.write_text(
-        f'name = "toy"\noutput = "{tmp_path / "runs"}"\n[data]\npath = "{tmp_path / "data"}"\n'
-        f'[model]\n{sizes}\nvalue_head = true\n[rollout]\nengine = "torch"\n'
-    )
-    return path
+def run_file(tiny_run: TinyRun) -> Path:
+    return tiny_run(model={"value_head": True}, rollout={"engine": "torch"})
 
 
 def test_the_command_plans_without_starting_anything(

@@ -8,7 +8,7 @@ import pytest
 
 from cluster.cli import app as cli
 from cluster.planning.simulate import GPUS, STAGES, Model, simulate, times
-from orchard.data.synthetic import WorldParams, write_world
+from tests.fixtures.runs import TinyRun
 
 CALM = Model(spread=0.0, prompts_per_step=512.0, max_lag=0.0, reward_actors=512.0)
 
@@ -69,13 +69,9 @@ def test_equal_seeds_give_equal_runs_and_a_spread_costs_time() -> None:
 
 
 def test_the_command_simulates_a_run_under_assumptions(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_run: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_world(tmp_path / "data", WorldParams(num_items=60, num_users=60, level_size=(4, 5, 6)))
-    run = tmp_path / "run.toml"
-    run.write_text(
-        f'name = "toy"\noutput = "{tmp_path / "runs"}"\n[data]\npath = "{tmp_path / "data"}"\n'
-    )
+    run = tiny_run()
     plot = tmp_path / "plot.svg"
     options = ["--simulate", "--assume", "pack_rate=1", "--plot", str(plot)]
     cli.main(["plan", str(run), "rollout.group_size=4", *options])

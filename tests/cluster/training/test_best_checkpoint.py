@@ -110,7 +110,7 @@ def test_a_best_checkpoint_judged_otherwise_is_judged_again(
     run, calls = controller.run, list[int]()
     policy = snapshot(model.load(run.policy))
     facts = {"valid_score": 0.5, "valid_rows": 8.0, "valid_beams": 10.0}
-    save_policy(run, run.result, PolicyVersion(step=7, digest="x"), policy, **facts)
+    save_policy(run, run.result, PolicyVersion(step=7, digest=digest(policy)), policy, **facts)
 
     async def judged(_: object, rows: np.ndarray, **__: object) -> Evaluation:
         calls.append(len(rows))
@@ -127,6 +127,6 @@ def test_a_best_checkpoint_judged_otherwise_is_judged_again(
         update = Update(policy=version, metrics={}, weights=weights)
         await best_checkpoint.evaluate_and_keep(update)
 
-    asyncio.run(kept(PolicyVersion(step=6, digest="y"), policy))
+    asyncio.run(kept(PolicyVersion(step=6, digest=digest(policy)), policy))
     assert PolicyFacts.read(run.result).version.step == 7  # no better than it, by the new measure
     assert PolicyFacts.read(run.result).measurements["valid_score"] == 0.5

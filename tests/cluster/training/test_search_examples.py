@@ -2,11 +2,13 @@
 
 import json
 import re
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cluster.report.sections import examples
+from cluster.report.report import gather, page
 from cluster.training.search_examples import describe, pick_examples
 from orchard.policy import value_head
 from orchard.settings import VedConfig
@@ -76,15 +78,18 @@ def test_the_hits_furthest_down_and_one_miss_are_told(
     assert sum(prompt not in hits for prompt in shown) == 1
 
 
-def test_a_drawing_names_every_candidate(found: tuple[ScoredTrees, ScoredTrees]) -> None:
+def test_a_drawing_names_every_candidate(
+    found: tuple[ScoredTrees, ScoredTrees], tmp_path: Path
+) -> None:
     scored, beams = found
     example = describe(scored, beams.trees, 0, ITEMS)
-    html = examples([example])
+    findings = gather(tmp_path)
+    html = page(replace(findings, examples=[example]))
     assert html.count("<svg") == 1
     text = re.sub(r"<[^>]*>", " ", html)
     for candidate in example["candidate"]:
         assert candidate["name"] in text
-    assert examples([]) == ""
+    assert "Search trees" not in page(findings)
 
 
 def test_with_hits_alone_or_misses_alone_there_are_fewer_examples(

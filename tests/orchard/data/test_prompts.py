@@ -1,5 +1,6 @@
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchard import ragged
+from orchard.catalog.catalog import from_codes
 from orchard.data.prompts import (
     Split,
     code_states,
@@ -129,3 +131,56 @@ def test_code_states_walk_the_trie() -> None:
             low, high = (int(ITEMS.trie.child_start[n]) for n in (node, node + 1))
             node = low + ITEMS.trie.code[low:high].tolist().index(code)
             assert after[row, level] == node
+
+
+@pytest.mark.parametrize(
+    ("users", "alike"),
+    [
+        (pa.array(["u1", "u2", "u1", "u1"]), [(0, 2), (0, 3), (2, 3)]),
+        (pa.array(["u1", None, "u1", None]), [(0, 2)]),
+        (pa.array([4, None, 4, None]), [(0, 2)]),
+        (pa.array([4.0, float("nan"), 4.0, None]), [(0, 2)]),
+        (pa.array(["a", "b", "a", "b"]).dictionary_encode(), [(0, 2), (1, 3)]),
+        (pa.array(["5", "5", "5", "6"], pa.large_string()), [(0, 1), (0, 2), (1, 2)]),
+        (pa.nulls(4), []),
+    ],
+)
+def test_users_of_hand_made_splits_may_be_text_or_missing(
+    tmp_path: Path, users: Any, alike: list[tuple[int, int]]
+) -> None:
+    table = {"user_id": users, "history": [[0]] * 4, "target": [1] * 4}
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    pq.write_table(pa.table({**table, "user_id": users}), tmp_path / "b.parquet")
+    catalog = from_codes([[0], [1]])
+    user = read_split([tmp_path / "a.parquet"], catalog, max_history=3).user
+    pairs = [(i, j) for i in range(4) for j in range(i + 1, 4) if user[i] == user[j]]
+    assert pairs == alike
+    both = read_split([tmp_path / "a.parquet", tmp_path / "b.parquet"], catalog, max_history=3).user
+    known = {i for pair in alike for i in pair}
+    assert all(both[i] == both[i + 4] for i in known)
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("user_id", pa.array([[1], [2]]), "`user_id` of .* holds list.*; it must hold integers or"),
+        ("user_id", pa.array([1.5, 2.0]), "holds fractions"),
+        ("history", pa.array([[0, 1], [None, 1]]), "row 1 of .* has a missing item in `history`"),
+        ("history", pa.array([[0.5], [1.0]]), "lists of integers"),
+    ],
+)
+def test_columns_that_cannot_be_used_are_named(
+    tmp_path: Path, column: str, values: Any, message: str
+) -> None:
+    table = {"user_id": [1, 2], "history": [[0], [1]], "target": [1, 0], column: values}
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=message):
+        read_split([tmp_path / "a.parquet"], from_codes([[0], [1]]), max_history=3)
+
+
+def test_histories_of_a_fixed_size_are_read(tmp_path: Path) -> None:
+    fixed = pa.array([[0, 1], [1, 1]], pa.list_(pa.int64(), 2))
+    pq.write_table(pa.table({"history": fixed, "target": [1, 0]}), tmp_path / "a.parquet")
+    split = read_split([tmp_path / "a.parquet"], from_codes([[0], [1]]), max_history=3)
+    assert split.history.tolist() == [0, 1, 1, 1]
+    assert split.history_start.tolist() == [0, 2, 4]

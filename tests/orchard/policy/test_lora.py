@@ -10,9 +10,9 @@ import torch
 from learner.batch.sft import pack_examples
 from learner.trainer import Trainer
 from orchard.data.sft_tasks import SftExamples
-from orchard.errors import CheckpointError, ConfigError
-from orchard.policy import adapters, lora, model
-from orchard.policy.weights import restore, snapshot
+from orchard.errors import ConfigError
+from orchard.policy import lora, model
+from orchard.policy.weights import Weights, restore, snapshot
 from orchard.settings import LearnerConfig, LoraConfig
 from orchard.testing import tiny_setup
 from orchard.types import PolicyVersion
@@ -66,7 +66,7 @@ def test_trained_adapters_merge_into_a_policy_that_computes_the_same() -> None:
         )
 
 
-def moved(base: model.PreTrainedModel, *, seed: int) -> model.PreTrainedModel:
+def moved(base: model.PreTrainedModel, *, seed: int) -> tuple[model.PreTrainedModel, Weights]:
     """The base after a training that moved all its fresh adapters and embeddings; merged."""
     adapted, draw = copy.deepcopy(base), torch.Generator().manual_seed(seed)
     lora.attach(adapted, ON, seed=seed)
@@ -76,7 +76,7 @@ def moved(base: model.PreTrainedModel, *, seed: int) -> model.PreTrainedModel:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=draw))
     merged = copy.deepcopy(base)
     restore(merged, lora.snapshot(adapted))
-    return merged
+    return merged, lora.factors(adapted)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -94,28 +94,22 @@ def test_adapters_apart_from_the_policy_make_it_of_its_base_again(
     size = world.tokenizer.size + 3
     grown = copy.deepcopy(base)
     grown.resize_token_embeddings(size, mean_resizing=False)
-    warm = moved(grown, seed=0)
+    warm, first = moved(grown, seed=0)
+    trained, second = moved(warm, seed=1)
     token = torch.randint(size, (2, 9), generator=torch.Generator().manual_seed(0))
-    for policy, rank in ((warm, 4), (moved(warm, seed=1), 8)):
-        out = tmp_path / str(rank)
-        assert adapters.write(policy, model.load(tmp_path / "base"), ON, out) == rank
+    for policy, adapter in ((warm, first), (trained, lora.stack(first, second))):
+        out = tmp_path / f"{len(adapter)}-{policy is warm}"
+        with torch.no_grad():
+            known = policy.eval()(token).logits.log_softmax(-1)
+        lora.export(copy.deepcopy(policy), adapter, out, base="base")
         loaded = model.load(tmp_path / "base")
         loaded.resize_token_embeddings(size, mean_resizing=False)
         again = PeftModel.from_pretrained(loaded, str(out)).eval()
         with torch.no_grad():
-            known, found = (m(token).logits.log_softmax(-1) for m in (policy.eval(), again))
+            found = again(token).logits.log_softmax(-1)
         torch.testing.assert_close(found, known, atol=1e-5, rtol=0)
         assert not torch.equal(loaded(token).logits, grown(token).logits)
 
 
-def test_what_is_more_than_adapters_is_not_exported_as_such(tmp_path: Path) -> None:
-    world = tiny_setup()
-    base = copy.deepcopy(world.model)
-    policy = moved(moved(moved(base, seed=0), seed=1), seed=2)
-    with pytest.raises(CheckpointError, match=r"more than twice the rank of model.lora.rank = 4"):
-        adapters.write(policy, copy.deepcopy(base), ON, tmp_path / "out")
-    with torch.no_grad():
-        policy.get_parameter("model.norm.weight").add_(1.0)
-    with pytest.raises(CheckpointError, match=r"model.norm.weight differs .* leave out --adapter"):
-        adapters.write(policy, copy.deepcopy(base), ON, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+def test_a_policy_that_trains_every_weight_has_no_factors() -> None:
+    assert lora.factors(tiny_setup().model) == {}

@@ -1,18 +1,21 @@
 """A policy folder is read and written by one type, whole, and verified."""
 
+import errno
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from orchard.errors import CheckpointError, DataError
+from orchard.errors import CatalogError, CheckpointError, DataError
 from orchard.policy import value_head
 from orchard.policy.item_tokenizer import compact_tokenizer
 from orchard.policy.store import FILE, Policy, PolicyFacts
 from orchard.policy.weights import digest
 from orchard.testing import TinySetup, tiny_setup
+from tests.fixtures.guides import random_guide
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +48,20 @@ def test_what_is_saved_is_read_back(policy: Policy, tmp_path: Path) -> None:
     assert all(np.array_equal(read.weights[name], value) for name, value in policy.weights.items())
 
 
+def test_a_guide_travels_with_its_policy(policy: Policy, tmp_path: Path) -> None:
+    policy.save(tmp_path / "policy")
+    assert Policy.open(tmp_path / "policy").guide is None
+    guide = random_guide(policy.tokenizer.catalog, seed=1)
+    guide.save(tmp_path / "policy" / "guide")
+    Policy.open(tmp_path / "policy").save(tmp_path / "copy")
+    copied = Policy.open(tmp_path / "copy").guide
+    assert copied is not None
+    assert copied.digest == guide.digest
+    random_guide(tiny_setup(seed=5).catalog, seed=1).save(tmp_path / "copy" / "guide")
+    with pytest.raises(CatalogError, match="was fitted on catalog"):
+        _ = Policy.open(tmp_path / "copy").guide
+
+
 def test_a_folder_in_use_is_replaced_as_a_whole(policy: Policy, tmp_path: Path) -> None:
     out = tmp_path / "policy"
     policy.save(out)
@@ -68,7 +85,54 @@ def test_weights_that_are_not_the_named_ones_are_refused(policy: Policy, tmp_pat
     other.save(tmp_path / "policy")
     with pytest.raises(CheckpointError, match="their folder names 00000000"):
         Policy.open(tmp_path / "policy")
-    assert Policy.open(tmp_path / "policy", verify=False).version.digest == policy.version.digest
+
+
+def test_an_open_policy_owns_its_weights(policy: Policy, tmp_path: Path) -> None:
+    policy.save(tmp_path / "policy")
+    read = Policy.open(tmp_path / "policy")
+    for file in (tmp_path / "policy").glob("*.safetensors"):
+        with file.open("r+b") as stream:  # in place, as a copy over the folder writes
+            stream.seek(-64, os.SEEK_END)
+            stream.write(bytes(64))
+    assert digest(read.weights) == policy.version.digest
+    with pytest.raises(CheckpointError, match="their folder names"):
+        Policy.open(tmp_path / "policy")
+
+
+def test_weights_are_readable_like_the_files_beside_them(policy: Policy, tmp_path: Path) -> None:
+    policy.save(tmp_path / "policy")
+    modes = {file.name: file.stat().st_mode for file in (tmp_path / "policy").glob("*.*")}
+    assert {"model.safetensors", "value_head.safetensors", FILE} <= modes.keys()
+    assert len(set(modes.values())) == 1
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", FILE])
+def test_a_file_that_may_not_be_read_is_not_called_damaged(
+    name: str, policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy.save(tmp_path / "policy")
+    real = os.open
+
+    def guarded(path: Path, *more: int) -> int:  # root may read everything
+        if Path(path).name == name:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return real(path, *more)
+
+    monkeypatch.setattr(os, "open", guarded)
+    with pytest.raises(DataError, match=rf"{name} may not be read: Permission denied"):
+        Policy.open(tmp_path / "policy")
+
+
+def test_a_generation_config_that_cannot_be_saved_is_replaced(
+    policy: Policy, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    policy.save(tmp_path / "policy")
+    file = tmp_path / "policy" / "generation_config.json"
+    file.write_text('{"do_sample": false, "temperature": 0.6, "eos_token_id": 2}')
+    read = Policy.open(tmp_path / "policy")
+    assert "contradicts itself" in caplog.text
+    read.save(tmp_path / "again")
+    assert Policy.open(tmp_path / "again").version == policy.version
 
 
 def test_a_policy_of_another_catalog_is_refused(policy: Policy, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ OLD = {
 
 
 def run(**sections: object) -> Config:
-    return config.parse({"data": {"path": "data"}, **sections})
+    return config.parse({"name": "old", "data": {"path": "data"}, **sections})
 
 
 def test_old_keys_and_values_of_a_file_mean_what_the_new_ones_mean() -> None:
@@ -50,8 +50,10 @@ def test_an_old_key_is_announced_under_its_new_name(
 
 
 def test_an_old_key_beside_its_new_one_is_refused() -> None:
-    with pytest.raises(ConfigError, match="candidates is now group_size, and both are set"):
+    with pytest.raises(ConfigError) as refused:
         run(rollout={"candidates": 4, "group_size": 4})
+    assert refused.value.code == "config.renamed_key_twice"
+    assert "candidates is now group_size, and both are set" in str(refused.value)
 
 
 def test_unknown_keys_stay_as_they_are() -> None:

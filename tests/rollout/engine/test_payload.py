@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from rollout.engine.torch import TorchEngine
 from rollout.item_filter import ItemFilter
 from rollout.search.beam import beam
 from rollout.search.sampling import dynamic
+from tests.fixtures.guides import random_guide
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +97,19 @@ def test_what_is_kept_does_not_grow_with_what_is_sent() -> None:
     assert send(views[0]) == 1
     assert send(views[-CAPACITY]) == 0
     assert len(receiver._cached) == CAPACITY
+
+
+def test_a_guide_travels_once(world: TinySetup) -> None:
+    sender, receiver = both()
+    guide = random_guide(world.catalog, seed=1)
+    find = partial(beam, width=3, guide=guide, prove=3)
+    first, second = sender.encode(find), sender.encode(find)
+    assert list(first.new) == [f"guide {guide.digest}"]
+    assert not second.new
+    receiver.decode(first)
+    assert cast(Any, receiver.decode(second)).keywords["guide"].digest == guide.digest
+    other = sender.encode(partial(beam, width=3, guide=replace(guide, seen_weight=9.0)))
+    assert len(other.new) == 1
 
 
 def test_views_differ_in_digest_where_they_differ_in_what_is_live(world: TinySetup) -> None:

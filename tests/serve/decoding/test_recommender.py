@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from serve.decoding.recommender import places_among, popular_items, recommend
-from serve.decoding.trace import TracedSearch, draw_tree
+from serve.decoding.trace import Trace, draw_tree
 from serve.errors import UnprocessableError
 from serve.testing import FILTERS, TinyShop, kind, query
 
@@ -161,23 +161,11 @@ def test_the_fallback_shows_what_is_popular_and_allowed(shop: TinyShop) -> None:
 
 def test_a_tree_shows_what_was_kept_and_what_was_pruned(shop: TinyShop) -> None:
     catalog_version, single = shop.catalog_store.current, query(HISTORY, k=3)
-    traces: list[TracedSearch] = []
-
-    class TracingRunner:
-        version = shop.engine.version
-
-        def run(self, search_fn: Any, prompts: Any) -> Any:
-            traces.append(TracedSearch(search_fn, record_steps=True))
-            return shop.engine.run(traces[0], prompts)
-
-        def load_weights(self, version: Any, weights: Any) -> None: ...
-
-        def set_catalog(self, catalog: Any) -> None: ...
-
+    trace = Trace(record_steps=True)
     (ranked,), candidates = recommend(
-        TracingRunner(), catalog_version, [single], kind(width=3), max_history=10
+        shop.engine, catalog_version, [single], kind(width=3), max_history=10, trace=trace
     )
-    nodes = draw_tree(catalog_version, candidates, traces[0].steps, ranked.leaf)
+    nodes = draw_tree(catalog_version, candidates, trace.steps, ranked.leaf)
     node_of = {node.id: node for node in nodes}
     assert [n.id for n in nodes if n.parent == -1] == [0]
     for node in nodes[1:]:
@@ -188,7 +176,7 @@ def test_a_tree_shows_what_was_kept_and_what_was_pruned(shop: TinyShop) -> None:
         if item.item_id in ends:
             assert ends[item.item_id].score == pytest.approx(item.score, abs=1e-5)
     assert any(not node.kept for node in nodes)
-    assert traces[0].prefill_s > 0
+    assert trace.prefill_s > 0
 
 
 def test_places_count_earlier_members_of_the_group() -> None:

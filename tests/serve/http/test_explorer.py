@@ -1,5 +1,6 @@
 """The explorer page in a real browser, if one is installed."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -18,13 +19,34 @@ from serve.http.routes import create_app
 from serve.metrics import InMemoryMetrics
 from serve.testing import export_policy
 
+DOCS = Path(__file__).parents[3] / "serve" / "http" / "docs.html"
 PAGE = Path(__file__).parents[3] / "serve" / "http" / "explorer.html"
 
 
-def test_the_page_needs_nothing_from_elsewhere() -> None:
-    text = PAGE.read_text()
+@pytest.mark.parametrize("page", [PAGE, DOCS])
+def test_the_page_needs_nothing_from_elsewhere(page: Path) -> None:
+    text = page.read_text()
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", text)
     assert "innerHTML" not in text  # titles are the users' text
+
+
+def test_item_ids_beyond_the_numbers_of_javascript_survive() -> None:
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("no Node.js is installed")
+    text = PAGE.read_text()
+    code = text[text.index("const ids =") : text.index("const make =")]
+    asked = 'write({history: ids("9007199254740993 -3 9223372036854775807"), k: 5, exclude: []})'
+    answer = (
+        r'{"item_id":9007199254740993,"score":-0.12345678901234567,"title":"1 \"1234567890123456"}'
+    )
+    program = f"{code}; console.log({asked}); console.log(JSON.stringify(parse({answer!r})));"
+    done = subprocess.run([node, "-e", program], capture_output=True, text=True, check=True)
+    sent, read = done.stdout.splitlines()
+    assert sent == '{"history":[9007199254740993,-3,9223372036854775807],"k":5,"exclude":[]}'
+    assert json.loads(read)["item_id"] == "9007199254740993"
+    assert json.loads(read)["score"] == -0.12345678901234567
+    assert json.loads(read)["title"] == '1 "1234567890123456'
 
 
 @pytest.mark.slow

@@ -83,6 +83,37 @@ def test_a_body_is_not_read_without_the_token(path: str, monkeypatch: pytest.Mon
     assert post(path, counted_body(), {"authorization": f"Bearer {TOKEN}"}).text == "1"
 
 
+@pytest.mark.parametrize(
+    "sent",
+    [[b"mine-1"], [b"mine-1", b"mine-1"], [b"mine-1", b"other"], [b"x" * 3000], [b"\xff\xfe"],
+     [b"a b"], [b""], []],
+)  # fmt: skip
+@pytest.mark.parametrize("doubled", [False, True])
+def test_a_response_has_one_request_id_and_only_a_valid_one_is_taken_over(
+    sent: list[bytes], doubled: bool
+) -> None:
+    received: list[list[bytes]] = []
+
+    async def proxy(scope: Scope, receive: Receive, send: Send) -> None:
+        """Echo every ID, as Serve's proxy does."""
+        ids = [value for name, value in scope["headers"] if name == b"x-request-id"]
+        received.append(ids)
+        response = PlainTextResponse("")
+        response.raw_headers += [(b"X-Request-ID", value) for value in ids * (1 + doubled)]
+        await response(scope, receive, send)
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(middleware.RequestIdMiddleware(proxy))
+        async with httpx.AsyncClient(transport=transport, base_url="http://shop") as client:
+            return await client.get("/", headers=[(b"x-request-id", value) for value in sent])
+
+    (given,) = asyncio.run(ask()).headers.get_list("x-request-id")
+    assert received == [[given.encode()]]
+    assert (given == "mine-1") == (set(sent) == {b"mine-1"})
+    assert len(given) <= 100
+    assert [each.cls for each in middleware.proxy_middlewares()] == [middleware.RequestIdMiddleware]
+
+
 def test_validation_of_a_body_stops_at_its_first_error() -> None:
     for body in ({"history": ["x"] * 10_000}, {f"key{n}": n for n in range(100_000)}):
         with pytest.raises(ValidationError) as failure:

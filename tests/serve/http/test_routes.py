@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from orchard.catalog import catalog as catalogs
-from orchard.errors import CheckpointError, ConfigError
+from orchard.errors import CheckpointError, ConfigError, EngineError
 from orchard.policy import weights
 from orchard.settings import FilterConfig, ServeConfig, VariantConfig
 from orchard.testing import TinySetup, tiny_setup
@@ -24,7 +24,7 @@ from serve.factory import open_service
 from serve.http.routes import create_app
 from serve.metrics import InMemoryMetrics
 from serve.policies.ab_test import assign_variant
-from serve.schema import RecommendResponse
+from serve.schema import DeltaRequest, RecommendResponse
 from serve.service import Service
 from serve.testing import export_policy
 
@@ -202,6 +202,174 @@ def test_items_catalog_policy_and_health_can_be_looked_at(folder: Path) -> None:
     served(folder, work)
 
 
+def test_methods_and_content_types_are_answered_by_the_book(folder: Path) -> None:
+    async def work(client: httpx.AsyncClient, service: Service) -> None:
+        for path in ("/healthz", "/readyz", "/v1/catalog", "/v1/items/39", "/docs", "/"):
+            shown, head = await client.get(path), await client.head(path)
+            assert (head.status_code, head.content) == (200, b""), path
+            assert head.headers["content-length"] == shown.headers["content-length"]
+        for method, path, allowed in (
+            ("POST", "/v1/catalog", "GET, HEAD"), ("GET", "/v1/recommend", "POST"),
+            ("HEAD", "/v1/recommend", "POST"), ("DELETE", "/v1/items/3", "GET, HEAD"),
+            ("PUT", "/v1/catalog/delta", "POST"), ("GET", "/v1/policy:activate", "POST"),
+            ("OPTIONS", "/healthz", "GET, HEAD"), ("PATCH", "/v1/explore/main", "POST"),
+        ):  # fmt: skip
+            refused = await client.request(method, path)
+            assert (refused.status_code, refused.headers["allow"]) == (405, allowed), path
+        body = b'{"history": [3]}'
+        for path in ("/v1/recommend", "/v1/recommend:batch", "/v1/explore/main"):
+            for headers in (
+                {}, {"content-type": "text/plain"}, {"content-type": "json"},
+                {"content-type": "application/x-www-form-urlencoded"},
+                {"content-type": "application/json; charset=utf-16"},
+                {"content-type": "application/json", "content-encoding": "gzip"},
+            ):  # fmt: skip
+                refused = await client.post(path, content=body, headers=headers)
+                assert refused.status_code == 415, headers
+                assert refused.json()["type"] == "urn:orchard:problem:unsupported-media"
+        for kind in ("application/json", "Application/JSON; Charset=UTF-8", "application/ld+json"):
+            taken = await client.post("/v1/recommend", content=body, headers={"content-type": kind})
+            assert taken.status_code == 200, kind
+
+    served(folder, work)
+
+
+@pytest.mark.parametrize("written", ["1_0", "1%0A", "%201", "+1", "01", "-0", "1.0", "٣", "1e1"])
+def test_an_item_id_is_digits_alone(folder: Path, written: str) -> None:
+    async def work(client: httpx.AsyncClient, service: Service) -> None:
+        assert (await client.get(f"/v1/items/{written}")).status_code == 422
+        assert (await client.get("/v1/items/10")).json()["item_id"] == 10
+
+    served(folder, work)
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-320, 1e-307, 1e-200, 1e-9])
+def test_any_temperature_above_zero_can_be_sampled_at(folder: Path, temperature: float) -> None:
+    async def work(client: httpx.AsyncClient, service: Service) -> None:
+        greedy = await recommend(client, history=[3], k=3)
+        body = {"decoder": "beam_sample", "temperature": temperature, "seed": 1}
+        drawn = await recommend(client, history=[3], k=3, **body)
+        assert shown(drawn)[:1] == shown(greedy)[:1]
+
+    served(folder, work)
+
+
+def test_text_that_is_no_unicode_is_refused_as_a_problem(folder: Path) -> None:
+    async def work(client: httpx.AsyncClient, service: Service) -> None:
+        headers = {"content-type": "application/json"}
+        for body in (
+            rb'{"history": [1], "\ud800": 1}',
+            rb'{"history": [1], "filters": ["\ud800"]}',
+        ):
+            refused = await client.post("/v1/recommend", content=body, headers=headers)
+            assert refused.status_code == 422
+            assert refused.headers["content-type"] == "application/problem+json"
+        delta = rb'{"add": [{"item_id": 99, "sid": [0, 0, 0], "title": "\ud800"}]}'
+        refused = await client.post("/v1/catalog/delta", content=delta, headers=headers | OPERATOR)
+        assert refused.status_code == 422
+
+    served(folder, work)
+
+
+@pytest.mark.parametrize("scheme", ["bearer", "BEARER", "Bearer ", "bEaReR"])
+def test_the_scheme_of_a_token_may_be_in_any_case(folder: Path, scheme: str) -> None:
+    async def work(client: httpx.AsyncClient, service: Service) -> None:
+        response = await client.post(
+            "/v1/catalog/delta",
+            json={"remove": [1]},
+            headers={"authorization": f"{scheme} {TOKEN}"},
+        )
+        assert response.status_code == 200
+
+    served(folder, work)
+
+
+def test_attributes_of_another_type_are_refused_and_change_nothing(folder: Path) -> None:
+    async def work(client: httpx.AsyncClient, service: Service) -> None:
+        headers = {"content-type": "application/json", **OPERATOR}
+        for value in ("NaN", "Infinity", "1e999", '"75.0"', "3.5", "true"):
+            body = f'{{"update": [{{"item_id": 1, "attributes": {{"price": {value}}}}}]}}'
+            refused = await client.post("/v1/catalog/delta", content=body, headers=headers)
+            assert refused.status_code == 422, value
+        assert service.catalog_store.current.version == 0
+        body = {"update": [{"item_id": 5, "attributes": {"price": 1, "stock": True}}]}
+        assert (
+            await client.post("/v1/catalog/delta", json=body, headers=OPERATOR)
+        ).status_code == 200
+        item = (await client.get("/v1/items/5")).json()
+        assert item["filters"] == ["cheap", "stocked"]
+
+    served(folder, work)
+
+
+def test_a_damaged_ledger_keeps_the_catalog_and_refuses_the_next_delta(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def work(client: httpx.AsyncClient, service: Service) -> None:
+        await client.post("/v1/catalog/delta", json={"remove": [1]}, headers=OPERATOR)
+        (first,) = folder.parent.glob("serve/*/deltas/000000001.json")
+        broken = first.with_name("000000002.json")
+        broken.write_text("")
+        for _ in range(2):
+            await service.poll()
+        assert "000000002.json is empty; restore it from a backup" in caplog.text
+        assert caplog.text.count("000000002.json") == 1
+        info = (await client.get("/v1/catalog")).json()
+        assert info["version"] == 1
+        assert info["deltas_refused"] == "the ledger of the catalog is damaged after version 1"
+        refused = await client.post("/v1/catalog/delta", json={"remove": [2]}, headers=OPERATOR)
+        assert refused.status_code == 503
+        assert 1 not in shown(await recommend(client, history=[3], k=40))
+        broken.unlink()
+        taken = await client.post("/v1/catalog/delta", json={"remove": [2]}, headers=OPERATOR)
+        assert (taken.status_code, taken.json()["deltas_refused"]) == (200, "")
+
+    served(folder, work)
+
+
+def test_an_endpoint_whose_searches_fail_is_not_ready(folder: Path) -> None:
+    async def work(client: httpx.AsyncClient, service: Service) -> None:
+        def broken(*_: object) -> None:
+            raise EngineError("it cannot search")
+
+        engine = service.slots["main"].inference_engine
+        engine.run = broken  # type: ignore[method-assign, assignment]
+        for _ in range(3):
+            assert (await client.get("/readyz")).status_code == 200
+            assert (await recommend(client, history=[3]))["fallback"] == "engine"
+        assert (await client.get("/readyz")).status_code == 503
+        del engine.run  # type: ignore[attr-defined]
+        assert (await recommend(client, history=[3]))["source"] == "policy"
+        assert (await client.get("/readyz")).status_code == 200
+
+    served(folder, work)
+
+
+def test_the_log_says_what_the_version_that_answered_restricted(
+    folder: Path, tmp_path: Path
+) -> None:
+    async def work(client: httpx.AsyncClient, service: Service) -> None:
+        draw: dict[str, Any] = {"decoder": "beam_sample", "width": 1, "k": 1, "seed": 1}
+        search = service._scheduler._search  # pyright: ignore[reportPrivateUsage]
+
+        def meanwhile(*args: Any) -> Any:
+            results = search(*args)
+            delta = DeltaRequest.model_validate({"remove": [1]})
+            service.catalog_store.activate(service.catalog_store.apply(delta))
+            return results
+
+        service._scheduler._search = meanwhile  # type: ignore[method-assign]
+        await recommend(client, history=[777, *range(8), 888, 12], **draw)
+        service._scheduler._search = search  # type: ignore[method-assign]
+        await recommend(client, history=[3], **draw)
+
+    served(folder, work, exposure=tmp_path / "log")
+    first, second = pq.read_table(tmp_path / "log").to_pylist()
+    assert (first["restricted"], first["catalogue"][:2]) == (False, "0-")
+    assert (second["restricted"], second["catalogue"][:2]) == (True, "1-")
+    assert first["history"] == [*range(8), 12]  # as the policy read it
+
+
 def test_deltas_and_activations_need_the_token(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,7 +441,7 @@ def test_replicas_share_deltas_and_later_ones_read_them_all(folder: Path) -> Non
                      {"rollback_to": 1}, {"remove": [3]}):  # fmt: skip
             response = await client.post("/v1/catalog/delta", json=body, headers=OPERATOR)
             assert response.status_code == 200
-        await other.look()
+        await other.poll()
         late = open_service(folder, settings(folder), InMemoryMetrics())
         await late.start()
         for replica in (other, late):
@@ -303,7 +471,7 @@ def test_the_endpoint_follows_training_pins_and_goes_back(
     async def work(client: httpx.AsyncClient, service: Service) -> None:
         first = await recommend(client, history=[3, 4], k=40)
         trained_further(shop_world, folder, step=4)
-        await service.look()
+        await service.poll()
         second = await recommend(client, history=[3, 4], k=40)
         assert second["policy"].startswith("4-")
         assert [i["score"] for i in second["items"]] != [i["score"] for i in first["items"]]
@@ -314,7 +482,7 @@ def test_the_endpoint_follows_training_pins_and_goes_back(
         assert again["policy"] == first["policy"]
         assert [i["score"] for i in again["items"]] == [i["score"] for i in first["items"]]
         trained_further(shop_world, folder, step=5)
-        await service.look()
+        await service.poll()
         assert (await recommend(client, history=[3]))["policy"] == first["policy"]  # pinned
         other = open_service(folder, settings(folder), InMemoryMetrics())
         await other.start()
@@ -322,7 +490,7 @@ def test_the_endpoint_follows_training_pins_and_goes_back(
         await other.close()
         latest = {"version": "latest"}
         await client.post("/v1/policy:activate", json=latest, headers=OPERATOR)
-        await service.look()
+        await service.poll()
         assert (await recommend(client, history=[3]))["policy"].startswith("5-")
         unknown = {"version": "77-abc"}
         refused = await client.post("/v1/policy:activate", json=unknown, headers=OPERATOR)
@@ -343,7 +511,7 @@ def test_a_policy_exported_while_the_endpoint_starts_is_found(
     async def work(client: httpx.AsyncClient, service: Service) -> None:
         assert (await recommend(client, history=[3]))["policy"].startswith("3-")
         assert service.slots["main"].kept == []  # the folder contains another policy
-        await service.look()
+        await service.poll()
         assert (await recommend(client, history=[3]))["policy"].startswith("4-")
         (kept,) = service.slots["main"].kept
         assert kept.startswith("4-")
@@ -374,7 +542,7 @@ def test_the_newest_versions_are_kept_and_can_be_activated(
         slot = service.slots["main"]
         for step in (4, 5, 6):
             trained_further(shop_world, folder, step=step)
-            await service.look()
+            await service.poll()
         assert [version.split("-")[0] for version in slot.kept] == ["5", "6"]
         body = {"version": slot.kept[0]}
         await client.post("/v1/policy:activate", json=body, headers=OPERATOR)
@@ -389,12 +557,12 @@ def test_a_policy_that_is_not_what_it_says_is_not_followed(
     async def work(client: httpx.AsyncClient, service: Service) -> None:
         first = (await recommend(client, history=[3]))["policy"]
         trained_further(shop_world, folder, step=4, spoil=True)
-        await service.look()
+        await service.poll()
         assert (await recommend(client, history=[3]))["policy"] == first
         (main,) = (await client.get("/v1/policy")).json()["variants"]
         assert "their folder names 00000000" in main["refused"]
         shutil.rmtree(folder)
-        await service.look()
+        await service.poll()
         assert (await recommend(client, history=[3]))["policy"] == first
         # A switch is undone if the engine scores differently from the model.
         trained_further(shop_world, folder, step=6)
@@ -410,7 +578,7 @@ def test_a_policy_that_is_not_what_it_says_is_not_followed(
 
         slot.inference_engine.load_weights = broken  # type: ignore[method-assign]
         before = [i["score"] for i in (await recommend(client, history=[3]))["items"]]
-        await service.look()
+        await service.poll()
         after = await recommend(client, history=[3])
         assert after["policy"] == first
         assert [i["score"] for i in after["items"]] == before

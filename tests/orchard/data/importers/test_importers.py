@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from orchard.catalog import catalog as catalogs
 from orchard.data.importers.card import CARD, check_leaks
-from orchard.data.importers.examples import PARTS, SplitExamples, leaks, of_log
+from orchard.data.importers.examples import PARTS, SplitExamples, of_log
+from orchard.data.importers.leaks import leaks
 from orchard.data.importers.log import InteractionLog, ItemTable, k_core
 from orchard.data.importers.read import ImportOptions, format_of, read, size_of
 from orchard.data.importers.write import write
@@ -382,7 +383,7 @@ def test_lines_that_are_no_json_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is no file of JSON lines"):
         bring(reviews, tmp_path / "out", about)
     about.write_text('{"id": 1}')
-    with pytest.raises(DataError, match="have no asin, title or parent_asin, title"):
+    with pytest.raises(DataError, match="has the columns id but no `title`; .*items.title=NAME"):
         bring(reviews, tmp_path / "out", about)
 
 

@@ -320,3 +320,81 @@ def test_what_cannot_be_embedded_is_refused_and_the_folder_stays_as_it_was(tmp_p
     with pytest.raises(ConfigError, match="holds no weights"):
         build(folder, SemanticIdConfig(levels=(2, 2), model=tmp_path / "model"))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("suffix", ["npy", "npz", "pt"])
+def test_rows_without_identifiers_stay_with_their_items_when_those_are_reordered(
+    suffix: str, tmp_path: Path
+) -> None:
+    folder = shop(tmp_path / "shop", TITLES)
+    points = blobs(per=2)[:18]
+    path = tmp_path / f"e.{suffix}"
+    if suffix == "npy":
+        np.save(path, points)
+    elif suffix == "npz":
+        np.savez(path, points)
+    else:
+        torch.save(torch.from_numpy(points), path)
+    rng = np.random.default_rng(1)
+    target = rng.choice(np.arange(7, 25), 200, p=rng.dirichlet(np.ones(18)))
+    rows = {"history": [[7]] * 200, "target": target}
+    pq.write_table(pa.table(rows), folder / "train.parquet")
+    recipe = SemanticIdConfig(levels=(2, 4), embeddings=path, collisions="keep")
+    found: list[tuple[list[int], dict[int, list[int]]]] = []
+    for _ in range(3):
+        build(folder, recipe, overwrite=True)
+        table = pq.read_table(folder / "items.parquet").to_pydict()
+        found.append((table["item_id"], dict(zip(table["item_id"], table["sid"], strict=True))))
+        vectors = catalogs.read_embeddings(
+            folder / EMBEDDINGS, catalogs.read(folder / "items.parquet")
+        )
+        assert (vectors == points[np.array(table["item_id"]) - 7]).all()
+    assert found[0][0] != list(range(7, 25))  # the items were put in another order
+    assert found[0] == found[1] == found[2]
+    for file in (folder / "items.parquet", None):  # a run reads the file the same way
+        read = catalogs.read_embeddings(path, catalogs.read(folder / "items.parquet"), items=file)
+        if file is not None:
+            assert (read == points[np.array(found[0][0]) - 7]).all()
+    np.save(tmp_path / "other.npy", points + 1)  # in which order is it?
+    other = SemanticIdConfig(levels=(2, 4), embeddings=tmp_path / "other.npy", collisions="keep")
+    with pytest.raises(DataError, match="have no identifiers, and .* was put in another order"):
+        build(folder, other, overwrite=True)
+
+
+SCRIPTS = {
+    "Chinese": [
+        f"{a}{b}色的商品第{n}号"
+        for n, (a, b) in enumerate(zip("红蓝绿黑" * 30, "深浅亮" * 40, strict=True))
+    ],
+    "Japanese": [f"赤青緑の商品{'あいうえお'[n % 5]}第{n}号" for n in range(120)],
+    "Thai": [f"{'โคมไฟโต๊ะเก้าอี้'[n % 6 : n % 6 + 8]}สวยงาม{n}" for n in range(120)],
+    "punctuation": [("!?" * (n % 4 + 1) + "..." * (n % 3 + 1)) for n in range(120)],
+    "numbers": [f"X{n}Y{n * 7}" for n in range(120)],
+    "mixed": [f"Sony {'赤青緑'[n % 3]}の商品第{n}号" if n % 2 else f"{n}-a!" for n in range(120)],
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_titles_of_any_script_have_a_signal(script: str) -> None:
+    vectors = embed.of_titles(SCRIPTS[script], dimensions=16, seed=0)
+    assert embed.without_signal(vectors).sum() == 0
+    assert len(np.unique(vectors.round(4), axis=0)) > 3
+
+
+def test_words_are_read_as_before_where_every_title_shares_one() -> None:
+    assert embed.tokens("oak-table no. 5") == ["oak", "table", "no", "5"]
+    assert embed.tokens("Sony赤の椅子 x") == ["Sony", "赤の", "の椅", "椅子", "x"]
+
+
+def test_items_without_signal_are_counted_and_bounded(tmp_path: Path) -> None:
+    folder = shop(tmp_path / "shop", TITLES)
+    points = blobs(per=2)[:18]
+    points[:4] = 0
+    np.save(tmp_path / "e.npy", points)
+    recipe = {"levels": (2, 4), "embeddings": tmp_path / "e.npy"}
+    with pytest.raises(
+        DataError, match=r"of 4 of 18 items say nothing .* such as item 7; at most 20%"
+    ):
+        build(folder, SemanticIdConfig(**recipe))
+    report = build(folder, SemanticIdConfig(**recipe, max_without_signal=0.25))
+    assert (report["items_without_signal"], report["items_sharing_an_embedding"]) == (4, 4)

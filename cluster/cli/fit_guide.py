@@ -1,0 +1,87 @@
+"""Fit the guide of a policy: experts counted in the training rows, weights from its beams."""
+
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import typer
+
+from cluster.console import Progress
+from cluster.training.run import Run, prepare
+from orchard.data.prompts import make_prompts
+from orchard.guide import fit
+from orchard.guide.guide import Guide
+from orchard.policy.store import GUIDE, Policy
+from orchard.settings import Config
+from rollout.engine.torch import TorchEngine
+from rollout.search.beam import beam
+
+
+def fit_guide(settings: Config, policy: Path | None) -> None:
+    """Fit the guide of a policy folder, write it into the folder, and print its weights.
+
+    Args:
+        settings: configuration of the run whose rows are counted.
+        policy: policy folder; by default the trained policy, or else that of SFT.
+
+    Raises:
+        DataError: no beam on the validation rows holds its target.
+    """
+    torch.set_num_threads(settings.learner.threads)
+    trained = settings.run_dir / "policy"
+    run = prepare(settings, "evaluate", policy=policy or (trained if trained.is_dir() else None))
+    started = time.perf_counter()
+    config = settings.guide
+    counted = fit.count(run.catalog, run.leaf_rows, config.experts, most=config.pairs)
+    opened = Policy.open(run.policy, run.tokenizer)
+    lists = search_lists(run, opened)
+    fitted = fit.fit_weights(counted, lists, ridge=config.ridge)
+    guide = replace(fitted.guide, policy=opened.version.digest)
+    guide.save(run.policy / GUIDE)
+    seconds = time.perf_counter() - started
+    for line in describe(guide, fitted, sum(len(batch.prompts) for batch in lists), run):
+        typer.echo(line)
+    typer.echo(f"guide: {run.policy / GUIDE} ({seconds:.1f} s)")
+
+
+def search_lists(run: Run, policy: Policy) -> list[fit.Lists]:
+    """Search beams on a seeded sample of the validation rows."""
+    settings = run.config.guide
+    order = np.random.default_rng(run.config.seed).permutation(len(run.valid))
+    rows = np.sort(order[: settings.rows])
+    engine = TorchEngine(policy.model, run.tokenizer, policy.version)
+    search_fn = partial(beam, width=settings.beams)
+    size = run.config.rollout.batch_size
+    lists = list[fit.Lists]()
+    with Progress("searching", total=-(-len(rows) // size)) as progress:
+        for first in range(0, len(rows), size):
+            prompts = make_prompts(run.tokenizer, run.valid, rows[first : first + size])
+            found = search_fn(engine, prompts)
+            lists.append(
+                fit.Lists(
+                    prompts=prompts,
+                    start=found.start,
+                    leaf=found.leaf,
+                    score=found.score.astype(np.float64),
+                )
+            )
+            progress.advance()
+    return lists
+
+
+def describe(guide: Guide, fitted: fit.Fitted, num_rows: int, run: Run) -> list[str]:
+    """Describe a fitted guide, one fact per line."""
+    rate = 100 * run.leaf_rows.repeat_rate
+    history = "left out of the lists" if guide.exclude_seen else "kept in the lists"
+    return [
+        f"{fitted.hits} of {num_rows} validation rows have their target in the beam; log p has "
+        f"weight {fitted.likelihood_weight:.3f}, relative to which",
+        *(f"{term.expert:>16} / {term.scale:<6g} {term.weight:+.3f}" for term in guide.terms),
+        f"{'popularity':>25} {guide.popularity_weight:+.3f}",
+        f"{'in the history':>25} {guide.seen_weight:+.3f}",
+        f"{rate:.2f} % of the training targets are in their own history, which is {history}",
+        f"{guide.num_bytes / 2**20:.1f} MiB",
+    ]

@@ -1,0 +1,1 @@
+"""Experts that count, and the guide: their weighted reward as values of prefixes in a search."""

@@ -1,0 +1,157 @@
+"""Keep a replica in step: with training, with the other replicas, and with its operator.
+
+Deltas and pins go through the shared state; policies are read from their folders. One change
+happens at a time, and none while a search that it would affect runs.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from orchard.errors import DataError
+from serve.catalog.ledger import LedgerError
+from serve.catalog.store import CatalogStore, CatalogVersion
+from serve.decoding.scheduler import DecodeScheduler
+from serve.errors import ConflictError, UnavailableError, UnknownNameError
+from serve.policies.slot import LATEST, LoadedPolicy, PolicySlot
+from serve.schema import ActivateRequest, DeltaRequest
+from serve.shared_state import SharedState
+
+_log = logging.getLogger("orchard.serve")
+
+
+class Synchronizer:
+    """Changes of a replica's catalog and policies. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        slots: Mapping[str, PolicySlot],
+        catalog_store: CatalogStore,
+        shared_state: SharedState,
+        scheduler: DecodeScheduler,
+        in_loader: Callable[..., Awaitable[Any]],
+    ) -> None:
+        """Change `slots` and `catalog_store` as `shared_state` and the policies' folders say.
+
+        `in_loader(call, *args)` runs a blocking call in the loader thread, one at a time.
+        """
+        self.slots, self.catalog_store = slots, catalog_store
+        self._shared_state, self._scheduler = shared_state, scheduler
+        self._in_loader = in_loader
+        self._changing = asyncio.Lock()
+        self.catalog_refused = ""
+        """Why newer catalog deltas are not applied, without paths; empty if they are."""
+
+    async def start(self) -> None:
+        """Catch up with the other replicas.
+
+        Raises:
+            LedgerError: a delta cannot be applied.
+        """
+        await self._in_loader(self._shared_state.catch_up, self.catalog_store)
+        for slot in self.slots.values():
+            await self._follow_pin(slot)
+
+    async def change(self, delta: DeltaRequest) -> CatalogVersion:
+        """Apply a delta and, unless it is a dry run, publish it to all replicas.
+
+        Raises:
+            ApiError: the delta is invalid, or was made for another version.
+        """
+        async with self._changing:
+            await self._catch_up()
+            if self.catalog_refused:
+                raise UnavailableError(
+                    f"{self.catalog_refused}; the log of the endpoint says what to do"
+                )
+            catalog_version = await self._in_loader(self.catalog_store.apply, delta)
+            if not delta.dry_run:
+                try:
+                    await self._in_loader(self._shared_state.append, catalog_version, delta)
+                except OSError as error:
+                    _log.exception("catalog version %d is not written", catalog_version.version)
+                    raise UnavailableError(
+                        "the delta could not be written to the state folder; try again"
+                    ) from error
+                self.catalog_store.activate(catalog_version)
+            return catalog_version
+
+    async def activate(self, request: ActivateRequest) -> None:
+        """Pin an archived version of a variant's policy, or follow training again.
+
+        Raises:
+            ApiError: the variant or version does not exist, or the probe fails.
+        """
+        async with self._changing:
+            if request.variant not in self.slots:
+                raise UnknownNameError(
+                    f"there is no variant {request.variant!r}; known: {', '.join(self.slots)}"
+                )
+            slot = self.slots[request.variant]
+            if request.version == LATEST:
+                slot.unpin()
+            else:
+                await self._pin(slot, request.version)
+            pinned = None if request.version == LATEST else request.version
+            await self._in_loader(self._shared_state.pin, slot.name, pinned)
+
+    async def poll(self) -> None:
+        """Poll the other replicas and training once."""
+        async with self._changing:
+            await self._catch_up()
+            for slot in self.slots.values():
+                await self._follow_pin(slot)
+                loaded = await self._in_loader(slot.read_new_policy)
+                if loaded is None:
+                    continue
+                if await self._switch(slot, loaded):
+                    await self._in_loader(slot.archive, loaded)
+                else:
+                    _log.warning("variant %s keeps %s: %s", slot.name, slot.version, slot.refused)
+
+    async def _catch_up(self) -> None:
+        """Apply new deltas; if one cannot be, keep the catalog, log why once, and remember it."""
+        refused = ""
+        try:
+            await self._in_loader(self._shared_state.catch_up, self.catalog_store)
+        except (LedgerError, OSError) as error:
+            version = self.catalog_store.current.version
+            refused = f"the ledger of the catalog is damaged after version {version}"
+            if refused != self.catalog_refused:
+                _log.error("the catalog stays at version %d: %s", version, error)
+        self.catalog_refused = refused
+
+    async def _follow_pin(self, slot: PolicySlot) -> None:
+        """Pin or unpin the slot as the shared state says."""
+        try:
+            pinned = await self._in_loader(self._shared_state.pinned, slot.name)
+        except DataError:
+            slot.refused = "the pin of this variant could not be read, and is not followed"
+            return
+        if pinned is None and slot.pinned is not None:
+            slot.unpin()
+        elif pinned is not None and pinned != slot.pinned:
+            try:
+                await self._pin(slot, pinned)
+            except (UnknownNameError, ConflictError) as error:
+                slot.refused = str(error)
+
+    async def _pin(self, slot: PolicySlot, version: str) -> None:
+        """Switch to an archived version and pin it; raise ConflictError if its probe fails."""
+        loaded = await self._in_loader(slot.load_archived, version)
+        if str(slot.version) != version and not await self._switch(slot, loaded):
+            raise ConflictError(slot.refused)
+        slot.pinned = version
+
+    async def _switch(self, slot: PolicySlot, loaded: LoadedPolicy) -> bool:
+        """Verify a policy and switch to it; return whether that succeeded.
+
+        Once started, callers hold the lock that catalog changes also take, so that both calls below
+        use the same catalog.
+        """
+        catalog = self.catalog_store.current.catalog
+        expected = await self._in_loader(slot.reference_scores, loaded, catalog)
+        if expected is None:
+            return False
+        return await self._scheduler.run_exclusive(slot.switch, loaded, catalog, expected)

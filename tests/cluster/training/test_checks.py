@@ -1,0 +1,102 @@
+"""Names in a configuration, and what the entries they name need of it."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from cluster.training.checks import REGISTRIES, check_names, choices
+from orchard import config
+from orchard.errors import ConfigError
+from orchard.settings import Config
+from rewards.registry import REWARDS
+from tests.fixtures.registries import Borrow
+
+ROOT = Path(__file__).parents[3]
+TREE = {"name": "toy", "data": {"path": "somewhere"}}
+
+
+def settings(*overrides: str) -> Config:
+    return config.parse(TREE, overrides)
+
+
+@pytest.mark.parametrize("setting", sorted(choices()))
+def test_a_setting_takes_every_registered_name_and_no_other(setting: str) -> None:
+    for name in choices()[setting]:
+        is_reward = setting == "rewards.weights"
+        override = f"{setting}={{{name}=1.0}}" if is_reward else f"{setting}={name}"
+        check_names(settings("model.value_head=" + str(name == "ved").lower(), override))
+    override = f"{setting}={{nonsense=1.0}}" if is_reward else f"{setting}=nonsense"
+    with pytest.raises(ConfigError, match=f"^{re.escape(setting)} names an unknown") as refused:
+        check_names(settings(override))
+    assert refused.value.code == "config.unknown_name"
+
+
+@pytest.mark.parametrize(
+    ("code", "overrides"),
+    [
+        ("group_of_one", ["learner.estimator=leave_one_out", "rollout.group_size=1"]),
+        ("head_by_requests", ["model.value_head=true", "rollout.decode=requests"]),
+        (
+            "head_by_requests",
+            ["model.value_head=true", "rollout.decode=requests", "rollout.engine=torch",
+             "evaluate.engine=vllm"],
+        ),
+        ("no_values", ["rollout.search=ved"]),
+        ("outcome_without_weight", ["learner.value.outcome={transition=1.0}"]),
+        ("ratio_of_steps", ["learner.ratio=sequence", "learner.estimator=sibling"]),
+        ("ratio_of_steps", ["learner.ratio=sequence", "learner.estimator=group_sibling"]),
+        ("ratio_of_steps", ["learner.ratio=sequence", "learner.estimator=sapo"]),
+        ("target_without_thought", ["rollout.search=think", "rollout.add_target=true"]),
+        ("values_of_thoughts", ["rollout.search=think", "model.value_head=true"]),
+        ("think_only_without_thoughts", ["learner.sapo.think_only=true"]),
+        ("thoughts_of_varying_depth", ["rollout.search=think", "data.varying_depth=true"]),
+        ("thoughts_of_varying_depth", ["evaluate.think=true", "data.titles=true"]),
+        ("thoughts_of_varying_depth", ["data.rationales=why", "data.varying_depth=true"]),
+        ("plugin_missing", ["plugins=['orchard_plugin_that_is_nowhere']"]),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused_by_code(code: str, overrides: list[str]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        check_names(settings(*overrides))
+    assert refused.value.code == f"config.{code}"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["rollout.search=ved", "rollout.ved.guide=critic"],
+        ["rollout.search=ved", "model.value_head=true", "rollout.engine=vllm"],
+        ["rollout.search=ved", "model.value_head=true", "rollout.engine=torch"],
+        ["rollout.engine=torch", "model.value_head=true", "rollout.decode=requests"],
+        ["learner.ratio=sequence", "learner.estimator=blend"],
+        ["learner.value.outcome={rule=1.0}"],
+        ["rollout.search=think", "learner.sapo.think_only=true"],
+    ],
+)
+def test_what_works_is_not_refused(overrides: list[str]) -> None:
+    check_names(settings(*overrides))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "cluster" / "runs").glob("*.toml")), ids=str)
+def test_shipped_run_files_name_what_there_is(path: Path) -> None:
+    check_names(config.load(path))
+
+
+def test_a_plugin_registers_what_a_run_may_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, borrow: Borrow
+) -> None:
+    borrow(REWARDS)
+    (tmp_path / "fair_reward.py").write_text(
+        "from rewards.registry import REWARDS\nfrom rewards.rule import rule\n\n\n"
+        '@REWARDS.register("fair")\ndef fair(trees, known):\n    return rule(trees, known)\n'
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(__import__("sys").path))
+    check_names(settings("rewards.weights={fair=1.0}", "plugins=['fair_reward']"))
+    assert "fair" in REWARDS
+
+
+def test_no_setting_belongs_to_two_registries() -> None:
+    claimed = [setting for registry in REGISTRIES for setting in registry.settings]
+    assert len(claimed) == len(set(claimed))
