@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from benchmarks.shared.measure import Report, Row, figure, interleaved, report
 from learner.advantage.estimators import ESTIMATORS
 from learner.batch.pack import flatten, pack
-from learner.logprobs import BatchTensors, choice_logprobs, score_choices, to_tensors
+from learner.logprobs import choice_logprobs, score_choices, to_tensors
 from learner.loss import policy_loss
 from orchard.catalog import catalog as catalogs
 from orchard.catalog.catalog import Catalog
@@ -25,7 +25,7 @@ from orchard.policy import model as models
 from orchard.policy.item_tokenizer import ItemTokenizer, compact_tokenizer, make_item_tokenizer
 from orchard.policy.model import head_weight
 from orchard.settings import LearnerConfig, ModelConfig
-from orchard.types import PolicyVersion, Prompts, ScoredTrees
+from orchard.types import PolicyVersion, Prompts, ScoredTrees, TrainBatch
 from rewards.score import score_trees
 from rollout.engine.torch import TorchEngine
 from rollout.search.beam import beam
@@ -164,24 +164,26 @@ def _packing_rows(setting: Setting, quick: bool) -> list[Row]:
     return rows
 
 
-Logprobs = Callable[[Setting, BatchTensors], tuple[Float32[Tensor, " E"], Float32[Tensor, " E"]]]
+Logprobs = Callable[
+    [Setting, TrainBatch[Tensor]], tuple[Float32[Tensor, " E"], Float32[Tensor, " E"]]
+]
 
 
 def _packed_logprobs(
-    setting: Setting, batch: BatchTensors
+    setting: Setting, batch: TrainBatch[Tensor]
 ) -> tuple[Float32[Tensor, " E"], Float32[Tensor, " E"]]:
     return choice_logprobs(setting.model, batch, setting.tokenizer)
 
 
 def _flat_logprobs(
-    setting: Setting, batch: BatchTensors
+    setting: Setting, batch: TrainBatch[Tensor]
 ) -> tuple[Float32[Tensor, " E"], Float32[Tensor, " E"]]:
     """Compute log-probabilities of a flat batch with causal attention; padding is on the right."""
     hidden = setting.model.base_model(input_ids=batch.token, use_cache=False).last_hidden_state
     return score_choices(hidden, head_weight(setting.model), batch, setting.tokenizer)
 
 
-def _update(setting: Setting, batch: BatchTensors, logprobs: Logprobs) -> Outcome:
+def _update(setting: Setting, batch: TrainBatch[Tensor], logprobs: Logprobs) -> Outcome:
     """Compute loss and gradients with the default clips; the reference is the behavior policy."""
     setting.model.zero_grad()
     config = LearnerConfig()

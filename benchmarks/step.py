@@ -115,7 +115,7 @@ class Orchard:
         clock.mark("score_and_pack_s")
         self.metrics = self._learner.rl_step(batch)
         clock.mark("learn_s")
-        weights = snapshot(self._learner.result)
+        weights = snapshot(self._learner.eval_policy)
         version = PolicyVersion(step=len(self.laps) + 1, digest=digest(weights))
         target = setting.catalog.leaf_of_item[self._probed.target]
         probe = LogprobProbe(

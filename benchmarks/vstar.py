@@ -310,9 +310,13 @@ def _values(
         chunk = candidates.select(rows)
         version = PolicyVersion(step=0, digest="")
         trees = build_search_trees(prompts.select(rows), chunk, tokenizer, version)
-        scored = ScoredTrees(trees=trees, reward=np.zeros(len(trees.leaf), np.float32), parts={})
-        batch = pack(scored, [ESTIMATORS["group"](scored, 1e-4)], tokenizer,
-                     node_reward=np.zeros(len(trees.step), np.float32))  # fmt: skip
+        scored = ScoredTrees(
+            trees=trees,
+            reward=np.zeros(len(trees.leaf), np.float32),
+            parts={},
+            node_reward=np.zeros(len(trees.step), np.float32),
+        )
+        batch = pack(scored, [ESTIMATORS["group"](scored, 1e-4)], tokenizer)
         with torch.inference_mode():
             state_value: Tensor = scorer(to_tensors(batch))[2]
         node_value = np.full(len(trees.step), np.nan)

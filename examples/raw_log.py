@@ -29,7 +29,7 @@ def write(out: Path) -> None:
     bought = events.timestamp[order].astype("datetime64[s]").astype(str)
     out.mkdir(parents=True, exist_ok=True)
     log = {
-        "customer": customer[ragged.owners(events.start)[order]],
+        "customer": customer[ragged.row_of(events.start)[order]],
         "sku": sku[events.item[order]],
         "bought": np.char.replace(bought, "T", " "),
     }

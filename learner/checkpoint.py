@@ -43,7 +43,7 @@ def save(trainer: Trainer, folder: Path, *, number: int, catalog: str, write: bo
             torch.save(state, file)
 
 
-def newest_whole(storage: Path) -> Path | None:
+def newest_complete(storage: Path) -> Path | None:
     """Return the newest checkpoint folder whose file is complete, or None.
 
     This recovers a storage whose record is damaged: Ray Train keeps the list of checkpoints in one
@@ -53,7 +53,7 @@ def newest_whole(storage: Path) -> Path | None:
     return max(complete, default=None)
 
 
-def torn(storage: Path) -> bool:
+def is_incomplete(storage: Path) -> bool:
     """Check whether the record of checkpoints is unreadable, as after a crash or a full disk."""
     try:
         json.loads((storage / RECORD).read_text())

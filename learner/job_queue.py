@@ -11,11 +11,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import numpy as np
-from jaxtyping import Float32
-
-from orchard.policy.weights import Weights
-from orchard.types import PolicyVersion, Update
+from orchard.types import Update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,15 +31,6 @@ class Result:
 
     number: int
     update: Update
-    weights: Weights
-    """Weights to search with from now on."""
-    eval_weights: tuple[PolicyVersion, Weights] | None
-    """Version and weights to evaluate and keep, where they differ from `weights` and the job
-    requested them."""
-    adapter: Weights | None = None
-    """LoRA factors of the weights to evaluate and keep, where the job requested those."""
-    probe_logprobs: Float32[np.ndarray, " B"] | None = None
-    """Log-probabilities of the probe's answers under `weights`, where there is a probe."""
     restarts: int = 0
     """Number of restarts of the worker group, as the queue counted them."""
 

@@ -9,11 +9,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from learner.logprobs import BatchTensors, choice_logprobs, score_choices, tree_mask
+from learner.logprobs import choice_logprobs, score_choices, tree_mask
 from learner.value import state_values
 from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.policy.model import head_weight, hidden_states
 from orchard.policy.value_head import value_head_of
+from orchard.types import TrainBatch
 
 
 class LogprobModel(nn.Module):
@@ -44,7 +45,7 @@ class LogprobModel(nn.Module):
         self._detach, self._temperature = detach, temperature
 
     def forward(
-        self, batch: BatchTensors, distribution: Literal["trie", "full"] | None = None
+        self, batch: TrainBatch[Tensor], distribution: Literal["trie", "full"] | None = None
     ) -> tuple[Float[Tensor, " E"], Float[Tensor, " E"], Float[Tensor, " V"] | None]:
         """Return each choice's log-probability and entropy, and the value of each state.
 

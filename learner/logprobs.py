@@ -4,87 +4,28 @@ Shapes:  B rows   S slots   E choices   F distinct queries behind them   D hidde
          V states   P states of the longest path   Q candidates
 """
 
-from dataclasses import dataclass, fields
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from orchard.arrays import map_arrays
 from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.policy.model import child_logprobs, head_weight, hidden_states
-from orchard.types import SearchTrees, SequenceTargets, TrainBatch, ValueTargets
+from orchard.types import SearchTrees, TrainBatch
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ValueTensors:
-    """Tensors of a `ValueTargets`, under the same field names."""
-
-    row: Int64[Tensor, " V"]
-    path: Int64[Tensor, "V P"]
-    reward: Float32[Tensor, " V"]
-    outcome: Float32[Tensor, " V"]
-    through: Float32[Tensor, " V"]
-    entered: Float32[Tensor, " V"]
-    ending: Float32[Tensor, " V"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SequenceTensors:
-    """Tensors of a `SequenceTargets`, under the same field names."""
-
-    row: Int64[Tensor, " Q"]
-    advantage: Float32[Tensor, " Q"]
-    length: Float32[Tensor, " Q"]
-    choice: Int64[Tensor, " pairs"]
-    candidate: Int64[Tensor, " pairs"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BatchTensors:
-    """Tensors of a `TrainBatch` on the model's device, under the same field names."""
-
-    token: Int64[Tensor, "B S"]
-    position: Int64[Tensor, "B S"]
-    subtree_end: Int64[Tensor, "B S"]
-    row: Int64[Tensor, " E"]
-    query_slot: Int64[Tensor, " E"]
-    state: Int64[Tensor, " E"]
-    chosen: Int64[Tensor, " E"]
-    behaviour_logprob: Float32[Tensor, " E"]
-    advantage_pos: Float32[Tensor, " E"]
-    advantage_neg: Float32[Tensor, " E"]
-    kl_weight: Float32[Tensor, " E"]
-    values: ValueTensors | None = None
-    sequences: SequenceTensors | None = None
-
-
-def to_tensors(batch: TrainBatch, device: torch.device | str = "cpu") -> BatchTensors:
+def to_tensors(batch: TrainBatch, device: torch.device | str = "cpu") -> TrainBatch[Tensor]:
     """Copy the batch's arrays to a device, integers widened to the int64 that indexing needs."""
-    values, sequences = batch.values, batch.sequences
-    return BatchTensors(
-        **_tensors(batch, BatchTensors, device),
-        values=None if values is None else ValueTensors(**_tensors(values, ValueTensors, device)),
-        sequences=None
-        if sequences is None
-        else SequenceTensors(**_tensors(sequences, SequenceTensors, device)),
-    )
 
+    def convert(array: np.ndarray) -> Tensor:
+        tensor = torch.tensor(array)
+        return (tensor if tensor.is_floating_point() else tensor.long()).to(device)
 
-def _tensors(
-    source: TrainBatch | ValueTargets | SequenceTargets,
-    target: type[BatchTensors | ValueTensors | SequenceTensors],
-    device: torch.device | str,
-) -> dict[str, Any]:
-    """Convert the arrays that are fields of `target`, nested structures excepted, by name."""
-    nested = ("values", "sequences")
-    arrays = {f.name: getattr(source, f.name) for f in fields(target) if f.name not in nested}
-    tensors = {name: torch.tensor(array) for name, array in arrays.items()}
-    return {
-        name: (tensor if tensor.is_floating_point() else tensor.long()).to(device)
-        for name, tensor in tensors.items()
-    }
+    return map_arrays(batch, convert)
 
 
 def tree_mask(subtree_end: Int64[Tensor, "B S"]) -> Bool[Tensor, "B S S"]:
@@ -98,7 +39,7 @@ def tree_mask(subtree_end: Int64[Tensor, "B S"]) -> Bool[Tensor, "B S S"]:
 
 def choice_logprobs(
     model: PreTrainedModel,
-    batch: BatchTensors,
+    batch: TrainBatch[Tensor],
     tokenizer: ItemTokenizer,
     distribution: Literal["trie", "full"] = "trie",
     *,
@@ -118,7 +59,7 @@ def choice_logprobs(
 def score_choices(
     hidden: Float[Tensor, "B S D"],
     head: Float[Tensor, "tokens D"],
-    batch: BatchTensors,
+    batch: TrainBatch[Tensor],
     tokenizer: ItemTokenizer,
     distribution: Literal["trie", "full"] = "trie",
     *,
@@ -172,7 +113,7 @@ class _Queries(NamedTuple):
 
 
 def _distinct_queries(
-    hidden: Float[Tensor, "B S D"], batch: BatchTensors, choice: Int64[Tensor, " E"]
+    hidden: Float[Tensor, "B S D"], batch: TrainBatch[Tensor], choice: Int64[Tensor, " E"]
 ) -> _Queries:
     """Find the distinct queries behind the choices.
 

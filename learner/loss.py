@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Bool, Float, Float32
 from torch import Tensor
 
-from learner.logprobs import BatchTensors
+from orchard.types import TrainBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +79,7 @@ def policy_loss(
     logprob: Float32[Tensor, " E"],
     entropy: Float32[Tensor, " E"],
     reference_logprob: Float32[Tensor, " E"] | None,
-    batch: BatchTensors,
+    batch: TrainBatch[Tensor],
     *,
     clip_low: float,
     clip_high: float,
@@ -129,7 +129,7 @@ class _RatioTerms(NamedTuple):
     advantage_neg: Float32[Tensor, " R"]
 
 
-def _ratio_terms(logprob: Float32[Tensor, " E"], batch: BatchTensors) -> _RatioTerms:
+def _ratio_terms(logprob: Float32[Tensor, " E"], batch: TrainBatch[Tensor]) -> _RatioTerms:
     """Return the terms of each choice, or of each candidate where the batch lists candidates."""
     log_ratio, sequences = logprob - batch.behaviour_logprob, batch.sequences
     if sequences is None:

@@ -16,11 +16,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import ray
 import ray.train
 import torch
-from jaxtyping import Float32
 from ray.train import CheckpointConfig as RayCheckpointConfig
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
@@ -28,12 +26,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from learner import checkpoint
 from learner.job_queue import Job, JobQueue, Result
-from learner.spec import LearnerSpec, learner_config, probe_of, sft_epoch
+from learner.spec import LearnerSpec, learner_config, pack_probe, sft_epoch
 from learner.trainer import Trainer
 from orchard.errors import ActorError, CheckpointError
 from orchard.policy import lora, model, value_head, weights
 from orchard.policy.store import Policy
-from orchard.policy.weights import Weights
 from orchard.types import PolicyVersion, TrainBatch, Update
 
 JobQueueActor: Any = ray.remote(JobQueue)
@@ -77,30 +74,29 @@ def worker_loop(task: dict[str, Any]) -> None:
         number = checkpoint.load(trainer, unlisted, catalog=digest)
 
     def deliver(metrics: Mapping[str, float], *, needs_eval: bool = True) -> None:
-        rollout_policy = trainer.result if supervised else trainer.policy
+        rollout_policy = trainer.eval_policy if supervised else trainer.policy
         rollout_weights = lora.snapshot(rollout_policy)
-        is_distinct = needs_eval and rollout_policy is not trainer.result
-        average = lora.snapshot(trainer.result) if is_distinct else None
-        adapter = lora.factors(trainer.result) if needs_eval else None
+        is_distinct = needs_eval and rollout_policy is not trainer.eval_policy
+        average = lora.snapshot(trainer.eval_policy) if is_distinct else None
+        adapter = lora.factors(trainer.eval_policy) if needs_eval else None
         probe_logprobs = None if probe is None else trainer.score(probe)
         if rank == 0:
             version = PolicyVersion(step=number, digest=weights.digest(rollout_weights))
-            update = Update(policy=version, metrics=metrics)
             eval_weights = None
             if average is not None:
                 average_version = PolicyVersion(step=number, digest=weights.digest(average))
                 eval_weights = average_version, average
-            result = Result(
-                number=number,
-                update=update,
+            update = Update(
+                policy=version,
+                metrics=metrics,
                 weights=rollout_weights,
-                eval_weights=eval_weights,
                 adapter=adapter,
                 probe_logprobs=probe_logprobs,
+                eval_weights=eval_weights,
             )
-            ray.get(queue.put_result.remote(result))
+            ray.get(queue.put_result.remote(Result(number=number, update=update)))
 
-    probe = None if spec.probe is None else probe_of(spec, spec.probe)
+    probe = None if spec.probe is None else pack_probe(spec, spec.probe)
     saved_job = number
     deliver({})
     while (job := _next(queue, number, saved_job)).kind != "stop":
@@ -158,16 +154,8 @@ class TrainerHandle:
         self._number = self._saved = 0
         self.restarts = 0
         """Number of restarts of the worker group."""
-        self.weights: Weights = {}
-        """Weights of the newest version, to search with."""
-        self.probe_logprobs: Float32[np.ndarray, " B"] | None = None
-        """Log-probabilities of the probe's answers under `weights`."""
-        self.eval_weights: tuple[PolicyVersion, Weights] = (PolicyVersion(step=-1, digest=""), {})
-        """Version and weights to evaluate and keep, from the newest job that returned them."""
-        self.adapter: Weights = {}
-        """LoRA factors of the weights to evaluate and keep."""
 
-    async def start(self) -> PolicyVersion:
+    async def start(self) -> Update:
         """Start the workers, from a checkpoint if there is one; return their first version."""
         # On the driver's node: the loss of any other node must not lose the jobs.
         driver_node = NodeAffinitySchedulingStrategy(
@@ -178,8 +166,8 @@ class TrainerHandle:
         ).remote()
         learner, checkpoints = self._config.learner, self._config.checkpoint
         unlisted: Path | None = None
-        if checkpoint.torn(self._folder):
-            unlisted = checkpoint.newest_whole(self._folder)
+        if checkpoint.is_incomplete(self._folder):
+            unlisted = checkpoint.newest_complete(self._folder)
             (self._folder / checkpoint.RECORD).unlink()
         task = {"spec": self._spec, "queue": self._queue, "unlisted": unlisted}
         trainer = TorchTrainer(
@@ -209,11 +197,11 @@ class TrainerHandle:
         self._thread.start()
         result = await self._collect(-1, learner.start_timeout_s)
         self._number = self._saved = result.number
-        return result.update.policy
+        return result.update
 
-    async def update(self, batch: TrainBatch, *, judged: bool = True) -> Update:
-        """Run one RL step on a batch; with `judged`, also refresh `eval_weights`."""
-        return await self._run(Job(kind="update", batch=(ray.put(batch),), needs_eval=judged))
+    async def update(self, batch: TrainBatch, *, needs_eval: bool = True) -> Update:
+        """Run one RL step on a batch; with `needs_eval`, also return the weights to evaluate."""
+        return await self._run(Job(kind="update", batch=(ray.put(batch),), needs_eval=needs_eval))
 
     async def epoch(self) -> Update:
         """Run one supervised pass over the training examples."""
@@ -261,13 +249,10 @@ class TrainerHandle:
         return result.update
 
     async def _collect(self, number: int, timeout_s: float) -> Result:
-        """Wait for the result of a job and store its weights and probe."""
+        """Wait for the result of a job."""
         answer = await self._wait(self._queue.get_result.remote(number), number, timeout_s)
         result = cast(Result, answer)
-        self.weights, self.restarts = result.weights, result.restarts
-        self.probe_logprobs = result.probe_logprobs
-        self.eval_weights = result.eval_weights or (result.update.policy, result.weights)
-        self.adapter = result.adapter or {}
+        self.restarts = result.restarts
         return result
 
     async def _wait(self, answer: Any, number: int, timeout_s: float | None = None) -> object:

@@ -91,6 +91,6 @@ def sft_epoch(trainer: Trainer, spec: LearnerSpec, number: int) -> dict[str, flo
     }
 
 
-def probe_of(spec: LearnerSpec, prompts: Prompts) -> TrainBatch:
+def pack_probe(spec: LearnerSpec, prompts: Prompts) -> TrainBatch:
     """Pack the prompts and their targets into a batch that a learner can score."""
     return sft.pack_answers(prompts, spec.tokenizer, PolicyVersion(step=0, digest=""))

@@ -8,7 +8,7 @@ import copy
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import cast
 
 import numpy as np
@@ -22,17 +22,17 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
-from learner.batch.microbatch import micro_batches, shard
+from learner.batch.microbatch import micro_batches, shard, without_choices
 from learner.batch.sft import weighted_nll
 from learner.logprob_model import LogprobModel
-from learner.logprobs import BatchTensors, to_tensors
+from learner.logprobs import to_tensors
 from learner.loss import LossStats, policy_loss
 from learner.value import value_loss
 from orchard.optim import make_optimizer, make_schedule
 from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.policy.value_head import detach, value_head_of
 from orchard.settings import LearnerConfig
-from orchard.types import SequenceTargets, TrainBatch, ValueTargets
+from orchard.types import TrainBatch
 
 
 def apply_tis(
@@ -115,8 +115,8 @@ class Trainer:
             self.scorer,
             lr=config.lr,
             weight_decay=config.weight_decay,
-            own=self._head,
-            own_lr=config.value.lr,
+            head_params=self._head,
+            head_lr=config.value.lr,
         )
         self.schedule: LambdaLR = make_schedule(
             self.optimizer,
@@ -127,7 +127,7 @@ class Trainer:
         self.updates = 0
 
     @property
-    def result(self) -> PreTrainedModel:
+    def eval_policy(self) -> PreTrainedModel:
         """Model to evaluate and keep: the average where there is one, else the policy."""
         return self.copies["average"].policy if "average" in self.copies else self.policy
 
@@ -135,7 +135,7 @@ class Trainer:
         """Make one maximum-likelihood update on the choices of the batch."""
         self.policy.train()
 
-        def loss(part: BatchTensors) -> tuple[Tensor, LossStats]:
+        def loss(part: TrainBatch[Tensor]) -> tuple[Tensor, LossStats]:
             nll = weighted_nll(self.scorer(part)[0], part.advantage_pos)
             return nll, LossStats(surrogate=float(nll.detach()))
 
@@ -205,7 +205,7 @@ class Trainer:
             logprob: Tensor = self.scorer(to_tensors(part, self.device))[0]
         return logprob.float().cpu().numpy()
 
-    def _surrogate(self, part: BatchTensors) -> tuple[Tensor, LossStats]:
+    def _surrogate(self, part: TrainBatch[Tensor]) -> tuple[Tensor, LossStats]:
         """Compute the policy loss of a micro-batch, plus the value loss where it has targets."""
         reference: Tensor | None = None
         if "reference" in self.copies:
@@ -235,12 +235,12 @@ class Trainer:
         parts = list(micro_batches(shard(batch, self.rank, self.world), self.config.max_tokens))
         # All ranks must run the same number of backward passes, or their collectives deadlock.
         missing = int(self._max_over_ranks(float(len(parts)))) - len(parts)
-        return parts + [_without_choices(parts[-1])] * missing
+        return parts + [without_choices(parts[-1])] * missing
 
     def _update(
         self,
         parts: Sequence[TrainBatch],
-        loss: Callable[[BatchTensors], tuple[Tensor, LossStats]],
+        loss: Callable[[TrainBatch[Tensor]], tuple[Tensor, LossStats]],
     ) -> tuple[LossStats, dict[str, float]]:
         """Accumulate over micro-batches, clip and step; return all ranks' stats and the rates."""
         total = LossStats()
@@ -316,30 +316,6 @@ def _shard_parameters(scorer: nn.Module, policy: PreTrainedModel) -> None:
     for block in cast(nn.ModuleList, policy.base_model.layers):
         fully_shard(block)
     fully_shard(scorer)
-
-
-def _without_choices(batch: TrainBatch) -> TrainBatch:
-    """Return one row of the batch without choices: no loss, but a backward pass for collectives."""
-    per_choice = (
-        "row", "query_slot", "state", "chosen", "behaviour_logprob", "advantage_pos",
-        "advantage_neg", "kl_weight",
-    )  # fmt: skip
-    values = batch.values
-    if values is not None:
-        values = ValueTargets(**{f.name: getattr(values, f.name)[:0] for f in fields(values)})
-    sequences = batch.sequences
-    if sequences is not None:
-        empty = {f.name: getattr(sequences, f.name)[:0] for f in fields(sequences)}
-        sequences = SequenceTargets(**empty)
-    return replace(
-        batch,
-        token=batch.token[:1],
-        position=batch.position[:1],
-        subtree_end=batch.subtree_end[:1],
-        **{name: getattr(batch, name)[:0] for name in per_choice},
-        values=values,
-        sequences=sequences,
-    )
 
 
 def _number(value: Tensor) -> float:

@@ -13,19 +13,20 @@ def make_optimizer(
     *,
     lr: float,
     weight_decay: float,
-    own: Sequence[nn.Parameter] = (),
-    own_lr: float = 0.0,
+    head_params: Sequence[nn.Parameter] = (),
+    head_lr: float = 0.0,
 ) -> AdamW:
     """Create an AdamW optimizer that decays matrices only, not norms and biases.
 
-    The parameters in `own` have the separate learning rate `own_lr` and no weight decay.
+    The parameters of a head, `head_params`, have the separate learning rate `head_lr` and no weight
+    decay.
     """
-    own_ids = {id(p) for p in own}
-    shared = [p for p in model.parameters() if p.requires_grad and id(p) not in own_ids]
+    head_ids = {id(p) for p in head_params}
+    shared = [p for p in model.parameters() if p.requires_grad and id(p) not in head_ids]
     groups = [
         {"params": [p for p in shared if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in shared if p.ndim < 2], "weight_decay": 0.0},
-        {"params": list(own), "weight_decay": 0.0, "lr": own_lr},
+        {"params": list(head_params), "weight_decay": 0.0, "lr": head_lr},
     ]
     return AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95))
 

@@ -17,7 +17,7 @@ def starts(count: Int[np.ndarray, " R"]) -> Int[np.ndarray, " R+1"]:
     return start
 
 
-def owners(start: Int[np.ndarray, " R1"]) -> Int[np.ndarray, " M"]:
+def row_of(start: Int[np.ndarray, " R1"]) -> Int[np.ndarray, " M"]:
     """Return the row index of each element."""
     return np.repeat(np.arange(len(start) - 1), np.diff(start))
 
@@ -60,7 +60,7 @@ def pad(
     """
     count = np.diff(start)
     table = np.full((len(count), max(width, int(count.max(initial=0)))), fill, values.dtype)
-    table[owners(start), index_in_row(start)] = values
+    table[row_of(start), index_in_row(start)] = values
     return table
 
 

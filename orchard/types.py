@@ -9,18 +9,20 @@ without a copy and every algorithm on it is a few array operations.
 Shapes:  B prompts (one tree each)   B1 = B + 1   N nodes of all trees   S tokens of all nodes
          C candidates   T prompt tokens   H history items   K steps of the longest candidate
 Ragged axes are a flat array and a `*_start` array with one more entry (see `orchard.ragged`).
+The annotations of fields hold their axes, by which `orchard.arrays` selects and concatenates.
 """
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar, Generic
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int32, Int64
+from jaxtyping import Bool, Float32, Int, Int32, Int64
 
-from orchard import ragged
-from orchard.targets import SequenceTargets, ValueTargets
+from orchard import arrays, ragged
+from orchard.arrays import Indices, Merge, Starts
+from orchard.targets import A, SequenceTargets, ValueTargets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -46,40 +48,22 @@ class Prompts:
     """Catalog row of the item that followed the history."""
     history: Int64[np.ndarray, " H"]
     """Catalog rows of the history items, oldest first."""
-    history_start: Int64[np.ndarray, " B+1"]
+    history_start: Annotated[Int64[np.ndarray, " B+1"], Starts("H")]
     token: Int32[np.ndarray, " T"]
     """Token IDs of the prompt: the history, with the instruction if there is one."""
-    token_start: Int64[np.ndarray, " B+1"]
+    token_start: Annotated[Int64[np.ndarray, " B+1"], Starts("T")]
 
     def __len__(self) -> int:
         return len(self.id)
 
     def select(self, rows: Int64[np.ndarray, " R"]) -> "Prompts":
         """Select prompts by row, in the given order."""
-        history, history_start = ragged.take(self.history, self.history_start, rows)
-        token, token_start = ragged.take(self.token, self.token_start, rows)
-        return Prompts(
-            id=self.id[rows],
-            target=self.target[rows],
-            history=history,
-            history_start=history_start,
-            token=token,
-            token_start=token_start,
-        )
+        return arrays.select(self, rows)
 
     @staticmethod
     def concatenate(parts: "Sequence[Prompts]") -> "Prompts":
         """Concatenate several batches."""
-        history, history_start = ragged.concatenate([(p.history, p.history_start) for p in parts])
-        token, token_start = ragged.concatenate([(p.token, p.token_start) for p in parts])
-        return Prompts(
-            id=np.concatenate([p.id for p in parts]),
-            target=np.concatenate([p.target for p in parts]),
-            history=history,
-            history_start=history_start,
-            token=token,
-            token_start=token_start,
-        )
+        return arrays.concatenate(parts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,12 +87,9 @@ class Cost:
         return Cost(**sums, counts=counts)
 
 
-def concatenate_optional(
-    parts: Sequence[Float32[np.ndarray, "..."] | None],
-) -> Float32[np.ndarray, "..."] | None:
-    """Concatenate arrays; return None if any of them is None."""
-    present = [part for part in parts if part is not None]
-    return np.concatenate(present) if len(present) == len(parts) else None
+def sum_costs(costs: Sequence[Cost]) -> Cost:
+    """Return the sum of costs."""
+    return sum(costs, Cost())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,33 +106,33 @@ class SearchTrees:
     FREE_TEXT: ClassVar[int] = -1
 
     prompts: Prompts
-    policy: PolicyVersion
+    policy: Annotated[PolicyVersion, Merge(min)]
     catalog: str
     """Digest of the catalog whose trie constrained the search."""
-    node_start: Int64[np.ndarray, " B1"]
+    node_start: Annotated[Int64[np.ndarray, " B1"], Starts("N")]
     """First node of each tree, then N."""
-    parent: Int64[np.ndarray, " N"]
+    parent: Annotated[Int64[np.ndarray, " N"], Indices("N")]
     """Node index of the parent; NO_PARENT at a root."""
     step: Int32[np.ndarray, " N"]
     state: Int64[np.ndarray, " N"]
     """Trie node reached by the codes so far; FREE_TEXT for a span that the trie does not
     constrain."""
     token: Int32[np.ndarray, " S"]
-    token_start: Int64[np.ndarray, " N+1"]
+    token_start: Annotated[Int64[np.ndarray, " N+1"], Starts("S")]
     logprob: Float32[np.ndarray, " S"]
     """Behavior log-probability of each token under the distribution from which it was chosen."""
     forced: Bool[np.ndarray, " S"]
     """True if the token was the only legal choice or was injected, so that it has no gradient."""
-    candidate: Int64[np.ndarray, " C"]
+    candidate: Annotated[Int64[np.ndarray, " C"], Indices("N")]
     """Last node of each candidate, best first within a prompt; independent samples may repeat
     nodes."""
-    candidate_start: Int64[np.ndarray, " B1"]
+    candidate_start: Annotated[Int64[np.ndarray, " B1"], Starts("C")]
     """First candidate of each prompt, then C."""
     leaf: Int64[np.ndarray, " C"]
     """Catalog leaf (distinct semantic ID) of each candidate."""
     score: Float32[np.ndarray, " C"]
     """Log-probability of the whole candidate given its prompt, without sampling noise."""
-    cost: Cost
+    cost: Annotated[Cost, Merge(sum_costs)]
     value: Float32[np.ndarray, " N"] | None = None
     """Value estimate of each node, NaN where it was not evaluated; None if the search does not use
     values."""
@@ -162,12 +143,12 @@ class SearchTrees:
     @property
     def prompt_of_node(self) -> Int64[np.ndarray, " N"]:
         """Prompt index of each node."""
-        return ragged.owners(self.node_start)
+        return ragged.row_of(self.node_start)
 
     @property
     def prompt_of_candidate(self) -> Int64[np.ndarray, " C"]:
         """Prompt index of each candidate."""
-        return ragged.owners(self.candidate_start)
+        return ragged.row_of(self.candidate_start)
 
     @property
     def rank(self) -> Int64[np.ndarray, " C"]:
@@ -178,6 +159,17 @@ class SearchTrees:
     def is_reasoning(self) -> bool:
         """True if there are thinking blocks before the codes."""
         return bool((self.state == self.FREE_TEXT).any())
+
+    def well_formed(self, num_steps: int) -> Bool[np.ndarray, " C"]:
+        """Mark candidates with a thinking block for each of the `num_steps` codes.
+
+        Where the policy does not think, all candidates are well formed.
+        """
+        if not self.is_reasoning:
+            return np.ones(len(self.candidate), dtype=bool)
+        path = self.paths()
+        num_blocks = ((path >= 0) & (self.state[path] == self.FREE_TEXT)).sum(1)
+        return num_blocks == num_steps
 
     def paths(self) -> Int64[np.ndarray, "C K"]:
         """Return the node of each candidate at each step 1..K; NO_PARENT if it has none."""
@@ -193,35 +185,8 @@ class SearchTrees:
             node = np.where(below_root, self.parent[node], node)
 
     def select(self, rows: Int64[np.ndarray, " R"]) -> "SearchTrees":
-        """Select the trees of prompts by row, in the given order."""
-        node_count = np.diff(self.node_start)[rows]
-        nodes = ragged.ranges(self.node_start[rows], node_count)  # old index of each kept node
-        node_start = ragged.starts(node_count)
-        tree_shift = node_start[:-1] - self.node_start[rows]  # new minus old node index
-        shift = np.repeat(tree_shift, node_count)
-        parent = self.parent[nodes]
-        token, token_start = ragged.take(self.token, self.token_start, nodes)
-        candidate_count = np.diff(self.candidate_start)[rows]
-        candidates = ragged.ranges(self.candidate_start[rows], candidate_count)
-        return SearchTrees(
-            prompts=self.prompts.select(rows),
-            policy=self.policy,
-            catalog=self.catalog,
-            node_start=node_start,
-            parent=np.where(parent == self.NO_PARENT, self.NO_PARENT, parent + shift),
-            step=self.step[nodes],
-            state=self.state[nodes],
-            token=token,
-            token_start=token_start,
-            logprob=ragged.take(self.logprob, self.token_start, nodes)[0],
-            forced=ragged.take(self.forced, self.token_start, nodes)[0],
-            candidate=self.candidate[candidates] + np.repeat(tree_shift, candidate_count),
-            candidate_start=ragged.starts(candidate_count),
-            leaf=self.leaf[candidates],
-            score=self.score[candidates],
-            cost=self.cost,
-            value=None if self.value is None else self.value[nodes],
-        )
+        """Select the trees of prompts by row, in the given order; the cost is unchanged."""
+        return arrays.select(self, rows)
 
     @staticmethod
     def concatenate(parts: "Sequence[SearchTrees]") -> "SearchTrees":
@@ -230,39 +195,7 @@ class SearchTrees:
         A tree never mixes policy versions, but a batch may: its version is the oldest of its trees.
         Behavior log-probabilities are stored with the tokens, so the update stays exact.
         """
-        first = parts[0]
-        assert all(p.catalog == first.catalog for p in parts)
-        # Index of the first node of each part in the result, then the total number of nodes.
-        shift = np.cumsum([0, *(len(p.step) for p in parts)])
-        token, token_start = ragged.concatenate([(p.token, p.token_start) for p in parts])
-        _, node_start = ragged.concatenate([(p.step, p.node_start) for p in parts])
-        _, candidate_start = ragged.concatenate([(p.leaf, p.candidate_start) for p in parts])
-        return SearchTrees(
-            prompts=Prompts.concatenate([p.prompts for p in parts]),
-            policy=min(p.policy for p in parts),
-            catalog=first.catalog,
-            node_start=node_start,
-            parent=np.concatenate(
-                [
-                    np.where(p.parent == p.NO_PARENT, p.NO_PARENT, p.parent + offset)
-                    for p, offset in zip(parts, shift[:-1], strict=True)
-                ]
-            ),
-            step=np.concatenate([p.step for p in parts]),
-            state=np.concatenate([p.state for p in parts]),
-            token=token,
-            token_start=token_start,
-            logprob=np.concatenate([p.logprob for p in parts]),
-            forced=np.concatenate([p.forced for p in parts]),
-            candidate=np.concatenate(
-                [p.candidate + offset for p, offset in zip(parts, shift[:-1], strict=True)]
-            ),
-            candidate_start=candidate_start,
-            leaf=np.concatenate([p.leaf for p in parts]),
-            score=np.concatenate([p.score for p in parts]),
-            cost=sum((p.cost for p in parts), Cost()),
-            value=concatenate_optional([p.value for p in parts]),
-        )
+        return arrays.concatenate(parts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -276,16 +209,13 @@ class ScoredTrees:
     """Unweighted reward parts by name."""
     step_reward: Float32[np.ndarray, "C L"] | None = None
     """Reward of each of the L codes of a candidate, for step-level credit; None if not computed."""
+    node_reward: Float32[np.ndarray, " N"] | None = None
+    """Reward of the step into each node, which trains the value head; None without one."""
 
     @staticmethod
     def concatenate(parts: "Sequence[ScoredTrees]") -> "ScoredTrees":
         """Concatenate several scored batches."""
-        return ScoredTrees(
-            trees=SearchTrees.concatenate([p.trees for p in parts]),
-            reward=np.concatenate([p.reward for p in parts]),
-            parts={name: np.concatenate([p.parts[name] for p in parts]) for name in parts[0].parts},
-            step_reward=concatenate_optional([p.step_reward for p in parts]),
-        )
+        return arrays.concatenate(parts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -300,7 +230,7 @@ class Advantages:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainBatch:
+class TrainBatch(Generic[A]):
     """Search trees packed one per row: the prompt, then the nodes in preorder, each token once.
 
     Slot j is visible to slot i if and only if `j <= i < subtree_end[j]`, where the subtree of a
@@ -308,23 +238,25 @@ class TrainBatch:
     predicted token: `query_slot` is the slot whose output predicts it, `state` the trie node whose
     legal children compete (or FREE_TEXT), `chosen` the chosen trie node (or token ID).
 
+    The arrays are NumPy's, or tensors on the model's device (`TrainBatch[Tensor]`).
+
     Shapes:  B rows   S slots of the widest row   E choices
     """
 
-    token: Int32[np.ndarray, "B S"]
-    position: Int32[np.ndarray, "B S"]
-    subtree_end: Int32[np.ndarray, "B S"]
+    token: Int[A, "B S"]
+    position: Int[A, "B S"]
+    subtree_end: Int[A, "B S"]
     """End (exclusive) of the subtree of each slot; 0 at padding."""
-    row: Int64[np.ndarray, " E"]
-    query_slot: Int32[np.ndarray, " E"]
-    state: Int64[np.ndarray, " E"]
-    chosen: Int64[np.ndarray, " E"]
-    behaviour_logprob: Float32[np.ndarray, " E"]
-    advantage_pos: Float32[np.ndarray, " E"]
+    row: Int[A, " E"]
+    query_slot: Int[A, " E"]
+    state: Int[A, " E"]
+    chosen: Int[A, " E"]
+    behaviour_logprob: Float32[A, " E"]
+    advantage_pos: Float32[A, " E"]
     """A+: sum of the positive weighted advantages of the candidates that contain the choice."""
-    advantage_neg: Float32[np.ndarray, " E"]
+    advantage_neg: Float32[A, " E"]
     """A-: sum of the negative weighted advantages of these candidates."""
-    kl_weight: Float32[np.ndarray, " E"]
+    kl_weight: Float32[A, " E"]
     forward_tokens: int
     """Number of tokens without padding."""
     flat_tokens: int
@@ -332,16 +264,35 @@ class TrainBatch:
     policy: PolicyVersion
     """Version of the policy that ran the search."""
     catalog: str
-    values: ValueTargets | None = None
+    values: ValueTargets[A] | None = None
     """Targets of the value head; None without a value head."""
-    sequences: SequenceTargets | None = None
+    sequences: SequenceTargets[A] | None = None
     """Candidates with their advantages if the ratio is per candidate; `advantage_pos` and
     `advantage_neg` are then unused."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Update:
-    """Result of a learner update: the new policy version and the measured metrics."""
+    """Result of the learner's start or of an update: a policy version with its weights.
+
+    Weights are values by parameter name, or the object reference of such values.
+    """
 
     policy: PolicyVersion
+    """Version to search with from now on."""
     metrics: Mapping[str, float]
+    """Measured metrics; empty at a start."""
+    weights: Any = field(default_factory=dict[str, np.ndarray])
+    """Weights of `policy`."""
+    probe_logprobs: Float32[np.ndarray, " B"] | None = None
+    """Log-probabilities of the probe's answers under `weights`; None without a probe."""
+    eval_weights: tuple[PolicyVersion, Any] | None = None
+    """Version and weights to evaluate and keep; None if they are `policy` and `weights`, or if the
+    update was not asked for them."""
+    adapter: Mapping[str, np.ndarray] | None = None
+    """LoRA factors of the weights to evaluate and keep, where the update was asked for them."""
+
+    @property
+    def to_evaluate(self) -> tuple[PolicyVersion, Any]:
+        """Version and weights to evaluate and keep."""
+        return self.eval_weights or (self.policy, self.weights)

@@ -8,7 +8,7 @@ import ray
 from orchard.registry import import_plugins
 from orchard.types import ScoredTrees, SearchTrees
 from rewards.context import RewardContext
-from rewards.score import preload, score_trees
+from rewards.score import preload, score_all
 
 
 class RewardWorker:
@@ -26,8 +26,8 @@ class RewardWorker:
         preload(self._weights, ctx)
 
     def score(self, trees: SearchTrees) -> ScoredTrees:
-        """Score the candidates of trees; see `rewards.score.score_trees`."""
-        return score_trees(trees, self._ctx, self._weights)
+        """Score the candidates of trees, their steps and, with a value head, their nodes."""
+        return score_all(trees, self._ctx, self._weights)
 
 
 RewardActor: Any = ray.remote(RewardWorker)

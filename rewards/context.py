@@ -15,7 +15,7 @@ from orchard.errors import ConfigError, DataError
 from orchard.scorers import checkpoint, listwise_ranker, sasrec
 from orchard.scorers.listwise_ranker import ListwiseRanker
 from orchard.scorers.sasrec import SasRec
-from orchard.settings import RewardsConfig
+from orchard.settings import RewardsConfig, ValueConfig
 from rewards.transition_counts import TransitionCounts
 
 
@@ -32,6 +32,12 @@ class RewardContext:
 
     transitions: TransitionCounts | None = None
     """Item transitions counted in the training rows; None if no reward uses them."""
+
+    match_prefix: bool = False
+    """Whether the reward of a step needs all codes before it to match, too."""
+
+    value: ValueConfig | None = None
+    """Rewards of the value head; None without a value head."""
 
     folder: Path = Path()
     """Run folder, which holds the fitted models unless the settings give another path."""

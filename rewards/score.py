@@ -12,6 +12,8 @@ from orchard.catalog.catalog import Catalog
 from orchard.errors import CatalogError, DataError
 from orchard.types import ScoredTrees, SearchTrees
 from rewards.registry import REWARDS, RewardContext
+from rewards.steps import add_step_rewards
+from rewards.values import add_value_rewards
 
 
 def check_rewards(weights: Mapping[str, float]) -> None:
@@ -61,6 +63,18 @@ def score_trees(
     for name, weight in weights.items():
         total += np.float32(weight) * parts[name]
     return ScoredTrees(trees=trees, reward=total, parts=parts)
+
+
+def score_all(trees: SearchTrees, ctx: RewardContext, weights: Mapping[str, float]) -> ScoredTrees:
+    """Score candidates as `score_trees` does, then their steps and, with a value head, the nodes.
+
+    Malformed candidates have reward 0; their `parts` are unchanged.
+    """
+    scored = score_trees(trees, ctx, weights)
+    scored = add_step_rewards(scored, ctx.catalog, prefix=ctx.match_prefix)
+    if ctx.value is None:
+        return scored
+    return add_value_rewards(scored, ctx.catalog, ctx.value, embedding=ctx.embedding)
 
 
 def _check_finite(name: str, part: Float32[np.ndarray, " C"], trees: SearchTrees) -> None:

@@ -28,7 +28,7 @@ def transition(trees: SearchTrees, ctx: RewardContext) -> Float32[np.ndarray, " 
     prompts, leaf_of_item = trees.prompts, ctx.catalog.leaf_of_item
     before, target = leaf_of_item[prompts.history], leaf_of_item[prompts.target]
     start, weight = prompts.history_start, recency(prompts.history_start, counts.decay)
-    owner = ragged.owners(start)
+    owner = ragged.row_of(start)
     # The row's own contribution, per history item; an item may occur more than once.
     distinct, inverse = np.unique(owner * counts.num_leaves + before, return_inverse=True)
     self_weight = np.bincount(inverse, weights=weight, minlength=len(distinct))[inverse]

@@ -42,7 +42,7 @@ def count_transitions(
     decay: float,
 ) -> TransitionCounts:
     """Count the transitions of rows whose histories and targets are leaves."""
-    after = target[ragged.owners(history_start)]  # target of each history item's row
+    after = target[ragged.row_of(history_start)]  # target of each history item's row
     pair, pair_index = np.unique(history * num_leaves + after, return_inverse=True)
     weight = recency(history_start, decay)
     return TransitionCounts(

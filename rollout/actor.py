@@ -7,12 +7,11 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 import ray
 import torch
 
 from orchard.catalog.view import full_view
-from orchard.errors import EngineError, WeightMismatchError
+from orchard.errors import WeightMismatchError
 from orchard.guide.guide import Guide
 from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.policy.store import Policy
@@ -22,15 +21,14 @@ from orchard.scorers.prefix_critic import PrefixCritic
 from orchard.settings import RolloutConfig
 from orchard.types import PolicyVersion, Prompts, SearchTrees
 from rollout.candidates import Candidates
-from rollout.engine.protocol import InferenceEngine
+from rollout.engine.protocol import InferenceEngine, SearchFn
 from rollout.engine.registry import ENGINES, EngineContext
 from rollout.probe import LogprobProbe, verify
+from rollout.search.batches import search_in_batches
 from rollout.search.beam import beam
 from rollout.search.guided import wider_unless_proved, without_history
-from rollout.search.registry import PROVED, SEARCHES, SearchContext, SearchFn, make_search
-from rollout.search.think import think
-from rollout.search.thoughts import Thoughts, attach_thoughts
-from rollout.search_trees import build_search_trees
+from rollout.search.registry import PROVED, SearchContext, make_search
+from rollout.search.think import generate_thoughts
 
 
 class RolloutWorker:
@@ -96,21 +94,32 @@ class RolloutWorker:
         """Return the version of the loaded policy."""
         return self._engine.version
 
-    def search(self, prompts: Prompts, seed: int, kind: str | None = None) -> SearchTrees:
-        """Search one tree per prompt, with the configured search or the one named by `kind`."""
-        name = kind or self._config.search
+    def search(
+        self, prompts: Prompts, seed: int, step: int | None = None, name: str | None = None
+    ) -> SearchTrees:
+        """Search one tree per prompt.
+
+        Args:
+            prompts: prompts to search.
+            seed: random seed of the training step.
+            step: number of updates before the training step; None outside of training.
+            name: search to run; by default the configured one.
+
+        Raises:
+            WeightMismatchError: the loaded weights have not passed their probe.
+            EngineError: a prompt does not fit, or the policy lacks what the search needs.
+        """
+        self._check_verified()
         ctx = SearchContext(
             config=self._config,
-            catalog=self._tokenizer.catalog,
+            engine=self._engine,
+            tokenizer=self._tokenizer,
             seed=seed,
+            step=step,
             critic=self._critic,
             guide=self._guide,
         )
-        search_fn = make_search(name, ctx)
-        if SEARCHES.facts(name).thinks:
-            return self._think_and_search(prompts, search_fn, seed)
-        candidates = self._in_batches(prompts, search_fn)
-        return build_search_trees(prompts, candidates, self._tokenizer, self._engine.version)
+        return make_search(name or self._config.search, ctx)(prompts)
 
     def rank(
         self,
@@ -134,7 +143,11 @@ class RolloutWorker:
             exclude_seen: whether to leave out the leaves of each prompt's history.
             wide: width of a second search where the first ten candidates are not proved; 0 for
                 none. Only with a guide.
+
+        Raises:
+            WeightMismatchError, EngineError: as `search`.
         """
+        self._check_verified()
         search_fn: SearchFn = partial(beam, width=beams)
         if guide is not None:
             search_fn = partial(beam, width=beams, guide=guide, prove=PROVED)
@@ -145,65 +158,24 @@ class RolloutWorker:
         if exclude_seen:
             view = full_view(self._tokenizer.catalog.trie)
             search_fn = partial(without_history, find=search_fn, view=view)
+        size = self._config.batch_size
         if not thinking:
-            return self._in_batches(prompts, search_fn)
+            return search_in_batches(self._engine, search_fn, prompts, size=size)
         began = perf_counter()
-        thoughts = self._thoughts(prompts, count=1, temperature=0.0, seed=0)
-        candidates = self._in_batches(thoughts.contexts(prompts), search_fn)
+        thoughts = generate_thoughts(
+            self._engine, self._tokenizer, self._config, prompts, count=1, temperature=0.0, seed=0
+        )
+        contexts = thoughts.contexts(prompts)
+        candidates = search_in_batches(self._engine, search_fn, contexts, size=size)
         cost = thoughts.cost + candidates.cost
         return replace(candidates, cost=replace(cost, seconds=perf_counter() - began))
 
-    def _think_and_search(self, prompts: Prompts, search_fn: SearchFn, seed: int) -> SearchTrees:
-        """Generate thoughts, then search codes after each of them by `search_fn`."""
-        began, config = perf_counter(), self._config
-        thoughts = self._thoughts(
-            prompts, count=config.group_size, temperature=config.temperature, seed=seed
-        )
-        contexts, version = thoughts.contexts(prompts), self._engine.version
-        candidates = self._in_batches(contexts, search_fn)
-        codes = build_search_trees(contexts, candidates, self._tokenizer, version)
-        trees = attach_thoughts(prompts, thoughts, codes, self._tokenizer.catalog.trie.depth)
-        return replace(trees, cost=replace(trees.cost, seconds=perf_counter() - began))
-
-    def _thoughts(self, prompts: Prompts, *, count: int, temperature: float, seed: int) -> Thoughts:
-        """Generate `count` thoughts per prompt; raise EngineError without thinking tags."""
-        if (tags := self._tokenizer.think) is None:
-            raise EngineError(
-                "the policy has no tags to think between; warm-start it on rationales "
-                "(data.rationales), or choose a search without thoughts"
-            )
-        return think(
-            self._engine.generate,
-            prompts,
-            tags,
-            count=count,
-            blocks=self._tokenizer.catalog.trie.depth,
-            cap=self._config.think.block_tokens,
-            temperature=temperature,
-            seed=seed,
-        )
-
-    def _in_batches(self, prompts: Prompts, search_fn: SearchFn) -> Candidates:
-        """Run `search_fn` in batches of `rollout.batch_size`; candidates in order of the prompts.
-
-        Raises:
-            WeightMismatchError: the loaded weights have not passed their probe.
-        """
+    def _check_verified(self) -> None:
+        """Raise WeightMismatchError if the loaded weights have not passed their probe."""
         if not self._verified:
             raise WeightMismatchError(
                 f"policy {self._engine.version} failed its probe here; load a version first"
             )
-        began = perf_counter()
-        # Batches of prompts of similar length, to limit padding.
-        order = np.argsort(np.diff(prompts.token_start), kind="stable")
-        size = self._config.batch_size
-        batches = [order[first : first + size] for first in range(0, len(order), size)]
-        candidates = Candidates.concatenate(
-            [self._engine.run(search_fn, prompts.select(rows)) for rows in batches]
-        )
-        cost = replace(candidates.cost, seconds=perf_counter() - began)
-        # argsort(order) inverts the permutation.
-        return replace(candidates.select(np.argsort(order)), cost=cost)
 
 
 RolloutActor: Any = ray.remote(RolloutWorker)

@@ -5,19 +5,21 @@ Shapes:  B prompts   C candidates   D longest sequence   R selected prompts   B1
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int64
 
-from orchard import ragged
-from orchard.types import Cost, concatenate_optional
+from orchard import arrays
+from orchard.arrays import Merge, Starts
+from orchard.types import Cost, sum_costs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidates:
     """Catalog leaves of each prompt, best first within the prompt."""
 
-    start: Int64[np.ndarray, " B1"]
+    start: Annotated[Int64[np.ndarray, " B1"], Starts("C")]
     """Boundaries: the candidates of prompt b are `start[b] : start[b + 1]`."""
     node: Int64[np.ndarray, "C D"]
     """Trie node of each candidate at each depth 1..D, -1 past its end."""
@@ -27,7 +29,7 @@ class Candidates:
     """Log-probability of the leaf given the prompt."""
     leaf: Int64[np.ndarray, " C"]
     """Catalog leaf of each candidate."""
-    cost: Cost
+    cost: Annotated[Cost, Merge(sum_costs)]
     value: Float32[np.ndarray, "C D"] | None = None
     """Value of the prefix that ends with each code, NaN where it was not computed; None if the
     search does not use values."""
@@ -42,31 +44,9 @@ class Candidates:
 
     def select(self, rows: Int64[np.ndarray, " R"]) -> "Candidates":
         """Return the candidates of the prompts `rows`, in that order; the cost is unchanged."""
-        count = np.diff(self.start)[rows]
-        candidate_index = ragged.ranges(self.start[rows], count)
-        return Candidates(
-            start=ragged.starts(count),
-            node=self.node[candidate_index],
-            logprob=self.logprob[candidate_index],
-            score=self.score[candidate_index],
-            leaf=self.leaf[candidate_index],
-            cost=self.cost,
-            value=None if self.value is None else self.value[candidate_index],
-            proved=None if self.proved is None else self.proved[rows],
-        )
+        return arrays.select(self, rows)
 
     @staticmethod
     def concatenate(parts: "Sequence[Candidates]") -> "Candidates":
         """Concatenate batches in order and sum their costs."""
-        leaf, start = ragged.concatenate([(p.leaf, p.start) for p in parts])
-        proved = [p.proved for p in parts if p.proved is not None]
-        return Candidates(
-            start=start,
-            node=np.concatenate([p.node for p in parts]),
-            logprob=np.concatenate([p.logprob for p in parts]),
-            score=np.concatenate([p.score for p in parts]),
-            leaf=leaf,
-            cost=sum((p.cost for p in parts), Cost()),
-            value=concatenate_optional([p.value for p in parts]),
-            proved=np.concatenate(proved) if len(proved) == len(parts) else None,
-        )
+        return arrays.concatenate(parts)

@@ -68,7 +68,7 @@ def make_prefix_mask(trie: Trie, allowed: ItemFilter, num_prompts: int) -> Prefi
     _check(trie, allowed, num_prompts)
     device = trie.code.device
     view, num_nodes = allowed.view.to(device), trie.num_nodes
-    prompt = torch.from_numpy(ragged.owners(allowed.excluded_start)).to(device)
+    prompt = torch.from_numpy(ragged.row_of(allowed.excluded_start)).to(device)
     node = trie.node_of(torch.from_numpy(allowed.excluded).to(device))  # of each excluded leaf
     # Distinct (prompt, leaf node) pairs of live leaves.
     distinct = torch.unique((prompt * num_nodes + node)[view.live[node]])

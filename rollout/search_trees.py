@@ -23,7 +23,7 @@ def build_search_trees(
     policy: PolicyVersion,
 ) -> SearchTrees:
     """Build each prompt's tree: a root and one node per trie node on its candidates' paths."""
-    catalog, prompt_of = tokenizer.catalog, ragged.owners(candidates.start)
+    catalog, prompt_of = tokenizer.catalog, ragged.row_of(candidates.start)
     # Candidates in lexicographic order of their paths, by prompt.
     order = np.lexsort((*candidates.node.T[::-1], prompt_of))
     # [C, S]: column d is the node at depth d; column 0 is the prompt, which separates the trees.

@@ -36,13 +36,13 @@ def test_the_search_keeps_every_second_candidate(borrow: Borrow) -> None:
     world = tiny_setup()
     engine = TorchEngine(world.model, world.tokenizer, world.version)
     config = RolloutConfig(group_size=3)
-    given = registry.SearchContext(config=config, catalog=world.catalog, seed=0)
-    found = registry.make_search("spread", given)(engine, world.prompts)
+    given = registry.SearchContext(config=config, engine=engine, tokenizer=world.tokenizer, seed=0)
+    found = registry.make_search("spread", given)(world.prompts)
     whole = beam(engine, world.prompts, width=6)
     for b in range(len(world.prompts)):
-        ours = found.leaf[found.start[b] : found.start[b + 1]]
+        ours = found.leaf[found.candidate_start[b] : found.candidate_start[b + 1]]
         assert ours.tolist() == whole.leaf[whole.start[b] : whole.start[b + 1] : 2].tolist()
-    assert found.count.max() == 3
+    assert np.diff(found.candidate_start).max() == 3
 
 
 def test_the_estimator_compares_with_the_median(borrow: Borrow) -> None:

@@ -9,7 +9,7 @@ from cluster.training.controller import Controller
 from cluster.training.run_dir import save_policy, saved_policy
 from orchard.policy.store import PolicyFacts
 from orchard.policy.weights import Weights
-from orchard.types import PolicyVersion
+from orchard.types import PolicyVersion, Update
 
 SCORE = "ndcg@10/sid"
 """Validation metric that selects the best version."""
@@ -28,7 +28,7 @@ class BestCheckpoint:
     """Best score so far."""
 
     @classmethod
-    async def of(cls, controller: Controller, *, num_rows: int, beams: int) -> "BestCheckpoint":
+    async def open(cls, controller: Controller, *, num_rows: int, beams: int) -> "BestCheckpoint":
         """Create the best checkpoint of a phase, or continue the one in the run folder.
 
         A policy that was scored on other rows or with another beam width is scored again.
@@ -59,9 +59,9 @@ class BestCheckpoint:
         metrics |= {f"evaluate/{name}": value for name, value in evaluation.extra.items()}
         return evaluation.metrics[SCORE].mean, metrics
 
-    async def evaluate_and_keep(self) -> dict[str, float]:
-        """Score the learner's policy, export it if it is the best, and return the metrics."""
-        policy, weights = self.controller.learner.eval_weights
+    async def evaluate_and_keep(self, update: Update) -> dict[str, float]:
+        """Score the policy of an update, export it if it is the best, and return the metrics."""
+        policy, weights = update.to_evaluate
         score, metrics = await self._evaluate(policy, weights)
         if score > self.best:
             self.best = score
@@ -70,7 +70,7 @@ class BestCheckpoint:
                 self.controller.run.result,
                 policy,
                 weights,
-                self.controller.learner.adapter,
+                update.adapter or {},
                 valid_score=score,
                 valid_rows=float(len(self.rows)),
                 valid_beams=float(self.beams),

@@ -140,28 +140,34 @@ class Controller:
         # Requests are smaller than batch_size if that keeps every actor busy.
         share = -(-len(rows) // config.rollout.actors)
         size = min(config.rollout.batch_size, share)
-        # Beam search provides the training data until the value head is warmed up.
-        warming = config.rollout.search == "ved" and step < config.rollout.ved.warmup
-        kind = "beam" if warming else config.rollout.search
         parts = [
             self.search(
                 self.run.train,
                 rows[start : start + size],
                 seed=config.seed * 1_000_003 + step,
-                kind=kind,
+                step=step,
             )
             for start in range(0, len(rows), size)
         ]
         return ScoredTrees.concatenate(await asyncio.gather(*parts))
 
     async def search(
-        self, split: Split, rows: Int64[np.ndarray, " R"], *, seed: int, kind: str
+        self,
+        split: Split,
+        rows: Int64[np.ndarray, " R"],
+        *,
+        seed: int,
+        step: int | None = None,
+        name: str | None = None,
     ) -> ScoredTrees:
-        """Search rows on one rollout actor and score them on one reward actor (training only)."""
+        """Search rows on one rollout actor and score them on one reward actor (training only).
+
+        `step` is None outside of a training step, and `name` replaces the configured search.
+        """
         assert self.rollout is not None, "only the training phase has rollout actors"
         assert self.rewards is not None
         prompts = make_prompts(self.run.tokenizer, split, rows)
-        trees: SearchTrees = await self.rollout.call("search", prompts, seed, kind)
+        trees: SearchTrees = await self.rollout.call("search", prompts, seed, step, name)
         return await self.rewards.call("score", trees)
 
     async def evaluate(
@@ -313,7 +319,7 @@ class Controller:
 
     def _reward_pool(self) -> Pool:
         """Start the pool of reward actors."""
-        rewards, context = self.run.config.rewards, ray.put(self.run.knowledge)
+        rewards, context = self.run.config.rewards, ray.put(self.run.reward_context)
         plugins = self.run.config.plugins
         return Pool(
             "rewards",

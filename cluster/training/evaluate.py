@@ -119,8 +119,8 @@ def without_seen(
     """Drop the candidates that are in the history of their own row."""
     leaf_of_item, size = run.catalog.leaf_of_item, run.catalog.trie.num_leaves
     history, start = ragged.take(split.history, split.history_start, rows)
-    seen = ragged.owners(start) * size + leaf_of_item[history]
-    prompt = ragged.owners(candidates.start)
+    seen = ragged.row_of(start) * size + leaf_of_item[history]
+    prompt = ragged.row_of(candidates.start)
     kept = np.flatnonzero(~np.isin(prompt * size + candidates.leaf, seen))
     return dataclasses.replace(
         candidates,

@@ -15,15 +15,13 @@ from cluster.console import Progress
 from cluster.training.best_checkpoint import BestCheckpoint
 from cluster.training.controller import AGAIN, Controller
 from cluster.training.rollout_stream import RolloutStream
-from cluster.training.run import Run
 from cluster.training.search_examples import save_search_examples
-from learner.advantage.estimators import compute_advantages, group_statistics
-from learner.advantage.sapo import add_step_rewards, step_statistics
-from learner.batch.pack import pack
-from learner.value import node_rewards, outcome_rewards
+from learner.advantage.estimators import group_statistics
+from learner.batch.pack import make_batch
 from orchard.errors import RunInterrupted
 from orchard.evaluation.diagnostics import diagnose
-from orchard.types import PolicyVersion, ScoredTrees, TrainBatch, Update
+from orchard.types import PolicyVersion, ScoredTrees, Update
+from rewards.steps import step_statistics
 
 
 async def train(controller: Controller) -> PolicyVersion:
@@ -35,18 +33,17 @@ async def train(controller: Controller) -> PolicyVersion:
             "the value head's step rewards compare %s",
             "codes" if run.embedding is None else "item embeddings",
         )
-    policy = await controller.learner.start()
+    update = await controller.learner.start()
+    policy = update.policy
     controller.metrics_logger.rewind("train", policy.step)
-    await controller.sync_weights(
-        policy, controller.learner.weights, controller.learner.probe_logprobs
-    )
-    best_checkpoint = await BestCheckpoint.of(
+    await controller.sync_weights(policy, update.weights, update.probe_logprobs)
+    best_checkpoint = await BestCheckpoint.open(
         controller,
         num_rows=run.config.evaluate.valid_rows if run.config.evaluate.every else 0,
         beams=run.config.evaluate.valid_beams,
     )
     if policy.step == 0:
-        controller.metrics_logger.log("train", 0, await best_checkpoint.evaluate_and_keep())
+        controller.metrics_logger.log("train", 0, await best_checkpoint.evaluate_and_keep(update))
     stream = RolloutStream(
         controller.scored_trees,
         first=policy.step,
@@ -57,25 +54,21 @@ async def train(controller: Controller) -> PolicyVersion:
     with Progress("training", total=steps, done=policy.step) as progress:
         stream.start_allowed_by(policy)
         clock = PhaseTimer()
-        async for scored_batch in stream:
+        async for scored in stream:
             clock.mark("wait_s")
-            by_prefix = run.config.learner.sapo.match == "prefix_match"
-            trees = add_step_rewards(scored_batch, run.catalog, prefix=by_prefix)
-            batch = make_batch(trees, run)
+            batch = make_batch(scored, run.tokenizer, run.config.learner)
             clock.mark("pack_s")
             lag = policy.step - batch.policy.step
             evaluated = due(policy.step + 1, run.config.evaluate.every, steps)
-            update = await controller.learner.update(batch, judged=evaluated)
+            update = await controller.learner.update(batch, needs_eval=evaluated)
             policy = update.policy
             clock.mark("learn_s")
-            await controller.sync_weights(
-                policy, controller.learner.weights, controller.learner.probe_logprobs
-            )
+            await controller.sync_weights(policy, update.weights, update.probe_logprobs)
             clock.mark("publish_s")
             stream.start_allowed_by(policy)
-            metrics = step_metrics(trees, update, lag) | controller.restarts() | clock.seconds()
+            metrics = step_metrics(scored, update, lag) | controller.restarts() | clock.seconds()
             if evaluated:
-                metrics |= await best_checkpoint.evaluate_and_keep()
+                metrics |= await best_checkpoint.evaluate_and_keep(update)
             controller.metrics_logger.log("train", policy.step, metrics)
             progress.advance(metrics)
             clock = PhaseTimer()
@@ -90,28 +83,6 @@ async def train(controller: Controller) -> PolicyVersion:
         raise RunInterrupted(f"stopped after update {policy.step} of {steps}, and saved; {AGAIN}")
     await save_search_examples(controller)
     return policy
-
-
-def make_batch(scored: ScoredTrees, run: Run) -> TrainBatch:
-    """Build a training batch from scored trees: advantages of choices and value targets."""
-    settings, node_reward = run.config.learner, None
-    if run.config.model.value_head and settings.value.outcome:
-        node_reward = outcome_rewards(scored, settings.value.outcome)
-    elif run.config.model.value_head:
-        node_reward = node_rewards(
-            scored.trees,
-            run.catalog,
-            level_weight=settings.value.level_weight,
-            embedding=run.embedding,
-        )
-    return pack(
-        scored,
-        compute_advantages(scored, settings),
-        run.tokenizer,
-        node_reward=node_reward,
-        discount=settings.value.discount,
-        sequence_ratio=settings.ratio == "sequence",
-    )
 
 
 def due(step: int, every: int, last: int) -> bool:

@@ -92,7 +92,7 @@ class Run:
         )
 
     @cached_property
-    def knowledge(self) -> RewardContext:
+    def reward_context(self) -> RewardContext:
         """Data that rewards look up."""
         return RewardContext(
             catalog=self.catalog,
@@ -100,6 +100,8 @@ class Run:
             embedding=self.embedding,
             popularity=np.bincount(self.train.target, minlength=len(self.catalog)),
             transitions=self.transitions,
+            match_prefix=self.config.learner.sapo.match == "prefix_match",
+            value=self.config.learner.value if self.config.model.value_head else None,
             folder=self.dir.resolve(),
         )
 
@@ -259,7 +261,7 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
         **splits,
     )
     if phase == "train":
-        preload(settings.rewards.weights, run.knowledge)
+        preload(settings.rewards.weights, run.reward_context)
         _ = run.critic, run.guide  # loaded now, so that its errors appear before an actor starts
     return run
 

@@ -39,11 +39,10 @@ async def save_search_examples(controller: Controller) -> None:
     rows = np.arange(min(_NUM_SEARCHED, len(run.valid)))
     if len(rows) == 0:
         return
-    kind = run.config.rollout.search
-    scored = await controller.search(run.valid, rows, seed=run.config.seed, kind=kind)
+    scored = await controller.search(run.valid, rows, seed=run.config.seed)
     beams = scored
-    if kind != "beam":
-        beams = await controller.search(run.valid, rows, seed=run.config.seed, kind="beam")
+    if run.config.rollout.search != "beam":
+        beams = await controller.search(run.valid, rows, seed=run.config.seed, name="beam")
     shown = pick_examples(scored, run.catalog)
     examples = [
         describe(scored, beams.trees, int(prompt_index), run.catalog) for prompt_index in shown

@@ -19,10 +19,11 @@ async def sft(controller: Controller) -> PolicyVersion:
     The exported policy is that of the epoch with the best validation score.
     """
     run, settings = controller.run, controller.run.config.sft
-    policy = await controller.learner.start()
+    update = await controller.learner.start()
+    policy = update.policy
     controller.metrics_logger.rewind("sft", policy.step)
     since_best, elapsed_s = progress_so_far(run)
-    best_checkpoint = await BestCheckpoint.of(
+    best_checkpoint = await BestCheckpoint.open(
         controller, num_rows=settings.valid_rows, beams=settings.valid_beams
     )
     with Progress("warm start", total=settings.epochs, done=policy.step) as progress:
@@ -34,9 +35,9 @@ async def sft(controller: Controller) -> PolicyVersion:
             start = time.perf_counter()
             update = await controller.learner.epoch()
             policy, before = update.policy, best_checkpoint.best
-            await controller.sync_weights(policy, controller.learner.weights)
+            await controller.sync_weights(policy, update.weights)
             metrics = {f"sft/{name}": value for name, value in update.metrics.items()}
-            metrics |= await best_checkpoint.evaluate_and_keep()
+            metrics |= await best_checkpoint.evaluate_and_keep(update)
             since_best = 0 if best_checkpoint.best > before else since_best + 1
             elapsed_s += time.perf_counter() - start
             controller.metrics_logger.log(

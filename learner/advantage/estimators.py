@@ -31,7 +31,7 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
 from learner.advantage.groups import group_center, group_normalize
-from learner.advantage.sapo import apply_code_switches, sapo, well_formed
+from learner.advantage.sapo import apply_code_switches, sapo
 from learner.advantage.sibling import sibling
 from orchard.errors import ConfigError
 from orchard.registry import Facts, Registry
@@ -154,7 +154,7 @@ def _steps_and_format(scored: ScoredTrees, config: LearnerConfig) -> list[Advant
     credits = [apply_code_switches(scored, sapo(scored, config.std_epsilon), config.sapo)]
     if config.sapo.format_weight:
         assert scored.step_reward is not None
-        is_well_formed = well_formed(scored.trees, scored.step_reward.shape[1])
+        is_well_formed = scored.trees.well_formed(scored.step_reward.shape[1])
         format_reward = is_well_formed.astype(np.float32)
         credit = group(replace(scored, reward=format_reward), config.std_epsilon)
         credit = apply_code_switches(

@@ -14,48 +14,19 @@ eps open; these follow the other estimators. A policy that does not think has co
 |y(i, k)| counts forced tokens, as the lengths of the other estimators do. A thinking candidate
 whose number of blocks differs from its number of codes is malformed: all its matches are 0.
 
+The matches are `ScoredTrees.step_reward` (`rewards.steps`).
+
 Shapes:  C candidates   L codes of the longest item   P steps of the longest path, blocks included
 """
 
 from dataclasses import replace
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int64
+from jaxtyping import Int64
 
 from learner.advantage.groups import group_normalize
-from orchard.catalog.catalog import Catalog
 from orchard.settings import SapoConfig
-from orchard.types import Advantages, ScoredTrees, SearchTrees
-
-
-def step_matches(
-    trees: SearchTrees, catalog: Catalog, *, prefix: bool = False
-) -> Float32[np.ndarray, "C L"]:
-    """Return 1 where code k of the candidate is code k of the target, else 0.
-
-    Codes are compared by position: code 2 may match although code 1 does not. With `prefix` a code
-    matches only where all codes before it match, since the meaning of a residual code depends on
-    its prefix.
-    """
-    target = catalog.codes[trees.prompts.target[trees.prompt_of_candidate]]
-    # [C, L] codes of each candidate; all items of a leaf have the same ones
-    codes = catalog.codes[catalog.item_of_leaf[catalog.leaf_start[trees.leaf]]]
-    matches = (codes == target) & (target >= 0)
-    if prefix:
-        matches = np.logical_and.accumulate(matches, axis=1)
-    return (matches & well_formed(trees, catalog.trie.depth)[:, None]).astype(np.float32)
-
-
-def well_formed(trees: SearchTrees, num_steps: int) -> Bool[np.ndarray, " C"]:
-    """Mark candidates with a thinking block for each of the `num_steps` codes.
-
-    Where the policy does not think, all candidates are well formed.
-    """
-    if not trees.is_reasoning:
-        return np.ones(len(trees.candidate), dtype=bool)
-    path = trees.paths()
-    num_blocks = ((path >= 0) & (trees.state[path] == SearchTrees.FREE_TEXT)).sum(1)
-    return num_blocks == num_steps
+from orchard.types import Advantages, ScoredTrees
 
 
 def sapo(scored: ScoredTrees, std_epsilon: float) -> Advantages:
@@ -103,31 +74,3 @@ def apply_code_switches(scored: ScoredTrees, credit: Advantages, config: SapoCon
     keep = np.where(is_code & config.think_only, 0, 1).astype(np.float32)
     factor = np.where(is_code, config.sid_token_weight, 1).astype(np.float32)
     return replace(credit, advantage=credit.advantage * keep, weight=credit.weight * factor)
-
-
-def add_step_rewards(scored: ScoredTrees, catalog: Catalog, *, prefix: bool = False) -> ScoredTrees:
-    """Add the step rewards and set the reward of malformed candidates to 0."""
-    is_well_formed = well_formed(scored.trees, catalog.trie.depth)
-    return replace(
-        scored,
-        reward=np.where(is_well_formed, scored.reward, 0).astype(np.float32),
-        step_reward=step_matches(scored.trees, catalog, prefix=prefix),
-    )
-
-
-def step_statistics(scored: ScoredTrees) -> dict[str, float]:
-    """Summarize the step rewards for the log.
-
-    `match_K`: share of candidates that match at step K, up to 8. `step_signal_share`: share of
-    groups with a step at which candidates differ; the counterpart for the whole reward is
-    1 - `zero_spread_share`.
-    """
-    match = scored.step_reward
-    # prompts with candidates; reduceat needs the first candidate of each, without empty groups
-    nonempty = np.flatnonzero(np.diff(scored.trees.candidate_start))
-    if match is None or len(nonempty) == 0:
-        return {}
-    first = scored.trees.candidate_start[nonempty]
-    spread = np.maximum.reduceat(match, first) - np.minimum.reduceat(match, first)
-    shares = {f"match_{k}": float(rate) for k, rate in enumerate(match[:, :8].mean(0), 1)}
-    return shares | {"step_signal_share": float((spread > 0).any(1).mean())}

@@ -7,11 +7,12 @@ Shapes:  B rows   S slots of the widest row   E choices of a part   R rows of a 
 """
 
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import numpy as np
 from jaxtyping import Int32, Int64
 
+from orchard import arrays
 from orchard.types import SequenceTargets, TrainBatch, ValueTargets
 
 _DROPPED = -1
@@ -65,8 +66,9 @@ def _select(batch: TrainBatch, rows: Int64[np.ndarray, " R"], *, num_rows: int) 
         part[: len(rows)] = values[rows, :width]
         return part
 
+    part = arrays.take(batch, kept, axis="E")
     return replace(
-        batch,
+        part,
         values=None if batch.values is None else _select_states(batch.values, new_row),
         sequences=None
         if batch.sequences is None
@@ -74,23 +76,27 @@ def _select(batch: TrainBatch, rows: Int64[np.ndarray, " R"], *, num_rows: int) 
         token=table(batch.token),
         position=table(batch.position),
         subtree_end=table(batch.subtree_end),
-        row=new_row[batch.row[kept]],
-        query_slot=batch.query_slot[kept],
-        state=batch.state[kept],
-        chosen=batch.chosen[kept],
-        behaviour_logprob=batch.behaviour_logprob[kept],
-        advantage_pos=batch.advantage_pos[kept],
-        advantage_neg=batch.advantage_neg[kept],
-        kl_weight=batch.kl_weight[kept],
+        row=new_row[part.row],
         forward_tokens=int(length.sum()),
     )
 
 
+def without_choices(batch: TrainBatch) -> TrainBatch:
+    """Return one row of the batch without choices: no loss, but a backward pass for collectives."""
+    none = np.zeros(0, np.int64)
+    part = arrays.take(batch, np.zeros(1, np.int64), axis="B")
+    values, sequences = batch.values, batch.sequences
+    if values is not None:
+        values = arrays.take(values, none, axis="V")
+    if sequences is not None:
+        sequences = arrays.take(arrays.take(sequences, none, axis="Q"), none, axis="P")
+    return replace(arrays.take(part, none, axis="E"), values=values, sequences=sequences)
+
+
 def _select_states(values: ValueTargets, new_row: Int64[np.ndarray, " B"]) -> ValueTargets:
     """Select the states of the kept rows and renumber their rows."""
-    kept = new_row[values.row] >= 0
-    states = {f.name: getattr(values, f.name)[kept] for f in fields(ValueTargets)}
-    return ValueTargets(**states | {"row": new_row[states["row"]]})
+    part = arrays.take(values, np.flatnonzero(new_row[values.row] >= 0), axis="V")
+    return replace(part, row=new_row[part.row])
 
 
 def _select_sequences(
@@ -114,10 +120,10 @@ def _select_sequences(
     new_candidate[candidate], new_choice[choice] = np.arange(len(candidate)), np.arange(len(choice))
     # indices of the (candidate, choice) pairs of kept candidates
     pair = np.flatnonzero(new_candidate[sequences.candidate] >= 0)
-    return SequenceTargets(
-        row=new_row[sequences.row[candidate]],
-        advantage=sequences.advantage[candidate],
-        length=sequences.length[candidate],
-        choice=new_choice[sequences.choice[pair]],
-        candidate=new_candidate[sequences.candidate[pair]],
+    part = arrays.take(arrays.take(sequences, candidate, axis="Q"), pair, axis="P")
+    return replace(
+        part,
+        row=new_row[part.row],
+        choice=new_choice[part.choice],
+        candidate=new_candidate[part.candidate],
     )

@@ -16,13 +16,21 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float32, Int64
 
-from learner.advantage.estimators import candidate_lengths
+from learner.advantage.estimators import candidate_lengths, compute_advantages
 from learner.value import value_targets
 from orchard import ragged
 from orchard.catalog.trie import Trie
 from orchard.errors import CatalogError
 from orchard.policy.item_tokenizer import ItemTokenizer
+from orchard.settings import LearnerConfig
 from orchard.types import Advantages, ScoredTrees, SearchTrees, SequenceTargets, TrainBatch
+
+
+def make_batch(scored: ScoredTrees, tokenizer: ItemTokenizer, config: LearnerConfig) -> TrainBatch:
+    """Compute the configured advantages of scored trees and pack both into a batch."""
+    credits = compute_advantages(scored, config)
+    discount, sequence_ratio = config.value.discount, config.ratio == "sequence"
+    return pack(scored, credits, tokenizer, discount=discount, sequence_ratio=sequence_ratio)
 
 
 def pack(
@@ -30,23 +38,21 @@ def pack(
     credits: Sequence[Advantages],
     tokenizer: ItemTokenizer,
     *,
-    node_reward: Float32[np.ndarray, " N"] | None = None,
     discount: float = 1.0,
     sequence_ratio: bool = False,
 ) -> TrainBatch:
     """Pack one tree per row; a tree without any choice becomes a row of padding.
 
     Every token of a step carries that step's credit. Several credits add up; the KL weight of a
-    choice is the weight of the first credit, summed over the candidates through it. With
-    `node_reward`, the rewards of the steps into the nodes, the batch also holds the discounted
-    targets of the value head; every token then takes a slot, because each state has a value. With
-    `sequence_ratio` it also holds the choices that make up each candidate and the advantages of
-    whole candidates.
+    choice is the weight of the first credit, summed over the candidates through it. Where nodes
+    have rewards, the batch also holds the discounted targets of the value head; every token then
+    takes a slot, because each state has a value. With `sequence_ratio` it also holds the choices
+    that make up each candidate and the advantages of whole candidates.
 
     Raises:
         CatalogError: the trees were grown on another catalog.
     """
-    trees, catalog = scored.trees, tokenizer.catalog
+    trees, node_reward, catalog = scored.trees, scored.node_reward, tokenizer.catalog
     if trees.catalog != catalog.digest:
         raise CatalogError(
             f"the trees were grown on catalog {trees.catalog[:12]}, the learner holds "
@@ -56,7 +62,7 @@ def pack(
     path = trees.paths()
     # [N] number of candidates through each node
     num_through = np.bincount(path[path >= 0], minlength=len(trees.step))
-    node_of_token = ragged.owners(trees.token_start)
+    node_of_token = ragged.row_of(trees.token_start)
     # [E] flat token index of each choice: on some candidate's path and not forced
     choice = np.flatnonzero((num_through[node_of_token] > 0) & ~trees.forced)
     layout = _lay_out(trees, node_of_token, choice, keep_all=node_reward is not None)
@@ -100,7 +106,7 @@ def flatten(
     sequence_ratio: bool = False,
 ) -> TrainBatch:
     """Pack one candidate per row, prompt included: the batch of `pack` with nothing shared."""
-    chains = replace(scored, trees=_unshare(scored.trees))
+    chains = replace(scored, trees=_unshare(scored.trees), node_reward=None)
     return pack(chains, credits, tokenizer, sequence_ratio=sequence_ratio)
 
 
@@ -232,13 +238,13 @@ def _trie_edges(
 def _dense_tables(trees: SearchTrees, layout: _Layout, pad: int) -> dict[str, np.ndarray]:
     """Build the [B, S] tables of the batch, by field name."""
     prompts, kept = trees.prompts, layout.kept
-    prompt_of_token = ragged.owners(prompts.token_start)
+    prompt_of_token = ragged.row_of(prompts.token_start)
     slot_in_prompt = ragged.index_in_row(prompts.token_start)
     # prompt tokens of the rows that are not padding
     used = layout.prompt_length[prompt_of_token] > 0
     # row and slot of every filled cell: first all prompt tokens, then all kept tree tokens
     row = np.concatenate(
-        [prompt_of_token[used], trees.prompt_of_node[ragged.owners(trees.token_start)[kept]]]
+        [prompt_of_token[used], trees.prompt_of_node[ragged.row_of(trees.token_start)[kept]]]
     )
     slot = np.concatenate([slot_in_prompt[used], layout.slot[kept]])
     # per table: the padding value, the prompts' cells, the trees' cells

@@ -47,7 +47,7 @@ def pack_sequences(
     item, start = ragged.take(sequences.item, sequences.start, rows)
     token, token_start = tokenizer.encode_history(item, start)
     # [I] row of each item, and the item's index within its window
-    row_of_item, item_index = ragged.owners(start), ragged.index_in_row(start)
+    row_of_item, item_index = ragged.row_of(start), ragged.index_in_row(start)
     # [I, code] trie nodes before and after each code, negative past an item's last code
     before, after = code_states(tokenizer.catalog, item)
     exists = after >= 0
@@ -91,8 +91,8 @@ def pack_traces(
     prompts = make_prompts(tokenizer, split, rows)
     assert tokenizer.think is not None, "rationales need a vocabulary with tags"
     examples = SftExamples(
-        asked=(prompts.token, prompts.token_start),
-        written=traces.of(rows),
+        prompt=(prompts.token, prompts.token_start),
+        answer=traces.of(rows),
         target=split.target[rows],
     )
     return pack_examples(examples, tokenizer, policy, forced=forced, unlearned=tokenizer.think.open)
@@ -103,7 +103,7 @@ def pack_answers(prompts: Prompts, tokenizer: ItemTokenizer, policy: PolicyVersi
     no_text = np.zeros(0, np.int32), np.zeros(len(prompts) + 1, np.int64)
     prompt_tokens = prompts.token, prompts.token_start
     return pack_examples(
-        SftExamples(asked=prompt_tokens, written=no_text, target=prompts.target),
+        SftExamples(prompt=prompt_tokens, answer=no_text, target=prompts.target),
         tokenizer,
         policy,
     )
@@ -119,9 +119,9 @@ def pack_examples(
 ) -> TrainBatch:
     """Pack prompts and answers; `forced` as in `pack_sequences`.
 
-    Every token of the written text is learned except the token `unlearned`.
+    Every token of the answer's text is learned except the token `unlearned`.
     """
-    (prompt_token, prompt_start), (text_token, text_start) = examples.asked, examples.written
+    (prompt_token, prompt_start), (text_token, text_start) = examples.prompt, examples.answer
     has_target = examples.target >= 0
     item = examples.target[has_target]
     # [I, code] trie nodes before and after each code of the targets, negative past the last code
@@ -134,7 +134,7 @@ def pack_examples(
     # [B + 1] start of each row: its prompt, its text and its codes
     start = ragged.starts(num_prompt + num_text + num_codes)
     # [T] slot and row of each token, and its kind
-    slot, row = ragged.index_in_row(start), ragged.owners(start)
+    slot, row = ragged.index_in_row(start), ragged.row_of(start)
     kind = (slot >= num_prompt[row]).astype(int) + (slot >= (num_prompt + num_text)[row])
     token = np.empty(len(slot), np.int32)
     token[kind == _PROMPT], token[kind == _TEXT] = prompt_token, text_token

@@ -31,9 +31,9 @@ Ragged = tuple[Int32[np.ndarray, " _"], Int64[np.ndarray, " _"]]
 class SftExamples:
     """Prompts with their answers: a text, an item after it, or one of the two."""
 
-    asked: Ragged
+    prompt: Ragged
     """Prompt tokens."""
-    written: Ragged
+    answer: Ragged
     """Answer text as tokens, empty where the answer is an item alone."""
     target: Int64[np.ndarray, " B"]
     """Answer items as catalog rows, -1 for none."""
@@ -79,8 +79,8 @@ class SftTasks:
         tasks: list[int] = np.unique(chosen[:, 0]).tolist()
         parts = [self._of(task, chosen[chosen[:, 0] == task, 1], item_tokenizer) for task in tasks]
         return SftExamples(
-            asked=ragged.concatenate([part.asked for part in parts]),
-            written=ragged.concatenate([part.written for part in parts]),
+            prompt=ragged.concatenate([part.prompt for part in parts]),
+            answer=ragged.concatenate([part.answer for part in parts]),
             target=np.concatenate([part.target for part in parts]),
         )
 
@@ -93,21 +93,22 @@ class SftTasks:
             target = self.split.target[rows]
             if task == 0:
                 return SftExamples(
-                    asked=item_tokenizer.encode_history(history, start),
-                    written=empty,
+                    prompt=item_tokenizer.encode_history(history, start),
+                    answer=empty,
                     target=target,
                 )
         else:
             history, start, target = rows, np.arange(len(rows) + 1), rows
         shown_tokens = item_tokenizer.item_tokens if task == 3 else self.title
-        asked = prompt_template.fill_template(self.frame[TASKS[task]], shown_tokens, history, start)
+        template = self.frame[TASKS[task]]
+        prompt = prompt_template.fill_template(template, shown_tokens, history, start)
         if task < 3:
-            return SftExamples(asked=asked, written=empty, target=target)
+            return SftExamples(prompt=prompt, answer=empty, target=target)
         text, text_start = ragged.take(*self.title, rows)
         ended = np.insert(text, text_start[1:], self.end)
         return SftExamples(
-            asked=asked,
-            written=(ended.astype(np.int32), text_start + np.arange(len(text_start))),
+            prompt=prompt,
+            answer=(ended.astype(np.int32), text_start + np.arange(len(text_start))),
             target=np.full(len(rows), -1),
         )
 

@@ -89,7 +89,7 @@ def write_world(out: Path, params: WorldParams, *, overwrite: bool = False) -> W
 def _log(world: SyntheticWorld, events: Events) -> InteractionLog:
     """Return the events, in the order of users and times, as a log."""
     return InteractionLog(
-        user=ragged.owners(events.start),
+        user=ragged.row_of(events.start),
         item=events.item,
         timestamp=events.timestamp,
         user_id=np.arange(len(events.start) - 1),

@@ -220,7 +220,7 @@ def simulate_users(world: SyntheticWorld, rng: np.random.Generator) -> Events:
     gap = 1 + rng.exponential(stay_s / params.mean_events, len(item)).astype(np.int64)
     gap[start[:-1]] = _FIRST_DAY + rng.integers(params.days * _DAY_S, size=len(count))
     total = ragged.starts(gap)
-    timestamp = total[1:] - total[start[ragged.owners(start)]]
+    timestamp = total[1:] - total[start[ragged.row_of(start)]]
     return Events(start=start, item=item, timestamp=timestamp, interest=tastes_of_event)
 
 

@@ -63,7 +63,7 @@ def target_ranks(
         target_leaf: leaf of the target.
         target_position: index of the target among the items of its leaf.
     """
-    prompt_of = ragged.owners(start)
+    prompt_of = ragged.row_of(start)
     is_first = _fresh(leaf, prompt_of)
     # distinct leaves, and their items, before each candidate in the concatenation of all lists
     leaves_before = ragged.starts(is_first.astype(np.int64))
@@ -139,7 +139,7 @@ def coverage(
     *, leaf: Int[np.ndarray, " C"], num_leaves: int, start: Int[np.ndarray, " B1"], k: int
 ) -> float:
     """Return the share of the catalog's leaves that are among the first k of any list."""
-    prompt_of = ragged.owners(start)
+    prompt_of = ragged.row_of(start)
     is_first = _fresh(leaf, prompt_of)
     leaves_before = ragged.starts(is_first.astype(np.int64))
     is_shown = is_first & (leaves_before[:-1] - leaves_before[start[prompt_of]] < k)
@@ -153,7 +153,7 @@ def diversity(*, path: Int[np.ndarray, "C L"], start: Int[np.ndarray, " B1"]) ->
     any constant). The result is 1 if all first steps differ and 0 if all candidates are equal. Rows
     with fewer than two candidates have no pairs and do not count; it is 0 if no row has two.
     """
-    size, prompt_of = np.diff(start), ragged.owners(start)
+    size, prompt_of = np.diff(start), ragged.row_of(start)
     num_pairs = size * (size - 1) / 2
     sorted_path = path[np.lexsort((*path.T[::-1], prompt_of))]
     is_start = np.ones(len(path), dtype=bool)  # whether a group of equal prefixes starts

@@ -40,7 +40,7 @@ def neighbors(rows: LeafRows) -> Expert:
 def item_knn(rows: LeafRows) -> Expert:
     """Compute the cosine of the users of two leaves, shrunk by 5 in the denominator."""
     _, user = np.unique(rows.user, return_inverse=True)
-    who = np.concatenate([user[ragged.owners(rows.start)], user])
+    who = np.concatenate([user[ragged.row_of(rows.start)], user])
     what = np.concatenate([rows.history, rows.target])
     # One entry for each user and leaf, however often the user met it.
     pair = np.unique(who * rows.num_leaves + what)
@@ -63,7 +63,7 @@ def _pairs(rows: LeafRows, *, window: int, decay: float) -> Any:
     """
     before, start = ragged.last(rows.history, rows.start, window)
     age = np.repeat(start[1:], np.diff(start)) - 1 - np.arange(len(before))
-    after = rows.target[ragged.owners(start)]
+    after = rows.target[ragged.row_of(start)]
     shape = (rows.num_leaves, rows.num_leaves)
     return _matrix(before, after, decay ** age.astype(np.float64), shape)
 

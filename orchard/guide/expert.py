@@ -53,7 +53,7 @@ class LeafRows:
     @property
     def repeat_rate(self) -> float:
         """Share of the rows whose target is a leaf of their own history."""
-        again = self.history == self.target[ragged.owners(self.start)]
+        again = self.history == self.target[ragged.row_of(self.start)]
         return float((np.diff(ragged.starts(again.astype(np.int64))[self.start]) > 0).mean())
 
     @classmethod
@@ -115,7 +115,7 @@ class Expert:
         count = np.diff(self.start)
         if most <= 0 or int(count.max(initial=0)) <= most:
             return self
-        owner = ragged.owners(self.start)
+        owner = ragged.row_of(self.start)
         order = np.lexsort((self.after, -self.strength, owner))
         kept = np.sort(order[ragged.index_in_row(self.start) < most])
         return replace(
@@ -135,7 +135,7 @@ class Expert:
         first = self.start[recent]
         count = self.start[recent + 1] - first
         pair = ragged.ranges(first, count)
-        prompt = np.repeat(ragged.owners(bounds), count)
+        prompt = np.repeat(ragged.row_of(bounds), count)
         score = self.strength[pair] * np.repeat(self.decay ** age.astype(np.float64), count)
         return prompt, self.after[pair].astype(np.int64), score
 
@@ -192,7 +192,7 @@ def expert_scores(
 
     The scores of a prompt do not depend on the rest of the batch.
     """
-    owner = ragged.owners(start)
+    owner = ragged.row_of(start)
     parts = [expert.entries(history, start) for expert in experts]
     prompt = np.concatenate([*(part[0] for part in parts), owner])
     leaf = np.concatenate([*(part[1] for part in parts), history])

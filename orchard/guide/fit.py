@@ -151,9 +151,9 @@ def _choices(
 ) -> tuple[Float64[np.ndarray, "C A"], Bool[np.ndarray, " C"], Int64[np.ndarray, " R1"]]:
     """Return log p and features, the target, and the bounds of the rows whose list has it."""
     prompts, leaf_of_item = lists.prompts, guide.catalog.leaf_of_item
-    prompt, leaf, score = ragged.owners(lists.start), lists.leaf, lists.score
+    prompt, leaf, score = ragged.row_of(lists.start), lists.leaf, lists.score
     if guide.exclude_seen:
-        owner = ragged.owners(prompts.history_start)
+        owner = ragged.row_of(prompts.history_start)
         size = guide.catalog.trie.num_leaves
         history = owner * size + leaf_of_item[prompts.history]
         fresh = ~np.isin(prompt * size + leaf, history)
@@ -174,7 +174,7 @@ def _logit(
     ridge: float,
 ) -> Float64[np.ndarray, " A"]:
     """Maximize the mean log-likelihood of the targets, less ridge times the squared weights."""
-    owner, num_rows = ragged.owners(start), len(start) - 1
+    owner, num_rows = ragged.row_of(start), len(start) - 1
 
     def loss(weight: Float64[np.ndarray, " A"]) -> tuple[float, Float64[np.ndarray, " A"]]:
         utility = table @ weight

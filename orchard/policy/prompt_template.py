@@ -58,7 +58,7 @@ def fill_template(
         start: row r holds the items `start[r] : start[r + 1]`.
     """
     catalog_token, catalog_start = item_tokens
-    row, num_rows = ragged.owners(start), len(start) - 1
+    row, num_rows = ragged.row_of(start), len(start) - 1
     total = ragged.starts(np.diff(catalog_start)[item] + len(template.between))
     # (H,) tokens from each item to the end of its row; no separator follows the last item
     rest = total[start[1:]][row] - total[:-1] - len(template.between)

@@ -3,7 +3,7 @@ r"""Train the prefix critic on walks down the trie by MARWIL (arXiv 1806.00683, 
 Each logged row gives one walk down to its target. A contrast follows that walk for a uniformly
 drawn number of codes and then takes a random child at each node; without such walks the returns
 would not vary with the prefix. A walk of L codes visits the states s_0 .. s_L; entering s_l earns
-the node reward of a value head (`learner.value.node_rewards`, by codes), and
+the node reward of a value head (`rewards.values.node_rewards`, by codes), and
 
     G_l = r_l + gamma r_{l+1} + .. + gamma^{L-l} r_L,  r_0 = 0
     loss = mean( 1/2 w (G - V)^2 - exp(beta (G - V) / c) log pi(next code) ),  c^2 a moving mean

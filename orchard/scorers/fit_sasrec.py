@@ -130,7 +130,7 @@ def sasrec_ranks(
         logit[:, unknown] = -np.inf
         if exclude_seen:
             seen = np.zeros((len(rows), catalog.trie.num_leaves), np.bool_)
-            seen[ragged.owners(start), catalog.leaf_of_item[history]] = True
+            seen[ragged.row_of(start), catalog.leaf_of_item[history]] = True
             logit[seen[:, catalog.leaf_of_item]] = -np.inf
         # [Q, K] log-sum-exp of the logits of each leaf's items
         leaf_logit = np.logaddexp.reduceat(

@@ -92,7 +92,7 @@ class ListwiseRanker(nn.Module):
         leaf = self.leaf_of_item.numpy()[history]
         is_known = self.trained.numpy()[leaf]
         bounds = ragged.starts(
-            np.bincount(ragged.owners(start)[is_known], minlength=len(start) - 1)
+            np.bincount(ragged.row_of(start)[is_known], minlength=len(start) - 1)
         )
         recent_leaf, bounds = ragged.last(leaf[is_known], bounds, self.max_history)
         return torch.from_numpy(ragged.pad(recent_leaf, bounds, fill=self.num_leaves, width=1))
@@ -116,6 +116,6 @@ class ListwiseRanker(nn.Module):
                 np.where(is_known, leaf, self.num_leaves), start, fill=self.num_leaves, width=1
             )
         )
-        logprob = self(recent_leaves, padded_leaf)[ragged.owners(start), ragged.index_in_row(start)]
-        no_history = (recent_leaves == self.num_leaves).all(1)[ragged.owners(start)]
+        logprob = self(recent_leaves, padded_leaf)[ragged.row_of(start), ragged.index_in_row(start)]
+        no_history = (recent_leaves == self.num_leaves).all(1)[ragged.row_of(start)]
         return logprob.masked_fill(no_history | ~torch.from_numpy(is_known), float("-inf"))

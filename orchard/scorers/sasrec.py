@@ -66,7 +66,7 @@ class SasRec(nn.Module):
     ) -> tuple[Float[Tensor, "B D"], Bool[np.ndarray, " B"]]:
         """Return the state after each history, and whether the history has any training item."""
         is_known = self.trained.numpy()[history]
-        count = np.bincount(ragged.owners(start)[is_known], minlength=len(start) - 1)
+        count = np.bincount(ragged.row_of(start)[is_known], minlength=len(start) - 1)
         recent, bounds = ragged.last(history[is_known], ragged.starts(count), self.max_history)
         table = ragged.pad(recent, bounds, fill=self.item.num_embeddings - 1, width=1)
         length = np.diff(bounds)

@@ -1,9 +1,9 @@
 """Serialize searches for vLLM's workers; large arguments are sent once and cached by digest.
 
 A search is a function with its arguments. These may include catalog views, a catalog and a guide,
-whose size grows with the number of items and which are the same in batch after batch. They are identified by
-their content: a worker caches what it has received, on its device, and later payloads contain only
-the key.
+whose size grows with the number of items and which are the same in batch after batch. They are
+identified by their content: a worker caches what it has received, on its device, and later payloads
+contain only the key.
 
 Shapes:  R selected prompts
 """
@@ -11,7 +11,7 @@ Shapes:  R selected prompts
 import io
 import pickle
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -23,12 +23,8 @@ from jaxtyping import Int64
 from orchard.catalog.catalog import Catalog
 from orchard.catalog.view import CatalogView
 from orchard.guide.guide import Guide
-from orchard.types import Prompts
-from rollout.candidates import Candidates
-from rollout.engine.protocol import DecodingBackend
+from rollout.engine.protocol import SearchFn
 from rollout.item_filter import ItemFilter
-
-SearchFn = Callable[[DecodingBackend, Prompts], Candidates]
 
 LargeArgument = CatalogView | Catalog | Guide
 """Argument that workers cache by its content."""

@@ -104,13 +104,15 @@ class DecodingBackend(Protocol):
         ...
 
 
+SearchFn = Callable[[DecodingBackend, Prompts], Candidates]
+"""Search of codes: from a decoding backend and a batch of prompts to candidates."""
+
+
 @runtime_checkable
 class SearchRunner(Protocol):
     """Interface to run searches in the process of a policy."""
 
-    def run(
-        self, search_fn: Callable[[DecodingBackend, Prompts], Candidates], prompts: Prompts, /
-    ) -> Candidates:
+    def run(self, search_fn: SearchFn, prompts: Prompts, /) -> Candidates:
         """Run `search_fn`, a picklable function, for one batch of prompts.
 
         An item filter is bound to the keyword `allowed` by `functools.partial`, so that the engine

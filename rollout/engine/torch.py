@@ -96,7 +96,7 @@ class TorchEngine:
         widest = check_prompt_length(prompts, self.trie, self._model.config.max_position_embeddings)
         # Left padding puts the last token of every prompt in the same slot.
         num_pad = widest - np.diff(prompts.token_start)
-        row, index = ragged.owners(prompts.token_start), ragged.index_in_row(prompts.token_start)
+        row, index = ragged.row_of(prompts.token_start), ragged.index_in_row(prompts.token_start)
         table = np.full((len(prompts), widest), self.tokenizer.pad, dtype=np.int64)
         table[row, index + num_pad[row]] = prompts.token
         token = torch.from_numpy(table).to(self._padding.device)

@@ -21,7 +21,8 @@ from orchard.policy.value_head import ValueHead
 from orchard.types import PolicyVersion, Prompts
 from rollout.candidates import Candidates
 from rollout.engine.paged import CacheFullError, ForwardBatch, PagedBackend
-from rollout.engine.payload import PayloadDecoder, SearchFn, SearchPayload, split_search
+from rollout.engine.payload import PayloadDecoder, SearchPayload, split_search
+from rollout.engine.protocol import SearchFn
 
 _log = logging.getLogger(__name__)
 

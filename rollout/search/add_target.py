@@ -8,8 +8,6 @@ log-probability is the policy's own, from extra forward passes along its path. R
 Shapes:  B prompts   D longest sequence   F prompts whose path has not ended
 """
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from jaxtyping import Int64
@@ -19,7 +17,7 @@ from orchard.catalog.catalog import Catalog
 from orchard.catalog.trie import ROOT
 from orchard.types import Cost, Prompts
 from rollout.candidates import Candidates
-from rollout.engine.protocol import DecodingBackend
+from rollout.engine.protocol import DecodingBackend, SearchFn
 from rollout.search.beam import check_finite, collect, spans
 
 
@@ -27,19 +25,19 @@ def search_with_target(
     engine: DecodingBackend,
     prompts: Prompts,
     *,
-    find: Callable[[DecodingBackend, Prompts], Candidates],
+    search_fn: SearchFn,
     catalog: Catalog,
 ) -> Candidates:
-    """Run the search `find`, and replace the last candidate of each prompt whose target it missed.
+    """Run `search_fn`, and replace the last candidate of each prompt whose target it missed.
 
     Groups keep their size and stay sorted by score. The cost counts the targets `added`.
 
     Raises:
         EngineError: a prompt does not fit the engine, or the policy has diverged.
     """
-    candidates = find(engine, prompts)
+    candidates = search_fn(engine, prompts)
     target = catalog.leaf_of_item[prompts.target]
-    prompt_of = ragged.owners(candidates.start)
+    prompt_of = ragged.row_of(candidates.start)
     has_target = (
         np.bincount(prompt_of[candidates.leaf == target[prompt_of]], minlength=len(prompts)) > 0
     )

@@ -1,5 +1,8 @@
 """Registry of the search algorithms that `rollout.search` names.
 
+A search is one function from prompts to search trees. Most search codes alone: they are a function
+that runs where the model is, and `SearchContext.search_codes` makes a search of it.
+
 To add a search, write a `SearchFactory` in a module of its own and register it in `SEARCHES`.
 `docs/extending.md` has an example.
 """
@@ -13,22 +16,25 @@ from orchard.catalog.trie import Trie
 from orchard.errors import ConfigError
 from orchard.guide.guide import Guide
 from orchard.guide.values import Valuer
+from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.registry import Facts, Registry
 from orchard.scorers.prefix_critic import PrefixCritic
 from orchard.settings import Config, RolloutConfig
-from orchard.types import Prompts
-from rollout.candidates import Candidates
-from rollout.engine.protocol import DecodingBackend
+from orchard.types import Prompts, SearchTrees
+from rollout.engine.protocol import InferenceEngine, SearchFn
 from rollout.search.add_target import search_with_target
+from rollout.search.batches import search_in_batches
 from rollout.search.beam import beam, sample
 from rollout.search.sampling import beam_sample, dynamic
+from rollout.search.think import search_after_thoughts
 from rollout.search.ved.search import check_budget, ved
+from rollout.search_trees import build_search_trees
 
 PROVED = 10
 """Number of first candidates of a guided beam that are proved to be the best, where they are."""
 
-SearchFn = Callable[[DecodingBackend, Prompts], Candidates]
-"""Search function: from a decoding backend and a batch of prompts to candidates."""
+Search = Callable[[Prompts], SearchTrees]
+"""Search: from prompts to one search tree per prompt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,9 +42,12 @@ class SearchContext:
     """Inputs from which a `SearchFactory` makes a search."""
 
     config: RolloutConfig
-    catalog: Catalog
+    engine: InferenceEngine
+    tokenizer: ItemTokenizer
     seed: int
     """Random seed of the training step."""
+    step: int | None = None
+    """Number of updates before the training step; None outside of training."""
     critic: PrefixCritic | None = None
     """Critic that guides `ved` instead of the policy's value head, or `beam`."""
     guide: Guide | None = None
@@ -48,9 +57,29 @@ class SearchContext:
         """Return the source of values called `name` in the settings; None for the head or none."""
         return {"critic": self.critic, "expert": self.guide}.get(name)
 
+    @property
+    def catalog(self) -> Catalog:
+        """Catalog whose trie constrains the search."""
+        return self.tokenizer.catalog
 
-SearchFactory = Callable[[SearchContext], SearchFn]
-"""Factory of a search: from its context to a picklable search function."""
+    def search_codes(self, search_fn: SearchFn) -> Search:
+        """Return the search that runs the picklable `search_fn` where the model is.
+
+        It adds missed targets if `rollout.add_target` is set.
+        """
+        if self.config.add_target:
+            search_fn = partial(search_with_target, search_fn=search_fn, catalog=self.catalog)
+
+        def search(prompts: Prompts) -> SearchTrees:
+            size = self.config.batch_size
+            candidates = search_in_batches(self.engine, search_fn, prompts, size=size)
+            return build_search_trees(prompts, candidates, self.tokenizer, self.engine.version)
+
+        return search
+
+
+SearchFactory = Callable[[SearchContext], Search]
+"""Factory of a search from its context."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +87,7 @@ class SearchFacts(Facts):
     """Properties of a search that a run looks up."""
 
     thinks: bool = False
-    """Whether the policy generates thoughts first, so that the prompts of the search end in one."""
+    """Whether the policy generates thoughts before it searches codes."""
     uses_critic: Callable[[RolloutConfig], bool] | None = None
     """Whether a prefix critic guides the search under these settings; None if never."""
     uses_guide: Callable[[RolloutConfig], bool] | None = None
@@ -80,36 +109,37 @@ SEARCHES: Registry[SearchFactory, SearchFacts] = Registry(
         uses_guide=lambda config: config.guide == "expert",
     ),
 )
-def _beam(ctx: SearchContext) -> SearchFn:
+def _beam(ctx: SearchContext) -> Search:
     width, valuer = ctx.config.group_size, ctx.valuer(ctx.config.guide)
     if valuer is None:
-        return partial(beam, width=width)
-    return partial(beam, width=width, guide=valuer, prove=PROVED)
+        return ctx.search_codes(partial(beam, width=width))
+    return ctx.search_codes(partial(beam, width=width, guide=valuer, prove=PROVED))
 
 
 @SEARCHES.register("beam_sample")
-def _beam_sample(ctx: SearchContext) -> SearchFn:
-    config = ctx.config
-    return partial(
-        beam_sample, width=config.group_size, temperature=config.temperature, seed=ctx.seed
+def _beam_sample(ctx: SearchContext) -> Search:
+    width, temperature = ctx.config.group_size, ctx.config.temperature
+    return ctx.search_codes(
+        partial(beam_sample, width=width, temperature=temperature, seed=ctx.seed)
     )
 
 
 @SEARCHES.register("sample")
-def _sample(ctx: SearchContext) -> SearchFn:
-    config = ctx.config
-    return partial(sample, count=config.group_size, temperature=config.temperature, seed=ctx.seed)
+def _sample(ctx: SearchContext) -> Search:
+    count, temperature = ctx.config.group_size, ctx.config.temperature
+    return ctx.search_codes(partial(sample, count=count, temperature=temperature, seed=ctx.seed))
 
 
 @SEARCHES.register("dynamic")
-def _dynamic(ctx: SearchContext) -> SearchFn:
-    config = ctx.config
-    return partial(
-        dynamic,
-        catalog=ctx.catalog,
-        count=config.group_size,
-        temperature=config.temperature,
-        seed=ctx.seed,
+def _dynamic(ctx: SearchContext) -> Search:
+    return ctx.search_codes(
+        partial(
+            dynamic,
+            catalog=ctx.catalog,
+            count=ctx.config.group_size,
+            temperature=ctx.config.temperature,
+            seed=ctx.seed,
+        )
     )
 
 
@@ -132,10 +162,14 @@ def _needs_values(config: Config) -> None:
         check_catalog=lambda config, trie: check_budget(config.ved, trie),
     ),
 )
-def _ved(ctx: SearchContext) -> SearchFn:
-    config, seed = ctx.config, ctx.seed
+def _ved(ctx: SearchContext) -> Search:
+    config = ctx.config
+    if ctx.step is not None and ctx.step < config.ved.warmup:
+        return _beam(ctx)  # provides the training data until the value head is warmed up
     count, critic = config.group_size, ctx.valuer(config.ved.guide)
-    return partial(ved, settings=config.ved, count=count, seed=seed, critic=critic)
+    return ctx.search_codes(
+        partial(ved, settings=config.ved, count=count, seed=ctx.seed, critic=critic)
+    )
 
 
 def _adds_no_target(config: Config) -> None:
@@ -159,16 +193,10 @@ def _trains_no_values(config: Config) -> None:
 
 
 @SEARCHES.register("think", SearchFacts(rules=(_adds_no_target, _trains_no_values), thinks=True))
-def _codes_after_thought(ctx: SearchContext) -> SearchFn:
-    config = ctx.config
-    if config.think.codes == "beam":
-        return partial(beam, width=config.think.width)
-    return partial(sample, count=config.think.width, temperature=config.temperature, seed=ctx.seed)
+def _think(ctx: SearchContext) -> Search:
+    return partial(search_after_thoughts, ctx.engine, ctx.tokenizer, ctx.config, seed=ctx.seed)
 
 
-def make_search(name: str, ctx: SearchContext) -> SearchFn:
-    """Make the search called `name`, which adds missed targets if `rollout.add_target` is set."""
-    search_fn = SEARCHES[name](ctx)
-    if ctx.config.add_target:
-        return partial(search_with_target, find=search_fn, catalog=ctx.catalog)
-    return search_fn
+def make_search(name: str, ctx: SearchContext) -> Search:
+    """Make the search called `name`."""
+    return SEARCHES[name](ctx)

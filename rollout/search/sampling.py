@@ -42,7 +42,7 @@ def beam_sample(
     """
     noise = GumbelNoise(prompts.id, temperature=temperature, seed=seed)
     candidates = beam(engine, prompts, width=width, noise=noise, allowed=allowed)
-    order = np.lexsort((candidates.leaf, -candidates.score, ragged.owners(candidates.start)))
+    order = np.lexsort((candidates.leaf, -candidates.score, ragged.row_of(candidates.start)))
     return _pick(candidates, order, np.diff(candidates.start))
 
 
@@ -66,7 +66,7 @@ def dynamic(
     """
     draws = -(-3 * count // 2)
     candidates = sample(engine, prompts, count=draws, temperature=temperature, seed=seed)
-    prompt = ragged.owners(candidates.start)
+    prompt = ragged.row_of(candidates.start)
     is_target = candidates.leaf == catalog.leaf_of_item[prompts.target][prompt]
     # Stable sort by prompt and leaf: the copies of a leaf form a run.
     order = np.lexsort((candidates.leaf, prompt))
@@ -76,7 +76,7 @@ def dynamic(
     # Number of each copy within its run, and the number of copies.
     copy, frequency = np.empty_like(order), np.empty_like(order)
     copy[order] = ragged.index_in_row(run_start)
-    frequency[order] = np.diff(run_start)[ragged.owners(run_start)]
+    frequency[order] = np.diff(run_start)[ragged.row_of(run_start)]
     copy[is_target] = 0
     # Candidates of each prompt in the order of preference.
     order = np.lexsort((candidates.leaf, -candidates.score, -frequency, copy, ~is_target, prompt))

@@ -1,4 +1,6 @@
-"""Generate thoughts: K blocks of free text per sample, block k of all samples at once.
+"""Generate thoughts, and search codes after them: the search `think`.
+
+A thought is K blocks of free text per sample; block k of all samples is generated at once.
 
 A sample is `<think> text </think>` K times, and then K codes. The opening tags are forced, as is
 the closing tag of a block that has reached its maximum length; forced tokens are forwarded but get
@@ -10,18 +12,25 @@ Shapes:  B prompts   S samples
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from time import perf_counter
 
 import numpy as np
 from jaxtyping import Int64
 
 from orchard import ragged
-from orchard.policy.item_tokenizer import ThinkTokens
-from orchard.types import Cost, Prompts
-from rollout.engine.protocol import Completions, GenerationParams
-from rollout.search.thoughts import Thoughts
+from orchard.errors import EngineError
+from orchard.policy.item_tokenizer import ItemTokenizer, ThinkTokens
+from orchard.settings import RolloutConfig
+from orchard.types import Cost, Prompts, SearchTrees
+from rollout.engine.protocol import Completions, GenerationParams, InferenceEngine, SearchFn
+from rollout.search.batches import search_in_batches
+from rollout.search.beam import beam, sample
+from rollout.search.thoughts import Thoughts, attach_thoughts
+from rollout.search_trees import build_search_trees
 
-Write = Callable[[Sequence[Sequence[int]], np.ndarray, GenerationParams], Completions]
+Generate = Callable[[Sequence[Sequence[int]], np.ndarray, GenerationParams], Completions]
 """Text generator with the signature of `rollout.engine.protocol.InferenceEngine.generate`."""
 
 
@@ -46,25 +55,25 @@ class _Sample:
 
 
 def think(
-    write: Write,
+    generate: Generate,
     prompts: Prompts,
     tags: ThinkTokens,
     *,
     count: int,
-    blocks: int,
-    cap: int,
+    num_blocks: int,
+    block_tokens: int,
     temperature: float,
     seed: int,
 ) -> Thoughts:
-    """Generate `count` independent thoughts of `blocks` blocks per prompt.
+    """Generate `count` independent thoughts of `num_blocks` blocks per prompt.
 
     Args:
-        write: text generation with the policy, as `InferenceEngine.generate`.
+        generate: text generation with the policy, as `InferenceEngine.generate`.
         prompts: prompts to continue.
         tags: tokens that open a block, close a block, and end a text.
         count: thoughts per prompt.
-        blocks: blocks per thought, one for each code of an item.
-        cap: maximum number of generated tokens of a block, including its closing tag.
+        num_blocks: blocks per thought, one for each code of an item.
+        block_tokens: maximum number of generated tokens of a block, including its closing tag.
         temperature: sampling temperature; 0 is greedy.
         seed: random seed; draws depend on it, the prompt's id and the sample's index.
 
@@ -73,15 +82,17 @@ def think(
     """
     token = np.split(prompts.token, prompts.token_start[1:-1])
     samples = [_Sample(context=ids.tolist()) for ids in token for _ in range(count)]
-    keys = draw_keys(prompts.id, count, blocks, seed)
-    params = GenerationParams(stop=(tags.close, tags.end), limit=cap, temperature=temperature)
-    # Samples that have not ended, blocks cut at their cap, and forward passes.
+    keys = draw_keys(prompts.id, count, num_blocks, seed)
+    params = GenerationParams(
+        stop=(tags.close, tags.end), limit=block_tokens, temperature=temperature
+    )
+    # Samples that have not ended, blocks cut at their limit, and forward passes.
     live, cut, passes = list(range(len(samples))), 0, 0
-    for block in range(blocks):
+    for block in range(num_blocks):
         for row in live:
             samples[row].lengths.append(0)
             samples[row].add([tags.open], [0.0], forced=True)
-        texts = write([samples[row].context for row in live], keys[live, block], params)
+        texts = generate([samples[row].context for row in live], keys[live, block], params)
         passes += int(np.diff(texts.start).max())
         for row, a, b in zip(live, texts.start[:-1], texts.start[1:], strict=True):
             samples[row].add(texts.token[a:b].tolist(), texts.logprob[a:b].tolist(), forced=False)
@@ -93,7 +104,7 @@ def think(
         if not live:
             break
     num_tokens = sum(len(sample.token) for sample in samples)
-    malformed = sum(len(sample.lengths) != blocks for sample in samples)
+    malformed = sum(len(sample.lengths) != num_blocks for sample in samples)
     lengths = [np.array(sample.lengths) for sample in samples]
     return Thoughts(
         sample_start=np.arange(len(prompts) + 1) * count,
@@ -117,14 +128,74 @@ def think(
 
 
 def draw_keys(
-    prompt_id: Int64[np.ndarray, " B"], count: int, blocks: int, seed: int
-) -> Int64[np.ndarray, "S blocks"]:
+    prompt_id: Int64[np.ndarray, " B"], count: int, num_blocks: int, seed: int
+) -> Int64[np.ndarray, "S num_blocks"]:
     """Draw the random seed of each block of each sample, which depends on (seed, prompt id)."""
     return np.concatenate(
         [
             np.random.Generator(np.random.Philox(key=[seed, int(id_)])).integers(
-                2**62, size=(count, blocks), dtype=np.int64
+                2**62, size=(count, num_blocks), dtype=np.int64
             )
             for id_ in prompt_id
         ]
     )
+
+
+def generate_thoughts(
+    engine: InferenceEngine,
+    tokenizer: ItemTokenizer,
+    config: RolloutConfig,
+    prompts: Prompts,
+    *,
+    count: int,
+    temperature: float,
+    seed: int,
+) -> Thoughts:
+    """Generate `count` thoughts per prompt, with a block for each code of the longest item.
+
+    Raises:
+        EngineError: the policy has no thinking tags, or a thought exceeds its positions.
+    """
+    if (tags := tokenizer.think) is None:
+        raise EngineError(
+            "the policy has no tags to think between; warm-start it on rationales "
+            "(data.rationales), or choose a search without thoughts"
+        )
+    return think(
+        engine.generate,
+        prompts,
+        tags,
+        count=count,
+        num_blocks=tokenizer.catalog.trie.depth,
+        block_tokens=config.think.block_tokens,
+        temperature=temperature,
+        seed=seed,
+    )
+
+
+def search_after_thoughts(
+    engine: InferenceEngine,
+    tokenizer: ItemTokenizer,
+    config: RolloutConfig,
+    prompts: Prompts,
+    *,
+    seed: int,
+) -> SearchTrees:
+    """Generate `rollout.group_size` thoughts per prompt, then search codes after each of them.
+
+    Raises:
+        EngineError: the policy has no thinking tags, or a thought exceeds its positions.
+    """
+    began, temperature, width = perf_counter(), config.temperature, config.think.width
+    thoughts = generate_thoughts(
+        engine, tokenizer, config, prompts,
+        count=config.group_size, temperature=temperature, seed=seed,
+    )  # fmt: skip
+    search_fn: SearchFn = partial(sample, count=width, temperature=temperature, seed=seed)
+    if config.think.codes == "beam":
+        search_fn = partial(beam, width=width)
+    contexts = thoughts.contexts(prompts)
+    candidates = search_in_batches(engine, search_fn, contexts, size=config.batch_size)
+    codes = build_search_trees(contexts, candidates, tokenizer, engine.version)
+    trees = attach_thoughts(prompts, thoughts, codes, tokenizer.catalog.trie.depth)
+    return replace(trees, cost=replace(trees.cost, seconds=perf_counter() - began))

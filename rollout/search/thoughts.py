@@ -10,26 +10,28 @@ Shapes:  B prompts   S samples   N blocks of all samples   T tokens of all block
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int32, Int64
 
-from orchard import ragged
+from orchard import arrays, ragged
+from orchard.arrays import Merge, Starts
 from orchard.catalog.trie import ROOT
-from orchard.types import Cost, Prompts, SearchTrees
+from orchard.types import Cost, Prompts, SearchTrees, sum_costs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Thoughts:
     """Thinking blocks of every sample of every prompt. A block's tokens include its tags."""
 
-    sample_start: Int64[np.ndarray, " B1"]
+    sample_start: Annotated[Int64[np.ndarray, " B1"], Starts("S")]
     """Boundaries: the samples of prompt b are `sample_start[b] : sample_start[b + 1]`."""
-    block_start: Int64[np.ndarray, " S1"]
+    block_start: Annotated[Int64[np.ndarray, " S1"], Starts("N")]
     """Boundaries: the blocks of sample s are `block_start[s] : block_start[s + 1]`."""
     token: Int32[np.ndarray, " T"]
     """Tokens of all blocks."""
-    token_start: Int64[np.ndarray, " N1"]
+    token_start: Annotated[Int64[np.ndarray, " N1"], Starts("T")]
     """Boundaries: the tokens of block n are `token_start[n] : token_start[n + 1]`."""
     logprob: Float32[np.ndarray, " T"]
     """Log-probability of each token under the tempered distribution that it was drawn from; 0 if
@@ -37,17 +39,17 @@ class Thoughts:
     forced: Bool[np.ndarray, " T"]
     """Whether the token was injected: an opening tag, or the closing tag of a block that was cut
     or ended by the end token."""
-    cost: Cost
+    cost: Annotated[Cost, Merge(sum_costs)]
 
     @property
     def score(self) -> Float64[np.ndarray, " S"]:
         """Log-probability of each sample's text."""
-        sample = ragged.owners(self.block_start)[ragged.owners(self.token_start)]
+        sample = ragged.row_of(self.block_start)[ragged.row_of(self.token_start)]
         return np.bincount(sample, self.logprob, len(self.block_start) - 1)
 
     def contexts(self, prompts: Prompts) -> Prompts:
         """Return a prompt per sample, with its own id: the prompt followed by the thoughts."""
-        prompt_of = ragged.owners(self.sample_start)
+        prompt_of = ragged.row_of(self.sample_start)
         repeated = prompts.select(prompt_of)
         text_start = self.token_start[self.block_start]
         count = np.diff(repeated.token_start) + np.diff(text_start)
@@ -68,18 +70,7 @@ class Thoughts:
     @staticmethod
     def concatenate(parts: "Sequence[Thoughts]") -> "Thoughts":
         """Concatenate batches in order and sum their costs."""
-        token, token_start = ragged.concatenate([(p.token, p.token_start) for p in parts])
-        _, block_start = ragged.concatenate([(p.token_start[:-1], p.block_start) for p in parts])
-        _, sample_start = ragged.concatenate([(p.block_start[:-1], p.sample_start) for p in parts])
-        return Thoughts(
-            sample_start=sample_start,
-            block_start=block_start,
-            token=token,
-            token_start=token_start,
-            logprob=np.concatenate([p.logprob for p in parts]),
-            forced=np.concatenate([p.forced for p in parts]),
-            cost=sum((p.cost for p in parts), Cost()),
-        )
+        return arrays.concatenate(parts)
 
 
 def attach_thoughts(
@@ -93,7 +84,7 @@ def attach_thoughts(
         codes: search trees of `thoughts.contexts(prompts)`, one per sample.
         num_steps: codes of an item, and blocks of a well-formed sample.
     """
-    prompt_of = ragged.owners(thoughts.sample_start)  # of each sample
+    prompt_of = ragged.row_of(thoughts.sample_start)  # of each sample
     num_blocks, num_codes = np.diff(thoughts.block_start), np.diff(codes.node_start) - 1
     size = num_blocks + num_codes  # new nodes of each sample
     node_start = ragged.starts(
@@ -103,7 +94,7 @@ def attach_thoughts(
     first = ragged.starts(size)[:-1] + prompt_of + 1
     # Sample of each block, its index there, and its new node.
     sample, block_index = (
-        ragged.owners(thoughts.block_start),
+        ragged.row_of(thoughts.block_start),
         ragged.index_in_row(thoughts.block_start),
     )
     block = first[sample] + block_index

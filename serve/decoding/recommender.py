@@ -194,7 +194,7 @@ def rank_items(
     # Catalog rows of the items of all candidates, best candidate first, items in catalog order.
     rows, start = ragged.take(catalog.item_of_leaf, catalog.leaf_start, candidates.leaf)
     # Candidate of each of those items.
-    candidate_of = ragged.owners(start)
+    candidate_of = ragged.row_of(start)
     shown = filtered.items[rows] & ~np.isin(rows, excluded)
     rows, candidate_of = rows[shown], candidate_of[shown]
     num_capped = 0

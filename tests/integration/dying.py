@@ -41,8 +41,10 @@ def die(*_: object) -> None:
 
 
 class DyingSearcher(RolloutWorker):
-    def search(self, prompts: Prompts, seed: int, kind: str | None = None) -> SearchTrees:
-        found = super().search(prompts, seed, kind)
+    def search(
+        self, prompts: Prompts, seed: int, step: int | None = None, name: str | None = None
+    ) -> SearchTrees:
+        found = super().search(prompts, seed, step, name)
         if at("rollout", found.policy.step):
             die()
         return found

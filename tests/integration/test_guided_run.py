@@ -8,17 +8,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.training.loop import make_batch, step_metrics
+from cluster.training.loop import step_metrics
 from cluster.training.run import Run, prepare
 from cluster.training.run_dir import open_run_dir, save_policy
+from learner.batch.pack import make_batch
 from orchard import config
 from orchard.data.prompts import make_prompts
 from orchard.errors import ConfigError
 from orchard.policy import model, value_head
 from orchard.policy.weights import digest, snapshot
 from orchard.settings import Config
-from orchard.types import PolicyVersion, ScoredTrees, Update
-from rewards.score import score_trees
+from orchard.types import PolicyVersion, ScoredTrees, TrainBatch, Update
+from rewards.score import score_all
 from rollout.actor import RolloutWorker
 
 ROOT = Path(__file__).parents[2]
@@ -72,12 +73,16 @@ def guided(settings: Config) -> Run:
     return prepare(settings, "train")
 
 
-def search(run: Run, *, kind: str | None = None) -> ScoredTrees:
+def search(run: Run, *, name: str | None = None) -> ScoredTrees:
     rollout_worker = RolloutWorker(run.config.rollout, run.policy, run.tokenizer, seed=0)
     trees = rollout_worker.search(
-        make_prompts(run.tokenizer, run.train, np.arange(8)), seed=0, kind=kind
+        make_prompts(run.tokenizer, run.train, np.arange(8)), seed=0, name=name
     )
-    return score_trees(trees, run.catalog, run.config.rewards.weights)
+    return score_all(trees, run.reward_context, run.config.rewards.weights)
+
+
+def train_batch(scored: ScoredTrees, run: Run) -> TrainBatch:
+    return make_batch(scored, run.tokenizer, run.config.learner)
 
 
 def test_an_exported_head_is_loaded_with_its_policy(settings: Callable[..., Config]) -> None:
@@ -98,14 +103,14 @@ def test_guided_trees_carry_values_and_become_a_batch_that_teaches_them(
     run = guided(settings())
     scored = search(run)
     assert scored.trees.value is not None
-    batch = make_batch(scored, run)
+    batch = train_batch(scored, run)
     assert batch.values is not None
     assert len(batch.values.row) == (scored.trees.step > 0).sum()
     metrics = step_metrics(scored, Update(policy=scored.trees.policy, metrics={}), lag=0)
     assert metrics["rollout/traversals"] > 0
     assert metrics["rollout/leaf_tokens"] > 0
     assert metrics["rollout/forward_tokens"] <= 8 * 16
-    assert search(run, kind="beam").trees.value is None
+    assert search(run, name="beam").trees.value is None
 
 
 def test_embeddings_of_the_data_set_change_what_the_head_is_taught(
@@ -113,7 +118,9 @@ def test_embeddings_of_the_data_set_change_what_the_head_is_taught(
 ) -> None:
     codes, items = settings(), settings("data.embeddings=embeddings.parquet", "name=other")
     scored = search(run := guided(codes))
-    by_code, by_item = make_batch(scored, run).values, make_batch(scored, guided(items)).values
+    embedded = guided(items)
+    again = score_all(scored.trees, embedded.reward_context, run.config.rewards.weights)
+    by_code, by_item = train_batch(scored, run).values, train_batch(again, embedded).values
     assert by_code is not None
     assert by_item is not None
     assert not np.allclose(by_code.reward, by_item.reward)
@@ -123,7 +130,7 @@ def test_embeddings_of_the_data_set_change_what_the_head_is_taught(
 def test_a_head_may_foretell_what_the_run_pays(settings: Callable[..., Config]) -> None:
     run = guided(settings("learner.value.outcome={rule=2.0}"))
     scored = search(run)
-    values = make_batch(scored, run).values
+    values = train_batch(scored, run).values
     assert values is not None
     hit = np.zeros(len(scored.trees.step), np.float32)
     hit[scored.trees.candidate] = 2 * scored.parts["rule"]
@@ -132,7 +139,7 @@ def test_a_head_may_foretell_what_the_run_pays(settings: Callable[..., Config]) 
 
 def test_a_run_without_a_head_packs_no_targets(settings: Callable[..., Config]) -> None:
     run = guided(settings("model.value_head=false", "rollout.search=beam"))
-    assert make_batch(search(run), run).values is None
+    assert train_batch(search(run), run).values is None
 
 
 def test_a_budget_that_does_not_cover_the_catalog_is_refused_before_anything_starts(

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from cluster.training.loop import make_batch
 from cluster.training.run import Run, prepare
 from cluster.training.run_dir import open_run_dir, save_policy
+from learner.batch.pack import make_batch
 from learner.batch.sft import pack_answers, pack_examples
 from learner.trainer import Trainer
 from orchard import config
@@ -170,7 +170,7 @@ def test_only_answers_are_learned_and_scored_as_an_ordinary_forward_pass_does(op
     for row in range(4):
         length, asked = (
             int((batch.subtree_end[row] > 0).sum()),
-            int(np.diff(examples.asked[1])[row]),
+            int(np.diff(examples.prompt[1])[row]),
         )
         slots = np.arange(asked - 1, length - 1)
         assert sorted(batch.query_slot[batch.row == row].tolist()) == slots.tolist()
@@ -204,7 +204,9 @@ def test_a_taught_text_model_is_searched_and_improved(
     assert after.policy == run.result
     rollout_worker = RolloutWorker(after.config.rollout, after.policy, after.tokenizer, seed=0)
     trees = rollout_worker.search(make_prompts(after.tokenizer, after.train, np.arange(8)), seed=0)
-    batch = make_batch(score_trees(trees, after.catalog, {"rule": 1.0}), after)
+    batch = make_batch(
+        score_trees(trees, after.catalog, {"rule": 1.0}), after.tokenizer, after.config.learner
+    )
     metrics = learner(after, model.load(after.policy, after.tokenizer)).rl_step(batch)
     assert metrics["logprob_gap"] < 1e-5
 

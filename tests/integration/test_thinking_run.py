@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.training.loop import make_batch, step_metrics
+from cluster.training.loop import step_metrics
 from cluster.training.run import Run, prepare
 from cluster.training.run_dir import open_run_dir, save_policy
-from learner.advantage.sapo import add_step_rewards
+from learner.batch.pack import make_batch
 from learner.batch.sft import pack_traces
 from learner.logprobs import choice_logprobs, to_tensors
 from learner.trainer import Trainer
@@ -23,6 +23,7 @@ from orchard.policy.weights import digest, snapshot
 from orchard.settings import Config
 from orchard.types import PolicyVersion, SearchTrees, Update
 from rewards.score import score_trees
+from rewards.steps import add_step_rewards
 from rollout.actor import RolloutWorker
 
 ROOT = Path(__file__).parents[2]
@@ -121,7 +122,7 @@ def test_a_taught_policy_thinks_in_form_and_learns_from_its_own_thoughts(
     assert counts["malformed_thoughts"] == 0
     assert counts["cut_blocks"] < 16
     scored = add_step_rewards(score_trees(trees, run.catalog, {"rule": 1.0}), run.catalog)
-    batch = make_batch(scored, run)
+    batch = make_batch(scored, run.tokenizer, run.config.learner)
     assert (batch.state == SearchTrees.FREE_TEXT).sum() > (batch.state != -1).sum() > 0
     student = learner(run, model.load(run.policy, run.tokenizer))
     metrics = student.rl_step(batch)

@@ -51,7 +51,7 @@ def score_leaves(
         leaf = np.array([leaf for group in groups for leaf in group], np.int64)
         node = trie.path(trie.leaf_node[leaf]).numpy()
         node_logprob = np.where(forced, 0, -3 * draw.random((len(groups), trie.num_nodes)))
-        logprob = np.where(node >= 0, node_logprob[ragged.owners(start)[:, None], node], 0)
+        logprob = np.where(node >= 0, node_logprob[ragged.row_of(start)[:, None], node], 0)
         candidates = Candidates(
             start=start,
             node=node,

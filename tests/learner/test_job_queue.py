@@ -11,7 +11,7 @@ from orchard.types import PolicyVersion, Update
 def result(number: int, *, start: bool = False) -> Result:
     metrics = {} if start else {"kl": 0.0}
     update = Update(policy=PolicyVersion(step=number, digest=""), metrics=metrics)
-    return Result(number=number, update=update, weights={}, eval_weights=None)
+    return Result(number=number, update=update)
 
 
 def test_jobs_are_kept_until_the_second_checkpoint_after_them() -> None:

@@ -14,26 +14,27 @@ from transformers import PreTrainedModel
 from learner.advantage.estimators import ESTIMATORS
 from learner.batch.microbatch import micro_batches, shard
 from learner.batch.pack import flatten, pack
-from learner.logprobs import BatchTensors, choice_logprobs, to_tensors
+from learner.logprobs import choice_logprobs, to_tensors
 from learner.loss import LossStats, policy_loss
 from orchard.catalog.catalog import Catalog
 from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.testing import tiny_policy
-from orchard.types import ScoredTrees, TrainBatch
+from orchard.types import PolicyVersion, ScoredTrees, TrainBatch
 
 Grow = Callable[..., ScoredTrees]
 Policy = tuple[PreTrainedModel, ItemTokenizer]
 CLIPS = {"clip_low": 0.2, "clip_high": 0.3, "dual_clip": 1.5}
 
 
-def choices(gain: list[float], loss: list[float]) -> BatchTensors:
+def choices(gain: list[float], loss: list[float]) -> TrainBatch[Tensor]:
     """Build choices with behavior log-probability 0 and KL weight 1, without rows."""
     nothing = torch.zeros(len(gain), dtype=torch.long)
-    return BatchTensors(
+    return TrainBatch(
         token=nothing[:, None], position=nothing[:, None], subtree_end=nothing[:, None],
         row=nothing, query_slot=nothing, state=nothing, chosen=nothing,
         behaviour_logprob=torch.zeros(len(gain)), advantage_pos=torch.tensor(gain).float(),
         advantage_neg=torch.tensor(loss).float(), kl_weight=torch.ones(len(gain)),
+        forward_tokens=0, flat_tokens=0, policy=PolicyVersion(step=0, digest=""), catalog="",
     )  # fmt: skip
 
 

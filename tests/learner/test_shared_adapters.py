@@ -28,7 +28,7 @@ def taught(folder: Path, *, rank: int = 0, world: int = 1) -> Weights:
     tokenizer = tiny.tokenizer
     prompts = tokenizer.encode_history(np.arange(4, 10), np.array([0, 1, 3, 4, 6]))
     no_text = np.zeros(0, np.int32), np.zeros(5, np.int64)
-    examples = SftExamples(asked=prompts, written=no_text, target=np.arange(4))
+    examples = SftExamples(prompt=prompts, answer=no_text, target=np.arange(4))
     batch = pack_examples(examples, tokenizer, PolicyVersion(step=0, digest=""), forced=True)
 
     def make_trainer() -> Trainer:
@@ -49,7 +49,7 @@ def taught(folder: Path, *, rank: int = 0, world: int = 1) -> Weights:
     resumed = make_trainer()
     assert checkpoint.load(resumed, folder, catalog=digest) == 2
     resumed.sft_step(batch)
-    return lora.snapshot(resumed.result)
+    return lora.snapshot(resumed.eval_policy)
 
 
 def work(rank: int, folder: Path) -> None:

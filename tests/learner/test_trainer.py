@@ -130,7 +130,7 @@ def test_improvement_may_keep_an_average() -> None:
     rows = batch(trainer, tiny_prompts(ITEMS, [1, 3, 2, 2, 4, 1]))
     first = snapshot(trainer.policy)
     trainer.rl_step(rows)
-    last, kept = snapshot(trainer.policy), snapshot(trainer.result)
+    last, kept = snapshot(trainer.policy), snapshot(trainer.eval_policy)
     for name, value in kept.items():
         assert np.allclose(value, first[name] + 9 / 11 * (last[name] - first[name]), atol=1e-6)
 
@@ -172,7 +172,7 @@ def test_the_average_lags_behind_the_policy_and_is_what_is_kept() -> None:
     for _ in range(20):
         trainer.sft_step(rows)
     name = "model.embed_tokens.weight"
-    kept, now = snapshot(trainer.result)[name], snapshot(trainer.policy)[name]
+    kept, now = snapshot(trainer.eval_policy)[name], snapshot(trainer.policy)[name]
     travelled = np.abs(now - before[name]).sum()
     assert 0 < np.abs(kept - now).sum() < np.abs(kept - before[name]).sum() < travelled
 

@@ -1,21 +1,23 @@
 """Test value targets and loss against worked examples and candidate-by-candidate references."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from learner import checkpoint
 from learner.advantage.estimators import ESTIMATORS
 from learner.batch.microbatch import micro_batches, shard
 from learner.batch.pack import pack
-from learner.logprobs import ValueTensors, to_tensors, tree_mask
+from learner.logprobs import to_tensors, tree_mask
 from learner.trainer import Trainer
-from learner.value import node_rewards, outcome_rewards, state_values, value_loss
+from learner.value import state_values, value_loss
+from orchard.arrays import map_arrays
 from orchard.catalog.catalog import Catalog, from_codes
 from orchard.policy import value_head
 from orchard.policy.item_tokenizer import ItemTokenizer
@@ -24,7 +26,8 @@ from orchard.policy.value_head import ValueHead
 from orchard.policy.weights import digest, snapshot
 from orchard.settings import LearnerConfig, ValueConfig
 from orchard.testing import tiny_policy, tiny_prompts
-from orchard.types import PolicyVersion, ScoredTrees, TrainBatch
+from orchard.types import PolicyVersion, ScoredTrees, TrainBatch, ValueTargets
+from rewards.values import node_rewards, outcome_rewards
 from rollout.engine.torch import TorchEngine
 from rollout.search.beam import beam
 from rollout.search_trees import build_search_trees
@@ -39,10 +42,10 @@ def packed(scored: ScoredTrees, catalog: Catalog, reward: np.ndarray | None = No
         reward = node_rewards(scored.trees, catalog, level_weight=WEIGHT)
     credits = [ESTIMATORS["group"](scored, 1e-4)]
     tokenizer = tiny_policy(catalog)[1]
-    return pack(scored, credits, tokenizer, node_reward=reward, discount=GAMMA)
+    return pack(replace(scored, node_reward=reward), credits, tokenizer, discount=GAMMA)
 
 
-def tensors(batch: TrainBatch) -> ValueTensors:
+def tensors(batch: TrainBatch) -> ValueTargets[Tensor]:
     states = to_tensors(batch).values
     assert states is not None
     return states
@@ -251,7 +254,7 @@ def test_a_part_without_states_still_takes_part_in_the_backward_pass(
     head = model.get_submodule(value_head.NAME)
     assert isinstance(head, ValueHead)
     states = tensors(packed(score_random([2]), catalog))
-    none = ValueTensors(**{f.name: getattr(states, f.name)[:0] for f in fields(ValueTensors)})
+    none = map_arrays(states, lambda array: array[:0])
     guess = state_values(head, torch.randn(1, 5, head.width), none)
     value_loss(guess, none, discount=GAMMA, target="td").backward()
     gradients = [parameter.grad for parameter in head.parameters()]
@@ -261,5 +264,5 @@ def test_a_part_without_states_still_takes_part_in_the_backward_pass(
 def test_an_average_keeps_its_own_head(catalog: Catalog) -> None:
     model, tokenizer = policy_with_head(catalog)
     trainer = Trainer(model, tokenizer, LearnerConfig(), total_steps=9, ema_decay=0.9)
-    assert snapshot(trainer.result).keys() == snapshot(trainer.policy).keys()
-    assert trainer.result is not trainer.policy
+    assert snapshot(trainer.eval_policy).keys() == snapshot(trainer.policy).keys()
+    assert trainer.eval_policy is not trainer.policy

@@ -8,13 +8,13 @@ import pytest
 from learner.advantage.estimators import compute_advantages
 from learner.batch.pack import pack
 from learner.trainer import Trainer
-from learner.value import node_rewards
 from orchard.evaluation.diagnostics import diagnose
 from orchard.policy import value_head
 from orchard.settings import LearnerConfig, ValueConfig, VedConfig
 from orchard.testing import tiny_catalog, tiny_policy, tiny_prompts
 from orchard.types import PolicyVersion, ScoredTrees
 from rewards.score import score_trees
+from rewards.values import node_rewards
 from rollout.engine.torch import TorchEngine
 from rollout.search.beam import beam
 from rollout.search.ved.search import ved
@@ -60,13 +60,9 @@ def test_guided_search_and_sibling_credit_raise_the_reward_and_the_head_learns_t
     reward_before, correlation_before = beam_reward(), correlation(search(engine, seed=99))
     for step in range(30):
         scored = search(engine, seed=step)
-        batch = pack(
-            scored,
-            compute_advantages(scored, SETTINGS),
-            vocabulary,
-            node_reward=node_rewards(scored.trees, ITEMS, level_weight=(0.3, 0.5, 1.0)),
-            discount=0.99,
-        )
+        reward = node_rewards(scored.trees, ITEMS, level_weight=(0.3, 0.5, 1.0))
+        scored = replace(scored, node_reward=reward)
+        batch = pack(scored, compute_advantages(scored, SETTINGS), vocabulary, discount=0.99)
         metrics = one.rl_step(batch)
         assert metrics["logprob_gap"] < 1e-5
     assert beam_reward() > reward_before + 0.05

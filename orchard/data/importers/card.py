@@ -41,7 +41,7 @@ def split_facts(examples: SplitExamples) -> Mapping[str, float]:
     test = np.flatnonzero(examples.part == 2)
     train_targets = examples.target[examples.part == 0]
     item, start = examples.history(test)
-    owner = ragged.owners(start)
+    owner = ragged.row_of(start)
     repeats_history = (
         np.bincount(owner, item == examples.target[test][owner], minlength=len(test)) > 0
     )

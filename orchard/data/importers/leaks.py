@@ -62,7 +62,7 @@ def _content(examples: SplitExamples) -> Int64[np.ndarray, " R"]:
     width = np.uint64(0x9E3779B97F4A7C15)
     item, start = examples.history(np.arange(len(examples)))
     # A polynomial of the items at a fixed odd base, modulo 2 ** 64, after mixing each item.
-    from_end = (start[1:] - 1)[ragged.owners(start)] - np.arange(len(item))
+    from_end = (start[1:] - 1)[ragged.row_of(start)] - np.arange(len(item))
     powers = np.ones(int(from_end.max(initial=0)) + 1, dtype=np.uint64)
     with np.errstate(over="ignore"):
         np.multiply.accumulate(np.full(len(powers) - 1, width), out=powers[1:])
@@ -102,7 +102,7 @@ def _later(
     is_later = examples.timestamp[last_train] > examples.timestamp[held_out]
     last_train, held_out = last_train[is_later], held_out[is_later]
     item, start = examples.history(last_train)
-    owner = ragged.owners(start)
+    owner = ragged.row_of(start)
     matches = np.bincount(owner, item == examples.target[held_out][owner], minlength=len(held_out))
     return held_out[matches > 0]
 

@@ -77,7 +77,7 @@ def test_a_fitted_guide_guides_rollouts_and_evaluations(
     prompts = make_prompts(run.tokenizer, run.test, np.arange(8))
     trees = worker(run).search(prompts, seed=0)
     assert 0 <= trees.cost.counts["proved"] <= 8
-    prompt = ragged.owners(trees.candidate_start)
+    prompt = ragged.row_of(trees.candidate_start)
     key = trees.score + run.guide.reward(prompts, prompt, trees.leaf)
     for rows in np.split(key, trees.candidate_start[1:-1]):
         assert (np.diff(rows) <= 1e-5).all()  # best first by log p + r
@@ -85,8 +85,8 @@ def test_a_fitted_guide_guides_rollouts_and_evaluations(
     guided = worker(run).rank(prompts, 20, False, run.guide, True)
     assert plain.proved is None
     assert guided.proved is not None
-    seen = ragged.owners(prompts.history_start) * 1000 + run.catalog.leaf_of_item[prompts.history]
-    assert not np.isin(ragged.owners(guided.start) * 1000 + guided.leaf, seen).any()
+    seen = ragged.row_of(prompts.history_start) * 1000 + run.catalog.leaf_of_item[prompts.history]
+    assert not np.isin(ragged.row_of(guided.start) * 1000 + guided.leaf, seen).any()
     wide = worker(run).rank(prompts, 12, False, run.guide, False, 60)
     assert wide.proved is not None
     assert wide.proved.all()

@@ -72,8 +72,6 @@ def controller(run: Run) -> Controller:
     made.ranking = pool
     held: dict[Pool, PublishedWeights] = {pool: PublishedWeights(policy=version, weights_ref=None)}
     made._published = held  # pyright: ignore[reportPrivateUsage]
-    learner: Any = SimpleNamespace(eval_weights=(version, snapshot(policy)), adapter={})
-    made.learner = learner
     return made
 
 
@@ -121,13 +119,13 @@ def test_a_best_checkpoint_judged_otherwise_is_judged_again(
         return found
 
     monkeypatch.setattr(controller, "evaluate", judged)
-    best_checkpoint = asyncio.run(BestCheckpoint.of(controller, num_rows=num_rows, beams=10))
+    best_checkpoint = asyncio.run(BestCheckpoint.open(controller, num_rows=num_rows, beams=10))
     assert best_checkpoint.best == best
     assert len(calls) == asked
 
     async def kept(version: PolicyVersion, weights: Weights) -> None:
-        controller.learner.eval_weights = version, weights
-        await best_checkpoint.evaluate_and_keep()
+        update = Update(policy=version, metrics={}, weights=weights)
+        await best_checkpoint.evaluate_and_keep(update)
 
     asyncio.run(kept(PolicyVersion(step=6, digest=digest(policy)), policy))
     assert PolicyFacts.read(run.result).version.step == 7  # no better than it, by the new measure

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from learner.advantage.estimators import ESTIMATORS, compute_advantages
-from learner.advantage.sapo import add_step_rewards, step_matches, step_statistics, well_formed
 from learner.batch.pack import flatten, pack
 from learner.logprobs import choice_logprobs, to_tensors
 from learner.loss import policy_loss
@@ -19,6 +18,7 @@ from orchard.catalog.catalog import Catalog
 from orchard.settings import LearnerConfig
 from orchard.testing import tiny_policy, tiny_prompts
 from orchard.types import Cost, PolicyVersion, ScoredTrees, SearchTrees
+from rewards.steps import add_step_rewards, step_matches, step_statistics
 from rollout.candidates import Candidates
 from rollout.search.thoughts import Thoughts, attach_thoughts
 from rollout.search_trees import build_search_trees
@@ -144,7 +144,7 @@ def test_block_and_code_of_a_step_share_its_advantage_and_the_length_of_both(
 
 def test_a_sample_with_a_wrong_number_of_blocks_earns_nothing(cube: Catalog) -> None:
     raw = thinking(cube, [3, 3], missing=1)
-    formed = well_formed(raw.trees, 3)
+    formed = raw.trees.well_formed(3)
     assert formed.sum() == 5
     judged = add_step_rewards(raw, cube)
     assert judged.step_reward is not None

@@ -139,7 +139,7 @@ def test_a_tree_without_a_choice_is_a_row_of_padding(
 ) -> None:
     scored = score_leaves([[0, 1, 2], [3, 3]])
     trees = scored.trees
-    second = trees.prompt_of_node[ragged.owners(trees.token_start)] == 1
+    second = trees.prompt_of_node[ragged.row_of(trees.token_start)] == 1
     scored = replace(scored, trees=replace(trees, forced=trees.forced | second))
     batch = pack(scored, credits_of(scored), policy[1])
     assert not batch.subtree_end[1].any()
@@ -152,7 +152,8 @@ def test_a_tree_without_candidates_is_a_row_of_padding(
 ) -> None:
     scored = score_leaves([[0, 1, 2], []])
     node_reward = np.zeros(len(scored.trees.step), np.float32) if values else None
-    batch = pack(scored, credits_of(scored), policy[1], node_reward=node_reward)
+    scored = replace(scored, node_reward=node_reward)
+    batch = pack(scored, credits_of(scored), policy[1])
     assert batch.subtree_end[0].any()
     assert not batch.subtree_end[1].any()
     only = score_leaves([[]])

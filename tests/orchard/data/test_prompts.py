@@ -115,7 +115,7 @@ def test_windows_train_every_target_once_and_every_first_item(
     )
     windows = make_windows(split, max_history=max_history)
     place = ragged.index_in_row(windows.start)
-    fresh = place >= windows.fresh[ragged.owners(windows.start)]
+    fresh = place >= windows.fresh[ragged.row_of(windows.start)]
     assert np.diff(windows.start).max() <= max_history + 1
     assert Counter(windows.item[fresh].tolist()) == Counter(i for life in lives for i in life)
     # No fresh item but a user's first stands without context.

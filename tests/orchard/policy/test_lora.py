@@ -45,7 +45,7 @@ def test_trained_adapters_merge_into_a_policy_that_computes_the_same() -> None:
     target = np.arange(3)
     empty = np.zeros(0, np.int32), np.zeros(4, np.int64)
     asked = form.encode_history(np.array([4, 5, 6, 7]), np.array([0, 1, 3, 4]))
-    examples = SftExamples(asked=asked, written=empty, target=target)
+    examples = SftExamples(prompt=asked, answer=empty, target=target)
     batch = pack_examples(examples, form, PolicyVersion(step=0, digest=""), forced=True)
     rates = LearnerConfig(lr=1e-2)
     learner = Trainer(world.model, world.tokenizer, rates, total_steps=9)

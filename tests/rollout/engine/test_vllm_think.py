@@ -10,12 +10,12 @@ import ray
 import torch
 
 from learner.advantage.estimators import compute_advantages
-from learner.advantage.sapo import add_step_rewards
 from learner.batch.pack import pack
 from learner.logprobs import choice_logprobs, to_tensors
 from orchard.settings import LearnerConfig, RolloutConfig
 from orchard.testing import TinySetup, tiny_thinking_setup
 from orchard.types import ScoredTrees, SearchTrees
+from rewards.steps import add_step_rewards
 from rollout.actor import RolloutActor, RolloutWorker
 from rollout.candidates import Candidates
 

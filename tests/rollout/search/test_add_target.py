@@ -66,7 +66,7 @@ def test_every_group_holds_its_target_and_keeps_its_size_order_and_best(
 ) -> None:
     find = search_of(kind, world, count)
     before = find(engine, world.prompts)
-    after = search_with_target(engine, world.prompts, find=find, catalog=world.catalog)
+    after = search_with_target(engine, world.prompts, search_fn=find, catalog=world.catalog)
     target = world.catalog.leaf_of_item[world.prompts.target]
     assert np.array_equal(after.start, before.start)
     added = 0
@@ -88,7 +88,7 @@ def test_groups_that_hold_every_target_are_left_as_they_are(
     world: TinySetup, engine: TorchEngine
 ) -> None:
     everything = partial(beam, width=world.catalog.trie.num_leaves)
-    found = search_with_target(engine, world.prompts, find=everything, catalog=world.catalog)
+    found = search_with_target(engine, world.prompts, search_fn=everything, catalog=world.catalog)
     alone = everything(engine, world.prompts)
     np.testing.assert_array_equal(found.leaf, alone.leaf)
     assert "added" not in found.cost.counts
@@ -127,7 +127,7 @@ def test_the_values_of_a_guided_search_stay_and_that_of_an_added_target_is_unkno
         found = beam(engine, prompts, width=3)
         return replace(found, value=np.where(found.node >= 0, 0.5, np.nan).astype(np.float32))
 
-    found = search_with_target(engine, world.prompts, find=valued, catalog=world.catalog)
+    found = search_with_target(engine, world.prompts, search_fn=valued, catalog=world.catalog)
     assert found.value is not None
     unknown = np.isnan(found.value).all(1)
     target = world.catalog.leaf_of_item[world.prompts.target]

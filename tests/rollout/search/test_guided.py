@@ -29,7 +29,7 @@ def keys_of_leaves(world: TinySetup, guide: Guide) -> np.ndarray:
 
 
 def keys_of(candidates: Candidates, guide: Guide, world: TinySetup) -> np.ndarray:
-    prompt = ragged.owners(candidates.start)
+    prompt = ragged.row_of(candidates.start)
     return candidates.score + guide.reward(world.prompts, prompt, candidates.leaf)
 
 
@@ -68,7 +68,7 @@ def test_where_it_is_proved_the_first_are_the_best_of_the_catalog(
             size = min(first, len(best[prompt]))
             assert np.allclose(got[:size], best[prompt, :size], atol=1e-4)
     # Scores and log-probabilities are those of the policy.
-    prompt = ragged.owners(found.start)
+    prompt = ragged.row_of(found.start)
     own = np.stack(world.leaf_logprob)[prompt, found.leaf]
     assert np.allclose(found.score, own, atol=1e-4)
     assert np.allclose(found.logprob.sum(1), own, atol=1e-4)

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from learner.advantage.estimators import compute_advantages
-from learner.advantage.sapo import add_step_rewards, well_formed
 from learner.batch.pack import pack
 from learner.logprobs import choice_logprobs, to_tensors
 from orchard import ragged
@@ -18,6 +17,7 @@ from orchard.policy.item_tokenizer import THINK, compact_tokenizer, think_tokens
 from orchard.settings import LearnerConfig, RolloutConfig
 from orchard.testing import TinySetup, tiny_thinking_setup, tiny_title_tokenizer
 from orchard.types import ScoredTrees, SearchTrees
+from rewards.steps import add_step_rewards
 from rollout.actor import RolloutWorker
 from rollout.engine.protocol import Completions, GenerationParams
 from rollout.engine.torch import TorchEngine
@@ -87,7 +87,7 @@ def test_a_sample_is_a_block_per_code_and_then_the_codes(
     assert trees.forced[trees.token == tags.open].any()
     counts = trees.cost.counts
     assert counts["thoughts"] == 12
-    assert counts["malformed_thoughts"] == (~well_formed(trees, 3)).sum() / int(str(think["width"]))
+    assert counts["malformed_thoughts"] == (~trees.well_formed(3)).sum() / int(str(think["width"]))
     assert gap(world, trees) < 1e-5
 
 
@@ -107,7 +107,7 @@ def test_text_drawn_at_a_temperature_is_scored_at_it(world: TinySetup, folder: P
     trees = rollout_worker(world, folder, temperature=0.6, think={"block_tokens": 6}).search(
         world.prompts, 1
     )
-    text = ragged.owners(trees.token_start)
+    text = ragged.row_of(trees.token_start)
     only = replace(trees, forced=trees.forced | (trees.state[text] != SearchTrees.FREE_TEXT))
     zero = np.zeros(len(trees.leaf), np.float32)
     judged = add_step_rewards(ScoredTrees(trees=only, reward=zero, parts={}), world.catalog)
@@ -157,7 +157,7 @@ def test_a_block_that_never_closes_is_closed_by_force_and_counted(world: TinySet
     seen, write = script([short, long, long, short, [tags.close], short])
     prompts = world.prompts.select(np.array([0]))
     thoughts = think(
-        write, prompts, tags, count=2, blocks=3, cap=5, temperature=1.0, seed=0
+        write, prompts, tags, count=2, num_blocks=3, block_tokens=5, temperature=1.0, seed=0
     )  # fmt: skip  # pyright: ignore
     assert thoughts.cost.counts["cut_blocks"] == 2
     assert thoughts.cost.counts["malformed_thoughts"] == 0
@@ -183,7 +183,7 @@ def test_a_text_that_ends_within_a_block_leaves_too_few_blocks(world: TinySetup)
     _, write = script([[31, tags.end], done, done, done])
     prompts = world.prompts.select(np.array([0]))
     thoughts = think(
-        write, prompts, tags, count=2, blocks=3, cap=5, temperature=1.0, seed=0
+        write, prompts, tags, count=2, num_blocks=3, block_tokens=5, temperature=1.0, seed=0
     )  # fmt: skip  # pyright: ignore
     assert np.diff(thoughts.block_start).tolist() == [1, 3]
     assert thoughts.cost.counts["malformed_thoughts"] == 1
