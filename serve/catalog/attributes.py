@@ -119,7 +119,7 @@ class Attributes:
 _HOLDS = {
     "b": "booleans", "i": "whole numbers", "u": "whole numbers", "f": "numbers", "U": "text",
 }  # fmt: skip
-"""What a column of each kind of NumPy type holds; columns of other kinds are not read."""
+"""Content of a column by the kind of its NumPy type; columns of other kinds are not read."""
 
 
 def _passes(value: Value, by: FilterConfig) -> bool:
