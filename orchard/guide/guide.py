@@ -231,7 +231,12 @@ class Guide:
                 )
             arrays = load_file(folder / MATRICES)
             experts = tuple(
-                Expert(**entry, **{part: arrays[f"{entry['name']}.{part}"] for part in _PARTS})
+                Expert(
+                    start=arrays[f"{entry['name']}.start"],
+                    after=arrays[f"{entry['name']}.after"],
+                    strength=arrays[f"{entry['name']}.strength"],
+                    **entry,
+                )
                 for entry in about["experts"]
             )
             terms = tuple(Term(**term) for term in about["terms"])

@@ -88,6 +88,7 @@ def beam(
     logprob = torch.zeros(num_prompts, trie.depth, device=prompt.device)
     # Number of children of each beam's node, and whether the expansion has its children.
     fanout, scored = trie.num_children(node), torch.ones_like(prompt, dtype=torch.bool)
+    key: Float32[Tensor, " F"] | Float64[Tensor, " F"] = score
     for level in range(trie.depth):
         is_last = level + 1 == trie.depth
         # [M]: beam, trie node and log-probability of each child.
