@@ -140,13 +140,9 @@ class Controller:
         # Requests are smaller than batch_size if that keeps every actor busy.
         share = -(-len(rows) // config.rollout.actors)
         size = min(config.rollout.batch_size, share)
+        seed = config.seed * 1_000_003 + step
         parts = [
-            self.search(
-                self.run.train,
-                rows[start : start + size],
-                seed=config.seed * 1_000_003 + step,
-                step=step,
-            )
+            self.search(self.run.train, rows[start : start + size], seed=seed, step=step)
             for start in range(0, len(rows), size)
         ]
         return ScoredTrees.concatenate(await asyncio.gather(*parts))

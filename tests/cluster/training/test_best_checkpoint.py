@@ -23,7 +23,7 @@ from orchard.evaluation.ranking import Evaluation
 from orchard.policy import model
 from orchard.policy.store import PolicyFacts
 from orchard.policy.weights import Weights, digest, snapshot
-from orchard.types import PolicyVersion, Prompts
+from orchard.types import PolicyVersion, Prompts, Update
 from rollout.candidates import Candidates
 from rollout.engine.torch import TorchEngine
 from rollout.search.beam import beam
@@ -37,7 +37,7 @@ class Here:
     def __init__(self, engine: TorchEngine) -> None:
         self.engine = engine
 
-    async def call(self, method: str, prompts: Prompts, beams: int, think: object) -> Candidates:
+    async def call(self, method: str, prompts: Prompts, beams: int, *_: object) -> Candidates:
         assert method == "rank"
         return beam(self.engine, prompts, width=beams)
 
