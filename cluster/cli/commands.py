@@ -17,6 +17,7 @@ from cluster.report.report import write_report
 from cluster.training.controller import Controller, start_controller
 from cluster.training.evaluate import (
     UNSEEN,
+    chosen_rows,
     evaluate,
     evaluate_split,
     evaluation_file,
@@ -102,6 +103,8 @@ def evaluate_policy(
     trained = settings.run_dir / "policy"
     run = prepare(settings, "evaluate", policy=policy or (trained if trained.is_dir() else None))
     earlier = ranking.read(evaluation_file(run, against)) if against else None
+    if earlier is not None:  # before minutes of searches whose result could not be compared
+        ranking.check_paired(earlier, split=getattr(run, split).digest, row=chosen_rows(run, split))
 
     async def work() -> dict[str, Evaluation]:
         async with start_controller(run) as controller:

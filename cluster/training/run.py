@@ -1,5 +1,6 @@
 """Load and check the data, the policy and the run folder before any actor starts."""
 
+import json
 import logging
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,7 +18,7 @@ from orchard import config
 from orchard.catalog import catalog as catalogs
 from orchard.catalog.catalog import Catalog
 from orchard.data import rationales
-from orchard.data.prompts import Split, read_split
+from orchard.data.prompts import Split, content_digest, read_split
 from orchard.data.rationales import RationaleBlocks, TokenizedRationales
 from orchard.data.sft_tasks import SftTasks
 from orchard.errors import ConfigError
@@ -46,6 +47,8 @@ MAY_CHANGE = (
 )  # fmt: skip
 """Settings that may differ between a run and its continuation: duration, resources and evaluation,
 but nothing that changes an update."""
+DATA_FILE = "data.json"
+"""File in the run folder with the digests of the data that the run is made from."""
 OF_RL = ("learner.", "rollout.", "rewards.", "critic.", "guide.", "plugins")
 """Settings that SFT does not use, which may change until RL has written a checkpoint."""
 
@@ -80,6 +83,24 @@ class Run:
     def result(self) -> Path:
         """Folder of the policy that the phase writes."""
         return self.dir / ("warm_start" if self.phase == "sft" else "policy")
+
+    @cached_property
+    def data(self) -> dict[str, str]:
+        """Digests of the content of the data, by name: items, splits and what belongs to them."""
+        reads_titles = self.config.prompt.history or self.config.data.rationale_template
+        titles = self.catalog.title if reads_titles else ()
+        digests = {
+            "items": content_digest(self.catalog.digest, *titles),
+            "train": self.train.digest,
+            "valid": self.valid.digest,
+            "test": self.test.digest,
+        }
+        if self.phase == "train" and self.embedding is not None:
+            digests["embeddings"] = content_digest(self.embedding)
+        if self.traces is not None:
+            traces = self.traces
+            digests["rationales"] = content_digest(traces.token, traces.token_start)
+        return digests
 
     @cached_property
     def embedding(self) -> Float32[np.ndarray, "I E"] | None:
@@ -258,6 +279,8 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
         base=policy if grows else None,
         **splits,
     )
+    if phase != "evaluate":
+        check_same_data(run)
     if phase == "train":
         preload(settings.rewards.weights, run.knowledge)
         _ = run.critic, run.guide  # loaded now, so that its errors appear before an actor starts
@@ -320,6 +343,44 @@ def starting_policy(settings: Config, phase: Phase) -> Path | None:
             code="config.no_policy",
         )
     return None
+
+
+def recorded_data(run_dir: Path) -> dict[str, str]:
+    """Return the digests of the data that a run folder was made from; empty if it names none.
+
+    Raises:
+        ConfigError: the record cannot be read.
+    """
+    path = run_dir / DATA_FILE
+    try:
+        digests: dict[str, str] = json.loads(path.read_text())
+        return dict(digests)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"{path}, which names the data of the run, cannot be read: {error}; restore it, or "
+            "choose another run name"
+        ) from error
+
+
+def check_same_data(run: Run) -> None:
+    """Raise ConfigError if a run would continue on other data than it was made from.
+
+    Another test split is no obstacle: its evaluations are made anew.
+    """
+    before = recorded_data(run.dir)
+    changed = [
+        f"{name} has content {digest[:12]} (was {before[name][:12]})"
+        for name, digest in run.data.items()
+        if name != "test" and before.get(name, digest) != digest
+    ]
+    if changed:
+        raise ConfigError(
+            f"run {run.config.name} was made from other data than {run.config.data.path} holds "
+            f"now: {'; '.join(changed)}; restore those files, or choose another run name, to go on "
+            f"from what it has learned with model.path={run.dir / 'warm_start'} (or its policy)"
+        )
 
 
 def check_unchanged(settings: Config, phase: Phase) -> None:

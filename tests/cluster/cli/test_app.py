@@ -1,24 +1,33 @@
 """The command line and its errors, without Ray."""
 
 import re
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
 
 from cluster.cli import app as cli
+from cluster.training.evaluate import evaluation_file
 from cluster.training.run import check_engines, prepare
 from cluster.training.run_dir import open_run_dir, save_policy
 from orchard import config
 from orchard.errors import EngineError, OrchardError
+from orchard.evaluation import ranking
 from orchard.policy import model
 from orchard.policy.titles import from_titles
 from orchard.policy.weights import digest, snapshot
-from orchard.testing import save_model_folder, tiny_policy, tiny_title_tokenizer
+from orchard.testing import (
+    make_evaluation,
+    save_model_folder,
+    tiny_policy,
+    tiny_title_tokenizer,
+)
 from orchard.types import PolicyVersion
 from tests.fixtures.runs import TinyRun
 
@@ -275,3 +284,55 @@ def test_items_may_be_titles_in_the_tokens_of_a_policy(
     assert "items: 60" in said
     assert "distinct sequences: 24" in said
     assert "levels: 7" in said
+
+
+@pytest.fixture
+def other_data(world: Path) -> Path:
+    """Folder of other interactions with the same items."""
+    folder = world.parent / "other"
+    shutil.copytree(world.parent / "data", folder)
+    for split in ("train", "valid", "test"):
+        path = folder / f"{split}.parquet"
+        rewrite(path, target=pq.read_table(path)["target"].to_pylist()[::-1])
+    return folder
+
+
+@pytest.mark.parametrize("file", ["train", "valid"])
+def test_a_run_does_not_continue_on_other_data(
+    file: str, world: Path, other_data: Path, refused: Callable[..., str]
+) -> None:
+    warm = saved_policy(world)
+    recorded = (warm.parent / "config.toml").read_text()
+    assert "made from other data" in refused("sft", world, f"data.path={other_data}")
+    assert "train has content" in refused("train", world, f"data.path={other_data}")
+    path = world.parent / "data" / f"{file}.parquet"
+    path.write_bytes((other_data / path.name).read_bytes())
+    assert f"{file} has content" in refused("sft", world)
+    assert f"{file} has content" in refused("train", world)
+    assert (warm.parent / "config.toml").read_text() == recorded
+    cli.main(["train", str(world), "name=another", f"model.path={warm}", "--dry-run"])
+
+
+def test_a_run_continues_where_its_data_were_moved_or_its_test_split_changed(
+    world: Path, other_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved_policy(world)
+    data = world.parent / "data"
+    data.rename(data.with_name("moved"))
+    (data.with_name("moved") / "test.parquet").write_bytes(
+        (other_data / "test.parquet").read_bytes()
+    )
+    cli.main(["train", str(world), f"data.path={data.with_name('moved')}", "--dry-run"])
+    assert "everything checks out" in capsys.readouterr().out
+
+
+def test_an_evaluation_on_other_rows_is_refused_before_anything_is_searched(
+    world: Path, other_data: Path, refused: Callable[..., str]
+) -> None:
+    run = prepare(config.load(world), "evaluate", policy=saved_policy(world))
+    warm = make_evaluation(0.5, num_rows=len(run.test))
+    warm = replace(warm, row=np.arange(len(run.test)), split=run.test.digest)
+    ranking.write(warm, evaluation_file(run, "warm_start"))
+    against = ("--against", "warm_start")
+    assert "different splits" in refused("evaluate", world, "--split", "valid", *against)
+    assert "different splits" in refused("evaluate", world, f"data.path={other_data}", *against)

@@ -17,6 +17,7 @@ from cluster.training.evaluate import evaluate_split, evaluation_file
 from cluster.training.run import Run, prepare
 from cluster.training.run_dir import open_run_dir, save_policy
 from orchard import config
+from orchard.data.prompts import read_split
 from orchard.errors import RunInterrupted
 from orchard.evaluation import ranking
 from orchard.evaluation.ranking import Evaluation
@@ -132,3 +133,48 @@ def test_a_best_checkpoint_judged_otherwise_is_judged_again(
     asyncio.run(kept(PolicyVersion(step=6, digest=digest(policy)), policy))
     assert PolicyFacts.read(run.result).version.step == 7  # no better than it, by the new measure
     assert PolicyFacts.read(run.result).measurements["valid_score"] == 0.5
+
+
+def test_an_evaluation_is_done_again_where_the_test_file_or_the_policy_has_changed(
+    controller: Controller, data: Path
+) -> None:
+    def evaluated() -> Evaluation:
+        return asyncio.run(evaluate_split(controller, controller.run.policy, "warm_start"))
+
+    first = evaluated()
+    assert evaluated().seconds == first.seconds
+    before, test = controller.run, controller.run.test
+    swapped = read_split([data / "valid.parquet"], before.catalog, max_history=10)
+    assert len(swapped) == len(test)
+    controller.run = replace(before, test=swapped)
+    other = evaluated()
+    assert (other.seconds, other.split) != (first.seconds, first.split)
+    assert other.split == swapped.digest
+    controller.run = before
+    again = evaluated()
+    assert again.split == first.split
+    # Another policy of the same step, written earlier than the evaluation.
+    described = controller.run.policy / "policy.json"
+    described.write_text(described.read_text().replace('"digest": "', '"digest": "0'))
+    assert evaluated().seconds != again.seconds
+
+
+def test_a_best_checkpoint_of_another_validation_file_is_judged_again(
+    controller: Controller, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = controller.run
+    facts = {"valid_score": 0.5, "valid_rows": 8.0, "valid_beams": 10.0}
+    policy = snapshot(model.load(run.policy))
+    save_policy(run, run.result, PolicyVersion(step=7, digest="x"), policy, **facts)
+    assert PolicyFacts.read(run.result).data["valid"] == run.valid.digest
+
+    async def judged(*_: object, **__: object) -> Evaluation:
+        metrics: Mapping[str, Any] = {SCORE: SimpleNamespace(mean=0.25)}
+        found: Any = SimpleNamespace(metrics=metrics, extra={})
+        return found
+
+    monkeypatch.setattr(controller, "evaluate", judged)
+    assert asyncio.run(BestCheckpoint.of(controller, num_rows=8, beams=10)).best == 0.5
+    other = read_split([data / "test.parquet"], run.catalog, max_history=10)
+    controller.run = replace(run, valid=other)
+    assert asyncio.run(BestCheckpoint.of(controller, num_rows=8, beams=10)).best == 0.25
