@@ -1,6 +1,7 @@
 """Run the commands of `orchard` from a resolved configuration."""
 
 import asyncio
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -121,8 +122,13 @@ def evaluate_policy(
 
 def quickstart(output: Path, overrides: list[str]) -> None:
     """Generate data, then run SFT, RL, evaluation and the report in one controller."""
+    output = output.expanduser()
     folder = output / "quickstart-data"
-    settings = config.load(QUICKSTART, [f"output='{output}'", f"data.path='{folder}'", *overrides])
+    settings = config.load(
+        QUICKSTART,
+        # As JSON strings, which are TOML strings, whatever characters the folder's name has.
+        [f"output={json.dumps(str(output))}", f"data.path={json.dumps(str(folder))}", *overrides],
+    )
     start = time.perf_counter()
     check_engines(settings, "train")
     if not folder.is_dir():

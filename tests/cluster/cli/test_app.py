@@ -13,6 +13,7 @@ import pytest
 import ray
 
 from cluster.cli import app as cli
+from cluster.cli import commands
 from cluster.training.evaluate import evaluation_file
 from cluster.training.run import check_engines, prepare
 from cluster.training.run_dir import open_run_dir, save_policy
@@ -336,3 +337,29 @@ def test_an_evaluation_on_other_rows_is_refused_before_anything_is_searched(
     against = ("--against", "warm_start")
     assert "different splits" in refused("evaluate", world, "--split", "valid", *against)
     assert "different splits" in refused("evaluate", world, f"data.path={other_data}", *against)
+
+
+def test_a_home_folder_that_the_shell_left_alone_is_found(
+    world: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+) -> None:
+    monkeypatch.setenv("HOME", str(world.parent))
+    cli.main(["sft", "~/run.toml", "--dry-run"])
+    assert f"run folder {world.parent}/none" in refused("report", "~/none")
+    said = refused("evaluate", world, "--policy=~/nothing")
+    assert f"{world.parent}/nothing" in said
+    assert not Path("~").exists()
+
+
+def test_a_quickstart_takes_a_folder_of_any_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, seen = tmp_path / """it's a "run" #3""", list[config.Config]()
+
+    def stop(settings: config.Config, phase: str) -> None:
+        seen.append(settings)
+        raise EngineError("enough")
+
+    monkeypatch.setattr(commands, "check_engines", stop)
+    with pytest.raises(EngineError):
+        commands.quickstart(output, [])
+    assert (seen[0].output, seen[0].data.path) == (output, output / "quickstart-data")

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from cluster.actors.pool import Pool
@@ -136,27 +137,34 @@ def test_a_best_checkpoint_judged_otherwise_is_judged_again(
 
 
 def test_an_evaluation_is_done_again_where_the_test_file_or_the_policy_has_changed(
-    controller: Controller, data: Path
+    controller: Controller, data: Path, tmp_path: Path
 ) -> None:
-    def evaluated() -> Evaluation:
-        return asyncio.run(evaluate_split(controller, controller.run.policy, "warm_start"))
+    path = evaluation_file(controller.run, "warm_start")
 
-    first = evaluated()
-    assert evaluated().seconds == first.seconds
+    def evaluated() -> tuple[Evaluation, int]:
+        found = asyncio.run(evaluate_split(controller, controller.run.policy, "warm_start"))
+        return found, path.stat().st_mtime_ns
+
+    first, written = evaluated()
+    assert evaluated()[1] == written
     before, test = controller.run, controller.run.test
-    swapped = read_split([data / "valid.parquet"], before.catalog, max_history=10)
+    rows = pq.read_table(data / "test.parquet")
+    at = rows.column_names.index("target")
+    pq.write_table(rows.set_column(at, "target", rows["target"][::-1]), tmp_path / "other.parquet")
+    swapped = read_split([tmp_path / "other.parquet"], before.catalog, max_history=10)
     assert len(swapped) == len(test)
     controller.run = replace(before, test=swapped)
-    other = evaluated()
-    assert (other.seconds, other.split) != (first.seconds, first.split)
-    assert other.split == swapped.digest
+    assert evaluated()[0].split == swapped.digest != first.split
     controller.run = before
-    again = evaluated()
+    again, written = evaluated()
     assert again.split == first.split
-    # Another policy of the same step, written earlier than the evaluation.
-    described = controller.run.policy / "policy.json"
-    described.write_text(described.read_text().replace('"digest": "', '"digest": "0'))
-    assert evaluated().seconds != again.seconds
+    # Another policy of the same step, whose files are older than the evaluation.
+    facts = PolicyFacts.read(controller.run.policy)
+    other = replace(facts, version=replace(facts.version, digest="0" * 64))
+    (controller.run.policy / "policy.json").write_text(other.to_json())
+    assert evaluated()[1] > written
+    path.with_suffix(".parquet").write_bytes(b"")  # as a full disk leaves it
+    assert evaluated()[0].split == first.split
 
 
 def test_a_best_checkpoint_of_another_validation_file_is_judged_again(
