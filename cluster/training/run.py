@@ -229,6 +229,7 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
     if policy is not None:
         model.check_folder(policy)
         text_tokenizer = item_tokenizer.read_tokenizer(policy)
+        text_policy.check_vocabulary(policy, text_tokenizer)
     if text_tokenizer is None and data.titles and data.title_tokens is not None:
         text_tokenizer = titles.make_title_tokenizer(
             titles.read_titles(data.path / data.items), data.title_tokens

@@ -121,3 +121,27 @@ def _select_sequences(
         choice=new_choice[sequences.choice[pair]],
         candidate=new_candidate[sequences.candidate[pair]],
     )
+
+
+def without_choices(batch: TrainBatch) -> TrainBatch:
+    """Return one row of the batch without choices: no loss, but a backward pass for collectives."""
+    per_choice = (
+        "row", "query_slot", "state", "chosen", "behaviour_logprob", "advantage_pos",
+        "advantage_neg", "kl_weight",
+    )  # fmt: skip
+    values = batch.values
+    if values is not None:
+        values = ValueTargets(**{f.name: getattr(values, f.name)[:0] for f in fields(values)})
+    sequences = batch.sequences
+    if sequences is not None:
+        empty = {f.name: getattr(sequences, f.name)[:0] for f in fields(sequences)}
+        sequences = SequenceTargets(**empty)
+    return replace(
+        batch,
+        token=batch.token[:1],
+        position=batch.position[:1],
+        subtree_end=batch.subtree_end[:1],
+        **{name: getattr(batch, name)[:0] for name in per_choice},
+        values=values,
+        sequences=sequences,
+    )

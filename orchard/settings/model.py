@@ -128,7 +128,9 @@ class SftConfig(Section):
     renamed: ClassVar[Mapping[str, str]] = {"average": "ema_decay"}
 
     epochs: PositiveInt = 20
-    """Maximum number of epochs."""
+    """Maximum number of epochs, over which the learning rate falls. A run that is continued with
+    another number follows the learning rates of a run of that length, from the epoch where it
+    is."""
     batch_size: PositiveInt = 64
     """User sequences per update, over all workers."""
     lr: NonNegativeFloat = 2e-3

@@ -1,5 +1,6 @@
 """The command line and its errors, without Ray."""
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -363,3 +364,29 @@ def test_a_quickstart_takes_a_folder_of_any_name(
     with pytest.raises(EngineError):
         commands.quickstart(output, [])
     assert (seen[0].output, seen[0].data.path) == (output, output / "quickstart-data")
+
+
+def test_a_base_model_whose_tokenizer_is_longer_than_its_table_is_refused(
+    world: Path, refused: Callable[..., str]
+) -> None:
+    warm = saved_policy(world)
+    description = json.loads((warm / "config.json").read_text())
+    rows = description["vocab_size"] - 2
+    (warm / "config.json").write_text(json.dumps(description | {"vocab_size": rows}))
+    assert f"embedding table {rows} rows" in refused("sft", world, f"model.path={warm}", "name=b")
+
+
+def test_a_policy_folder_that_is_a_link_is_written_where_it_points(world: Path) -> None:
+    warm = saved_policy(world)
+    elsewhere = world.parent / "big disk" / "warm_start"
+    elsewhere.parent.mkdir()
+    warm.rename(elsewhere)
+    warm.symlink_to(elsewhere)
+    before = (elsewhere / "policy.json").stat().st_ino
+    saved_policy(world)
+    assert warm.is_symlink()
+    assert (elsewhere / "policy.json").stat().st_ino != before
+    for folder in (warm.parent, elsewhere.parent):
+        assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+    modes = {path.name: path.stat().st_mode & 0o777 for path in warm.iterdir() if path.is_file()}
+    assert modes["model.safetensors"] == modes["policy.json"]
