@@ -5,7 +5,8 @@ from contextlib import ExitStack, closing, contextmanager
 
 from cluster.monitoring.exporter import Exporter
 from cluster.training import run_lock
-from cluster.training.run import Run, check_same_data, check_unchanged
+from cluster.training.checks import check_same_data, check_unchanged
+from cluster.training.run import Run
 from cluster.training.run_dir import open_run_dir
 from orchard.tracking.metrics_log import MetricsLogger, MetricsSink
 from orchard.tracking.trackers import open_tracker
@@ -24,7 +25,7 @@ def open_loggers(run: Run) -> Generator[tuple[MetricsLogger, Exporter]]:
         lock = stack.enter_context(run_lock.hold(run.dir))
         if run.phase != "evaluate":  # what was checked before another command let go of the lock
             check_unchanged(run.config, run.phase)
-            check_same_data(run)
+            check_same_data(run.config, run.data)
         open_run_dir(run)
 
         def check_lock(phase: str, step: int, values: Mapping[str, float]) -> None:

@@ -1,6 +1,5 @@
 """Load and check the data, the policy and the run folder before any actor starts."""
 
-import json
 import logging
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,8 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cluster.actors.session import address_of
 from cluster.training import text_policy
-from cluster.training.checks import check_names
-from orchard import config
+from cluster.training.checks import check_names, check_same_data, check_unchanged
 from orchard.catalog import catalog as catalogs
 from orchard.catalog.catalog import Catalog
 from orchard.data import rationales
@@ -37,20 +35,6 @@ from rollout.engine.registry import ENGINES
 from rollout.search.registry import SEARCHES
 
 Phase = Literal["sft", "train", "evaluate"]
-
-MAY_CHANGE = (
-    "output", "data.path", "sft.epochs", "sft.minutes", "sft.patience", "learner.steps",
-    "rollout.actors", "rollout.max_restarts", "rollout.timeout_s", "rollout.start_timeout_s",
-    "rollout.threads", "rewards.actors", "rewards.queue", "rewards.timeout_s", "rewards.retries",
-    "rewards.max_restarts", "learner.threads", "learner.max_failures", "learner.timeout_s",
-    "learner.start_timeout_s", "evaluate.", "guide.", "checkpoint.", "cluster.", "serve.",
-)  # fmt: skip
-"""Settings that may differ between a run and its continuation: duration, resources and evaluation,
-but nothing that changes an update."""
-DATA_FILE = "data.json"
-"""File in the run folder with the digests of the data that the run is made from."""
-OF_RL = ("learner.", "rollout.", "rewards.", "critic.", "guide.", "plugins")
-"""Settings that SFT does not use, which may change until RL has written a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -281,7 +265,7 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
         **splits,
     )
     if phase != "evaluate":
-        check_same_data(run)
+        check_same_data(settings, run.data)
     if phase == "train":
         preload(settings.rewards.weights, run.knowledge)
         _ = run.critic, run.guide  # loaded now, so that its errors appear before an actor starts
@@ -344,64 +328,3 @@ def starting_policy(settings: Config, phase: Phase) -> Path | None:
             code="config.no_policy",
         )
     return None
-
-
-def recorded_data(run_dir: Path) -> dict[str, str]:
-    """Return the digests of the data that a run folder was made from; empty if it names none.
-
-    Raises:
-        ConfigError: the record cannot be read.
-    """
-    path = run_dir / DATA_FILE
-    try:
-        digests: dict[str, str] = json.loads(path.read_text())
-        return dict(digests)
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(
-            f"{path}, which names the data of the run, cannot be read: {error}; restore it, or "
-            "choose another run name"
-        ) from error
-
-
-def check_same_data(run: Run) -> None:
-    """Raise ConfigError if a run would continue on other data than it was made from.
-
-    Another test split is no obstacle: its evaluations are made anew.
-    """
-    before = recorded_data(run.dir)
-    changed = [
-        f"{name} has content {digest[:12]} (was {before[name][:12]})"
-        for name, digest in run.data.items()
-        if name != "test" and before.get(name, digest) != digest
-    ]
-    if changed:
-        raise ConfigError(
-            f"run {run.config.name} was made from other data than {run.config.data.path} holds "
-            f"now: {'; '.join(changed)}; restore those files, or choose another run name, to go on "
-            f"from what it has learned with model.path={run.dir / 'warm_start'} (or its policy)"
-        )
-
-
-def check_unchanged(settings: Config, phase: Phase) -> None:
-    """Raise ConfigError if a run would continue under settings that compute something else."""
-    path = settings.run_dir / "config.toml"
-    if not path.is_file():
-        return
-    rl_starts = (
-        phase == "train" and not (settings.run_dir / "checkpoints" / "learner-train").exists()
-    )
-    may_change = MAY_CHANGE + OF_RL if rl_starts else MAY_CHANGE
-    changed = [
-        line
-        for line in config.differences(config.load(path), settings)
-        if not line.startswith(may_change)
-    ]
-    if changed:
-        raise ConfigError(
-            f"run {settings.name} exists with another configuration: {'; '.join(changed)}; choose "
-            "another name, to go on from what it has learned with model.path="
-            f"{settings.run_dir / 'warm_start'} (or its policy)",
-            code="config.changed",
-        )

@@ -5,7 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from cluster.training import text_policy
-from cluster.training.run import DATA_FILE, Run, recorded_data
+from cluster.training.checks import DATA_FILE, recorded_data
+from cluster.training.run import Run
 from orchard import config
 from orchard.errors import ConfigError
 from orchard.folders import atomic_write

@@ -91,14 +91,16 @@ def test_a_folder_that_is_larger_than_ray_takes_is_refused_with_its_size(
         (tmp_path / name).write_bytes(bytes(mib << 20))
     (tmp_path / ".gitignore").write_text("ignored.bin\n")
     folder = {"working_dir": str(tmp_path)}
-    with pytest.raises(ConfigError, match=r"upload 3\.0 MiB, .* less than 3; .* b\.bin \(2\.0 MiB\)"):
+    with pytest.raises(
+        ConfigError, match=r"upload 3\.0 MiB, .* less than 3; .* b\.bin \(2\.0 MiB\)"
+    ):
         jobs.check_size(folder)
     jobs.check_size(folder | {"excludes": ["/kept/"]})
     (tmp_path / ".rayignore").write_text("b.bin\n")
     jobs.check_size(folder)
     jobs.check_size({"working_dir": "file:///storage/code.zip", "env_vars": {}})
+    (tmp_path / ".rayignore").unlink()
     with pytest.raises(ConfigError, match="would upload"):
-        (tmp_path / ".rayignore").unlink()
         jobs.check_size({"py_modules": [str(tmp_path)]})
 
 

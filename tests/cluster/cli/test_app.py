@@ -301,16 +301,16 @@ def other_data(world: Path) -> Path:
 
 @pytest.mark.parametrize("file", ["train", "valid"])
 def test_a_run_does_not_continue_on_other_data(
-    file: str, world: Path, other_data: Path, refused: Callable[..., str]
+    file: str, world: Path, other_data: Path, refused: Callable[..., Refusal]
 ) -> None:
     warm = saved_policy(world)
     recorded = (warm.parent / "config.toml").read_text()
-    assert "made from other data" in refused("sft", world, f"data.path={other_data}")
-    assert "train has content" in refused("train", world, f"data.path={other_data}")
+    assert "made from other data" in refused("sft", world, f"data.path={other_data}").said
+    assert "train has content" in refused("train", world, f"data.path={other_data}").said
     path = world.parent / "data" / f"{file}.parquet"
     path.write_bytes((other_data / path.name).read_bytes())
-    assert f"{file} has content" in refused("sft", world)
-    assert f"{file} has content" in refused("train", world)
+    assert f"{file} has content" in refused("sft", world).said
+    assert f"{file} has content" in refused("train", world).said
     assert (warm.parent / "config.toml").read_text() == recorded
     cli.main(["train", str(world), "name=another", f"model.path={warm}", "--dry-run"])
 
@@ -329,24 +329,26 @@ def test_a_run_continues_where_its_data_were_moved_or_its_test_split_changed(
 
 
 def test_an_evaluation_on_other_rows_is_refused_before_anything_is_searched(
-    world: Path, other_data: Path, refused: Callable[..., str]
+    world: Path, other_data: Path, refused: Callable[..., Refusal]
 ) -> None:
     run = prepare(config.load(world), "evaluate", policy=saved_policy(world))
     warm = make_evaluation(0.5, num_rows=len(run.test))
     warm = replace(warm, row=np.arange(len(run.test)), split=run.test.digest)
     ranking.write(warm, evaluation_file(run, "warm_start"))
     against = ("--against", "warm_start")
-    assert "different splits" in refused("evaluate", world, "--split", "valid", *against)
-    assert "different splits" in refused("evaluate", world, f"data.path={other_data}", *against)
+    assert "different splits" in refused("evaluate", world, "--split", "valid", *against).said
+    assert (
+        "different splits" in refused("evaluate", world, f"data.path={other_data}", *against).said
+    )
 
 
 def test_a_home_folder_that_the_shell_left_alone_is_found(
-    world: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+    world: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., Refusal]
 ) -> None:
     monkeypatch.setenv("HOME", str(world.parent))
     cli.main(["sft", "~/run.toml", "--dry-run"])
-    assert f"run folder {world.parent}/none" in refused("report", "~/none")
-    said = refused("evaluate", world, "--policy=~/nothing")
+    assert f"run folder {world.parent}/none" in refused("report", "~/none").said
+    said = refused("evaluate", world, "--policy=~/nothing").said
     assert f"{world.parent}/nothing" in said
     assert not Path("~").exists()
 
@@ -367,13 +369,15 @@ def test_a_quickstart_takes_a_folder_of_any_name(
 
 
 def test_a_base_model_whose_tokenizer_is_longer_than_its_table_is_refused(
-    world: Path, refused: Callable[..., str]
+    world: Path, refused: Callable[..., Refusal]
 ) -> None:
     warm = saved_policy(world)
     description = json.loads((warm / "config.json").read_text())
     rows = description["vocab_size"] - 2
     (warm / "config.json").write_text(json.dumps(description | {"vocab_size": rows}))
-    assert f"embedding table {rows} rows" in refused("sft", world, f"model.path={warm}", "name=b")
+    assert (
+        f"embedding table {rows} rows" in refused("sft", world, f"model.path={warm}", "name=b").said
+    )
 
 
 def test_a_policy_folder_that_is_a_link_is_written_where_it_points(world: Path) -> None:
