@@ -5,18 +5,26 @@ All randomness is a function of (seed, job number), so no generator state is sav
 
 import errno
 import json
+import logging
+import re
 import zipfile
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from blake3 import blake3
 from torch.nn.parallel import DistributedDataParallel
 
 from learner.trainer import Trainer
 from orchard.errors import CheckpointError
+from orchard.optim import continue_schedule
 
 FILE = "learner.pt"
 """Name of the state file in a checkpoint folder."""
+ABOUT = "learner.json"
+"""Name of the file with the size and the digest of the state file; older checkpoints have none."""
+FORMAT = 2
+"""Version of the content of the state file; version 1 names neither itself nor the data."""
 RECORD = "checkpoint_manager_snapshot.json"
 """File in which Ray Train lists the checkpoints of a storage folder."""
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
@@ -28,12 +36,19 @@ def folder_of(number: int) -> str:
     return f"job_{number:06d}"
 
 
-def save(trainer: Trainer, folder: Path, *, number: int, catalog: str, write: bool) -> None:
-    """Write the state after job `number`; collective under FSDP, writes only with `write`."""
+def save(
+    trainer: Trainer, folder: Path, *, number: int, catalog: str, write: bool, data: str = ""
+) -> None:
+    """Write the state after job `number`; collective under FSDP, writes only with `write`.
+
+    `catalog` and `data` are the digests of the items and of the training rows.
+    """
     state = {
+        "format": FORMAT,
         "number": number,
         "updates": trainer.updates,
         "catalogue": catalog,
+        "data": data,
         "schedule": trainer.schedule.state_dict(),
         **_tensors(trainer),
     }
@@ -41,39 +56,106 @@ def save(trainer: Trainer, folder: Path, *, number: int, catalog: str, write: bo
         # Through a Python file object: torch's own writer does not report a full disk.
         with (folder / FILE).open("wb") as file:
             torch.save(state, file)
+        about = {"format": FORMAT, "bytes": (folder / FILE).stat().st_size, "blake3": _hash(folder)}
+        (folder / ABOUT).write_text(json.dumps(about) + "\n")
+
+
+def damage(folder: Path) -> str:
+    """Return what is wrong with the files of a checkpoint; "" if they are as they were written."""
+    path = folder / FILE
+    if not path.is_file():
+        return f"it holds no {FILE}"
+    try:
+        about: dict[str, Any] = json.loads((folder / ABOUT).read_text())
+        size, digest = int(about["bytes"]), str(about["blake3"])
+    except FileNotFoundError:  # of an earlier version
+        return "" if zipfile.is_zipfile(path) else f"its {FILE} is cut short or no checkpoint"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"its {ABOUT} cannot be read ({error})"
+    if (found := path.stat().st_size) != size:
+        return f"its {FILE} has {found:,} of {size:,} bytes"
+    return "" if _hash(folder) == digest else f"its {FILE} has changed since it was written"
 
 
 def newest_complete(storage: Path) -> Path | None:
-    """Return the newest checkpoint folder whose file is complete, or None.
-
-    This recovers a storage whose record is damaged: Ray Train keeps the list of checkpoints in one
-    file, which it writes in place.
-    """
-    complete = (folder for folder in storage.glob("job_*") if zipfile.is_zipfile(folder / FILE))
-    return max(complete, default=None)
+    """Return the newest checkpoint folder whose files are as they were written, or None."""
+    folders = sorted(storage.glob("job_*"), reverse=True)
+    return next((folder for folder in folders if not damage(folder)), None)
 
 
-def is_incomplete(storage: Path) -> bool:
-    """Check whether the record of checkpoints is unreadable, as after a crash or a full disk."""
-    try:
-        json.loads((storage / RECORD).read_text())
-    except FileNotFoundError:
-        return False
-    except ValueError:
-        return True
-    return False
+def recover(storage: Path) -> Path | None:
+    """Check the newest checkpoint of a storage; return the one to start from in its place, if any.
 
-
-def load(trainer: Trainer, folder: Path, *, catalog: str) -> int:
-    """Restore the state in place and return the number of the last job done.
+    Ray Train keeps the list of checkpoints in one file, which it writes in place. Where that file
+    is unreadable, or the newest checkpoint that it lists is damaged, the list is removed and the
+    newest whole checkpoint is returned; the steps after it are run again.
 
     Raises:
-        CheckpointError: the file is missing, or was made with another catalog or model.
+        CheckpointError: checkpoints were listed, and none of them is whole.
+    """
+    try:
+        text = (storage / RECORD).read_text(errors="replace")
+    except FileNotFoundError:
+        return None
+    listed = sorted(set(re.findall(r"job_\d{6}", text)))
+    reason = damage(storage / listed[-1]) if listed else ""
+    try:
+        json.loads(text)
+        if not reason:
+            return None
+    except ValueError:
+        reason = reason or "the list of checkpoints cannot be read"
+    whole = newest_complete(storage)
+    if whole is None and listed:
+        raise CheckpointError(
+            f"none of the checkpoints in {storage} is whole ({listed[-1]}: {reason}); restore the "
+            "folder from a copy, remove it to start this phase anew, or take another run name"
+        )
+    if whole is not None:
+        logging.getLogger("orchard").warning(
+            "the newest checkpoint in %s cannot be used: %s; the run goes on from %s",
+            storage, reason, whole.name,
+        )  # fmt: skip
+    for folder in storage.glob("job_*"):
+        if whole is None or folder.name > whole.name:
+            folder.rename(folder.with_name(f"damaged_{folder.name}"))
+    (storage / RECORD).unlink()
+    return whole
+
+
+def load(trainer: Trainer, folder: Path, *, catalog: str, data: str = "") -> int:
+    """Restore the state in place and return the number of the last job done.
+
+    The learning rate goes on in the schedule of `trainer`, whatever the length of the saved one.
+
+    Raises:
+        CheckpointError: the file is missing or unreadable, was written by another version, or was
+            made with another catalog, other training rows or another model.
     """
     path = folder / FILE
     if not path.is_file():
         raise CheckpointError(f"{folder} holds no {FILE}; remove the folder to start anew")
-    state = torch.load(path, map_location=trainer.device, weights_only=True)
+    try:
+        state: dict[str, Any] = torch.load(path, map_location=trainer.device, weights_only=True)
+        version = int(state.get("format", 1))
+    except Exception as error:  # whatever a reader says to bytes that are no checkpoint
+        raise CheckpointError(
+            f"checkpoint {path} cannot be read ({' '.join(str(error).split())[:200]}): it is "
+            "damaged or no checkpoint; restore it from a copy, or remove its folder"
+        ) from error
+    missing = {"number", "updates", "catalogue", "schedule", "policy", "optimizer"} - state.keys()
+    if version > FORMAT or missing:
+        found = f"has format {version}, this one reads up to {FORMAT}"
+        found = f"lacks {', '.join(sorted(missing))}" if missing else found
+        raise CheckpointError(
+            f"checkpoint {folder} was written by another version of Orchard: it {found}; continue "
+            "with that version, or choose another run name and set model.path to the run's policy"
+        )
+    if data and state.get("data") and state["data"] != data:
+        raise CheckpointError(
+            f"checkpoint {folder} was made with training rows {state['data'][:12]}, the run has "
+            f"{data[:12]}; restore the training files or choose another run name"
+        )
     if state["catalogue"] != catalog:
         raise CheckpointError(
             f"checkpoint {folder} was made with catalog {state['catalogue'][:12]}, the run has "
@@ -81,14 +163,20 @@ def load(trainer: Trainer, folder: Path, *, catalog: str) -> int:
         )
     try:
         _restore(trainer, state)
-    except (RuntimeError, ValueError, KeyError) as error:
+        continue_schedule(trainer.schedule, state["schedule"])
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"checkpoint {folder} does not fit the model of this run: {error}; restore the "
             "settings that it was made with, or choose another run name"
         ) from error
-    trainer.schedule.load_state_dict(state["schedule"])
     trainer.updates = int(state["updates"])
     return int(state["number"])
+
+
+def _hash(folder: Path) -> str:
+    """Return the BLAKE3 digest of the state file of a folder."""
+    hasher = blake3(max_threads=blake3.AUTO)
+    return hasher.update_mmap(folder / FILE).hexdigest()
 
 
 def _is_sharded(trainer: Trainer) -> bool:

@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from orchard.errors import OrchardError
 from orchard.types import Update
 
 
@@ -52,6 +53,8 @@ class JobQueue:
         """Number of starts of the worker group."""
         self._newest_checkpoint = 0
         """Number of the newest job after which a checkpoint was written."""
+        self._error: OrchardError | None = None
+        """Error that ended the worker group, which a restart would only repeat."""
         self._refusal = ""
         """Reason why the storage does not take checkpoints, or ""."""
         self._changed = asyncio.Condition()
@@ -86,12 +89,26 @@ class JobQueue:
                 self._results.setdefault(result.number, result)
             self._changed.notify_all()
 
-    async def get_result(self, number: int) -> Result:
-        """Wait for a result and remove it; `-1` selects the oldest one (the start)."""
+    async def put_error(self, error: OrchardError) -> None:
+        """Record the error that ended the worker group."""
         async with self._changed:
-            await self._changed.wait_for(
-                lambda: number in self._results or (number < 0 and bool(self._results))
-            )
+            self._error = error
+            self._refusal = str(error)
+            self._changed.notify_all()
+
+    async def get_result(self, number: int) -> Result | OrchardError:
+        """Wait for a result and remove it; `-1` selects the oldest one (the start).
+
+        Returns the error instead if it ended the worker group before the result.
+        """
+        async with self._changed:
+
+            def there() -> bool:
+                return number in self._results or (number < 0 and bool(self._results))
+
+            await self._changed.wait_for(lambda: there() or self._error is not None)
+            if self._error is not None and not there():
+                return self._error
             result = self._results.pop(number if number >= 0 else min(self._results))
             self._collected = max(self._collected, result.number)
             return replace(result, restarts=self._starts - 1)

@@ -28,7 +28,7 @@ from learner import checkpoint
 from learner.job_queue import Job, JobQueue, Result
 from learner.spec import LearnerSpec, learner_config, pack_probe, sft_epoch
 from learner.trainer import Trainer
-from orchard.errors import ActorError, CheckpointError
+from orchard.errors import ActorError, CheckpointError, OrchardError
 from orchard.policy import lora, model, value_head, weights
 from orchard.policy.store import Policy
 from orchard.types import PolicyVersion, TrainBatch, Update
@@ -40,8 +40,17 @@ def worker_loop(task: dict[str, Any]) -> None:
     """Run jobs on a Ray Train worker until one of kind "stop".
 
     The task holds the `spec`, the `queue`, and `unlisted`, the checkpoint folder to start from
-    where Ray Train lists none.
+    where Ray Train lists none. An error that a restart would only repeat goes to the driver.
     """
+    try:
+        _work(task)
+    except OrchardError as error:
+        if ray.train.get_context().get_world_rank() == 0:
+            ray.get(task["queue"].put_error.remote(error))
+
+
+def _work(task: dict[str, Any]) -> None:
+    """Run the jobs of `worker_loop`."""
     spec, queue = cast(LearnerSpec, task["spec"]), task["queue"]
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
@@ -69,9 +78,9 @@ def worker_loop(task: dict[str, Any]) -> None:
     digest, number = spec.tokenizer.catalog.digest, 0
     if (saved := ray.train.get_checkpoint()) is not None:
         with saved.as_directory() as folder:
-            number = checkpoint.load(trainer, Path(folder), catalog=digest)
+            number = checkpoint.load(trainer, Path(folder), catalog=digest, data=spec.data)
     elif (unlisted := cast(Path | None, task["unlisted"])) is not None:
-        number = checkpoint.load(trainer, unlisted, catalog=digest)
+        number = checkpoint.load(trainer, unlisted, catalog=digest, data=spec.data)
 
     def deliver(metrics: Mapping[str, float], *, needs_eval: bool = True) -> None:
         rollout_policy = trainer.eval_policy if supervised else trainer.policy
@@ -80,6 +89,8 @@ def worker_loop(task: dict[str, Any]) -> None:
         average = lora.snapshot(trainer.eval_policy) if is_distinct else None
         adapter = lora.factors(trainer.eval_policy) if needs_eval else None
         probe_logprobs = None if probe is None else trainer.score(probe)
+        if probe_logprobs is not None:
+            trainer.check_logprobs(probe_logprobs)
         if rank == 0:
             version = PolicyVersion(step=number, digest=weights.digest(rollout_weights))
             eval_weights = None
@@ -101,7 +112,7 @@ def worker_loop(task: dict[str, Any]) -> None:
     deliver({})
     while (job := _next(queue, number, saved_job)).kind != "stop":
         if job.kind == "save":
-            if (reason := _save(trainer, number, digest, rank)) is not None:
+            if (reason := _save(trainer, number, spec, rank)) is not None:
                 ray.get(queue.checkpoint_failed.remote(reason))
                 return
             saved_job = number
@@ -121,12 +132,19 @@ def _next(queue: Any, number: int, saved: int) -> Job:
     return ray.get(queue.get_job.remote(number + 1, saved=saved))
 
 
-def _save(trainer: Trainer, number: int, catalog: str, rank: int) -> str | None:
+def _save(trainer: Trainer, number: int, spec: LearnerSpec, rank: int) -> str | None:
     """Write a checkpoint; return None, or the reason why the storage does not take it."""
     try:
         with tempfile.TemporaryDirectory() as folder:
             write = rank == 0
-            checkpoint.save(trainer, Path(folder), number=number, catalog=catalog, write=write)
+            checkpoint.save(
+                trainer,
+                Path(folder),
+                number=number,
+                catalog=spec.tokenizer.catalog.digest,
+                data=spec.data,
+                write=write,
+            )
             reported = ray.train.Checkpoint.from_directory(folder) if write else None
             ray.train.report(
                 {"number": number},
@@ -165,10 +183,7 @@ class TrainerHandle:
             num_cpus=0, max_concurrency=1000, scheduling_strategy=driver_node
         ).remote()
         learner, checkpoints = self._config.learner, self._config.checkpoint
-        unlisted: Path | None = None
-        if checkpoint.is_incomplete(self._folder):
-            unlisted = checkpoint.newest_complete(self._folder)
-            (self._folder / checkpoint.RECORD).unlink()
+        unlisted = checkpoint.recover(self._folder)
         task = {"spec": self._spec, "queue": self._queue, "unlisted": unlisted}
         trainer = TorchTrainer(
             worker_loop,
@@ -251,6 +266,8 @@ class TrainerHandle:
     async def _collect(self, number: int, timeout_s: float) -> Result:
         """Wait for the result of a job."""
         answer = await self._wait(self._queue.get_result.remote(number), number, timeout_s)
+        if isinstance(answer, OrchardError):
+            raise answer
         result = cast(Result, answer)
         self.restarts = result.restarts
         return result

@@ -35,6 +35,8 @@ class LearnerSpec:
     """Tasks, in place of the windows, for SFT of a text model."""
     total_steps: int
     """Length of the learning-rate schedule in optimizer steps."""
+    data: str = ""
+    """Digest of the training rows."""
     probe: Prompts | None = None
     """Prompts whose targets are scored with every version, for engines to compare with."""
 

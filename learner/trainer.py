@@ -5,6 +5,7 @@ and micro-batches; DDP and FSDP average, hence the factor `world`.
 """
 
 import copy
+import math
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -22,12 +23,14 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
+from learner import finite
 from learner.batch.microbatch import micro_batches, shard, without_choices
 from learner.batch.sft import weighted_nll
 from learner.logprob_model import LogprobModel
 from learner.logprobs import to_tensors
 from learner.loss import LossStats, policy_loss
 from learner.value import value_loss
+from orchard.errors import UpdateError
 from orchard.optim import make_optimizer, make_schedule
 from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.policy.value_head import detach, value_head_of
@@ -125,6 +128,8 @@ class Trainer:
             final_lr=config.final_lr,
         )
         self.updates = 0
+        self._section = "learner"
+        """Section of the settings that the updates follow."""
 
     @property
     def eval_policy(self) -> PreTrainedModel:
@@ -139,6 +144,7 @@ class Trainer:
             nll = weighted_nll(self.scorer(part)[0], part.advantage_pos)
             return nll, LossStats(surrogate=float(nll.detach()))
 
+        self._section = "sft"
         stats, metrics = self._update(self._split(batch), loss)
         return {"nll": stats.surrogate} | metrics
 
@@ -256,13 +262,34 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(shared, limit)
         if self._head:
             # Clipped apart: under one norm, a large value error would scale down the policy.
-            nn.utils.clip_grad_norm_(self._head, limit)
+            head_norm = nn.utils.clip_grad_norm_(self._head, limit)
+            norm = norm if math.isfinite(finite.number(norm)) else head_norm + norm
+        if not math.isfinite(finite.number(norm)):
+            cause = finite.cause(parts) or self._state_of_weights()
+            raise UpdateError(
+                f"update {self.updates + 1} was not applied, because its gradient is not finite: "
+                f"{cause}"
+            )
         self.optimizer.step()
         rate = float(self.schedule.get_last_lr()[0])
         self.schedule.step()
         self.updates += 1
         self._update_average()
-        return self._sum_over_ranks(total), {"grad_norm": _number(norm), "lr": rate}
+        return self._sum_over_ranks(total), {"grad_norm": finite.number(norm), "lr": rate}
+
+    def check_logprobs(self, logprob: Float32[np.ndarray, " B"]) -> None:
+        """Raise UpdateError if log-probabilities under the newest weights are not finite."""
+        if not np.isfinite(logprob).all():
+            raise UpdateError(
+                f"after update {self.updates} the policy gives log-probabilities that are not "
+                f"finite: {self._state_of_weights()}"
+            )
+
+    def _state_of_weights(self) -> str:
+        """Describe how far the updates have driven the weights."""
+        return finite.state_of_weights(
+            self.policy, self.config, section=self._section, updates=self.updates
+        )
 
     def _precision(self) -> AbstractContextManager[object]:
         """Enter bfloat16 autocast, unless the configured dtype is float32."""
@@ -316,9 +343,3 @@ def _shard_parameters(scorer: nn.Module, policy: PreTrainedModel) -> None:
     for block in cast(nn.ModuleList, policy.base_model.layers):
         fully_shard(block)
     fully_shard(scorer)
-
-
-def _number(value: Tensor) -> float:
-    """Convert a scalar tensor to a float, gathered first where it is sharded."""
-    full = getattr(value, "full_tensor", None)
-    return float(full() if full is not None else value)

@@ -9,7 +9,7 @@ import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import tomli_w
 from pydantic import BaseModel, ValidationError
@@ -74,21 +74,15 @@ def differences(a: Config, b: Config) -> list[str]:
 
 
 def _set(tree: dict[str, Any], override: str) -> None:
-    """Apply the override `a.b=value` in place.
-
-    The value is parsed as TOML and, if that fails, taken as a bare string.
-    """
+    """Apply the override `a.b=value` in place."""
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise ConfigError(
             f"override {override!r} is not of the form section.key=value",
             code="config.bad_override",
         )
-    try:
-        value: Any = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()
-    *sections, last = current_key(Config, key.strip()).split(".")
+    *sections, last = _keys(key.strip())
+    value = _value(text.strip(), as_text=_is_text([*sections, last]))
     for section in sections:
         branch = tree.setdefault(section, {})
         if not isinstance(branch, dict):
@@ -99,6 +93,48 @@ def _set(tree: dict[str, Any], override: str) -> None:
             )
         tree = cast(dict[str, Any], branch)
     tree[last] = value
+
+
+def _keys(key: str) -> list[str]:
+    """Split a dotted key, whose parts may be quoted, and replace old names."""
+    parts = key.split(".")
+    if '"' in key or "'" in key:
+        try:
+            tree: Any = tomllib.loads(f"{key} = 0")
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{key} is no key of a setting: {error}") from error
+        parts = list[str]()
+        while isinstance(tree, dict):
+            parts += tree
+            tree = tree[parts[-1]]
+    plain = next((n for n, part in enumerate(parts) if "." in part), len(parts))
+    return [*current_key(Config, ".".join(parts[:plain])).split("."), *parts[plain:]]
+
+
+def _value(text: str, *, as_text: bool) -> Any:
+    """Parse the value of an override: one TOML value and nothing else, or a bare string.
+
+    A setting that is a text takes what is no quoted string as it is. `#` begins no comment.
+    """
+    try:
+        # Inside brackets, a comment would swallow the closing one; so it is no TOML value.
+        values: list[Any] = tomllib.loads(f"value = [{text}]")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+    if len(values) != 1 or text.startswith("#") or text.endswith(","):
+        return text
+    return text if as_text and not isinstance(values[0], str) else values[0]
+
+
+def _is_text(keys: Sequence[str]) -> bool:
+    """Check whether a setting holds a string or a path, and nothing else."""
+    kind: Any = Config
+    for key in keys:
+        is_section = isinstance(kind, type) and issubclass(kind, BaseModel)
+        field = kind.model_fields.get(key) if is_section else None
+        kind = None if field is None else field.annotation
+    choices = {choice for choice in get_args(kind) or (kind,) if choice is not type(None)}
+    return bool(choices) and choices <= {str, Path}
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -5,6 +5,7 @@
     ├── DataError                a file or row that cannot be used
     │   └── CatalogError           inconsistent items or semantic IDs
     ├── CheckpointError          a checkpoint or policy of another run, model or catalog
+    ├── UpdateError              an update that is not finite and was not applied
     ├── EngineError              a decoding engine that cannot serve the request
     │   └── WeightMismatchError    an engine whose outputs contradict its weights
     ├── ActorError               a remote actor that died, hung or returned a wrong result
@@ -53,6 +54,10 @@ class CheckpointError(OrchardError):
     """A checkpoint or exported policy does not belong to this run, model or catalog."""
 
     default_code = "checkpoint.mismatch"
+
+
+class UpdateError(OrchardError):
+    """The loss, the gradient or the weights of an update are not finite."""
 
 
 class EngineError(OrchardError):

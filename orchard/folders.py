@@ -75,7 +75,11 @@ def atomic_dir(out: Path) -> Generator[Path]:
 
 @contextmanager
 def atomic_file(path: Path) -> Generator[Path]:
-    """Yield the path of a temporary file that replaces `path` if the block succeeds."""
+    """Yield the path of a temporary file that replaces `path` if the block succeeds.
+
+    A symbolic link stays, and what it points to is replaced.
+    """
+    path = Path(os.path.realpath(path))
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial

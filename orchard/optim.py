@@ -1,7 +1,8 @@
 """AdamW optimizer and learning-rate schedule."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 from torch.optim import AdamW
@@ -51,3 +52,19 @@ def make_schedule(
         return final_lr + (1 - final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
     return LambdaLR(optimizer, factor)
+
+
+def continue_schedule(schedule: LambdaLR, state: Mapping[str, Any]) -> None:
+    """Continue a schedule in place at the step of a saved one, which may have another length.
+
+    The rate of a step is that of the schedule in memory at this step, whatever the length of the
+    saved one: a run that is extended continues as a run of the new length.
+    """
+    schedule.load_state_dict(dict(state))
+    rates = [
+        base * factor(schedule.last_epoch)
+        for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule._last_lr = rates  # pyright: ignore[reportPrivateUsage]  # what `get_last_lr` returns

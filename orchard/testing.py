@@ -252,6 +252,7 @@ def make_evaluation(hit: float, *, num_rows: int = 500) -> Evaluation:
         metrics=ranking.metrics(ranks, width=20, resamples=100),
         ranks=ranks,
         row=np.arange(num_rows),
+        split="beef",
         width=20,
         seconds=2.0,
         policy="3-feedbeef",

@@ -6,6 +6,7 @@ when the job ends.
 """
 
 import asyncio
+import os
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,16 +16,25 @@ from typing import Any
 
 import typer
 import yaml
+from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE
+from ray._private.runtime_env import packaging
+from ray.exceptions import RpcError
 from ray.job_submission import JobStatus, JobSubmissionClient
 from ray.runtime_env import RuntimeEnv
 
+from cluster.actors.reach import check_cluster, check_job_server
 from orchard.errors import ActorError, ConfigError
 from orchard.settings import Config
 
 RUN_KEY, COMMAND_KEY = "orchard_run", "orchard_command"
 """Metadata keys of a job: the name of its run, and its command."""
+MIB = 1 << 20
+LARGEST_UPLOAD = DASHBOARD_CLIENT_MAX_SIZE
+"""Bytes from which on Ray's job server refuses an uploaded folder."""
 START_S = 60.0
 """Longest wait in seconds until a newly started cluster accepts a job."""
+ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+"""Environment variables that name a job server or a cluster, the first one first."""
 GRACE_KEY = "RAY_JOB_STOP_WAIT_TIME_S"
 """Environment variable of the seconds that Ray lets a stopped job run; its default is three."""
 
@@ -92,6 +102,39 @@ def request(
     }
 
 
+def check_size(environment: Mapping[str, Any]) -> None:
+    """Raise ConfigError if a folder of a runtime environment is larger than Ray takes.
+
+    Ray packs each folder without compression, leaves out what `.gitignore`, `.rayignore` and the
+    environment's `excludes` name, and sends it in one request.
+    """
+    respect_gitignore = os.environ.get("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "0") != "1"
+    excludes: list[str] = list(environment.get("excludes", ()))
+    for name in (environment.get("working_dir"), *environment.get("py_modules", ())):
+        folder = Path(str(name)).absolute()
+        if not folder.is_dir():  # a file or a URI, which is fetched by the cluster itself
+            continue
+        sizes: dict[str, int] = {}
+
+        def count(path: Path, folder: Path = folder, sizes: dict[str, int] = sizes) -> None:
+            if path.is_file():
+                sizes[str(path.relative_to(folder))] = path.stat().st_size
+
+        ignored = [packaging._get_excludes(folder, excludes)]  # pyright: ignore[reportPrivateUsage]
+        packaging._dir_travel(  # pyright: ignore[reportPrivateUsage]
+            folder, ignored, count, include_gitignore=respect_gitignore
+        )
+        if (total := sum(sizes.values())) >= LARGEST_UPLOAD:
+            largest = sorted(sizes, key=sizes.__getitem__, reverse=True)[:3]
+            shown = ", ".join(f"{file} ({sizes[file] / MIB:.1f} MiB)" for file in largest)
+            raise ConfigError(
+                f"{folder} would upload {total / MIB:.1f} MiB, and a cluster takes less than "
+                f"{LARGEST_UPLOAD / MIB:.0f}; the largest files are {shown}: name what the run "
+                "does not need in .gitignore or .rayignore, or put the code on shared storage and "
+                "set working_dir of --runtime-env to file:///.../code.zip"
+            )
+
+
 def read_runtime_env(path: Path | None) -> dict[str, Any]:
     """Load a runtime environment from a YAML file; empty without a path."""
     if path is None:
@@ -109,11 +152,16 @@ def read_runtime_env(path: Path | None) -> dict[str, Any]:
 
 def client(address: str | None) -> JobSubmissionClient:
     """Connect to a job server; the default is at RAY_API_SERVER_ADDRESS or RAY_ADDRESS."""
+    named = address or next(filter(None, map(os.environ.get, ADDRESS_VARIABLES)), None)
+    if named is not None and "://" in named and not named.startswith("ray://"):
+        check_job_server(named)
+    elif named is not None:
+        check_cluster(named)
     try:
         return JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError, RpcError) as error:
         raise ConfigError(
-            f"no Ray job server answers at {address or 'RAY_API_SERVER_ADDRESS'}: "
+            f"no Ray job server answers at {named or 'RAY_API_SERVER_ADDRESS'}: "
             f"{' '.join(str(error).split())[:200]}; give --address http://HEAD:8265"
         ) from error
 

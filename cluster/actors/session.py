@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RpcError
 
+from cluster.actors.reach import check_cluster
 from orchard.errors import ConfigError
 from orchard.settings import ClusterConfig, Config
 
@@ -34,12 +36,13 @@ def ray_session(settings: ClusterConfig, *, cpus: int, logs: Path) -> Generator[
     address = address_of(settings)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address:
+        check_cluster(address)
         try:
             context = ray.init(address=address, **quiet)
-        except (ConnectionError, ValueError) as error:
+        except (ConnectionError, RuntimeError, ValueError, RpcError) as error:
             raise ConfigError(
-                f"no Ray cluster answers at {address}: {error}; start one, or unset "
-                "cluster.address and RAY_ADDRESS to run locally"
+                f"no Ray cluster answers at {address}: {' '.join(str(error).split())[:300]}; start "
+                "one, or unset cluster.address and RAY_ADDRESS to run locally"
             ) from error
     else:
         # Ray listens on the machine's address, not on the loopback interface alone, and runs the

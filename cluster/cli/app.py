@@ -268,10 +268,20 @@ def bench(
     typer.echo(text)
 
 
+def with_home(argument: str) -> str:
+    """Replace a `~` that the shell left alone: at the start of an argument, or of `--option=`."""
+    option, equals, value = argument.partition("=")
+    if argument.startswith("~"):
+        return os.path.expanduser(argument)
+    is_option = bool(equals) and option.startswith("--") and value.startswith("~")
+    return f"{option}={os.path.expanduser(value)}" if is_option else argument
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run a command and exit: 0 on success, 2 for an error that the user can fix."""
     try:
-        app(args=arguments, standalone_mode=False)
+        given = sys.argv[1:] if arguments is None else arguments
+        app(args=[with_home(argument) for argument in given], standalone_mode=False)
     except RunInterrupted as interruption:
         typer.echo(str(interruption), err=True)
         sys.exit(143)  # exit code that a shell reports for SIGTERM

@@ -1,6 +1,7 @@
 """Run the commands of `orchard` from a resolved configuration."""
 
 import asyncio
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from cluster.report.report import write_report
 from cluster.training.controller import Controller, start_controller
 from cluster.training.evaluate import (
     UNSEEN,
+    chosen_rows,
     evaluate,
     evaluate_split,
     evaluation_file,
@@ -102,6 +104,8 @@ def evaluate_policy(
     trained = settings.run_dir / "policy"
     run = prepare(settings, "evaluate", policy=policy or (trained if trained.is_dir() else None))
     earlier = ranking.read(evaluation_file(run, against)) if against else None
+    if earlier is not None:  # before minutes of searches whose result could not be compared
+        ranking.check_paired(earlier, split=getattr(run, split).digest, row=chosen_rows(run, split))
 
     async def work() -> dict[str, Evaluation]:
         async with start_controller(run) as controller:
@@ -118,8 +122,13 @@ def evaluate_policy(
 
 def quickstart(output: Path, overrides: list[str]) -> None:
     """Generate data, then run SFT, RL, evaluation and the report in one controller."""
+    output = output.expanduser()
     folder = output / "quickstart-data"
-    settings = config.load(QUICKSTART, [f"output='{output}'", f"data.path='{folder}'", *overrides])
+    settings = config.load(
+        QUICKSTART,
+        # As JSON strings, which are TOML strings, whatever characters the folder's name has.
+        [f"output={json.dumps(str(output))}", f"data.path={json.dumps(str(folder))}", *overrides],
+    )
     start = time.perf_counter()
     check_engines(settings, "train")
     if not folder.is_dir():

@@ -86,10 +86,15 @@ def _save_adapters(run: Run, policy: model.PreTrainedModel, folder: Path) -> Non
 
 
 def evaluations_of(run: Run) -> dict[str, Evaluation]:
-    """Load every evaluation in the run folder that uses this catalog, by name."""
+    """Load every evaluation in the run folder on this catalog and these splits, by name."""
     paths = sorted((run.dir / "evaluation").glob("*.json"))
     saved = {path.stem: ranking.read(path) for path in paths}
-    return {name: each for name, each in saved.items() if each.catalog == run.catalog.digest}
+    splits = {"", run.valid.digest, run.test.digest}
+    return {
+        name: each
+        for name, each in saved.items()
+        if each.catalog == run.catalog.digest and each.split in splits
+    }
 
 
 def model_card(

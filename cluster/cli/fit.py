@@ -12,6 +12,7 @@ from torch import nn
 
 from cluster.cli.fit_guide import fit_guide
 from cluster.console import Progress
+from cluster.training import run_lock
 from cluster.training.evaluate import excludes_seen
 from cluster.training.run import Run, prepare
 from orchard.data.prompts import Split
@@ -63,7 +64,8 @@ def fit(kind: str, settings: Config, policy: Path | None = None) -> None:
             code="config.unknown_name",
         )
     torch.set_num_threads(settings.learner.threads)
-    FITS[kind](prepare(settings, "sft"))
+    with run_lock.hold(settings.run_dir):
+        FITS[kind](prepare(settings, "sft"))
 
 
 def fit_collaborative(run: Run) -> None:
@@ -201,6 +203,7 @@ def _fit_and_save(
             "heads": settings.heads,
         },
         facts=facts | {"fit_s": time.perf_counter() - start},
+        data=run.data,
     )
     for name in SHOWN:
         if name in facts:

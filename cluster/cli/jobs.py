@@ -53,6 +53,7 @@ def submit(
         memory=memory,
     )
     arguments = jobs.request(settings, run, overrides or [], job_request)
+    jobs.check_size(arguments["runtime_env"])
     if dry_run:
         typer.echo(json.dumps(arguments, indent=2))
         return

@@ -31,16 +31,19 @@ class BestCheckpoint:
     async def open(cls, controller: Controller, *, num_rows: int, beams: int) -> "BestCheckpoint":
         """Create the best checkpoint of a phase, or continue the one in the run folder.
 
-        A policy that was scored on other rows or with another beam width is scored again.
+        A policy that was scored on other rows, on another validation file or with another beam
+        width is scored again.
         """
         run = controller.run
         generator = np.random.Generator(np.random.Philox(key=[run.config.seed, 2**32]))
         rows = np.sort(generator.permutation(len(run.valid))[:num_rows])
         best_checkpoint = cls(controller=controller, rows=rows, beams=beams)
-        facts = PolicyFacts.read(run.result).measurements
+        saved = PolicyFacts.read(run.result)
+        facts, split = saved.measurements, run.valid.digest
         best_checkpoint.best = facts.get("valid_score", float("-inf"))
         settings = {"valid_rows": float(len(rows)), "valid_beams": float(beams)}
-        if facts and any(facts.get(name, current) != current for name, current in settings.items()):
+        changed = any(facts.get(name, current) != current for name, current in settings.items())
+        if facts and (changed or saved.data.get("valid", split) != split):
             best_checkpoint.best, _ = await best_checkpoint._evaluate(
                 *saved_policy(run, run.result)
             )

@@ -1,10 +1,14 @@
-"""Checks of a configuration against the registries that it names entries of."""
+"""Check a configuration against the registries that it names, and against what its run has made."""
 
+import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from cluster.training.rllib import RllibBackend
 from cluster.training.text_policy import thinks
 from learner.advantage.estimators import ESTIMATORS
+from orchard.config import differences, load
 from orchard.errors import ConfigError
 from orchard.guide.registry import EXPERTS
 from orchard.registry import Registry, Rule, import_plugins
@@ -23,17 +27,32 @@ REGISTRIES: tuple[Registry[Any, Any], ...] = (
 """Registries that settings name entries of."""
 
 
-def check_names(config: Config) -> None:
+MAY_CHANGE = (
+    "output", "data.path", "sft.epochs", "sft.minutes", "sft.patience", "learner.steps",
+    "rollout.actors", "rollout.max_restarts", "rollout.timeout_s", "rollout.start_timeout_s",
+    "rollout.threads", "rewards.actors", "rewards.queue", "rewards.timeout_s", "rewards.retries",
+    "rewards.max_restarts", "learner.threads", "learner.max_failures", "learner.timeout_s",
+    "learner.start_timeout_s", "evaluate.", "guide.", "checkpoint.", "cluster.", "serve.",
+)  # fmt: skip
+"""Settings that may differ between a run and its continuation: duration, resources and evaluation,
+but nothing that changes an update."""
+DATA_FILE = "data.json"
+"""File in the run folder with the digests of the data that the run is made from."""
+OF_RL = ("learner.", "rollout.", "rewards.", "critic.", "guide.", "plugins")
+"""Settings that SFT does not use, which may change until RL has written a checkpoint."""
+
+
+def check_names(settings: Config) -> None:
     """Import the plugins of a run, and check the names in its settings and what they need.
 
     Raises:
         ConfigError: a plugin is missing, a name is unknown, or an entry does not fit the settings.
     """
-    import_plugins(config.plugins)
+    import_plugins(settings.plugins)
     for registry in REGISTRIES:
-        registry.check(config)
+        registry.check(settings)
     for rule in RULES:
-        rule(config)
+        rule(settings)
 
 
 def choices() -> dict[str, tuple[str, ...]]:
@@ -63,3 +82,65 @@ def _think_only_needs_thoughts(config: Config) -> None:
 
 RULES: tuple[Rule, ...] = (_thoughts_need_one_depth, _think_only_needs_thoughts)
 """Checks that need the facts of several packages."""
+
+
+def recorded_data(run_dir: Path) -> dict[str, str]:
+    """Return the digests of the data that a run folder was made from; empty if it names none.
+
+    Raises:
+        ConfigError: the record cannot be read.
+    """
+    path = run_dir / DATA_FILE
+    try:
+        digests: dict[str, str] = json.loads(path.read_text())
+        return dict(digests)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"{path}, which names the data of the run, cannot be read: {error}; restore it, or "
+            "choose another run name"
+        ) from error
+
+
+def check_same_data(settings: Config, data: Mapping[str, str]) -> None:
+    """Raise ConfigError if a run would continue on other data than it was made from.
+
+    `data` has the digests of its data by name. Another test split is no obstacle: its evaluations
+    are made anew.
+    """
+    before = recorded_data(settings.run_dir)
+    changed = [
+        f"{name} has content {digest[:12]} (was {before[name][:12]})"
+        for name, digest in data.items()
+        if name != "test" and before.get(name, digest) != digest
+    ]
+    if changed:
+        raise ConfigError(
+            f"run {settings.name} was made from other data than {settings.data.path} holds "
+            f"now: {'; '.join(changed)}; restore those files, or choose another run name, to go on "
+            "from what it has learned with model.path="
+            f"{settings.run_dir / 'warm_start'} (or its policy)",
+            code="config.other_data",
+        )
+
+
+def check_unchanged(settings: Config, phase: str) -> None:
+    """Raise ConfigError if a run would continue under settings that compute something else."""
+    path = settings.run_dir / "config.toml"
+    if not path.is_file():
+        return
+    rl_starts = (
+        phase == "train" and not (settings.run_dir / "checkpoints" / "learner-train").exists()
+    )
+    may_change = MAY_CHANGE + OF_RL if rl_starts else MAY_CHANGE
+    changed = [
+        line for line in differences(load(path), settings) if not line.startswith(may_change)
+    ]
+    if changed:
+        raise ConfigError(
+            f"run {settings.name} exists with another configuration: {'; '.join(changed)}; choose "
+            "another name, to go on from what it has learned with model.path="
+            f"{settings.run_dir / 'warm_start'} (or its policy)",
+            code="config.changed",
+        )

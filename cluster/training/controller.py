@@ -332,7 +332,6 @@ class Controller:
 @asynccontextmanager
 async def start_controller(run: Run) -> AsyncGenerator[Controller]:
     """Start a controller with the actors of its first phase, and stop everything on exit."""
-    open_run_dir(run)
     with (
         open_loggers(run) as (metrics_logger, exporter),
         ray_session(run.config.cluster, cpus=cpus_needed(run.config), logs=run.dir / "logs"),

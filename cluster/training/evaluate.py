@@ -10,6 +10,7 @@ import dataclasses
 import json
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -19,18 +20,18 @@ from jaxtyping import Int64
 
 from cluster.console import Progress
 from cluster.training.controller import Controller
-from cluster.training.measure import measure
+from cluster.training.measure import measure, search_settings
 from cluster.training.run import Run
 from cluster.training.run_dir import saved_policy
 from orchard import ragged
 from orchard.data.prompts import Split
-from orchard.errors import ConfigError
+from orchard.errors import ConfigError, DataError
 from orchard.evaluation import ranking
 from orchard.evaluation.ranking import Evaluation
 from orchard.folders import atomic_write
 from orchard.guide.fit import REPEATS_EXCLUDED_BELOW
 from orchard.guide.guide import Guide
-from orchard.policy.store import open_guide
+from orchard.policy.store import PolicyFacts, open_guide
 from orchard.types import PolicyVersion
 from rollout.candidates import Candidates
 
@@ -137,13 +138,33 @@ async def evaluate_split(controller: Controller, folder: Path, name: str) -> Eva
     """Return the test evaluation of a policy folder; reuse a current one in the run folder."""
     path, beams = evaluation_file(controller.run, name), controller.run.config.evaluate.beams
     if path.is_file():
-        saved = ranking.read(path)
-        fresh = path.stat().st_mtime >= (folder / "config.json").stat().st_mtime
-        same = np.array_equal(saved.row, chosen_rows(controller.run, "test"))
-        if fresh and same and saved.width == beams:
-            return saved
+        with suppress(DataError):  # a damaged one is made anew
+            saved = ranking.read(path)
+            if is_current(saved, controller.run, folder, path, beams):
+                return saved
     results = await evaluate(controller, folder, split="test", beams=beams, name=name)
     return results[name]
+
+
+def is_current(saved: Evaluation, run: Run, folder: Path, path: Path, beams: int) -> bool:
+    """Check that an evaluation in the file `path` is what evaluating a policy folder would give.
+
+    A policy folder that names no digest is compared by the time of its files.
+    """
+    version = PolicyFacts.read(folder).version
+    same_policy = (
+        saved.policy == str(version)
+        if version.digest
+        else path.stat().st_mtime >= (folder / "config.json").stat().st_mtime
+    )
+    return (
+        same_policy
+        and saved.catalog == run.catalog.digest
+        and saved.split == run.test.digest
+        and saved.width == beams
+        and saved.search == search_settings(run)
+        and np.array_equal(saved.row, chosen_rows(run, "test"))
+    )
 
 
 def chosen_rows(run: Run, split: SplitName) -> Int64[np.ndarray, " R"]:

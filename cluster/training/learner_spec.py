@@ -19,13 +19,14 @@ def learner_spec(run: Run) -> LearnerSpec:
     if supervised:
         examples = next(rows for rows in (tasks, windows, run.train) if rows is not None)
         per_epoch = -(-len(examples) // config.sft.batch_size)
-    probed = 0 if supervised else min(config.cluster.probe_prompts, len(run.train))
+    probed = min(config.cluster.probe_prompts, len(run.train))
     return LearnerSpec(
         probe=make_prompts(run.tokenizer, run.train, np.arange(probed)) if probed else None,
         config=config,
         phase="sft" if supervised else "train",
         policy=run.policy.resolve(),
         tokenizer=run.tokenizer,
+        data=run.train.digest,
         sequences=windows,
         traces=traces,
         tasks=tasks,

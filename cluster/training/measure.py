@@ -57,9 +57,25 @@ def measure(
         ),
         ranks=ranks,
         row=rows,
+        split=split.digest,
         width=beams,
         seconds=candidates.cost.seconds,
         policy=str(policy),
         catalog=catalog.digest,
         extra=extra,
+        search=search_settings(run),
     )
+
+
+def search_settings(run: Run) -> dict[str, str]:
+    """Return the settings besides the width that the candidates of an evaluation depend on."""
+    config = run.config
+    settings = {
+        "data.max_history": config.data.max_history,
+        "evaluate.engine": config.evaluate.engine,
+        "evaluate.think": config.evaluate.think,
+        "rollout.dtype": config.rollout.dtype,
+    }
+    if config.evaluate.think:
+        settings["rollout.think.block_tokens"] = config.rollout.think.block_tokens
+    return {name: str(value) for name, value in settings.items()}

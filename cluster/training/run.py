@@ -12,12 +12,11 @@ from transformers import PreTrainedTokenizerBase
 
 from cluster.actors.session import address_of
 from cluster.training import text_policy
-from cluster.training.checks import check_names
-from orchard import config
+from cluster.training.checks import check_names, check_same_data, check_unchanged
 from orchard.catalog import catalog as catalogs
 from orchard.catalog.catalog import Catalog
 from orchard.data import rationales
-from orchard.data.prompts import Split, read_split
+from orchard.data.prompts import Split, content_digest, read_split
 from orchard.data.rationales import RationaleBlocks, TokenizedRationales
 from orchard.data.sft_tasks import SftTasks
 from orchard.errors import ConfigError
@@ -36,18 +35,6 @@ from rollout.engine.registry import ENGINES
 from rollout.search.registry import SEARCHES
 
 Phase = Literal["sft", "train", "evaluate"]
-
-MAY_CHANGE = (
-    "output", "data.path", "sft.epochs", "sft.minutes", "sft.patience", "learner.steps",
-    "rollout.actors", "rollout.max_restarts", "rollout.timeout_s", "rollout.start_timeout_s",
-    "rollout.threads", "rewards.actors", "rewards.queue", "rewards.timeout_s", "rewards.retries",
-    "rewards.max_restarts", "learner.threads", "learner.max_failures", "learner.timeout_s",
-    "learner.start_timeout_s", "evaluate.", "guide.", "checkpoint.", "cluster.", "serve.",
-)  # fmt: skip
-"""Settings that may differ between a run and its continuation: duration, resources and evaluation,
-but nothing that changes an update."""
-OF_RL = ("learner.", "rollout.", "rewards.", "critic.", "guide.", "plugins")
-"""Settings that SFT does not use, which may change until RL has written a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +67,24 @@ class Run:
     def result(self) -> Path:
         """Folder of the policy that the phase writes."""
         return self.dir / ("warm_start" if self.phase == "sft" else "policy")
+
+    @cached_property
+    def data(self) -> dict[str, str]:
+        """Digests of the content of the data, by name: items, splits and what belongs to them."""
+        reads_titles = self.config.prompt.history or self.config.data.rationale_template
+        titles = self.catalog.title if reads_titles else ()
+        digests = {
+            "items": content_digest(self.catalog.digest, *titles),
+            "train": self.train.digest,
+            "valid": self.valid.digest,
+            "test": self.test.digest,
+        }
+        if self.phase == "train" and self.embedding is not None:
+            digests["embeddings"] = content_digest(self.embedding)
+        if self.traces is not None:
+            traces = self.traces
+            digests["rationales"] = content_digest(traces.token, traces.token_start)
+        return digests
 
     @cached_property
     def embedding(self) -> Float32[np.ndarray, "I E"] | None:
@@ -210,6 +215,7 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
     if policy is not None:
         model.check_folder(policy)
         text_tokenizer = item_tokenizer.read_tokenizer(policy)
+        text_policy.check_vocabulary(policy, text_tokenizer)
     if text_tokenizer is None and data.titles and data.title_tokens is not None:
         text_tokenizer = titles.make_title_tokenizer(
             titles.read_titles(data.path / data.items), data.title_tokens
@@ -260,6 +266,8 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
         base=policy if grows else None,
         **splits,
     )
+    if phase != "evaluate":
+        check_same_data(settings, run.data)
     if phase == "train":
         preload(settings.rewards.weights, run.reward_context)
         _ = run.critic, run.guide  # loaded now, so that its errors appear before an actor starts
@@ -322,26 +330,3 @@ def starting_policy(settings: Config, phase: Phase) -> Path | None:
             code="config.no_policy",
         )
     return None
-
-
-def check_unchanged(settings: Config, phase: Phase) -> None:
-    """Raise ConfigError if a run would continue under settings that compute something else."""
-    path = settings.run_dir / "config.toml"
-    if not path.is_file():
-        return
-    rl_starts = (
-        phase == "train" and not (settings.run_dir / "checkpoints" / "learner-train").exists()
-    )
-    may_change = MAY_CHANGE + OF_RL if rl_starts else MAY_CHANGE
-    changed = [
-        line
-        for line in config.differences(config.load(path), settings)
-        if not line.startswith(may_change)
-    ]
-    if changed:
-        raise ConfigError(
-            f"run {settings.name} exists with another configuration: {'; '.join(changed)}; choose "
-            "another name, to go on from what it has learned with model.path="
-            f"{settings.run_dir / 'warm_start'} (or its policy)",
-            code="config.changed",
-        )

@@ -1,9 +1,11 @@
 """Create the folder of a run, and read and write the policies in it."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 from cluster.training import text_policy
+from cluster.training.checks import DATA_FILE, recorded_data
 from cluster.training.run import Run
 from orchard import config
 from orchard.errors import ConfigError
@@ -21,6 +23,8 @@ def open_run_dir(run: Run) -> None:
         run.dir.mkdir(parents=True, exist_ok=True)
         if run.phase != "evaluate":
             atomic_write(run.dir / "config.toml", config.dump(run.config))
+            data = recorded_data(run.dir) | run.data
+            atomic_write(run.dir / DATA_FILE, json.dumps(data, indent=2) + "\n")
     except OSError as error:
         raise ConfigError(
             f"run folder {run.dir} cannot be written: {error.strerror}; "
@@ -94,6 +98,10 @@ def _as_policy(
         model=trained,
         tokenizer=run.tokenizer,
         text_tokenizer=run.text_tokenizer,
-        facts=PolicyFacts(max_history=run.config.data.max_history, measurements=measurements),
+        facts=PolicyFacts(
+            max_history=run.config.data.max_history,
+            measurements=measurements,
+            data={name: digest for name, digest in run.data.items() if name != "test"},
+        ),
         folder=source,
     )

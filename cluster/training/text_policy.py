@@ -88,6 +88,13 @@ def check_adapters(settings: Config, item_tokenizer: ItemTokenizer, policy: Path
     lora.check(network, settings.model.lora)
 
 
+def check_vocabulary(policy: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise CheckpointError if a policy has fewer rows than its own tokenizer has tokens."""
+    rows = getattr(AutoConfig.from_pretrained(policy).get_text_config(), "vocab_size", None)
+    if rows is not None:
+        token_embeddings.check_rows(rows, known=len(tokenizer))
+
+
 def positions(policy: Path | None) -> int:
     """Return the maximum number of positions of a policy."""
     if policy is None:

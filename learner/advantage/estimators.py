@@ -54,12 +54,26 @@ def _one_advantage_per_candidate(config: Config) -> None:
         )
 
 
+def _two_candidates(config: Config) -> None:
+    """Refuse groups of one, whose advantage is always 0, for estimators that compare."""
+    estimator, size = config.learner.estimator, config.rollout.group_size
+    if size < 2 and ESTIMATORS.facts(estimator).compares:
+        raise ConfigError(
+            f"learner.estimator = {estimator} needs rollout.group_size >= 2, not {size}: a single "
+            "candidate has nothing to be compared with, and nothing would be learned",
+            code="config.group_of_one",
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EstimatorFacts(Facts):
     """Properties of an advantage estimator that a run looks up."""
 
     per_candidate: bool = True
     """Whether all steps of a candidate have one advantage, as `learner.ratio` "sequence" needs."""
+    compares: bool = True
+    """Whether candidates of one prompt are compared with one another, which a single one cannot
+    be."""
     losses: Callable[[ScoredTrees, LearnerConfig], list[Advantages]] | None = None
     """Advantages of several losses that add up; None if those of the estimator are the only ones.
     The weights of the first also weight the divergence from the reference."""
@@ -69,7 +83,7 @@ ESTIMATORS: Registry[Estimator, EstimatorFacts] = Registry(
     "estimator",
     ("learner.estimator",),
     EstimatorFacts(),
-    rules=(_one_advantage_per_candidate,),
+    rules=(_one_advantage_per_candidate, _two_candidates),
 )
 """Estimators by their name in `learner.estimator`."""
 
@@ -104,17 +118,7 @@ def drgrpo(scored: ScoredTrees, std_epsilon: float) -> Advantages:
     return broadcast_to_steps(scored, group_center(*_by_group(scored)), weight)
 
 
-def _two_candidates(config: Config) -> None:
-    """Refuse groups of one, in which there are no others to compare with."""
-    if config.rollout.group_size < 2:
-        raise ConfigError(
-            "learner.estimator = leave_one_out needs rollout.group_size >= 2, "
-            f"not {config.rollout.group_size}",
-            code="config.group_of_one",
-        )
-
-
-@ESTIMATORS.register("leave_one_out", EstimatorFacts(rules=(_two_candidates,)))
+@ESTIMATORS.register("leave_one_out")
 def leave_one_out(scored: ScoredTrees, std_epsilon: float) -> Advantages:
     """Compare each reward with the mean of the others in the group; ignores `std_epsilon`."""
     size = np.diff(scored.trees.candidate_start)[scored.trees.prompt_of_candidate]

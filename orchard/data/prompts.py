@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from blake3 import blake3
 from jaxtyping import Int, Int64
 
 from orchard import ragged
@@ -33,6 +34,9 @@ class Split:
     history: Int64[np.ndarray, " H"]
     history_start: Int64[np.ndarray, " R1"]
     target: Int64[np.ndarray, " R"]
+    digest: str = ""
+    """BLAKE3 of the rows as they are in the files: users, whole histories and targets by item
+    identifier. Rows of two splits belong together only where it is equal; empty if unknown."""
 
     def __len__(self) -> int:
         return len(self.target)
@@ -73,11 +77,13 @@ def read_split(paths: Sequence[Path], catalog: Catalog, *, max_history: int) -> 
     flat = np.concatenate([part.flatten().to_numpy().astype(np.int64) for part in lists])
     recent, recent_start = ragged.last(flat, start, max_history)
     target = np.concatenate([_combined(t["target"]).to_numpy() for t in tables]).astype(np.int64)
+    user = _users(tables, names)
     return Split(
-        user=_users(tables, names),
+        user=user,
         history=catalog.rows(recent),
         history_start=recent_start,
         target=catalog.rows(target),
+        digest=content_digest(user, flat, start, target),
     )
 
 
@@ -127,6 +133,18 @@ def _whole(column: Any, names: str) -> Any:
     if (values[known] != np.floor(values[known])).any() or np.isinf(values).any():
         raise DataError(f"column `user_id` of {names} holds fractions; it must hold integers")
     return pa.chunked_array([pa.array(np.where(known, values, 0).astype(np.int64), mask=~known)])
+
+
+def content_digest(*parts: np.ndarray | str) -> str:
+    """Return the BLAKE3 digest of arrays and texts, each with its type and shape."""
+    hasher = blake3()
+    for part in parts:
+        if isinstance(part, str):
+            hasher.update(f"text {len(part.encode())}\n".encode() + part.encode())
+        else:
+            hasher.update(f"{part.dtype.str} {part.shape}\n".encode())
+            hasher.update(np.ascontiguousarray(part).tobytes())
+    return hasher.hexdigest()
 
 
 def _combined(column: Any) -> Any:

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from blake3 import blake3
 from jaxtyping import Bool, Float64, Int, Int64
 
 from orchard import ragged
@@ -182,6 +183,9 @@ class Evaluation:
     ranks: TargetRanks
     row: Int64[np.ndarray, " B"]
     """Row numbers in the split, by which evaluations are paired."""
+    split: str
+    """Digest of the split's content, without which equal row numbers mean nothing; empty in files
+    that were written before evaluations named it."""
     width: int
     """Number of candidates of a search, per row."""
     seconds: float
@@ -192,6 +196,8 @@ class Evaluation:
     """Digest of the catalog."""
     extra: Mapping[str, float] = field(default_factory=dict[str, float])
     """Further scalars such as coverage, diversity and forward tokens."""
+    search: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Settings besides the width that the candidates depend on."""
 
     @property
     def num_rows(self) -> int:
@@ -203,14 +209,33 @@ def difference(a: Evaluation, b: Evaluation) -> dict[str, Estimate]:
     """Estimate paired differences of two evaluations, for metrics within the width of both.
 
     Raises:
-        DataError: the evaluations are not of the same rows.
+        DataError: the evaluations are not known to be of the same rows of the same split.
     """
-    if not np.array_equal(a.row, b.row):
+    check_paired(a, split=b.split, row=b.row)
+    return paired(a.ranks, b.ranks, width=min(a.width, b.width), resamples=2000, seed=0)
+
+
+def check_paired(evaluation: Evaluation, *, split: str, row: Int64[np.ndarray, " B"]) -> None:
+    """Check that an evaluation was made on these rows of the split with this digest.
+
+    Raises:
+        DataError: it was made on others, or does not name its split.
+    """
+    if not evaluation.split or not split:
         raise DataError(
-            f"evaluations of {a.num_rows} and {b.num_rows} rows are not of the same rows; "
+            "an evaluation does not name the split that it was made on, since an earlier version "
+            "wrote it; evaluate again"
+        )
+    if evaluation.split != split:
+        raise DataError(
+            f"the evaluations are of different splits, of content {evaluation.split[:12]} and "
+            f"{split[:12]}: row n of one is not row n of the other; evaluate both on the same file"
+        )
+    if not np.array_equal(evaluation.row, row):
+        raise DataError(
+            f"evaluations of {evaluation.num_rows} and {len(row)} rows are not of the same rows; "
             "evaluate both on the same rows of one split"
         )
-    return paired(a.ranks, b.ranks, width=min(a.width, b.width), resamples=2000, seed=0)
 
 
 def write(evaluation: Evaluation, path: Path) -> None:
@@ -230,6 +255,9 @@ def write(evaluation: Evaluation, path: Path) -> None:
         "metrics": {name: asdict(value) for name, value in evaluation.metrics.items()},
         "policy": evaluation.policy,
         "catalogue": evaluation.catalog,
+        "split": evaluation.split,
+        "ranks": _ranks_digest(evaluation.row, evaluation.ranks),
+        "search": dict(evaluation.search),
         "num_rows": evaluation.num_rows,
         "width": evaluation.width,
         "seconds": evaluation.seconds,
@@ -253,21 +281,34 @@ def read(path: Path) -> Evaluation:
         row, sid, item = (
             table[name].to_numpy().astype(np.int64) for name in ("row", "rank_sid", "rank_item")
         )
+        ranks = TargetRanks(sid=sid, item=item)
+        if facts.get("ranks", found := _ranks_digest(row, ranks)) != found:
+            raise ValueError("the ranks in the Parquet file are those of another evaluation")
         return Evaluation(
             metrics={name: Estimate(**value) for name, value in facts["metrics"].items()},
-            ranks=TargetRanks(sid=sid, item=item),
+            ranks=ranks,
             row=row,
+            split=facts.get("split", ""),
             width=facts["width"],
             seconds=facts["seconds"],
             policy=facts["policy"],
             catalog=facts["catalogue"],
             extra={n: math.nan if v is None else v for n, v in facts["extra"].items()},
+            search=facts.get("search", {}),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"evaluation {path} and its Parquet file cannot be read "
             f"({type(error).__name__}: {error}); evaluate again"
         ) from error
+
+
+def _ranks_digest(row: Int64[np.ndarray, " B"], ranks: TargetRanks) -> str:
+    """Return the BLAKE3 digest of rows and ranks, which ties the two files of an evaluation."""
+    hasher = blake3()
+    for column in (row, ranks.sid, ranks.item):
+        hasher.update(column.astype(np.int64).tobytes())
+    return hasher.hexdigest()
 
 
 def _fresh(leaf: Int[np.ndarray, " C"], row: Int[np.ndarray, " C"]) -> Bool[np.ndarray, " C"]:

@@ -51,6 +51,9 @@ class PolicyFacts:
     """Measurements of the policy, such as its validation score."""
     adapter: str = ""
     """Digest of the LoRA factors beside the merged weights; empty where there are none."""
+    data: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Digests of the data that it was made from: `train` and `valid`, the rows it was taught and
+    selected by, and `items`."""
 
     @classmethod
     def read(cls, folder: Path) -> "PolicyFacts":
@@ -75,6 +78,7 @@ class PolicyFacts:
             max_history=tree.get("max_history"),
             measurements=tree.get("facts", {}),
             adapter=tree.get("adapter", ""),
+            data=tree.get("data", {}),
         )
 
     def to_json(self) -> str:
@@ -85,6 +89,7 @@ class PolicyFacts:
             "max_history": self.max_history,
             "facts": dict(self.measurements),
             **({"adapter": self.adapter} if self.adapter else {}),
+            **({"data": dict(self.data)} if self.data else {}),
         }
         return json.dumps(tree, indent=2) + "\n"
 
@@ -227,6 +232,7 @@ class Policy:
             max_history=self.facts.max_history,
             measurements=self.facts.measurements,
             adapter=digest(self.adapter) if self.adapter else "",
+            data=self.facts.data,
         )
         atomic_write(folder / FILE, facts.to_json())
         if self.guide is not None:

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 
 from orchard.catalog.catalog import Catalog
-from orchard.errors import CatalogError, DataError
+from orchard.errors import CatalogError, CheckpointError, DataError
 from orchard.policy.item_tokenizer import PAD, THINK, THOUGHT, sid_token
 from orchard.policy.model import head_weight
 
@@ -54,13 +54,31 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, catalog: Catalog, *, tags: bo
     return len(missing)
 
 
+def check_rows(rows: int, *, known: int) -> None:
+    """Raise CheckpointError if a model has fewer `rows` than its tokenizer has `known` tokens.
+
+    Such tokens would get rows that nobody has trained, and no error would say so.
+    """
+    if rows < known:
+        raise CheckpointError(
+            f"the tokenizer has {known} tokens and the model's embedding table {rows} rows: tokens "
+            f"{rows} to {known - 1} were added without resizing the model; take the tokenizer that "
+            "belongs to the model, or resize and train the model first"
+        )
+
+
 def resize_embeddings(model: PreTrainedModel, *, known: int, size: int, seed: int) -> None:
     """Resize embeddings and head to `size` tokens in place; the tokens from `known` on are new.
 
     A new row is the mean of the known rows plus a little noise, so that a new token is initially as
     likely as the average token (Hewitt 2021, "Initializing new word embeddings for pretrained
     language models"). Rows beyond `size`, with which some models are padded, are removed.
+
+    Raises:
+        CheckpointError: the tokenizer knows tokens for which the model has no row.
     """
+    rows = cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0]
+    check_rows(min(rows, head_weight(model).shape[0]), known=known)
     model.resize_token_embeddings(size, mean_resizing=False)
     draw = torch.Generator().manual_seed(seed)
     embedding = cast(nn.Embedding, model.get_input_embeddings()).weight

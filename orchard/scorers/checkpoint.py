@@ -31,8 +31,12 @@ def save(
     catalog: Catalog,
     sizes: Mapping[str, int],
     facts: Mapping[str, float],
+    data: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a fitted model of a kind for a catalog, replacing a checkpoint in the folder."""
+    """Write a fitted model of a kind for a catalog, replacing a checkpoint in the folder.
+
+    `data` names the digests of the splits that it was fitted on.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ABOUT).unlink(missing_ok=True)
     tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
@@ -42,6 +46,7 @@ def save(
         "catalogue": catalog.digest,
         "sizes": dict(sizes),
         "facts": dict(facts),
+        "data": dict(data or {}),
     }
     atomic_write(folder / ABOUT, json.dumps(description, indent=2) + "\n")
 

@@ -3,9 +3,14 @@
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
 from orchard.settings.section import Section, refusal
+
+FileName = Annotated[
+    str, AfterValidator(lambda name: str(Path(name).expanduser()) if name[:1] == "~" else name)
+]
+"""Name of a file in `data.path`, or a path of its own, whose leading `~` is the home folder."""
 
 
 class DataConfig(Section):
@@ -13,15 +18,15 @@ class DataConfig(Section):
 
     path: Path
     """Folder that contains the data files."""
-    items: str = "items.parquet"
+    items: FileName = "items.parquet"
     """Items file with the columns item_id, sid, and optionally title."""
-    train: tuple[str, ...] = ("train.parquet",)
+    train: tuple[FileName, ...] = ("train.parquet",)
     """Training files with the columns user_id, history and target; several files form one split."""
-    valid: str = "valid.parquet"
+    valid: FileName = "valid.parquet"
     """Validation file, with the columns of the training files."""
-    test: str = "test.parquet"
+    test: FileName = "test.parquet"
     """Test file, with the columns of the training files."""
-    embeddings: str | None = None
+    embeddings: FileName | None = None
     """Embeddings file with the columns item_id and embedding (a list of numbers). The step rewards
     of the value head compare items by these embeddings; by default they compare codes."""
     max_history: PositiveInt = 10

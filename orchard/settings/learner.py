@@ -81,7 +81,9 @@ class LearnerConfig(Section):
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Parallelism over the workers."""
     steps: PositiveInt = 300
-    """Number of training steps, each of which consumes one batch of rollouts."""
+    """Number of training steps, each of which consumes one batch of rollouts. A run that is
+    continued with another number follows the learning rates of a run of that length, from the step
+    where it is."""
     prompts_per_step: PositiveInt = 64
     """Number of prompts per training step."""
     updates_per_batch: PositiveInt = 1

@@ -4,7 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    model_validator,
+)
 
 from orchard.settings.section import Fraction, Section, refusal
 
@@ -121,7 +128,9 @@ class SftConfig(Section):
     renamed: ClassVar[Mapping[str, str]] = {"average": "ema_decay"}
 
     epochs: PositiveInt = 20
-    """Maximum number of epochs."""
+    """Maximum number of epochs, over which the learning rate falls. A run that is continued with
+    another number follows the learning rates of a run of that length, from the epoch where it
+    is."""
     batch_size: PositiveInt = 64
     """User sequences per update, over all workers."""
     lr: NonNegativeFloat = 2e-3
@@ -145,8 +154,9 @@ class SftConfig(Section):
     """Time limit in minutes, checked after each epoch; 0 sets no limit."""
     valid_rows: NonNegativeInt = 1000
     """Number of validation rows that select the best epoch; 0 keeps the last epoch."""
-    valid_beams: PositiveInt = 20
-    """Beam width of the evaluation on the validation rows."""
+    valid_beams: Annotated[int, Field(ge=10)] = 20
+    """Beam width of the evaluation on the validation rows; at least 10, since NDCG@10 selects the
+    best version."""
     patience: PositiveInt = 5
     """Number of epochs without a better NDCG@10 on the validation rows before training stops."""
     tasks: TasksConfig = TasksConfig()

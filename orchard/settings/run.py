@@ -32,8 +32,9 @@ class EvaluateConfig(Section):
     """Number of updates between two evaluations on the validation rows; 0 disables them."""
     valid_rows: PositiveInt = 1000
     """Number of validation rows."""
-    valid_beams: PositiveInt = 20
-    """Beam width of the evaluation on the validation rows."""
+    valid_beams: Annotated[int, Field(ge=10)] = 20
+    """Beam width of the evaluation on the validation rows; at least 10, since NDCG@10 selects the
+    best version."""
     test_rows: NonNegativeInt = 0
     """Number of test rows that are evaluated before and after training; 0 uses all."""
     batch_size: PositiveInt = 256

@@ -2,9 +2,10 @@
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -61,6 +62,17 @@ class Section(BaseModel):
                 value = choices[value]
             tree[name] = value
         return tree
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _with_home(cls, value: Any) -> Any:
+        """Replace a leading `~` of a path, which no shell sees in a file or after `key=`."""
+        if not isinstance(value, Path):
+            return value
+        try:
+            return value.expanduser()
+        except RuntimeError as error:
+            raise ValueError(f"{error}; write the folder out") from error
 
     @classmethod
     def _warn(cls, old: str, new: str) -> None:

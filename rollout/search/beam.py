@@ -234,7 +234,8 @@ def check_finite(engine: DecodingBackend, expansion: NextCodeLogprobs) -> NextCo
     if not bool(expansion.logprob.sum().isfinite()):
         raise EngineError(
             f"policy {engine.version} gives log-probabilities that are not finite; its training "
-            "has diverged: go back to an earlier checkpoint and lower learner.lr"
+            "has diverged: go back to an earlier checkpoint and lower the rate that it was trained "
+            "with (sft.lr in the warm start, learner.lr after it)"
         )
     return expansion
 

@@ -26,8 +26,8 @@ def an_evaluation(hit: float, num_rows: int = 200) -> Evaluation:
     ranks = TargetRanks(sid=rank, item=rank)
     found = ranking.metrics(ranks, width=10, resamples=50)
     return Evaluation(
-        metrics=found, ranks=ranks, row=np.arange(num_rows), width=10, seconds=1.0, policy="0-a",
-        catalog="c",
+        metrics=found, ranks=ranks, row=np.arange(num_rows), split="a", width=10, seconds=1.0,
+        policy="0-a", catalog="c",
     )  # fmt: skip
 
 

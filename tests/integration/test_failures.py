@@ -56,7 +56,7 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder,
         rollout={"engine": "torch", "group_size": 4, "batch_size": 4, "threads": 1},
         learner={"steps": 5, "prompts_per_step": 8, "threads": 1, "lr": 5e-3},
-        evaluate={"every": 0, "test_rows": 8, "beams": 4, "valid_beams": 4},
+        evaluate={"every": 0, "test_rows": 8, "beams": 4, "valid_beams": 10},
         checkpoint={"every": 1, "keep": 9},
     )
 

@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from learner.job_queue import Job, JobQueue, Result
+from orchard.errors import CheckpointError
 from orchard.types import PolicyVersion, Update
 
 
@@ -92,3 +93,17 @@ def test_a_storage_that_takes_nothing_ends_the_order_with_its_reason() -> None:
         assert await request == "No space left on device"
 
     asyncio.run(scenario())
+
+
+def test_an_error_of_the_workers_answers_everything_that_waits_for_them() -> None:
+    async def work() -> None:
+        queue, error = JobQueue(), CheckpointError("it is cut short")
+        started = asyncio.ensure_future(queue.get_result(-1))
+        saved = asyncio.ensure_future(queue.request_checkpoint(1))
+        await asyncio.sleep(0)
+        await queue.put_error(error)
+        assert await started is error
+        assert await saved == "it is cut short"
+        assert await queue.get_result(3) is error
+
+    asyncio.run(work())

@@ -53,6 +53,8 @@ def test_overrides_reach_their_key_with_their_type(run_file: Path) -> None:
         ("rewards.weights={rule=0.0}", "no_reward"),
         ("data={path='x',rationales='why',rationale_template='{next}'}", "two_rationales"),
         ("sft.tasks.titles=1.0", "tasks_without_text"),
+        ("sft.valid_beams=5", "bad_value"),  # NDCG@10 selects the best version
+        ("evaluate.valid_beams=9", "bad_value"),
         ("learner", "bad_override"),
         ("name.deeper=1", "bad_override"),
     ],
@@ -83,6 +85,58 @@ def test_every_error_has_its_sentence_and_the_first_one_its_code(run_file: Path)
     assert "model.hidden_size = 128 is not a multiple of model.heads = 3; choose one" in said
     assert "unknown key rollout.beams" in said
     assert refused.value.code == "config.not_a_multiple"  # sections in their order
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ('prompt.title="{title}" # {item}', '"{title}" # {item}'),
+        ("prompt.title='{title}', '{item}'", "'{title}', '{item}'"),
+        ("prompt.title='{title}'", "{title}"),
+        ('prompt.title="{title} # {item}"', "{title} # {item}"),
+        ("prompt.title={title} # {item}", "{title} # {item}"),
+        ('prompt.title="{title}" and "{item}"', '"{title}" and "{item}"'),
+        ("data.items=5 # 6", "5 # 6"),
+        ("data.items=2024", "2024"),
+        ("data.items=#1", "#1"),
+        ("data.items='a' 'b'", "'a' 'b'"),
+        ("data.items=1,", "1,"),
+    ],
+)
+def test_quotes_and_hashes_of_an_override_are_kept(
+    run_file: Path, override: str, value: str
+) -> None:
+    key = override.partition("=")[0].split(".")
+    settings = config.load(run_file, [override, "prompt.history={history}"])
+    assert getattr(getattr(settings, key[0]), key[1]) == value
+
+
+def test_a_number_with_a_comment_is_no_number(run_file: Path) -> None:
+    with pytest.raises(ConfigError, match=r"learner.lr = '1e-4 # as before'"):
+        config.load(run_file, ["learner.lr=1e-4 # as before"])
+
+
+def test_a_quoted_part_of_a_key_may_have_dots(run_file: Path) -> None:
+    settings = config.load(run_file, ['rewards.weights."my.own"=2', "rewards.weights.rule=1"])
+    assert settings.rewards.weights == {"my.own": 2.0, "rule": 1.0}
+
+
+def test_a_home_folder_is_found_in_files_and_overrides(
+    run_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    run_file.write_text('name = "toy"\noutput = "~/runs"\n[data]\npath = "~/data"\n')
+    settings = config.load(run_file, ["model.path=~/base", "serve.state='~/state'"])
+    assert settings.run_dir == Path("/home/ada/runs/toy")
+    assert settings.data.path == Path("/home/ada/data")
+    assert settings.model.path == Path("/home/ada/base")
+    assert settings.serve.state == Path("/home/ada/state")
+    settings = config.load(run_file, ["data.items=~/items.parquet", "data.train=['~/a', 'b']"])
+    assert settings.data.items == "/home/ada/items.parquet"
+    assert settings.data.train == ("/home/ada/a", "b")
+    assert "~" not in config.dump(settings)
+    with pytest.raises(ConfigError, match="output = .*write the folder out"):
+        config.load(run_file, ["output=~nobody-of-this-name/runs"])
 
 
 def test_a_misspelt_key_is_answered_with_the_nearest_one(run_file: Path) -> None:

@@ -82,6 +82,28 @@ def test_a_runtime_environment_is_a_mapping_in_a_file(tmp_path: Path) -> None:
     assert jobs.read_runtime_env(None) == {}
 
 
+def test_a_folder_that_is_larger_than_ray_takes_is_refused_with_its_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "LARGEST_UPLOAD", 3 << 20)
+    (tmp_path / "kept").mkdir()
+    for name, mib in (("kept/a.bin", 1), ("b.bin", 2), ("ignored.bin", 4), ("c.txt", 0)):
+        (tmp_path / name).write_bytes(bytes(mib << 20))
+    (tmp_path / ".gitignore").write_text("ignored.bin\n")
+    folder = {"working_dir": str(tmp_path)}
+    with pytest.raises(
+        ConfigError, match=r"upload 3\.0 MiB, .* less than 3; .* b\.bin \(2\.0 MiB\)"
+    ):
+        jobs.check_size(folder)
+    jobs.check_size(folder | {"excludes": ["/kept/"]})
+    (tmp_path / ".rayignore").write_text("b.bin\n")
+    jobs.check_size(folder)
+    jobs.check_size({"working_dir": "file:///storage/code.zip", "env_vars": {}})
+    (tmp_path / ".rayignore").unlink()
+    with pytest.raises(ConfigError, match="would upload"):
+        jobs.check_size({"py_modules": [str(tmp_path)]})
+
+
 def test_an_address_where_nobody_answers_is_one_sentence() -> None:
     with pytest.raises(ConfigError, match="no Ray job server answers at http://127.0.0.1:9"):
         jobs.client("http://127.0.0.1:9")

@@ -1,24 +1,35 @@
 """The command line and its errors, without Ray."""
 
+import json
 import re
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
 
 from cluster.cli import app as cli
+from cluster.cli import commands
+from cluster.training.evaluate import evaluation_file
 from cluster.training.run import check_engines, prepare
 from cluster.training.run_dir import open_run_dir, save_policy
 from orchard import config
 from orchard.errors import EngineError, OrchardError
+from orchard.evaluation import ranking
 from orchard.policy import model
 from orchard.policy.titles import from_titles
 from orchard.policy.weights import digest, snapshot
-from orchard.testing import save_model_folder, tiny_policy, tiny_title_tokenizer
+from orchard.testing import (
+    make_evaluation,
+    save_model_folder,
+    tiny_policy,
+    tiny_title_tokenizer,
+)
 from orchard.types import PolicyVersion
 from tests.fixtures.runs import TinyRun
 
@@ -275,3 +286,111 @@ def test_items_may_be_titles_in_the_tokens_of_a_policy(
     assert "items: 60" in said
     assert "distinct sequences: 24" in said
     assert "levels: 7" in said
+
+
+@pytest.fixture
+def other_data(world: Path) -> Path:
+    """Folder of other interactions with the same items."""
+    folder = world.parent / "other"
+    shutil.copytree(world.parent / "data", folder)
+    for split in ("train", "valid", "test"):
+        path = folder / f"{split}.parquet"
+        rewrite(path, target=pq.read_table(path)["target"].to_pylist()[::-1])
+    return folder
+
+
+@pytest.mark.parametrize("file", ["train", "valid"])
+def test_a_run_does_not_continue_on_other_data(
+    file: str, world: Path, other_data: Path, refused: Callable[..., Refusal]
+) -> None:
+    warm = saved_policy(world)
+    recorded = (warm.parent / "config.toml").read_text()
+    assert "made from other data" in refused("sft", world, f"data.path={other_data}").said
+    assert "train has content" in refused("train", world, f"data.path={other_data}").said
+    path = world.parent / "data" / f"{file}.parquet"
+    path.write_bytes((other_data / path.name).read_bytes())
+    assert f"{file} has content" in refused("sft", world).said
+    assert f"{file} has content" in refused("train", world).said
+    assert (warm.parent / "config.toml").read_text() == recorded
+    cli.main(["train", str(world), "name=another", f"model.path={warm}", "--dry-run"])
+
+
+def test_a_run_continues_where_its_data_were_moved_or_its_test_split_changed(
+    world: Path, other_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved_policy(world)
+    data = world.parent / "data"
+    data.rename(data.with_name("moved"))
+    (data.with_name("moved") / "test.parquet").write_bytes(
+        (other_data / "test.parquet").read_bytes()
+    )
+    cli.main(["train", str(world), f"data.path={data.with_name('moved')}", "--dry-run"])
+    assert "everything checks out" in capsys.readouterr().out
+
+
+def test_an_evaluation_on_other_rows_is_refused_before_anything_is_searched(
+    world: Path, other_data: Path, refused: Callable[..., Refusal]
+) -> None:
+    run = prepare(config.load(world), "evaluate", policy=saved_policy(world))
+    warm = make_evaluation(0.5, num_rows=len(run.test))
+    warm = replace(warm, row=np.arange(len(run.test)), split=run.test.digest)
+    ranking.write(warm, evaluation_file(run, "warm_start"))
+    against = ("--against", "warm_start")
+    assert "different splits" in refused("evaluate", world, "--split", "valid", *against).said
+    assert (
+        "different splits" in refused("evaluate", world, f"data.path={other_data}", *against).said
+    )
+
+
+def test_a_home_folder_that_the_shell_left_alone_is_found(
+    world: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., Refusal]
+) -> None:
+    monkeypatch.setenv("HOME", str(world.parent))
+    cli.main(["sft", "~/run.toml", "--dry-run"])
+    assert f"run folder {world.parent}/none" in refused("report", "~/none").said
+    said = refused("evaluate", world, "--policy=~/nothing").said
+    assert f"{world.parent}/nothing" in said
+    assert not Path("~").exists()
+
+
+def test_a_quickstart_takes_a_folder_of_any_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, seen = tmp_path / """it's a "run" #3""", list[config.Config]()
+
+    def stop(settings: config.Config, phase: str) -> None:
+        seen.append(settings)
+        raise EngineError("enough")
+
+    monkeypatch.setattr(commands, "check_engines", stop)
+    with pytest.raises(EngineError):
+        commands.quickstart(output, [])
+    assert (seen[0].output, seen[0].data.path) == (output, output / "quickstart-data")
+
+
+def test_a_base_model_whose_tokenizer_is_longer_than_its_table_is_refused(
+    world: Path, refused: Callable[..., Refusal]
+) -> None:
+    warm = saved_policy(world)
+    description = json.loads((warm / "config.json").read_text())
+    rows = description["vocab_size"] - 2
+    (warm / "config.json").write_text(json.dumps(description | {"vocab_size": rows}))
+    assert (
+        f"embedding table {rows} rows" in refused("sft", world, f"model.path={warm}", "name=b").said
+    )
+
+
+def test_a_policy_folder_that_is_a_link_is_written_where_it_points(world: Path) -> None:
+    warm = saved_policy(world)
+    elsewhere = world.parent / "big disk" / "warm_start"
+    elsewhere.parent.mkdir()
+    warm.rename(elsewhere)
+    warm.symlink_to(elsewhere)
+    before = (elsewhere / "policy.json").stat().st_ino
+    saved_policy(world)
+    assert warm.is_symlink()
+    assert (elsewhere / "policy.json").stat().st_ino != before
+    for folder in (warm.parent, elsewhere.parent):
+        assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+    modes = {path.name: path.stat().st_mode & 0o777 for path in warm.iterdir() if path.is_file()}
+    assert modes["model.safetensors"] == modes["policy.json"]

@@ -47,8 +47,9 @@ def evaluated(run: Run) -> None:
         sid=np.array([0, 3, TargetRanks.MISS]), item=np.array([0, 4, TargetRanks.MISS])
     )
     found = Evaluation(
-        metrics=ranking.metrics(ranks, width=10), ranks=ranks, row=np.arange(3), width=10,
-        seconds=1.0, policy="0", catalog=run.catalog.digest, extra={},
+        metrics=ranking.metrics(ranks, width=10), ranks=ranks, row=np.arange(3),
+        split=run.test.digest, width=10, seconds=1.0, policy="0", catalog=run.catalog.digest,
+        extra={},
     )  # fmt: skip
     ranking.write(found, run.dir / "evaluation" / "warm_start.json")
 

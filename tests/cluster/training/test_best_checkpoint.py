@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from cluster.actors.pool import Pool
@@ -17,6 +18,7 @@ from cluster.training.evaluate import evaluate_split, evaluation_file
 from cluster.training.run import Run, prepare
 from cluster.training.run_dir import open_run_dir, save_policy
 from orchard import config
+from orchard.data.prompts import read_split
 from orchard.errors import RunInterrupted
 from orchard.evaluation import ranking
 from orchard.evaluation.ranking import Evaluation
@@ -130,3 +132,55 @@ def test_a_best_checkpoint_judged_otherwise_is_judged_again(
     asyncio.run(kept(PolicyVersion(step=6, digest=digest(policy)), policy))
     assert PolicyFacts.read(run.result).version.step == 7  # no better than it, by the new measure
     assert PolicyFacts.read(run.result).measurements["valid_score"] == 0.5
+
+
+def test_an_evaluation_is_done_again_where_the_test_file_or_the_policy_has_changed(
+    controller: Controller, data: Path, tmp_path: Path
+) -> None:
+    path = evaluation_file(controller.run, "warm_start")
+
+    def evaluated() -> tuple[Evaluation, int]:
+        found = asyncio.run(evaluate_split(controller, controller.run.policy, "warm_start"))
+        return found, path.stat().st_mtime_ns
+
+    first, written = evaluated()
+    assert evaluated()[1] == written
+    before, test = controller.run, controller.run.test
+    rows = pq.read_table(data / "test.parquet")
+    at = rows.column_names.index("target")
+    pq.write_table(rows.set_column(at, "target", rows["target"][::-1]), tmp_path / "other.parquet")
+    swapped = read_split([tmp_path / "other.parquet"], before.catalog, max_history=10)
+    assert len(swapped) == len(test)
+    controller.run = replace(before, test=swapped)
+    assert evaluated()[0].split == swapped.digest != first.split
+    controller.run = before
+    again, written = evaluated()
+    assert again.split == first.split
+    # Another policy of the same step, whose files are older than the evaluation.
+    facts = PolicyFacts.read(controller.run.policy)
+    other = replace(facts, version=replace(facts.version, digest="0" * 64))
+    (controller.run.policy / "policy.json").write_text(other.to_json())
+    assert evaluated()[1] > written
+    path.with_suffix(".parquet").write_bytes(b"")  # as a full disk leaves it
+    assert evaluated()[0].split == first.split
+
+
+def test_a_best_checkpoint_of_another_validation_file_is_judged_again(
+    controller: Controller, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = controller.run
+    facts = {"valid_score": 0.5, "valid_rows": 8.0, "valid_beams": 10.0}
+    policy = snapshot(model.load(run.policy))
+    save_policy(run, run.result, PolicyVersion(step=7, digest="x"), policy, **facts)
+    assert PolicyFacts.read(run.result).data["valid"] == run.valid.digest
+
+    async def judged(*_: object, **__: object) -> Evaluation:
+        metrics: Mapping[str, Any] = {SCORE: SimpleNamespace(mean=0.25)}
+        found: Any = SimpleNamespace(metrics=metrics, extra={})
+        return found
+
+    monkeypatch.setattr(controller, "evaluate", judged)
+    assert asyncio.run(BestCheckpoint.of(controller, num_rows=8, beams=10)).best == 0.5
+    other = read_split([data / "test.parquet"], run.catalog, max_history=10)
+    controller.run = replace(run, valid=other)
+    assert asyncio.run(BestCheckpoint.of(controller, num_rows=8, beams=10)).best == 0.25

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from cluster.training.checks import REGISTRIES, check_names, choices
+from learner.advantage.estimators import ESTIMATORS
 from orchard import config
 from orchard.errors import ConfigError
 from orchard.settings import Config
@@ -35,7 +36,10 @@ def test_a_setting_takes_every_registered_name_and_no_other(setting: str) -> Non
 @pytest.mark.parametrize(
     ("code", "overrides"),
     [
-        ("group_of_one", ["learner.estimator=leave_one_out", "rollout.group_size=1"]),
+        *(
+            ("group_of_one", [f"learner.estimator={name}", "rollout.group_size=1"])
+            for name in ESTIMATORS
+        ),
         ("head_by_requests", ["model.value_head=true", "rollout.decode=requests"]),
         (
             "head_by_requests",

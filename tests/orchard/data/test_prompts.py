@@ -184,3 +184,23 @@ def test_histories_of_a_fixed_size_are_read(tmp_path: Path) -> None:
     split = read_split([tmp_path / "a.parquet"], from_codes([[0], [1]]), max_history=3)
     assert split.history.tolist() == [0, 1, 1, 1]
     assert split.history_start.tolist() == [0, 2, 4]
+
+
+def test_the_digest_of_a_split_is_that_of_its_rows_whatever_part_of_them_is_read(
+    tmp_path: Path,
+) -> None:
+    def digest_of(rows: dict[str, list[Any]], *, codes: int = 1, max_history: int = 2) -> str:
+        items = from_codes([[code * codes] for code in range(4)], item_id=np.arange(4) + 10)
+        pq.write_table(pa.table(rows), tmp_path / "rows.parquet")
+        return read_split([tmp_path / "rows.parquet"], items, max_history=max_history).digest
+
+    rows: dict[str, list[Any]] = {
+        "user_id": [1, 2], "history": [[10, 11, 12], [13]], "target": [13, 10]
+    }  # fmt: skip
+    found = digest_of(rows)
+    assert len(found) == 64
+    assert found == digest_of(rows, max_history=5) == digest_of(rows, codes=2)
+    assert found != digest_of(rows | {"target": [13, 11]})
+    assert found != digest_of(rows | {"history": [[11, 11, 12], [13]]})  # cut from the prompt
+    assert found != digest_of(rows | {"history": [[10, 11], [12, 13]]})
+    assert found != digest_of({name: column[::-1] for name, column in rows.items()})

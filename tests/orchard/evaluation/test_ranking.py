@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -209,6 +210,7 @@ def an_evaluation(seed: int = 0, *, width: int = 20, num_rows: int = 400) -> Eva
         metrics=ranking.metrics(ranks, width=width, resamples=50),
         ranks=ranks,
         row=np.arange(num_rows) * 3,
+        split="5411",
         width=width,
         seconds=1.5,
         policy="7-0123abcd",
@@ -221,7 +223,7 @@ def test_an_evaluation_comes_back_from_its_files_unchanged(tmp_path: Path) -> No
     before = an_evaluation()
     ranking.write(before, tmp_path / "evaluation" / "trained.json")
     after = ranking.read(tmp_path / "evaluation" / "trained.json")
-    for name in ("metrics", "width", "seconds", "policy", "catalog", "extra", "num_rows"):
+    for name in ("metrics", "width", "seconds", "policy", "catalog", "split", "extra", "num_rows"):
         assert getattr(after, name) == getattr(before, name)
     for name in ("sid", "item"):
         np.testing.assert_array_equal(getattr(after.ranks, name), getattr(before.ranks, name))
@@ -265,4 +267,21 @@ def test_a_broken_or_missing_file_is_named(tmp_path: Path, broken: str) -> None:
         ranking.read(tmp_path / "a.json")
     (tmp_path / broken).unlink()
     with pytest.raises(DataError, match=r"a\.json .* evaluate again"):
+        ranking.read(tmp_path / "a.json")
+
+
+def test_equal_row_numbers_of_different_splits_are_not_paired() -> None:
+    test, valid = an_evaluation(0), replace(an_evaluation(1), split="0a11d")
+    assert ranking.difference(test, an_evaluation(1))
+    with pytest.raises(DataError, match="different splits, of content 5411 and 0a11d"):
+        ranking.difference(test, valid)
+    with pytest.raises(DataError, match="does not name the split"):
+        ranking.difference(replace(test, split=""), replace(test, split=""))
+
+
+def test_ranks_of_another_evaluation_are_not_read_as_its_own(tmp_path: Path) -> None:
+    ranking.write(an_evaluation(0), tmp_path / "a.json")
+    ranking.write(an_evaluation(1), tmp_path / "b.json")
+    (tmp_path / "b.parquet").rename(tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="those of another evaluation"):
         ranking.read(tmp_path / "a.json")
