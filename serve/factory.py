@@ -83,7 +83,7 @@ def open_service(
 
 @dataclass(frozen=True, kw_only=True)
 class _MainPolicy:
-    """What the endpoint starts with."""
+    """State that the endpoint starts with."""
 
     tokenizer: ItemTokenizer
     facts: PolicyFacts

@@ -24,7 +24,7 @@ _PROXY_CALLBACK = "serve.http.middleware.proxy_middlewares"
 
 @dataclass(frozen=True, kw_only=True)
 class ServeInstance:
-    """What runs on the cluster's Serve."""
+    """Applications on the cluster's Serve."""
 
     host: str
     port: int

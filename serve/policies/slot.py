@@ -43,7 +43,7 @@ _ARCHIVED = re.compile(r"[0-9]+-[0-9a-f]*")
 _REREAD_S = 10.0
 """Seconds until an unchanged folder that could not be read is read again."""
 UNREADABLE = (OSError, OrchardError, ValueError, KeyError)
-"""What a folder raises that is half written, damaged, or of another catalog."""
+"""Errors of a folder that is half written, damaged, or of another catalog."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
