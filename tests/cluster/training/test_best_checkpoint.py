@@ -156,10 +156,14 @@ def test_an_evaluation_is_done_again_where_the_test_file_or_the_policy_has_chang
     controller.run = before
     again, written = evaluated()
     assert again.split == first.split
-    # Another policy of the same step, whose files are older than the evaluation.
-    facts = PolicyFacts.read(controller.run.policy)
-    other = replace(facts, version=replace(facts.version, digest="0" * 64))
-    (controller.run.policy / "policy.json").write_text(other.to_json())
+    # Another policy of the same step.
+    policy = controller.run.policy
+    other = {name: array * 2 for name, array in snapshot(model.load(policy)).items()}
+    step = PolicyFacts.read(policy).version.step
+    version = PolicyVersion(step=step, digest=digest(other))
+    save_policy(controller.run, policy, version, other)
+    held = {controller.ranking: PublishedWeights(policy=version, weights_ref=None)}
+    controller._published = held  # pyright: ignore
     assert evaluated()[1] > written
     path.with_suffix(".parquet").write_bytes(b"")  # as a full disk leaves it
     assert evaluated()[0].split == first.split
@@ -171,7 +175,7 @@ def test_a_best_checkpoint_of_another_validation_file_is_judged_again(
     run = controller.run
     facts = {"valid_score": 0.5, "valid_rows": 8.0, "valid_beams": 10.0}
     policy = snapshot(model.load(run.policy))
-    save_policy(run, run.result, PolicyVersion(step=7, digest="x"), policy, **facts)
+    save_policy(run, run.result, PolicyVersion(step=7, digest=digest(policy)), policy, **facts)
     assert PolicyFacts.read(run.result).data["valid"] == run.valid.digest
 
     async def judged(*_: object, **__: object) -> Evaluation:
@@ -180,7 +184,7 @@ def test_a_best_checkpoint_of_another_validation_file_is_judged_again(
         return found
 
     monkeypatch.setattr(controller, "evaluate", judged)
-    assert asyncio.run(BestCheckpoint.of(controller, num_rows=8, beams=10)).best == 0.5
+    assert asyncio.run(BestCheckpoint.open(controller, num_rows=8, beams=10)).best == 0.5
     other = read_split([data / "test.parquet"], run.catalog, max_history=10)
     controller.run = replace(run, valid=other)
-    assert asyncio.run(BestCheckpoint.of(controller, num_rows=8, beams=10)).best == 0.25
+    assert asyncio.run(BestCheckpoint.open(controller, num_rows=8, beams=10)).best == 0.25

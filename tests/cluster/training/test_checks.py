@@ -21,13 +21,18 @@ def settings(*overrides: str) -> Config:
     return config.parse(TREE, overrides)
 
 
+def value(setting: str, name: str) -> str:
+    """Return a value of the setting that names one entry of its registry."""
+    tables = {"rewards.weights": f"{{{name}=1.0}}", "guide.experts": f'["{name}"]'}
+    return tables.get(setting, name)
+
+
 @pytest.mark.parametrize("setting", sorted(choices()))
 def test_a_setting_takes_every_registered_name_and_no_other(setting: str) -> None:
     for name in choices()[setting]:
-        is_reward = setting == "rewards.weights"
-        override = f"{setting}={{{name}=1.0}}" if is_reward else f"{setting}={name}"
+        override = f"{setting}={value(setting, name)}"
         check_names(settings("model.value_head=" + str(name == "ved").lower(), override))
-    override = f"{setting}={{nonsense=1.0}}" if is_reward else f"{setting}=nonsense"
+    override = f"{setting}={value(setting, 'nonsense')}"
     with pytest.raises(ConfigError, match=f"^{re.escape(setting)} names an unknown") as refused:
         check_names(settings(override))
     assert refused.value.code == "config.unknown_name"
