@@ -1,13 +1,13 @@
 """Operations on ragged arrays, stored as one flat array and an array of row starts (CSR).
 
-Shapes:  R rows   R1 = R + 1   M elements of all rows
+Shapes:  R rows   R1 = R + 1   M elements of all rows   Q queries
 Row r holds the elements `start[r] : start[r + 1]`, so `start` has R + 1 entries.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Int, Shaped
+from jaxtyping import Bool, Int, Shaped
 
 
 def starts(count: Int[np.ndarray, " R"]) -> Int[np.ndarray, " R+1"]:
@@ -31,6 +31,17 @@ def ranges(first: Int[np.ndarray, " R"], count: Int[np.ndarray, " R"]) -> Int[np
     """Concatenate the ranges `first[r], first[r] + 1, ...` of length `count[r]` of all rows."""
     start = starts(count)
     return np.arange(int(start[-1])) + np.repeat(np.asarray(first) - start[:-1], count)
+
+
+def contains(
+    values: Int[np.ndarray, " M"],
+    start: Int[np.ndarray, " R1"],
+    row: Int[np.ndarray, " Q"],
+    query: Int[np.ndarray, " Q"],
+) -> Bool[np.ndarray, " Q"]:
+    """Return whether each query is among the elements of its row; all values are at least 0."""
+    size = 1 + max(int(values.max(initial=0)), int(query.max(initial=0)))
+    return np.isin(row * size + query, row_of(start) * size + values)
 
 
 def take(

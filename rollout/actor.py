@@ -157,7 +157,7 @@ class RolloutWorker:
             )
         if exclude_seen:
             view = full_view(self._tokenizer.catalog.trie)
-            search_fn = partial(without_history, find=search_fn, view=view)
+            search_fn = partial(without_history, search_fn=search_fn, view=view)
         size = self._config.batch_size
         if not thinking:
             return search_in_batches(self._engine, search_fn, prompts, size=size)

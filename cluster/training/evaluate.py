@@ -23,7 +23,7 @@ from cluster.training.controller import Controller
 from cluster.training.measure import measure, search_settings
 from cluster.training.run import Run
 from cluster.training.run_dir import saved_policy
-from orchard import ragged
+from orchard import arrays, ragged
 from orchard.data.prompts import Split
 from orchard.errors import ConfigError, DataError
 from orchard.evaluation import ranking
@@ -118,19 +118,13 @@ def without_seen(
     run: Run, split: Split, rows: Int64[np.ndarray, " R"], candidates: Candidates
 ) -> Candidates:
     """Drop the candidates that are in the history of their own row."""
-    leaf_of_item, size = run.catalog.leaf_of_item, run.catalog.trie.num_leaves
     history, start = ragged.take(split.history, split.history_start, rows)
-    seen = ragged.row_of(start) * size + leaf_of_item[history]
     prompt = ragged.row_of(candidates.start)
-    kept = np.flatnonzero(~np.isin(prompt * size + candidates.leaf, seen))
+    seen = ragged.contains(run.catalog.leaf_of_item[history], start, prompt, candidates.leaf)
+    kept = np.flatnonzero(~seen)
     return dataclasses.replace(
-        candidates,
+        arrays.take(candidates, kept, axis="C"),
         start=ragged.starts(np.bincount(prompt[kept], minlength=len(rows))),
-        node=candidates.node[kept],
-        logprob=candidates.logprob[kept],
-        score=candidates.score[kept],
-        leaf=candidates.leaf[kept],
-        value=None if candidates.value is None else candidates.value[kept],
     )
 
 

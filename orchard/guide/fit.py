@@ -153,10 +153,8 @@ def _choices(
     prompts, leaf_of_item = lists.prompts, guide.catalog.leaf_of_item
     prompt, leaf, score = ragged.row_of(lists.start), lists.leaf, lists.score
     if guide.exclude_seen:
-        owner = ragged.row_of(prompts.history_start)
-        size = guide.catalog.trie.num_leaves
-        history = owner * size + leaf_of_item[prompts.history]
-        fresh = ~np.isin(prompt * size + leaf, history)
+        history = leaf_of_item[prompts.history]
+        fresh = ~ragged.contains(history, prompts.history_start, prompt, leaf)
         prompt, leaf, score = prompt[fresh], leaf[fresh], score[fresh]
     is_target = leaf == leaf_of_item[prompts.target][prompt]
     hit = np.bincount(prompt[is_target], minlength=len(prompts)) > 0

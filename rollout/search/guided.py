@@ -21,14 +21,14 @@ FilteredSearch = Callable[..., Candidates]
 
 
 def without_history(
-    engine: DecodingBackend, prompts: Prompts, *, find: FilteredSearch, view: CatalogView
+    engine: DecodingBackend, prompts: Prompts, *, search_fn: FilteredSearch, view: CatalogView
 ) -> Candidates:
-    """Run the search `find` without the leaves of each prompt's own history.
+    """Run `search_fn` without the leaves of each prompt's own history.
 
     Args:
         engine: backend with the policy.
         prompts: batch of prompts.
-        find: search that takes an `ItemFilter` as `allowed`.
+        search_fn: search that takes an `ItemFilter` as `allowed`.
         view: leaves that may be found otherwise.
 
     Raises:
@@ -40,7 +40,7 @@ def without_history(
         excluded=leaf_of_item[prompts.history],
         excluded_start=prompts.history_start,
     )
-    return find(engine, prompts, allowed=allowed)
+    return search_fn(engine, prompts, allowed=allowed)
 
 
 def wider_unless_proved(

@@ -143,7 +143,9 @@ def test_dead_nodes_stay_dead(world: TinySetup, engine: TorchEngine) -> None:
     found = without_history(
         engine,
         world.prompts,
-        find=lambda e, p, allowed: beam(e, p, width=100, guide=guide, allowed=allowed, prove=5),
+        search_fn=lambda e, p, allowed: beam(
+            e, p, width=100, guide=guide, allowed=allowed, prove=5
+        ),
         view=full_view(world.catalog.trie),
     )
     leaves = world.catalog.trie.num_leaves
