@@ -94,7 +94,7 @@ def recorded_data(run_dir: Path) -> dict[str, str]:
     try:
         digests: dict[str, str] = json.loads(path.read_text())
         return dict(digests)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # no run folder, or none can be made
         return {}
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(
