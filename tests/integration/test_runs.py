@@ -183,7 +183,8 @@ def test_an_evaluation_covers_every_row_and_pairs_with_another(
     async def both(controller: Controller) -> tuple[Evaluation, Evaluation]:
         first = await evaluate(controller, run.policy, split="test", beams=10, name="first")
         (run.policy / "policy.json").unlink()  # as in a folder that others have made
-        return first, await evaluate(controller, run.policy, split="test", beams=12, name="second")
+        wider = await evaluate(controller, run.policy, split="test", beams=12, name="second")
+        return first["first"], wider["second"]
 
     found, again = in_a_controller(both, run)
     assert found.num_rows == len(run.test)
@@ -236,7 +237,7 @@ def test_one_controller_serves_every_phase_of_a_command(settings: Callable[..., 
         await controller.start_phase(begin.with_phase("evaluate", trained))
         assert controller.rollout is None
         found = await evaluate(controller, trained, split="test", beams=10, name="trained")
-        return found, await asyncio.wrap_future(searched.version.remote().future())
+        return found["trained"], await asyncio.wrap_future(searched.version.remote().future())
 
     found, held = in_a_controller(command, begin)
     alone = prepare(
@@ -244,7 +245,8 @@ def test_one_controller_serves_every_phase_of_a_command(settings: Callable[..., 
     )
 
     async def again(controller: Controller) -> Evaluation:
-        return await evaluate(controller, alone.policy, split="test", beams=10, name="alone")
+        found = await evaluate(controller, alone.policy, split="test", beams=10, name="alone")
+        return found["alone"]
 
     assert str(held) == found.policy  # the actor that searched for the training also judged
     assert in_a_controller(again, alone).ranks.sid.tolist() == found.ranks.sid.tolist()
