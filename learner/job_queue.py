@@ -47,8 +47,8 @@ class JobQueue:
         self._results: dict[int, Result] = {}
         self._collected = -1
         """Number of the newest result that was collected."""
-        self._delivered = time.monotonic()
-        """Time of the newest result, repeats included."""
+        self._progressed = time.monotonic()
+        """Time of the newest result, repeats included, or of an update inside an epoch."""
         self._starts = 0
         """Number of starts of the worker group."""
         self._newest_checkpoint = 0
@@ -84,7 +84,7 @@ class JobQueue:
         """Add a result; repeats after a restart change nothing."""
         async with self._changed:
             self._starts += not result.update.metrics
-            self._delivered = time.monotonic()
+            self._progressed = time.monotonic()
             if result.number > self._collected:  # a collected result is not requested again
                 self._results.setdefault(result.number, result)
             self._changed.notify_all()
@@ -113,9 +113,13 @@ class JobQueue:
             self._collected = max(self._collected, result.number)
             return replace(result, restarts=self._starts - 1)
 
+    async def report_progress(self) -> None:
+        """Record that the workers are at work in an epoch, which may take hours."""
+        self._progressed = time.monotonic()
+
     async def idle_s(self) -> float:
-        """Return the seconds since the last result, repeats included."""
-        return time.monotonic() - self._delivered
+        """Return the seconds since the last result, repeats included, or reported progress."""
+        return time.monotonic() - self._progressed
 
     async def request_checkpoint(self, number: int) -> str:
         """Request a checkpoint after a job; return "" once it is written, or why it cannot be."""

@@ -34,6 +34,8 @@ from orchard.policy.store import Policy
 from orchard.types import PolicyVersion, TrainBatch, Update
 
 JobQueueActor: Any = ray.remote(JobQueue)
+PROGRESS_S = 1.0
+"""Shortest time in seconds between two reports of progress in an epoch."""
 
 
 def worker_loop(task: dict[str, Any]) -> None:
@@ -107,6 +109,14 @@ def _work(task: dict[str, Any]) -> None:
             )
             ray.get(queue.put_result.remote(Result(number=number, update=update)))
 
+    reported = time.monotonic()
+
+    def advance() -> None:
+        nonlocal reported
+        if rank == 0 and time.monotonic() - reported >= PROGRESS_S:
+            reported = time.monotonic()
+            queue.report_progress.remote()
+
     probe = None if spec.probe is None else pack_probe(spec, spec.probe)
     saved_job = number
     deliver({})
@@ -121,7 +131,7 @@ def _work(task: dict[str, Any]) -> None:
         number += 1
         torch.manual_seed(hash((config.seed, number, rank)) % 2**63)
         if job.kind == "epoch":
-            metrics = sft_epoch(trainer, spec, number)
+            metrics = sft_epoch(trainer, spec, number, advance)
         else:
             metrics = trainer.rl_step(cast(TrainBatch, ray.get(job.batch[0])))
         deliver(metrics, needs_eval=job.needs_eval)
@@ -290,7 +300,8 @@ class TrainerHandle:
                     f" restarts: {self._failure}; see what it printed below logs in the run folder"
                 ) from self._failure
             if time.monotonic() > deadline:
-                # A restarted group first repeats jobs; the time limit applies to each of them anew.
+                # A restarted group first repeats jobs; the time limit applies to each of them anew,
+                # as it does to each update of an epoch.
                 left = timeout_s - await self._idle_s()
                 if left <= 0:
                     raise ActorError(

@@ -1,6 +1,7 @@
 """Specify a learner's work and run an SFT epoch over its examples; free of Ray."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
@@ -59,8 +60,13 @@ def learner_config(config: Config, phase: str) -> LearnerConfig:
     )
 
 
-def sft_epoch(trainer: Trainer, spec: LearnerSpec, number: int) -> dict[str, float]:
-    """Train once over all examples, in an order drawn from (seed, epoch number)."""
+def sft_epoch(
+    trainer: Trainer, spec: LearnerSpec, number: int, advance: Callable[[], None]
+) -> dict[str, float]:
+    """Train once over all examples, in an order drawn from (seed, epoch number).
+
+    `advance` is called after every update.
+    """
     begin, config = time.perf_counter(), spec.config
     traces, tasks, windows = spec.traces, spec.tasks, spec.sequences
     tokenizer = spec.tokenizer
@@ -84,7 +90,10 @@ def sft_epoch(trainer: Trainer, spec: LearnerSpec, number: int) -> dict[str, flo
         )
     size = config.sft.batch_size
     batches = [order[start : start + size] for start in range(0, len(order), size)]
-    metrics = [trainer.sft_step(make_batch(rows)) for rows in batches]
+    metrics = list[dict[str, float]]()
+    for rows in batches:
+        metrics.append(trainer.sft_step(make_batch(rows)))
+        advance()
     return {
         "loss": float(np.mean([m["nll"] for m in metrics])),
         "grad_norm": float(np.mean([m["grad_norm"] for m in metrics])),

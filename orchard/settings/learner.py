@@ -143,7 +143,7 @@ class LearnerConfig(Section):
     max_failures: NonNegativeInt = 3
     """Number of times a failed worker group is restarted."""
     timeout_s: PositiveFloat = 600.0
-    """Seconds to wait for one update or one epoch."""
+    """Seconds to wait for one update, which may be one of many in an epoch."""
     start_timeout_s: PositiveFloat = 300.0
     """Seconds to wait for the workers to start."""
 

@@ -56,6 +56,10 @@ def test_what_a_recovery_repeats_is_not_kept_and_shows_that_it_goes_on(
         for number in range(4):  # the group restarted from the beginning
             await queue.put_result(result(number, start=number == 0))
         assert await queue.idle_s() == 0.0
+        now = 300.0
+        assert await queue.idle_s() == 140.0
+        await queue.report_progress()  # an update inside an epoch
+        assert await queue.idle_s() == 0.0
         pending = asyncio.ensure_future(queue.get_result(-1))
         await asyncio.sleep(0)
         assert not pending.done()
