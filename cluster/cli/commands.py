@@ -202,7 +202,9 @@ def plan_lines(run: Run, sizes: plans.Sizes, capacity: plans.CapacityPlan) -> li
     steps = run.config.learner.steps
     lines = [
         f"{len(run.catalog)} items, {sizes.nodes_per_level} nodes per level; "
-        f"{len(run.train)} train, {len(run.valid)} valid, {len(run.test)} test rows",
+        f"{len(run.train)} train, "
+        + ("" if run.fresh is None else f"{len(run.fresh)} fresh, ")
+        + f"{len(run.valid)} valid, {len(run.test)} test rows",
         f"{sizes.parameters:,} parameters; prompts of {sizes.prompt_tokens:.1f} tokens, at most "
         f"{sizes.prompt_tokens_max}",
     ]
@@ -233,6 +235,7 @@ def print_dry_run(run: Run) -> None:
         "distinct sequences": trie.num_leaves,
         "levels": trie.depth,
         "train rows": len(run.train),
+        **({} if run.fresh is None else {"fresh rows": len(run.fresh)}),
         "valid rows": len(run.valid),
         "test rows": len(run.test),
         "policy": run.policy,

@@ -127,12 +127,13 @@ def fit_prefix_critic(run: Run) -> None:
             )
             backend: CriticBackend = CRITIC_BACKENDS[settings.backend](critic, settings)
             generator = np.random.default_rng(run.config.seed)
+            rows_fitted = run.known if settings.rows == "all" else run.train
             held_out = _all_trajectories(run, critic, run.valid)
 
             def learn() -> list[float]:
-                order = generator.permutation(len(run.train))
+                order = generator.permutation(len(rows_fitted))
                 return [
-                    backend.learn(_trajectories(run, critic, run.train, rows, generator))
+                    backend.learn(_trajectories(run, critic, rows_fitted, rows, generator))
                     for rows in batches(order, settings.batch_size)
                 ]
 
@@ -203,7 +204,7 @@ def _fit_and_save(
             "heads": settings.heads,
         },
         facts=facts | {"fit_s": time.perf_counter() - start},
-        data=run.data,
+        data=run.data if run.fresh is None else run.data | {"fresh": run.fresh.digest},
     )
     for name in SHOWN:
         if name in facts:

@@ -220,7 +220,7 @@ def sizes_of(run: Run) -> Sizes:
     """Measure the run's policy, without reading its weights, and its data."""
     policy = skeleton(run)
     hidden = int(policy.config.hidden_size)
-    count = np.diff(make_prompts(run.tokenizer, run.train, np.arange(len(run.train))).token_start)
+    count = np.diff(make_prompts(run.tokenizer, run.rows, np.arange(len(run.rows))).token_start)
     trie = run.catalog.trie
     path = trie.path(trie.leaf_node)  # node of each leaf at each level, -1 past its end
     nodes = [int(torch.unique(column[column >= 0]).numel()) for column in path.T]

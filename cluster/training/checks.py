@@ -38,7 +38,7 @@ MAY_CHANGE = (
 but nothing that changes an update."""
 DATA_FILE = "data.json"
 """File in the run folder with the digests of the data that the run is made from."""
-OF_RL = ("learner.", "rollout.", "rewards.", "critic.", "guide.", "plugins")
+OF_RL = ("learner.", "rollout.", "rewards.", "critic.", "guide.", "plugins", "data.fresh")
 """Settings that SFT does not use, which may change until RL has written a checkpoint."""
 
 

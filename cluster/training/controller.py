@@ -133,7 +133,7 @@ class Controller:
         config = self.run.config
         rows = rows_of_step(
             step,
-            num_rows=len(self.run.train),
+            num_rows=len(self.run.rows),
             per_step=config.learner.prompts_per_step,
             seed=config.seed,
         )
@@ -142,7 +142,7 @@ class Controller:
         size = min(config.rollout.batch_size, share)
         seed = config.seed * 1_000_003 + step
         parts = [
-            self.search(self.run.train, rows[start : start + size], seed=seed, step=step)
+            self.search(self.run.rows, rows[start : start + size], seed=seed, step=step)
             for start in range(0, len(rows), size)
         ]
         return ScoredTrees.concatenate(await asyncio.gather(*parts))

@@ -11,13 +11,17 @@ def learner_spec(run: Run) -> LearnerSpec:
     """Build the specification of the learner for the phase of the run."""
     config = run.config
     supervised = run.phase == "sft"
-    traces = (run.train, run.traces) if supervised and run.traces is not None else None
+    traces = (run.rows, run.traces) if supervised and run.traces is not None else None
     tasks = run.tasks if supervised else None
     windows, per_epoch = None, 0
     if supervised and traces is None and tasks is None:
-        windows = make_windows(run.train, max_history=config.data.max_history)
+        windows = make_windows(
+            run.rows,
+            max_history=config.data.max_history,
+            targets_only=config.sft.rows == "fresh",  # the warm start has seen the histories
+        )
     if supervised:
-        examples = next(rows for rows in (tasks, windows, run.train) if rows is not None)
+        examples = next(rows for rows in (tasks, windows, run.rows) if rows is not None)
         per_epoch = -(-len(examples) // config.sft.batch_size)
     probed = min(config.cluster.probe_prompts, len(run.train))
     return LearnerSpec(
@@ -26,7 +30,7 @@ def learner_spec(run: Run) -> LearnerSpec:
         phase="sft" if supervised else "train",
         policy=run.policy.resolve(),
         tokenizer=run.tokenizer,
-        data=run.train.digest,
+        data=run.rows.digest,
         sequences=windows,
         traces=traces,
         tasks=tasks,

@@ -14,6 +14,7 @@ import time
 from cluster.console import Progress
 from cluster.training.best_checkpoint import BestCheckpoint
 from cluster.training.controller import AGAIN, Controller
+from cluster.training.hit_shares import HitShares
 from cluster.training.rollout_stream import RolloutStream
 from cluster.training.search_examples import save_search_examples
 from learner.advantage.estimators import group_statistics
@@ -44,6 +45,7 @@ async def train(controller: Controller) -> PolicyVersion:
     )
     if policy.step == 0:
         controller.metrics_logger.log("train", 0, await best_checkpoint.evaluate_and_keep(update))
+    hit_shares = HitShares(controller)
     stream = RolloutStream(
         controller.scored_trees,
         first=policy.step,
@@ -67,8 +69,11 @@ async def train(controller: Controller) -> PolicyVersion:
             clock.mark("publish_s")
             stream.start_allowed_by(policy)
             metrics = step_metrics(scored, update, lag) | controller.restarts() | clock.seconds()
+            hit_shares.add_training(scored.trees)
             if evaluated:
                 metrics |= await best_checkpoint.evaluate_and_keep(update)
+                if run.config.evaluate.every:
+                    metrics |= await hit_shares.search_valid(policy.step)
             controller.metrics_logger.log("train", policy.step, metrics)
             progress.advance(metrics)
             clock = PhaseTimer()

@@ -16,6 +16,7 @@ from cluster.training.checks import check_names, check_same_data, check_unchange
 from orchard.catalog import catalog as catalogs
 from orchard.catalog.catalog import Catalog
 from orchard.data import rationales
+from orchard.data.fresh import concatenate, read_training_rows
 from orchard.data.prompts import Split, content_digest, read_split
 from orchard.data.rationales import RationaleBlocks, TokenizedRationales
 from orchard.data.sft_tasks import SftTasks
@@ -49,8 +50,11 @@ class Run:
     policy: Path
     """Folder of the policy to start from; `open_run_dir` creates a new one."""
     train: Split
+    """Rows of the warm start."""
     valid: Split
     test: Split
+    fresh: Split | None = None
+    """Rows that came after the warm start or were held back from it; None if there are none."""
     traces: TokenizedRationales | None = None
     """Rationales of the train rows, if SFT teaches thinking."""
     tasks: SftTasks | None = None
@@ -68,6 +72,18 @@ class Run:
         """Folder of the policy that the phase writes."""
         return self.dir / ("warm_start" if self.phase == "sft" else "policy")
 
+    @property
+    def rows(self) -> Split:
+        """Rows that the phase learns from."""
+        config = self.config
+        wanted = {"sft": config.sft.rows, "train": config.learner.rows}.get(self.phase, "train")
+        return self.train if wanted == "train" or self.fresh is None else self.fresh
+
+    @cached_property
+    def known(self) -> Split:
+        """Rows of the warm start and fresh rows together."""
+        return concatenate(self.train, self.fresh)
+
     @cached_property
     def data(self) -> dict[str, str]:
         """Digests of the content of the data, by name: items, splits and what belongs to them."""
@@ -79,6 +95,8 @@ class Run:
             "valid": self.valid.digest,
             "test": self.test.digest,
         }
+        if self.fresh is not None and (self.rows is self.fresh or self.phase == "train"):
+            digests["fresh"] = self.fresh.digest
         if self.phase == "train" and self.embedding is not None:
             digests["embeddings"] = content_digest(self.embedding)
         if self.traces is not None:
@@ -112,8 +130,8 @@ class Run:
 
     @cached_property
     def transitions(self) -> TransitionCounts | None:
-        """Transition counts of the training rows; None if no reward uses them."""
-        rewards, catalog, rows = self.config.rewards, self.catalog, self.train
+        """Transition counts of all known rows; None if no reward uses them."""
+        rewards, catalog, rows = self.config.rewards, self.catalog, self.known
         if "transition" not in rewards.weights:
             return None
         return count_transitions(
@@ -137,8 +155,8 @@ class Run:
 
     @cached_property
     def leaf_rows(self) -> LeafRows:
-        """Training rows with items as leaves, which the experts of a guide count."""
-        rows = self.train
+        """Rows with items as leaves, which the experts of a guide count; see `guide.counts`."""
+        rows = self.known if self.config.guide.counts == "all" else self.train
         return LeafRows.of_items(
             self.catalog,
             user=rows.user,
@@ -223,12 +241,12 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
     catalog = read_items(data, text_tokenizer)
     if policy is not None:
         PolicyFacts.read(policy).check_catalog(catalog, policy)
-    splits = {
-        name: read_split(
-            [data.path / file for file in files], catalog, max_history=data.max_history
-        )
-        for name, files in (("train", data.train), ("valid", [data.valid]), ("test", [data.test]))
-    }
+    train, fresh = read_training_rows(data, catalog)
+    valid, test = (
+        read_split([data.path / file], catalog, max_history=data.max_history)
+        for file in (data.valid, data.test)
+    )
+    sft_rows = train if fresh is None or settings.sft.rows == "train" else fresh
     check_catalog = SEARCHES.facts(settings.rollout.search).check_catalog
     if check_catalog is not None:
         check_catalog(settings.rollout, catalog.trie)
@@ -239,7 +257,11 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
             "each prompt gets %d candidates",
             width, catalog.trie.num_leaves, catalog.trie.num_leaves,
         )  # fmt: skip
-    reasons = read_rationales(data, catalog, splits["train"]) if phase == "sft" else None
+    reasons = (
+        rationales.of_rows(data, catalog, sft_rows, fresh=sft_rows is fresh)
+        if phase == "sft"
+        else None
+    )
     if text_tokenizer is None:
         text_tokenizer = new_tokenizer(settings, catalog, reasons)
     grows = text_policy.add_instruction(settings, text_tokenizer, catalog, policy)
@@ -253,7 +275,7 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
     text_policy.check_adapters(settings, tokenizer, policy)
     tasks = None
     if phase == "sft":
-        tasks = text_policy.sft_tasks(settings, text_tokenizer, tokenizer, splits["train"], policy)
+        tasks = text_policy.sft_tasks(settings, text_tokenizer, tokenizer, sft_rows, policy)
     run = Run(
         config=settings,
         phase=phase,
@@ -264,7 +286,10 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
         traces=traces,
         tasks=tasks,
         base=policy if grows else None,
-        **splits,
+        train=train,
+        fresh=fresh,
+        valid=valid,
+        test=test,
     )
     if phase != "evaluate":
         check_same_data(settings, run.data)
@@ -272,18 +297,6 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
         preload(settings.rewards.weights, run.reward_context)
         _ = run.critic, run.guide  # loaded now, so that its errors appear before an actor starts
     return run
-
-
-def read_rationales(
-    data: DataConfig, catalog: Catalog, train: Split
-) -> list[RationaleBlocks] | None:
-    """Load the rationales of the train rows, or make them from titles; None if not configured."""
-    if data.rationales is not None:
-        files = [data.path / file for file in data.train]
-        return rationales.read(files, data.rationales, catalog.trie.depth)
-    if data.rationale_template is not None:
-        return rationales.from_titles(catalog, train, template=data.rationale_template)
-    return None
 
 
 def new_tokenizer(

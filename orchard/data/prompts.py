@@ -37,13 +37,22 @@ class Split:
     digest: str = ""
     """BLAKE3 of the rows as they are in the files: users, whole histories and targets by item
     identifier. Rows of two splits belong together only where it is equal; empty if unknown."""
+    row: Int64[np.ndarray, " R"] | None = None
+    """Row of the files that each row is; None if they are all rows of the files, in order."""
 
     def __len__(self) -> int:
         return len(self.target)
 
 
 def read_split(paths: Sequence[Path], catalog: Catalog, *, max_history: int) -> Split:
-    """Read the rows of one or more Parquet files.
+    """Read the rows of one or more Parquet files as one split; see `read_splits`."""
+    return read_splits([paths], catalog, max_history=max_history)[0]
+
+
+def read_splits(
+    groups: Sequence[Sequence[Path]], catalog: Catalog, *, max_history: int
+) -> list[Split]:
+    """Read splits that have users in common, each from one or more Parquet files.
 
     The columns are `history`, `target` and, optionally, `user_id`. Histories keep their last
     `max_history` items. Users may be integers or text; a row without one counts as a distinct user.
@@ -53,15 +62,35 @@ def read_split(paths: Sequence[Path], catalog: Catalog, *, max_history: int) -> 
             empty, or an item is not in the catalog.
     """
     tables = [
-        read_table(
-            path,
-            role="split",
-            columns=("history", "target"),
-            remedy="data.path and the file names",
-        )
-        for path in paths
+        [
+            read_table(
+                path,
+                role="split",
+                columns=("history", "target"),
+                remedy="data.path and the file names",
+            )
+            for path in paths
+        ]
+        for paths in groups
     ]
-    names = ", ".join(path.name for path in paths)
+    names = [", ".join(path.name for path in paths) for paths in groups]
+    user = _users([table for group in tables for table in group], ", ".join(names))
+    bounds = np.cumsum([sum(len(table) for table in group) for group in tables])
+    return [
+        _split(group, part, name, catalog, max_history=max_history)
+        for group, part, name in zip(tables, np.split(user, bounds[:-1]), names, strict=True)
+    ]
+
+
+def _split(
+    tables: Sequence[Any],
+    user: Int64[np.ndarray, " R"],
+    names: str,
+    catalog: Catalog,
+    *,
+    max_history: int,
+) -> Split:
+    """Return the rows of some tables, whose users have numbers already."""
     if sum(len(table) for table in tables) == 0:
         raise DataError(f"split {names} has no rows; at least one is needed", code="data.no_rows")
     lists = [_combined(table["history"]) for table in tables]
@@ -77,12 +106,15 @@ def read_split(paths: Sequence[Path], catalog: Catalog, *, max_history: int) -> 
     flat = np.concatenate([part.flatten().to_numpy().astype(np.int64) for part in lists])
     recent, recent_start = ragged.last(flat, start, max_history)
     target = np.concatenate([_combined(t["target"]).to_numpy() for t in tables]).astype(np.int64)
-    user = _users(tables, names)
+    try:
+        history, targets = catalog.rows(recent), catalog.rows(target)
+    except DataError as error:
+        raise DataError(f"{names}: {error}", code=error.code) from error
     return Split(
         user=user,
-        history=catalog.rows(recent),
+        history=history,
         history_start=recent_start,
-        target=catalog.rows(target),
+        target=targets,
         digest=content_digest(user, flat, start, target),
     )
 
@@ -201,8 +233,10 @@ class TrainingWindows:
         return len(self.fresh)
 
 
-def make_windows(split: Split, *, max_history: int) -> TrainingWindows:
+def make_windows(split: Split, *, max_history: int, targets_only: bool = False) -> TrainingWindows:
     """Cut the split into few windows of `max_history + 1` items that train each target once.
+
+    The items before a chain's first target are trained as well, except with `targets_only`.
 
     Rows of one user that continue one another form a chain. A chain keeps its last row and every
     `max_history // 2`-th row before it, so that an item keeps at least half a window of context.
@@ -230,12 +264,13 @@ def make_windows(split: Split, *, max_history: int) -> TrainingWindows:
     window = np.flatnonzero(kept)  # [Q] row that each window ends in
     length = np.diff(history_start)[window] + 1
     rows_since_previous = np.diff(window, prepend=window[:1])
-    fresh = np.where(heads[window], 0, length - rows_since_previous)
+    since = np.where(heads[window], length if not targets_only else 1, rows_since_previous)
+    fresh = length - since
     # Drop the window of a chain's first row if the chain's next window contains all of it.
     next_window = np.concatenate([window[1:], window[-1:]])
     contained = heads[window] & (chain[next_window] == chain[window]) & (next_window != window)
     contained &= length + (next_window - window) <= max_history + 1
-    fresh[1:][contained[:-1]] = 0
+    fresh[1:][contained[:-1]] -= 1 if targets_only else fresh[1:][contained[:-1]]
     window, length, fresh = window[~contained], length[~contained], fresh[~contained]
     start = ragged.starts(length)
     item = np.empty(int(start[-1]), dtype=np.int64)

@@ -25,10 +25,12 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from orchard import ragged
 from orchard.catalog.catalog import Catalog
+from orchard.data.fresh import files_of
 from orchard.data.prompts import Split
 from orchard.errors import DataError
 from orchard.parquet import read_table
 from orchard.policy.item_tokenizer import BOS, EOS, PAD, THINK, THOUGHT, sid_token, think_tokens
+from orchard.settings import DataConfig
 
 RationaleBlocks = Sequence[str]
 """Blocks of one rationale, one for each code."""
@@ -76,6 +78,25 @@ def read(paths: Sequence[Path], column: str, num_blocks: int) -> list[RationaleB
 def split_blocks(text: str) -> list[str]:
     """Return the texts between the tags, without a block that is not closed."""
     return [part.split(THOUGHT)[0].strip() for part in text.split(THINK)[1:] if THOUGHT in part]
+
+
+def of_rows(
+    data: DataConfig, catalog: Catalog, rows: Split, *, fresh: bool
+) -> list[RationaleBlocks] | None:
+    """Read the rationales of SFT's rows, or make them from titles; None if not configured.
+
+    Args:
+        data: settings that name the column or the template.
+        catalog: the catalog.
+        rows: training rows, or fresh rows.
+        fresh: whether the rows are fresh.
+    """
+    if data.rationales is not None:
+        found = read(files_of(data, fresh=fresh), data.rationales, catalog.trie.depth)
+        return found if rows.row is None else [found[row] for row in rows.row.tolist()]
+    if data.rationale_template is not None:
+        return from_titles(catalog, rows, template=data.rationale_template)
+    return None
 
 
 def tokenize_rationales(

@@ -89,6 +89,17 @@ class Config(Section):
         return self.output / self.name
 
     @model_validator(mode="after")
+    def _fresh_rows_exist(self) -> "Config":
+        for key, rows in (("sft.rows", self.sft.rows), ("learner.rows", self.learner.rows)):
+            if rows == "fresh" and not self.data.has_fresh:
+                raise refusal(
+                    "no_fresh_rows",
+                    f'{key} = "fresh" needs fresh rows; set data.fresh or data.hold_back, or '
+                    f'{key} = "train"',
+                )
+        return self
+
+    @model_validator(mode="after")
     def _items_in_one_notation(self) -> "Config":
         if self.prompt.history is not None and self.data.titles:
             raise refusal(

@@ -1,6 +1,6 @@
 """Settings of the prefix critic that can guide a search instead of the policy's value head."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
@@ -18,6 +18,9 @@ class CriticConfig(ScorerConfig):
     """Trainer of the critic: the training loop of this repository, or RLlib's MARWIL learner, which
     needs requirements/rllib.txt. Both train the same network on the same trie walks with the same
     loss."""
+    rows: Literal["train", "all"] = "train"
+    """Rows that the critic is fitted to: those of the warm start alone, or the fresh rows of
+    `data.fresh` or `data.hold_back` as well."""
     beta: Annotated[float, Field(gt=0.0)] = 1.0
     """MARWIL beta: factor of the advantage in the exponent of an imitated step's weight."""
     value_weight: Annotated[float, Field(gt=0.0)] = 1.0

@@ -1,7 +1,7 @@
 """Settings of the data files and of the item sequences made from them."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
@@ -22,6 +22,15 @@ class DataConfig(Section):
     """Items file with the columns item_id, sid, and optionally title."""
     train: tuple[FileName, ...] = ("train.parquet",)
     """Training files with the columns user_id, history and target; several files form one split."""
+    fresh: tuple[FileName, ...] = ()
+    """Files of fresh rows, with the columns of the training files: rows that SFT leaves out and RL
+    draws its prompts from (see `learner.rows`), such as those that came after the warm start."""
+    hold_back: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of the rows of the training files that are held back as fresh rows; 0 holds back
+    none."""
+    hold_back_by: Literal["row", "user"] = "user"
+    """Rows that are held back: the last rows of the files, or the last rows of each user. Users
+    keep at least one row."""
     valid: FileName = "valid.parquet"
     """Validation file, with the columns of the training files."""
     test: FileName = "test.parquet"
@@ -52,6 +61,21 @@ class DataConfig(Section):
     def has_rationales(self) -> bool:
         """True if SFT trains on rationales."""
         return self.rationales is not None or self.rationale_template is not None
+
+    @property
+    def has_fresh(self) -> bool:
+        """True if there are fresh rows."""
+        return bool(self.fresh or self.hold_back)
+
+    @model_validator(mode="after")
+    def _one_source_of_fresh_rows(self) -> "DataConfig":
+        if self.fresh and self.hold_back:
+            raise refusal(
+                "two_sources_of_fresh_rows",
+                f"data.fresh and data.hold_back = {self.hold_back} both say which rows are fresh; "
+                "set one of them",
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_source_of_rationales(self) -> "DataConfig":

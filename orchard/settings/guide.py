@@ -1,6 +1,6 @@
 """Settings of the guide, whose experts value prefixes in a search."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
@@ -14,6 +14,9 @@ class GuideConfig(Section):
     """Experts of the guide: `transitions` from the history to the target, forward `cooccurrence`
     within ten items, `item_knn` by the cosine of their users, `neighbors` within three items in
     both directions, or registered experts of your own."""
+    counts: Literal["train", "all"] = "train"
+    """Rows that are counted: those of the warm start alone, or the fresh rows of `data.fresh` or
+    `data.hold_back` as well."""
     pairs: NonNegativeInt = 500
     """Maximum number of pairs that an expert keeps of each semantic ID, the strongest; 0 keeps
     all."""

@@ -84,6 +84,9 @@ class LearnerConfig(Section):
     """Number of training steps, each of which consumes one batch of rollouts. A run that is
     continued with another number follows the learning rates of a run of that length, from the step
     where it is."""
+    rows: Literal["auto", "fresh", "train"] = "auto"
+    """Rows that prompts are drawn from: the fresh rows of `data.fresh` or `data.hold_back`, or
+    those of the warm start; `auto` takes fresh rows where there are any."""
     prompts_per_step: PositiveInt = 64
     """Number of prompts per training step."""
     updates_per_batch: PositiveInt = 1

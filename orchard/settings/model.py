@@ -127,6 +127,9 @@ class SftConfig(Section):
     section: ClassVar[str] = "sft"
     renamed: ClassVar[Mapping[str, str]] = {"average": "ema_decay"}
 
+    rows: Literal["train", "fresh"] = "train"
+    """Rows to train on: those of the warm start, or only the fresh rows of `data.fresh` or
+    `data.hold_back`. The latter, from `model.path`, is the control of RL on fresh rows."""
     epochs: PositiveInt = 20
     """Maximum number of epochs, over which the learning rate falls. A run that is continued with
     another number follows the learning rates of a run of that length, from the epoch where it

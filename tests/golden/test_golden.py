@@ -76,7 +76,8 @@ RENAMED_SCHEMAS: dict[str, str] = {"CatalogueInfo": "CatalogInfo"}
 """Schemas of the API."""
 ADDED_SETTINGS = {
     "plugins", "serve.application", "serve.route", "rollout.guide", "rollout.ved.likelihood",
-    "evaluate.exclude_seen", "evaluate.guide", "evaluate.wide",
+    "evaluate.exclude_seen", "evaluate.guide", "evaluate.wide", "data.fresh", "data.hold_back",
+    "data.hold_back_by", "sft.rows", "learner.rows", "critic.rows",
 }  # fmt: skip
 """Settings that came after the recording."""
 ADDED_SECTIONS = {"guide"}
