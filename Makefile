@@ -52,7 +52,7 @@ nightly: dev  ## the tests that take minutes each
 bench: env  ## the figures of one bench, e.g. make bench NAME=learner
 	@$(BIN)/orchard bench $(NAME)
 
-figures:  ## write docs/figures.md and the README's table from benchmarks/results
+figures:  ## write docs/figures.md and the marked tables from benchmarks/results
 	@$(BIN)/python -m benchmarks.shared.tables
 
 LOCK := uv pip compile --quiet --python-version 3.11 --no-emit-index-url --no-header --no-annotate
