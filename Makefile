@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: help env dev quickstart check test nightly bench figures lock clean
+.PHONY: help env dev quickstart lint quick check test nightly bench figures lock clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -33,17 +33,17 @@ quickstart: env  ## the main job on synthetic data: warm start, RL with vLLM rol
 # Tests that need neither Ray nor vLLM run in two processes; the others share one Ray.
 QUICK := not ray and not vllm and not slow and not nightly
 
-check: dev  ## lint, types, tests without Ray or vLLM
+lint: dev  ## style and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyright -p pyproject.toml
+
+quick: dev  ## tests without Ray or vLLM
 	@$(BIN)/pytest -q -n 2 -m "$(QUICK)"
 
-test: dev  ## everything but `make nightly`
-	@$(BIN)/ruff check .
-	@$(BIN)/ruff format --check .
-	@$(BIN)/pyright -p pyproject.toml
-	@$(BIN)/pytest -q -n 2 -m "$(QUICK)"
+check: lint quick  ## style, types, and tests without Ray or vLLM
+
+test: lint quick  ## everything but `make nightly`
 	@$(BIN)/pytest -q --durations=25 -m "not nightly and not ($(QUICK))"
 
 nightly: dev  ## the tests that take minutes each
@@ -52,7 +52,7 @@ nightly: dev  ## the tests that take minutes each
 bench: env  ## the figures of one bench, e.g. make bench NAME=learner
 	@$(BIN)/orchard bench $(NAME)
 
-figures:  ## write docs/figures.md and the README's table from benchmarks/results
+figures:  ## write docs/figures.md and the marked tables from benchmarks/results
 	@$(BIN)/python -m benchmarks.shared.tables
 
 LOCK := uv pip compile --quiet --python-version 3.11 --no-emit-index-url --no-header --no-annotate

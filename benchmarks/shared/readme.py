@@ -1,4 +1,4 @@
-"""Generate the README's tables, each from the result of one benchmark, between two marks."""
+"""Generate tables of the README and of `docs/results.md` from results, between two marks."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -35,7 +35,7 @@ def within(text: str, name: str, made: str) -> str:
     before, _, rest = text.partition(begin)
     _, _, after = rest.partition(end)
     if not rest or end not in rest:
-        raise ValueError(f"README.md lacks {begin} or {end}; put the two marks where tables go")
+        raise ValueError(f"the page lacks {begin} or {end}; put the two marks where tables go")
     return f"{before}{begin}\n\n{made}\n\n{end}{after}"
 
 
@@ -78,6 +78,32 @@ def step(report: Report) -> str:
         for way, label in STEPS.items()
     ]
     return _table(["a whole step", "seconds", "times Orchard's"], lines)
+
+
+def highlights(reports: Sequence[Report]) -> str:
+    """Tabulate one comparison of each of `step`, `decode` and `learner`."""
+    rows = {report["bench"]: report["rows"] for report in reports}
+    steps = {str(row["way"]): float(row["step_s"]) for row in rows["step"] if "way" in row}
+    widest = max(
+        (row for row in rows["decode"] if "worker_s" in row), key=lambda row: float(row["width"])
+    )
+    packed = next(
+        row for row in rows["learner"] if (row["prompt_tokens"], row["candidates"]) == (128, 16)
+    )
+    decoders = float(widest["worker_s"]), float(widest["hf_generate_s"])
+    updates = float(packed["packed_s"]), float(packed["flat_s"])
+    compared = [
+        ("A whole RL step, 32 prompts × 16 candidates", "TRL 1.9.2, constrained",
+         steps["orchard"], steps["trl_hook"]),
+        (f"Constrained beam search of width {widest['width']}, 32 prompts",
+         "Hugging Face `generate`", *decoders),
+        ("An update, 8 prompts × 16 candidates", "one sequence per candidate", *updates),
+    ]  # fmt: skip
+    lines = [
+        [what, f"{ours:.2f} s", f"{rival}: {theirs:.2f} s", f"**{_times(theirs, ours)}**"]
+        for what, rival, ours, theirs in compared
+    ]
+    return _table(["measured on two CPU cores", "Orchard", "compared with", "factor"], lines)
 
 
 TABLES: Mapping[str, Callable[[Report], str]] = {"decode": decode, "learner": learner, "step": step}

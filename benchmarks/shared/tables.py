@@ -1,7 +1,8 @@
-"""Generate `docs/figures.md` and the README's tables from the results of the benchmarks.
+"""Generate `docs/figures.md` and marked tables of other pages from the results of the benchmarks.
 
-`orchard bench NAME --json benchmarks/results/NAME.json` measures, and `make figures` writes each
-target with the measured value, misses included, and every row of every benchmark.
+`orchard bench NAME --json benchmarks/results/NAME.json` measures, and `make figures` writes every
+figure and every row of every benchmark into `docs/figures.md`, the comparisons into
+`docs/results.md` and the ratios of three of them into `README.md`.
 """
 
 import json
@@ -13,11 +14,12 @@ from typing import cast
 
 from benchmarks.shared.measure import Figure, Report, Row
 from benchmarks.shared.plots import ablation
-from benchmarks.shared.readme import TABLES, within
+from benchmarks.shared.readme import TABLES, highlights, within
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "figures.md"
+RESULTS_PAGE = ROOT / "docs" / "results.md"
 README = ROOT / "README.md"
 
 
@@ -29,37 +31,32 @@ def read(folder: Path = RESULTS) -> list[Report]:
 def page(reports: Sequence[Report]) -> str:
     """Format all figures and rows, a section for each benchmark."""
     head = (
-        "# Figures\n\nWhat each `orchard bench NAME` measured, with the commit and the machine; "
-        "`make figures` writes this page from\n`benchmarks/results`. A figure that fell short is "
-        "marked so.\n"
+        "# Figures\n\nAll that each `orchard bench NAME` measured, with the commit and the machine. "
+        "`make figures`\nwrites this page from `benchmarks/results`; [results](results.md) explains "
+        "the comparisons.\n"
     )
     return "\n".join([head, *(_section(report) for report in reports)])
 
 
-def summary(reports: Sequence[Report]) -> str:
-    """Format the figures alone, one line each."""
-    lines = [
-        f"| `{report['bench']}` | {_said(figure)} | {figure['asked']} | {_measured(figure)} |"
-        for report in reports
-        for figure in report["figures"]
-    ]
-    return "\n".join(["| bench | figure | asked | measured |", "|---|---|---|---|", *lines])
-
-
 def filled(text: str, reports: Sequence[Report]) -> str:
-    """Fill in the tables of the README; raise ValueError if marks are missing."""
-    text = within(text, "figures", summary(reports))
+    """Fill in the tables of `docs/results.md`; raise ValueError if marks are missing."""
     for report in reports:
         if report["bench"] in TABLES:
             text = within(text, report["bench"], TABLES[report["bench"]](report))
     return text
 
 
+def filled_readme(text: str, reports: Sequence[Report]) -> str:
+    """Fill in the table of the README; raise ValueError if marks are missing."""
+    return within(text, "highlights", highlights(reports))
+
+
 def main() -> None:
-    """Rewrite `docs/figures.md`, the README's tables and the plot."""
+    """Rewrite `docs/figures.md`, the marked tables of other pages, and the plot."""
     reports = read()
     PAGE.write_text(page(reports))
-    README.write_text(filled(README.read_text(), reports))
+    RESULTS_PAGE.write_text(filled(RESULTS_PAGE.read_text(), reports))
+    README.write_text(filled_readme(README.read_text(), reports))
     for report in reports:
         if report["bench"] == "vstar":
             ablation(report)
@@ -72,10 +69,10 @@ def _section(report: Report) -> str:
         f"{machine['memory_gib']} GiB, torch {machine['torch']}."
     )
     figures = [
-        f"| {figure['name']} | {figure['asked']} | {_measured(figure)} | {figure['note']} |"
+        f"| {figure['name']} | {_measured(figure)} | {_spelt(figure['note'])} |"
         for figure in report["figures"]
     ]
-    table = ["| figure | asked | measured | |", "|---|---|---|---|", *figures] if figures else []
+    table = ["| figure | measured | setting |", "|---|---|---|", *figures] if figures else []
     parts = [f"## {report['bench']}", where, "\n".join(table), *_tables(report["rows"])]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -94,13 +91,8 @@ def _tables(rows: Iterable[Row]) -> list[str]:
     ]
 
 
-def _said(figure: Figure) -> str:
-    return f"{figure['name']}: {figure['note']}" if figure["note"] else figure["name"]
-
-
 def _measured(figure: Figure) -> str:
-    spelt = " ".join([_spelt(figure["value"]), figure["unit"]]).strip()
-    return f"**{spelt}**" if figure["holds"] else f"{spelt} (falls short)"
+    return " ".join([_spelt(figure["value"]), figure["unit"]]).strip()
 
 
 def _spelt(value: str | float | bool) -> str:
