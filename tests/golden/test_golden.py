@@ -90,6 +90,8 @@ ADDED_OPTIONS = {
 """Options of commands that came after the recording."""
 ADDED_METRICS = {"split", "search"}
 """Facts of an evaluation that came after the recording."""
+ADDED_STEP_METRICS = {"rollout/hit_share_valid"}
+"""Metrics of a training step that came after the recording."""
 ADDED_RESPONSES = {"415"}
 """Statuses of the API that came after the recording."""
 ADDED_BOUNDS = {"minimum", "exclusiveMaximum", "maxLength"}
@@ -169,7 +171,11 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     """The logbook of a run folder, then its evaluations."""
     found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     entries = [
-        {"phase": one["phase"], "step": one["step"], "values": untimed(one["values"])}
+        {
+            "phase": one["phase"],
+            "step": one["step"],
+            "values": untimed(without(one["values"], ADDED_STEP_METRICS)),
+        }
         for one in found
     ]
     for path in sorted((run / "evaluation").glob("*.json")):
