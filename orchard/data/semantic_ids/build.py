@@ -13,19 +13,24 @@ from typing import Any, Literal, TypedDict
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Float32, Float64
+from jaxtyping import Float32, Float64, Int64
 
 from orchard import ragged
 from orchard.catalog import embeddings
-from orchard.data.semantic_ids import embed
+from orchard.data.semantic_ids import assign, bundle, embed
+from orchard.data.semantic_ids.bundle import Description
 from orchard.data.semantic_ids.collisions import POLICIES, ResolvedCodes
+from orchard.data.semantic_ids.item_table import ItemTable, sid_column, sid_text_column
 from orchard.data.semantic_ids.measure import CodeQuality, draw, measure_codes
 from orchard.data.semantic_ids.quantize import Quantized, quantize
 from orchard.data.semantic_ids.rqvae import quantize_learned
+from orchard.data.semantic_ids.title_encoder import TitleEncoder
 from orchard.errors import ConfigError, DataError
 from orchard.parquet import read_table
 
 REPORT, PICTURE, EMBEDDINGS = "sids.json", "sids.png", embeddings.EMBEDDINGS
+BUNDLE = "sids"
+"""Folder beside the items with the tokenizer bundle (see `bundle`)."""
 MAX_LEVELS = 8
 Source = Literal["auto", "titles", "interactions"]
 QUANTIZERS: Mapping[str, Callable[..., Quantized]] = {
@@ -59,6 +64,18 @@ class SemanticIdConfig:
     seed: int = 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Embedded:
+    """Embeddings of the items, and how they were made."""
+
+    vectors: Float32[np.ndarray, "I E"]
+    source: str
+    """Source of the embeddings: titles, model, interactions or given."""
+    origin: str
+    """Source of the embeddings, in words."""
+    titles: TitleEncoder | None = None
+
+
 class SemanticIdReport(TypedDict):
     """Report of `build`, the content of `sids.json`."""
 
@@ -79,7 +96,9 @@ class SemanticIdReport(TypedDict):
 
 
 def build(folder: Path, recipe: SemanticIdConfig, *, overwrite: bool = False) -> SemanticIdReport:
-    """Write semantic IDs into the items of a data set, with a report, a plot and the embeddings.
+    """Write semantic IDs into the items of a data set, with their tokenizer bundle beside them.
+
+    A report, a plot and the embeddings are written, too.
 
     Raises:
         ConfigError: the policy or quantizer is unknown, or the codebook sizes are out of bounds.
@@ -106,18 +125,19 @@ def build(folder: Path, recipe: SemanticIdConfig, *, overwrite: bool = False) ->
     if "sid" in items.column_names and not overwrite:
         raise DataError(f"the items of {path} have semantic IDs; pass --overwrite to replace them")
     items = _in_first_order(items, path)
-    embedding, origin = _embedding(folder, items, recipe)
+    embedded = _embed(folder, items, recipe)
+    embedding, prior = embedded.vectors, _popularity(folder, items)
     silent = embed.without_signal(embedding)
     if silent.mean() > recipe.max_without_signal:
         raise DataError(
             f"the embeddings of {int(silent.sum())} of {len(silent)} items say nothing about them "
-            f"({origin}), such as item {items['item_id'][int(np.argmax(silent))]}; at most "
-            f"{recipe.max_without_signal:.0%} may: give --embeddings or --model, choose another "
-            "--source, or raise --max-without-signal"
+            f"({embedded.origin}), such as item {items['item_id'][int(np.argmax(silent))]}; at "
+            f"most {recipe.max_without_signal:.0%} may: give --embeddings or --model, choose "
+            "another --source, or raise --max-without-signal"
         )
     _, copies = np.unique(embedding, axis=0, return_counts=True)
     quantized = QUANTIZERS[recipe.quantiser](embedding, recipe.levels, seed=recipe.seed)
-    resolved = POLICIES[recipe.collisions](quantized, _popularity(folder, items))
+    resolved = POLICIES[recipe.collisions](quantized, prior)
     report = SemanticIdReport(
         recipe={
             "levels": list(recipe.levels),
@@ -126,13 +146,15 @@ def build(folder: Path, recipe: SemanticIdConfig, *, overwrite: bool = False) ->
             "dimensions": embedding.shape[1],
             "seed": recipe.seed,
         },
-        embedding=origin,
+        embedding=embedded.origin,
         items_without_signal=int(silent.sum()),
         items_sharing_an_embedding=int(copies[copies > 1].sum()),
         residual=quantized.error.tolist(),
         before=measure_codes(quantized.codes),
         after=measure_codes(resolved.codes),
     )
+    ids = items["item_id"].to_numpy().astype(np.int64)
+    _write_bundle(folder / BUNDLE, ids, recipe, embedded, quantized, resolved, prior, report)
     _write(folder, items, resolved, embedding, report)
     return report
 
@@ -149,24 +171,30 @@ def _in_first_order(items: Any, path: Path) -> Any:
     return items.take(row) if len(row) == len(ids) and (ids[row] == before).all() else items
 
 
-def _embedding(
-    folder: Path, items: Any, recipe: SemanticIdConfig
-) -> tuple[Float32[np.ndarray, "I E"], str]:
-    """Read or compute the embeddings of the items; return them and their source in words."""
+def _embed(folder: Path, items: Any, recipe: SemanticIdConfig) -> _Embedded:
+    """Read or compute the embeddings of the items."""
     ids = items["item_id"].to_numpy().astype(np.int64)
     if recipe.embeddings is not None:
         vectors = embeddings.read(
             recipe.embeddings, ids, remedy="--embeddings", items=folder / "items.parquet"
         )
-        return vectors, recipe.embeddings.name
+        return _Embedded(vectors=vectors, source="given", origin=recipe.embeddings.name)
     title = [""] * len(ids)
     if "title" in items.column_names:
         title = [str(text or "") for text in items["title"].to_pylist()]
     if recipe.model is not None:
-        return embed.of_model(title, recipe.model), f"titles, {recipe.model.name}"
+        vectors = embed.of_model(title, recipe.model)
+        return _Embedded(vectors=vectors, source="model", origin=f"titles, {recipe.model.name}")
     size = {"dimensions": recipe.dimensions, "seed": recipe.seed}
     if recipe.source == "titles" or (recipe.source == "auto" and all(t.strip() for t in title)):
-        return embed.of_titles(title, **size), "titles, TF-IDF and SVD"
+        embed.check_titles(title)
+        encoder = TitleEncoder.fit(title, **size)
+        return _Embedded(
+            vectors=encoder.embed(title),
+            source="titles",
+            origin="titles, TF-IDF and SVD",
+            titles=encoder,
+        )
     rows = read_table(
         folder / "train.parquet", role="train", columns=("history", "target"), remedy="the folder"
     )
@@ -178,7 +206,7 @@ def _embedding(
         for part in (history.flatten().to_numpy(), rows["target"].to_numpy())
     ]
     vectors = embed.of_interactions(item_rows[0], start, item_rows[1], num_items=len(ids), **size)
-    return vectors, "interactions, PPMI and SVD"
+    return _Embedded(vectors=vectors, source="interactions", origin="interactions, PPMI and SVD")
 
 
 def _popularity(folder: Path, items: Any) -> Float64[np.ndarray, " I"]:
@@ -193,6 +221,52 @@ def _popularity(folder: Path, items: Any) -> Float64[np.ndarray, " I"]:
     return np.where(targets[position] == ids, count[position], 0).astype(np.float64)
 
 
+def _write_bundle(
+    folder: Path,
+    ids: Int64[np.ndarray, " I"],
+    recipe: SemanticIdConfig,
+    embedded: _Embedded,
+    quantized: Quantized,
+    resolved: ResolvedCodes,
+    prior: Float64[np.ndarray, " I"],
+    report: SemanticIdReport,
+) -> None:
+    """Write version 1 of the tokenizer bundle."""
+    level = len(recipe.levels) - 1
+    table = ItemTable(
+        item_id=ids,
+        quantized=quantized.codes,
+        sid=resolved.codes,
+        prior=prior,
+        distance=assign.squared_distance(quantized, resolved.codes[:, level]),
+        nearest=assign.squared_distance(quantized, quantized.codes[:, level]),
+        version=np.ones(len(ids), dtype=np.int64),
+    )
+    # A level that counts colliding items has as many codes as the largest group.
+    further = (resolved.codes[:, level + 1 :].max(axis=0) + 1).tolist()
+    model = recipe.model if embedded.source == "model" else None
+    description = Description(
+        source=embedded.source,
+        origin=embedded.origin,
+        dimensions=embedded.vectors.shape[1],
+        least_length=embed.least_length(embedded.vectors),
+        quantiser=recipe.quantiser,
+        collisions=recipe.collisions,
+        level_size=(*recipe.levels, *further),
+        model=model.resolve().name if model else "",
+        model_digest=bundle.digest_of_folder(model) if model else "",
+    )
+    bundle.write(
+        folder,
+        description,
+        quantized.projection,
+        quantized.codebook,
+        table,
+        report,
+        embedded.titles,
+    )
+
+
 def _write(
     folder: Path,
     items: Any,
@@ -201,13 +275,9 @@ def _write(
     report: SemanticIdReport,
 ) -> None:
     """Write all files under temporary names, then rename them, the items last."""
-    text = [
-        "".join(f"<{chr(97 + level)}_{code}>" for level, code in enumerate(codes))
-        for codes in resolved.codes.tolist()
-    ]
     table = items.drop_columns([n for n in ("sid", "sid_text") if n in items.column_names])
-    sids = pa.array(resolved.codes.tolist(), pa.list_(pa.int32()))
-    table = table.append_column("sid", sids).append_column("sid_text", pa.array(text))
+    table = table.append_column("sid", sid_column(resolved.codes))
+    table = table.append_column("sid_text", sid_text_column(resolved.codes))
     ids = items["item_id"].to_numpy().astype(np.int64)
     table = table.take(resolved.order)
     if (resolved.order != np.arange(len(ids))).any():
