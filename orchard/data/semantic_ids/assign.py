@@ -13,7 +13,7 @@ from orchard.data.semantic_ids import embed
 from orchard.data.semantic_ids.bundle import Bundle
 from orchard.data.semantic_ids.collisions import POLICIES, free_codes, free_ranks
 from orchard.data.semantic_ids.item_table import ItemTable
-from orchard.data.semantic_ids.quantize import Quantized, residual_codes
+from orchard.data.semantic_ids.quantize import CodedItems, residual_codes
 from orchard.errors import DataError
 
 Placed = tuple[Int64[np.ndarray, "N M"], Bool[np.ndarray, " N"]]
@@ -38,24 +38,25 @@ class Assigned:
 
 
 def _reassign(
-    quantized: Quantized, taken: Int[np.ndarray, "I M"], sizes: tuple[int, ...]
+    quantized: CodedItems, taken: Int[np.ndarray, "I M"], sizes: tuple[int, ...]
 ) -> Placed:
     last, is_full = free_codes(quantized, taken)
     return np.concatenate([quantized.codes[:, :-1], last[:, None]], axis=1), is_full
 
 
 def _extra_level(
-    quantized: Quantized, taken: Int[np.ndarray, "I M"], sizes: tuple[int, ...]
+    quantized: CodedItems, taken: Int[np.ndarray, "I M"], sizes: tuple[int, ...]
 ) -> Placed:
     rank, is_full = free_ranks(quantized, taken, sizes[-1])
     return np.concatenate([quantized.codes, rank[:, None]], axis=1), is_full
 
 
-def _keep(quantized: Quantized, taken: Int[np.ndarray, "I M"], sizes: tuple[int, ...]) -> Placed:
+def _keep(quantized: CodedItems, taken: Int[np.ndarray, "I M"], sizes: tuple[int, ...]) -> Placed:
     return quantized.codes, np.zeros(len(quantized.codes), dtype=bool)
 
 
-PLACEMENTS: Mapping[str, Callable[[Quantized, Int[np.ndarray, "I M"], tuple[int, ...]], Placed]] = {
+Placement = Callable[[CodedItems, Int[np.ndarray, "I M"], tuple[int, ...]], Placed]
+PLACEMENTS: Mapping[str, Placement] = {
     "reassign": _reassign,
     "extra_level": _extra_level,
     "keep": _keep,
@@ -112,20 +113,14 @@ def assign(
 
 def quantize(
     bundle: Bundle, vectors: Float32[np.ndarray, "N E"], *, balanced: bool = False
-) -> Quantized:
+) -> CodedItems:
     """Quantize embeddings with the codebooks of a bundle.
 
     `balanced` assigns the codes of items that a balanced quantizer was fitted to. A new item takes
     its nearest codes: its own would depend on the items that come with it.
     """
     codes, last = residual_codes(bundle.projection(vectors), bundle.books, balanced=balanced)
-    return Quantized(
-        codes=codes,
-        codebook=bundle.books,
-        error=np.zeros(0),
-        last=last,
-        projection=bundle.projection,
-    )
+    return CodedItems(codes=codes, codebook=bundle.books, last=last)
 
 
 def repeat(bundle: Bundle, vectors: Float32[np.ndarray, "I E"]) -> Int64[np.ndarray, "I M"]:
@@ -152,7 +147,7 @@ def check_width(bundle: Bundle, vectors: Float32[np.ndarray, "N E"]) -> None:
 
 
 def squared_distance(
-    quantized: Quantized, code: Int[np.ndarray, " N"]
+    quantized: CodedItems, code: Int[np.ndarray, " N"]
 ) -> Float32[np.ndarray, " N"]:
     """Return the squared distance of each item's residual to a code of the last codebook."""
     difference = quantized.last - quantized.codebook[-1][code]

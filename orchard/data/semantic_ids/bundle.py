@@ -10,7 +10,7 @@ A version is written once and never changed. It is there as soon as its `bundle-
 names every other file with its digest. Appending writes version N + 1, with all items of version N
 as they were.
 
-Shapes:  L levels   C codes of one level   D dimensions of the codebooks
+Shapes:  D dimensions of the codebooks
 """
 
 import contextlib
@@ -76,7 +76,7 @@ class Bundle:
     """Digest of `bundle-N.json`, hence of all files that it names."""
     description: Description
     projection: Projection
-    books: tuple[Float32[np.ndarray, "C D"], ...]
+    books: tuple[Float32[np.ndarray, "_ D"], ...]
     """Codebook of each level of the quantizer."""
     table: ItemTable
     """Items of this version and those before it."""
@@ -165,7 +165,7 @@ def write(
     folder: Path,
     description: Description,
     projection: Projection,
-    books: tuple[Float32[np.ndarray, "C D"], ...],
+    books: tuple[Float32[np.ndarray, "_ D"], ...],
     table: ItemTable,
     quality: Mapping[str, Any],
     titles: TitleEncoder | None = None,

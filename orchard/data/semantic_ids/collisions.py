@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int, Int64
 from scipy.optimize import linear_sum_assignment
 
 from orchard import ragged
-from orchard.data.semantic_ids.quantize import Quantized, distances
+from orchard.data.semantic_ids.quantize import CodedItems, distances
 
 _MOST = 1 << 62
 """Largest number that `keys` may make."""
@@ -55,7 +55,7 @@ def groups(codes: Int[np.ndarray, "I L"]) -> tuple[Int64[np.ndarray, " I"], Any]
     return order, np.append(first, len(codes))
 
 
-def extra_level(quantized: Quantized, prior: Float[np.ndarray, " I"]) -> ResolvedCodes:
+def extra_level(quantized: CodedItems, prior: Float[np.ndarray, " I"]) -> ResolvedCodes:
     """Append a level with the rank of an item, by the prior, among those that share its codes."""
     codes = quantized.codes
     order, start = groups(codes)
@@ -68,7 +68,7 @@ def extra_level(quantized: Quantized, prior: Float[np.ndarray, " I"]) -> Resolve
     )
 
 
-def reassign(quantized: Quantized, prior: Float[np.ndarray, " I"]) -> ResolvedCodes:
+def reassign(quantized: CodedItems, prior: Float[np.ndarray, " I"]) -> ResolvedCodes:
     """Assign free codes of the last level to colliding items at the least total distance.
 
     MiniOneRec also reassigns on the last level, by Sinkhorn's algorithm, without a guarantee
@@ -81,7 +81,7 @@ def reassign(quantized: Quantized, prior: Float[np.ndarray, " I"]) -> ResolvedCo
 
 
 def free_codes(
-    quantized: Quantized, taken: Int[np.ndarray, "T L"]
+    quantized: CodedItems, taken: Int[np.ndarray, "T L"]
 ) -> tuple[Int64[np.ndarray, " I"], Bool[np.ndarray, " I"]]:
     """Give each item a code of the last level that no other item has below its prefix.
 
@@ -115,7 +115,7 @@ def free_codes(
 
 
 def free_ranks(
-    quantized: Quantized, taken: Int[np.ndarray, "T L1"], num_ranks: int
+    quantized: CodedItems, taken: Int[np.ndarray, "T L1"], num_ranks: int
 ) -> tuple[Int64[np.ndarray, " I"], Bool[np.ndarray, " I"]]:
     """Give each item the lowest free rank, in their order, among those that share its codes.
 
@@ -149,7 +149,7 @@ def _below_prefixes(
         yield order[begin:stop], taken_last[first[group] : end[group]]
 
 
-def keep(quantized: Quantized, prior: Float[np.ndarray, " I"]) -> ResolvedCodes:
+def keep(quantized: CodedItems, prior: Float[np.ndarray, " I"]) -> ResolvedCodes:
     """Keep all codes; list items of higher prior first within a group of equal codes."""
     listed = np.arange(len(quantized.codes))
     order, start = groups(quantized.codes)
@@ -159,7 +159,7 @@ def keep(quantized: Quantized, prior: Float[np.ndarray, " I"]) -> ResolvedCodes:
     return ResolvedCodes(codes=quantized.codes, order=listed)
 
 
-POLICIES: Mapping[str, Callable[[Quantized, Float[np.ndarray, " I"]], ResolvedCodes]] = {
+POLICIES: Mapping[str, Callable[[CodedItems, Float[np.ndarray, " I"]], ResolvedCodes]] = {
     "extra_level": extra_level,
     "reassign": reassign,
     "keep": keep,

@@ -55,8 +55,10 @@ class EncodeReport:
     """Number of new items that share a semantic ID because none was free."""
     distance: float
     """Mean squared distance of the new items to their last code, over that of the first items."""
+    num_first: int
+    """Number of items that the bundle was made from."""
     num_repeated: int | None
-    """Number of verified items that get the same semantic ID again; None without `verify`."""
+    """Number of these that get the same semantic ID again; None without `verify`."""
 
 
 def encode(folder: Path, items_path: Path, out: Path, options: EncodeOptions) -> EncodeReport:
@@ -112,6 +114,7 @@ def encode(folder: Path, items_path: Path, out: Path, options: EncodeOptions) ->
         num_silent=int(assigned.is_silent.sum()) if assigned else 0,
         num_shared=int(assigned.is_shared.sum()) if assigned else 0,
         distance=_relative_distance(known, assigned.items) if assigned else 1.0,
+        num_first=int((known.table.version == 1).sum()),
         num_repeated=num_repeated,
     )
 

@@ -28,16 +28,22 @@ _CELLS = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True)
-class Quantized:
-    """Codes of the items, with their codebooks and residuals."""
+class CodedItems:
+    """Codes of items, with what collisions are resolved by."""
 
     codes: Int64[np.ndarray, "I L"]
     codebook: tuple[Float32[np.ndarray, "_ E"], ...]
     """Centroids of each level."""
-    error: Float64[np.ndarray, " L"]
-    """Squared residual after each level, as a share of the variance of the embeddings."""
     last: Float32[np.ndarray, "I E"]
     """Input of the last level: the residual of all levels before it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantized(CodedItems):
+    """Codes of the items that codebooks were fitted to, with the fit's error."""
+
+    error: Float64[np.ndarray, " L"]
+    """Squared residual after each level, as a share of the variance of the embeddings."""
     projection: Projection
     """Map from embeddings to the space of the codebooks."""
 
