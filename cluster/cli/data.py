@@ -140,6 +140,14 @@ def sids(
     dimensions: Annotated[
         int, typer.Option(min=2, help="Dimensions of computed embeddings.")
     ] = 128,
+    sample: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Fit the codebooks to so many items, and read the others in parts from "
+            "--embeddings, an .npy file: for millions of items.",
+        ),
+    ] = None,
     max_without_signal: Annotated[
         float,
         typer.Option(
@@ -171,6 +179,7 @@ def sids(
             model=model,
             embeddings=embeddings,
             dimensions=dimensions,
+            sample=sample,
             max_without_signal=max_without_signal,
             seed=seed,
         ),

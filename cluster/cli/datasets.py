@@ -55,14 +55,16 @@ def assign_semantic_ids(folder: Path, recipe: "SemanticIdConfig", *, overwrite: 
     Raises:
         ConfigError, DataError: one sentence each; the folder is left unchanged.
     """
-    from orchard.data.semantic_ids import build  # loads faiss and scikit-learn
+    from orchard.data.semantic_ids import build, sampled  # loads faiss and scikit-learn
 
-    report = build.build(folder, recipe, overwrite=overwrite)
+    make = build.build if recipe.sample is None else sampled.build_sampled
+    report = make(folder, recipe, overwrite=overwrite)
     before, after = report["before"], report["after"]
+    sharing = report["items_sharing_an_embedding"]
     typer.echo(
         f"embeddings: {report['embedding']}, {report['recipe']['dimensions']} dimensions; "
-        f"{report['items_without_signal']} items without signal, "
-        f"{report['items_sharing_an_embedding']} share an embedding"
+        f"{report['items_without_signal']} items without signal"
+        + ("" if sharing is None else f", {sharing} share an embedding")
     )
     for name, quality in (("as quantised", before), ("with collisions settled", after)):
         typer.echo(

@@ -83,7 +83,7 @@ ADDED_SECTIONS = {"guide"}
 """Sections of settings that came after the recording."""
 ADDED_OPTIONS = {
     "orchard data import": {"--labels", "--encoding"},
-    "orchard data sids": {"--max-without-signal"},
+    "orchard data sids": {"--max-without-signal", "--sample INTEGER"},
     "orchard fit": {"--policy"},
 }
 """Options of commands that came after the recording."""

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypedDict
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Float32, Float64, Int64
+from jaxtyping import Bool, Float32, Float64
 
 from orchard import ragged
 from orchard.catalog import embeddings
@@ -59,6 +59,8 @@ class SemanticIdConfig:
     """File of embeddings to use instead of computing them."""
     dimensions: int = 128
     """Dimension of the computed embeddings."""
+    sample: int | None = None
+    """Number of items to fit the codebooks to (see `sampled.build_sampled`); all without it."""
     max_without_signal: float = 0.2
     """Largest share of items whose embedding may say nothing about them."""
     seed: int = 0
@@ -85,8 +87,8 @@ class SemanticIdReport(TypedDict):
     """Source of the embeddings, in words."""
     items_without_signal: int
     """Number of items whose embedding says nothing about them (see `embed.without_signal`)."""
-    items_sharing_an_embedding: int
-    """Number of items whose embedding is another item's, too."""
+    items_sharing_an_embedding: int | None
+    """Number of items whose embedding is another item's, too; None where it was not counted."""
     residual: list[float]
     """Share of the embeddings' variance that remains after each level."""
     before: CodeQuality
@@ -105,36 +107,12 @@ def build(folder: Path, recipe: SemanticIdConfig, *, overwrite: bool = False) ->
         DataError: there are no items, the items have semantic IDs already, or as `embed` and
             `quantize`.
     """
-    if recipe.collisions not in POLICIES:
-        raise ConfigError(
-            f"--collisions = {recipe.collisions!r}; choose from {', '.join(POLICIES)}"
-        )
-    if recipe.quantiser not in QUANTIZERS:
-        raise ConfigError(
-            f"--quantiser = {recipe.quantiser!r}; choose from {', '.join(QUANTIZERS)}"
-        )
-    if not recipe.levels or min(recipe.levels) < 2:
-        raise ConfigError(f"--levels = {recipe.levels}; each codebook needs at least 2 codes")
-    if len(recipe.levels) > MAX_LEVELS:
-        raise ConfigError(
-            f"--levels has {len(recipe.levels)} codebooks, at most {MAX_LEVELS} make sense: every "
-            "level is a forward pass of each search; use fewer and larger ones"
-        )
-    path = folder / "items.parquet"
-    items = read_table(path, role="items", columns=("item_id",), remedy="the data folder")
-    if "sid" in items.column_names and not overwrite:
-        raise DataError(f"the items of {path} have semantic IDs; pass --overwrite to replace them")
-    items = _in_first_order(items, path)
+    check_recipe(recipe)
+    items = read_items(folder, overwrite=overwrite)
     embedded = _embed(folder, items, recipe)
-    embedding, prior = embedded.vectors, _popularity(folder, items)
+    embedding, prior = embedded.vectors, popularity(folder, items)
     silent = embed.without_signal(embedding)
-    if silent.mean() > recipe.max_without_signal:
-        raise DataError(
-            f"the embeddings of {int(silent.sum())} of {len(silent)} items say nothing about them "
-            f"({embedded.origin}), such as item {items['item_id'][int(np.argmax(silent))]}; at "
-            f"most {recipe.max_without_signal:.0%} may: give --embeddings or --model, choose "
-            "another --source, or raise --max-without-signal"
-        )
+    check_signal(silent, items, recipe, embedded.origin)
     _, copies = np.unique(embedding, axis=0, return_counts=True)
     quantized = QUANTIZERS[recipe.quantiser](embedding, recipe.levels, seed=recipe.seed)
     resolved = POLICIES[recipe.collisions](quantized, prior)
@@ -153,10 +131,76 @@ def build(folder: Path, recipe: SemanticIdConfig, *, overwrite: bool = False) ->
         before=measure_codes(quantized.codes),
         after=measure_codes(resolved.codes),
     )
-    ids = items["item_id"].to_numpy().astype(np.int64)
-    _write_bundle(folder / BUNDLE, ids, recipe, embedded, quantized, resolved, prior, report)
-    _write(folder, items, resolved, embedding, report)
+    level = len(recipe.levels) - 1
+    table = ItemTable(
+        item_id=items["item_id"].to_numpy().astype(np.int64),
+        quantized=quantized.codes,
+        sid=resolved.codes,
+        prior=prior,
+        distance=assign.squared_distance(quantized, resolved.codes[:, level]),
+        nearest=assign.squared_distance(quantized, quantized.codes[:, level]),
+        version=np.ones(len(items), dtype=np.int64),
+    )
+    least = embed.least_length(embedding)
+    description = describe(
+        recipe, table, embedded.source, embedded.origin, embedding.shape[1], least
+    )
+    bundle.write(
+        folder / BUNDLE,
+        description,
+        quantized.projection,
+        quantized.codebook,
+        table,
+        report,
+        embedded.titles,
+    )
+    write_items(folder, items, resolved, report, embedding)
     return report
+
+
+def check_recipe(recipe: SemanticIdConfig) -> None:
+    """Raise ConfigError if a name is unknown or a codebook size is out of bounds."""
+    if recipe.collisions not in POLICIES:
+        raise ConfigError(
+            f"--collisions = {recipe.collisions!r}; choose from {', '.join(POLICIES)}"
+        )
+    if recipe.quantiser not in QUANTIZERS:
+        raise ConfigError(
+            f"--quantiser = {recipe.quantiser!r}; choose from {', '.join(QUANTIZERS)}"
+        )
+    if not recipe.levels or min(recipe.levels) < 2:
+        raise ConfigError(f"--levels = {recipe.levels}; each codebook needs at least 2 codes")
+    if len(recipe.levels) > MAX_LEVELS:
+        raise ConfigError(
+            f"--levels has {len(recipe.levels)} codebooks, at most {MAX_LEVELS} make sense: every "
+            "level is a forward pass of each search; use fewer and larger ones"
+        )
+
+
+def read_items(folder: Path, *, overwrite: bool) -> Any:
+    """Read the items of a data set, in the order before they had semantic IDs.
+
+    Raises:
+        DataError: there are none, or they have semantic IDs and `overwrite` is not set.
+    """
+    path = folder / "items.parquet"
+    items = read_table(path, role="items", columns=("item_id",), remedy="the data folder")
+    if "sid" in items.column_names and not overwrite:
+        raise DataError(f"the items of {path} have semantic IDs; pass --overwrite to replace them")
+    return _in_first_order(items, path)
+
+
+def check_signal(
+    silent: Bool[np.ndarray, " I"], items: Any, recipe: SemanticIdConfig, origin: str
+) -> None:
+    """Raise DataError if the embeddings of too many items say nothing about them."""
+    if silent.mean() > recipe.max_without_signal:
+        raise DataError(
+            f"the embeddings of {int(silent.sum())} of {len(silent)} items say nothing about them "
+            f"({origin}), such as item {items['item_id'][int(np.argmax(silent))]}; at "
+            f"most {recipe.max_without_signal:.0%} may: give --embeddings or --model, choose "
+            "another --source, or raise --max-without-signal"
+        )
 
 
 def _in_first_order(items: Any, path: Path) -> Any:
@@ -209,7 +253,7 @@ def _embed(folder: Path, items: Any, recipe: SemanticIdConfig) -> _Embedded:
     return _Embedded(vectors=vectors, source="interactions", origin="interactions, PPMI and SVD")
 
 
-def _popularity(folder: Path, items: Any) -> Float64[np.ndarray, " I"]:
+def popularity(folder: Path, items: Any) -> Float64[np.ndarray, " I"]:
     """Count how often each item is a target in train: the prior that orders colliding items."""
     path = folder / "train.parquet"
     ids = items["item_id"].to_numpy().astype(np.int64)
@@ -221,75 +265,60 @@ def _popularity(folder: Path, items: Any) -> Float64[np.ndarray, " I"]:
     return np.where(targets[position] == ids, count[position], 0).astype(np.float64)
 
 
-def _write_bundle(
-    folder: Path,
-    ids: Int64[np.ndarray, " I"],
+def describe(
     recipe: SemanticIdConfig,
-    embedded: _Embedded,
-    quantized: Quantized,
-    resolved: ResolvedCodes,
-    prior: Float64[np.ndarray, " I"],
-    report: SemanticIdReport,
-) -> None:
-    """Write version 1 of the tokenizer bundle."""
-    level = len(recipe.levels) - 1
-    table = ItemTable(
-        item_id=ids,
-        quantized=quantized.codes,
-        sid=resolved.codes,
-        prior=prior,
-        distance=assign.squared_distance(quantized, resolved.codes[:, level]),
-        nearest=assign.squared_distance(quantized, quantized.codes[:, level]),
-        version=np.ones(len(ids), dtype=np.int64),
-    )
+    table: ItemTable,
+    source: str,
+    origin: str,
+    dimensions: int,
+    least_length: float,
+) -> Description:
+    """Describe a tokenizer bundle of a recipe and its items."""
     # A level that counts colliding items has as many codes as the largest group.
-    further = (resolved.codes[:, level + 1 :].max(axis=0) + 1).tolist()
-    model = recipe.model if embedded.source == "model" else None
-    description = Description(
-        source=embedded.source,
-        origin=embedded.origin,
-        dimensions=embedded.vectors.shape[1],
-        least_length=embed.least_length(embedded.vectors),
+    further = (table.sid[:, len(recipe.levels) :].max(axis=0) + 1).tolist()
+    model = recipe.model if source == "model" else None
+    return Description(
+        source=source,
+        origin=origin,
+        dimensions=dimensions,
+        least_length=least_length,
         quantiser=recipe.quantiser,
         collisions=recipe.collisions,
         level_size=(*recipe.levels, *further),
         model=model.resolve().name if model else "",
         model_digest=bundle.digest_of_folder(model) if model else "",
     )
-    bundle.write(
-        folder,
-        description,
-        quantized.projection,
-        quantized.codebook,
-        table,
-        report,
-        embedded.titles,
-    )
 
 
-def _write(
+def write_items(
     folder: Path,
     items: Any,
     resolved: ResolvedCodes,
-    embedding: Float32[np.ndarray, "I E"],
     report: SemanticIdReport,
+    embedding: Float32[np.ndarray, "I E"] | None,
 ) -> None:
-    """Write all files under temporary names, then rename them, the items last."""
+    """Write all files under temporary names, then rename them, the items last.
+
+    Without `embedding`, no file of embeddings is written, and one of an earlier build is removed.
+    """
     table = items.drop_columns([n for n in ("sid", "sid_text") if n in items.column_names])
     table = table.append_column("sid", sid_column(resolved.codes))
     table = table.append_column("sid_text", sid_text_column(resolved.codes))
     ids = items["item_id"].to_numpy().astype(np.int64)
-    table = table.take(resolved.order)
     if (resolved.order != np.arange(len(ids))).any():
-        table = embeddings.record_order(table, ids)
-    # The embeddings stay in the first order of the items, which a file without identifiers has.
-    flat = pa.array(embedding.reshape(-1))
-    lists = pa.FixedSizeListArray.from_arrays(flat, embedding.shape[1]).cast(pa.list_(pa.float32()))
-    vectors = pa.table({"item_id": ids, "embedding": lists})
+        table = embeddings.record_order(table.take(resolved.order), ids)
     partial = {n: folder / f".{n}.partial" for n in (PICTURE, EMBEDDINGS, REPORT, "items.parquet")}
+    if embedding is None:
+        del partial[EMBEDDINGS]
+        (folder / EMBEDDINGS).unlink(missing_ok=True)
     try:
         draw(resolved.codes, report["residual"], partial[PICTURE])
-        pq.write_table(vectors, partial[EMBEDDINGS], compression="zstd")
+        if embedding is not None:
+            # They stay in the first order of the items, which a file without identifiers has.
+            flat = pa.array(embedding.reshape(-1))
+            lists = pa.FixedSizeListArray.from_arrays(flat, embedding.shape[1])
+            vectors = pa.table({"item_id": ids, "embedding": lists.cast(pa.list_(pa.float32()))})
+            pq.write_table(vectors, partial[EMBEDDINGS], compression="zstd")
         partial[REPORT].write_text(json.dumps(report, indent=2) + "\n")
         pq.write_table(table, partial["items.parquet"], compression="zstd")
         for name, path in partial.items():

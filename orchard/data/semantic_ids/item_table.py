@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from blake3 import blake3
 from jaxtyping import Bool, Float32, Float64, Int, Int64
@@ -110,11 +111,11 @@ def sid_column(sid: Int[np.ndarray, "I M"]) -> Any:
 
 def sid_text_column(sid: Int[np.ndarray, "I M"]) -> Any:
     """Return semantic IDs as a column of texts such as `<a_3><b_17>`."""
-    texts = [
-        "".join(f"<{chr(97 + level)}_{code}>" for level, code in enumerate(codes))
-        for codes in sid.tolist()
-    ]
-    return pa.array(texts, pa.string())
+    parts: list[Any] = []
+    for level, column in enumerate(sid.T):
+        before = "<" if level == 0 else "><"
+        parts += [f"{before}{chr(97 + level)}_", pc.cast(pa.array(column), pa.string())]
+    return pc.binary_join_element_wise(*parts, ">", "")
 
 
 def _lists(table: Int[np.ndarray, "I M"]) -> Any:

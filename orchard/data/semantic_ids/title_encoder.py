@@ -132,7 +132,8 @@ def reduced(
 ) -> Float32[np.ndarray, "I E"]:
     """Reduce a sparse matrix to the axes and normalize its rows."""
     if components is None:
-        return np.asarray(normalize(table).todense(), dtype=np.float32)
+        dense: Any = normalize(table)
+        return np.asarray(dense.todense(), dtype=np.float32)
     rows: Any = table @ components.T
     # What is left of a row that the retained dimensions do not hold is rounding.
     rows[np.linalg.norm(rows, axis=1) < _ROUNDING] = 0
