@@ -140,6 +140,14 @@ def sids(
     dimensions: Annotated[
         int, typer.Option(min=2, help="Dimensions of computed embeddings.")
     ] = 128,
+    sample: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Fit the codebooks to so many items, and read the others in parts from "
+            "--embeddings, an .npy file: for millions of items.",
+        ),
+    ] = None,
     max_without_signal: Annotated[
         float,
         typer.Option(
@@ -171,8 +179,65 @@ def sids(
             model=model,
             embeddings=embeddings,
             dimensions=dimensions,
+            sample=sample,
             max_without_signal=max_without_signal,
             seed=seed,
         ),
         overwrite=overwrite,
+    )
+
+
+@data.command()
+def encode(
+    bundle: Annotated[
+        Path, typer.Argument(help="Tokenizer bundle: the folder `sids` beside the items.")
+    ],
+    items: Annotated[
+        Path, typer.Argument(help="Items file (Parquet): new items, or all of a catalog.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Items file to write, with `sid` and `sid_text`.")],
+    append: Annotated[
+        bool, typer.Option("--append", help="Add the new items to the bundle as its next version.")
+    ] = False,
+    embeddings: Annotated[
+        Path | None,
+        typer.Option(
+            help="Embeddings of the new items, for a bundle made from embeddings or interactions: "
+            "files as for `orchard data sids`."
+        ),
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the sentence-transformers model that the bundle names."),
+    ] = None,
+    share_when_full: Annotated[
+        bool,
+        typer.Option(
+            "--share-when-full", help="Let a new item share a semantic ID where no code is free."
+        ),
+    ] = False,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify", help="Make the semantic IDs of the bundle's first items anew and compare."
+        ),
+    ] = False,
+) -> None:
+    """Give the items of a file the semantic IDs of a bundle; those that have one keep it."""
+    from cluster.cli import datasets
+
+    # Loads faiss and scikit-learn, which the other commands do not need.
+    from orchard.data.semantic_ids.encode import EncodeOptions
+
+    datasets.encode_items(
+        bundle,
+        items,
+        out,
+        EncodeOptions(
+            embeddings=embeddings,
+            model=model,
+            append=append,
+            share_when_full=share_when_full,
+            verify=verify,
+        ),
     )

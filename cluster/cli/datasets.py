@@ -15,6 +15,7 @@ from orchard.errors import ConfigError
 
 if TYPE_CHECKING:
     from orchard.data.semantic_ids.build import SemanticIdConfig
+    from orchard.data.semantic_ids.encode import EncodeOptions
 
 _MIB = 1 << 20
 
@@ -54,14 +55,16 @@ def assign_semantic_ids(folder: Path, recipe: "SemanticIdConfig", *, overwrite: 
     Raises:
         ConfigError, DataError: one sentence each; the folder is left unchanged.
     """
-    from orchard.data.semantic_ids import build  # loads faiss and scikit-learn
+    from orchard.data.semantic_ids import build, sampled  # loads faiss and scikit-learn
 
-    report = build.build(folder, recipe, overwrite=overwrite)
+    make = build.build if recipe.sample is None else sampled.build_sampled
+    report = make(folder, recipe, overwrite=overwrite)
     before, after = report["before"], report["after"]
+    sharing = report["items_sharing_an_embedding"]
     typer.echo(
         f"embeddings: {report['embedding']}, {report['recipe']['dimensions']} dimensions; "
-        f"{report['items_without_signal']} items without signal, "
-        f"{report['items_sharing_an_embedding']} share an embedding"
+        f"{report['items_without_signal']} items without signal"
+        + ("" if sharing is None else f", {sharing} share an embedding")
     )
     for name, quality in (("as quantised", before), ("with collisions settled", after)):
         typer.echo(
@@ -78,6 +81,46 @@ def assign_semantic_ids(folder: Path, recipe: "SemanticIdConfig", *, overwrite: 
             f"{level['single_child_share']:.0%} with one{rest}"
         )
     typer.echo(f"report: {folder / build.REPORT}, picture: {folder / build.PICTURE}")
+    typer.echo(f"tokenizer bundle: {folder / build.BUNDLE}, for new items: orchard data encode")
+
+
+def encode_items(bundle: Path, items: Path, out: Path, options: "EncodeOptions") -> None:
+    """Encode the items of a file with a tokenizer bundle, and print what became of them.
+
+    Raises:
+        ConfigError, DataError: one sentence each; the bundle is left unchanged.
+    """
+    from orchard.data.semantic_ids.encode import encode  # loads faiss and scikit-learn
+
+    report = encode(bundle, items, out, options)
+    typer.echo(f"{report.num_known} items have a semantic ID of the bundle and keep it")
+    typer.echo(
+        f"{report.num_new} items are new: {report.num_moved} of them took a free code instead of "
+        f"their nearest, {report.num_shared} share one"
+    )
+    if report.num_new:
+        typer.echo(
+            f"mean squared distance to the last code: {report.distance:.3g} times that of the "
+            "items that the bundle was made from"
+        )
+    if report.num_silent:
+        typer.echo(
+            f"warning: the embeddings of {report.num_silent} new items say nothing about them, so "
+            "their semantic IDs do not either; give them titles with known words, or fit anew",
+            err=True,
+        )
+    if report.num_repeated is not None:
+        typer.echo(
+            f"{report.num_repeated} of {report.num_first} items that the bundle was made from get "
+            "the same semantic ID again"
+        )
+    if report.num_new:
+        typer.echo(
+            f"bundle: version {report.version}, with the new items"
+            if options.append
+            else f"bundle: version {report.version}, unchanged; --append adds the new items"
+        )
+    typer.echo(f"items: {out}")
 
 
 def level_sizes(text: str) -> tuple[int, ...]:

@@ -87,6 +87,12 @@ def first_order(items: Path) -> Int64[np.ndarray, " I"] | None:
     return ids if order_digest(ids).encode() == recorded else None
 
 
+def is_in_first_order(items: Path, item_id: Int[np.ndarray, " I"]) -> bool:
+    """Return whether identifiers have the order that the items of a file had before any change."""
+    recorded = (pq.read_schema(items).metadata or {}).get(_ORDER)
+    return recorded is None or recorded == order_digest(item_id).encode()
+
+
 def order_digest(item_id: Int[np.ndarray, " I"]) -> str:
     """Return the SHA-256 of identifiers in their order."""
     return hashlib.sha256(np.ascontiguousarray(item_id, dtype=np.int64).tobytes()).hexdigest()

@@ -1,19 +1,23 @@
 """Resolve collisions: items whose codes are equal.
 
-Shapes:  I items   L levels   C codes of the last level   G members of one group
+Shapes:  I items   L levels   C codes of the last level   G members of one group   T other items
+         U codes of these below one prefix
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int, Int64
+from jaxtyping import Bool, Float, Int, Int64
 from scipy.optimize import linear_sum_assignment
 
 from orchard import ragged
-from orchard.data.semantic_ids.quantize import Quantized, distances
+from orchard.data.semantic_ids.quantize import CodedItems, distances
+
+_MOST = 1 << 62
+"""Largest number that `keys` may make."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,17 +29,33 @@ class ResolvedCodes:
     """Item rows in the order of the items file, which ranks items that share codes."""
 
 
+def keys(codes: Int[np.ndarray, "I L"]) -> Int64[np.ndarray, " I"]:
+    """Return a number for each row, equal for equal rows, ascending in their order.
+
+    Codes are -1 past the end of shorter rows. Only numbers of one call compare.
+    """
+    key, bound = np.zeros(len(codes), dtype=np.int64), 1
+    for column in codes.T:
+        size = int(column.max(initial=0)) + 2
+        if bound > _MOST // size:  # close the gaps between the numbers
+            key = np.unique(key, return_inverse=True)[1].reshape(-1).astype(np.int64)
+            bound = int(key.max(initial=0)) + 1
+        key, bound = key * size + (column.astype(np.int64) + 1), bound * size
+    return key
+
+
 def groups(codes: Int[np.ndarray, "I L"]) -> tuple[Int64[np.ndarray, " I"], Any]:
     """Sort items by codes; return the order and the starts of the groups of equal codes.
 
     The starts have one entry more than there are groups.
     """
-    _, group_of_item = np.unique(codes, axis=0, return_inverse=True)
-    group_of_item = group_of_item.reshape(-1)
-    return np.argsort(group_of_item, kind="stable"), ragged.starts(np.bincount(group_of_item))
+    key = keys(codes)
+    order = np.argsort(key, kind="stable")
+    first = np.flatnonzero(np.diff(key[order], prepend=-1))
+    return order, np.append(first, len(codes))
 
 
-def extra_level(quantized: Quantized, prior: Float[np.ndarray, " I"]) -> ResolvedCodes:
+def extra_level(quantized: CodedItems, prior: Float[np.ndarray, " I"]) -> ResolvedCodes:
     """Append a level with the rank of an item, by the prior, among those that share its codes."""
     codes = quantized.codes
     order, start = groups(codes)
@@ -48,7 +68,7 @@ def extra_level(quantized: Quantized, prior: Float[np.ndarray, " I"]) -> Resolve
     )
 
 
-def reassign(quantized: Quantized, prior: Float[np.ndarray, " I"]) -> ResolvedCodes:
+def reassign(quantized: CodedItems, prior: Float[np.ndarray, " I"]) -> ResolvedCodes:
     """Assign free codes of the last level to colliding items at the least total distance.
 
     MiniOneRec also reassigns on the last level, by Sinkhorn's algorithm, without a guarantee
@@ -56,26 +76,80 @@ def reassign(quantized: Quantized, prior: Float[np.ndarray, " I"]) -> ResolvedCo
     below its prefix keeps its code.
     """
     codes = quantized.codes.copy()
-    order, start = groups(codes)
-    colliding = np.zeros(len(codes), dtype=bool)  # [I] whether another item has the same codes
-    colliding[order] = np.repeat(np.diff(start) > 1, np.diff(start))
-    prefix_order, prefix_start = groups(codes[:, :-1])
-    for start_index, end_index in pairwise(prefix_start):
-        members = prefix_order[start_index:end_index]
-        colliding_members = members[colliding[members]]
-        if len(colliding_members) == 0:
-            continue
-        # [colliding members, C] distance of each residual to every code of the last level
-        cost = distances(quantized.last[colliding_members], quantized.codebook[-1])
-        is_free = np.ones(cost.shape[1], dtype=bool)
-        is_free[codes[members[~colliding[members]], -1]] = False
-        free_codes = np.flatnonzero(is_free)
-        row, column = linear_sum_assignment(cost[:, free_codes])
-        codes[colliding_members[row], -1] = free_codes[column]
+    codes[:, -1], _ = free_codes(quantized, np.empty((0, codes.shape[1]), dtype=np.int64))
     return keep(replace(quantized, codes=codes), prior)
 
 
-def keep(quantized: Quantized, prior: Float[np.ndarray, " I"]) -> ResolvedCodes:
+def free_codes(
+    quantized: CodedItems, taken: Int[np.ndarray, "T L"]
+) -> tuple[Int64[np.ndarray, " I"], Bool[np.ndarray, " I"]]:
+    """Give each item a code of the last level that no other item has below its prefix.
+
+    An item alone on a free code keeps it; the others of a prefix take those that are left, at the
+    least total squared distance.
+
+    Args:
+        quantized: the items.
+        taken: codes of other items, which stay as they are.
+
+    Returns:
+        The last codes, and which items were left without: they have the code of the quantizer.
+    """
+    last = quantized.codes[:, -1].copy()
+    left_without = np.zeros(len(last), dtype=bool)
+    for members, used in _below_prefixes(quantized.codes, taken):
+        is_free = np.ones(len(quantized.codebook[-1]), dtype=bool)
+        is_free[used] = False
+        own = last[members]
+        is_alone = is_free[own] & (np.bincount(own)[own] == 1)
+        if is_alone.all():
+            continue
+        is_free[own[is_alone]] = False
+        movers, free = members[~is_alone], np.flatnonzero(is_free)
+        # [movers, free codes] distance of each residual to every free code of the last level
+        cost = distances(quantized.last[movers], quantized.codebook[-1])[:, free]
+        row, column = linear_sum_assignment(cost)
+        last[movers[row]] = free[column]
+        left_without[np.delete(movers, row)] = True
+    return last, left_without
+
+
+def free_ranks(
+    quantized: CodedItems, taken: Int[np.ndarray, "T L1"], num_ranks: int
+) -> tuple[Int64[np.ndarray, " I"], Bool[np.ndarray, " I"]]:
+    """Give each item the lowest free rank, in their order, among those that share its codes.
+
+    Returns:
+        The ranks, and which items were left without one of `num_ranks`: they have the last rank.
+    """
+    rank = np.full(len(quantized.codes), num_ranks - 1, dtype=np.int64)
+    left_without = np.zeros(len(rank), dtype=bool)
+    extended = np.pad(quantized.codes, ((0, 0), (0, 1)))
+    for members, used in _below_prefixes(extended, taken):
+        free = np.setdiff1d(np.arange(num_ranks), used)[: len(members)]
+        rank[members[: len(free)]] = free
+        left_without[members[len(free) :]] = True
+    return rank, left_without
+
+
+def _below_prefixes(
+    codes: Int[np.ndarray, "I L"], taken: Int[np.ndarray, "T L"]
+) -> Iterator[tuple[Int64[np.ndarray, " G"], Int[np.ndarray, " U"]]]:
+    """Yield the items below each prefix, and the last codes that are taken there."""
+    key = keys(np.concatenate([codes[:, :-1], taken[:, :-1]]))
+    key, taken_key = key[: len(codes)], key[len(codes) :]
+    is_met = np.isin(taken_key, key)
+    taken_key, taken_last = taken_key[is_met], taken[is_met, -1]
+    order, taken_order = np.argsort(key, kind="stable"), np.argsort(taken_key, kind="stable")
+    key, taken_key, taken_last = key[order], taken_key[taken_order], taken_last[taken_order]
+    start = np.append(np.flatnonzero(np.diff(key, prepend=-1)), len(key))
+    first = np.searchsorted(taken_key, key[start[:-1]])
+    end = np.searchsorted(taken_key, key[start[:-1]], side="right")
+    for group, (begin, stop) in enumerate(pairwise(start)):
+        yield order[begin:stop], taken_last[first[group] : end[group]]
+
+
+def keep(quantized: CodedItems, prior: Float[np.ndarray, " I"]) -> ResolvedCodes:
     """Keep all codes; list items of higher prior first within a group of equal codes."""
     listed = np.arange(len(quantized.codes))
     order, start = groups(quantized.codes)
@@ -85,7 +159,7 @@ def keep(quantized: Quantized, prior: Float[np.ndarray, " I"]) -> ResolvedCodes:
     return ResolvedCodes(codes=quantized.codes, order=listed)
 
 
-POLICIES: Mapping[str, Callable[[Quantized, Float[np.ndarray, " I"]], ResolvedCodes]] = {
+POLICIES: Mapping[str, Callable[[CodedItems, Float[np.ndarray, " I"]], ResolvedCodes]] = {
     "extra_level": extra_level,
     "reassign": reassign,
     "keep": keep,

@@ -4,82 +4,43 @@ Shapes:  I items   E dimensions   R examples   H history items
 """
 
 import importlib
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import scipy.sparse as sparse
-from jaxtyping import Bool, Float32, Int64
-from sklearn.decomposition import TruncatedSVD
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.preprocessing import normalize
+from jaxtyping import Bool, Float32, Float64, Int64
 
 from orchard import ragged
 from orchard.catalog import embeddings
+from orchard.data.semantic_ids.title_encoder import TitleEncoder, axes, reduced
 from orchard.errors import ConfigError, DataError
 
-_SCRIPTS = (
-    "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff"
-    "\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-)
-"""Thai, Lao, Tibetan, Burmese, Khmer, Japanese and Chinese characters."""
-_UNSPACED = re.compile(f"[{_SCRIPTS}]")
-_WORDS = re.compile(f"[{_SCRIPTS}]+|[^\\W{_SCRIPTS}]+")
 _WINDOW = 5
 """Number of most recent history items that count as neighbors of the target."""
-_ROUNDING = 1e-6
-"""Length below which a reduced row of unit length is rounding."""
 
 
 def of_titles(title: Sequence[str], *, dimensions: int, seed: int) -> Float32[np.ndarray, "I E"]:
-    """Embed titles by TF-IDF of words and word pairs and a truncated SVD, with unit length.
+    """Embed titles by TF-IDF and a truncated SVD of their own (see `TitleEncoder.fit`).
 
-    Scripts that are written without spaces are read in pairs of characters. Where the words of a
-    title are no other's, or it has none, characters and their sequences of up to three are added
-    for all titles. A title that still shares nothing has a zero vector (see `without_signal`).
+    A title that shares nothing has a zero vector (see `without_signal`).
 
     Raises:
         DataError: an item has no title, or the titles share no characters.
     """
+    check_titles(title)
+    return TitleEncoder.fit(title, dimensions=dimensions, seed=seed).embed(title)
+
+
+def check_titles(title: Sequence[str]) -> None:
+    """Raise DataError if an item has no title."""
     untitled = [row for row, text in enumerate(title) if not text.strip()]
     if untitled:
         raise DataError(
             f"item row {untitled[0]} has no title ({len(untitled)} of {len(title)} items); "
             "add titles, or take --source interactions"
         )
-    min_titles = 2 if len(title) > 100 else 1  # a word of a single title relates no items
-    words = _tfidf(title, min_titles, tokenizer=tokens, token_pattern=None, ngram_range=(1, 2))
-    if words is not None and (words.getnnz(axis=1) > 0).all():
-        return _reduced(words, dimensions, seed)
-    characters = _tfidf(title, min_titles, analyzer="char", ngram_range=(1, 3))
-    tables = [table for table in (words, characters) if table is not None]
-    if not tables:
-        raise DataError(
-            "the titles have no characters in common; take --source interactions, or --embeddings"
-        )
-    return _reduced(normalize(sparse.hstack(tables).tocsr()), dimensions, seed)
-
-
-def tokens(text: str) -> list[str]:
-    """Return the words of a text, and pairs of characters of scripts without spaces."""
-    parts: list[str] = []
-    for part in _WORDS.findall(text):
-        if _UNSPACED.match(part) and len(part) > 1:
-            parts += (part[i : i + 2] for i in range(len(part) - 1))
-        else:
-            parts.append(part)
-    return parts
-
-
-def _tfidf(title: Sequence[str], min_titles: int, **options: Any) -> Any:
-    """Return the TF-IDF table of titles, or None if no feature is in `min_titles` of them."""
-    vectorizer = TfidfVectorizer(sublinear_tf=True, min_df=min_titles, **options)
-    try:
-        return vectorizer.fit_transform(title)
-    except ValueError:  # no feature is left
-        return None
 
 
 def without_signal(vectors: Float32[np.ndarray, "I E"]) -> Bool[np.ndarray, " I"]:
@@ -87,8 +48,18 @@ def without_signal(vectors: Float32[np.ndarray, "I E"]) -> Bool[np.ndarray, " I"
 
     Those that `of_interactions` draws at random are.
     """
-    norm = np.sqrt(np.einsum("ie,ie->i", vectors, vectors, dtype=np.float64))
-    return norm <= 0.1 * np.median(norm[norm > 0]) if (norm > 0).any() else norm >= 0
+    return lengths(vectors) <= least_length(vectors)
+
+
+def least_length(vectors: Float32[np.ndarray, "I E"]) -> float:
+    """Return the length up to which an embedding is too small beside others to matter."""
+    length = lengths(vectors)
+    return float(0.1 * np.median(length[length > 0])) if (length > 0).any() else 0.0
+
+
+def lengths(vectors: Float32[np.ndarray, "I E"]) -> Float64[np.ndarray, " I"]:
+    """Return the Euclidean length of each embedding."""
+    return np.sqrt(np.einsum("ie,ie->i", vectors, vectors, dtype=np.float64))
 
 
 def of_model(title: Sequence[str], folder: Path) -> Float32[np.ndarray, "I E"]:
@@ -146,20 +117,8 @@ def of_interactions(
     expected = total[pairs.row] * total[pairs.col] / total.sum()
     ppmi = np.maximum(np.log(pairs.data / expected), 0)
     table: Any = sparse.csr_array((ppmi, (pairs.row, pairs.col)), shape=pairs.shape)
-    vectors = _reduced(table, dimensions, seed)
+    vectors = reduced(table, axes(table, dimensions, seed))
     isolated = np.flatnonzero(~vectors.any(axis=1))
     noise = np.random.default_rng(seed).standard_normal((len(isolated), vectors.shape[1]))
     vectors[isolated] = 1e-3 * noise
     return vectors
-
-
-def _reduced(table: Any, dimensions: int, seed: int) -> Float32[np.ndarray, "I E"]:
-    """Reduce a sparse matrix by a truncated SVD and normalize its rows."""
-    width = min(dimensions, min(table.shape) - 1)
-    if width < 1:
-        dense: Any = normalize(table)
-        return np.asarray(dense.todense(), dtype=np.float32)
-    reduced: Any = TruncatedSVD(width, random_state=seed).fit_transform(table)
-    # What is left of a row that the retained dimensions do not hold is rounding.
-    reduced[np.linalg.norm(reduced, axis=1) < _ROUNDING] = 0
-    return np.asarray(normalize(reduced), dtype=np.float32)

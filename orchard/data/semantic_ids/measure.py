@@ -1,6 +1,6 @@
 """Measure and plot the quality of semantic IDs.
 
-Shapes:  I items   L levels
+Shapes:  I items   L levels   P distinct prefixes
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int
 from matplotlib.figure import Figure
 
-from orchard.data.semantic_ids.collisions import groups
+from orchard.data.semantic_ids.collisions import groups, keys
 
 
 class LevelQuality(TypedDict):
@@ -47,7 +47,7 @@ def measure_codes(codes: Int[np.ndarray, "I L"]) -> CodeQuality:
         used, count = np.unique(reaching[:, level], return_counts=True)
         share = count / count.sum()
         # distinct prefixes that include this level; their parents group them by children
-        prefixes = np.unique(reaching[:, : level + 1], axis=0)
+        prefixes = _distinct(reaching[:, : level + 1])
         children = np.diff(groups(prefixes[:, :level])[1]) if level else np.array([len(used)])
         levels.append(
             LevelQuality(
@@ -69,6 +69,11 @@ def measure_codes(codes: Int[np.ndarray, "I L"]) -> CodeQuality:
     )
 
 
+def _distinct(codes: Int[np.ndarray, "I L"]) -> Int[np.ndarray, "P L"]:
+    """Return the distinct rows in ascending order."""
+    return codes[np.unique(keys(codes), return_index=True)[1]]
+
+
 def draw(codes: Int[np.ndarray, "I L"], error: Sequence[float], path: Path) -> None:
     """Plot the use of each level's codes, the children of its prefixes, and the residual."""
     figure = Figure(figsize=(11, 3.4), layout="constrained")
@@ -78,7 +83,7 @@ def draw(codes: Int[np.ndarray, "I L"], error: Sequence[float], path: Path) -> N
         count = np.sort(np.bincount(reaching[:, level]))[::-1]
         axes[0].plot(count[count > 0], label=f"level {level + 1}")
         if level:
-            prefixes = np.unique(reaching[:, : level + 1], axis=0)
+            prefixes = _distinct(reaching[:, : level + 1])
             children = np.sort(np.diff(groups(prefixes[:, :level])[1]))[::-1]
             axes[1].plot(np.linspace(0, 1, len(children)), children, color=f"C{level}")
     axes[0].set(xlabel="code, by use", ylabel="items", yscale="log", title="Use of codes")

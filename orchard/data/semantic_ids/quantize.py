@@ -15,24 +15,37 @@ import faiss
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
+from orchard.data.semantic_ids.projection import Projection
 from orchard.errors import DataError
 
 _faiss: Any = faiss
 _ITERATIONS = 25
 _BALANCED_ITERATIONS = 10
+_TIE = 1e-5
+"""Difference of two distances, relative to the squared lengths, that float32 may misjudge."""
+_CELLS = 1 << 22
+"""Differences of coordinates that are held at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Quantized:
-    """Codes of the items, with their codebooks and residuals."""
+class CodedItems:
+    """Codes of items, with what collisions are resolved by."""
 
     codes: Int64[np.ndarray, "I L"]
     codebook: tuple[Float32[np.ndarray, "_ E"], ...]
     """Centroids of each level."""
-    error: Float64[np.ndarray, " L"]
-    """Squared residual after each level, as a share of the variance of the embeddings."""
     last: Float32[np.ndarray, "I E"]
     """Input of the last level: the residual of all levels before it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantized(CodedItems):
+    """Codes of the items that codebooks were fitted to, with the fit's error."""
+
+    error: Float64[np.ndarray, " L"]
+    """Squared residual after each level, as a share of the variance of the embeddings."""
+    projection: Projection
+    """Map from embeddings to the space of the codebooks."""
 
 
 def quantize(
@@ -48,7 +61,8 @@ def quantize(
         DataError: there are fewer distinct embeddings than codes at a level.
     """
     check_sizes(embedding, sizes)
-    residual = embedding - embedding.mean(axis=0)
+    projection = Projection(mean=embedding.mean(axis=0))
+    residual = projection(embedding)
     variance = float((residual.astype(np.float64) ** 2).sum())
     codes: list[Int64[np.ndarray, " I"]] = []
     books: list[Float32[np.ndarray, "_ E"]] = []
@@ -56,9 +70,10 @@ def quantize(
     level_input = residual
     for level, size in enumerate(sizes):
         book = centroids(residual, size, seed + level)
-        code = _nearest(residual, book)
         if balanced:
             book, code = _balance(residual, book)
+        else:
+            code = nearest(residual, book)
         level_input, residual = residual, residual - book[code]
         codes.append(code)
         books.append(book)
@@ -68,7 +83,31 @@ def quantize(
         codebook=tuple(books),
         error=np.array(errors),
         last=level_input,
+        projection=projection,
     )
+
+
+def residual_codes(
+    points: Float32[np.ndarray, "I E"],
+    books: Sequence[Float32[np.ndarray, "_ E"]],
+    *,
+    balanced: bool = False,
+) -> tuple[Int64[np.ndarray, "I L"], Float32[np.ndarray, "I E"]]:
+    """Assign codes of fitted codebooks, level by level; return them and the last level's input.
+
+    Plain codes of a point do not depend on the points beside it, balanced ones do: they are those
+    of the items that the codebooks were fitted to.
+    """
+    codes: list[Int64[np.ndarray, " I"]] = []
+    residual = level_input = points
+    for book in books:
+        if balanced:
+            code = match(distances(residual, book), _capacity(points, book))
+        else:
+            code = nearest(residual, book)
+        level_input, residual = residual, residual - book[code]
+        codes.append(code)
+    return np.stack(codes, axis=1), level_input
 
 
 def check_sizes(embedding: Float32[np.ndarray, "I E"], sizes: Sequence[int]) -> None:
@@ -97,12 +136,29 @@ def centroids(
     return np.asarray(kmeans.centroids, dtype=np.float32)
 
 
-def _nearest(
+def nearest(
     points: Float32[np.ndarray, "I E"], book: Float32[np.ndarray, "C E"]
 ) -> Int64[np.ndarray, " I"]:
+    """Return the nearest code of each point, the lower one of a tie.
+
+    The result for a point does not depend on the points beside it: near ties, which the blocks of a
+    matrix product in float32 decide differently, are decided in float64.
+    """
     index = _faiss.IndexFlatL2(book.shape[1])
-    index.add(book)
-    return index.search(np.ascontiguousarray(points), 1)[1][:, 0].astype(np.int64)
+    index.add(np.ascontiguousarray(book))
+    points = np.ascontiguousarray(points)
+    distance, found = index.search(points, min(2, len(book)))
+    code = found[:, 0].astype(np.int64)
+    if len(book) == 1:
+        return code
+    length = np.einsum("ie,ie->i", points, points) + np.einsum("ce,ce->c", book, book).max()
+    close = np.flatnonzero(~(distance[:, 1] - distance[:, 0] > _TIE * length))
+    exact_book, step = book.astype(np.float64), max(1, _CELLS // book.size)
+    for first in range(0, len(close), step):
+        rows = close[first : first + step]
+        difference = points[rows, None, :].astype(np.float64) - exact_book  # [rows, C, E]
+        code[rows] = (difference**2).sum(axis=-1).argmin(axis=1)
+    return code
 
 
 def distances(
@@ -116,7 +172,7 @@ def _balance(
     points: Float32[np.ndarray, "I E"], book: Float32[np.ndarray, "C E"]
 ) -> tuple[Float32[np.ndarray, "C E"], Int64[np.ndarray, " I"]]:
     """Alternate balanced matching and centroid updates; return centroids and codes."""
-    capacity = -(-len(points) // len(book))
+    capacity = _capacity(points, book)
     code = match(distances(points, book), capacity)
     for _ in range(_BALANCED_ITERATIONS):
         order = np.argsort(code, kind="stable")
@@ -128,6 +184,11 @@ def _balance(
             break
         code = new_code
     return book, code
+
+
+def _capacity(points: Float32[np.ndarray, "I E"], book: Float32[np.ndarray, "C E"]) -> int:
+    """Return the most items of a balanced code."""
+    return -(-len(points) // len(book))
 
 
 def match(distance: Float32[np.ndarray, "I C"], most: int) -> Int64[np.ndarray, " I"]:

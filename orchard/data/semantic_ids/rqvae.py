@@ -20,7 +20,8 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
-from orchard.data.semantic_ids.quantize import Quantized, centroids, check_sizes
+from orchard.data.semantic_ids.projection import Projection
+from orchard.data.semantic_ids.quantize import Quantized, centroids, check_sizes, residual_codes
 
 _WIDTHS = (256, 32)
 """Width of the hidden layer and of the latent vector."""
@@ -107,23 +108,34 @@ def quantize_learned(
         DataError: there are fewer distinct embeddings than codes at a level.
     """
     check_sizes(embedding, sizes)
-    centered = embedding - embedding.mean(axis=0)
-    points = torch.from_numpy(centered / centered.std())
+    mean = embedding.mean(axis=0)
+    centered = embedding - mean
+    scale = centered.std()
+    points = torch.from_numpy(centered / scale)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _train(points, sizes, seed)
+    books = tuple(book.detach().numpy() for book in model.books)
+    linear = [layer for layer in model.encoder if isinstance(layer, nn.Linear)]
+    projection = Projection(
+        mean=mean,
+        scale=float(scale),
+        layers=tuple((layer.weight.numpy(), layer.bias.numpy()) for layer in linear),
+    )
+    codes, last = residual_codes(projection(embedding), books)
     with torch.no_grad():
-        codes, vectors, residuals = model.quantize(model.encoder(points))
+        vectors = torch.stack([b[codes[:, level]] for level, b in enumerate(model.books)])
         partial_reconstructions = (model.decoder(partial_sum) for partial_sum in vectors.cumsum(0))
         error = [
             float(((reconstruction - points).double() ** 2).mean())
             for reconstruction in partial_reconstructions
         ]
     return Quantized(
-        codes=codes.numpy(),
-        codebook=tuple(book.detach().numpy() for book in model.books),
+        codes=codes,
+        codebook=books,
         error=np.array(error) / float((points.double() ** 2).mean()),
-        last=residuals[-1].numpy(),
+        last=last,
+        projection=projection,
     )
 
 

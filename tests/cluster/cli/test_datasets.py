@@ -37,7 +37,16 @@ def test_a_log_is_imported_by_one_command(
     assert "choose auto, titles" in fails(["data", "sids", out, "--source", "x"], capsys)
     assert "no list of sizes" in fails(["data", "sids", out, "--levels", "2x2"], capsys)
     main(["data", "sids", out, "--levels", "2,2", "--collisions", "extra_level"])
-    assert "6 distinct of 6 items, 0 share theirs" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "6 distinct of 6 items, 0 share theirs" in shown
+    assert f"tokenizer bundle: {out}/sids" in shown
+    encode = ["data", "encode", f"{out}/sids", f"{out}/items.parquet", f"{out}/again.parquet"]
+    assert "cannot embed an item by itself" in fails([*encode, "--verify"], capsys)
+    vectors = f"{out}/embeddings.parquet"
+    main([*encode, "--verify", "--append", "--embeddings", vectors])
+    shown = capsys.readouterr().out
+    assert "6 items have a semantic ID of the bundle and keep it" in shown
+    assert "6 of 6 items that the bundle was made from get the same semantic ID again" in shown
 
 
 def test_the_import_says_what_it_did_and_fills_the_working_folder(

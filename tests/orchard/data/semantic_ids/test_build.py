@@ -18,7 +18,7 @@ pytest.importorskip("sklearn", reason="scikit-learn is not installed; `make env`
 
 from orchard import ragged
 from orchard.catalog import catalog as catalogs
-from orchard.data.semantic_ids import embed, rqvae
+from orchard.data.semantic_ids import embed, rqvae, title_encoder
 from orchard.data.semantic_ids.build import (
     EMBEDDINGS,
     PICTURE,
@@ -35,6 +35,7 @@ from orchard.data.semantic_ids.collisions import (
     reassign,
 )
 from orchard.data.semantic_ids.measure import measure_codes
+from orchard.data.semantic_ids.projection import Projection
 from orchard.data.semantic_ids.quantize import Quantized, distances, match, quantize
 from orchard.errors import ConfigError, DataError
 
@@ -51,7 +52,13 @@ def of_codes(codes: list[list[int]], *, last: int = 4) -> Quantized:
     """Codes whose items lie on the centroids of their last level, on a line."""
     book = np.arange(last, dtype=np.float32)[:, None]
     table = np.array(codes)
-    return Quantized(codes=table, codebook=(book, book), error=np.zeros(2), last=book[table[:, -1]])
+    return Quantized(
+        codes=table,
+        codebook=(book, book),
+        error=np.zeros(2),
+        last=book[table[:, -1]],
+        projection=Projection(mean=np.zeros(1, dtype=np.float32)),
+    )
 
 
 def test_levels_find_the_scales_of_the_data() -> None:
@@ -382,8 +389,8 @@ def test_titles_of_any_script_have_a_signal(script: str) -> None:
 
 
 def test_words_are_read_as_before_where_every_title_shares_one() -> None:
-    assert embed.tokens("oak-table no. 5") == ["oak", "table", "no", "5"]
-    assert embed.tokens("Sony赤の椅子 x") == ["Sony", "赤の", "の椅", "椅子", "x"]
+    assert title_encoder.tokens("oak-table no. 5") == ["oak", "table", "no", "5"]
+    assert title_encoder.tokens("Sony赤の椅子 x") == ["Sony", "赤の", "の椅", "椅子", "x"]
 
 
 def test_items_without_signal_are_counted_and_bounded(tmp_path: Path) -> None:
