@@ -198,7 +198,8 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
 
     Raises:
         ConfigError, DataError, CatalogError, CheckpointError: one sentence each.
-        EngineError: an engine is needed on this machine and cannot run.
+        EngineError: an engine is needed on this machine and cannot run, or searches and updates do
+            not reproduce the policy's arithmetic.
     """
     check_names(settings)
     check_engines(settings, phase)
@@ -250,6 +251,7 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
         traces = rationales.tokenize_rationales(
             reasons, text_tokenizer, cap=settings.rollout.think.block_tokens
         )
+    text_policy.check_arithmetic(policy)
     text_policy.check_adapters(settings, tokenizer, policy)
     tasks = None
     if phase == "sft":
