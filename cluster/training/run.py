@@ -298,7 +298,7 @@ def new_tokenizer(
     if scratch.is_dir():
         return item_tokenizer.read_tokenizer(scratch)
     prompt = settings.prompt
-    texts = [block for blocks in reasons or [catalog.title] for block in blocks]
+    texts = ["".join(block) for blocks in reasons or [catalog.title] for block in blocks]
     if prompt.history is not None:
         texts += [prompt.history, prompt.separator, prompt.titles, prompt.title, prompt.item]
     return rationales.text_tokenizer(catalog, texts, size=settings.model.text_tokens)

@@ -261,6 +261,8 @@ def _start(folder: Path, config: RolloutConfig, ranks: int, *, longest: int, see
             max_logprobs=-1,
             max_model_len=-1,
             max_num_seqs=1024,
+            # One group of pages for layers with and without windows; the kernels apply windows.
+            disable_hybrid_kv_cache_manager=True,
             max_num_batched_tokens=max_batched_tokens,
             **memory,
         )
