@@ -195,11 +195,11 @@ class Service:
         """Set all gauges; Ray forgets one that is not set again and again."""
         gauge = self.metrics.set
         for name, slot in self.slots.items():
-            gauge("orchard_serve_policy_step", slot.version.step, variant=name)
+            gauge("orchard_serve_policy_step", float(slot.version.step), variant=name)
             gauge("orchard_serve_policy_refused", float(bool(slot.refused)), variant=name)
-        gauge("orchard_serve_catalogue_version", self.catalog_store.current.version)
+        gauge("orchard_serve_catalogue_version", float(self.catalog_store.current.version))
         gauge("orchard_serve_catalogue_refused", float(bool(self.catalog_refused)))
-        gauge("orchard_serve_queue_rows", self._scheduler.waiting_rows)
+        gauge("orchard_serve_queue_rows", float(self._scheduler.waiting_rows))
 
     async def _history_of(self, request: RecommendRequest) -> list[int]:
         """Return the history of the request, or that of its user from the store."""
