@@ -66,7 +66,8 @@ def test_item_ids_beyond_the_numbers_of_javascript_survive() -> None:
 
 NARROW = """<!doctype html><iframe id="page" src="/" width="390" height="800"></iframe>
 <pre id="said">nothing</pre><script>
-const page = document.getElementById("page"), wait = () => new Promise(done => setTimeout(done, 100));
+const page = document.getElementById("page");
+const wait = () => new Promise(done => setTimeout(done, 100));
 page.onload = async () => {
   const inner = page.contentDocument, shown = selector => inner.querySelector(selector);
   while (!shown("tr button")) await wait();
