@@ -13,6 +13,7 @@ from learner.logprobs import choice_logprobs, score_choices, tree_mask
 from learner.value import state_values
 from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.policy.model import head_weight, hidden_states
+from orchard.policy.tree_check import check_trees
 from orchard.policy.value_head import value_head_of
 from orchard.types import TrainBatch
 
@@ -37,8 +38,12 @@ class LogprobModel(nn.Module):
             distribution: default normalization of codes, "trie" or "full" (`choice_logprobs`).
             detach: keep the value head's gradient out of the rest of the policy.
             temperature: sampling temperature of free text.
+
+        Raises:
+            EngineError: packed trees do not reproduce the policy's own forward pass.
         """
         super().__init__()
+        check_trees(policy)
         self.policy = policy
         self._context: tuple[ItemTokenizer, Literal["trie", "full"]]
         self._context = (tokenizer, distribution)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,15 @@ from jaxtyping import Float64, Int32
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split, WhitespaceSplit
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from orchard import ragged
 from orchard.catalog import catalog as catalogs
@@ -184,6 +193,35 @@ def tiny_setup(
     model, item_tokenizer = tiny_policy(catalog, seed=seed)
     prompts = tiny_prompts(catalog, lengths, seed=seed)
     return TinySetup(catalog=catalog, model=model, tokenizer=item_tokenizer, prompts=prompts)
+
+
+def with_windows(world: TinySetup, *, window: int = 4, mixed: bool = False) -> TinySetup:
+    """Give a setup a policy with sliding windows: Mistral, or Gemma 3 with `mixed` layers."""
+    sizes: dict[str, Any] = {
+        "vocab_size": world.tokenizer.size,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "max_position_embeddings": models.POSITIONS,
+        "sliding_window": window,
+        "pad_token_id": world.tokenizer.pad,
+        "bos_token_id": world.tokenizer.bos,
+        "eos_token_id": None,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if mixed:
+            kinds = ["sliding_attention", "full_attention"]
+            model = Gemma3ForCausalLM(Gemma3TextConfig(**sizes, layer_types=kinds))
+        else:
+            model = MistralForCausalLM(MistralConfig(**sizes))
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.data.normal_(0.0, 0.2)
+    return replace(world, model=model.float().eval())
 
 
 def tiny_title_tokenizer() -> PreTrainedTokenizerBase:

@@ -11,7 +11,9 @@
 | orchard_serve_beam_fill | histogram | variant: beam rows of a batch over the budget |
 | orchard_serve_queue_rows | gauge | |
 | orchard_serve_policy_step | gauge | variant |
+| orchard_serve_policy_refused | gauge | variant: 1 while the policy in the folder is refused |
 | orchard_serve_catalogue_version | gauge | |
+| orchard_serve_catalogue_refused | gauge | 1 while the last delta of the ledger is refused |
 """
 
 from collections import Counter, defaultdict
@@ -32,7 +34,9 @@ HISTOGRAMS = {
 GAUGES = {
     "orchard_serve_queue_rows": (),
     "orchard_serve_policy_step": ("variant",),
+    "orchard_serve_policy_refused": ("variant",),
     "orchard_serve_catalogue_version": (),
+    "orchard_serve_catalogue_refused": (),
 }
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)

@@ -99,6 +99,7 @@ class Service:
         for name in self.slots:
             await self._scheduler.warm(self._resolve(warmup, [], name))
         self._following = asyncio.create_task(self._follow())
+        self._set_gauges()
         self.ready = True
 
     async def close(self) -> None:
@@ -188,10 +189,17 @@ class Service:
                     await self._in_loader(self._exposure.flush)
             except Exception:
                 _log.exception("following failed; retrying in %g s", self.config.poll_interval_s)
-            for name, slot in self.slots.items():
-                self.metrics.set("orchard_serve_policy_step", slot.version.step, variant=name)
-            self.metrics.set("orchard_serve_catalogue_version", self.catalog_store.current.version)
-            self.metrics.set("orchard_serve_queue_rows", self._scheduler.waiting_rows)
+            self._set_gauges()
+
+    def _set_gauges(self) -> None:
+        """Set all gauges; Ray forgets one that is not set again and again."""
+        gauge = self.metrics.set
+        for name, slot in self.slots.items():
+            gauge("orchard_serve_policy_step", float(slot.version.step), variant=name)
+            gauge("orchard_serve_policy_refused", float(bool(slot.refused)), variant=name)
+        gauge("orchard_serve_catalogue_version", float(self.catalog_store.current.version))
+        gauge("orchard_serve_catalogue_refused", float(bool(self.catalog_refused)))
+        gauge("orchard_serve_queue_rows", float(self._scheduler.waiting_rows))
 
     async def _history_of(self, request: RecommendRequest) -> list[int]:
         """Return the history of the request, or that of its user from the store."""

@@ -9,6 +9,7 @@ import math
 import threading
 import time
 from collections import Counter as Counts
+from collections import deque
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, SupportsFloat, runtime_checkable
@@ -35,7 +36,11 @@ TARGETS = Path("prometheus") / "targets.json"
 REASONS = ("died", "deadline", "raised", "unfit")
 """Reasons for which a call of a pool fails."""
 
+LAST_SCRAPE_S = 60.0
+"""Maximum time that a run that has ended waits for the scrape that sees its end."""
+
 READ_AT_SCRAPE = (
+    "orchard_end_timestamp_seconds",
     "orchard_restarts_total",
     "orchard_pool_failures_total",
     "orchard_pool_actors",
@@ -76,6 +81,8 @@ class Exporter(Collector):
         self._learner_restarts = 0
         self._server: Any = None
         self._targets: Path | None = None
+        self._end_time, self._end_scraped = 0.0, threading.Event()
+        self._scrape_times: deque[float] = deque(maxlen=2)  # of the last two, monotonic
         self._registry.register(self)
         for name in ("orchard_start_timestamp_seconds", "orchard_checkpoint_timestamp_seconds"):
             self.set(name, time.time())
@@ -130,7 +137,20 @@ class Exporter(Collector):
         return port
 
     def close(self) -> None:
-        """Stop listening and remove the address from the run folder."""
+        """Export the end of the run, stop listening, and remove the address from the run folder.
+
+        Where a Prometheus scrapes, this waits for its next scrape, up to `LAST_SCRAPE_S`: a run
+        whose end was never scraped is taken for one that was killed.
+        """
+        self._end_time = time.time()
+        try:
+            if self._server is not None and self._end_scraped.wait(self._until_next_scrape()):
+                time.sleep(0.5)  # the answer that names the end is still on its way
+        finally:  # also where a second signal ends the wait
+            self._stop()
+
+    def _stop(self) -> None:
+        """Stop listening and remove the address, without a word of an end."""
         if self._server is not None:
             # In a separate thread, since shutdown waits for the request in progress.
             threading.Thread(target=self._server.shutdown, daemon=True).start()
@@ -142,10 +162,13 @@ class Exporter(Collector):
     def collect(self) -> Iterable[Any]:
         """Return the current state of the pools; called by the Prometheus client at each scrape."""
         families = {name: self._family(BY_NAME[name]) for name in READ_AT_SCRAPE}
+        self._scrape_times.append(time.monotonic())
 
         def add(name: str, value: SupportsFloat, *labels: str) -> None:
             families[name].add_metric([self._run, *labels], float(value))
 
+        end_time = self._end_time
+        add("orchard_end_timestamp_seconds", end_time)
         add("orchard_restarts_total", self._learner_restarts, "learner")
         for name, pools in list(self._pools.items()):  # the event loop may add one concurrently
             newest = pools[-1]
@@ -165,7 +188,19 @@ class Exporter(Collector):
             zeros = {(method, reason): 0 for method in methods for reason in REASONS}
             for (method, reason), count in (zeros | failures).items():
                 add("orchard_pool_failures_total", count, name, method, reason)
+        if end_time:
+            self._end_scraped.set()
         return families.values()
+
+    def _until_next_scrape(self) -> float:
+        """Return how long to wait for the next scrape, in seconds; 0 if nobody scrapes."""
+        if not self._scrape_times:
+            return 0.0
+        first, last = self._scrape_times[0], self._scrape_times[-1]
+        interval = last - first if last > first else LAST_SCRAPE_S
+        # One scrape may be late; a scraper that missed two is gone.
+        left = 2 * interval - (time.monotonic() - last)
+        return min(max(left, 0.0), LAST_SCRAPE_S)
 
     def describe(self) -> Iterable[Any]:
         """Return nothing, so that registration does not call `collect`."""

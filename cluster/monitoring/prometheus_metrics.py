@@ -47,6 +47,11 @@ def _histogram(name: str, help: str, logged: str, buckets: tuple[float, ...]) ->
 METRICS = (
     # Lifecycle of the run.
     _gauge("orchard_start_timestamp_seconds", "Time at which this process started on the run."),
+    _gauge(
+        "orchard_end_timestamp_seconds",
+        "Time at which this process ended its work on the run in order, also by an error of its "
+        "own; 0 until then.",
+    ),
     _counter("orchard_steps_total", "Updates or epochs done by this process.", None, "phase"),
     _gauge("orchard_step", "Updates or epochs done by the run.", None, "phase"),
     _gauge(

@@ -20,6 +20,7 @@ from cluster.actors.session import address_of, cpus_needed
 from cluster.training.run import Run
 from orchard.data.prompts import make_prompts
 from orchard.policy import model, value_head
+from orchard.policy.attention import position_limit
 from orchard.settings import Config
 from rollout.engine.registry import ENGINES
 
@@ -219,7 +220,8 @@ def refusals_of(
 def sizes_of(run: Run) -> Sizes:
     """Measure the run's policy, without reading its weights, and its data."""
     policy = skeleton(run)
-    hidden = int(policy.config.hidden_size)
+    text = policy.config.get_text_config()
+    hidden = int(text.hidden_size)
     count = np.diff(make_prompts(run.tokenizer, run.rows, np.arange(len(run.rows))).token_start)
     trie = run.catalog.trie
     path = trie.path(trie.leaf_node)  # node of each leaf at each level, -1 past its end
@@ -227,9 +229,9 @@ def sizes_of(run: Run) -> Sizes:
     return Sizes(
         parameters=sum(p.numel() for p in policy.parameters()),
         hidden=hidden,
-        inner=int(getattr(policy.config, "intermediate_size", 4 * hidden)),
-        layers=int(policy.config.num_hidden_layers),
-        longest=int(getattr(policy.config, "max_position_embeddings", 1 << 30)),
+        inner=int(getattr(text, "intermediate_size", 4 * hidden)),
+        layers=int(text.num_hidden_layers),
+        longest=position_limit(policy.config),
         prompt_tokens=float(count.mean()),
         prompt_tokens_max=int(count.max()),
         nodes_per_level=tuple(nodes),

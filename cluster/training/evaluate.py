@@ -77,9 +77,18 @@ async def evaluate(
             unseen = without_seen(run, data, rows, candidates)
             width = max(1, int(unseen.count.min(initial=beams)))
             results[f"{title}{UNSEEN}"] = measure(run, data, rows, unseen, width, version)
+    if guide is not None:
+        guided = f"{name}{GUIDED}"
+        search = {**results[guided].search, **guide_settings(guide, excludes)}
+        results[guided] = dataclasses.replace(results[guided], search=search)
     for title, result in results.items():
         ranking.write(result, evaluation_file(run, title))
     return results
+
+
+def guide_settings(guide: Guide, excludes: bool) -> dict[str, str]:
+    """Return what guided lists depend on besides `measure.search_settings`."""
+    return {"guide": guide.digest, "evaluate.exclude_seen": str(excludes)}
 
 
 def guide_to_evaluate(run: Run, folder: Path, version: PolicyVersion) -> Guide | None:
@@ -129,21 +138,61 @@ def without_seen(
 
 
 async def evaluate_split(controller: Controller, folder: Path, name: str) -> Evaluation:
-    """Return the test evaluation of a policy folder; reuse a current one in the run folder."""
-    path, beams = evaluation_file(controller.run, name), controller.run.config.evaluate.beams
+    """Return the test evaluation of a policy folder; reuse a current one in the run folder.
+
+    One whose further lists are missing, or are not those of now, is made anew with them.
+    """
+    run, beams = controller.run, controller.run.config.evaluate.beams
+    path = evaluation_file(run, name)
     if path.is_file():
         with suppress(DataError):  # a damaged one is made anew
             saved = ranking.read(path)
-            if is_current(saved, controller.run, folder, path, beams):
+            if is_current(saved, run, folder, path, beams) and has_companions(
+                saved, run, folder, name
+            ):
                 return saved
     results = await evaluate(controller, folder, split="test", beams=beams, name=name)
     return results[name]
 
 
-def is_current(saved: Evaluation, run: Run, folder: Path, path: Path, beams: int) -> bool:
+def has_companions(saved: Evaluation, run: Run, folder: Path, name: str) -> bool:
+    """Check that the further lists of a current evaluation are there, and current as well.
+
+    Raises:
+        DataError: the file of one is damaged.
+    """
+    guide = guide_to_evaluate(run, folder, PolicyFacts.read(folder).version)
+    excludes = excludes_seen(run, guide)
+    if excludes:
+        path = evaluation_file(run, f"{name}{UNSEEN}")
+        if not path.is_file():
+            return False
+        unseen = ranking.read(path)
+        # Both are of one search, whose duration is recorded; the width is that of the lists.
+        if unseen.seconds != saved.seconds or not is_current(
+            unseen, run, folder, path, unseen.width
+        ):
+            return False
+    if guide is None:
+        return True
+    path = evaluation_file(run, f"{name}{GUIDED}")
+    return path.is_file() and is_current(
+        ranking.read(path), run, folder, path, saved.width, guide_settings(guide, excludes)
+    )
+
+
+def is_current(
+    saved: Evaluation,
+    run: Run,
+    folder: Path,
+    path: Path,
+    beams: int,
+    further: Mapping[str, str] | None = None,
+) -> bool:
     """Check that an evaluation in the file `path` is what evaluating a policy folder would give.
 
-    A policy folder that names no digest is compared by the time of its files.
+    A policy folder that names no digest is compared by the time of its files. `further` are
+    settings that the search depends on besides `measure.search_settings`.
     """
     version = PolicyFacts.read(folder).version
     same_policy = (
@@ -156,7 +205,7 @@ def is_current(saved: Evaluation, run: Run, folder: Path, path: Path, beams: int
         and saved.catalog == run.catalog.digest
         and saved.split == run.test.digest
         and saved.width == beams
-        and saved.search == search_settings(run)
+        and saved.search == {**search_settings(run), **(further or {})}
         and np.array_equal(saved.row, chosen_rows(run, "test"))
     )
 

@@ -216,7 +216,8 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
 
     Raises:
         ConfigError, DataError, CatalogError, CheckpointError: one sentence each.
-        EngineError: an engine is needed on this machine and cannot run.
+        EngineError: an engine is needed on this machine and cannot run, or searches and updates do
+            not reproduce the policy's arithmetic.
     """
     check_names(settings)
     check_engines(settings, phase)
@@ -272,6 +273,7 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
         traces = rationales.tokenize_rationales(
             reasons, text_tokenizer, cap=settings.rollout.think.block_tokens
         )
+    text_policy.check_arithmetic(policy)
     text_policy.check_adapters(settings, tokenizer, policy)
     tasks = None
     if phase == "sft":
@@ -309,7 +311,7 @@ def new_tokenizer(
     if scratch.is_dir():
         return item_tokenizer.read_tokenizer(scratch)
     prompt = settings.prompt
-    texts = [block for blocks in reasons or [catalog.title] for block in blocks]
+    texts = ["".join(block) for blocks in reasons or [catalog.title] for block in blocks]
     if prompt.history is not None:
         texts += [prompt.history, prompt.separator, prompt.titles, prompt.title, prompt.item]
     return rationales.text_tokenizer(catalog, texts, size=settings.model.text_tokens)

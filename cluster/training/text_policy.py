@@ -16,7 +16,9 @@ from orchard.data.prompts import Split
 from orchard.data.sft_tasks import SftTasks, build_sft_tasks
 from orchard.errors import ConfigError
 from orchard.policy import lora, model, prompt_template, token_embeddings
+from orchard.policy.attention import position_limit
 from orchard.policy.item_tokenizer import ItemTokenizer, read_tokenizer
+from orchard.policy.tree_check import check_trees
 from orchard.settings import Config
 from rollout.search.registry import SEARCHES
 
@@ -75,6 +77,12 @@ def sft_tasks(
     )
 
 
+def check_arithmetic(policy: Path | None) -> None:
+    """Load a policy and raise EngineError unless trees reproduce its own forward pass."""
+    if policy is not None:
+        check_trees(model.load(policy))
+
+
 def check_adapters(settings: Config, item_tokenizer: ItemTokenizer, policy: Path | None) -> None:
     """Raise ConfigError if the policy does not support the configured LoRA adapters."""
     if settings.model.lora.rank == 0:
@@ -96,10 +104,10 @@ def check_vocabulary(policy: Path, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def positions(policy: Path | None) -> int:
-    """Return the maximum number of positions of a policy."""
+    """Return the maximum number of positions of a policy; raise EngineError if it has none."""
     if policy is None:
         return model.POSITIONS
-    return int(getattr(AutoConfig.from_pretrained(policy), "max_position_embeddings", 1 << 30))
+    return position_limit(AutoConfig.from_pretrained(policy))
 
 
 def load_resized(base: Path, tokenizer: ItemTokenizer, *, seed: int) -> PreTrainedModel:

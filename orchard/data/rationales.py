@@ -11,8 +11,10 @@ Shapes:  R rows   N blocks of all rows   N1 = N + 1   T tokens of all blocks
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from math import log
 from pathlib import Path
+from string import Formatter
 
 import numpy as np
 from jaxtyping import Int32, Int64
@@ -30,9 +32,19 @@ from orchard.data.prompts import Split
 from orchard.errors import DataError
 from orchard.parquet import read_table
 from orchard.policy.item_tokenizer import BOS, EOS, PAD, THINK, THOUGHT, sid_token, think_tokens
+from orchard.policy.plain_text import encode_texts
 from orchard.settings import DataConfig
 
-RationaleBlocks = Sequence[str]
+
+class CodeToken(str):
+    """Name of a code that stands for the token of the code, and not for its letters."""
+
+    __slots__ = ()
+
+
+Block = str | tuple[str, ...]
+"""Text of a block, in parts where some of them are `CodeToken`s."""
+RationaleBlocks = Sequence[Block]
 """Blocks of one rationale, one for each code."""
 
 
@@ -102,30 +114,42 @@ def of_rows(
 def tokenize_rationales(
     rationales: Sequence[RationaleBlocks], tokenizer: PreTrainedTokenizerBase, *, cap: int
 ) -> TokenizedRationales:
-    """Tokenize rationales, with the tags around each block.
+    """Tokenize rationales, with the tags around each block; names of special tokens are text.
 
     Raises:
-        DataError: the tokenizer has no single token for a tag, a block contains a tag or the end
-            of text, or a block has, with its closing tag, more than `cap` tokens.
+        DataError: the tokenizer has no single token for a tag, or a block has, with its closing
+            tag, more than `cap` tokens.
     """
     tags = think_tokens(tokenizer)
-    tokens_of_block: dict[str, list[int]] = {}
-    for text in dict.fromkeys(block for blocks in rationales for block in blocks):
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
-        if {tags.open, tags.close, tags.end} & set(ids):
-            raise DataError(f"the block {text!r} contains a tag or the end of text; remove it")
+    distinct = list(dict.fromkeys(block for blocks in rationales for block in blocks))
+    tokens_of_block: dict[Block, list[int]] = {}
+    for block, ids in zip(distinct, _encode_blocks(distinct, tokenizer), strict=True):
         if len(ids) >= cap:
             raise DataError(
-                f"the block {text[:60]!r} has {len(ids)} tokens and its closing tag, more than "
-                f"rollout.think.block_tokens = {cap}; shorten it or raise that"
+                f"the block {''.join(block)[:60]!r} has {len(ids)} tokens and its closing tag, "
+                f"more than rollout.think.block_tokens = {cap}; shorten it or raise that"
             )
-        tokens_of_block[text] = [tags.open, *ids, tags.close]
+        tokens_of_block[block] = [tags.open, *ids, tags.close]
     parts = [tokens_of_block[block] for blocks in rationales for block in blocks]
     return TokenizedRationales(
         num_blocks=len(rationales[0]),
         token=np.concatenate([np.array(part, np.int32) for part in parts]),
         token_start=ragged.starts(np.array([len(part) for part in parts])),
     )
+
+
+def _encode_blocks(blocks: Sequence[Block], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Return the tokens of each block: its text, and the tokens of the codes that it names."""
+    parts = [(block,) if isinstance(block, str) else block for block in blocks]
+    flat = [part for of_block in parts for part in of_block]
+    texts = [part for part in flat if not isinstance(part, CodeToken)]
+    encoded, vocabulary = iter(encode_texts(tokenizer, texts)), tokenizer.get_vocab()
+    ids = iter([vocabulary[p] if isinstance(p, CodeToken) else next(encoded) for p in flat])
+    rows: list[list[int]] = []
+    for of_block in parts:
+        pieces = [next(ids) for _ in of_block]
+        rows.append([i for piece in pieces for i in ([piece] if isinstance(piece, int) else piece)])
+    return rows
 
 
 def text_tokenizer(catalog: Catalog, texts: Sequence[str], *, size: int) -> PreTrainedTokenizerFast:
@@ -171,7 +195,7 @@ def code_words(catalog: Catalog) -> list[list[str]]:
             gain = {
                 w: n * log(n * num_titles / (num_items * overall[w])) for w, n in counts.items()
             }
-            best = min(gain, key=lambda w: (-gain[w], w), default=sid_token(level, code))
+            best = min(gain, key=lambda w: (-gain[w], w), default=CodeToken(sid_token(level, code)))
             result[-1].append(best)
     return result
 
@@ -205,11 +229,28 @@ def from_titles(
         seen = split.history[max(low, high - recent) : high]
         result.append(
             [
-                template.format(
-                    seen=" ".join(word_of_code[level][codes[item, level]] for item in seen),
-                    next=word_of_code[level][codes[target, level]],
+                _fill(
+                    template,
+                    [word_of_code[level][codes[item, level]] for item in seen],
+                    word_of_code[level][codes[target, level]],
                 )
                 for level in range(codes.shape[1])
             ]
         )
     return result
+
+
+def _fill(template: str, seen: Sequence[str], next_word: str) -> Block:
+    """Fill the template of a block; the result has parts where a word is a `CodeToken`."""
+    if not any(isinstance(word, CodeToken) for word in (*seen, next_word)):
+        return template.format(seen=" ".join(seen), next=next_word)
+    spaced = [part for word in seen for part in (word, " ")][:-1]
+    parts: list[str] = []
+    for literal, field, _, _ in Formatter().parse(template):
+        parts += [literal, *({"seen": spaced, "next": [next_word]}[field] if field else [])]
+    # Neighboring texts are one text, as they are where no code is named by its token.
+    result: list[str] = []
+    for is_code, group in groupby(parts, key=lambda part: isinstance(part, CodeToken)):
+        neighbors = list(group)
+        result += neighbors if is_code else filter(None, ["".join(neighbors)])
+    return tuple(result)

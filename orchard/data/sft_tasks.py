@@ -20,6 +20,7 @@ from orchard.data.prompts import Split, rows_of_step
 from orchard.errors import DataError
 from orchard.policy import prompt_template
 from orchard.policy.item_tokenizer import ItemTokenizer
+from orchard.policy.plain_text import encode_texts
 from orchard.policy.prompt_template import PromptTemplate
 from orchard.settings import PromptConfig
 
@@ -145,7 +146,7 @@ def build_sft_tasks(
             f"{num_untitled} of {len(titles)} items have none; add a title column to the items, "
             "or set it to 0"
         )
-    rows = [tokenizer.encode(title, add_special_tokens=False) for title in titles]
+    rows = encode_texts(tokenizer, titles)
     text = np.array([token for row in rows for token in row], np.int32)
     title = text, ragged.starts(np.array([len(row) for row in rows]))
     longest = 1 + int(np.diff(title[1]).max())

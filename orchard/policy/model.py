@@ -3,7 +3,8 @@
 `child_logprobs` is the only definition of the policy's distribution: the softmax over the legal
 children of a trie node. Search, learner and serving all call it.
 
-Shapes:  F nodes   M legal children of them   D hidden width   R rows   S slots   F1 = F + 1
+Shapes:  F nodes   M legal children of them   D hidden width   R rows   S slots   C slots seen
+         F1 = F + 1
 """
 
 import json
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import (
     AutoModelForCausalLM,
+    Cache,
     GenerationConfig,
     PreTrainedModel,
     Qwen3Config,
@@ -29,6 +31,7 @@ from orchard.catalog.trie import Children
 from orchard.errors import CheckpointError, DataError
 from orchard.folders import check_readable
 from orchard.policy import value_head
+from orchard.policy.attention import make_masks
 from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.settings import ModelConfig
 
@@ -157,19 +160,33 @@ def hidden_states(
     model: PreTrainedModel,
     token: Int[Tensor, "R S"],
     position: Int[Tensor, "R S"],
-    visible: Bool[Tensor, "R S S"],
+    visible: Bool[Tensor, "R S C"],
+    *,
+    cache: Cache | None = None,
+    key_position: Int[Tensor, "R C"] | None = None,
 ) -> Float[Tensor, "R S D"]:
-    """Compute the last hidden states of packed rows; slot i sees slot j where `visible[i, j]`."""
-    dtype = head_weight(model).dtype
-    # A padding slot attends to itself: 0/0 in its softmax would turn all gradients into NaN.
-    sees_nothing = ~visible.any(-1, keepdim=True)
-    eye = torch.eye(visible.shape[-1], dtype=torch.bool, device=visible.device)
-    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-    mask.masked_fill_(~(visible | (sees_nothing & eye)), torch.finfo(dtype).min)
+    """Compute the last hidden states of packed rows; slot i sees slot j where `visible[i, j]`.
+
+    Layers with a window see of these the slots within it (`attention.make_masks`).
+
+    Args:
+        model: policy.
+        token: token of each slot.
+        position: position of each slot in its path.
+        visible: whether slot j is an ancestor of slot i, or i itself.
+        cache: keys and values of earlier slots, to which those of the new ones are appended.
+        key_position: positions of the earlier slots and the new ones; needed with a cache.
+    """
+    keys = position if key_position is None else key_position
+    masks = make_masks(model.config, visible, position, keys, head_weight(model).dtype)
     output = model.base_model(
-        input_ids=token, position_ids=position, attention_mask=mask[:, None], use_cache=False
+        input_ids=token,
+        position_ids=position,
+        attention_mask=masks,
+        past_key_values=cache,
+        use_cache=cache is not None,
     )
-    return output.last_hidden_state
+    return cast(Tensor, output.last_hidden_state)
 
 
 def child_logprobs(

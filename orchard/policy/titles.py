@@ -27,6 +27,7 @@ from orchard.catalog.catalog import Catalog
 from orchard.errors import CatalogError
 from orchard.parquet import read_table
 from orchard.policy.item_tokenizer import BOS, EOS, PAD
+from orchard.policy.plain_text import encode_texts
 
 
 def make_title_tokenizer(title: Sequence[str], size: int) -> PreTrainedTokenizerFast:
@@ -75,13 +76,14 @@ def from_titles(
     """Create a catalog from the titles of its items.
 
     Args:
-        title: one title per item, tokenized unchanged and without special tokens.
+        title: one title per item, tokenized unchanged and without special tokens; also the name
+            of one is text.
         tokenizer: tokenizer of the policy that generates the titles.
         item_id: distinct identifiers; 0, 1, 2, ... by default.
 
     Raises:
-        CatalogError: there are no items, a title has no tokens or contains the end marker, or the
-            tokenizer has no `eos_token`.
+        CatalogError: there are no items, a title has no tokens or unknown words that become the end
+            marker, or the tokenizer has no `eos_token`.
     """
     end = cast(int | None, tokenizer.eos_token_id)
     if end is None:
@@ -90,11 +92,12 @@ def from_titles(
         )
     if len(title) == 0:
         raise CatalogError("the catalog has no items; at least one is needed")
-    rows: list[list[int]] = tokenizer(list(title), add_special_tokens=False)["input_ids"]
+    rows = encode_texts(tokenizer, title)
     empty = [row for row, tokens in enumerate(rows) if not tokens]
     _reject(empty, title, item_id, "has no tokens; give it a title or leave it out of the items")
     ended = [row for row, tokens in enumerate(rows) if end in tokens]
-    _reject(ended, title, item_id, f"contains the end marker {tokenizer.eos_token}; remove it")
+    what = f"has words that the tokenizer reads as the end marker {tokenizer.eos_token}"
+    _reject(ended, title, item_id, f"{what}; remove them")
     start = ragged.starts(np.array([len(tokens) for tokens in rows]))
     distinct, code = np.unique(np.concatenate(rows), return_inverse=True)
     return catalogs.from_codes(

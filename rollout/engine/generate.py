@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from orchard import ragged
+from orchard.policy.attention import position_limit
 from orchard.policy.model import head_weight
 from rollout.engine.protocol import Completions, GenerationParams, check_context_length
 
@@ -25,7 +26,7 @@ def generate(
     params: GenerationParams,
 ) -> Completions:
     """Generate a continuation of each context; see `InferenceEngine.generate`."""
-    check_context_length(contexts, params, int(model.config.max_position_embeddings))
+    check_context_length(contexts, params, position_limit(model.config))
     device, num_rows = head_weight(model).device, len(contexts)
     count = np.array([len(context) for context in contexts])
     widest = int(count.max())

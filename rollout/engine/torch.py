@@ -10,11 +10,10 @@ Shapes:  B prompts (rows of the cache)   P slots of the longest prompt   C slots
 """
 
 from collections.abc import Callable, Sequence
-from typing import cast
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -22,8 +21,10 @@ from orchard import ragged
 from orchard.catalog.catalog import Catalog
 from orchard.catalog.trie import ROOT, Trie
 from orchard.policy import value_head
+from orchard.policy.attention import position_limit
 from orchard.policy.item_tokenizer import ItemTokenizer
-from orchard.policy.model import child_logprobs, head_weight
+from orchard.policy.model import child_logprobs, head_weight, hidden_states
+from orchard.policy.tree_check import check_trees
 from orchard.policy.weights import Weights, restore
 from orchard.types import PolicyVersion, Prompts
 from rollout.candidates import Candidates
@@ -47,13 +48,18 @@ class TorchEngine:
     def __init__(
         self, model: PreTrainedModel, tokenizer: ItemTokenizer, version: PolicyVersion
     ) -> None:
-        """Take ownership of `model`, which has the weights of `version`."""
+        """Take ownership of `model`, which has the weights of `version`.
+
+        Raises:
+            EngineError: trees do not reproduce the model's own forward pass (`check_trees`).
+        """
+        check_trees(model)
         head = head_weight(model)
         self.tokenizer = tokenizer.to(head.device)
         self.version = version
         self._model = model.eval()
         self._cache = DynamicCache()
-        self._padding = head.new_zeros(0, 0)
+        self._in_prompt = torch.zeros(0, 0, dtype=torch.bool, device=head.device)
         self._position = self._above = torch.zeros(0, 0, dtype=torch.long, device=head.device)
         # Hidden states for the value head, from the last slot of the prompt on.
         self._hidden = head.new_zeros(0, 0, head.shape[1])
@@ -72,7 +78,7 @@ class TorchEngine:
 
     def set_catalog(self, catalog: Catalog) -> None:
         """Replace the catalog to search; see `InferenceEngine.set_catalog`."""
-        self.tokenizer = self.tokenizer.with_catalog(catalog).to(self._padding.device)
+        self.tokenizer = self.tokenizer.with_catalog(catalog).to(self._position.device)
         self._cache = DynamicCache()
 
     def run(
@@ -93,26 +99,22 @@ class TorchEngine:
     @torch.inference_mode()
     def prefill(self, prompts: Prompts) -> NextCodeLogprobs:
         """Run prefill on the prompts and score the children of the root."""
-        widest = check_prompt_length(prompts, self.trie, self._model.config.max_position_embeddings)
+        widest = check_prompt_length(prompts, self.trie, position_limit(self._model.config))
         # Left padding puts the last token of every prompt in the same slot.
         num_pad = widest - np.diff(prompts.token_start)
         row, index = ragged.row_of(prompts.token_start), ragged.index_in_row(prompts.token_start)
         table = np.full((len(prompts), widest), self.tokenizer.pad, dtype=np.int64)
         table[row, index + num_pad[row]] = prompts.token
-        token = torch.from_numpy(table).to(self._padding.device)
+        token = torch.from_numpy(table).to(self._position.device)
         slot = torch.arange(widest, device=token.device)
         # [B, P], negative at padding.
         position = slot - torch.from_numpy(num_pad).to(token.device)[:, None]
-        blocked = torch.finfo(self._padding.dtype).min
-        self._padding = torch.zeros_like(token, dtype=self._padding.dtype)
-        self._padding.masked_fill_(position < 0, blocked)
-        mask = self._padding[:, None].masked_fill(slot > slot[:, None], blocked)
-        # A padding slot attends to itself, since the softmax of an empty set is undefined.
-        mask.diagonal(dim1=1, dim2=2).zero_()
+        self._in_prompt = position >= 0
+        visible = self._in_prompt[:, None] & (slot <= slot[:, None])
         self._cache = DynamicCache()
         self._position = position.clamp(min=0)
         self._above = torch.full_like(token, widest - 1)
-        last = self._forward(token, self._position, mask)[:, -1]
+        last = self._forward(token, self._position, visible)[:, -1]
         self._hidden = last[:, None]
         state = (torch.arange(len(prompts), device=token.device) << _SLOT_BITS) + (widest - 1)
         return self._expand(state, last, torch.full_like(state, ROOT))
@@ -135,13 +137,13 @@ class TorchEngine:
         tokens[token_row, column] = token
         step = torch.arange(len(token), device=token.device) - start[span]
         # Slot of the parent token of each new slot; the end of the prompt for unused slots.
-        above = torch.full_like(tokens, self._padding.shape[1] - 1)
+        above = torch.full_like(tokens, self._in_prompt.shape[1] - 1)
         above[token_row, column] = torch.where(step == 0, slot[span], used + column - 1)
         position = torch.zeros_like(tokens)
         position[token_row, column] = self._position[row, slot][span] + 1 + step
         self._above = torch.cat([self._above, above], 1)
         self._position = torch.cat([self._position, position], 1)
-        hidden = self._forward(tokens, position, self._tree_mask(num_new))
+        hidden = self._forward(tokens, position, self._visible(num_new))
         if value_head.value_head_of(self._model) is not None:
             self._hidden = torch.cat([self._hidden, hidden], 1)
         end = column[start[1:] - 1]  # of the last token of each span
@@ -161,39 +163,33 @@ class TorchEngine:
         span = torch.arange(len(row), device=row.device).repeat_interleave(count)
         return first[span] + torch.arange(len(span), device=row.device) - start[span], span
 
-    def _tree_mask(self, num_new: int) -> Float[Tensor, "B S C"]:
-        """Make the additive mask of the new slots: they see the prompt, ancestors and themselves.
+    def _visible(self, num_new: int) -> Bool[Tensor, "B S C"]:
+        """Return which slots each new slot sees: the prompt, its ancestors and itself.
 
         Follows `_above` from every new slot up to the prompt, one level per iteration.
         """
         num_rows, num_slots = self._above.shape
-        prompt_slots = self._padding.shape[1]
-        blocked = torch.finfo(self._padding.dtype).min
-        mask = self._padding.new_full((num_rows, num_new, num_slots), blocked)
-        mask[:, :, :prompt_slots] = self._padding[:, None]
+        prompt_slots = self._in_prompt.shape[1]
+        visible = self._in_prompt.new_zeros(num_rows, num_new, num_slots)
+        visible[:, :, :prompt_slots] = self._in_prompt[:, None]
         # [B, S]: the ancestor of each new slot that is unmasked next.
-        ancestor = torch.arange(num_slots - num_new, num_slots, device=mask.device)
+        ancestor = torch.arange(num_slots - num_new, num_slots, device=visible.device)
         ancestor = ancestor.expand(num_rows, num_new)
         while bool((ancestor >= prompt_slots).any()):
-            mask.scatter_(2, ancestor[:, :, None], 0.0)
+            visible.scatter_(2, ancestor[:, :, None], value=True)
             ancestor = self._above.gather(1, ancestor)
-        return mask
+        return visible
 
     def _forward(
         self,
         token: Int64[Tensor, "B S"],
         position: Int64[Tensor, "B S"],
-        mask: Float[Tensor, "B S C"],
+        visible: Bool[Tensor, "B S C"],
     ) -> Float[Tensor, "B S D"]:
         """Return the last hidden states of new slots and append their keys and values."""
-        output = self._model.base_model(
-            input_ids=token,
-            position_ids=position,
-            attention_mask=mask[:, None],
-            past_key_values=self._cache,
-            use_cache=True,
+        return hidden_states(
+            self._model, token, position, visible, cache=self._cache, key_position=self._position
         )
-        return cast(Tensor, output.last_hidden_state)
 
     def _expand(
         self,
@@ -213,7 +209,7 @@ class TorchEngine:
         head = value_head.value_head_of(self._model)
         if head is None:
             return None
-        prompt_end, slots = self._padding.shape[1] - 1, self._hidden.shape[1]
+        prompt_end, slots = self._in_prompt.shape[1] - 1, self._hidden.shape[1]
         row, slot = state >> _SLOT_BITS, state & ((1 << _SLOT_BITS) - 1)
         steps = [slot]
         while bool((slot > prompt_end).any()):

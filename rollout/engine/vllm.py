@@ -25,8 +25,10 @@ from orchard import ragged
 from orchard.catalog.catalog import Catalog
 from orchard.errors import EngineError
 from orchard.policy import value_head as value_heads
+from orchard.policy.attention import position_limit
 from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.policy.model import head_weight
+from orchard.policy.tree_check import check_trees
 from orchard.policy.value_head import ValueHead
 from orchard.policy.weights import Weights, restore, snapshot
 from orchard.settings import RolloutConfig
@@ -77,8 +79,10 @@ class VllmEngine:
 
         Raises:
             EngineError: vLLM is not installed, cannot serve the policy within its memory, or would
-                search by requests with a policy that has a value head.
+                search by requests with a policy that has a value head; or trees do not reproduce
+                the model (`check_trees`).
         """
+        check_trees(model)  # by the same arithmetic, and before vLLM's slow start
         self.version = version
         head = head_weight(model)
         self._width = head.shape[1]
@@ -91,7 +95,7 @@ class VllmEngine:
         self._ranks = max(1, int(config.gpus))
         # On a CPU the worker runs in this process, so that searches need no encoding.
         self._encoder = PayloadEncoder() if config.gpus else None
-        longest = int(model.config.max_position_embeddings)
+        longest = position_limit(model.config)
         self.llm = _start(folder, config, self._ranks, longest=longest, seed=seed)
         self._requests = RequestBackend(self.llm, tokenizer, version)
         if self._in_worker and not self._can_search():
@@ -257,6 +261,8 @@ def _start(folder: Path, config: RolloutConfig, ranks: int, *, longest: int, see
             max_logprobs=-1,
             max_model_len=-1,
             max_num_seqs=1024,
+            # One group of pages for layers with and without windows; the kernels apply windows.
+            disable_hybrid_kv_cache_manager=True,
             max_num_batched_tokens=max_batched_tokens,
             **memory,
         )

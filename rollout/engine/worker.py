@@ -114,7 +114,7 @@ def missing(runner: Any) -> str:
         return f"its model runner has no {', '.join(absent)}"
     groups = runner.kv_cache_config.kv_cache_groups
     kinds = sorted({type(group.kv_cache_spec).__name__ for group in groups})
-    if len(groups) != 1 or kinds != ["FullAttentionSpec"]:
+    if len(groups) != 1 or not set(kinds) <= {"FullAttentionSpec", "SlidingWindowSpec"}:
         return f"the policy's cache is {len(groups)} groups of {', '.join(kinds)}"
     split = [part for part in _SPLITS if getattr(runner.vllm_config.parallel_config, part, 1) > 1]
     return f"vLLM runs with {', '.join(split)} above 1" if split else ""

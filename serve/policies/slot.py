@@ -261,8 +261,8 @@ class PolicySlot:
         `refused` to the reason.
         """
         tokenizer = self._tokenizer.with_catalog(catalog)
-        reference = TorchEngine(loaded.model, tokenizer, loaded.version)
         try:
+            reference = TorchEngine(loaded.model, tokenizer, loaded.version)
             return probe(reference, tokenizer)
         except EngineError as error:
             self.refused = sentence(error)

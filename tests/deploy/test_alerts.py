@@ -113,12 +113,17 @@ def test_alerts_fire_for_the_run_that_they_are_about_and_for_no_other(
     until(lambda: firing() >= wanted, tick)
     assert firing() >= wanted
     assert {alert for alert, run in firing() if run == "good"} <= {"OrchardNoGradient"}
-    # One who is killed leaves the address behind, and the scrape finds nobody there.
+    # Who ends in order says so before the address is gone; who is killed does not, and leaves it.
     address = (tmp_path / "bad" / TARGETS).read_text()
-    bad.close()
+    bad._stop()
     (tmp_path / "bad" / TARGETS).write_text(address)
-    until(lambda: ("OrchardRunGone", "") in firing(), tick)
-    assert ("OrchardRunGone", "") in firing()
+    address = (tmp_path / "good" / TARGETS).read_text()
+    good.close()
+    (tmp_path / "good" / TARGETS).write_text(address)  # as an idle pod that is scraped further
+    until(lambda: ("OrchardRunGone", "bad") in firing(), lambda: None)
+    assert {alert for alert in firing() if alert[0] == "OrchardRunGone"} == {
+        ("OrchardRunGone", "bad")
+    }
 
 
 def test_every_panel_shows_something_or_it_is_known_why_not(

@@ -1,6 +1,7 @@
 """Kubernetes manifests and containers, without a cluster."""
 
 import re
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,12 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from ray._private.runtime_env.packaging import get_top_level_dir_from_compressed_package
 from ray.runtime_env import RuntimeEnv
 
 from cluster.cli.serve_config import IMPORT_PATH, check_config
 from orchard import config
+from orchard.settings import ServeConfig
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "cluster" / "manifests"
@@ -95,8 +98,7 @@ def test_a_cluster_obeys_what_the_operator_asks_beyond_its_schema(name: str) -> 
         assert pod["terminationGracePeriodSeconds"] > 30  # Ray drains a node for 30 s
         assert "resources" not in group
         (container,) = pod["containers"]
-        assert container["securityContext"]["allowPrivilegeEscalation"] is False
-        assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+        check_restricted(container)
         version = re.search(r":(\d+\.\d+\.\d+)", container["image"])
         assert version is not None
         assert version[1] == spec["rayVersion"]
@@ -106,6 +108,57 @@ def test_a_cluster_obeys_what_the_operator_asks_beyond_its_schema(name: str) -> 
         assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
     for group in spec["workerGroupSpecs"]:
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+
+
+def check_restricted(container: dict[str, Any]) -> None:
+    """Assert what the pod security standard `restricted` asks of each container."""
+    assert container["securityContext"]["allowPrivilegeEscalation"] is False
+    assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+
+
+@pytest.mark.parametrize("name", RAY)
+def test_the_autoscaler_may_run_in_a_restricted_namespace(name: str) -> None:
+    """The operator adds its container to the head's pod, with this context and no other."""
+    check_restricted(cluster(name)["autoscalerOptions"])
+
+
+def test_the_pod_that_submits_may_run_in_a_restricted_namespace() -> None:
+    spec = read("rayjob")["spec"]
+    pod = spec["submitterPodTemplate"]["spec"]
+    assert pod["restartPolicy"] in ("Never", "OnFailure")  # the operator refuses others
+    assert pod["securityContext"]["runAsNonRoot"]
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    (container,) = pod["containers"]
+    check_restricted(container)
+    head = cluster("rayjob")["headGroupSpec"]["template"]["spec"]["containers"][0]
+    assert container["image"] == head["image"]
+    assert "command" not in container  # the operator's own, which submits
+    assert "args" not in container
+
+
+def test_replicas_get_the_token_of_operators_from_a_secret() -> None:
+    asked = yaml.safe_load(read("rayservice")["spec"]["serveConfigV2"])
+    settings = ServeConfig(**asked["applications"][0]["args"]["serve"])
+    for group in cluster("rayservice")["workerGroupSpecs"]:
+        (container,) = group["template"]["spec"]["containers"]
+        variables = {one["name"]: one for one in container["env"]}
+        assert variables[settings.token_env]["valueFrom"]["secretKeyRef"] == {
+            "name": "orchard-serve",
+            "key": "token",
+        }
+
+
+def test_the_archive_of_the_code_has_the_one_folder_that_ray_takes_off(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "operations.md").read_text()
+    (command,) = re.findall(r"git archive --format=zip .*", text)
+    prefix = re.search(r"--prefix=(\w+/)", command)
+    assert prefix is not None
+    made = tmp_path / "orchard.zip"
+    words = ["git", "archive", "--format=zip", f"--prefix={prefix[1]}", "-o", str(made), "HEAD"]
+    ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        pytest.skip(f"git makes no archive here: {ended.stderr}")
+    assert get_top_level_dir_from_compressed_package(str(made)) == prefix[1].removesuffix("/")
 
 
 def test_one_group_of_workers_may_be_taken_away() -> None:

@@ -90,18 +90,19 @@ ROLLOUT = Board(
             _graph(
                 "Calls by actor", "cps", "Batches searched and scored.",
                 (_rate("orchard_pool_calls_total", "pool", "actor", only=SEARCHES),
-                 "{{pool}} {{actor}}"),
+                 "{{run}} {{pool}} {{actor}}"),
             ),
             _graph(
                 "Idle actors", "percentunit", "Share of time without a call in progress.",
                 (f"1 - {_rate('orchard_pool_busy_seconds_total', 'pool', 'actor')}",
-                 "{{pool}} {{actor}}"),
+                 "{{run}} {{pool}} {{actor}}"),
             ),
             _graph(
                 "Queue", "none",
                 "Calls in progress, and calls that wait for an actor with queue space.",
-                (f"sum by (run, pool) ({_value('orchard_pool_in_hand')})", "{{pool}} in hand"),
-                (_value("orchard_pool_waiting"), "{{pool}} waiting"),
+                (f"sum by (run, pool) ({_value('orchard_pool_in_hand')})",
+                 "{{run}} {{pool}} in hand"),
+                (_value("orchard_pool_waiting"), "{{run}} {{pool}} waiting"),
             ),
         ),
         (
@@ -118,7 +119,7 @@ ROLLOUT = Board(
             ),
             _graph(
                 "Where a step's time goes", "percentunit", "Seconds of each phase per second.",
-                (_rate("orchard_step_phase_seconds_total", "phase"), "{{phase}}"),
+                (_rate("orchard_step_phase_seconds_total", "phase"), "{{run}} {{phase}}"),
             ),
             _graph("Step", "s", "Without evaluation.", *_quantiles("orchard_step_seconds")),
         ),
@@ -160,11 +161,11 @@ LEARNING = Board(
         (
             _graph(
                 "NDCG on held-out rows", "none", "Validation rows.",
-                (_value("orchard_evaluation_ratio", ', metric="ndcg"'), "@{{k}} {{level}}"),
+                (_value("orchard_evaluation_ratio", ', metric="ndcg"'), "{{run}} @{{k}} {{level}}"),
             ),
             _graph(
                 "Hit rate on held-out rows", "none", "Validation rows.",
-                (_value("orchard_evaluation_ratio", ', metric="hr"'), "@{{k}} {{level}}"),
+                (_value("orchard_evaluation_ratio", ', metric="hr"'), "{{run}} @{{k}} {{level}}"),
             ),
             _graph(
                 "Loss", "none", "Loss of updates and of SFT epochs.",
@@ -182,7 +183,7 @@ LEARNING = Board(
         (
             _graph(
                 "Updates", "cps", "Steps done.",
-                (_rate("orchard_steps_total", "phase"), "{{phase}}"),
+                (_rate("orchard_steps_total", "phase"), "{{run}} {{phase}}"),
             ),
             _graph(
                 "Learner's tokens", "cps", "Token slots of forward passes in updates.",
@@ -200,7 +201,7 @@ WEIGHTS = Board(
     rows=(
         (
             _one("Version by holder", "none", "Last version that the process confirmed.",
-                 "orchard_policy_version", "{{holder}}"),
+                 "orchard_policy_version", "{{run}} {{holder}}"),
             _graph("Push", "s", "Weight push to all processes.",
                    *_quantiles("orchard_publish_seconds")),
             _graph(
@@ -213,11 +214,11 @@ WEIGHTS = Board(
                 "Failed calls", "none", "Failures in the last ten minutes, by reason.",
                 ('sum by (run, pool, method, reason) '
                  '(increase(orchard_pool_failures_total{run=~"$run"}[10m])) > 0',
-                 "{{pool}} {{method}} {{reason}}"),
+                 "{{run}} {{pool}} {{method}} {{reason}}"),
             ),
             _one("Restarts", "none", "Actors and worker groups replaced by this process.",
-                 "orchard_restarts_total", "{{pool}}"),
-            _one("Actors", "none", "By pool.", "orchard_pool_actors", "{{pool}}"),
+                 "orchard_restarts_total", "{{run}} {{pool}}"),
+            _one("Actors", "none", "By pool.", "orchard_pool_actors", "{{run}} {{pool}}"),
         ),
         (
             _graph(
@@ -234,7 +235,7 @@ WEIGHTS = Board(
         (
             _graph(
                 "Non-finite values", "none", "NaN or infinity in the logged metrics.",
-                (_value("orchard_non_finite_total"), "{{logged}}"),
+                (_value("orchard_non_finite_total"), "{{run}} {{logged}}"),
             ),
             _graph(
                 "Free disk by node", "bytes", "From Ray's node agents.",
@@ -329,6 +330,14 @@ SERVING = Board(
                 "Versions", "none", "Oldest policy and catalog version of all replicas.",
                 ("min by (variant) (ray_orchard_serve_policy_step)", "{{variant}} step"),
                 ("min(ray_orchard_serve_catalogue_version)", "catalogue"),
+            ),
+        ),
+        (
+            _graph(
+                "Refused", "none",
+                "1 while a policy or a delta is refused and the older one served.",
+                ("max by (variant) (ray_orchard_serve_policy_refused)", "{{variant}} policy"),
+                ("max(ray_orchard_serve_catalogue_refused)", "delta"),
             ),
         ),
         (

@@ -65,6 +65,8 @@ def lengths(vectors: Float32[np.ndarray, "I E"]) -> Float64[np.ndarray, " I"]:
 def of_model(title: Sequence[str], folder: Path) -> Float32[np.ndarray, "I E"]:
     """Embed titles with a sentence-transformers model in a local folder.
 
+    Names of special tokens within a title are text.
+
     Raises:
         ConfigError: the folder is not a model, or the library is not installed.
     """
@@ -80,6 +82,7 @@ def of_model(title: Sequence[str], folder: Path) -> Float32[np.ndarray, "I E"]:
             "--model out for TF-IDF"
         ) from error
     model = library.SentenceTransformer(str(folder), local_files_only=True)
+    model.tokenizer.split_special_tokens = True
     vectors: Any = model.encode(list(title), normalize_embeddings=True, show_progress_bar=True)
     return embeddings.check_embeddings(
         np.asarray(vectors, dtype=np.float32), len(title), where=str(folder)

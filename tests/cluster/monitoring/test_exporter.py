@@ -5,6 +5,7 @@ import math
 import shutil
 import socket
 import subprocess
+import threading
 import time
 import urllib.request
 from collections import Counter
@@ -46,6 +47,12 @@ class Slots:
 
     def load(self) -> list[tuple[int, float]]:
         return [(2, 1.5), (0, 0.5)]
+
+
+@pytest.fixture(autouse=True)
+def short_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait little for scrapes that will not come."""
+    monkeypatch.setattr("cluster.monitoring.exporter.LAST_SCRAPE_S", 0.05)
 
 
 @pytest.fixture
@@ -164,6 +171,37 @@ def test_the_address_is_written_and_taken_back(tmp_path: Path) -> None:
     assert target == {"targets": [f"127.0.0.1:{port}"], "labels": {"job": "orchard"}}
     exporter.close()
     assert not (tmp_path / TARGETS).exists()
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_the_end_is_exported_before_nobody_listens_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_order: bool
+) -> None:
+    monkeypatch.setattr("cluster.monitoring.exporter.LAST_SCRAPE_S", 60.0)
+    exporter = Exporter("toy")
+    url = f"http://127.0.0.1:{exporter.listen(ClusterConfig(metrics_port=0), tmp_path)}/metrics"
+    shown = samples(scrape(url))
+    assert shown["orchard_end_timestamp_seconds"] == 0 < shown["orchard_start_timestamp_seconds"]
+    ending = threading.Thread(target=exporter.close if in_order else exporter._stop)
+    ending.start()
+    if in_order:  # it listens until it is scraped
+        while (end := samples(scrape(url))["orchard_end_timestamp_seconds"]) == 0:
+            pass
+        assert end >= shown["orchard_start_timestamp_seconds"]
+    ending.join(30)
+    assert not ending.is_alive()
+    with pytest.raises(OSError, match=r"refused|reset"):
+        scrape(url)
+
+
+def test_an_end_waits_for_no_scraper_that_has_gone(tmp_path: Path) -> None:
+    exporter = Exporter("toy")
+    exporter.listen(ClusterConfig(metrics_port=0), tmp_path)
+    assert exporter._until_next_scrape() == 0
+    exporter._scrape_times.extend([time.monotonic() - 30, time.monotonic() - 20.5])
+    assert exporter._until_next_scrape() == 0
+    exporter._scrape_times.append(time.monotonic() - 10)
+    assert 0 < exporter._until_next_scrape() <= 0.05
 
 
 def test_promtool_finds_nothing_to_complain_about(listening: tuple[Exporter, str]) -> None:

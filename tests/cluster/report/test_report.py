@@ -193,3 +193,14 @@ def test_a_running_mean_leaves_a_straight_line_straight_and_steps_over_gaps() ->
     assert np.isnan(smooth[[0, -1]]).all()
     gap = np.where(line == 10, np.nan, 1.0)
     np.testing.assert_allclose(running_mean(gap, width=7)[1:-1], 1.0)
+
+
+def test_a_table_that_is_wider_than_a_phone_scrolls_by_itself(run_dir: Path) -> None:
+    text = page(gather(run_dir))
+    tables = re.findall(r"(<div class='scroll'>)?<table", text)
+    assert len(tables) > 1
+    assert all(tables)
+    tracks = re.findall(r"grid-template-columns: ([^;}]*)", text)
+    assert tracks
+    for track in tracks:  # a bare 1fr is at least as wide as its widest word
+        assert not re.search(r"\b1fr\b", re.sub(r"minmax\([^)]*\)", "", track)), track

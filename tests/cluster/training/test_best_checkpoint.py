@@ -23,12 +23,13 @@ from orchard.errors import RunInterrupted
 from orchard.evaluation import ranking
 from orchard.evaluation.ranking import Evaluation
 from orchard.policy import model
-from orchard.policy.store import PolicyFacts
+from orchard.policy.store import GUIDE, PolicyFacts
 from orchard.policy.weights import Weights, digest, snapshot
 from orchard.types import PolicyVersion, Prompts, Update
 from rollout.candidates import Candidates
 from rollout.engine.torch import TorchEngine
 from rollout.search.beam import beam
+from tests.fixtures.guides import random_guide
 
 
 class Here:
@@ -167,6 +168,41 @@ def test_an_evaluation_is_done_again_where_the_test_file_or_the_policy_has_chang
     assert evaluated()[1] > written
     path.with_suffix(".parquet").write_bytes(b"")  # as a full disk leaves it
     assert evaluated()[0].split == first.split
+
+
+def test_an_evaluation_is_done_again_where_its_further_lists_are_missing_or_old(
+    controller: Controller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = controller.run
+    lists = run.config.evaluate.model_copy(update={"exclude_seen": True})
+    controller.run = replace(run, config=run.config.model_copy(update={"evaluate": lists}))
+    monkeypatch.setattr("cluster.training.controller.ray.put", lambda guide: guide)
+    random_guide(run.catalog, seed=0).save(run.policy / GUIDE)
+
+    def evaluated() -> dict[str, int]:
+        asyncio.run(evaluate_split(controller, run.policy, "warm_start"))
+        names = ("warm_start", "warm_start_unseen", "warm_start_guided")
+        return {name: evaluation_file(run, name).stat().st_mtime_ns for name in names}
+
+    written = evaluated()
+    assert evaluated() == written
+    for name in ("warm_start_unseen", "warm_start_guided"):
+        path = evaluation_file(run, name)
+        path.unlink()
+        again = evaluated()
+        assert all(again[each] > written[each] for each in written)
+        written = again
+        ranking.write(replace(ranking.read(path), policy="7-other"), path)
+        written = evaluated()
+        assert all(written[each] > again[each] for each in written)
+    unseen = evaluation_file(run, "warm_start_unseen")
+    ranking.write(replace(ranking.read(unseen), seconds=0.0), unseen)  # of an earlier search
+    assert evaluated()["warm_start"] > written["warm_start"]
+    written = evaluated()
+    random_guide(run.catalog, seed=1).save(run.policy / GUIDE)
+    again = evaluated()
+    assert again["warm_start_guided"] > written["warm_start_guided"]
+    assert evaluated() == again
 
 
 def test_a_best_checkpoint_of_another_validation_file_is_judged_again(

@@ -1,5 +1,6 @@
 """Rationales: made from titles, read from files, cut into blocks, and turned into tokens."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -101,17 +102,27 @@ def test_traces_are_the_blocks_between_their_tags(items: Catalog, split: Split) 
     assert again.get_vocab() == tokenizer.get_vocab()
 
 
-@pytest.mark.parametrize(
-    ("block", "cap", "message"),
-    [
-        ("x" * 50, 20, "more than rollout.think.block_tokens = 20"),
-        ("a </think> b", 20, "contains a tag or the end of text"),
-        ("a <eos>", 20, "contains a tag or the end of text"),
-    ],
-)
-def test_blocks_that_no_rollout_could_write_are_refused(
-    items: Catalog, block: str, cap: int, message: str
-) -> None:
+def test_blocks_that_no_rollout_could_write_are_refused(items: Catalog) -> None:
     tokenizer = rationales.text_tokenizer(items, ["abc"], size=256)
-    with pytest.raises(DataError, match=message):
-        rationales.tokenize_rationales([[block, "b", "c"]], tokenizer, cap=cap)
+    with pytest.raises(DataError, match="more than rollout.think.block_tokens = 20"):
+        rationales.tokenize_rationales([["x" * 50, "b", "c"]], tokenizer, cap=20)
+
+
+def test_names_of_tokens_in_a_block_are_text_and_codes_without_a_title_are_tokens() -> None:
+    bare = catalogs.from_codes([[0, 0], [1, 1]], title=["<a_1> </think>", ""])
+    rows = Split(
+        user=np.array([0]), target=np.array([1]),
+        history=np.array([0]), history_start=np.array([0, 1]),
+    )  # fmt: skip
+    blocks = rationales.from_titles(bare, rows, template="after {seen} comes {next}.")
+    tokenizer = rationales.text_tokenizer(bare, ["after comes"], size=300)
+    vocabulary, tags = tokenizer.get_vocab(), think_tokens(tokenizer)
+    found = rationales.tokenize_rationales(blocks, tokenizer, cap=99)
+    for level, (low, high) in enumerate(pairwise(found.token_start.tolist())):
+        row = found.token[low:high].tolist()
+        assert (row[0], row[-1]) == (tags.open, tags.close)
+        named = f"<{'ab'[level]}_1>"
+        reserved = [token for token in row[1:-1] if token in tokenizer.added_tokens_decoder]
+        assert reserved == [vocabulary[named]]
+        word = rationales.code_words(bare)[level][0]
+        assert tokenizer.decode(row[1:-1]) == f"after {word} comes {named}."

@@ -7,6 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from orchard.catalog.catalog import load, write
@@ -124,9 +127,26 @@ def test_a_title_without_tokens_is_named(tokenizer: PreTrainedTokenizerBase) -> 
         from_titles(["a", ""], tokenizer, item_id=np.array([5, 9]))
 
 
-def test_a_title_may_not_contain_its_own_end(tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(CatalogError, match=r"item 1 contains the end marker <eos>"):
-        from_titles(["a", "a<eos>b"], tokenizer)
+def test_the_name_of_the_end_marker_within_a_title_is_text() -> None:
+    title = ["red pen", "red<eos>pen", "<pad>", "pen <a_1> <|end|>"]
+    tokenizer = make_title_tokenizer(title, 300)
+    found = from_titles(title, tokenizer)
+    codes = [row[row >= 0] for row in found.codes]
+    end = found.code_token.index(tokenizer.eos_token_id)
+    assert [row.tolist().count(end) for row in codes] == [1, 1, 1, 1]
+    assert all(int(row[-1]) == end for row in codes)
+    tokens = [[found.code_token[code] for code in row[:-1]] for row in codes]
+    assert [tokenizer.decode(row) for row in tokens] == title
+
+
+def test_unknown_words_that_become_the_end_marker_are_refused() -> None:
+    inner = Tokenizer(WordLevel({"<eos>": 0, "a": 1}, unk_token="<eos>"))
+    inner.pre_tokenizer = Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="<eos>", unk_token="<eos>"
+    )
+    with pytest.raises(CatalogError, match=r"of item 1 has words .* as the end marker <eos>"):
+        from_titles(["a", "ab"], tokenizer)
 
 
 def test_no_titles_are_no_catalog(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -5,11 +5,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, BertConfig
 
 from orchard.errors import CheckpointError, EngineError
 from orchard.policy import value_head, weights
 from orchard.policy.model import hidden_states
-from orchard.testing import TinySetup, tiny_setup
+from orchard.testing import TinySetup, tiny_setup, with_windows
 from orchard.types import PolicyVersion
 from rollout.engine.protocol import DecodingBackend, NextCodeLogprobs
 from rollout.engine.torch import TorchEngine
@@ -134,3 +135,23 @@ def test_values_are_those_of_the_whole_prefix_read_at_once(
         place = prompt if depth == 1 else [2, 0, 3, 1].index(prompt)
         assert state.value is not None
         assert torch.isclose(head(hidden, path)[0], state.value[place], atol=1e-5)
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["mistral", "gemma3"])
+def test_windows_shorter_than_the_prompt_are_the_models_own(*, mixed: bool) -> None:
+    world = with_windows(tiny_setup(lengths=(0, 3, 1, 7)), mixed=mixed)  # prompts of 1 to 22 tokens
+    found = beam(TorchEngine(world.model, world.tokenizer, world.version), world.prompts, width=99)
+    for prompt, expected in enumerate(world.leaf_logprob):
+        one = found.select(np.array([prompt]))
+        assert np.allclose(one.score[one.leaf.argsort()], expected, atol=1e-5)
+
+
+def test_a_model_that_a_cache_of_branches_does_not_reproduce_is_refused() -> None:
+    world = tiny_setup()
+    config = BertConfig(
+        vocab_size=world.tokenizer.size, hidden_size=32, intermediate_size=48,
+        num_hidden_layers=2, num_attention_heads=4,
+    )  # fmt: skip
+    encoder = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(EngineError, match=r"type bert gives .* nats from its own forward pass"):
+        TorchEngine(encoder, world.tokenizer, world.version)

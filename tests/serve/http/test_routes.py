@@ -317,6 +317,9 @@ def test_a_damaged_ledger_keeps_the_catalog_and_refuses_the_next_delta(
         info = (await client.get("/v1/catalog")).json()
         assert info["version"] == 1
         assert info["deltas_refused"] == "the ledger of the catalog is damaged after version 1"
+        service._set_gauges()
+        assert isinstance(service.metrics, InMemoryMetrics)
+        assert service.metrics.gauges["orchard_serve_catalogue_refused",] == 1
         refused = await client.post("/v1/catalog/delta", json={"remove": [2]}, headers=OPERATOR)
         assert refused.status_code == 503
         assert 1 not in shown(await recommend(client, history=[3], k=40))

@@ -65,6 +65,11 @@ async def scores(service: Service) -> tuple[str, list[float | None]]:
     return answer.policy, [item.score for item in answer.items]
 
 
+def gauges(service: Service) -> dict[tuple[str, ...], float]:
+    assert isinstance(service.metrics, InMemoryMetrics)
+    return service.metrics.gauges
+
+
 def garbage(path: Path) -> None:
     """Overwrite the middle of a file in place."""
     size = path.stat().st_size
@@ -89,6 +94,8 @@ def test_what_happens_to_the_file_does_not_reach_the_answers(
         await service.poll()
         assert await scores(service) == before
         assert service.slots["main"].refused != ""
+        service._set_gauges()
+        assert gauges(service)["orchard_serve_policy_refused", "main"] == 1
 
     served(folder, work)
 
@@ -138,6 +145,7 @@ def test_a_replica_starts_with_the_newest_whole_copy(
         version, _ = await scores(service)
         assert version.startswith("4-")
         assert service.slots["main"].refused != ""
+        assert gauges(service)["orchard_serve_policy_refused", "main"] == 1
         further(shop_world, folder, 5)
         await service.poll()
         assert (await scores(service))[0].startswith("5-")

@@ -2,7 +2,9 @@
 
 import json
 import math
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import BertPreTokenizer
+from transformers import PreTrainedTokenizerFast
 
 pytest.importorskip("faiss", reason="faiss is not installed; `make env` brings it")
 pytest.importorskip("sklearn", reason="scikit-learn is not installed; `make env` brings it")
@@ -59,6 +65,35 @@ def of_codes(codes: list[list[int]], *, last: int = 4) -> Quantized:
         last=book[table[:, -1]],
         projection=Projection(mean=np.zeros(1, dtype=np.float32)),
     )
+
+
+def test_a_title_that_names_a_special_token_is_embedded_as_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library is a stand-in; its tokenizer, which decides, is a real one."""
+    words = ["[PAD]", "[UNK]", "[", "]", "PAD", "red", "shoe"]
+    vocabulary = WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]")
+    inner = Tokenizer(vocabulary)
+    inner.pre_tokenizer = BertPreTokenizer()
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]"}
+
+    class Counting:
+        """Embeds a title as the counts of its tokens."""
+
+        def __init__(self, folder: str, *, local_files_only: bool) -> None:
+            self.tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, **special)
+
+        def encode(self, titles: list[str], **_: object) -> np.ndarray:
+            rows = self.tokenizer(titles, add_special_tokens=False)["input_ids"]
+            return np.stack([np.bincount(row, minlength=len(words)) for row in rows])
+
+    library = ModuleType("sentence_transformers")
+    monkeypatch.setattr(library, "SentenceTransformer", Counting, raising=False)
+    monkeypatch.setitem(sys.modules, "sentence_transformers", library)
+    for file in ("config.json", "model.safetensors"):
+        (tmp_path / file).touch()
+    vectors = embed.of_model(["red [PAD] shoe", "red shoe"], tmp_path)
+    assert vectors.tolist() == [[0, 0, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1, 1]]
 
 
 def test_levels_find_the_scales_of_the_data() -> None:
