@@ -19,14 +19,6 @@ ItemId = Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)]
 Ids = Annotated[list[ItemId], Field(max_length=10_000, fail_fast=True)]
 Name = Annotated[str, Field(min_length=1, max_length=100)]
 Count = Annotated[StrictInt, Field(ge=1, le=100_000)]
-AttributeValue = (
-    StrictBool
-    | Annotated[StrictInt, Field(ge=-(2**63), lt=2**64)]
-    | Annotated[float, Field(strict=True, allow_inf_nan=False)]
-    | Annotated[StrictStr, Field(max_length=10_000)]
-    | None
-)
-"""Attribute of an item; of the type of its column (see `serve.catalog.attributes`)."""
 
 
 class ResponseModel(BaseModel):
@@ -50,7 +42,7 @@ class _RenamedFields(ResponseModel):
         return {k: v for k, v in data.items() if k not in cls.model_computed_fields}
 
 
-class _NamesCatalog(_RenamedFields):
+class NamesCatalog(_RenamedFields):
     """Response that names the catalog, also under the old spelling `catalogue`."""
 
     catalog: str
@@ -179,7 +171,7 @@ def _old_names_are_optional(schema: dict[str, Any]) -> None:
         schema["required"] = [n for n in schema["required"] if n not in ("fewer", "unknown")]
 
 
-class RecommendResponse(_NamesCatalog):
+class RecommendResponse(NamesCatalog):
     """Recommended items, best first, with their provenance and cost."""
 
     model_config = ConfigDict(json_schema_extra=_old_names_are_optional)
@@ -224,83 +216,6 @@ class RecommendResponse(_NamesCatalog):
     def unknown(self) -> int:
         """Old name of `unknown_items`."""
         return self.unknown_items
-
-
-class NewItem(RequestModel):
-    """Item to add to the catalog."""
-
-    item_id: ItemId
-    sid: Annotated[list[Annotated[StrictInt, Field(ge=0, lt=2**31)]], Field(max_length=64)]
-    title: Annotated[str, Field(max_length=2000)] = ""
-    attributes: dict[Name, AttributeValue] = Field(default_factory=dict[str, AttributeValue])
-
-
-class ChangedItem(RequestModel):
-    """Changes to an item; omitted fields keep their values."""
-
-    item_id: ItemId
-    sid: Annotated[list[Annotated[StrictInt, Field(ge=0, lt=2**31)]], Field(max_length=64)] | (
-        None
-    ) = None
-    title: Annotated[str, Field(max_length=2000)] | None = None
-    attributes: dict[Name, AttributeValue] = Field(default_factory=dict[str, AttributeValue])
-
-
-class DeltaRequest(RequestModel):
-    """Atomic change of the catalog."""
-
-    add: Annotated[list[NewItem], Field(max_length=100_000, fail_fast=True)] = Field(
-        default_factory=list[NewItem]
-    )
-    remove: Annotated[list[ItemId], Field(max_length=100_000, fail_fast=True)] = Field(
-        default_factory=list[int]
-    )
-    update: Annotated[list[ChangedItem], Field(max_length=100_000, fail_fast=True)] = Field(
-        default_factory=list[ChangedItem]
-    )
-    dry_run: StrictBool = False
-    """Whether to validate the delta without applying it."""
-    base_version: Annotated[StrictInt, Field(ge=0)] | None = None
-    """Catalog version that the delta was made for; refused if another one is current."""
-    rollback_to: Annotated[StrictInt, Field(ge=0)] | None = None
-    """Earlier version whose items become a new version, instead of changes."""
-
-    @model_validator(mode="after")
-    def _require_changes_or_rollback(self) -> "DeltaRequest":
-        """Require either changes or `rollback_to`."""
-        changes = bool(self.add or self.remove or self.update)
-        if changes == (self.rollback_to is not None):
-            raise ValueError("give items to add, remove or update, or rollback_to, and not both")
-        return self
-
-
-class CatalogInfo(ResponseModel):
-    """Current version of the catalog."""
-
-    version: int
-    digest: str
-    items: int
-    leaves: int
-    """Number of distinct semantic IDs."""
-    levels: int
-    level_size: list[int]
-    filters: list[str]
-    kept: list[int]
-    """Versions available for rollback."""
-    dry_run: bool = False
-    deltas_refused: str = ""
-    """Reason for not applying newer deltas of the shared state, empty if they are applied."""
-
-
-class ItemInfo(_NamesCatalog):
-    """Item of the catalog."""
-
-    item_id: int
-    sid: list[int]
-    title: str
-    shares_sid_with: list[int]
-    filters: list[str]
-    """Names of the filters that the item passes."""
 
 
 class VariantInfo(ResponseModel):

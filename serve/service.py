@@ -17,6 +17,7 @@ from cachetools import TTLCache
 
 from orchard.errors import EngineError
 from orchard.settings import ServeConfig
+from serve.catalog.schema import DeltaRequest
 from serve.catalog.store import CatalogStore, CatalogVersion
 from serve.decoding.batching import TooLateError
 from serve.decoding.recommender import popular_items
@@ -29,13 +30,7 @@ from serve.exposure_log import ExposureLog
 from serve.metrics import ServeMetrics
 from serve.policies.ab_test import MAIN, assign_variant
 from serve.policies.slot import PolicySlot
-from serve.schema import (
-    ActivateRequest,
-    Cost,
-    DeltaRequest,
-    RecommendRequest,
-    RecommendResponse,
-)
+from serve.schema import ActivateRequest, Cost, RecommendRequest, RecommendResponse
 from serve.shared_state import SharedState
 from serve.synchronizer import Synchronizer
 from serve.user_history import Histories

@@ -11,11 +11,12 @@ from typing import Any
 
 from orchard.errors import DataError
 from serve.catalog.ledger import LedgerError
+from serve.catalog.schema import DeltaRequest
 from serve.catalog.store import CatalogStore, CatalogVersion
 from serve.decoding.scheduler import DecodeScheduler
 from serve.errors import ConflictError, UnavailableError, UnknownNameError
 from serve.policies.slot import LATEST, LoadedPolicy, PolicySlot
-from serve.schema import ActivateRequest, DeltaRequest
+from serve.schema import ActivateRequest
 from serve.shared_state import SharedState
 
 _log = logging.getLogger("orchard.serve")

@@ -2,11 +2,12 @@
 
 import numpy as np
 
+from serve.catalog.schema import CatalogInfo, ItemInfo
 from serve.catalog.store import CatalogVersion
 from serve.errors import UnknownNameError
 from serve.policies.ab_test import MAIN
 from serve.policies.slot import PolicySlot
-from serve.schema import CatalogInfo, ItemInfo, PolicyInfo, VariantInfo
+from serve.schema import PolicyInfo, VariantInfo
 from serve.service import Service
 
 
