@@ -8,12 +8,11 @@ from pydantic import (
     Field,
     StrictBool,
     StrictInt,
-    StrictStr,
     computed_field,
     model_validator,
 )
 
-Decoder = Literal["beam", "ved", "beam_sample"]
+Decoder = Literal["beam", "ved", "beam_sample", "guided"]
 Shortfall = Literal["", "exhausted", "width", "budget", "per_prefix"]
 ItemId = Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)]
 Ids = Annotated[list[ItemId], Field(max_length=10_000, fail_fast=True)]
@@ -82,13 +81,15 @@ class RecommendRequest(RequestModel):
     """Number of items to return."""
     exclude: Ids = Field(default_factory=list[int])
     """Item ids that must not be shown; unknown ids are ignored."""
-    exclude_seen: StrictBool = False
-    """Whether to exclude every item of the history."""
+    exclude_seen: StrictBool | None = None
+    """Whether to exclude every item of the history; by default the rule of the policy's guide,
+    false without one and for `beam_sample`."""
     filters: Annotated[list[Name], Field(max_length=16)] = Field(default_factory=list[str])
     """Names of configured filters; an item must pass all of them."""
     width: Count | None = None
     """Beam width; `ved` gets the forward budget of a beam of this width."""
-    decoder: Decoder = "beam"
+    decoder: Decoder | None = None
+    """Search; by default `guided` where the policy has a guide, else `beam`."""
     per_prefix: Count | None = None
     """Maximum number of items that share their first code."""
     temperature: Annotated[float, Field(gt=0.0, le=100.0, allow_inf_nan=False)] = 1.0
@@ -98,7 +99,8 @@ class RecommendRequest(RequestModel):
     deadline_ms: Annotated[float, Field(gt=0.0, le=60_000.0, allow_inf_nan=False)] | None = None
     """Deadline in milliseconds; to meet it the beam is narrowed or popular items are shown."""
     explain: Literal["none", "levels", "tree"] = "none"
-    """Detail to add: `levels` the log-probability and value of every code, `tree` the tree too."""
+    """Detail to add: `levels` the log-probability and value of every code and the guide's share in
+    the ranking, `tree` the tree too."""
 
     @model_validator(mode="after")
     def _require_history_or_user(self) -> "RecommendRequest":
@@ -121,7 +123,17 @@ class Level(ResponseModel):
     logprob: float
     """Log-probability of the code given the codes before it; 0 if no other code was legal."""
     value: float | None = None
-    """Value estimate of the prefix that ends with this code, if the decoder used the value head."""
+    """Value of the prefix that ends with this code: the estimate of the value head for `ved`, the
+    largest reward of the guide below it for `guided`."""
+
+
+class GuideShare(ResponseModel):
+    """Share of the guide in the rank of an item: items come in the order of score + reward."""
+
+    reward: float
+    """Reward that the guide gives the item's semantic ID after the history."""
+    summands: dict[str, float]
+    """What the reward is the sum of: each expert, `popularity`, and being in the `history`."""
 
 
 class Item(ResponseModel):
@@ -135,6 +147,7 @@ class Item(ResponseModel):
     sid: list[int]
     title: str
     levels: list[Level] | None = None
+    guide: GuideShare | None = None
 
 
 class Node(ResponseModel):
@@ -196,6 +209,9 @@ class RecommendResponse(NamesCatalog):
     seed: int | None = None
     unknown_items: int = 0
     """Number of history items that the catalog does not contain; the policy does not read them."""
+    proved: bool | None = None
+    """Whether the items are proved to be the best of all that may be shown, by score + reward; null
+    unless the decoder is `guided`."""
     cost: Cost
     tree: list[Node] | None = None
 
@@ -232,6 +248,10 @@ class VariantInfo(ResponseModel):
     """Policy versions that can be activated."""
     engine: str
     decoders: list[Decoder]
+    guide: str = ""
+    """Digest of the guide of the policy's searches, empty without one."""
+    guide_notes: list[str] = Field(default_factory=list[str])
+    """Reasons why the guide is not used, or was fitted for something else."""
     refused: str = ""
     """Reason for not serving the newest policy in the folder, empty if it is served."""
 

@@ -70,6 +70,8 @@ def _variant_info(service: Service, slot: PolicySlot) -> VariantInfo:
         pinned=slot.pinned is not None,
         kept=slot.kept,
         engine=slot.engine,
-        decoders=["beam", "beam_sample", "ved"] if slot.guided else ["beam", "beam_sample"],
+        decoders=slot.decoders,
+        guide=slot.guide_digest,
+        guide_notes=list(slot.guide_notes),
         refused=slot.refused,
     )
