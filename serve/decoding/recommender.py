@@ -90,8 +90,8 @@ def recommend(
 ) -> tuple[list[RankedItems], Candidates]:
     """Return the ranked items of each query and the candidates of the whole batch.
 
-    The search is recorded in `trace`, where one is given. The decoder `guided` ranks by log p + V of
-    the `guide`, by log p alone without one.
+    The search is recorded in `trace`, where one is given. The decoder `guided` ranks by log p + V
+    of the `guide`, by log p alone without one.
 
     Raises:
         UnprocessableError: a filter does not exist.
