@@ -5,6 +5,7 @@ It answers as the endpoint does, by the same decoder, and shows what a search do
 Shapes:  H histories   C candidates
 """
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -26,7 +27,10 @@ from rollout.search_trees import build_search_trees
 from serve.catalog.attributes import NOTHING
 from serve.catalog.store import CatalogStore
 from serve.decoding.recommender import BatchKey, Query, recommend
+from serve.policies.read import guide_of
 from serve.schema import Item
+
+_log = logging.getLogger("orchard.serve")
 
 _ROWS = 256
 """Items scored in one batch."""
@@ -39,7 +43,10 @@ class LocalPolicy:
         """Take over an open policy; `device` and `dtype` are torch's names."""
         nn.Module.to(policy.model, device=device, dtype=getattr(torch, dtype))
         self._version, self._tokenizer = policy.version, policy.tokenizer
-        self._guide = policy.guide
+        carried, notes = guide_of(policy)
+        self._guide = None if carried is None else carried.own
+        for note in notes:
+            _log.warning("%s", note)
         self._max_history = policy.facts.max_history or 10
         self._engine = TorchEngine(policy.model, policy.tokenizer, policy.version)
         self._store = CatalogStore(

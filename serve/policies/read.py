@@ -77,7 +77,7 @@ def read_policy(folder: Path, tokenizer: ItemTokenizer, *, with_guide: bool = Tr
     stamp, source = folder_stamp(folder), folder.resolve()
     # Read through one resolved path: a link that is switched meanwhile cannot mix two policies.
     policy = Policy.open(source, tokenizer)
-    guide, notes = _guide_of(policy) if with_guide else (None, ())
+    guide, notes = guide_of(policy) if with_guide else (None, ())
     return LoadedPolicy(
         version=policy.version, weights=policy.weights, model=policy.model,
         has_values=value_head.value_head_of(policy.model) is not None, stamp=stamp, source=source,
@@ -85,7 +85,7 @@ def read_policy(folder: Path, tokenizer: ItemTokenizer, *, with_guide: bool = Tr
     )  # fmt: skip
 
 
-def _guide_of(policy: Policy) -> tuple[CarriedGuide | None, tuple[str, ...]]:
+def guide_of(policy: Policy) -> tuple[CarriedGuide | None, tuple[str, ...]]:
     """Return the guide of a policy's folder, and what is to be said of it."""
     try:
         guide = policy.guide
