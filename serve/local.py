@@ -92,7 +92,8 @@ class LocalPolicy:
         guide = None if guided is False else self._guide
         if guided and guide is None:
             raise ConfigError(
-                "the policy folder has no guide; run `orchard fit guide`, or leave out guided = True"
+                "the policy has no guide to search with; run `orchard fit guide`, or leave out "
+                "guided = True"
             )
         if exclude_seen is None:
             exclude_seen = self._guide is not None and self._guide.exclude_seen
