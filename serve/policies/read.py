@@ -90,7 +90,8 @@ def guide_of(policy: Policy) -> tuple[CarriedGuide | None, tuple[str, ...]]:
     try:
         guide = policy.guide
     except (OSError, OrchardError) as error:
-        return None, (f"the guide is not used: {sentence(error)}",)
+        why = "it cannot be read" if isinstance(error, OSError) else without_paths(error)
+        return None, (f"the guide is not used: {why}",)
     if guide is None:
         return None, ()
     notes = guide.notes(train=policy.facts.data.get("train", ""), policy=policy.version.digest)
@@ -150,4 +151,9 @@ def sentence(error: Exception) -> str:
     """Return an error message without file paths, safe to show to clients."""
     if isinstance(error, OSError | ValueError | KeyError | DataError):
         return "the policy folder could not be read"
+    return without_paths(error)
+
+
+def without_paths(error: Exception) -> str:
+    """Return an error message with file paths left out."""
     return re.sub(r"\S*/\S+", "its folder", str(error))
