@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from ray import serve as ray_serve
 from ray.serve import metrics
 
+from orchard.registry import import_plugins
 from orchard.settings import ServeConfig
 from serve.factory import open_service
 from serve.http.routes import create_app
@@ -29,6 +30,8 @@ class Arguments(BaseModel):
     policy: Path
     """Folder of an exported policy."""
     max_history: int | None = None
+    plugins: tuple[str, ...] = ()
+    """Modules to import first, which may register engines of one's own."""
     serve: ServeConfig = ServeConfig()
 
 
@@ -67,6 +70,7 @@ class Endpoint:
 
     def __init__(self, arguments: Arguments) -> None:
         """Load the service; Serve sends no request before the application has started."""
+        import_plugins(arguments.plugins)
         self._service: Service = open_service(
             arguments.policy, arguments.serve, RayMetrics(), max_history=arguments.max_history
         )

@@ -20,9 +20,10 @@ from serve.catalog.attributes import NOTHING, check_filters, read_attributes
 from serve.catalog.store import CatalogStore
 from serve.exposure_log import ExposureLog
 from serve.metrics import ServeMetrics
-from serve.policies import slot
+from serve.policies import read
 from serve.policies.ab_test import MAIN
-from serve.policies.slot import UNREADABLE, LoadedPolicy, PolicySlot
+from serve.policies.read import UNREADABLE, LoadedPolicy
+from serve.policies.slot import PolicySlot
 from serve.service import Service
 from serve.shared_state import SharedState
 from serve.user_history import open_histories
@@ -50,7 +51,7 @@ def open_service(
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(config.threads)
     state = config.state or folder.parent / "serve"
-    main = _open_main(folder, state)
+    main = _open_main(folder, state, config.guide)
     tokenizer, facts = main.tokenizer, main.facts
     attributes = NOTHING
     if config.attributes is not None:
@@ -64,13 +65,19 @@ def open_service(
         keep=config.versions,
     )  # fmt: skip
     shared_state.catch_up(catalog_store)
-    slots = {MAIN: _slot(MAIN, folder, config, tokenizer, shared_state, main.first, main.refused)}
+    slots = {
+        MAIN: _slot(
+            MAIN, folder, config, tokenizer, shared_state, main.first, main.refused,
+            with_guide=config.guide,
+        )
+    }  # fmt: skip
     for name in sorted(config.variants):
         variant = config.variants[name]
+        with_guide = config.guide if variant.guide is None else variant.guide
         slots[name] = _slot(
             name, variant.policy, config, tokenizer, shared_state,
-            *_open_variant(variant.policy, tokenizer, shared_state.policies / name),
-            share=variant.share, shadow=variant.shadow,
+            *_open_variant(variant.policy, tokenizer, shared_state.policies / name, with_guide),
+            with_guide=with_guide, share=variant.share, shadow=variant.shadow,
         )  # fmt: skip
         _check_prompts(name, variant.policy, tokenizer, facts)
     return Service(
@@ -92,7 +99,7 @@ class _MainPolicy:
     """Reason why it is an archived policy, empty if it is the one in the folder."""
 
 
-def _open_main(folder: Path, state: Path) -> _MainPolicy:
+def _open_main(folder: Path, state: Path, with_guide: bool) -> _MainPolicy:
     """Read the main policy; if its folder is unreadable, the newest whole copy in `state`.
 
     Raises:
@@ -101,7 +108,7 @@ def _open_main(folder: Path, state: Path) -> _MainPolicy:
     try:
         models.check_folder(folder)
         tokenizer = open_tokenizer(folder)
-        first = slot.read_policy(folder, tokenizer)
+        first = read.read_policy(folder, tokenizer, with_guide=with_guide)
         return _MainPolicy(
             tokenizer=tokenizer, facts=PolicyFacts.read(folder), first=first, refused=""
         )
@@ -110,36 +117,36 @@ def _open_main(folder: Path, state: Path) -> _MainPolicy:
             try:
                 catalog = catalogs.load(copy.parents[2] / CATALOG)
                 tokenizer = open_tokenizer(copy, catalog)
-                first = slot.read_copy(copy, tokenizer)
+                first = read.read_copy(copy, tokenizer, with_guide=with_guide)
                 facts = PolicyFacts.read(copy)
             except UNREADABLE:
                 continue
             _log.error("serving policy %s of %s instead: %s", first.version, copy, error)
             return _MainPolicy(
-                tokenizer=tokenizer, facts=facts, first=first, refused=slot.sentence(error)
+                tokenizer=tokenizer, facts=facts, first=first, refused=read.sentence(error)
             )
         raise
 
 
 def _open_variant(
-    folder: Path, tokenizer: ItemTokenizer, archive: Path
+    folder: Path, tokenizer: ItemTokenizer, archive: Path, with_guide: bool
 ) -> tuple[LoadedPolicy, str]:
     """Read the policy of a variant, or its newest whole copy and why the folder is refused."""
     try:
-        return slot.read_policy(folder, tokenizer), ""
+        return read.read_policy(folder, tokenizer, with_guide=with_guide), ""
     except UNREADABLE as error:
         try:
             PolicyFacts.read(folder).check_catalog(tokenizer.catalog, folder)
         except CheckpointError as other:
             if not archive.is_dir():
                 raise other from error
-        for copy in reversed(slot.archived_policies(archive)):
+        for copy in reversed(read.archived_policies(archive)):
             try:
-                first = slot.read_copy(copy, tokenizer)
+                first = read.read_copy(copy, tokenizer, with_guide=with_guide)
             except UNREADABLE:
                 continue
             _log.error("serving policy %s of %s instead: %s", first.version, copy, error)
-            return first, slot.sentence(error)
+            return first, read.sentence(error)
         raise
 
 
@@ -148,7 +155,7 @@ def copies_of(state: Path) -> list[Path]:
     copies = [
         copy
         for archive in state.glob(f"*/policies/{MAIN}")
-        for copy in slot.archived_policies(archive)
+        for copy in read.archived_policies(archive)
     ]
     return sorted(copies, key=lambda copy: copy.stat().st_mtime_ns, reverse=True)
 
@@ -183,6 +190,7 @@ def _slot(
     first: LoadedPolicy,
     refused: str,
     *,
+    with_guide: bool,
     share: float = 0.0,
     shadow: bool = False,
 ) -> PolicySlot:
@@ -194,7 +202,8 @@ def _slot(
     return PolicySlot(
         name, folder, first, tokenizer, make,
         keep=shared_state.policies, versions=config.versions, tolerance=config.probe_tolerance,
-        share=share, shadow=shadow, spared=shared_state.pinned(name), refused=refused,
+        with_guide=with_guide, share=share, shadow=shadow, spared=shared_state.pinned(name),
+        refused=refused,
     )  # fmt: skip
 
 

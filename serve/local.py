@@ -5,6 +5,7 @@ It answers as the endpoint does, by the same decoder, and shows what a search do
 Shapes:  H histories   C candidates
 """
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -26,7 +27,10 @@ from rollout.search_trees import build_search_trees
 from serve.catalog.attributes import NOTHING
 from serve.catalog.store import CatalogStore
 from serve.decoding.recommender import BatchKey, Query, recommend
+from serve.policies.read import guide_of
 from serve.schema import Item
+
+_log = logging.getLogger("orchard.serve")
 
 _ROWS = 256
 """Items scored in one batch."""
@@ -39,6 +43,10 @@ class LocalPolicy:
         """Take over an open policy; `device` and `dtype` are torch's names."""
         nn.Module.to(policy.model, device=device, dtype=getattr(torch, dtype))
         self._version, self._tokenizer = policy.version, policy.tokenizer
+        carried, notes = guide_of(policy)
+        self._guide = None if carried is None else carried.own
+        for note in notes:
+            _log.warning("%s", note)
         self._max_history = policy.facts.max_history or 10
         self._engine = TorchEngine(policy.model, policy.tokenizer, policy.version)
         self._store = CatalogStore(
@@ -60,22 +68,35 @@ class LocalPolicy:
         history: Sequence[int],
         k: int = 10,
         *,
-        exclude_seen: bool = False,
+        exclude_seen: bool | None = None,
         exclude: Sequence[int] = (),
         width: int | None = None,
+        guided: bool | None = None,
     ) -> list[Item]:
         """Return the best `k` items after a history, best first.
+
+        With the guide of the policy's folder, items are ranked by their score plus its reward.
 
         Args:
             history: item ids, oldest first; items that the catalog lacks are passed over.
             k: items to return; fewer come back where no more may be shown.
-            exclude_seen: leave out the items of the history.
+            exclude_seen: leave out the items of the history; by default as the guide says, and
+                not without one.
             exclude: further item ids to leave out.
             width: beam width; by default twice `k`, at least 50.
+            guided: search with the guide; by default where there is one.
 
         Raises:
-            ConfigError: `k` or `width` is below 1.
+            ConfigError: `k` or `width` is below 1, or the policy has no guide to search with.
         """
+        guide = None if guided is False else self._guide
+        if guided and guide is None:
+            raise ConfigError(
+                "the policy has no guide to search with; run `orchard fit guide`, or leave out "
+                "guided = True"
+            )
+        if exclude_seen is None:
+            exclude_seen = self._guide is not None and self._guide.exclude_seen
         if k < 1 or (width is not None and width < 1):
             raise ConfigError(f"k = {k} and width = {width} must be at least 1")
         left_out = [*exclude, *(history if exclude_seen else ())]
@@ -83,10 +104,14 @@ class LocalPolicy:
             history=np.array(history, np.int64), k=k, exclude=np.array(left_out, np.int64),
             per_prefix=None, seed=0, levels=False,
         )  # fmt: skip
-        key = BatchKey(decoder="beam", width=width or max(50, 2 * k), filters=())
+        key = BatchKey(
+            decoder="beam" if guide is None else "guided", prove=k,
+            width=width or max(50, 2 * k), filters=(),
+        )  # fmt: skip
         (ranked,), _ = recommend(
-            self._engine, self._store.current, [query], key, max_history=self._max_history
-        )
+            self._engine, self._store.current, [query], key,
+            max_history=self._max_history, guide=guide,
+        )  # fmt: skip
         return ranked.items
 
     def score(self, history: Sequence[int], items: Sequence[int]) -> Float64[np.ndarray, " C"]:

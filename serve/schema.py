@@ -8,25 +8,16 @@ from pydantic import (
     Field,
     StrictBool,
     StrictInt,
-    StrictStr,
     computed_field,
     model_validator,
 )
 
-Decoder = Literal["beam", "ved", "beam_sample"]
+Decoder = Literal["beam", "ved", "beam_sample", "guided"]
 Shortfall = Literal["", "exhausted", "width", "budget", "per_prefix"]
 ItemId = Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)]
 Ids = Annotated[list[ItemId], Field(max_length=10_000, fail_fast=True)]
 Name = Annotated[str, Field(min_length=1, max_length=100)]
 Count = Annotated[StrictInt, Field(ge=1, le=100_000)]
-AttributeValue = (
-    StrictBool
-    | Annotated[StrictInt, Field(ge=-(2**63), lt=2**64)]
-    | Annotated[float, Field(strict=True, allow_inf_nan=False)]
-    | Annotated[StrictStr, Field(max_length=10_000)]
-    | None
-)
-"""Attribute of an item; of the type of its column (see `serve.catalog.attributes`)."""
 
 
 class ResponseModel(BaseModel):
@@ -50,7 +41,7 @@ class _RenamedFields(ResponseModel):
         return {k: v for k, v in data.items() if k not in cls.model_computed_fields}
 
 
-class _NamesCatalog(_RenamedFields):
+class NamesCatalog(_RenamedFields):
     """Response that names the catalog, also under the old spelling `catalogue`."""
 
     catalog: str
@@ -90,13 +81,15 @@ class RecommendRequest(RequestModel):
     """Number of items to return."""
     exclude: Ids = Field(default_factory=list[int])
     """Item ids that must not be shown; unknown ids are ignored."""
-    exclude_seen: StrictBool = False
-    """Whether to exclude every item of the history."""
+    exclude_seen: StrictBool | None = None
+    """Whether to exclude every item of the history; by default the rule of the policy's guide,
+    false without one and for `beam_sample`."""
     filters: Annotated[list[Name], Field(max_length=16)] = Field(default_factory=list[str])
     """Names of configured filters; an item must pass all of them."""
     width: Count | None = None
     """Beam width; `ved` gets the forward budget of a beam of this width."""
-    decoder: Decoder = "beam"
+    decoder: Decoder | None = None
+    """Search; by default `guided` where the policy has a guide, else `beam`."""
     per_prefix: Count | None = None
     """Maximum number of items that share their first code."""
     temperature: Annotated[float, Field(gt=0.0, le=100.0, allow_inf_nan=False)] = 1.0
@@ -106,7 +99,8 @@ class RecommendRequest(RequestModel):
     deadline_ms: Annotated[float, Field(gt=0.0, le=60_000.0, allow_inf_nan=False)] | None = None
     """Deadline in milliseconds; to meet it the beam is narrowed or popular items are shown."""
     explain: Literal["none", "levels", "tree"] = "none"
-    """Detail to add: `levels` the log-probability and value of every code, `tree` the tree too."""
+    """Detail to add: `levels` the log-probability and value of every code and the guide's share in
+    the ranking, `tree` the tree too."""
 
     @model_validator(mode="after")
     def _require_history_or_user(self) -> "RecommendRequest":
@@ -129,7 +123,17 @@ class Level(ResponseModel):
     logprob: float
     """Log-probability of the code given the codes before it; 0 if no other code was legal."""
     value: float | None = None
-    """Value estimate of the prefix that ends with this code, if the decoder used the value head."""
+    """Value of the prefix that ends with this code: the estimate of the value head for `ved`, the
+    largest reward of the guide below it for `guided`."""
+
+
+class GuideShare(ResponseModel):
+    """Share of the guide in the rank of an item: items come in the order of score + reward."""
+
+    reward: float
+    """Reward that the guide gives the item's semantic ID after the history."""
+    summands: dict[str, float]
+    """What the reward is the sum of: each expert, `popularity`, and being in the `history`."""
 
 
 class Item(ResponseModel):
@@ -143,6 +147,7 @@ class Item(ResponseModel):
     sid: list[int]
     title: str
     levels: list[Level] | None = None
+    guide: GuideShare | None = None
 
 
 class Node(ResponseModel):
@@ -179,7 +184,7 @@ def _old_names_are_optional(schema: dict[str, Any]) -> None:
         schema["required"] = [n for n in schema["required"] if n not in ("fewer", "unknown")]
 
 
-class RecommendResponse(_NamesCatalog):
+class RecommendResponse(NamesCatalog):
     """Recommended items, best first, with their provenance and cost."""
 
     model_config = ConfigDict(json_schema_extra=_old_names_are_optional)
@@ -204,6 +209,9 @@ class RecommendResponse(_NamesCatalog):
     seed: int | None = None
     unknown_items: int = 0
     """Number of history items that the catalog does not contain; the policy does not read them."""
+    proved: bool | None = None
+    """Whether the items are proved to be the best of all that may be shown, by score + reward; null
+    unless the decoder is `guided`."""
     cost: Cost
     tree: list[Node] | None = None
 
@@ -226,83 +234,6 @@ class RecommendResponse(_NamesCatalog):
         return self.unknown_items
 
 
-class NewItem(RequestModel):
-    """Item to add to the catalog."""
-
-    item_id: ItemId
-    sid: Annotated[list[Annotated[StrictInt, Field(ge=0, lt=2**31)]], Field(max_length=64)]
-    title: Annotated[str, Field(max_length=2000)] = ""
-    attributes: dict[Name, AttributeValue] = Field(default_factory=dict[str, AttributeValue])
-
-
-class ChangedItem(RequestModel):
-    """Changes to an item; omitted fields keep their values."""
-
-    item_id: ItemId
-    sid: Annotated[list[Annotated[StrictInt, Field(ge=0, lt=2**31)]], Field(max_length=64)] | (
-        None
-    ) = None
-    title: Annotated[str, Field(max_length=2000)] | None = None
-    attributes: dict[Name, AttributeValue] = Field(default_factory=dict[str, AttributeValue])
-
-
-class DeltaRequest(RequestModel):
-    """Atomic change of the catalog."""
-
-    add: Annotated[list[NewItem], Field(max_length=100_000, fail_fast=True)] = Field(
-        default_factory=list[NewItem]
-    )
-    remove: Annotated[list[ItemId], Field(max_length=100_000, fail_fast=True)] = Field(
-        default_factory=list[int]
-    )
-    update: Annotated[list[ChangedItem], Field(max_length=100_000, fail_fast=True)] = Field(
-        default_factory=list[ChangedItem]
-    )
-    dry_run: StrictBool = False
-    """Whether to validate the delta without applying it."""
-    base_version: Annotated[StrictInt, Field(ge=0)] | None = None
-    """Catalog version that the delta was made for; refused if another one is current."""
-    rollback_to: Annotated[StrictInt, Field(ge=0)] | None = None
-    """Earlier version whose items become a new version, instead of changes."""
-
-    @model_validator(mode="after")
-    def _require_changes_or_rollback(self) -> "DeltaRequest":
-        """Require either changes or `rollback_to`."""
-        changes = bool(self.add or self.remove or self.update)
-        if changes == (self.rollback_to is not None):
-            raise ValueError("give items to add, remove or update, or rollback_to, and not both")
-        return self
-
-
-class CatalogInfo(ResponseModel):
-    """Current version of the catalog."""
-
-    version: int
-    digest: str
-    items: int
-    leaves: int
-    """Number of distinct semantic IDs."""
-    levels: int
-    level_size: list[int]
-    filters: list[str]
-    kept: list[int]
-    """Versions available for rollback."""
-    dry_run: bool = False
-    deltas_refused: str = ""
-    """Reason for not applying newer deltas of the shared state, empty if they are applied."""
-
-
-class ItemInfo(_NamesCatalog):
-    """Item of the catalog."""
-
-    item_id: int
-    sid: list[int]
-    title: str
-    shares_sid_with: list[int]
-    filters: list[str]
-    """Names of the filters that the item passes."""
-
-
 class VariantInfo(ResponseModel):
     """Policy variant behind the endpoint."""
 
@@ -317,6 +248,10 @@ class VariantInfo(ResponseModel):
     """Policy versions that can be activated."""
     engine: str
     decoders: list[Decoder]
+    guide: str = ""
+    """Digest of the guide of the policy's searches, empty without one."""
+    guide_notes: list[str] = Field(default_factory=list[str])
+    """Reasons why the guide is not used, or was fitted for something else."""
     refused: str = ""
     """Reason for not serving the newest policy in the folder, empty if it is served."""
 

@@ -17,6 +17,7 @@ from cachetools import TTLCache
 
 from orchard.errors import EngineError
 from orchard.settings import ServeConfig
+from serve.catalog.schema import DeltaRequest
 from serve.catalog.store import CatalogStore, CatalogVersion
 from serve.decoding.batching import TooLateError
 from serve.decoding.recommender import popular_items
@@ -29,13 +30,7 @@ from serve.exposure_log import ExposureLog
 from serve.metrics import ServeMetrics
 from serve.policies.ab_test import MAIN, assign_variant
 from serve.policies.slot import PolicySlot
-from serve.schema import (
-    ActivateRequest,
-    Cost,
-    DeltaRequest,
-    RecommendRequest,
-    RecommendResponse,
-)
+from serve.schema import ActivateRequest, Cost, RecommendRequest, RecommendResponse
 from serve.shared_state import SharedState
 from serve.synchronizer import Synchronizer
 from serve.user_history import Histories
@@ -129,7 +124,9 @@ class Service:
         resolved = self._resolve(request, history, variant)
         cache, key = self._cache, None
         if cache is not None:
-            key = cache_key(resolved, str(self.slots[variant].version), self.catalog_store.current)
+            slot = self.slots[variant]
+            catalog_version = self.catalog_store.current
+            key = cache_key(resolved, str(slot.version), slot.guide_digest, catalog_version)
         cached = cache.get(key) if cache is not None and key is not None else None
         if cached is not None:
             self.metrics.count("orchard_serve_cache_hits", variant=variant)
@@ -138,6 +135,8 @@ class Service:
         else:
             answer, catalog_version = await self._answer(resolved, start_time)
             is_complete = not answer.fallback and resolved.width == answer.width
+            if self.config.wide and answer.proved is False:  # a wider search may have had no time
+                is_complete = not (request.deadline_ms or self.config.deadline_ms)
             if cache is not None and key is not None and is_complete:
                 cache[key] = answer, catalog_version
         self._log_exposure(resolved, answer, catalog_version, request_id, shadow=False)
@@ -211,7 +210,10 @@ class Service:
         self, request: RecommendRequest, history: list[int], variant: str
     ) -> ResolvedRequest:
         """Resolve a request for a variant; see `serve.decoding.request.resolve`."""
-        return resolve(request, history, variant, self.config, guided=self.slots[variant].guided)
+        slot = self.slots[variant]
+        return resolve(
+            request, history, variant, self.config, decoders=slot.decoders, guide=slot.guide
+        )
 
     async def _answer(
         self, resolved: ResolvedRequest, start_time: float
@@ -251,7 +253,7 @@ class Service:
             popular_items, catalog_version, query_of(resolved), filters
         )
         answer = build_response(
-            resolved, ranked, catalog_version,
+            resolved, ranked, catalog_version, resolved.decoder,
             policy=str(self.slots[resolved.variant].version), source="popularity", fallback=why,
             width=0, cost=Cost(prefill_tokens=0, forward_tokens=0, passes=0, batch=0, seconds=0.0),
         )  # fmt: skip
@@ -261,7 +263,7 @@ class Service:
         """Build the response from a search result, with its tree if requested."""
         cost, ranked = result.candidates.cost, result.ranked
         answer = build_response(
-            resolved, ranked, result.catalog_version,
+            resolved, ranked, result.catalog_version, result.decoder,
             policy=result.policy, source="policy", fallback="", width=result.width,
             cost=Cost(
                 prefill_tokens=cost.prefill_tokens, forward_tokens=cost.forward_tokens,
@@ -301,7 +303,7 @@ class Service:
         if self._exposure is None:
             return
         request = resolved.request
-        has_exclusions = bool(request.exclude or request.exclude_seen or request.filters)
+        has_exclusions = bool(request.exclude or resolved.exclude_seen or request.filters)
         history = np.array(resolved.history, np.int64)
         _, is_known = catalog_version.catalog.find(history)
         is_full = self._exposure.add(

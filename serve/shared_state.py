@@ -14,8 +14,8 @@ from orchard.errors import ConfigError, DataError
 from orchard.folders import atomic_dir
 from orchard.policy.store import CATALOG
 from serve.catalog.ledger import Ledger
+from serve.catalog.schema import DeltaRequest
 from serve.catalog.store import CatalogStore, CatalogVersion
-from serve.schema import DeltaRequest
 
 _log = logging.getLogger("orchard.serve")
 

@@ -11,11 +11,13 @@ from typing import Any
 
 from orchard.errors import DataError
 from serve.catalog.ledger import LedgerError
+from serve.catalog.schema import DeltaRequest
 from serve.catalog.store import CatalogStore, CatalogVersion
 from serve.decoding.scheduler import DecodeScheduler
 from serve.errors import ConflictError, UnavailableError, UnknownNameError
-from serve.policies.slot import LATEST, LoadedPolicy, PolicySlot
-from serve.schema import ActivateRequest, DeltaRequest
+from serve.policies.read import LoadedPolicy
+from serve.policies.slot import LATEST, PolicySlot
+from serve.schema import ActivateRequest
 from serve.shared_state import SharedState
 
 _log = logging.getLogger("orchard.serve")
@@ -74,6 +76,8 @@ class Synchronizer:
                     raise UnavailableError(
                         "the delta could not be written to the state folder; try again"
                     ) from error
+                for slot in self.slots.values():
+                    await self._in_loader(slot.prepare, catalog_version.catalog)
                 self.catalog_store.activate(catalog_version)
             return catalog_version
 

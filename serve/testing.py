@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
+from orchard.guide.guide import Guide
 from orchard.policy.item_tokenizer import compact_tokenizer
-from orchard.policy.store import Policy, PolicyFacts
+from orchard.policy.store import GUIDE, Policy, PolicyFacts
 from orchard.settings import FilterConfig
 from orchard.testing import TinySetup, tiny_text_tokenizer
 from orchard.types import PolicyVersion
@@ -71,7 +72,14 @@ def kind(**changes: object) -> BatchKey:
     return BatchKey(**(defaults | changes))  # pyright: ignore[reportArgumentType]
 
 
-def export_policy(world: TinySetup, folder: Path, *, step: int, digest: str | None = None) -> Path:
+def export_policy(
+    world: TinySetup,
+    folder: Path,
+    *,
+    step: int,
+    digest: str | None = None,
+    guide: Guide | None = None,
+) -> Path:
     """Write a policy folder as training exports it; `digest` replaces the digest of the weights."""
     version = PolicyVersion(step=step, digest=digest or world.version.digest)
     facts = PolicyFacts(max_history=10)
@@ -80,4 +88,6 @@ def export_policy(world: TinySetup, folder: Path, *, step: int, digest: str | No
         version=version, model=world.model, tokenizer=world.tokenizer,
         text_tokenizer=make(world.catalog), facts=facts,
     ).save(folder)  # fmt: skip
+    if guide is not None:
+        guide.save(folder / GUIDE)
     return folder

@@ -39,7 +39,7 @@ def fit_guide(settings: Config, policy: Path | None) -> None:
     opened = Policy.open(run.policy, run.tokenizer)
     lists = search_lists(run, opened)
     fitted = fit.fit_weights(counted, lists, ridge=config.ridge)
-    guide = replace(fitted.guide, policy=opened.version.digest)
+    guide = replace(fitted.guide, train=run.data["train"], policy=opened.version.digest)
     guide.save(run.policy / GUIDE)
     seconds = time.perf_counter() - started
     for line in describe(guide, fitted, sum(len(batch.prompts) for batch in lists), run):

@@ -21,6 +21,7 @@ from orchard.folders import atomic_file
 from orchard.parquet import read_table
 from orchard.policy import model
 from orchard.policy.store import PolicyFacts, open_tokenizer
+from orchard.registry import import_plugins
 from orchard.settings import Config, ServeConfig
 from rollout.engine.registry import ENGINES
 from serve.app import Arguments, options
@@ -51,6 +52,7 @@ def resolve(target: Path, overrides: list[str]) -> tuple[Arguments, Config]:
                 f"run {settings.name} has no policy yet: neither {trained} nor {folder} exists; "
                 "run `orchard sft` or `orchard train` first"
             )
+    import_plugins(settings.plugins)
     ENGINES.check_name(settings.serve.engine, "serve.engine")
     model.check_folder(folder)
     PolicyFacts.read(folder)
@@ -62,7 +64,10 @@ def resolve(target: Path, overrides: list[str]) -> tuple[Arguments, Config]:
         counts = count_targets(settings, state / "popularity.parquet")
         serving = serving.model_copy(update={"popularity": counts})
     # Not resolved: a symbolic link that is switched to another policy is followed.
-    return Arguments(policy=folder.absolute(), serve=_absolute(serving)), settings
+    arguments = Arguments(
+        policy=folder.absolute(), plugins=settings.plugins, serve=_absolute(serving)
+    )
+    return arguments, settings
 
 
 def serve_here(arguments: Arguments, settings: Config) -> None:

@@ -13,7 +13,7 @@ V is an upper bound of the maximum. After a history that no expert knows, every 
 the search is the plain one.
 
 Shapes:  B prompts   K leaves   N trie nodes   X reached (prompt, leaf) pairs   F queried prefixes
-         V valued (prompt, node) pairs   A terms   Q queried pairs
+         V valued (prompt, node) pairs   A terms   Q queried pairs   S summands
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import safetensors
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32, Float64, Int64
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
@@ -42,7 +42,9 @@ ABOUT, MATRICES = "guide.json", "guide.safetensors"
 
 
 _PARTS = ("start", "after", "strength")
-_FACTS = ("popularity_weight", "seen_weight", "exclude_seen", "rows", "policy")
+_FACTS = ("popularity_weight", "seen_weight", "exclude_seen", "rows", "train", "policy")
+POPULARITY, HISTORY = "popularity", "history"
+"""Names of the summands of the reward that are no experts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +72,8 @@ class Guide:
     """Whether leaves of the prompt's own history are left out of its lists."""
     rows: str = ""
     """Digest of the training rows that were counted."""
+    train: str = ""
+    """Digest of the training split that was counted, as policies name the one they learned."""
     policy: str = ""
     """Digest of the weights of the policy that the weights were fitted for."""
 
@@ -122,6 +126,29 @@ class Guide:
         value[reached] = self._reward(scores)[place[reached]]
         value[~scores.known[prompt]] = 0.0
         return value
+
+    @property
+    def summands(self) -> tuple[str, ...]:
+        """Names of the summands of the reward: experts, popularity, being in the history."""
+        return (*(expert.name for expert in self.experts), POPULARITY, HISTORY)
+
+    def shares(
+        self,
+        prompts: Prompts,
+        prompt: Int64[np.ndarray, " Q"],
+        leaf: Int64[np.ndarray, " Q"],
+    ) -> Float64[np.ndarray, "Q S"]:
+        """Return the `summands` of r of leaves to the prompts with the given indices."""
+        scores = self.scores(prompts)
+        place, reached = scores.find(prompt, leaf)
+        table = np.zeros((len(leaf), len(self.experts) + 2))
+        for term, column in zip(self.terms, self.column, strict=True):
+            score = np.where(reached, scores.score[place, column], 0.0) if len(scores.key) else 0.0
+            table[:, column] += term.weight * np.log1p(score / term.scale)
+        table[:, -2] = self._static_of(leaf)
+        table[reached, -1] = self.seen_weight * scores.seen[place[reached]]
+        table[~scores.known[prompt]] = 0.0
+        return table
 
     def values(self, prompts: Prompts) -> Values:
         """Compute the values above the reached leaves, and return a function that looks them up."""
@@ -206,7 +233,8 @@ class Guide:
         """Write the guide as a folder, which replaces an older one as a whole."""
         with atomic_dir(folder) as partial:
             save_file(self._arrays(), partial / MATRICES)
-            (partial / ABOUT).write_text(json.dumps(self._about(), indent=2) + "\n")
+            about = self._about() | {"digest": self.digest}
+            (partial / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
 
     @classmethod
     def open(cls, folder: Path, catalog: Catalog) -> "Guide":
@@ -240,23 +268,32 @@ class Guide:
                 for entry in about["experts"]
             )
             terms = tuple(Term(**term) for term in about["terms"])
-            return cls(
+            guide = cls(
                 catalog=catalog, experts=experts, terms=terms, popularity=arrays["popularity"],
-                **{name: about[name] for name in _FACTS},
+                **{name: about[name] for name in _FACTS if name in about},
             )  # fmt: skip
+            named = about.get("digest", guide.digest)
+            if named != guide.digest:
+                raise ValueError(f"digest {guide.digest[:8]}, its file names {named[:8]}")
+            return guide
         except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
             raise CheckpointError(
                 f"the guide in {folder} is damaged ({error}); run `orchard fit guide` again"
             ) from error
 
-    def notes(self, *, rows: str = "", policy: str = "") -> list[str]:
+    def notes(self, *, rows: str = "", train: str = "", policy: str = "") -> list[str]:
         """Return one sentence for each way in which the guide was fitted for something else.
 
         Args:
             rows: digest of the training rows in use; not compared if empty.
+            train: digest of the training split in use; not compared if empty.
             policy: digest of the policy's weights; not compared if empty.
         """
-        named = (("training rows", rows, self.rows), ("the policy", policy, self.policy))
+        named = (
+            ("training rows", rows, self.rows),
+            ("the training split", train, self.train),
+            ("the policy", policy, self.policy),
+        )
         return [
             f"the guide was fitted with {kind} {was[:8]}, those in use are {now[:8]}; its weights "
             "still serve, `orchard fit guide` fits them anew"
@@ -284,3 +321,11 @@ class Guide:
             "terms": [asdict(term) for term in self.terms],
             **{name: getattr(self, name) for name in _FACTS},
         }
+
+
+def named_digest(folder: Path) -> str:
+    """Return the digest that the folder of a guide names; empty where there is none."""
+    try:
+        return str(json.loads((folder / ABOUT).read_text()).get("digest", ""))
+    except (OSError, ValueError):
+        return ""

@@ -76,10 +76,12 @@ class RolloutConfig(Section):
     samples, of which the target and as few duplicates as possible are kept (ReRe); `ved`:
     value-guided search; `think`: independent thoughts, one block for each code, followed by the
     codes."""
-    guide: Literal["none", "expert", "critic"] = "none"
+    guide: Literal["none", "expert", "critic", "head", "expert+head"] = "none"
     """Values that guide `beam`, whose prefixes are then ranked by log p + V: `expert` takes the
     guide of the policy that training starts from (`orchard fit guide`), `critic` the critic
-    (`orchard fit critic`). Rewards and losses use log p alone."""
+    (`orchard fit critic`), `head` the value head of the policy, which values the prefixes that have
+    been forwarded, and so the children of each alike; `expert+head` adds both. Rewards and losses
+    use log p alone."""
     group_size: PositiveInt = 16
     """Number of candidates per prompt, which is also the beam width."""
     add_target: bool = False

@@ -5,7 +5,14 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 from urllib.parse import parse_qs, urlsplit
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from orchard.settings.section import Fraction, Section
 
@@ -36,6 +43,9 @@ class VariantConfig(Section):
     """Share of the users that are served by this policy."""
     shadow: bool = False
     """Whether the policy also answers every other request, for the exposure log only."""
+    guide: bool | None = None
+    """Whether searches use the guide of the policy, if its folder has one; by default as
+    `serve.guide` says."""
 
 
 class ServeConfig(Section):
@@ -64,6 +74,12 @@ class ServeConfig(Section):
     """Default beam width of a request."""
     max_width: PositiveInt = 512
     """Maximum beam width of a request."""
+    guide: bool = True
+    """Whether searches use the guide in the policy folder (`orchard fit guide`), if there is one:
+    requests are then decoded by `guided` unless they name another decoder."""
+    wide: NonNegativeInt = 0
+    """Beam width of a second search by the decoder `guided`, where the first did not prove that its
+    items are the best and the deadline leaves time; 0 makes none."""
     max_k: PositiveInt = 512
     """Maximum number of items per request."""
     budget: PositiveInt = 1024
@@ -127,6 +143,11 @@ class ServeConfig(Section):
             raise ValueError(
                 f"serve.width = {self.width}, max_width = {self.max_width}, budget = {self.budget} "
                 f"and queue = {self.queue} must not fall in this order; raise the later ones"
+            )
+        if self.wide > self.max_width:
+            raise ValueError(
+                f"serve.wide = {self.wide} is above serve.max_width = {self.max_width}; lower it, "
+                "or raise serve.max_width"
             )
         if self.max_k > self.max_width:
             raise ValueError(

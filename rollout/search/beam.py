@@ -38,6 +38,7 @@ def beam(
     noise: GumbelNoise | None = None,
     allowed: ItemFilter | None = None,
     guide: Valuer | None = None,
+    head: bool = False,
     count: int | None = None,
     prove: int = 0,
 ) -> Candidates:
@@ -51,6 +52,9 @@ def beam(
     With a `guide`, keys are log p + V: prefixes are kept and candidates ordered by them. Scores
     and log-probabilities stay those of the policy. Where all values are 0, nothing changes.
 
+    With `head`, keys also contain the policy's own value of the last prefix above that was
+    forwarded, 0 at the root. Values of the prefixes themselves would take a pass for each of them.
+
     With `allowed`, only prefixes of allowed leaves compete: a prompt gets as many candidates as it
     has allowed leaves, up to `width`, possibly none.
 
@@ -61,17 +65,21 @@ def beam(
         noise: random keys; not together with a guide.
         allowed: leaves that may be found.
         guide: source of the values V.
+        head: whether the value head of the policy adds to the keys; not together with noise.
         count: candidates returned, the first of the beam; all by default. Prefixes that cannot
-            lead to one of them are not forwarded at the last level, in one more pass at most.
+            lead to one of them are not forwarded at the last level, in one more pass at most;
+            with `head`, whose values are no bounds, all are.
         prove: number of first candidates that `Candidates.proved` is about, at most `count`; 0
             proves nothing. They are proved to be the best of all allowed leaves if the last of them
             reaches the largest key that was ever dropped, which bounds the keys of leaves below it.
-            The cost counts the prompts so `proved`.
+            The cost counts the prompts so `proved`. Must be 0 with `head`.
 
     Raises:
         CatalogError: `allowed` or `guide` belongs to another catalog, or another batch.
-        EngineError: a prompt does not fit the engine, or the policy has diverged.
+        EngineError: a prompt does not fit the engine, the policy has diverged, or `head` is set and
+            the policy has no value head that the engine can run.
     """
+    assert not (head and prove), "values of the head prove nothing"
     trie, num_prompts = engine.trie, len(prompts)
     count = width if count is None else min(count, width)
     mask = make_prefix_mask(trie, allowed, num_prompts) if allowed else None
@@ -88,6 +96,7 @@ def beam(
     logprob = torch.zeros(num_prompts, trie.depth, device=prompt.device)
     # Number of children of each beam's node, and whether the expansion has its children.
     fanout, scored = trie.num_children(node), torch.ones_like(prompt, dtype=torch.bool)
+    value = torch.zeros_like(score)  # of the last forwarded prefix of each beam, by the head
     key: Float32[Tensor, " F"] | Float64[Tensor, " F"] = score
     for level in range(trie.depth):
         is_last = level + 1 == trie.depth
@@ -100,7 +109,9 @@ def beam(
             start = row_starts(admitted)[start]
         most = count if is_last else width
         if noise is None:
-            key = ranking.keys(prompt[source], child, score.index_select(0, source) + gain)
+            above = score.index_select(0, source)
+            key = ranking.keys(prompt[source], child, above + gain)
+            key = key + value[source] if head else key
             kept = top_k(start, key, child, most)
         else:
             key = noise.keys(prompt[source], source, child, gain)
@@ -110,7 +121,7 @@ def beam(
             proof.drop(prompt[source], key, kept)
         start = row_starts(start.diff().clamp(max=most))
         source, node, gain, key = source[kept], child[kept], gain[kept], key[kept]
-        prompt, score = prompt[source], score[source] + gain
+        prompt, score, value = prompt[source], score[source] + gain, value[source]
         forwarded, state, logprob = forwarded[source], state[source], logprob[source]
         logprob[:, level] = gain  # 0 for a beam that is at its leaf
         if is_last:
@@ -122,7 +133,7 @@ def beam(
         if len(rows) == 0:
             continue
         extend = partial(_extend, engine, state, forwarded, node)
-        if count < width and noise is None and level + 2 == trie.depth:
+        if count < width and noise is None and not head and level + 2 == trie.depth:
             beams = Beams(prompt=prompt, node=node, score=score, key=key, scored=scored)
             expansion, alive, spent, turns = extend_needed(
                 extend, trie, ranking, mask, beams, count
@@ -135,6 +146,8 @@ def beam(
             (expansion, spent), turns = extend(rows), 1
             forwarded = torch.where(scored, node, forwarded)
             state = state.index_copy(0, rows, expansion.state)
+            if head:
+                value = value.index_copy(0, rows, head_values(expansion).to(value))
         tokens, passes = tokens + spent, passes + turns
     cost = Cost(prefill_tokens=len(prompts.token), forward_tokens=tokens, passes=passes)
     if not prove:
@@ -238,6 +251,16 @@ def check_finite(engine: DecodingBackend, expansion: NextCodeLogprobs) -> NextCo
             "with (sft.lr in the warm start, learner.lr after it)"
         )
     return expansion
+
+
+def head_values(expansion: NextCodeLogprobs) -> Float32[Tensor, " F"]:
+    """Return the values of the states; raise EngineError without a value head."""
+    if expansion.value is None:
+        raise EngineError(
+            'rollout.guide = "head" needs a policy with a value head (model.value_head = true) in '
+            'an engine that runs it (rollout.decode = "worker")'
+        )
+    return expansion.value
 
 
 def spans(

@@ -55,7 +55,7 @@ class SearchContext:
 
     def valuer(self, name: str) -> Valuer | None:
         """Return the source of values called `name` in the settings; None for the head or none."""
-        return {"critic": self.critic, "expert": self.guide}.get(name)
+        return {"critic": self.critic, "expert": self.guide}.get(name.removesuffix("+head"))
 
     @property
     def catalog(self) -> Catalog:
@@ -102,15 +102,33 @@ SEARCHES: Registry[SearchFactory, SearchFacts] = Registry(
 """Searches by their name in `rollout.search`."""
 
 
+def _uses_head(config: RolloutConfig) -> bool:
+    """Return whether the value head of the policy guides the beam."""
+    return config.guide.endswith("head")
+
+
+def _needs_head(config: Config) -> None:
+    """Refuse a beam guided by the value head of a policy that has none."""
+    if _uses_head(config.rollout) and not config.model.value_head:
+        raise ConfigError(
+            f'rollout.guide = "{config.rollout.guide}" ranks by the values of the policy; set '
+            "model.value_head = true, or choose another guide",
+            code="config.no_values",
+        )
+
+
 @SEARCHES.register(
     "beam",
     SearchFacts(
+        rules=(_needs_head,),
         uses_critic=lambda config: config.guide == "critic",
-        uses_guide=lambda config: config.guide == "expert",
+        uses_guide=lambda config: config.guide.startswith("expert"),
     ),
 )
 def _beam(ctx: SearchContext) -> Search:
     width, valuer = ctx.config.group_size, ctx.valuer(ctx.config.guide)
+    if _uses_head(ctx.config):
+        return ctx.search_codes(partial(beam, width=width, guide=valuer, head=True))
     if valuer is None:
         return ctx.search_codes(partial(beam, width=width))
     return ctx.search_codes(partial(beam, width=width, guide=valuer, prove=PROVED))

@@ -24,8 +24,8 @@ from typing import Any, cast
 from pydantic import ValidationError
 
 from orchard.errors import DataError
+from serve.catalog.schema import DeltaRequest
 from serve.errors import ConflictError
-from serve.schema import DeltaRequest
 
 _log = logging.getLogger("orchard.serve")
 _NAME = re.compile(r"[0-9]{9}\.json")

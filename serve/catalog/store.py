@@ -25,8 +25,8 @@ from orchard.errors import CatalogError, ConfigError, DataError
 from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.settings import FilterConfig
 from serve.catalog.attributes import Attributes
+from serve.catalog.schema import DeltaRequest
 from serve.errors import ConflictError, UnknownNameError, UnprocessableError
-from serve.schema import DeltaRequest
 
 _VIEWS = 32
 """Maximum number of filter combinations cached per catalog version."""

@@ -8,22 +8,25 @@ Shapes:  B queries   H history items   X excluded rows   C candidates   M items
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 from jaxtyping import Float, Float32, Int, Int64
 
 from orchard import ragged
+from orchard.guide.guide import Guide
 from orchard.settings import VedConfig
 from orchard.types import Prompts
 from rollout.candidates import Candidates
 from rollout.engine.protocol import DecodingBackend, SearchRunner
 from rollout.item_filter import ItemFilter
 from rollout.search.beam import beam
+from rollout.search.guided import wider_unless_proved
 from rollout.search.sampling import beam_sample
 from rollout.search.ved.search import ved
 from serve.catalog.store import CatalogVersion, FilteredItems
+from serve.decoding.explain import explain_guide
 from serve.decoding.trace import Trace
 from serve.schema import Decoder, Item, Level, Shortfall
 
@@ -34,6 +37,10 @@ class BatchKey:
 
     decoder: Decoder
     width: int
+    wide: int = 0
+    """Width of a second search of the guided decoder where nothing is proved; 0 for none."""
+    prove: int = 0
+    """Number of items that the guided decoder proves to be the best, where they are."""
     filters: tuple[str, ...]
     temperature: float = 1.0
     trace: int | None = None
@@ -52,6 +59,8 @@ class Query:
     per_prefix: int | None
     seed: int
     levels: bool
+    explain: bool = False
+    """Whether the guide's share in each item is wanted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -65,6 +74,8 @@ class RankedItems:
     """Reason for fewer than k items; empty if there are k."""
     unknown_items: int
     """Number of history items that the catalog does not contain."""
+    proved: bool | None = None
+    """Whether the items are proved to be the best; None if the search does not prove it."""
 
 
 def recommend(
@@ -75,10 +86,12 @@ def recommend(
     *,
     max_history: int,
     trace: Trace | None = None,
+    guide: Guide | None = None,
 ) -> tuple[list[RankedItems], Candidates]:
     """Return the ranked items of each query and the candidates of the whole batch.
 
-    The search is recorded in `trace`, where one is given.
+    The search is recorded in `trace`, where one is given. The decoder `guided` ranks by log p + V
+    of the `guide`, by log p alone without one.
 
     Raises:
         UnprocessableError: a filter does not exist.
@@ -95,7 +108,7 @@ def recommend(
         excluded=np.concatenate([np.zeros(0, np.int64), *leaves]),
         excluded_start=ragged.starts(np.array([len(rows) for rows in leaves])),
     )
-    search_fn = search_of(kind, allowed)
+    search_fn = search_of(kind, allowed, guide)
     candidates = runner.run(search_fn if trace is None else trace.of(search_fn), prompts)
     ranked = [
         rank_items(
@@ -109,6 +122,12 @@ def recommend(
         )
         for query_index, query in enumerate(queries)
     ]
+    if kind.decoder == "guided" and guide is not None:
+        for index, query in enumerate(queries):
+            if query.explain and ranked[index].items:
+                prompt = prompts.select(np.array([index]))
+                items = explain_guide(guide, prompt, ranked[index].items, ranked[index].leaf)
+                ranked[index] = replace(ranked[index], items=items)
     return ranked, candidates
 
 
@@ -157,18 +176,23 @@ def full_leaves(
     return leaf[count == filtered.per_leaf[leaf]]
 
 
-def search_of(kind: BatchKey, allowed: ItemFilter) -> partial[Candidates]:
+def search_of(kind: BatchKey, allowed: ItemFilter, guide: Guide | None) -> partial[Candidates]:
     """Return the search function of the batch's decoder."""
+    if kind.decoder == "guided":
+        guided = {"width": kind.width, "prove": kind.prove, "guide": guide, "allowed": allowed}
+        if kind.wide:
+            return partial(wider_unless_proved, wide=kind.wide, **guided)
+        return partial(beam, **guided)
     if kind.decoder == "beam":
         return partial(beam, width=kind.width, allowed=allowed)
     if kind.decoder == "beam_sample":
         return partial(
             beam_sample, width=kind.width, temperature=kind.temperature, seed=0, allowed=allowed
         )
-    return partial(_guided, width=kind.width, count=kind.width, allowed=allowed)
+    return partial(_ved, width=kind.width, count=kind.width, allowed=allowed)
 
 
-def _guided(
+def _ved(
     engine: DecodingBackend, prompts: Prompts, *, width: int, count: int, allowed: ItemFilter
 ) -> Candidates:
     """Run a value-guided search with the forward budget of a beam of that width.
@@ -212,6 +236,13 @@ def rank_items(
             shortfall_reason = "per_prefix"
         else:
             shortfall_reason = "budget" if kind.decoder == "ved" else "width"
+    proved = None
+    if candidates.proved is not None:
+        # With a cap, items may come from candidates after those that are proved.
+        last = int(candidate_of[-1]) if len(rows) else -1
+        proved = shortfall_reason == "exhausted" or (
+            not shortfall_reason and bool(candidates.proved[0]) and last < kind.prove
+        )
     items = [
         Item.model_construct(
             rank=rank,
@@ -222,6 +253,7 @@ def rank_items(
             levels=levels_of(catalog_version, row, candidates, candidate_index)
             if query.levels
             else None,
+            guide=None,
         )
         for rank, (row, candidate_index) in enumerate(
             zip(rows.tolist(), candidate_of.tolist(), strict=True), start=1
@@ -232,6 +264,7 @@ def rank_items(
         leaf=candidates.leaf[candidate_of].tolist(),
         shortfall_reason=shortfall_reason,
         unknown_items=unknown_items,
+        proved=proved,
     )
 
 
@@ -252,6 +285,7 @@ def popular_items(
         Item.model_construct(
             rank=rank, item_id=int(catalog.item_id[row]), score=None,
             sid=catalog_version.plain_sid(row), title=catalog.title[row], levels=None,
+            guide=None,
         )
         for rank, row in enumerate(rows.tolist(), start=1)
     ]  # fmt: skip

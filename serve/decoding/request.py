@@ -3,17 +3,25 @@
 import hashlib
 import itertools
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from orchard.guide.guide import Guide
 from orchard.settings import ServeConfig
 from serve.catalog.store import CatalogVersion
 from serve.decoding.recommender import BatchKey, Query
 from serve.errors import UnprocessableError
-from serve.schema import RecommendRequest
+from serve.schema import Decoder, RecommendRequest
 
 _NUMBERS = itertools.count()
+RANDOM: tuple[Decoder, ...] = ("beam_sample", "ved")
+"""Decoders whose answers depend on a seed."""
+_NEEDS = {
+    "ved": "a policy with a value head in the torch engine",
+    "guided": "a policy with a guide (`orchard fit guide`)",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -23,6 +31,8 @@ class ResolvedRequest:
     request: RecommendRequest
     history: list[int]
     variant: str
+    decoder: Decoder
+    exclude_seen: bool
     width: int
     """Requested beam width; a deadline may narrow it."""
     seed: int
@@ -38,7 +48,8 @@ def resolve(
     variant: str,
     config: ServeConfig,
     *,
-    guided: bool,
+    decoders: Sequence[Decoder],
+    guide: Guide | None,
 ) -> ResolvedRequest:
     """Apply defaults to a request and check it against the configured limits.
 
@@ -47,7 +58,8 @@ def resolve(
         history: item ids of the request or of its user.
         variant: name of the variant that answers.
         config: limits and defaults.
-        guided: whether the variant supports value-guided search.
+        decoders: decoders that the variant supports.
+        guide: guide of the variant's searches.
 
     Raises:
         UnprocessableError: the request exceeds a limit, or names an unknown filter or an
@@ -60,10 +72,11 @@ def resolve(
         raise UnprocessableError(
             f"width = {width} exceeds {config.max_width}; ask for a narrower beam"
         )
-    if request.decoder == "ved" and not guided:
+    decoder = request.decoder or ("beam" if guide is None else "guided")
+    if decoder not in decoders:
         raise UnprocessableError(
-            "decoder ved needs a policy with a value head in the torch engine, which variant "
-            f"{variant} has not; choose beam or beam_sample"
+            f"decoder {decoder} needs {_NEEDS[decoder]}, which variant {variant} has not; choose "
+            f"{' or '.join(decoders)}"
         )
     unknown = sorted(set(request.filters) - config.filters.keys())
     if unknown:
@@ -75,20 +88,34 @@ def resolve(
         request=request,
         history=history,
         variant=variant,
+        decoder=decoder,
+        exclude_seen=_excludes_seen(request, decoder, guide),
         width=width,
         seed=secrets.randbits(62) if request.seed is None else request.seed,
         levels=request.explain != "none" or config.exposure is not None,
     )
 
 
-def batch_key(resolved: ResolvedRequest, width: int) -> BatchKey:
+def _excludes_seen(request: RecommendRequest, decoder: Decoder, guide: Guide | None) -> bool:
+    """Return whether the history is excluded: as requested, or else by the guide's rule.
+
+    Single draws of `beam_sample` have a known probability only where nothing is excluded.
+    """
+    if request.exclude_seen is not None:
+        return request.exclude_seen
+    return guide is not None and guide.exclude_seen and decoder != "beam_sample"
+
+
+def batch_key(resolved: ResolvedRequest, width: int, wide: int = 0) -> BatchKey:
     """Return the search parameters that all requests of a batch must share."""
     request = resolved.request
     return BatchKey(
-        decoder=request.decoder,
+        decoder=resolved.decoder,
         width=width,
+        wide=wide,
+        prove=request.k if resolved.decoder == "guided" else 0,
         filters=tuple(sorted(set(request.filters))),
-        temperature=request.temperature if request.decoder == "beam_sample" else 1.0,
+        temperature=request.temperature if resolved.decoder == "beam_sample" else 1.0,
         trace=resolved.number if request.explain == "tree" else None,
     )
 
@@ -96,7 +123,7 @@ def batch_key(resolved: ResolvedRequest, width: int) -> BatchKey:
 def query_of(resolved: ResolvedRequest) -> Query:
     """Return the part of a request that is specific to it within a batch."""
     request = resolved.request
-    excluded = [*request.exclude, *(resolved.history if request.exclude_seen else ())]
+    excluded = [*request.exclude, *(resolved.history if resolved.exclude_seen else ())]
     return Query(
         history=np.array(resolved.history, dtype=np.int64),
         k=request.k,
@@ -104,22 +131,30 @@ def query_of(resolved: ResolvedRequest) -> Query:
         per_prefix=request.per_prefix,
         seed=resolved.seed,
         levels=resolved.levels,
+        explain=request.explain != "none",
     )
 
 
 def cache_key(
-    resolved: ResolvedRequest, policy: str, catalog_version: CatalogVersion
+    resolved: ResolvedRequest, policy: str, guide: str, catalog_version: CatalogVersion
 ) -> tuple[object, ...] | None:
-    """Return everything the answer depends on; None if the answer must not be cached."""
+    """Return everything the answer depends on; None if the answer must not be cached.
+
+    Policy and guide are named by their digests.
+    """
     request = resolved.request
-    if request.explain == "tree" or (request.decoder != "beam" and request.seed is None):
+    if request.explain == "tree" or (resolved.decoder in RANDOM and request.seed is None):
         return None
-    normalized = request.model_copy(update={"user": None, "deadline_ms": None, "history": []})
+    resolved_fields = {"decoder": resolved.decoder, "exclude_seen": resolved.exclude_seen}
+    normalized = request.model_copy(
+        update={"user": None, "deadline_ms": None, "history": [], **resolved_fields}
+    )
     # A digest: histories and exclusions may hold thousands of items.
     content = f"{resolved.history}{normalized.model_dump_json()}".encode()
     return (
         resolved.variant,
         policy,
+        guide,
         catalog_version.version,
         hashlib.blake2b(content, digest_size=16).digest(),
     )

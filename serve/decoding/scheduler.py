@@ -23,6 +23,7 @@ from serve.decoding.request import ResolvedRequest, batch_key, query_of
 from serve.decoding.trace import Trace
 from serve.metrics import ServeMetrics
 from serve.policies.slot import PolicySlot
+from serve.schema import Decoder
 
 _log = logging.getLogger("orchard.serve")
 T = TypeVar("T")
@@ -38,6 +39,8 @@ class DecodeResult:
     trace: Trace
     catalog_version: CatalogVersion
     policy: str
+    decoder: Decoder
+    """Decoder that answered: `beam` in place of `guided` where the policy has lost its guide."""
     width: int
     batch: int
     """Number of requests in the batch."""
@@ -59,6 +62,7 @@ class DecodeScheduler:
         """Search the current version of `catalog_store` with the engines of `slots`."""
         self._slots, self._catalog_store, self._metrics = slots, catalog_store, metrics
         self._budget, self._max_history = config.budget, max_history
+        self._wide = config.wide
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="decoder")
         self._latency = {name: LatencyModel() for name in slots}
         self._batcher = Batcher[ResolvedRequest, tuple[str, BatchKey], DecodeResult](
@@ -101,7 +105,10 @@ class DecodeScheduler:
         width = latency.width(wanted=resolved.width, least=least, left_s=left_s)
         if width is None or left_s <= 0:
             return None
-        return BatchPlan((resolved.variant, batch_key(resolved, width)), width)
+        wide = self._wide if resolved.decoder == "guided" and self._wide > width else 0
+        if wide and latency.seconds(width + wide) > left_s:
+            wide = 0
+        return BatchPlan((resolved.variant, batch_key(resolved, width, wide)), max(width, wide))
 
     async def _run(
         self, kind: tuple[str, BatchKey], batch: Sequence[ResolvedRequest], waited: Sequence[float]
@@ -109,7 +116,8 @@ class DecodeScheduler:
         """Search a batch in the search thread and record its metrics."""
         results = await self.run_exclusive(self._search, kind, batch)
         variant, key = kind
-        num_rows = len(batch) * key.width
+        again = results[0].candidates.cost.counts.get("searched_again", 0)
+        num_rows = len(batch) * key.width + int(again) * key.wide
         trace, seconds = results[0].trace, results[0].seconds
         self._latency[variant].observe(num_rows, seconds)
         for waited_s in waited:
@@ -134,15 +142,16 @@ class DecodeScheduler:
         queries = [query_of(resolved) for resolved in batch]
         ranked, candidates = recommend(
             slot.inference_engine, catalog_version, queries, key,
-            max_history=self._max_history, trace=trace,
+            max_history=self._max_history, trace=trace, guide=slot.guide,
         )  # fmt: skip
         self._check_legal(catalog_version, kind, queries, ranked)
+        unguided = key.decoder == "guided" and slot.guide is None
         seconds = time.monotonic() - start_time
         return [
             DecodeResult(
                 ranked=of_query, candidates=candidates, trace=trace,
                 catalog_version=catalog_version, policy=str(slot.version), width=key.width,
-                batch=len(batch), seconds=seconds,
+                decoder="beam" if unguided else key.decoder, batch=len(batch), seconds=seconds,
             )
             for of_query in ranked
         ]  # fmt: skip

@@ -2,11 +2,12 @@
 
 import numpy as np
 
+from serve.catalog.schema import CatalogInfo, ItemInfo
 from serve.catalog.store import CatalogVersion
 from serve.errors import UnknownNameError
 from serve.policies.ab_test import MAIN
 from serve.policies.slot import PolicySlot
-from serve.schema import CatalogInfo, ItemInfo, PolicyInfo, VariantInfo
+from serve.schema import PolicyInfo, VariantInfo
 from serve.service import Service
 
 
@@ -69,6 +70,8 @@ def _variant_info(service: Service, slot: PolicySlot) -> VariantInfo:
         pinned=slot.pinned is not None,
         kept=slot.kept,
         engine=slot.engine,
-        decoders=["beam", "beam_sample", "ved"] if slot.guided else ["beam", "beam_sample"],
+        decoders=slot.decoders,
+        guide=slot.guide_digest,
+        guide_notes=list(slot.guide_notes),
         refused=slot.refused,
     )

@@ -20,6 +20,7 @@ from pydantic import BeforeValidator
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
+from serve.catalog.schema import CatalogInfo, DeltaRequest, ItemInfo
 from serve.errors import (
     ApiError,
     ConflictError,
@@ -42,9 +43,6 @@ from serve.http.middleware import (
 from serve.schema import (
     ActivateRequest,
     BatchRequest,
-    CatalogInfo,
-    DeltaRequest,
-    ItemInfo,
     PolicyInfo,
     Problem,
     RecommendRequest,

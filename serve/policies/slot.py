@@ -7,13 +7,10 @@ thread, so that no answer mixes policies. If the engine then scores the probe di
 independent copy of the model, the previous weights are restored before any request is answered.
 """
 
-import hashlib
 import logging
-import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from uuid import uuid4
@@ -22,108 +19,32 @@ import numpy as np
 
 from orchard import ragged
 from orchard.catalog.catalog import Catalog
-from orchard.errors import CheckpointError, DataError, EngineError, OrchardError
-from orchard.policy import model as models
-from orchard.policy import value_head
+from orchard.errors import CheckpointError, EngineError
+from orchard.guide.guide import Guide, named_digest
 from orchard.policy.item_tokenizer import ItemTokenizer
-from orchard.policy.store import FILE, Policy
-from orchard.policy.weights import Weights
+from orchard.policy.store import GUIDE
 from orchard.types import PolicyVersion, Prompts
 from rollout.candidates import Candidates
 from rollout.engine.protocol import InferenceEngine
 from rollout.engine.torch import TorchEngine
 from rollout.search.beam import beam
 from serve.errors import UnknownNameError
+from serve.policies.read import (
+    UNREADABLE,
+    LoadedPolicy,
+    archived_policies,
+    folder_stamp,
+    read_copy,
+    read_policy,
+    sentence,
+)
+from serve.schema import Decoder
 
 _log = logging.getLogger("orchard.serve")
 LATEST = "latest"
 _PROBES, _PROBE_WIDTH = 4, 8
-_ARCHIVED = re.compile(r"[0-9]+-[0-9a-f]*")
-"""Name of an archived policy: step, and the first digits of the digest."""
 _REREAD_S = 10.0
 """Seconds until an unchanged folder that could not be read is read again."""
-UNREADABLE = (OSError, OrchardError, ValueError, KeyError)
-"""Errors of a folder that is half written, damaged, or of another catalog."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class LoadedPolicy:
-    """Policy read from a folder, with a verified digest."""
-
-    version: PolicyVersion
-    weights: Weights
-    model: models.PreTrainedModel
-    guided: bool
-    """Whether the policy has a value head."""
-    stamp: str
-    """Stamp of the folder when reading started; see `folder_stamp`."""
-    source: Path
-    """Folder that it was read from, symbolic links resolved."""
-
-
-def read_policy(folder: Path, tokenizer: ItemTokenizer) -> LoadedPolicy:
-    """Load and verify the policy of a folder.
-
-    Raises:
-        DataError: the folder contains no policy.
-        CheckpointError: the weights do not match the digest in the folder, or belong to another
-            catalog than the tokenizer's.
-    """
-    stamp, source = folder_stamp(folder), folder.resolve()
-    # Read through one resolved path: a link that is switched meanwhile cannot mix two policies.
-    policy = Policy.open(source, tokenizer)
-    return LoadedPolicy(
-        version=policy.version, weights=policy.weights, model=policy.model,
-        guided=value_head.value_head_of(policy.model) is not None, stamp=stamp, source=source,
-    )  # fmt: skip
-
-
-def read_copy(copy: Path, tokenizer: ItemTokenizer) -> LoadedPolicy:
-    """Load an archived policy; raise CheckpointError if it is not the version that its name says.
-
-    Its stamp is empty: whatever is in the policy's folder counts as new.
-    """
-    loaded = read_policy(copy, tokenizer)
-    if str(loaded.version) != copy.name:
-        raise CheckpointError(f"{copy} holds policy {loaded.version}; remove the folder")
-    return replace(loaded, stamp="")
-
-
-def folder_stamp(folder: Path) -> str:
-    """Return a string that changes with every change of the folder's files; empty without any.
-
-    A change in place counts as well: size and times of every file are part of the stamp, and so is
-    the folder that a symbolic link leads to.
-    """
-    try:
-        source = folder.resolve(strict=True)
-        parts = [str(source)]
-        for path in sorted(source.iterdir()):
-            if path.name.startswith(".") or not path.is_file():
-                continue
-            status = path.stat()
-            parts.append(
-                f"{path.name}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
-            )
-        if len(parts) == 1:
-            return ""
-        facts = source / FILE
-        if facts.is_file():
-            parts.append(facts.read_text())
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-    except (OSError, UnicodeDecodeError):
-        return ""
-
-
-def archived_policies(archive: Path) -> list[Path]:
-    """Return the folders of archived policies, oldest first."""
-
-    def found() -> Iterator[Path]:
-        for path in archive.iterdir() if archive.is_dir() else ():
-            if _ARCHIVED.fullmatch(path.name):
-                yield path
-
-    return sorted(found(), key=lambda path: int(path.name.split("-")[0]))
 
 
 def probe(engine: InferenceEngine, tokenizer: ItemTokenizer) -> Candidates:
@@ -157,6 +78,7 @@ class PolicySlot:
         keep: Path,
         versions: int,
         tolerance: float,
+        with_guide: bool = True,
         share: float = 0.0,
         shadow: bool = False,
         spared: str | None = None,
@@ -173,6 +95,7 @@ class PolicySlot:
             keep: folder for archived policies.
             versions: maximum number of archived policies.
             tolerance: largest score difference between engine and reference on the probe.
+            with_guide: whether guides of policies are used.
             share: share of the users.
             shadow: whether answers are only logged.
             spared: archived version that is never deleted, because replicas pin it.
@@ -182,10 +105,9 @@ class PolicySlot:
         self.pinned: str | None = None
         self.refused = refused
         self.inference_engine = make(first)
-        self.guided = first.guided and isinstance(self.inference_engine, TorchEngine)
-        self._folder, self._tokenizer = folder, tokenizer
+        self._folder, self._tokenizer, self._with_guide = folder, tokenizer, with_guide
         self._digest = tokenizer.catalog.digest
-        self._weights = first.weights
+        self._accept(first, tokenizer.catalog)
         self._keep, self._versions, self._tolerance = keep / name, versions, tolerance
         self._spared = spared
         self._seen = first.stamp  # an export after this one is new
@@ -207,6 +129,24 @@ class PolicySlot:
         """Archived versions that can be activated, oldest first."""
         return [path.name for path in archived_policies(self._keep)]
 
+    @property
+    def decoders(self) -> list[Decoder]:
+        """Decoders that requests may name; the last one is the default, if it is `guided`."""
+        decoders: list[Decoder] = ["beam", "beam_sample"]
+        if self._has_values and isinstance(self.inference_engine, TorchEngine):
+            decoders.append("ved")
+        return decoders if self.guide is None else [*decoders, "guided"]
+
+    @property
+    def guide_digest(self) -> str:
+        """Digest of the guide as it was fitted, empty without one."""
+        return "" if self._carried is None else self._carried.own.digest
+
+    def prepare(self, catalog: Catalog) -> None:
+        """Carry the guide to a catalog that comes next; may run in any thread."""
+        if self._carried is not None:
+            self._carried.on(catalog)
+
     def read_new_policy(self) -> LoadedPolicy | None:
         """Return a new policy from the folder, None if there is none or a version is pinned.
 
@@ -218,7 +158,7 @@ class PolicySlot:
         if stamp == self._unreadable and time.monotonic() < self._reread_at:
             return None
         try:
-            loaded = read_policy(self._folder, self._tokenizer)
+            loaded = read_policy(self._folder, self._tokenizer, with_guide=self._with_guide)
         except UNREADABLE as error:
             # It may still be written: the next poll reads it again, or a later one if it stays.
             self._unreadable, self._reread_at = stamp, time.monotonic() + _REREAD_S
@@ -227,12 +167,14 @@ class PolicySlot:
         if folder_stamp(self._folder) != loaded.stamp:
             return None
         self._seen, self.refused = loaded.stamp, ""
-        if (loaded.version.step, loaded.version.digest) == (
+        is_same = (loaded.version.step, loaded.version.digest) == (
             self.version.step,
             self.version.digest,
-        ):
+        )
+        if is_same and loaded.guide is None and loaded.guide_notes:
+            self.guide_notes = loaded.guide_notes  # the guide before it serves on
             return None
-        return loaded
+        return None if is_same and loaded.guide_digest == self.guide_digest else loaded
 
     def load_archived(self, version: str) -> LoadedPolicy:
         """Load an archived version and verify it again.
@@ -246,7 +188,7 @@ class PolicySlot:
             )
         damaged = f"policy {version} is kept but damaged; activate another of GET /v1/policy"
         try:
-            return read_copy(self._keep / version, self._tokenizer)
+            return read_copy(self._keep / version, self._tokenizer, with_guide=self._with_guide)
         except UNREADABLE as error:
             raise UnknownNameError(damaged) from error
 
@@ -261,6 +203,8 @@ class PolicySlot:
         `refused` to the reason.
         """
         tokenizer = self._tokenizer.with_catalog(catalog)
+        if loaded.guide is not None:
+            loaded.guide.on(catalog)
         try:
             reference = TorchEngine(loaded.model, tokenizer, loaded.version)
             return probe(reference, tokenizer)
@@ -287,8 +231,8 @@ class PolicySlot:
                 self.inference_engine.load_weights(old_version, old_weights)
             self.refused = sentence(error)
             return False
-        self._weights, self.refused = loaded.weights, ""
-        self.guided = loaded.guided and isinstance(self.inference_engine, TorchEngine)
+        self._accept(loaded, catalog)
+        self.refused = ""
         return True
 
     def set_catalog(self, catalog: Catalog) -> None:
@@ -296,10 +240,25 @@ class PolicySlot:
         if self._digest != catalog.digest:
             self.inference_engine.set_catalog(catalog)
             self._digest = catalog.digest
+            self.guide = self._carried.on(catalog) if self._carried else None
+
+    def _accept(self, policy: LoadedPolicy, catalog: Catalog) -> None:
+        """Take over what belongs to the policy whose weights the engine has."""
+        self._weights, self._has_values = policy.weights, policy.has_values
+        self._carried, self.guide_notes = policy.guide, policy.guide_notes
+        self.guide: Guide | None = policy.guide.on(catalog) if policy.guide else None
 
     def archive(self, accepted: LoadedPolicy) -> None:
-        """Archive an accepted policy if its export is unchanged; delete the oldest copies."""
-        target = self._keep / str(accepted.version)
+        """Archive an accepted policy if its export is unchanged; delete the oldest copies.
+
+        A copy that is there already gets the guide of the policy if that is another one.
+        """
+        target, guide = self._keep / str(accepted.version), accepted.guide
+        if target.is_dir() and guide and named_digest(target / GUIDE) != accepted.guide_digest:
+            try:
+                guide.own.save(target / GUIDE)
+            except OSError as error:
+                _log.info("the guide of %s is not archived: %s", accepted.version, error)
         if not target.is_dir():
             # Replicas share the archive: each writes its own copy, and the first rename wins.
             copy = target.with_name(f".{target.name}.{uuid4().hex}")
@@ -333,10 +292,3 @@ def check_probe(
             f"the engine scores the probe {gap:.2g} away from policy {version}'s own model, more "
             f"than {tolerance:g}; the policy before it answers on"
         )
-
-
-def sentence(error: Exception) -> str:
-    """Return an error message without file paths, safe to show to clients."""
-    if isinstance(error, OSError | ValueError | KeyError | DataError):
-        return "the policy folder could not be read"
-    return re.sub(r"\S*/\S+", "its folder", str(error))

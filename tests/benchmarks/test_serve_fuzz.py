@@ -9,7 +9,7 @@ import torch
 from fastapi import FastAPI, Response
 
 from orchard.testing import tiny_setup
-from serve.schema import ItemInfo
+from serve.catalog.schema import ItemInfo
 
 pytest.importorskip("schemathesis", reason="schemathesis (requirements/dev.txt) is not installed")
 

@@ -77,7 +77,7 @@ RENAMED_SCHEMAS: dict[str, str] = {"CatalogueInfo": "CatalogInfo"}
 ADDED_SETTINGS = {
     "plugins", "serve.application", "serve.route", "rollout.guide", "rollout.ved.likelihood",
     "evaluate.exclude_seen", "evaluate.guide", "evaluate.wide", "data.fresh", "data.hold_back",
-    "data.hold_back_by", "sft.rows", "learner.rows", "critic.rows",
+    "data.hold_back_by", "sft.rows", "learner.rows", "critic.rows", "serve.guide", "serve.wide",
 }  # fmt: skip
 """Settings that came after the recording."""
 ADDED_SECTIONS = {"guide"}
@@ -99,11 +99,19 @@ ADDED_RESPONSES = {"415"}
 ADDED_BOUNDS = {"minimum", "exclusiveMaximum", "maxLength"}
 """Bounds that the attributes of items have got since the recording."""
 ADDED_FIELDS: dict[str, set[str]] = {
-    "RecommendResponse": {"catalog", "requested", "shortfall_reason", "unknown_items"},
+    "RecommendResponse": {"catalog", "requested", "shortfall_reason", "unknown_items", "proved"},
+    "Item": {"guide"},
     "ItemInfo": {"catalog"},
     "CatalogInfo": {"deltas_refused"},
+    "VariantInfo": {"guide", "guide_notes"},
 }
 """Fields of the API that came beside the recorded ones, by the name of their schema."""
+ADDED_SCHEMAS = {"GuideShare"}
+"""Schemas of the API that came after the recording."""
+ADDED_DECODERS = {"guided"}
+"""Decoders that came after the recording."""
+NOW_OPTIONAL: dict[str, Any] = {"decoder": "beam", "exclude_seen": False}
+"""Fields of a request whose default is up to the policy's guide, and what it was before."""
 
 # What is observed. All of it is a function of the code, seconds and memory aside.
 
@@ -382,6 +390,18 @@ def test_the_endpoint_describes_itself_as_it_did(here: Path) -> None:
             del schema["properties"][field]
         if "required" in schema:
             schema["required"] = [one for one in schema["required"] if one not in fields]
+    for name in ADDED_SCHEMAS:
+        del now["components"]["schemas"][name]
+    request = now["components"]["schemas"]["RecommendRequest"]["properties"]
+    for field, default in NOW_OPTIONAL.items():
+        (kind,) = (kind for kind in request[field].pop("anyOf") if kind != {"type": "null"})
+        request[field] |= kind | {"default": default}
+    for choices in (
+        request["decoder"],
+        now["components"]["schemas"]["RecommendResponse"]["properties"]["decoder"],
+        now["components"]["schemas"]["VariantInfo"]["properties"]["decoders"]["items"],
+    ):
+        choices["enum"] = [one for one in choices["enum"] if one not in ADDED_DECODERS]
     for operations in now["paths"].values():
         for operation in operations.values():
             for status in ADDED_RESPONSES:

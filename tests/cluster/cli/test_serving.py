@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import sys
 from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from cluster.cli import app as cli
 from cluster.cli import endpoint, serving
 from orchard.errors import CheckpointError, ConfigError, DataError
 from orchard.testing import tiny_setup
+from rollout.engine.registry import ENGINES
 from serve.app import DEPLOYMENT, build
 from serve.metrics import COUNTERS, GAUGES, HISTOGRAMS
 from serve.testing import export_policy
@@ -160,6 +162,30 @@ def test_a_run_serves_its_policy_and_counts_its_targets(policy: Path, tmp_path: 
     (policy / "policy.json").write_text('{"version": ')
     with pytest.raises(CheckpointError, match=r"policy\.json is damaged"):
         serving.resolve(policy, [])
+
+
+def test_plugins_are_imported_here_and_named_to_the_replicas(
+    policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for table in ("_functions", "_facts"):  # the registry forgets the engine after the test
+        monkeypatch.setattr(ENGINES, table, dict(getattr(ENGINES, table)))
+    (tmp_path / "my_engines.py").write_text(
+        'from rollout.engine.registry import ENGINES\nENGINES.register("mine")(ENGINES["torch"])\n'
+    )
+    run = tmp_path / "run.toml"
+    run.write_text(
+        f'name = "toy"\noutput = "{tmp_path / "runs"}"\ndata.path = "data"\n'
+        'plugins = ["my_engines"]\nserve.engine = "mine"\n'
+    )
+    arguments, _ = serving.resolve(run, [])
+    assert arguments.plugins == ("my_engines",)
+    assert (arguments.serve.engine, arguments.policy) == ("mine", policy)
+    (app,) = serving.cluster_config(arguments)["applications"]
+    assert app["args"]["plugins"] == ["my_engines"]
+    with pytest.raises(ConfigError, match="plugins names the module no_such_module"):
+        serving.resolve(run, ['plugins=["no_such_module"]'])
 
 
 @pytest.mark.ray

@@ -11,7 +11,7 @@ import torch
 from orchard.catalog.catalog import Catalog
 from orchard.errors import CatalogError, CheckpointError, ConfigError
 from orchard.guide import fit
-from orchard.guide.guide import ABOUT, MATRICES, Guide
+from orchard.guide.guide import ABOUT, MATRICES, Guide, named_digest
 from orchard.testing import tiny_catalog, tiny_prompts
 from orchard.types import Prompts
 from tests.fixtures.guides import random_guide
@@ -56,6 +56,18 @@ def test_the_reward_is_the_sum_of_weights_times_features(catalog: Catalog) -> No
     known = guide.scores(prompts).known
     assert not known[0]
     assert np.array_equal(table[:, -1].reshape(4, leaves)[known], seen[known])
+
+
+def test_the_shares_of_a_reward_add_up_to_it(catalog: Catalog) -> None:
+    guide, prompts = random_guide(catalog, seed=1), tiny_prompts(catalog, (0, 3, 1, 7), seed=1)
+    leaves = catalog.trie.num_leaves
+    prompt, leaf = np.repeat(np.arange(4), leaves), np.tile(np.arange(leaves), 4)
+    shares = guide.shares(prompts, prompt, leaf)
+    assert shares.shape == (4 * leaves, len(guide.summands))
+    assert guide.summands[-2:] == ("popularity", "history")
+    assert np.allclose(shares.sum(1), guide.reward(prompts, prompt, leaf), atol=1e-5)
+    assert not shares[prompt == 0].any()  # nothing is known of an empty history
+    assert (shares[prompt > 0] != 0).any(0).all()
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -108,6 +120,12 @@ def test_a_folder_gives_the_same_guide(catalog: Catalog, tmp_path: Path) -> None
     assert "training rows" in rows
     (policy,) = read.notes(rows=guide.rows, policy="b" * 64)
     assert "the policy" in policy
+    replace(guide, train="c" * 64).save(tmp_path / "guide")
+    read = Guide.open(tmp_path / "guide", catalog)
+    (split,) = read.notes(train="d" * 64)
+    assert "training split" in split
+    assert read.notes(train="c" * 64) == []
+    assert named_digest(tmp_path / "guide") == read.digest != guide.digest
 
 
 def test_a_guide_of_another_catalog_and_a_damaged_one_are_refused(tmp_path: Path) -> None:
@@ -122,6 +140,10 @@ def test_a_guide_of_another_catalog_and_a_damaged_one_are_refused(tmp_path: Path
     with pytest.raises(CheckpointError, match="damaged"):
         Guide.open(tmp_path / "guide", catalog)
     random_guide(catalog, seed=1).save(tmp_path / "guide")
+    about = json.loads((tmp_path / "guide" / ABOUT).read_text())
+    (tmp_path / "guide" / ABOUT).write_text(json.dumps(about | {"seen_weight": 7.0}))
+    with pytest.raises(CheckpointError, match="its file names"):
+        Guide.open(tmp_path / "guide", catalog)
     (tmp_path / "guide" / MATRICES).write_bytes(b"no tensors")
     with pytest.raises(CheckpointError, match="damaged"):
         Guide.open(tmp_path / "guide", catalog)

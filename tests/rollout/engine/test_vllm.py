@@ -22,7 +22,9 @@ from rollout.engine.torch import TorchEngine
 from rollout.engine.vllm import VllmEngine
 from rollout.item_filter import ItemFilter
 from rollout.search.beam import beam
+from rollout.search.guided import wider_unless_proved
 from rollout.search.ved.search import ved
+from tests.fixtures.guides import random_guide
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow]
 
@@ -175,6 +177,37 @@ def test_a_view_and_exclusions_hold_in_the_worker(owner: tuple[Any, str], world:
         assert found.leaf.min() >= 10
         if dtype == "float32":
             assert found.leaf.tolist() == find(reference, world.prompts).leaf.tolist()
+
+
+def test_guided_beams_of_the_worker_are_those_of_the_reference(
+    owner: tuple[Any, str], world: TinySetup
+) -> None:
+    handle, dtype = owner
+    reference = TorchEngine(world.model, world.tokenizer, world.version)
+    guide, trie, count = random_guide(world.catalog, seed=4), world.catalog.trie, 6
+    allowed = ItemFilter(
+        view=view_of_leaves(trie, torch.arange(trie.num_leaves) % 3 > 0),
+        excluded=np.tile(np.arange(10), count),
+        excluded_start=np.arange(count + 1) * 10,
+    )
+    searches = (
+        partial(beam, width=20, guide=guide, prove=5),
+        partial(beam, width=20, guide=guide, prove=5, count=5, allowed=allowed),
+        partial(wider_unless_proved, width=6, wide=60, prove=5, guide=guide, allowed=allowed),
+        partial(beam, width=12, head=True),
+        partial(beam, width=12, head=True, guide=guide),
+    )
+    for search in searches:
+        for _ in range(2):  # the second time the guide is in the worker's cache
+            found: Candidates = ray.get(handle.find.remote(search))
+        expected = search(reference, world.prompts)
+        assert np.diff(found.start).tolist() == np.diff(expected.start).tolist()
+        if dtype == "float32":
+            assert np.array_equal(found.node, expected.node)
+            assert np.allclose(found.score, expected.score, atol=1e-5)
+            assert (found.proved is None) == (expected.proved is None)
+            if found.proved is not None and expected.proved is not None:
+                assert found.proved.tolist() == expected.proved.tolist()
 
 
 def test_values_by_requests_are_refused_before_vllm_starts(

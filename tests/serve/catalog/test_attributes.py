@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from orchard.errors import ConfigError
 from orchard.settings import FilterConfig
 from serve.catalog.attributes import Value, read_attributes
-from serve.schema import DeltaRequest
+from serve.catalog.schema import DeltaRequest
 
 FILE = {
     "item_id": [1, 2, 3],

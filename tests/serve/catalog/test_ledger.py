@@ -13,9 +13,9 @@ from orchard.errors import ConfigError, DataError
 from orchard.testing import TinySetup, tiny_setup
 from serve.catalog.attributes import NOTHING
 from serve.catalog.ledger import HEAD, LedgerError
+from serve.catalog.schema import DeltaRequest
 from serve.catalog.store import CatalogStore
 from serve.errors import ConflictError
-from serve.schema import DeltaRequest
 from serve.shared_state import SharedState
 from serve.testing import make_catalog_store
 

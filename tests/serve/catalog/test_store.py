@@ -8,10 +8,10 @@ from orchard.errors import ConfigError
 from orchard.settings import FilterConfig
 from orchard.testing import TinySetup
 from serve.catalog.attributes import check_filters
+from serve.catalog.schema import DeltaRequest
 from serve.catalog.store import CatalogStore, CatalogVersion
 from serve.decoding.recommender import recommend
 from serve.errors import ConflictError, UnknownNameError, UnprocessableError
-from serve.schema import DeltaRequest
 from serve.testing import TinyShop, attributes_of, kind, make_catalog_store, query
 
 

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from serve.decoding.recommender import places_among, popular_items, recommend
+from serve.decoding.recommender import places_among, popular_items, read_queries, recommend
 from serve.decoding.trace import Trace, draw_tree
 from serve.errors import UnprocessableError
 from serve.testing import FILTERS, TinyShop, kind, query
+from tests.fixtures.guides import random_guide
 
 HISTORY = [3, 17, 5]
 some = st.lists(st.integers(0, 45), max_size=60)
@@ -76,18 +77,103 @@ def test_an_answer_is_the_ranking_of_all_items_less_those_excluded(
         assert ranked.shortfall_reason == ("exhausted" if is_exhausted else "per_prefix")
 
 
-@pytest.mark.parametrize("decoder", ["beam", "beam_sample", "ved"])
+@examples
+@given(
+    exclude=some,
+    names=st.lists(st.sampled_from(sorted(FILTERS)), max_size=3),
+    k=st.integers(1, 60),
+    cap=st.none() | st.integers(1, 4),
+    width=st.integers(1, 50),
+    seed=st.integers(0, 100),
+    wide=st.sampled_from([0, 50]),
+)
+def test_a_guided_answer_that_is_proved_is_the_ranking_by_score_and_reward(
+    shop: TinyShop,
+    leaf_logprob: Callable[[list[int]], np.ndarray],
+    exclude: list[int],
+    names: list[str],
+    k: int,
+    cap: int | None,
+    width: int,
+    seed: int,
+    wide: int,
+) -> None:
+    catalog, guide = shop.world.catalog, random_guide(shop.world.catalog, seed=seed)
+    single = query(HISTORY, k=k, exclude=np.array(exclude, np.int64), per_prefix=cap)
+    version = shop.catalog_store.current
+    (ranked,), _ = recommend(
+        shop.engine,
+        version,
+        [single],
+        kind(decoder="guided", filters=tuple(names), width=width, wide=wide, prove=k),
+        max_history=10,
+        guide=guide,
+    )
+    score, leaves = leaf_logprob(HISTORY), np.arange(catalog.trie.num_leaves)
+    prompts, _ = read_queries(version, [single], 10)
+    key = score + guide.reward(prompts, np.zeros_like(leaves), leaves)
+    allowed = passing(shop, names) - set(exclude)
+    ordered = sorted(allowed, key=lambda i: (-key[catalog.leaf_of_item[i]], i))
+    expected: list[int] = []
+    for item in ordered:
+        same_code = sum(catalog.codes[o, 0] == catalog.codes[item, 0] for o in expected)
+        if cap is None or same_code < cap:
+            expected.append(item)
+    got = [item.item_id for item in ranked.items]
+    assert ranked.proved is not None
+    if max(width, wide) == 50 and cap is None:  # wider than the catalog
+        assert ranked.proved
+    if ranked.proved:
+        assert [key[catalog.leaf_of_item[i]] for i in got] == pytest.approx(
+            [key[catalog.leaf_of_item[i]] for i in expected[:k]], abs=1e-4
+        )
+    assert set(got) <= allowed
+    for item in ranked.items:  # the policy's own score
+        assert item.score == pytest.approx(score[catalog.leaf_of_item[item.item_id]], abs=1e-4)
+
+
+def test_a_guided_answer_explains_the_share_of_every_expert(shop: TinyShop) -> None:
+    guide = random_guide(shop.world.catalog, seed=3)
+    queries = [query(HISTORY, levels=True, explain=True), query(HISTORY, levels=True), query([])]
+    (told, plain, unknown), _ = recommend(
+        shop.engine,
+        shop.catalog_store.current,
+        queries,
+        kind(decoder="guided", prove=10),
+        max_history=10,
+        guide=guide,
+    )
+    assert [i.item_id for i in told.items] == [i.item_id for i in plain.items]
+    assert all(item.guide is None for item in (*plain.items, *unknown.items))
+    ranks: list[float] = []
+    for item in told.items:
+        assert item.guide is not None
+        assert set(item.guide.summands) == set(guide.summands)
+        assert sum(item.guide.summands.values()) == pytest.approx(item.guide.reward)
+        assert item.levels is not None
+        values = [level.value for level in item.levels]
+        assert all(value is not None for value in values)
+        assert values == sorted(values, reverse=True)  # pyright: ignore[reportArgumentType]
+        assert values[-1] == pytest.approx(item.guide.reward, abs=1e-5)
+        ranks.append((item.score or 0.0) + item.guide.reward)
+    assert ranks == sorted(ranks, reverse=True)
+    assert len(set(ranks)) > 1
+
+
+@pytest.mark.parametrize("decoder", ["beam", "beam_sample", "ved", "guided"])
 def test_an_answer_does_not_depend_on_its_batch(shop: TinyShop, decoder: str) -> None:
     queries = [
         query(HISTORY, seed=7),
         query([], seed=8, exclude=np.arange(20)),
         query([1, 2, 3, 4, 5, 6, 7, 8], seed=9, k=3, levels=True),
     ]
-    key = kind(decoder=decoder, width=8)
+    key, guide = kind(decoder=decoder, width=8), random_guide(shop.world.catalog, seed=1)
     catalog_version = shop.catalog_store.current
-    together, _ = recommend(shop.engine, catalog_version, queries, key, max_history=4)
+    together, _ = recommend(shop.engine, catalog_version, queries, key, max_history=4, guide=guide)
     for single, in_batch in zip(queries, together, strict=True):
-        (alone,), _ = recommend(shop.engine, catalog_version, [single], key, max_history=4)
+        (alone,), _ = recommend(
+            shop.engine, catalog_version, [single], key, max_history=4, guide=guide
+        )
         assert [i.item_id for i in alone.items] == [i.item_id for i in in_batch.items]
         assert [i.score for i in alone.items] == pytest.approx(
             [i.score for i in in_batch.items], abs=1e-5

@@ -10,10 +10,11 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
+from serve.catalog.schema import DeltaRequest
 from serve.errors import ApiError
 from serve.http import middleware
 from serve.http.middleware import RequestMiddleware
-from serve.schema import DeltaRequest, RecommendRequest
+from serve.schema import RecommendRequest
 
 TOKEN = "a-token"
 refused_errors: list[ApiError] = []

@@ -20,11 +20,12 @@ from orchard.policy import weights
 from orchard.settings import FilterConfig, ServeConfig, VariantConfig
 from orchard.testing import TinySetup, tiny_setup
 from serve import factory
+from serve.catalog.schema import DeltaRequest
 from serve.factory import open_service
 from serve.http.routes import create_app
 from serve.metrics import InMemoryMetrics
 from serve.policies.ab_test import assign_variant
-from serve.schema import DeltaRequest, RecommendResponse
+from serve.schema import RecommendResponse
 from serve.service import Service
 from serve.testing import export_policy
 

@@ -15,7 +15,7 @@ from orchard.settings import ServeConfig
 from orchard.testing import TinySetup
 from serve.factory import open_service
 from serve.metrics import InMemoryMetrics
-from serve.policies.slot import folder_stamp
+from serve.policies.read import folder_stamp
 from serve.schema import RecommendRequest
 from serve.service import Service
 from serve.testing import export_policy

@@ -17,6 +17,7 @@ from rollout.engine.torch import TorchEngine
 from rollout.search.beam import Candidates, beam, uniforms
 from rollout.search.ved.search import TRAVERSALS_PER_TOKEN, ved
 from rollout.search_trees import build_search_trees
+from tests.fixtures.guides import random_guide
 
 
 def guided(world: TinySetup, *, seed: int = 0, scale: float = 0.3) -> TorchEngine:
@@ -317,3 +318,45 @@ def test_a_budget_below_the_beam_and_a_policy_without_values_are_refused(
     blind = TorchEngine(plain.model, plain.tokenizer, plain.version)
     with pytest.raises(EngineError, match=r"set model\.value_head = true"):
         ved(blind, plain.prompts, VedConfig(), count=8, seed=0)
+
+
+@pytest.mark.parametrize("likelihood", [False, True])
+def test_experts_may_give_the_values(
+    wide: TinySetup, engine: TorchEngine, likelihood: bool
+) -> None:
+    guide = random_guide(wide.catalog, seed=2)
+    config = VedConfig(budget=60, width=4, likelihood=likelihood, entropy_weight=0.0)
+    found = ved(engine, wide.prompts, config, count=8, seed=1, critic=guide)
+    prompt = np.repeat(np.arange(len(wide.prompts)), found.count)
+    reward = guide.reward(wide.prompts, prompt, found.leaf)
+    assert found.value is not None
+    last = found.value[range(len(found.leaf)), (found.node >= 0).sum(1) - 1]
+    evaluated = ~np.isnan(last)
+    assert evaluated.mean() > 0.5
+    np.testing.assert_allclose(last[evaluated], reward[evaluated], atol=1e-5)
+    # Scores are the policy's own.
+    every = beam(engine, wide.prompts, width=200)
+    for row, rows in enumerate(np.split(np.arange(len(found.leaf)), found.start[1:-1])):
+        known = every.select(np.array([row]))
+        place = known.leaf.argsort()[found.leaf[rows]]
+        np.testing.assert_allclose(found.score[rows], known.score[place], atol=1e-4)
+
+
+def test_likelihood_changes_what_a_guided_search_finds(
+    wide: TinySetup, engine: TorchEngine
+) -> None:
+    guide = random_guide(wide.catalog, seed=2)
+    published, both = (
+        ved(
+            engine, wide.prompts, VedConfig(budget=40, width=4, likelihood=likelihood),
+            count=8, seed=1, critic=guide,
+        )
+        for likelihood in (False, True)
+    )  # fmt: skip
+    assert leaves(published) != leaves(both)
+    prompt = np.repeat(np.arange(len(wide.prompts)), published.count)
+    mine = np.repeat(np.arange(len(wide.prompts)), both.count)
+    # What the search ranks by is larger where it is part of the priority.
+    assert (both.score + guide.reward(wide.prompts, mine, both.leaf)).mean() > (
+        published.score + guide.reward(wide.prompts, prompt, published.leaf)
+    ).mean()

@@ -1,0 +1,71 @@
+"""A run with a guide through Ray: warm start, fit, guided training, plain and guided evaluation."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import pytest
+
+from cluster.cli.fit_guide import fit_guide
+from cluster.training.controller import Controller, start_controller
+from cluster.training.evaluate import GUIDED, UNSEEN, evaluate, evaluation_file
+from cluster.training.loop import train
+from cluster.training.run import Run, prepare
+from cluster.training.run_dir import open_run_dir
+from cluster.training.sft import sft
+from orchard import config
+from orchard.policy.store import open_guide
+from orchard.tracking.metrics_log import read_metrics
+from tests.fixtures.runs import TinyRun
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+
+T = TypeVar("T")
+
+
+def in_a_controller(phase: Callable[[Controller], Awaitable[T]], run: Run) -> T:
+    """Run one phase in a new controller and return its result."""
+
+    async def work() -> T:
+        async with start_controller(run) as controller:
+            return await phase(controller)
+
+    return asyncio.run(work())
+
+
+def test_a_guide_guides_training_and_evaluation(data: Path, tiny_run: TinyRun) -> None:
+    path = tiny_run(
+        data={"path": str(data)},
+        sft={"epochs": 2, "lr": 5e-3, "valid_rows": 20, "valid_beams": 10},
+        guide={"rows": 40, "beams": 60},
+        rollout={
+            "engine": "torch", "group_size": 6, "batch_size": 4, "threads": 1, "guide": "expert",
+        },
+        learner={"steps": 2, "prompts_per_step": 8, "threads": 1},
+        evaluate={"every": 0, "exclude_seen": True},
+    )  # fmt: skip
+    settings = config.load(path)
+    start = prepare(settings, "sft")
+    open_run_dir(start)
+    in_a_controller(sft, start)
+    fit_guide(settings, None)
+    run = prepare(settings, "train")
+    assert run.guide is not None
+    in_a_controller(train, run)
+    proved = read_metrics(run.dir / "metrics.jsonl")["train"]["rollout/proved"].value
+    assert len(proved) == 2
+    assert ((proved >= 0) & (proved <= 1)).all()
+    carried = open_guide(run.result, run.catalog)
+    assert carried is not None
+    assert carried.digest == run.guide.digest
+    judged = prepare(settings, "evaluate", policy=run.result)
+    found = in_a_controller(
+        lambda controller: evaluate(controller, run.result, split="test", beams=12, name="last"),
+        replace(judged, config=settings),
+    )
+    assert set(found) == {"last", f"last{UNSEEN}", f"last{GUIDED}"}
+    assert all(evaluation_file(judged, name).is_file() for name in found)
+    assert all(np.isfinite(list(result.metrics.values())).all() for result in found.values())
