@@ -12,10 +12,13 @@ from jaxtyping import Float32, Float64, Int64
 
 from orchard.catalog.catalog import Catalog
 from orchard.errors import ConfigError, DataError
+from orchard.guide.expert import LeafRows
+from orchard.guide.guide import Guide
 from orchard.scorers import checkpoint, listwise_ranker, sasrec
 from orchard.scorers.listwise_ranker import ListwiseRanker
 from orchard.scorers.sasrec import SasRec
 from orchard.settings import RewardsConfig, ValueConfig
+from rewards.expert_counts import ExpertCounts
 from rewards.transition_counts import TransitionCounts
 
 
@@ -32,6 +35,13 @@ class RewardContext:
 
     transitions: TransitionCounts | None = None
     """Item transitions counted in the training rows; None if no reward uses them."""
+
+    guide: Guide | None = None
+    """Guide of the policy that training starts from; None if no reward uses it."""
+    rows: LeafRows | None = None
+    """Rows that the guide counts; None if no reward uses them."""
+    first_row: int | None = None
+    """Index among `rows` of the prompt with id 0; None if prompts are not among them."""
 
     match_prefix: bool = False
     """Whether the reward of a step needs all codes before it to match, too."""
@@ -104,6 +114,11 @@ class RewardContext:
             )
         catalog = self.catalog
         return np.add.reduceat(self.popularity[catalog.item_of_leaf], catalog.leaf_start[:-1])
+
+    @cached_property
+    def expert_counts(self) -> ExpertCounts:
+        """Counts behind the experts of the guide; raises ConfigError as `ExpertCounts.of`."""
+        return ExpertCounts.of(self.guide, self.rows, self.first_row)
 
     @property
     def counted_transitions(self) -> TransitionCounts:

@@ -18,6 +18,7 @@ from orchard.settings import Config
 from orchard.types import SearchTrees
 from rewards.collaborative import collaborative
 from rewards.context import RewardContext
+from rewards.expert import expert
 from rewards.listwise import listwise
 from rewards.rule import prefix, ranking, rule
 from rewards.similarity import diversity, popularity_debias, semantic
@@ -58,6 +59,7 @@ REWARDS.register("prefix")(prefix)
 REWARDS.register("semantic", RewardFacts(load=lambda ctx: ctx.leaf_embedding))(semantic)
 REWARDS.register("collaborative", RewardFacts(load=lambda ctx: ctx.sasrec))(collaborative)
 REWARDS.register("transition", RewardFacts(load=lambda ctx: ctx.counted_transitions))(transition)
+REWARDS.register("expert", RewardFacts(load=lambda ctx: ctx.expert_counts))(expert)
 REWARDS.register("listwise", RewardFacts(load=lambda ctx: ctx.listwise_ranker))(listwise)
 REWARDS.register("diversity")(diversity)
 REWARDS.register("popularity_debias", RewardFacts(load=lambda ctx: ctx.leaf_popularity))(

@@ -39,7 +39,10 @@ def _evaluated(metric: str, *ks: int) -> tuple[str, ...]:
 PANELS: dict[str, tuple[Panel, ...]] = {
     "train": (
         Panel(title="Reward", names=("rewards/mean", "rewards/rule")),
-        Panel(title="Groups that hold the target", names=("rewards/hit_rate", "rollout/hit_share_valid")),
+        Panel(
+            title="Groups that hold the target",
+            names=("rewards/hit_rate", "rollout/hit_share_valid"),
+        ),
         Panel(title="NDCG on held-out rows", names=_evaluated("ndcg", 3, 5, 10)),
         Panel(title="Hit rate on held-out rows", names=_evaluated("hr", 1, 3, 5, 10, 20)),
         Panel(title="KL to the reference", names=("learner/kl",)),

@@ -117,12 +117,17 @@ class Run:
     @cached_property
     def reward_context(self) -> RewardContext:
         """Data that rewards look up."""
+        expert, fresh = "expert" in self.config.rewards.weights, self.rows is not self.train
+        counted = not fresh or self.config.guide.counts == "all"
         return RewardContext(
             catalog=self.catalog,
             settings=self.config.rewards,
             embedding=self.embedding,
             popularity=np.bincount(self.train.target, minlength=len(self.catalog)),
             transitions=self.transitions,
+            guide=open_guide(self.policy, self.catalog) if expert else None,
+            rows=self.leaf_rows if expert else None,
+            first_row=fresh * len(self.train) if counted else None,
             match_prefix=self.config.learner.sapo.match == "prefix_match",
             value=self.config.learner.value if self.config.model.value_head else None,
             folder=self.dir.resolve(),

@@ -1,8 +1,9 @@
 """Count the matrices of the built-in experts in the training rows.
 
-Shapes:  B rows   H history leaves   P pairs
+Shapes:  B rows   H history leaves   K leaves   P pairs
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,18 +14,38 @@ from orchard import ragged
 from orchard.guide.expert import Expert, LeafRows
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairScheme:
+    """Which pairs of history items and targets an expert counts, and how."""
+
+    window: int
+    """Number of most recent history items that are counted."""
+    decay: float
+    """Weight of a history item relative to the next one."""
+    smoothing: float
+    """Constant added to the sum of the counts of a leaf, by which its counts are divided."""
+    both: bool = False
+    """Whether each pair is counted in both directions."""
+
+
+TRANSITIONS = PairScheme(window=50, decay=0.6, smoothing=1.0)
+COOCCURRENCE = PairScheme(window=10, decay=0.7, smoothing=2.0)
+NEIGHBORS = PairScheme(window=3, decay=0.7, smoothing=2.0, both=True)
+SHRINK = 5.0
+"""Constant in the denominator of the cosine of `item_knn`."""
+
+
 def transitions(rows: LeafRows) -> Expert:
     """Count what followed what: n(a, y) / (1 + n(a)), the last item of a history counting most.
 
     n sums .6^j over the rows with a at j items before the last one and target y.
     """
-    return _conditional("transitions", _pairs(rows, window=50, decay=0.6), 1.0, decay=0.6)
+    return _conditional("transitions", rows, TRANSITIONS, decay=0.6)
 
 
 def cooccurrence(rows: LeafRows) -> Expert:
     """Count forward pairs within ten items, as a conditional frequency with smoothing 2."""
-    counted = _pairs(rows, window=10, decay=0.7)
-    return _conditional("cooccurrence", counted, 2.0, decay=0.7, window=10)
+    return _conditional("cooccurrence", rows, COOCCURRENCE, decay=0.7, window=10)
 
 
 def neighbors(rows: LeafRows) -> Expert:
@@ -32,13 +53,22 @@ def neighbors(rows: LeafRows) -> Expert:
 
     A policy trained on forward sequences has seen each pair in one order only.
     """
-    forward = _pairs(rows, window=3, decay=0.7)
-    counted = (forward + forward.T).tocsr()
-    return _conditional("neighbors", counted, 2.0, decay=0.7, window=10)
+    return _conditional("neighbors", rows, NEIGHBORS, decay=0.7, window=10)
 
 
 def item_knn(rows: LeafRows) -> Expert:
     """Compute the cosine of the users of two leaves, shrunk by 5 in the denominator."""
+    together, num_users = distinct_users(rows)
+    pairs = together.tocoo()
+    apart = pairs.row != pairs.col
+    before, after = pairs.row[apart], pairs.col[apart]
+    cosine = pairs.data[apart] / (np.sqrt(num_users[before] * num_users[after]) + SHRINK)
+    shape = (rows.num_leaves, rows.num_leaves)
+    return _expert("item_knn", _matrix(before, after, cosine, shape), decay=0.9)
+
+
+def distinct_users(rows: LeafRows) -> tuple[Any, Float64[np.ndarray, " K"]]:
+    """Count the users of each pair of leaves, as a sparse matrix, and those of each leaf."""
     _, user = np.unique(rows.user, return_inverse=True)
     who = np.concatenate([user[ragged.row_of(rows.start)], user])
     what = np.concatenate([rows.history, rows.target])
@@ -46,26 +76,33 @@ def item_knn(rows: LeafRows) -> Expert:
     pair = np.unique(who * rows.num_leaves + what)
     who, what = pair // rows.num_leaves, pair % rows.num_leaves
     bought = _matrix(who, what, np.ones(len(pair)), (int(user.max(initial=0)) + 1, rows.num_leaves))
-    together = (bought.T @ bought).tocoo()
-    apart = together.row != together.col
-    before, after = together.row[apart], together.col[apart]
     num_users = np.bincount(what, minlength=rows.num_leaves).astype(np.float64)
-    cosine = together.data[apart] / (np.sqrt(num_users[before] * num_users[after]) + 5.0)
-    shape = (rows.num_leaves, rows.num_leaves)
-    return _expert("item_knn", _matrix(before, after, cosine, shape), decay=0.9)
+    return bought.T @ bought, num_users
 
 
-def _pairs(rows: LeafRows, *, window: int, decay: float) -> Any:
-    """Sum decay^j over the pairs of a target and a history item j before the last, up to a window.
+def pair_entries(
+    rows: LeafRows, scheme: PairScheme
+) -> tuple[
+    Int64[np.ndarray, " P"],
+    Int64[np.ndarray, " P"],
+    Int64[np.ndarray, " P"],
+    Float64[np.ndarray, " P"],
+]:
+    """Return row, leaf before, leaf after and weight of each pair that a scheme counts.
+
+    The weight of a history item j before the last one is decay^j.
 
     A row has one target, and the rows of a user have all their items but the first as targets, so
     that each pair of a user counts once.
     """
-    before, start = ragged.last(rows.history, rows.start, window)
+    before, start = ragged.last(rows.history, rows.start, scheme.window)
     age = np.repeat(start[1:], np.diff(start)) - 1 - np.arange(len(before))
-    after = rows.target[ragged.row_of(start)]
-    shape = (rows.num_leaves, rows.num_leaves)
-    return _matrix(before, after, decay ** age.astype(np.float64), shape)
+    row = ragged.row_of(start)
+    after, weight = rows.target[row], scheme.decay ** age.astype(np.float64)
+    if scheme.both:
+        row, weight = np.concatenate([row, row]), np.concatenate([weight, weight])
+        before, after = np.concatenate([before, after]), np.concatenate([after, before])
+    return row, before, after, weight
 
 
 def _matrix(
@@ -81,13 +118,14 @@ def _matrix(
 
 
 def _conditional(
-    name: str, counted: Any, smoothing: float, *, decay: float, window: int = 50
+    name: str, rows: LeafRows, scheme: PairScheme, *, decay: float, window: int = 50
 ) -> Expert:
-    """Divide the counts of each leaf before by their sum plus `smoothing`."""
+    """Divide the counts of each leaf before by their sum plus the smoothing."""
+    _, before, after, weight = pair_entries(rows, scheme)
+    counted = _matrix(before, after, weight, (rows.num_leaves, rows.num_leaves))
     total = np.asarray(counted.sum(1)).ravel()
-    scaled = counted.copy()
-    scaled.data /= np.repeat(smoothing + total, np.diff(counted.indptr))
-    return _expert(name, scaled, decay=decay, window=window)
+    counted.data /= np.repeat(scheme.smoothing + total, np.diff(counted.indptr))
+    return _expert(name, counted, decay=decay, window=window)
 
 
 def _expert(name: str, matrix: Any, *, decay: float, window: int = 50) -> Expert:

@@ -8,7 +8,7 @@ model, for instance) is a matrix just as well.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from orchard.guide import count
+from orchard.guide import count, left_out
 from orchard.guide.expert import Expert, LeafRows
 from orchard.registry import Facts, Registry
 
@@ -22,6 +22,8 @@ class ExpertFacts(Facts):
 
     scales: tuple[float, ...] = (0.01,)
     """Scales eps of its scores: each adds the feature log(1 + e / eps) to the reward."""
+    counts: left_out.CountFactory | None = None
+    """Factory of the counts behind it, which the reward `expert` needs to leave out a row."""
 
 
 EXPERTS: Registry[ExpertFactory, ExpertFacts] = Registry(
@@ -29,7 +31,10 @@ EXPERTS: Registry[ExpertFactory, ExpertFacts] = Registry(
 )
 """Experts by their name in `guide.experts`."""
 
-EXPERTS.register("transitions", ExpertFacts(scales=(0.001, 0.01)))(count.transitions)
-EXPERTS.register("cooccurrence", ExpertFacts(scales=(0.001, 0.01)))(count.cooccurrence)
-EXPERTS.register("item_knn", ExpertFacts(scales=(0.01, 0.1)))(count.item_knn)
-EXPERTS.register("neighbors", ExpertFacts(scales=(0.001, 0.01)))(count.neighbors)
+for _name, _factory, _counts, _scales in (
+    ("transitions", count.transitions, left_out.count_transitions, (0.001, 0.01)),
+    ("cooccurrence", count.cooccurrence, left_out.count_cooccurrence, (0.001, 0.01)),
+    ("item_knn", count.item_knn, left_out.UserCounts, (0.01, 0.1)),
+    ("neighbors", count.neighbors, left_out.count_neighbors, (0.001, 0.01)),
+):
+    EXPERTS.register(_name, ExpertFacts(scales=_scales, counts=_counts))(_factory)
