@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 import pyarrow.parquet as pq
 from blake3 import blake3
 from jaxtyping import Bool, Float32, Float64, Int, Int64
 
 from orchard.errors import DataError
+
+pc: Any = pyarrow.compute  # it generates its functions at import, invisibly to type checkers
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
