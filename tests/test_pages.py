@@ -1,4 +1,4 @@
-"""Pages and project files: links, line lengths, workflows and versions agree with the repository."""
+"""Pages and project files: links, line lengths, workflows and versions agree."""
 
 import re
 import subprocess
@@ -59,7 +59,9 @@ def test_every_page_is_linked_from_another() -> None:
     for page in PAGES:
         for link in re.findall(r"\]\(([^)\s#]+)", prose((ROOT / page).read_text())):
             linked.add(((ROOT / page).parent / link).resolve())
-    docs = {ROOT / page for page in PAGES if page.parts[0] == "docs" and "runbooks" not in page.parts}
+    docs = {
+        ROOT / page for page in PAGES if page.parts[0] == "docs" and "runbooks" not in page.parts
+    }
     assert docs - linked == set()
 
 
