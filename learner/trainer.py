@@ -220,16 +220,7 @@ class Trainer:
         logprob, entropy, value = self.scorer(part)
         if self.config.dropout:
             part = replace(part, behaviour_logprob=logprob.detach())
-        loss, stats = policy_loss(
-            logprob,
-            entropy,
-            reference,
-            part,
-            clip_low=self.config.clip_low,
-            clip_high=self.config.clip_high,
-            dual_clip=self.config.dual_clip,
-            kl_weight=self.config.kl.weight,
-        )
+        loss, stats = policy_loss(logprob, entropy, reference, part, self.config)
         if value is None or part.values is None:
             return loss, stats
         config = self.config.value

@@ -8,6 +8,7 @@ from typing import Any
 from cluster.training.rllib import RllibBackend
 from cluster.training.text_policy import thinks
 from learner.advantage.estimators import ESTIMATORS
+from learner.surrogates import LOSSES
 from orchard.config import differences, load
 from orchard.errors import ConfigError
 from orchard.guide.registry import EXPERTS
@@ -22,7 +23,7 @@ from rollout.search.registry import SEARCHES
 CRITIC_BACKENDS.register("rllib")(RllibBackend)  # may name Ray, which `orchard` may not
 
 REGISTRIES: tuple[Registry[Any, Any], ...] = (
-    SEARCHES, ENGINES, ESTIMATORS, REWARDS, TRACKERS, CRITIC_BACKENDS, EXPERTS,
+    SEARCHES, ENGINES, ESTIMATORS, LOSSES, REWARDS, TRACKERS, CRITIC_BACKENDS, EXPERTS,
 )  # fmt: skip
 """Registries that settings name entries of."""
 

@@ -112,6 +112,14 @@ class LearnerConfig(Section):
     """AdamW weight decay of matrices; norms and biases have none."""
     grad_clip: NonNegativeFloat = 0.3
     """Maximum gradient norm; 0 disables clipping."""
+    loss: str = "clip"
+    """Policy loss. `clip`: the clipped ratio (PPO), with a dual clip; `cispo`: the log-probability,
+    weighted by the clipped ratio, so that no choice loses its gradient (MiniMax-M1, arXiv
+    2506.13585; the paper has `clip_low` = 1); `ecpo`: as `clip`, with a bounded gradient where the
+    advantage is negative and the ratio high (OneRec, arXiv 2506.13695)."""
+    ecpo_delta: Annotated[float, Field(gt=0.0)] = 0.1
+    """Distance, in `ecpo`, from the upper clip to the ratio above which the gradient of a negative
+    advantage is bounded."""
     ratio: Literal["token", "sequence"] = "token"
     """Level of the clipped importance ratio: each token, or the geometric mean over a candidate's
     tokens (GSPO, arXiv 2507.18071). The latter needs far narrower clips: 3e-4 and 4e-4 for texts of
@@ -121,8 +129,8 @@ class LearnerConfig(Section):
     clip_high: NonNegativeFloat = 0.2
     """Upper clip: the ratio is clipped at 1 + clip_high."""
     dual_clip: NonNegativeFloat = 3.0
-    """Dual clip: upper bound, above 1, on the ratio where the advantage is negative; 0 disables
-    it."""
+    """Dual clip of the loss `clip`: upper bound, above 1, on the ratio where the advantage is
+    negative; 0 disables it. The other losses have bounds of their own."""
     tis_clip: NonNegativeFloat = 0.0
     """Upper bound of the truncated importance sampling (TIS) weight relative to the policy version
     that ran the search; 0 disables it."""
