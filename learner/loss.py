@@ -42,6 +42,8 @@ class LossStats:
     """Weighted k3 divergence from the reference, before the coefficient `learner.kl.weight`."""
     value: float = 0.0
     """Squared error of the value head, before the coefficient `learner.value.weight`."""
+    target_nll: float = 0.0
+    """Negative log-probability of target codes, weighted as in the loss."""
     choices: float = 0.0
     """Number of choices, over which `entropy` is summed."""
     entropy: float = 0.0

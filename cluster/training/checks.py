@@ -81,7 +81,22 @@ def _think_only_needs_thoughts(config: Config) -> None:
         )
 
 
-RULES: tuple[Rule, ...] = (_thoughts_need_one_depth, _think_only_needs_thoughts)
+def _anchor_needs_codes_alone(config: Config) -> None:
+    """Refuse to anchor codes after thoughts that the policy has not had."""
+    if config.learner.anchor and SEARCHES.facts(config.rollout.search).thinks:
+        raise ConfigError(
+            f"learner.anchor = {config.learner.anchor} learns the codes of the target right after "
+            f"the prompt, and rollout.search = {config.rollout.search} has thoughts between them; "
+            "leave one of them out",
+            code="config.anchor_without_thought",
+        )
+
+
+RULES: tuple[Rule, ...] = (
+    _thoughts_need_one_depth,
+    _think_only_needs_thoughts,
+    _anchor_needs_codes_alone,
+)
 """Checks that need the facts of several packages."""
 
 
