@@ -80,8 +80,8 @@ def pack(
     if target_weight is not None:
         paths = add_target_paths(scored, tokenizer, target_weight > 0)
         scored, trees = paths.scored, paths.scored.trees
-        target = trees.token_start[paths.node[target_weight > 0]]
-        weight = target_weight[target_weight > 0]
+        learned = (target_weight > 0) & (paths.node >= 0)
+        target, weight = trees.token_start[paths.node[learned]], target_weight[learned]
     node_reward = scored.node_reward
     # [C] mask of the candidates with a weight at some step; the value head learns from all
     used = np.logical_or.reduce([(credit.weight != 0).any(1) for credit in credits])

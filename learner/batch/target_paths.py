@@ -65,12 +65,14 @@ def add_target_paths(
 ) -> TargetPaths:
     """Add the path of each target down to its last needed code, where the tree has none.
 
-    The trees are those of codes: one code to a node, and one node to each prefix.
+    The trees are those of codes: one code to a node, and one node to each prefix. A prompt whose
+    search has found nothing has no tree, and gets none.
     """
     trees, trie = scored.trees, tokenizer.catalog.trie
     # [B, D] trie node of each code that some needed code is at or below, -1 elsewhere
     _, state = code_states(tokenizer.catalog, trees.prompts.target)
     wanted = np.logical_or.accumulate(needed[:, ::-1], axis=1)[:, ::-1] & (state >= 0)
+    wanted &= np.diff(trees.node_start)[:, None] > 0
     # Tree nodes by (prompt, trie node), ascending, to look up the prefixes that are there.
     key = trees.prompt_of_node * trie.num_nodes + trees.state
     order = np.argsort(key, kind="stable")

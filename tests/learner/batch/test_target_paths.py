@@ -52,13 +52,15 @@ def test_the_anchor_is_the_mean_negative_log_probability_of_targets(
     scored = score_random(SIZES) if groups is None else score_leaves(groups)
     prompts, expected = scored.trees.prompts, 0.0
     for row, item in enumerate(prompts.target):
+        if groups is not None and not groups[row]:
+            continue  # nothing was found, and there is no tree
         tokens = prompts.select(np.array([row])).token
         leaf = catalog.leaf_of_item[item]
         length = int((catalog.trie.path(catalog.trie.node_of(torch.tensor([leaf])))[0] >= 0).sum())
         expected -= brute_force(*policy, tokens)[leaf] / length / len(prompts)
     batch = make_batch(scored, policy[1], settings(anchor=0.3))
     assert nll(batch, policy) == pytest.approx(0.3 * expected, rel=1e-5)
-    parts = [nll(part, policy) for part in micro_batches(batch, 40)]
+    parts = [nll(part, policy) for part in micro_batches(batch, 12)]
     assert len(parts) > 1
     assert sum(parts) == pytest.approx(0.3 * expected, rel=1e-5)
     assert sum(nll(shard(batch, rank, 3), policy) for rank in range(3)) == pytest.approx(
@@ -172,12 +174,12 @@ def test_trees_get_the_missing_prefixes_of_their_targets_in_preorder(
         path = trie.path(trie.node_of(torch.tensor([catalog.leaf_of_item[item]])))[0].tolist()
         path = [node for node in path if node >= 0]
         for k in range(1, len(path) + 1):
-            if needed[row, k - 1]:
+            if needed[row, k - 1] and np.diff(before.node_start)[row]:
                 expected.add((row, *path[:k]))
                 assert prefixes(after)[found.node[row, k - 1]] == (row, *path[:k])
             else:
                 assert found.node[row, k - 1] == -1
-    assert len(expected) > old
+    assert len(expected) > old or groups is None
     listed = prefixes(after)
     assert sorted(listed) == sorted(expected)
     # Preorder: every node follows its parent's subtree so far, and nothing interrupts a subtree.
