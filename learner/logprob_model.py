@@ -1,10 +1,12 @@
 """Wrap a policy as a module whose forward pass scores a packed batch.
 
-Shapes:  E choices   V states
+Shapes:  E choices   V states   Z codes of targets
 """
 
-from typing import Literal
+from dataclasses import replace
+from typing import Literal, NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -15,7 +17,21 @@ from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.policy.model import head_weight, hidden_states
 from orchard.policy.tree_check import check_trees
 from orchard.policy.value_head import value_head_of
+from orchard.targets import CodeTargets
 from orchard.types import TrainBatch
+
+
+class Scores(NamedTuple):
+    """Scores of a batch under the policy."""
+
+    logprob: Float[Tensor, " E"]
+    """Log-probability of each choice."""
+    entropy: Float[Tensor, " E"]
+    """Entropy of the distribution of each choice, without gradient."""
+    value: Float[Tensor, " V"] | None
+    """Value of each state; None without a value head or where the batch has no value targets."""
+    code_logprob: Float[Tensor, " Z"] | None
+    """Log-probability of each code of a target; None where the batch has none."""
 
 
 class LogprobModel(nn.Module):
@@ -51,21 +67,38 @@ class LogprobModel(nn.Module):
 
     def forward(
         self, batch: TrainBatch[Tensor], distribution: Literal["trie", "full"] | None = None
-    ) -> tuple[Float[Tensor, " E"], Float[Tensor, " E"], Float[Tensor, " V"] | None]:
-        """Return each choice's log-probability and entropy, and the value of each state.
+    ) -> Scores:
+        """Score the choices, states and codes of a batch.
 
-        The values are None without a value head or where the batch has no value targets.
         `distribution` overrides the configured one.
         """
         head, temperature = value_head_of(self.policy), self._temperature
         tokenizer, default = self._context
         context = (tokenizer, distribution or default)
+        num_choices, codes = len(batch.row), batch.codes
+        if codes is not None:  # scored with the choices, whose distributions they share
+            batch = _as_choices(batch, codes)
+        value: Tensor | None = None
         if head is None or batch.values is None:
             scores = choice_logprobs(self.policy, batch, *context, temperature=temperature)
-            return *scores, None
-        visible = tree_mask(batch.subtree_end)
-        hidden = hidden_states(self.policy, batch.token, batch.position, visible)
-        weight = head_weight(self.policy)
-        scores = score_choices(hidden, weight, batch, *context, temperature=temperature)
-        value_input = hidden.detach() if self._detach else hidden
-        return *scores, state_values(head, value_input, batch.values)
+        else:
+            visible = tree_mask(batch.subtree_end)
+            hidden = hidden_states(self.policy, batch.token, batch.position, visible)
+            weight = head_weight(self.policy)
+            scores = score_choices(hidden, weight, batch, *context, temperature=temperature)
+            value_input = hidden.detach() if self._detach else hidden
+            value = state_values(head, value_input, batch.values)
+        if codes is None:
+            return Scores(*scores, value, None)
+        logprob, entropy = scores
+        return Scores(logprob[:num_choices], entropy[:num_choices], value, logprob[num_choices:])
+
+
+def _as_choices(batch: TrainBatch[Tensor], codes: CodeTargets[Tensor]) -> TrainBatch[Tensor]:
+    """Append codes of targets to the choices of a batch, without an advantage."""
+    predicted = ("row", "query_slot", "state", "chosen")
+    joined = {name: torch.cat([getattr(batch, name), getattr(codes, name)]) for name in predicted}
+    nothing = torch.zeros_like(codes.weight)
+    for name in ("behaviour_logprob", "advantage_pos", "advantage_neg", "kl_weight"):
+        joined[name] = torch.cat([getattr(batch, name), nothing])
+    return replace(batch, **joined)

@@ -1,4 +1,6 @@
-r"""Compute the clipped policy-gradient loss of packed choices and its statistics.
+r"""Compute the policy-gradient loss of packed choices and its statistics.
+
+`learner.surrogates` has the losses that `learner.loss` names. What follows is the default, `clip`.
 
 One choice is shared by every candidate i through it, each with a weighted advantage a_i. They all
 see the same ratio r = pi_current / pi_behaviour, so their surrogates collapse. For a_i >= 0,
@@ -8,7 +10,8 @@ dual clip c > 1 (arXiv 1912.09729, eq. 5) max(c a_i, .) = a_i min(max(r, 1 - low
     sum_i min(r a_i, clip(r) a_i) = A+ min(r, 1 + high) + A- min(max(r, 1 - low), c)
 
 with A+ and A- the sums of the positive and of the negative a_i. This is exact, not an
-approximation, and A+ and A- are all that a choice needs to carry.
+approximation, and A+ and A- are all that a choice needs to carry. The other losses are linear in
+A+ and A- as well.
 
 GSPO (arXiv 2507.18071, eq. 5-7) has one ratio per candidate, the geometric mean of the ratios of
 its tokens, s_i = exp(1 / |y_i| sum_t log r_t), clipped as above. Candidates do not share it, so
@@ -20,12 +23,13 @@ Shapes:  E choices   R ratios, of choices or of candidates
 """
 
 from dataclasses import dataclass, fields
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Float32
 from torch import Tensor
 
+from learner.surrogates import LOSSES, RatioTerms
+from orchard.settings import LearnerConfig
 from orchard.types import TrainBatch
 
 
@@ -38,6 +42,8 @@ class LossStats:
     """Weighted k3 divergence from the reference, before the coefficient `learner.kl.weight`."""
     value: float = 0.0
     """Squared error of the value head, before the coefficient `learner.value.weight`."""
+    target_nll: float = 0.0
+    """Negative log-probability of target codes, weighted as in the loss."""
     choices: float = 0.0
     """Number of choices, over which `entropy` is summed."""
     entropy: float = 0.0
@@ -80,13 +86,9 @@ def policy_loss(
     entropy: Float32[Tensor, " E"],
     reference_logprob: Float32[Tensor, " E"] | None,
     batch: TrainBatch[Tensor],
-    *,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float,
-    kl_weight: float,
+    config: LearnerConfig,
 ) -> tuple[Float32[Tensor, ""], LossStats]:
-    """Return the negative clipped surrogate plus the weighted k3 divergence from the reference.
+    """Return the negative surrogate plus the weighted k3 divergence from the reference.
 
     Args:
         logprob: log-probabilities of the choices under the current policy, with gradient.
@@ -95,49 +97,33 @@ def policy_loss(
             divergence out.
         batch: choices with their behavior log-probabilities, advantages and weights; where it
             lists candidates (`sequences`), there is one ratio per candidate.
-        clip_low: lower clip: the ratio is at least 1 - clip_low where the advantage is negative.
-        clip_high: upper clip: the ratio is at most 1 + clip_high where the advantage is positive.
-        dual_clip: upper bound of the ratio where the advantage is negative; 0 for none.
-        kl_weight: coefficient of sum kl_weight_e k3_e, k3 = e^d - d - 1 with d = reference -
-            current (Schulman 2020, "Approximating KL divergence").
+        config: the loss, its clips, and `kl.weight`, the coefficient of sum kl_weight_e k3_e,
+            k3 = e^d - d - 1 with d = reference - current (Schulman 2020, "Approximating KL
+            divergence").
     """
-    log_ratio, advantage_pos, advantage_neg = _ratio_terms(logprob, batch)
-    ratio = log_ratio.exp()
-    ceiling = dual_clip if dual_clip > 0 else float("inf")
-    # [R] terms of the positive and of the negative advantages
-    positive = advantage_pos * ratio.clamp(max=1 + clip_high)
-    negative = advantage_neg * ratio.clamp(min=1 - clip_low, max=ceiling)
-    surrogate = -(positive + negative).sum()
+    ratios = _ratio_terms(logprob, batch)
+    term, clipped = LOSSES[config.loss](ratios, config)
+    surrogate = -term.sum()
     divergence = surrogate.new_zeros(())
     if reference_logprob is not None:
         reference_log_ratio = reference_logprob - logprob
         k3 = reference_log_ratio.exp() - reference_log_ratio - 1
         divergence = (batch.kl_weight * k3).sum()
-    # [R] mask of the ratios at whose current value the clip removes the gradient
-    clipped = (advantage_pos > 0) & (ratio > 1 + clip_high)
-    clipped |= (advantage_neg < 0) & ((ratio < 1 - clip_low) | (ratio > ceiling))
     choice_log_ratio = logprob - batch.behaviour_logprob
+    ratio = ratios.log_ratio.exp()
     stats = _loss_stats(surrogate, divergence, choice_log_ratio, entropy, ratio, clipped)
-    return surrogate + kl_weight * divergence, stats
+    return surrogate + config.kl.weight * divergence, stats
 
 
-class _RatioTerms(NamedTuple):
-    """Log-ratios with the sums of their positive (A+) and of their negative (A-) advantages."""
-
-    log_ratio: Float32[Tensor, " R"]
-    advantage_pos: Float32[Tensor, " R"]
-    advantage_neg: Float32[Tensor, " R"]
-
-
-def _ratio_terms(logprob: Float32[Tensor, " E"], batch: TrainBatch[Tensor]) -> _RatioTerms:
+def _ratio_terms(logprob: Float32[Tensor, " E"], batch: TrainBatch[Tensor]) -> RatioTerms:
     """Return the terms of each choice, or of each candidate where the batch lists candidates."""
     log_ratio, sequences = logprob - batch.behaviour_logprob, batch.sequences
     if sequences is None:
-        return _RatioTerms(log_ratio, batch.advantage_pos, batch.advantage_neg)
+        return RatioTerms(log_ratio, batch.advantage_pos, batch.advantage_neg)
     # [R] sum of the log-ratios along each candidate's path
     total = log_ratio.new_zeros(len(sequences.row))
     total = total.index_add(0, sequences.candidate, log_ratio.index_select(0, sequences.choice))
-    return _RatioTerms(
+    return RatioTerms(
         total / sequences.length,
         sequences.advantage.clamp(min=0),
         sequences.advantage.clamp(max=0),

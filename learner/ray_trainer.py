@@ -31,6 +31,7 @@ from learner.trainer import Trainer
 from orchard.errors import ActorError, CheckpointError, OrchardError
 from orchard.policy import lora, model, value_head, weights
 from orchard.policy.store import Policy
+from orchard.registry import import_plugins
 from orchard.types import PolicyVersion, TrainBatch, Update
 
 JobQueueActor: Any = ray.remote(JobQueue)
@@ -57,6 +58,7 @@ def _work(task: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     config = spec.config
+    import_plugins(config.plugins)
     torch.set_num_threads(config.learner.threads)
     policy = Policy.open(spec.policy, spec.tokenizer).model
     supervised = spec.phase == "sft"

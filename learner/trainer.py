@@ -170,6 +170,7 @@ class Trainer:
                 self._update_ema("reference", self.config.kl.ema_share)
             metrics = stats.metrics() | rates
             metrics |= {"value_loss": stats.value} if self._head else {}
+            metrics |= {"target_nll": stats.target_nll} if batch.codes is not None else {}
             # Only the first update compares equal weights, as a check of the two needs.
             gap = metrics["logprob_gap"] if gap is None else gap
         return metrics | {
@@ -212,24 +213,18 @@ class Trainer:
         return logprob.float().cpu().numpy()
 
     def _surrogate(self, part: TrainBatch[Tensor]) -> tuple[Tensor, LossStats]:
-        """Compute the policy loss of a micro-batch, plus the value loss where it has targets."""
+        """Compute the loss of a micro-batch: of the policy, of target codes and of values."""
         reference: Tensor | None = None
         if "reference" in self.copies:
             with torch.no_grad():
-                reference, _, _ = self.copies["reference"](replace(part, values=None))
-        logprob, entropy, value = self.scorer(part)
+                reference = self.copies["reference"](replace(part, values=None, codes=None))[0]
+        logprob, entropy, value, code_logprob = self.scorer(part)
         if self.config.dropout:
             part = replace(part, behaviour_logprob=logprob.detach())
-        loss, stats = policy_loss(
-            logprob,
-            entropy,
-            reference,
-            part,
-            clip_low=self.config.clip_low,
-            clip_high=self.config.clip_high,
-            dual_clip=self.config.dual_clip,
-            kl_weight=self.config.kl.weight,
-        )
+        loss, stats = policy_loss(logprob, entropy, reference, part, self.config)
+        if code_logprob is not None and part.codes is not None:
+            nll = weighted_nll(code_logprob, part.codes.weight)
+            loss, stats = loss + nll, replace(stats, target_nll=float(nll.detach()))
         if value is None or part.values is None:
             return loss, stats
         config = self.config.value

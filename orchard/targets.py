@@ -1,4 +1,4 @@
-"""Optional training targets of a batch: states for the value head, whole candidates for GSPO."""
+"""Optional training targets of a batch: states for the value head, candidates, target codes."""
 
 from dataclasses import dataclass
 from typing import Generic
@@ -55,3 +55,24 @@ class SequenceTargets(Generic[A]):
     """Index of the choice in the batch; candidates that share a choice have one pair each."""
     candidate: Int[A, " P"]
     """Index of the candidate, 0 to Q - 1."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CodeTargets(Generic[A]):
+    """Codes of targets that the policy learns by cross entropy, beside the loss of its choices.
+
+    Fields are those of the choices of a batch.
+
+    Shapes:  Z codes
+    """
+
+    row: Int[A, " Z"]
+    """Row of each code in the packed batch."""
+    query_slot: Int[A, " Z"]
+    """Slot whose output predicts the code."""
+    state: Int[A, " Z"]
+    """Trie node before the code."""
+    chosen: Int[A, " Z"]
+    """Trie node after the code."""
+    weight: Float32[A, " Z"]
+    """Weight of the negative log-probability of the code in the loss of the whole batch."""

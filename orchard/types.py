@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float32, Int, Int32, Int64
 
 from orchard import arrays, ragged
 from orchard.arrays import Indices, Merge, Starts
-from orchard.targets import A, SequenceTargets, ValueTargets
+from orchard.targets import A, CodeTargets, SequenceTargets, ValueTargets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -136,6 +136,9 @@ class SearchTrees:
     value: Float32[np.ndarray, " N"] | None = None
     """Value estimate of each node, NaN where it was not evaluated; None if the search does not use
     values."""
+    hinted: Int64[np.ndarray, " B"] | None = None
+    """Number of first codes of the target that were given to the search of each prompt, forced and
+    with log-probability 0; None if the run gives no hints."""
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -269,6 +272,8 @@ class TrainBatch(Generic[A]):
     sequences: SequenceTargets[A] | None = None
     """Candidates with their advantages if the ratio is per candidate; `advantage_pos` and
     `advantage_neg` are then unused."""
+    codes: CodeTargets[A] | None = None
+    """Codes of targets to learn by cross entropy; None if there is no such term."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -95,7 +95,12 @@ class RolloutWorker:
         return self._engine.version
 
     def search(
-        self, prompts: Prompts, seed: int, step: int | None = None, name: str | None = None
+        self,
+        prompts: Prompts,
+        seed: int,
+        step: int | None = None,
+        name: str | None = None,
+        hint: int = 0,
     ) -> SearchTrees:
         """Search one tree per prompt.
 
@@ -104,6 +109,7 @@ class RolloutWorker:
             seed: random seed of the training step.
             step: number of updates before the training step; None outside of training.
             name: search to run; by default the configured one.
+            hint: number of first codes of its target that each prompt is given.
 
         Raises:
             WeightMismatchError: the loaded weights have not passed their probe.
@@ -118,6 +124,7 @@ class RolloutWorker:
             step=step,
             critic=self._critic,
             guide=self._guide,
+            hint=hint,
         )
         return make_search(name or self._config.search, ctx)(prompts)
 

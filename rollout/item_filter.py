@@ -1,4 +1,4 @@
-"""Restrict a search to the live leaves of a view, minus excluded leaves of each prompt.
+"""Restrict a search to the live leaves of a view, to those below a prefix, or without some.
 
 The policy does not change: it stays the softmax over all legal codes of the catalog, and searches
 report its own log-probabilities. The filter only decides which prefixes a search may enter.
@@ -29,11 +29,14 @@ class ItemFilter:
     """Excluded leaves, in any order, repeats allowed; a leaf excludes all items that share it."""
     excluded_start: Int64[np.ndarray, " B1"]
     """Boundaries: prompt b excludes `excluded[excluded_start[b] : excluded_start[b + 1]]`."""
+    prefix: Int64[np.ndarray, " B"] | None = None
+    """Trie node that the path of every allowed leaf of a prompt passes; None for no such bound."""
 
     def select(self, rows: Int64[np.ndarray, " R"]) -> "ItemFilter":
         """Return the filter of the prompts `rows`, in that order."""
         excluded, start = ragged.take(self.excluded, self.excluded_start, rows)
-        return ItemFilter(view=self.view, excluded=excluded, excluded_start=start)
+        prefix = None if self.prefix is None else self.prefix[rows]
+        return ItemFilter(view=self.view, excluded=excluded, excluded_start=start, prefix=prefix)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,15 +47,37 @@ class PrefixMask:
     dead: Int64[Tensor, " K"]
     """Ascending keys prompt * N + node of nodes that are live in the view, but not for the
     prompt."""
+    below: "_Below | None" = None
+    """Prefix of each prompt, which allowed leaves share."""
 
     def allows(self, prompt: Int64[Tensor, " M"], node: Int64[Tensor, " M"]) -> Bool[Tensor, " M"]:
         """Return whether an allowed leaf of the prompt is at or below each node."""
         live = self.view.live[node]
+        if self.below is not None:
+            live &= self.below.allows(prompt, node)
         if len(self.dead) == 0:
             return live
         key = prompt * len(self.view.live) + node
         index = torch.searchsorted(self.dead, key).clamp(max=len(self.dead) - 1)
         return live & (self.dead[index] != key)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Below:
+    """Mask of the nodes on the way to a prefix of each prompt, and of those below it."""
+
+    trie: Trie
+    node: Int64[Tensor, " B"]
+    """Trie node of each prompt's prefix."""
+
+    def allows(self, prompt: Int64[Tensor, " M"], node: Int64[Tensor, " M"]) -> Bool[Tensor, " M"]:
+        """Return whether one of the node and the prompt's prefix is a prefix of the other."""
+        prefix = self.node[prompt]
+        # Both agree where they agree at the last level that both reach.
+        level = torch.minimum(self.trie.depth_of(prefix), self.trie.depth_of(node))
+        last = (level - 1).clamp(min=0)[:, None]
+        same = self.trie.path(prefix).gather(1, last) == self.trie.path(node).gather(1, last)
+        return same.squeeze(1) | (level == 0)
 
 
 def make_prefix_mask(trie: Trie, allowed: ItemFilter, num_prompts: int) -> PrefixMask:
@@ -77,7 +102,11 @@ def make_prefix_mask(trie: Trie, allowed: ItemFilter, num_prompts: int) -> Prefi
     # (prompt, node) of every prefix of an excluded leaf, and its number of excluded leaves.
     key = (prompt[:, None] * num_nodes + path)[path >= 0]
     key, num_excluded = torch.unique(key, return_counts=True)
-    return PrefixMask(view=view, dead=key[num_excluded == view.num_live(key % num_nodes)])
+    below = None
+    if allowed.prefix is not None:
+        below = _Below(trie=trie, node=torch.from_numpy(allowed.prefix).to(device))
+    dead = key[num_excluded == view.num_live(key % num_nodes)]
+    return PrefixMask(view=view, dead=dead, below=below)
 
 
 def _check(trie: Trie, allowed: ItemFilter, num_prompts: int) -> None:
@@ -91,6 +120,14 @@ def _check(trie: Trie, allowed: ItemFilter, num_prompts: int) -> None:
         raise CatalogError(
             f"leaves are excluded for {len(allowed.excluded_start) - 1} prompts, the batch has "
             f"{num_prompts}; give one list per prompt, empty where nothing is excluded"
+        )
+    prefix = allowed.prefix
+    if prefix is not None and (
+        len(prefix) != num_prompts or ((prefix < ROOT) | (prefix >= trie.num_nodes)).any()
+    ):
+        raise CatalogError(
+            f"a search of {num_prompts} prompts needs one prefix for each, a trie node from 0 to "
+            f"{trie.num_nodes - 1}; look prefixes up in the catalog that is searched"
         )
     outside = (allowed.excluded < 0) | (allowed.excluded >= trie.num_leaves)
     if outside.any():

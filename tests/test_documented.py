@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from learner import surrogates
 from learner.advantage import estimators
-from orchard.settings import RolloutConfig
+from orchard.settings import LearnerConfig, RolloutConfig
 from orchard.testing import tiny_catalog, tiny_setup
 from orchard.types import SearchTrees
 from rewards.registry import REWARDS
@@ -21,7 +23,7 @@ from rollout.search_trees import build_search_trees
 from tests.fixtures.registries import Borrow
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
-SEARCH, ESTIMATOR, REWARD = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+SEARCH, ESTIMATOR, LOSS, REWARD = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 
 def as_written(code: str) -> None:
@@ -63,6 +65,16 @@ def test_the_estimator_compares_with_the_median(borrow: Borrow) -> None:
         np.testing.assert_array_equal(credit.advantage[own], expected[:, None] * inside[own])
     assert np.isclose(credit.weight.sum(), 1)
     assert credit.advantage.any()
+
+
+def test_the_loss_has_no_clip(borrow: Borrow) -> None:
+    borrow(surrogates.LOSSES)
+    as_written(LOSS)
+    log_ratio = torch.tensor([2.0, -3.0], requires_grad=True)
+    ratios = surrogates.RatioTerms(log_ratio, torch.tensor([1.0, 0.5]), torch.tensor([0.0, -2.0]))
+    found = surrogates.LOSSES["plain"](ratios, LearnerConfig())
+    torch.testing.assert_close(found.term, torch.tensor([1.0, -1.5]) * log_ratio.exp())
+    assert not found.clipped.any()
 
 
 def test_the_reward_pays_for_what_is_not_in_the_history(

@@ -8,6 +8,7 @@ from typing import Any
 from cluster.training.rllib import RllibBackend
 from cluster.training.text_policy import thinks
 from learner.advantage.estimators import ESTIMATORS
+from learner.surrogates import LOSSES
 from orchard.config import differences, load
 from orchard.errors import ConfigError
 from orchard.guide.registry import EXPERTS
@@ -22,7 +23,7 @@ from rollout.search.registry import SEARCHES
 CRITIC_BACKENDS.register("rllib")(RllibBackend)  # may name Ray, which `orchard` may not
 
 REGISTRIES: tuple[Registry[Any, Any], ...] = (
-    SEARCHES, ENGINES, ESTIMATORS, REWARDS, TRACKERS, CRITIC_BACKENDS, EXPERTS,
+    SEARCHES, ENGINES, ESTIMATORS, LOSSES, REWARDS, TRACKERS, CRITIC_BACKENDS, EXPERTS,
 )  # fmt: skip
 """Registries that settings name entries of."""
 
@@ -80,7 +81,22 @@ def _think_only_needs_thoughts(config: Config) -> None:
         )
 
 
-RULES: tuple[Rule, ...] = (_thoughts_need_one_depth, _think_only_needs_thoughts)
+def _anchor_needs_codes_alone(config: Config) -> None:
+    """Refuse to anchor codes after thoughts that the policy has not had."""
+    if config.learner.anchor and SEARCHES.facts(config.rollout.search).thinks:
+        raise ConfigError(
+            f"learner.anchor = {config.learner.anchor} learns the codes of the target right after "
+            f"the prompt, and rollout.search = {config.rollout.search} has thoughts between them; "
+            "leave one of them out",
+            code="config.anchor_without_thought",
+        )
+
+
+RULES: tuple[Rule, ...] = (
+    _thoughts_need_one_depth,
+    _think_only_needs_thoughts,
+    _anchor_needs_codes_alone,
+)
 """Checks that need the facts of several packages."""
 
 

@@ -18,10 +18,11 @@ from cluster.monitoring.exporter import Exporter
 from cluster.training.learner_spec import learner_spec
 from cluster.training.loggers import open_loggers
 from cluster.training.measure import measure
+from cluster.training.rollout_stream import groups_of_step
 from cluster.training.run import Run
 from cluster.training.run_dir import open_run_dir
 from learner.ray_trainer import TrainerHandle
-from orchard.data.prompts import Split, make_prompts, rows_of_step
+from orchard.data.prompts import Split, make_prompts
 from orchard.errors import ActorError, RunInterrupted
 from orchard.evaluation.ranking import Evaluation
 from orchard.guide.guide import Guide
@@ -130,22 +131,12 @@ class Controller:
 
     async def scored_trees(self, step: int) -> ScoredTrees:
         """Search and score the prompts of a 0-based step, distributed over the actors."""
-        config = self.run.config
-        rows = rows_of_step(
-            step,
-            num_rows=len(self.run.rows),
-            per_step=config.learner.prompts_per_step,
-            seed=config.seed,
-        )
-        # Requests are smaller than batch_size if that keeps every actor busy.
-        share = -(-len(rows) // config.rollout.actors)
-        size = min(config.rollout.batch_size, share)
-        seed = config.seed * 1_000_003 + step
-        parts = [
-            self.search(self.run.rows, rows[start : start + size], seed=seed, step=step)
-            for start in range(0, len(rows), size)
-        ]
-        return ScoredTrees.concatenate(await asyncio.gather(*parts))
+        split = self.run.rows
+
+        async def search(rows: Int64[np.ndarray, " R"], seed: int, hint: int) -> ScoredTrees:
+            return await self.search(split, rows, seed=seed, step=step, hint=hint)
+
+        return await groups_of_step(step, self.run.config, search, num_rows=len(split))
 
     async def search(
         self,
@@ -155,15 +146,17 @@ class Controller:
         seed: int,
         step: int | None = None,
         name: str | None = None,
+        hint: int = 0,
     ) -> ScoredTrees:
         """Search rows on one rollout actor and score them on one reward actor (training only).
 
-        `step` is None outside of a training step, and `name` replaces the configured search.
+        `step` is None outside of a training step, `name` replaces the configured search, and `hint`
+        is the number of the target's first codes that the search is given.
         """
         assert self.rollout is not None, "only the training phase has rollout actors"
         assert self.rewards is not None
         prompts = make_prompts(self.run.tokenizer, split, rows)
-        trees: SearchTrees = await self.rollout.call("search", prompts, seed, step, name)
+        trees: SearchTrees = await self.rollout.call("search", prompts, seed, step, name, hint)
         return await self.rewards.call("score", trees)
 
     async def evaluate(

@@ -99,6 +99,8 @@ def step_metrics(scored: ScoredTrees, update: Update, lag: int) -> dict[str, flo
     """Return the metrics of a step, named by package."""
     statistics = group_statistics(scored) | step_statistics(scored)
     cost, num_prompts = scored.trees.cost, len(scored.trees)
+    # Dynamic sampling and hints search more prompts than are trained on.
+    searched = cost.counts.get("drawn", num_prompts) + cost.counts.get("hint_searches", 0)
     names = {"reward_mean": "rewards/mean", "hit_share": "rewards/hit_rate"}
     metrics = {
         names.get(name, f"rewards/{name.removeprefix('mean_')}"): value
@@ -106,7 +108,7 @@ def step_metrics(scored: ScoredTrees, update: Update, lag: int) -> dict[str, flo
     }
     metrics |= diagnose(scored)
     if "proved" in cost.counts:  # by guided searches
-        metrics["rollout/proved"] = cost.counts["proved"] / num_prompts
+        metrics["rollout/proved"] = cost.counts["proved"] / searched
     metrics |= {f"learner/{name}": value for name, value in update.metrics.items()}
     return metrics | {
         "rollout/prompts": float(num_prompts),
@@ -116,7 +118,7 @@ def step_metrics(scored: ScoredTrees, update: Update, lag: int) -> dict[str, flo
         "rollout/prefill_tokens": float(cost.prefill_tokens),
         "rollout/passes": float(cost.passes),
         "rollout/search_s": cost.seconds,
-        "rollout/prompts_per_s": num_prompts / cost.seconds if cost.seconds else 0.0,
+        "rollout/prompts_per_s": searched / cost.seconds if cost.seconds else 0.0,
         "rollout/lag_versions": float(lag),
     }
 

@@ -33,7 +33,7 @@ from rewards.context import RewardContext
 from rewards.score import preload
 from rewards.transition_counts import TransitionCounts, count_transitions
 from rollout.engine.registry import ENGINES
-from rollout.search.registry import SEARCHES
+from rollout.search.registry import SEARCHES, check_catalog
 
 Phase = Literal["sft", "train", "evaluate"]
 
@@ -253,9 +253,7 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
         for file in (data.valid, data.test)
     )
     sft_rows = train if fresh is None or settings.sft.rows == "train" else fresh
-    check_catalog = SEARCHES.facts(settings.rollout.search).check_catalog
-    if check_catalog is not None:
-        check_catalog(settings.rollout, catalog.trie)
+    check_catalog(settings.rollout, catalog.trie)
     width = max(settings.rollout.group_size, settings.evaluate.beams, settings.evaluate.valid_beams)
     if width > catalog.trie.num_leaves:
         logging.getLogger("orchard").warning(

@@ -10,6 +10,11 @@ its group:
     drgrpo          R - mu                       1 / (N max |y|)     Dr. GRPO, arXiv 2503.20783
     leave_one_out   R - mean of the others       1 / (N |y|)         RLOO, arXiv 2402.14740
 
+    boundary        of two candidates            1 / (2 P |y|)       ReCast, arXiv 2604.22169
+    window          of a window of negatives     1 / (N |y|)         WPAUC, arXiv 2604.22504
+
+The last two (`learner.advantage.negatives`) leave out some or most negatives; P counts prompts.
+
 |y| counts forced codes: their log-probability is 0 and they carry no gradient, but a candidate's
 length must not depend on how many siblings its codes have in the catalog. N counts the whole
 batch, before it is split for workers or micro-batches, so the losses of the parts add up.
@@ -28,9 +33,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Float32, Float64, Int64
+from jaxtyping import Bool, Float32, Float64, Int64
 
 from learner.advantage.groups import group_center, group_normalize
+from learner.advantage.negatives import boundary_pairs, windowed_advantages
 from learner.advantage.sapo import apply_code_switches, sapo
 from learner.advantage.sibling import sibling
 from orchard.errors import ConfigError
@@ -127,6 +133,32 @@ def leave_one_out(scored: ScoredTrees, std_epsilon: float) -> Advantages:
     return broadcast_to_steps(scored, advantage, mean_weight(scored))
 
 
+@ESTIMATORS.register("boundary")
+def boundary(scored: ScoredTrees, std_epsilon: float) -> Advantages:
+    """Compare the strongest positive with the hardest negative; others have no weight (ReCast)."""
+    groups = _by_group(scored)
+    advantage, chosen = boundary_pairs(groups[0], scored.trees.score, *groups[1:], std_epsilon)
+    weight = 1 / np.maximum(1, 2 * len(scored.trees) * candidate_lengths(scored.trees))
+    return broadcast_to_steps(scored, advantage, np.where(chosen, weight, 0))
+
+
+def window(
+    scored: ScoredTrees, std_epsilon: float, shares: tuple[float, float] = (0.0, 1.0)
+) -> Advantages:
+    """Standardize rewards among the positives and a window of the negatives (WPAUC)."""
+    groups = _by_group(scored)
+    advantage = windowed_advantages(groups[0], scored.trees.score, *groups[1:], std_epsilon, shares)
+    return broadcast_to_steps(scored, advantage, mean_weight(scored))
+
+
+ESTIMATORS.register(
+    "window",
+    EstimatorFacts(
+        losses=lambda scored, config: [window(scored, config.std_epsilon, config.window)]
+    ),
+)(window)
+
+
 @ESTIMATORS.register("blend")
 def blend(scored: ScoredTrees, std_epsilon: float) -> Advantages:
     """Average `group` and the mean of `sibling` over steps; every candidate weighs the same."""
@@ -178,6 +210,15 @@ def compute_advantages(scored: ScoredTrees, config: LearnerConfig) -> list[Advan
     if losses is not None:
         return losses(scored, config)
     return [ESTIMATORS[config.estimator](scored, config.std_epsilon)]
+
+
+def teaching_groups(scored: ScoredTrees, config: LearnerConfig) -> Bool[np.ndarray, " B"]:
+    """Mark the groups of a batch with an advantage, without which they have no policy gradient."""
+    is_teaching = np.zeros(len(scored.trees), bool)
+    for credit in compute_advantages(scored, config):
+        has_advantage = (credit.advantage * credit.weight != 0).any(1)
+        is_teaching[scored.trees.prompt_of_candidate[has_advantage]] = True
+    return is_teaching
 
 
 def group_statistics(scored: ScoredTrees) -> dict[str, float]:

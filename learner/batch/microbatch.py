@@ -13,7 +13,8 @@ import numpy as np
 from jaxtyping import Int32, Int64
 
 from orchard import arrays
-from orchard.types import SequenceTargets, TrainBatch, ValueTargets
+from orchard.targets import CodeTargets, SequenceTargets, ValueTargets
+from orchard.types import TrainBatch
 
 _DROPPED = -1
 """Mark of a row, candidate or choice that is not in the part."""
@@ -73,6 +74,7 @@ def _select(batch: TrainBatch, rows: Int64[np.ndarray, " R"], *, num_rows: int) 
         sequences=None
         if batch.sequences is None
         else _select_sequences(batch.sequences, new_row, kept, len(batch.row)),
+        codes=None if batch.codes is None else _select_codes(batch.codes, new_row),
         token=table(batch.token),
         position=table(batch.position),
         subtree_end=table(batch.subtree_end),
@@ -85,17 +87,26 @@ def without_choices(batch: TrainBatch) -> TrainBatch:
     """Return one row of the batch without choices: no loss, but a backward pass for collectives."""
     none = np.zeros(0, np.int64)
     part = arrays.take(batch, np.zeros(1, np.int64), axis="B")
-    values, sequences = batch.values, batch.sequences
+    values, sequences, codes = batch.values, batch.sequences, batch.codes
     if values is not None:
         values = arrays.take(values, none, axis="V")
     if sequences is not None:
         sequences = arrays.take(arrays.take(sequences, none, axis="Q"), none, axis="P")
-    return replace(arrays.take(part, none, axis="E"), values=values, sequences=sequences)
+    if codes is not None:
+        codes = arrays.take(codes, none, axis="Z")
+    part = arrays.take(part, none, axis="E")
+    return replace(part, values=values, sequences=sequences, codes=codes)
 
 
 def _select_states(values: ValueTargets, new_row: Int64[np.ndarray, " B"]) -> ValueTargets:
     """Select the states of the kept rows and renumber their rows."""
     part = arrays.take(values, np.flatnonzero(new_row[values.row] >= 0), axis="V")
+    return replace(part, row=new_row[part.row])
+
+
+def _select_codes(codes: CodeTargets, new_row: Int64[np.ndarray, " B"]) -> CodeTargets:
+    """Select the codes of the kept rows and renumber their rows."""
+    part = arrays.take(codes, np.flatnonzero(new_row[codes.row] >= 0), axis="Z")
     return replace(part, row=new_row[part.row])
 
 

@@ -2,35 +2,50 @@
 
 A row is the prompt followed, in preorder, by the tree's tokens that some later choice is
 conditioned on. Forced tokens at the end of a branch and the last choice of each candidate are
-predicted or known but never read, so they take no slot. `flatten` lays out the same choices with
-one candidate per row, as a trainer without trees does.
+predicted or known but never read, so they take no slot; nor do candidates without any weight, which
+add nothing to the loss. `flatten` lays out the same choices with one candidate per row, as a
+trainer without trees does.
 
-Shapes:  B rows   S slots of the widest row   N nodes   M tokens of all nodes   C candidates
-         K steps of the longest candidate   E choices
+Shapes:  B rows   N nodes   M tokens of all nodes   C candidates   E choices
+         K steps of the longest candidate   D codes of the longest target   Z learned target codes
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Float32, Int64
+from jaxtyping import Bool, Float32, Float64, Int64
 
 from learner.advantage.estimators import candidate_lengths, compute_advantages
+from learner.batch.layout import (
+    Layout,
+    dense_tables,
+    last_slots,
+    lay_out,
+    query_slots,
+    trie_edges,
+)
+from learner.batch.target_paths import add_target_paths, target_weights
 from learner.value import value_targets
 from orchard import ragged
 from orchard.catalog.trie import Trie
 from orchard.errors import CatalogError
 from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.settings import LearnerConfig
+from orchard.targets import CodeTargets
 from orchard.types import Advantages, ScoredTrees, SearchTrees, SequenceTargets, TrainBatch
 
 
 def make_batch(scored: ScoredTrees, tokenizer: ItemTokenizer, config: LearnerConfig) -> TrainBatch:
     """Compute the configured advantages of scored trees and pack both into a batch."""
-    credits = compute_advantages(scored, config)
-    discount, sequence_ratio = config.value.discount, config.ratio == "sequence"
-    return pack(scored, credits, tokenizer, discount=discount, sequence_ratio=sequence_ratio)
+    return pack(
+        scored,
+        compute_advantages(scored, config),
+        tokenizer,
+        discount=config.value.discount,
+        sequence_ratio=config.ratio == "sequence",
+        target_weight=target_weights(scored.trees, tokenizer, config),
+    )
 
 
 def pack(
@@ -40,6 +55,7 @@ def pack(
     *,
     discount: float = 1.0,
     sequence_ratio: bool = False,
+    target_weight: Float64[np.ndarray, "B D"] | None = None,
 ) -> TrainBatch:
     """Pack one tree per row; a tree without any choice becomes a row of padding.
 
@@ -47,36 +63,48 @@ def pack(
     choice is the weight of the first credit, summed over the candidates through it. Where nodes
     have rewards, the batch also holds the discounted targets of the value head; every token then
     takes a slot, because each state has a value. With `sequence_ratio` it also holds the choices
-    that make up each candidate and the advantages of whole candidates.
+    that make up each candidate and the advantages of whole candidates. With `target_weight`, the
+    weights of the codes of each prompt's target, it also holds those codes.
 
     Raises:
         CatalogError: the trees were grown on another catalog.
     """
-    trees, node_reward, catalog = scored.trees, scored.node_reward, tokenizer.catalog
+    trees, catalog = scored.trees, tokenizer.catalog
     if trees.catalog != catalog.digest:
         raise CatalogError(
             f"the trees were grown on catalog {trees.catalog[:12]}, the learner holds "
             f"{catalog.digest[:12]}; start both from the same items file"
         )
+    # [Z] flat token index and weight of each code of a target to be learned
+    target, weight = np.zeros(0, np.int64), np.zeros(0)
+    if target_weight is not None:
+        paths = add_target_paths(scored, tokenizer, target_weight > 0)
+        scored, trees = paths.scored, paths.scored.trees
+        learned = (target_weight > 0) & (paths.node >= 0)
+        target, weight = trees.token_start[paths.node[learned]], target_weight[learned]
+    node_reward = scored.node_reward
+    # [C] mask of the candidates with a weight at some step; the value head learns from all
+    used = np.logical_or.reduce([(credit.weight != 0).any(1) for credit in credits])
     # [C, K] node of each candidate at each step, NO_PARENT past its end
     path = trees.paths()
-    # [N] number of candidates through each node
-    num_through = np.bincount(path[path >= 0], minlength=len(trees.step))
+    # [N] number of candidates with a weight through each node
+    num_through = np.bincount(path[used][path[used] >= 0], minlength=len(trees.step))
     node_of_token = ragged.row_of(trees.token_start)
     # [E] flat token index of each choice: on some candidate's path and not forced
     choice = np.flatnonzero((num_through[node_of_token] > 0) & ~trees.forced)
-    layout = _lay_out(trees, node_of_token, choice, keep_all=node_reward is not None)
+    read = np.union1d(choice, target)
+    layout = lay_out(trees, node_of_token, read, keep_all=node_reward is not None)
     node_of_choice = node_of_token[choice]
-    state, edge = _trie_edges(trees, node_of_choice, choice, catalog.trie)
+    state, edge = trie_edges(trees, node_of_choice, choice, catalog.trie)
     # [C, K] weighted advantage of each credit
     weighted = [credit.advantage * credit.weight for credit in credits]
     length = candidate_lengths(trees)
     prompt_length = np.diff(trees.prompts.token_start)[trees.prompt_of_candidate]
     num_nodes = len(num_through)
     return TrainBatch(
-        **_dense_tables(trees, layout, tokenizer.pad),
+        **dense_tables(trees, layout, tokenizer.pad),
         row=trees.prompt_of_node[node_of_choice],
-        query_slot=_query_slots(trees, layout, node_of_choice, choice).astype(np.int32),
+        query_slot=query_slots(trees, layout, node_of_choice, choice).astype(np.int32),
         state=state,
         chosen=edge,
         behaviour_logprob=trees.logprob[choice],
@@ -88,13 +116,16 @@ def pack(
         ],
         kl_weight=_node_sums(path, [credits[0].weight], num_nodes)[node_of_choice],
         forward_tokens=int(layout.length.sum()),
-        flat_tokens=int((length + prompt_length).sum()),
+        flat_tokens=int((length + prompt_length)[used].sum()),
         policy=trees.policy,
         catalog=trees.catalog,
         values=None
         if node_reward is None
-        else value_targets(trees, node_reward, _last_slots(trees, layout), discount=discount),
-        sequences=_sequence_targets(trees, choice, weighted, length) if sequence_ratio else None,
+        else value_targets(trees, node_reward, last_slots(trees, layout), discount=discount),
+        sequences=_sequence_targets(trees, choice, weighted, used) if sequence_ratio else None,
+        codes=None
+        if target_weight is None
+        else _code_targets(trees, layout, node_of_token[target], target, weight, catalog.trie),
     )
 
 
@@ -110,166 +141,33 @@ def flatten(
     return pack(chains, credits, tokenizer, sequence_ratio=sequence_ratio)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Layout:
-    """Slots and positions of all tokens of the trees, and the lengths of the rows."""
-
-    prompt_length: Int64[np.ndarray, " B"]
-    """Number of slots of the prompt; 0 for a tree of which no token is kept."""
-    length: Int64[np.ndarray, " B"]
-    """Number of slots of the row."""
-    kept: Bool[np.ndarray, " M"]
-    """Mask of the tokens that have a slot: those with a choice strictly below them, or all."""
-    slot: Int64[np.ndarray, " M"]
-    """Slot of each kept token within its row; meaningless for the others."""
-    position: Int64[np.ndarray, " M"]
-    """Position ID of each token: number of tokens before it on its path, prompt included."""
-    subtree_end: Int64[np.ndarray, " M"]
-    """Slot one past the last kept token of the subtree below each token."""
-
-
-def _lay_out(
+def _code_targets(
     trees: SearchTrees,
-    node_of_token: Int64[np.ndarray, " M"],
-    choice: Int64[np.ndarray, " E"],
-    *,
-    keep_all: bool,
-) -> _Layout:
-    """Assign slots in preorder, which makes every subtree of tokens a contiguous range.
-
-    Without `keep_all`, only the tokens that some choice is conditioned on are kept.
-    """
-    # [M] flat token index one past the subtree of the token's node
-    end = trees.token_start[_subtree_ends(trees)][node_of_token]
-    is_choice = np.zeros(len(node_of_token), np.int64)
-    is_choice[choice] = 1
-    # [M + 1] number of choices before each token; a token is kept if a later one is in its subtree
-    choices_before = ragged.starts(is_choice)
-    kept = choices_before[end] > choices_before[1:]
-    # [B + 1] first flat token of each tree
-    tree_start = trees.token_start[trees.node_start]
-    is_read = choices_before[tree_start[1:]] > choices_before[tree_start[:-1]]
-    if keep_all:
-        kept, is_read = np.ones_like(kept), tree_start[1:] > tree_start[:-1]
-    prompt_length = np.diff(trees.prompts.token_start) * is_read
-    # [M + 1] number of kept tokens before each token, over all trees
-    kept_before = ragged.starts(kept.astype(np.int64))
-    prompt_of_token = trees.prompt_of_node[node_of_token]
-    # [M] offset from that global count to the slot within the row
-    shift = prompt_length[prompt_of_token] - kept_before[tree_start[prompt_of_token]]
-    depth = _tokens_above(trees)[node_of_token] + ragged.index_in_row(trees.token_start)
-    return _Layout(
-        prompt_length=prompt_length,
-        length=prompt_length + np.diff(kept_before[tree_start]),
-        kept=kept,
-        slot=kept_before[:-1] + shift,
-        position=prompt_length[prompt_of_token] + depth,
-        subtree_end=kept_before[end] + shift,
-    )
-
-
-def _subtree_ends(trees: SearchTrees) -> Int64[np.ndarray, " N"]:
-    """Return the index one past the last descendant of each node."""
-    # [N] number of nodes in each subtree, complete from the current step down
-    size = np.ones(len(trees.step), np.int64)
-    for step in range(int(trees.step.max(initial=0)), 0, -1):
-        nodes = np.flatnonzero(trees.step == step)
-        np.add.at(size, trees.parent[nodes], size[nodes])
-    return np.arange(len(size)) + size
-
-
-def _tokens_above(trees: SearchTrees) -> Int64[np.ndarray, " N"]:
-    """Return the number of tokens between the prompt and the first token of each node."""
-    above, span = np.zeros(len(trees.step), np.int64), np.diff(trees.token_start)
-    for step in range(1, int(trees.step.max(initial=0)) + 1):
-        nodes = np.flatnonzero(trees.step == step)
-        parent = trees.parent[nodes]
-        above[nodes] = above[parent] + span[parent]
-    return above
-
-
-def _last_slots(trees: SearchTrees, layout: _Layout) -> Int64[np.ndarray, " N"]:
-    """Return the slot of the last token of each node; of the prompt's last token at a root."""
-    inner = trees.step > 0
-    last_slot = layout.prompt_length[trees.prompt_of_node] - 1
-    last_slot[inner] = layout.slot[trees.token_start[1:][inner] - 1]
-    return last_slot
-
-
-def _query_slots(
-    trees: SearchTrees,
-    layout: _Layout,
-    node_of_choice: Int64[np.ndarray, " E"],
-    choice: Int64[np.ndarray, " E"],
-) -> Int64[np.ndarray, " E"]:
-    """Return the slot whose output predicts each choice: the token before it on its path."""
-    first_token, parent = trees.token_start[node_of_choice], trees.parent[node_of_choice]
-    # [E] flat token before the choice: in the same span, or the last of the parent's span
-    before = np.where(choice > first_token, choice, trees.token_start[parent + 1]) - 1
-    # [E] choices predicted by the prompt's last token
-    follows_prompt = (choice == first_token) & (trees.step[parent] == 0)
-    prompt_end = layout.prompt_length[trees.prompt_of_node[node_of_choice]] - 1
-    return np.where(follows_prompt, prompt_end, layout.slot[before])
-
-
-def _trie_edges(
-    trees: SearchTrees,
-    node_of_choice: Int64[np.ndarray, " E"],
-    choice: Int64[np.ndarray, " E"],
+    layout: Layout,
+    node: Int64[np.ndarray, " Z"],
+    token: Int64[np.ndarray, " Z"],
+    weight: Float64[np.ndarray, " Z"],
     trie: Trie,
-) -> tuple[Int64[np.ndarray, " E"], Int64[np.ndarray, " E"]]:
-    """Return the trie node each choice starts from and the trie node it takes.
-
-    In free text the two are `FREE_TEXT` and the token.
-    """
-    state, edge = trees.state[node_of_choice], trees.token[choice].astype(np.int64)
-    in_trie = state != SearchTrees.FREE_TEXT
-    # A node stores the state after its whole span; earlier tokens of the span lie above it.
-    taken = torch.from_numpy(state[in_trie])
-    # number of levels to climb: tokens of the span after the choice
-    levels_up = torch.from_numpy((trees.token_start[node_of_choice + 1] - 1 - choice)[in_trie])
-    while bool((levels_up > 0).any()):
-        taken = torch.where(levels_up > 0, trie.parent(taken), taken)
-        levels_up = levels_up - 1
-    edge[in_trie], state[in_trie] = taken.numpy(), trie.parent(taken).numpy()
-    return state, edge
-
-
-def _dense_tables(trees: SearchTrees, layout: _Layout, pad: int) -> dict[str, np.ndarray]:
-    """Build the [B, S] tables of the batch, by field name."""
-    prompts, kept = trees.prompts, layout.kept
-    prompt_of_token = ragged.row_of(prompts.token_start)
-    slot_in_prompt = ragged.index_in_row(prompts.token_start)
-    # prompt tokens of the rows that are not padding
-    used = layout.prompt_length[prompt_of_token] > 0
-    # row and slot of every filled cell: first all prompt tokens, then all kept tree tokens
-    row = np.concatenate(
-        [prompt_of_token[used], trees.prompt_of_node[ragged.row_of(trees.token_start)[kept]]]
+) -> CodeTargets:
+    """Describe codes as choices are: by the slot that predicts each and by its trie edge."""
+    state, edge = trie_edges(trees, node, token, trie)
+    return CodeTargets(
+        row=trees.prompt_of_node[node],
+        query_slot=query_slots(trees, layout, node, token).astype(np.int32),
+        state=state,
+        chosen=edge,
+        weight=weight.astype(np.float32),
     )
-    slot = np.concatenate([slot_in_prompt[used], layout.slot[kept]])
-    # per table: the padding value, the prompts' cells, the trees' cells
-    content = {
-        "token": (pad, prompts.token[used], trees.token[kept]),
-        "position": (0, slot_in_prompt[used], layout.position[kept]),
-        "subtree_end": (0, layout.length[prompt_of_token[used]], layout.subtree_end[kept]),
-    }
-    tables: dict[str, np.ndarray] = {}
-    for name, (fill, prompt_cells, tree_cells) in content.items():
-        # A batch without any slot still makes one forward pass, of padding.
-        width = max(1, int(layout.length.max(initial=0)))
-        tables[name] = np.full((len(layout.length), width), fill, np.int32)
-        tables[name][row, slot] = np.concatenate([prompt_cells, tree_cells])
-    return tables
 
 
 def _sequence_targets(
     trees: SearchTrees,
     choice: Int64[np.ndarray, " E"],
     weighted: Sequence[Float32[np.ndarray, "C K"]],
-    length: Int64[np.ndarray, " C"],
+    used: Bool[np.ndarray, " C"],
 ) -> SequenceTargets:
-    """List the choices on each candidate's path and sum its weighted advantage over its tokens."""
-    path, span = trees.paths(), np.diff(trees.token_start)
+    """List the choices on each used candidate's path and sum its weighted advantage."""
+    path, span = trees.paths()[used], np.diff(trees.token_start)
     inside = path >= 0
     # one entry per (candidate, node on its path)
     candidate, node = np.nonzero(inside)[0], path[inside]
@@ -280,12 +178,12 @@ def _sequence_targets(
     choice_index = np.full(len(trees.token), -1)
     choice_index[choice] = np.arange(len(choice))
     is_choice = choice_index[token] >= 0
-    total = sum((values.astype(np.float64) for values in weighted), np.zeros(path.shape))
+    total = sum((values[used].astype(np.float64) for values in weighted), np.zeros(path.shape))
     advantage = np.where(inside, total * span[path], 0).sum(1)
     return SequenceTargets(
-        row=trees.prompt_of_candidate,
+        row=trees.prompt_of_candidate[used],
         advantage=advantage.astype(np.float32),
-        length=np.maximum(1, length).astype(np.float32),
+        length=np.maximum(1, candidate_lengths(trees)[used]).astype(np.float32),
         choice=choice_index[token[is_choice]],
         candidate=candidate_of_token[is_choice],
     )
@@ -323,6 +221,7 @@ def _unshare(trees: SearchTrees) -> SearchTrees:
         token=token,
         token_start=token_start,
         value=None if trees.value is None else trees.value[nodes],
+        hinted=None if trees.hinted is None else trees.hinted[prompt],
         logprob=ragged.take(trees.logprob, trees.token_start, nodes)[0],
         forced=ragged.take(trees.forced, trees.token_start, nodes)[0],
         candidate=start[1:] - 1,

@@ -131,3 +131,13 @@ class Config(Section):
                 "passes under different dropout is noise",
             )
         return self
+
+    @model_validator(mode="after")
+    def _hint_weight_of_hints(self) -> "Config":
+        if self.learner.hint_weight and not self.rollout.hints:
+            raise refusal(
+                "hint_weight_without_hints",
+                f"learner.hint_weight = {self.learner.hint_weight} has no hints to learn; set "
+                "rollout.hints to the largest number of codes to give",
+            )
+        return self

@@ -89,15 +89,25 @@ class LearnerConfig(Section):
     those of the warm start; `auto` takes fresh rows where there are any."""
     prompts_per_step: PositiveInt = 64
     """Number of prompts per training step."""
+    max_draws: PositiveInt = 1
+    """Largest number of times that `prompts_per_step` prompts are drawn for one step, until as many
+    groups teach, that is, have an advantage (dynamic sampling, DAPO, arXiv 2503.14476). Groups that
+    teach are trained on first. 1 trains on the first draw as it is."""
     updates_per_batch: PositiveInt = 1
     """Gradient steps on one batch; the ratio clip takes effect above 1."""
     estimator: str = "group"
     """Advantage estimator. `group`, `dapo`, `drgrpo` and `leave_one_out` compare a candidate with
     its group; `sibling` compares it, at each code, with the sibling codes of the same search tree;
     `group_sibling` adds both losses and `blend` averages both advantages; `sapo` compares each step
-    of a candidate with the same step of its group."""
+    of a candidate with the same step of its group; `boundary` compares the strongest positive of a
+    group with its hardest negative alone (ReCast); `window` compares the positives with a window of
+    the negatives."""
     sibling_weight: NonNegativeFloat = 1.0
     """Weight of the sibling loss relative to the group loss, in `group_sibling`."""
+    window: tuple[Fraction, Fraction] = (0.0, 1.0)
+    """Window of the estimator `window`: the negatives that count, as shares of a group's negatives
+    from the most to the least likely. (0, .1) aims at the first place of the list, a window further
+    down at more places, and (0, 1) is `group`."""
     sapo: SapoConfig = SapoConfig()
     std_epsilon: Annotated[float, Field(gt=0.0)] = 1e-4
     """Constant added to a standard deviation before advantages are divided by it."""
@@ -112,6 +122,14 @@ class LearnerConfig(Section):
     """AdamW weight decay of matrices; norms and biases have none."""
     grad_clip: NonNegativeFloat = 0.3
     """Maximum gradient norm; 0 disables clipping."""
+    loss: str = "clip"
+    """Policy loss. `clip`: the clipped ratio (PPO), with a dual clip; `cispo`: the log-probability,
+    weighted by the clipped ratio, so that no choice loses its gradient (MiniMax-M1, arXiv
+    2506.13585; the paper has `clip_low` = 1); `ecpo`: as `clip`, with a bounded gradient where the
+    advantage is negative and the ratio high (OneRec, arXiv 2506.13695)."""
+    ecpo_delta: Annotated[float, Field(gt=0.0)] = 0.1
+    """Distance, in `ecpo`, from the upper clip to the ratio above which the gradient of a negative
+    advantage is bounded."""
     ratio: Literal["token", "sequence"] = "token"
     """Level of the clipped importance ratio: each token, or the geometric mean over a candidate's
     tokens (GSPO, arXiv 2507.18071). The latter needs far narrower clips: 3e-4 and 4e-4 for texts of
@@ -121,8 +139,8 @@ class LearnerConfig(Section):
     clip_high: NonNegativeFloat = 0.2
     """Upper clip: the ratio is clipped at 1 + clip_high."""
     dual_clip: NonNegativeFloat = 3.0
-    """Dual clip: upper bound, above 1, on the ratio where the advantage is negative; 0 disables
-    it."""
+    """Dual clip of the loss `clip`: upper bound, above 1, on the ratio where the advantage is
+    negative; 0 disables it. The other losses have bounds of their own."""
     tis_clip: NonNegativeFloat = 0.0
     """Upper bound of the truncated importance sampling (TIS) weight relative to the policy version
     that ran the search; 0 disables it."""
@@ -134,6 +152,12 @@ class LearnerConfig(Section):
     ema_decay: Fraction = 0.0
     """Decay per update of the moving average of the weights that is evaluated and saved; 0 disables
     it. Rollouts always use the newest weights."""
+    anchor: NonNegativeFloat = 0.0
+    """Weight of a supervised term beside the policy loss: the mean negative log-probability of the
+    codes of each prompt's target (GRPO-SR, arXiv 2604.14878); 0 disables it."""
+    hint_weight: NonNegativeFloat = 0.0
+    """Weight of the same term over the codes that `rollout.hints` has given to a search; .005 to
+    .01 in HCGRec (arXiv 2608.11980)."""
     kl: KlConfig = KlConfig()
     value: ValueConfig = ValueConfig()
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -149,6 +173,16 @@ class LearnerConfig(Section):
     """Seconds to wait for one update, which may be one of many in an epoch."""
     start_timeout_s: PositiveFloat = 300.0
     """Seconds to wait for the workers to start."""
+
+    @model_validator(mode="after")
+    def _window_has_a_width(self) -> "LearnerConfig":
+        if self.window[0] >= self.window[1]:
+            raise refusal(
+                "empty_window",
+                f"learner.window = {list(self.window)} has no width; its first share must be below "
+                "its second",
+            )
+        return self
 
     @model_validator(mode="after")
     def _dual_clip_above_one(self) -> "LearnerConfig":

@@ -87,6 +87,11 @@ class RolloutConfig(Section):
     add_target: bool = False
     """Whether a training search that missed the target replaces its worst candidate with the
     target."""
+    hints: NonNegativeInt = 0
+    """Largest number of the target's first codes that a training search may be given as a hint. A
+    prompt whose group teaches nothing is searched again below one code of its target, then below
+    two, until its group has a spread of rewards (HCGRec, arXiv 2608.11980). Hinted codes have no
+    part in the policy loss; 0 gives no hints."""
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
     """Sampling temperature of the random searches; the reported log-probabilities are those of the
     unscaled policy."""

@@ -13,6 +13,7 @@ from functools import partial
 
 from orchard.catalog.catalog import Catalog
 from orchard.catalog.trie import Trie
+from orchard.catalog.view import full_view
 from orchard.errors import ConfigError
 from orchard.guide.guide import Guide
 from orchard.guide.values import Valuer
@@ -25,6 +26,7 @@ from rollout.engine.protocol import InferenceEngine, SearchFn
 from rollout.search.add_target import search_with_target
 from rollout.search.batches import search_in_batches
 from rollout.search.beam import beam, sample
+from rollout.search.hints import check_hints, mark_hint, search_below_hint
 from rollout.search.sampling import beam_sample, dynamic
 from rollout.search.think import search_after_thoughts
 from rollout.search.ved.search import check_budget, ved
@@ -52,6 +54,8 @@ class SearchContext:
     """Critic that guides `ved` instead of the policy's value head, or `beam`."""
     guide: Guide | None = None
     """Guide of experts for `ved` or `beam`."""
+    hint: int = 0
+    """Number of first codes of its target that each prompt is given; 0 for none."""
 
     def valuer(self, name: str) -> Valuer | None:
         """Return the source of values called `name` in the settings; None for the head or none."""
@@ -65,15 +69,20 @@ class SearchContext:
     def search_codes(self, search_fn: SearchFn) -> Search:
         """Return the search that runs the picklable `search_fn` where the model is.
 
-        It adds missed targets if `rollout.add_target` is set.
+        It adds missed targets if `rollout.add_target` is set, and searches below a hint if there
+        is one.
         """
+        if self.hint:
+            view = full_view(self.catalog.trie)
+            search_fn = partial(search_below_hint, search_fn=search_fn, view=view, codes=self.hint)
         if self.config.add_target:
             search_fn = partial(search_with_target, search_fn=search_fn, catalog=self.catalog)
 
         def search(prompts: Prompts) -> SearchTrees:
             size = self.config.batch_size
             candidates = search_in_batches(self.engine, search_fn, prompts, size=size)
-            return build_search_trees(prompts, candidates, self.tokenizer, self.engine.version)
+            trees = build_search_trees(prompts, candidates, self.tokenizer, self.engine.version)
+            return mark_hint(trees, self.hint) if self.config.hints else trees
 
         return search
 
@@ -92,12 +101,32 @@ class SearchFacts(Facts):
     """Whether a prefix critic guides the search under these settings; None if never."""
     uses_guide: Callable[[RolloutConfig], bool] | None = None
     """Whether a guide of experts guides the search under these settings; None if never."""
+    takes_filter: bool = False
+    """Whether its function of codes takes an item filter as `allowed`, as `rollout.hints` needs."""
     check_catalog: Callable[[RolloutConfig, Trie], None] | None = None
     """Check of the settings against the catalog's trie; raises ConfigError."""
 
 
+def _hints_fit(config: Config) -> None:
+    """Refuse hints where no search can use them or no group needs them."""
+    rollout = config.rollout
+    if rollout.hints and not SEARCHES.facts(rollout.search).takes_filter:
+        known = [name for name in SEARCHES if SEARCHES.facts(name).takes_filter]
+        raise ConfigError(
+            f"rollout.hints = {rollout.hints} searches below a prefix of the target, which "
+            f"rollout.search = {rollout.search} cannot; choose from {', '.join(known)}",
+            code="config.hints_of_other_search",
+        )
+    if rollout.hints and rollout.add_target:
+        raise ConfigError(
+            "rollout.add_target = true puts the target into every group, so that none needs a "
+            f"hint; leave out rollout.hints = {rollout.hints} or rollout.add_target",
+            code="config.hints_beside_targets",
+        )
+
+
 SEARCHES: Registry[SearchFactory, SearchFacts] = Registry(
-    "search", ("rollout.search",), SearchFacts()
+    "search", ("rollout.search",), SearchFacts(), rules=(_hints_fit,)
 )
 """Searches by their name in `rollout.search`."""
 
@@ -121,6 +150,7 @@ def _needs_head(config: Config) -> None:
     "beam",
     SearchFacts(
         rules=(_needs_head,),
+        takes_filter=True,
         uses_critic=lambda config: config.guide == "critic",
         uses_guide=lambda config: config.guide.startswith("expert"),
     ),
@@ -134,7 +164,7 @@ def _beam(ctx: SearchContext) -> Search:
     return ctx.search_codes(partial(beam, width=width, guide=valuer, prove=PROVED))
 
 
-@SEARCHES.register("beam_sample")
+@SEARCHES.register("beam_sample", SearchFacts(takes_filter=True))
 def _beam_sample(ctx: SearchContext) -> Search:
     width, temperature = ctx.config.group_size, ctx.config.temperature
     return ctx.search_codes(
@@ -142,7 +172,7 @@ def _beam_sample(ctx: SearchContext) -> Search:
     )
 
 
-@SEARCHES.register("sample")
+@SEARCHES.register("sample", SearchFacts(takes_filter=True))
 def _sample(ctx: SearchContext) -> Search:
     count, temperature = ctx.config.group_size, ctx.config.temperature
     return ctx.search_codes(partial(sample, count=count, temperature=temperature, seed=ctx.seed))
@@ -175,6 +205,7 @@ def _needs_values(config: Config) -> None:
     "ved",
     SearchFacts(
         rules=(_needs_values,),
+        takes_filter=True,
         uses_critic=lambda config: config.ved.guide == "critic",
         uses_guide=lambda config: config.ved.guide == "expert",
         check_catalog=lambda config, trie: check_budget(config.ved, trie),
@@ -213,6 +244,14 @@ def _trains_no_values(config: Config) -> None:
 @SEARCHES.register("think", SearchFacts(rules=(_adds_no_target, _trains_no_values), thinks=True))
 def _think(ctx: SearchContext) -> Search:
     return partial(search_after_thoughts, ctx.engine, ctx.tokenizer, ctx.config, seed=ctx.seed)
+
+
+def check_catalog(config: RolloutConfig, trie: Trie) -> None:
+    """Raise ConfigError if the configured search, or its hints, do not fit the catalog's trie."""
+    check_hints(config, trie)
+    check = SEARCHES.facts(config.search).check_catalog
+    if check is not None:
+        check(config, trie)
 
 
 def make_search(name: str, ctx: SearchContext) -> Search:

@@ -78,6 +78,8 @@ ADDED_SETTINGS = {
     "plugins", "serve.application", "serve.route", "rollout.guide", "rollout.ved.likelihood",
     "evaluate.exclude_seen", "evaluate.guide", "evaluate.wide", "data.fresh", "data.hold_back",
     "data.hold_back_by", "sft.rows", "learner.rows", "critic.rows", "serve.guide", "serve.wide",
+    "learner.loss", "learner.ecpo_delta", "learner.window", "learner.anchor",
+    "learner.hint_weight", "learner.max_draws", "rollout.hints",
 }  # fmt: skip
 """Settings that came after the recording."""
 ADDED_SECTIONS = {"guide"}

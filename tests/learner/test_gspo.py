@@ -27,6 +27,10 @@ Policy = tuple[PreTrainedModel, ItemTokenizer]
 CLIPS = {"clip_low": 0.1, "clip_high": 0.15, "dual_clip": 1.4}
 
 
+def rules(**settings: float) -> LearnerConfig:
+    return LearnerConfig.model_validate(settings)
+
+
 def both(
     scored: ScoredTrees, catalog: Catalog, policy: Policy, name: str = "group"
 ) -> tuple[TrainBatch, TrainBatch]:
@@ -44,7 +48,7 @@ def learn(
     for part in parts:
         batch = to_tensors(part)
         got = choice_logprobs(model, batch, tokenizer)
-        value, logged = policy_loss(*got, None, batch, **CLIPS, kl_weight=0.0)
+        value, logged = policy_loss(*got, None, batch, rules(**CLIPS))
         value.backward()
         total, log = total + value.item(), log + logged
     return total, [p.grad.clone() for p in model.parameters() if p.grad is not None], log
@@ -130,7 +134,7 @@ def test_where_the_policy_has_not_moved_the_gradient_is_that_of_token_ratios(
             **{f: getattr(batch, f) for f in batch.__dataclass_fields__}
             | {"behaviour_logprob": logprob.detach()}
         )
-        value, _ = policy_loss(logprob, entropy, None, on_policy, **CLIPS, kl_weight=0.0)
+        value, _ = policy_loss(logprob, entropy, None, on_policy, rules(**CLIPS))
         gradients.append(torch.autograd.grad(value, logprob)[0])
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-7, rtol=1e-4)
 

@@ -18,12 +18,17 @@ from learner.logprobs import choice_logprobs, to_tensors
 from learner.loss import LossStats, policy_loss
 from orchard.catalog.catalog import Catalog
 from orchard.policy.item_tokenizer import ItemTokenizer
+from orchard.settings import KlConfig, LearnerConfig
 from orchard.testing import tiny_policy
 from orchard.types import PolicyVersion, ScoredTrees, TrainBatch
 
 Grow = Callable[..., ScoredTrees]
 Policy = tuple[PreTrainedModel, ItemTokenizer]
 CLIPS = {"clip_low": 0.2, "clip_high": 0.3, "dual_clip": 1.5}
+
+
+def rules(kl_weight: float = 0.0, **settings: float) -> LearnerConfig:
+    return LearnerConfig.model_validate({"kl": KlConfig(weight=kl_weight), **settings})
 
 
 def choices(gain: list[float], loss: list[float]) -> TrainBatch[Tensor]:
@@ -56,7 +61,7 @@ def test_two_sums_say_as_much_as_all_candidates_of_a_choice(
     gain, loss = sum(max(a, 0.0) for a in weighted), sum(min(a, 0.0) for a in weighted)
     value, _ = policy_loss(
         torch.tensor([log_ratio]), torch.zeros(1), None, choices([gain], [loss]),
-        clip_low=low, clip_high=high, dual_clip=dual, kl_weight=0.0,
+        rules(clip_low=low, clip_high=high, dual_clip=dual),
     )  # fmt: skip
     assert value.item() == pytest.approx(-expected, rel=1e-5, abs=1e-5)
 
@@ -65,7 +70,7 @@ def test_the_gradient_stops_where_a_clip_is_active_against_the_advantage() -> No
     ratio = torch.tensor([1.4, 0.7, 1.4, 1.6, 0.7, 1.1])
     logprob = ratio.log().requires_grad_()
     batch = choices([1, 1, 0, 0, 0, 1], [0, 0, -1, -1, -1, -1])
-    value, parts = policy_loss(logprob, torch.zeros(6), None, batch, **CLIPS, kl_weight=0.0)
+    value, parts = policy_loss(logprob, torch.zeros(6), None, batch, rules(**CLIPS))
     (gradient,) = torch.autograd.grad(value, logprob)
     torch.testing.assert_close(gradient, torch.tensor([0, -0.7, 1.4, 0, 0, 0]))
     assert parts.metrics()["clipped_fraction"] == pytest.approx(3 / 6)
@@ -74,7 +79,7 @@ def test_the_gradient_stops_where_a_clip_is_active_against_the_advantage() -> No
 def test_the_log_says_what_became_of_each_choice() -> None:
     logprob = torch.tensor([2.0, 0.5, 1.0]).log()
     entropy, batch = torch.tensor([0.1, 0.3, 0.2]), choices([1, 0, 1], [0, -1, 0])
-    _, parts = policy_loss(logprob, entropy, logprob + 1, batch, **CLIPS, kl_weight=0.1)
+    _, parts = policy_loss(logprob, entropy, logprob + 1, batch, rules(0.1, **CLIPS))
     divergence = 3 * (np.e - 2)
     assert parts.metrics() == pytest.approx(
         {
@@ -84,8 +89,8 @@ def test_the_log_says_what_became_of_each_choice() -> None:
         }
     )  # fmt: skip
     assert LossStats() + parts == parts
-    _, other = policy_loss(logprob[1:], entropy[1:], None, choices([0, 1], [-1, 0]), **CLIPS,
-                           kl_weight=0.1)  # fmt: skip
+    batch = choices([0, 1], [-1, 0])
+    _, other = policy_loss(logprob[1:], entropy[1:], None, batch, rules(0.1, **CLIPS))
     both = (parts + other).metrics()
     assert both == pytest.approx(
         {
@@ -100,7 +105,7 @@ def test_the_divergence_is_k3_and_pulls_towards_the_reference() -> None:
     logprob = torch.tensor([-1.0, -2.0, -0.5], requires_grad=True)
     reference = torch.tensor([-1.5, -1.0, -0.5])
     batch = replace(choices([0.0] * 3, [0.0] * 3), kl_weight=torch.tensor([1.0, 2.0, 3.0]))
-    value, parts = policy_loss(logprob, torch.zeros(3), reference, batch, **CLIPS, kl_weight=0.1)
+    value, parts = policy_loss(logprob, torch.zeros(3), reference, batch, rules(0.1, **CLIPS))
     k3 = [np.exp(-0.5) + 0.5 - 1, np.exp(1.0) - 1.0 - 1, 0.0]
     assert parts.kl == pytest.approx(k3[0] + 2 * k3[1], rel=1e-6)
     assert value.item() == pytest.approx(0.1 * parts.kl, rel=1e-6)
@@ -123,7 +128,7 @@ def learn(
         with torch.no_grad():
             anchor, _ = choice_logprobs(reference, batch, tokenizer)
         got = choice_logprobs(model, batch, tokenizer)
-        value, logged = policy_loss(*got, anchor, batch, **CLIPS, kl_weight=0.1)
+        value, logged = policy_loss(*got, anchor, batch, rules(0.1, **CLIPS))
         value.backward()
         total, log = total + value.item(), log + logged
     return total, [p.grad.clone() for p in model.parameters() if p.grad is not None], log

@@ -9,7 +9,7 @@ import torch
 from learner import checkpoint
 from learner.advantage.estimators import ESTIMATORS
 from learner.batch import sft
-from learner.batch.pack import pack
+from learner.batch.pack import make_batch, pack
 from learner.trainer import Trainer, apply_tis
 from orchard.catalog.catalog import Catalog
 from orchard.data.prompts import TrainingWindows
@@ -380,3 +380,26 @@ def test_truncation_corrects_a_stale_batch_and_leaves_a_fresh_one_alone() -> Non
     np.testing.assert_allclose(metrics["surrogate"], 2 * left["surrogate"], rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(metrics["logprob_gap"], 3.0, atol=1e-3)
     assert metrics["clipped_fraction"] == 0
+
+
+@pytest.mark.parametrize("change", [{}, {"logprob": "full"}, {"ratio": "sequence"}])
+def test_an_anchor_raises_the_likelihood_of_targets_that_no_search_has_found(
+    change: dict[str, object],
+) -> None:
+    settings = BRISK.model_copy(update={"anchor": 1.0, "max_tokens": 60} | change)
+    trainer, prompts = make_trainer(settings), tiny_prompts(ITEMS, [1, 3, 2])
+    tokenizer = tiny_policy(ITEMS)[1]
+    answers = sft.pack_answers(prompts, tokenizer, FIRST)
+    before = trainer.score(answers)
+    for _ in range(10):
+        batch = make_batch(scored(trainer, prompts), tokenizer, settings)
+        metrics = trainer.rl_step(batch)
+    assert metrics["target_nll"] > 0
+    assert (trainer.score(answers) > before + 0.5).all()
+
+
+def test_without_an_anchor_a_batch_has_no_target_codes() -> None:
+    trainer, prompts = make_trainer(), tiny_prompts(ITEMS, [1, 3])
+    batch = make_batch(scored(trainer, prompts), tiny_policy(ITEMS)[1], BRISK)
+    assert batch.codes is None
+    assert "target_nll" not in trainer.rl_step(batch)
