@@ -10,9 +10,9 @@ import typer
 from jaxtyping import Int64
 from torch import nn
 
+from cluster import run_lock
 from cluster.cli.fit_guide import fit_guide
 from cluster.console import Progress
-from cluster.training import run_lock
 from cluster.training.evaluate import excludes_seen
 from cluster.training.run import Run, prepare
 from orchard.data.prompts import Split

@@ -3,8 +3,8 @@
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 
+from cluster import run_lock
 from cluster.monitoring.exporter import Exporter
-from cluster.training import run_lock
 from cluster.training.checks import check_same_data, check_unchanged
 from cluster.training.run import Run
 from cluster.training.run_dir import open_run_dir

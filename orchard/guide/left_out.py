@@ -89,7 +89,8 @@ class PairCounts:
 
     def __init__(self, rows: LeafRows, scheme: PairScheme, unit: Literal["row", "user"]) -> None:
         """Count the pairs of rows."""
-        self.scheme, self.unit, self.num_leaves = scheme, unit, rows.num_leaves
+        self.unit: Literal["row", "user"] = unit
+        self.scheme, self.num_leaves = scheme, rows.num_leaves
         _, before, after, weight = pair_entries(rows, scheme)
         self.pairs = Sums.by(before * rows.num_leaves + after, weight)
         self.total = np.bincount(before, weight, minlength=rows.num_leaves)

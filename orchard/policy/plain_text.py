@@ -44,7 +44,7 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
 
 def reserved_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     """Return the tokens that no text may become, by ID; the token for unknown words is none."""
-    special = set(cast(list[int], tokenizer.all_special_ids))
+    special = set(tokenizer.all_special_ids)
     added = tokenizer.added_tokens_decoder
     special |= {i for i, t in added.items() if t.special or _MARKUP.fullmatch(t.content)}
     special |= {i for token, i in tokenizer.get_vocab().items() if _CODE.fullmatch(token)}
@@ -69,8 +69,8 @@ def _encode(
     row: list[int] = plain.encode(text, add_special_tokens=False).ids
     if reserved.keys().isdisjoint(row):
         return row
-    names = sorted({*reserved.values(), *([unknown] if unknown else [])}, key=len, reverse=True)
-    found = re.compile("|".join(map(re.escape, names)))
+    names = {*reserved.values()} | ({unknown} if unknown else set[str]())
+    found = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
     parts: list[str] = []
     end = 0
     for match in found.finditer(text):

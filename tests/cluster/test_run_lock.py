@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from cluster.training import run_lock
-from cluster.training.run_lock import FILE, hold
+from cluster import run_lock
+from cluster.run_lock import FILE, hold
 from orchard.errors import ConfigError, RunInterrupted
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from cluster.training.run_lock import hold
+from cluster.run_lock import hold
 
 with hold(Path(sys.argv[1]), "orchard train run.toml"):
     print("held", flush=True)
