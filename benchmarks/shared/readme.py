@@ -93,11 +93,11 @@ def highlights(reports: Sequence[Report]) -> str:
     decoders = float(widest["worker_s"]), float(widest["hf_generate_s"])
     updates = float(packed["packed_s"]), float(packed["flat_s"])
     compared = [
-        ("A whole RL step, 32 prompts of 16 candidates", "TRL 1.9.2, constrained",
+        ("A whole RL step, 32 prompts with 16 candidates each", "TRL 1.9.2, constrained",
          steps["orchard"], steps["trl_hook"]),
         (f"Constrained beam search of width {widest['width']}, 32 prompts",
          "Hugging Face `generate`", *decoders),
-        ("An update, 8 prompts of 16 candidates", "one sequence per candidate", *updates),
+        ("An update, 8 prompts with 16 candidates each", "one sequence per candidate", *updates),
     ]  # fmt: skip
     lines = [
         [what, f"{ours:.2f} s", f"{rival}: {theirs:.2f} s", f"**{_times(theirs, ours)}**"]

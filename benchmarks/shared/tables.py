@@ -31,9 +31,9 @@ def read(folder: Path = RESULTS) -> list[Report]:
 def page(reports: Sequence[Report]) -> str:
     """Format all figures and rows, a section for each benchmark."""
     head = (
-        "# Figures\n\nAll that each `orchard bench NAME` measured, with the commit and the "
-        "machine.\n`make figures` writes this page from `benchmarks/results`; "
-        "[results](results.md) explains\nthe comparisons.\n"
+        "# Figures\n\nAll that each `orchard bench NAME` measured, with commit and machine.\n"
+        "`make figures` writes this page from `benchmarks/results`; [results](results.md)\n"
+        "explains the comparisons.\n"
     )
     return "\n".join([head, *(_section(report) for report in reports)])
 
