@@ -53,6 +53,10 @@ def _quantiles(metric: str) -> tuple[tuple[str, str], ...]:
     )
 
 
+def _by_node(title: str, unit: str, expression: str, label: str) -> Graph:
+    return _graph(title, unit, "From Ray's node agents.", (expression, f"{{{{{label}}}}}"))
+
+
 QUANTILES = ("0.50", "0.99")
 SEARCHES = ', pool=~"rollout|rewards"'
 
@@ -237,28 +241,13 @@ WEIGHTS = Board(
                 "Non-finite values", "none", "NaN or infinity in the logged metrics.",
                 (_value("orchard_non_finite_total"), "{{run}} {{logged}}"),
             ),
-            _graph(
-                "Free disk by node", "bytes", "From Ray's node agents.",
-                ("min by (instance) (ray_node_disk_free)", "{{instance}}"),
-            ),
-            _graph(
-                "Object store", "bytes", "From Ray's node agents.",
-                ("sum by (Location) (ray_object_store_memory)", "{{Location}}"),
-            ),
+            _by_node("Free disk by node", "bytes", "min by (instance) (ray_node_disk_free)", "instance"),
+            _by_node("Object store", "bytes", "sum by (Location) (ray_object_store_memory)", "Location"),
         ),
         (
-            _graph(
-                "CPU by node", "percent", "From Ray's node agents.",
-                ("max by (instance) (ray_node_cpu_utilization)", "{{instance}}"),
-            ),
-            _graph(
-                "Memory by node", "bytes", "From Ray's node agents.",
-                ("max by (instance) (ray_node_mem_used)", "{{instance}}"),
-            ),
-            _graph(
-                "GPUs by node", "percent", "From Ray's node agents.",
-                ("avg by (instance) (ray_node_gpus_utilization)", "{{instance}}"),
-            ),
+            _by_node("CPU by node", "percent", "max by (instance) (ray_node_cpu_utilization)", "instance"),
+            _by_node("Memory by node", "bytes", "max by (instance) (ray_node_mem_used)", "instance"),
+            _by_node("GPUs by node", "percent", "avg by (instance) (ray_node_gpus_utilization)", "instance"),
         ),
     ),
 )  # fmt: skip
