@@ -241,13 +241,23 @@ WEIGHTS = Board(
                 "Non-finite values", "none", "NaN or infinity in the logged metrics.",
                 (_value("orchard_non_finite_total"), "{{run}} {{logged}}"),
             ),
-            _by_node("Free disk by node", "bytes", "min by (instance) (ray_node_disk_free)", "instance"),
-            _by_node("Object store", "bytes", "sum by (Location) (ray_object_store_memory)", "Location"),
+            _by_node(
+                "Free disk by node", "bytes", "min by (instance) (ray_node_disk_free)", "instance"
+            ),
+            _by_node(
+                "Object store", "bytes", "sum by (Location) (ray_object_store_memory)", "Location"
+            ),
         ),
         (
-            _by_node("CPU by node", "percent", "max by (instance) (ray_node_cpu_utilization)", "instance"),
-            _by_node("Memory by node", "bytes", "max by (instance) (ray_node_mem_used)", "instance"),
-            _by_node("GPUs by node", "percent", "avg by (instance) (ray_node_gpus_utilization)", "instance"),
+            _by_node(
+                "CPU by node", "percent", "max by (instance) (ray_node_cpu_utilization)", "instance"
+            ),
+            _by_node(
+                "Memory by node", "bytes", "max by (instance) (ray_node_mem_used)", "instance"
+            ),
+            _by_node(
+                "GPUs by node", "percent", "avg by (instance) (ray_node_gpus_utilization)", "instance"
+            ),
         ),
     ),
 )  # fmt: skip
