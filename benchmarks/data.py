@@ -1,4 +1,4 @@
-"""Benchmark data preparation: import of a million interactions, semantic IDs for 100,000 items.
+"""Benchmark data preparation: import of a million interactions, semantic IDs of many items.
 
 Also compare semantic IDs built from Amazon Industrial's titles with the published ones.
 """
@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv as csv
 
+from benchmarks.shared import sids
 from benchmarks.shared.measure import Report, Row, figure, report
 from orchard import config
 from orchard.catalog import catalog
@@ -40,6 +41,7 @@ def run(quick: bool) -> Report:
     items = 5_000 if quick else 100_000
     quantize_s = quantised(items)
     published_rows = beside_published(config.load(INDUSTRIAL, []).data.path)
+    sid_figures, sid_rows = sids.run(quick)
     import_note = f"{events} interactions, CSV of {size / 1e6:.0f} MB"
     return report(
         "data",
@@ -55,6 +57,7 @@ def run(quick: bool) -> Report:
                 asked="<= 180",
                 note=f"{items} x 256, 3 levels of 256",
             ),
+            *sid_figures,
         ],
         [
             {
@@ -64,6 +67,7 @@ def run(quick: bool) -> Report:
                 "rq_kmeans_s": quantize_s,
             },
             *published_rows,
+            *sid_rows,
         ],
     )
 

@@ -133,7 +133,7 @@ class GuideShare(ResponseModel):
     reward: float
     """Reward that the guide gives the item's semantic ID after the history."""
     summands: dict[str, float]
-    """What the reward is the sum of: each expert, `popularity`, and being in the `history`."""
+    """Summands of the reward: each expert, `popularity`, and being in the `history`."""
 
 
 class Item(ResponseModel):

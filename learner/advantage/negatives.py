@@ -5,9 +5,9 @@ negatives all others, in the order of their log-probability: the most likely neg
 hardest. Two estimators differ from `group` in which of them count.
 
 `boundary` (ReCast, arXiv 2604.22169): the strongest positive against the hardest negative. The
-strongest positive is the most likely one. The two are standardized as a group of two, and all other
-candidates have neither an advantage nor a weight, so that they need no place in a batch. What the
-paper calls repair, a positive for a group that has none, is `rollout.add_target`.
+strongest positive is the most likely one. Here the two are standardized as a group of two, and all
+other candidates have neither an advantage nor a weight, so that they need no place in a batch. What
+the paper calls repair, a positive for a group that has none, is `rollout.add_target`.
 
 `window` (windowed partial AUC, arXiv 2604.22504): with 0/1 rewards the advantages of `group`
 ascend the area under the ROC curve, the integral of the true positive rate over the false positive
@@ -19,8 +19,8 @@ that interval that lies in the window,
     A_i = w_i (R_i - mu) / (sigma + eps),    mu, sigma^2 the w-weighted mean and variance (- 1),
 
 which is `group` for the window from 0 to 1. A window of the hardest negatives aims at the first
-place of a list, one further down at a hit among as many places as it leaves negatives above. The
-paper reweights negatives smoothly around the thresholds of the window; this is the window itself.
+place of a list, one further down at a hit among as many places as it leaves negatives above. This
+is the hard window alone, without a smooth reweighting of negatives around its thresholds.
 
 Ties of log-probability follow the order of the candidates.
 

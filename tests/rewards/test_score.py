@@ -17,6 +17,7 @@ from rewards.transition_counts import count_transitions
 from rollout.engine.torch import TorchEngine
 from rollout.search.beam import beam
 from rollout.search_trees import build_search_trees
+from tests.fixtures.guides import random_guide, random_rows
 from tests.fixtures.registries import Borrow
 
 VERSION = PolicyVersion(step=0, digest="0" * 64)
@@ -65,6 +66,9 @@ def everything(catalog: Catalog, folder: Path) -> RewardContext:
             decay=0.5,
         ),
         folder=folder,
+        guide=random_guide(catalog, seed=0),
+        rows=random_rows(catalog, seed=0),
+        first_row=0,
     )
 
 

@@ -53,8 +53,9 @@ def _quantiles(metric: str) -> tuple[tuple[str, str], ...]:
     )
 
 
-def _by_node(title: str, unit: str, expression: str, label: str) -> Graph:
-    return _graph(title, unit, "From Ray's node agents.", (expression, f"{{{{{label}}}}}"))
+def _by_node(title: str, unit: str, expression: str) -> Graph:
+    title = f"{title} by node"
+    return _graph(title, unit, "From Ray's node agents.", (expression, "{{instance}}"))
 
 
 QUANTILES = ("0.50", "0.99")
@@ -241,23 +242,14 @@ WEIGHTS = Board(
                 "Non-finite values", "none", "NaN or infinity in the logged metrics.",
                 (_value("orchard_non_finite_total"), "{{run}} {{logged}}"),
             ),
-            _by_node(
-                "Free disk by node", "bytes", "min by (instance) (ray_node_disk_free)", "instance"
-            ),
-            _by_node(
-                "Object store", "bytes", "sum by (Location) (ray_object_store_memory)", "Location"
-            ),
+            _by_node("Free disk", "bytes", "min by (instance) (ray_node_disk_free)"),
+            _graph("Object store", "bytes", "From Ray's node agents.",
+                   ("sum by (Location) (ray_object_store_memory)", "{{Location}}")),
         ),
         (
-            _by_node(
-                "CPU by node", "percent", "max by (instance) (ray_node_cpu_utilization)", "instance"
-            ),
-            _by_node(
-                "Memory by node", "bytes", "max by (instance) (ray_node_mem_used)", "instance"
-            ),
-            _by_node(
-                "GPUs by node", "percent", "avg by (instance) (ray_node_gpus_utilization)", "instance"
-            ),
+            _by_node("CPU", "percent", "max by (instance) (ray_node_cpu_utilization)"),
+            _by_node("Memory", "bytes", "max by (instance) (ray_node_mem_used)"),
+            _by_node("GPUs", "percent", "avg by (instance) (ray_node_gpus_utilization)"),
         ),
     ),
 )  # fmt: skip

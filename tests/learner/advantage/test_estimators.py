@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from learner.advantage.estimators import ESTIMATORS, candidate_lengths, group_statistics
+from orchard import arrays
 from orchard.types import ScoredTrees
 
 Grow = Callable[..., ScoredTrees]
@@ -120,11 +121,9 @@ def test_prompts_that_share_codes_get_the_advantages_that_they_get_alone(
     score_leaves: Grow, name: str
 ) -> None:
     groups, rewards = [[0, 1, 2], [0, 1, 5, 6]], [[1.0, 0.0, 0.5], [0.0, 0.0, 1.0, 0.2]]
-    together = ESTIMATORS[name](score_leaves(groups, rewards), EPSILON)
-    alone = [
-        ESTIMATORS[name](score_leaves([group], [reward]), EPSILON)
-        for group, reward in zip(groups, rewards, strict=True)
-    ]
+    scored = score_leaves(groups, rewards)
+    together = ESTIMATORS[name](scored, EPSILON)
+    alone = [ESTIMATORS[name](arrays.select(scored, np.array([row])), EPSILON) for row in (0, 1)]
     np.testing.assert_array_equal(
         together.advantage, np.concatenate([credit.advantage for credit in alone])
     )

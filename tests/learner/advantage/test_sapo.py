@@ -225,8 +225,10 @@ def test_packed_thinking_groups_have_the_loss_and_gradients_of_flat_ones(
         logprob, entropy = choice_logprobs(model, tensors, tokenizer, temperature=temperature)
         reference = logprob.detach() - 0.1
         value, parts = policy_loss(
-            logprob, entropy, reference, tensors, clip_low=0.2, clip_high=0.3, dual_clip=3.0,
-            kl_weight=0.01,
+            logprob, entropy, reference, tensors,
+            LearnerConfig.model_validate(
+                {"clip_low": 0.2, "clip_high": 0.3, "dual_clip": 3.0, "kl": {"weight": 0.01}}
+            ),
         )  # fmt: skip
         assert 0 < parts.clipped < parts.choices
         value.backward()

@@ -1,4 +1,4 @@
-"""Benchmark semantic IDs of a hundred thousand to ten million items, and of items that come later.
+"""Measure semantic IDs of a hundred thousand to ten million items, and of items that come later.
 
 Embeddings are random around 2,000 centers, in a file that the build maps. The codebooks, three
 levels of 256, are fitted to a sample of 50,000. Each size is built in a separate process, whose
@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.shared.measure import Report, Row, figure, report
+from benchmarks.shared.measure import Figure, Row, figure
 from orchard.data.semantic_ids import assign, bundle, large, sampled
 from orchard.data.semantic_ids.build import SemanticIdConfig
 from orchard.data.semantic_ids.bundle import Bundle
@@ -27,7 +27,7 @@ LEVELS, SAMPLE, NEW = (256, 256, 256), 50_000, 1000
 GIB = 1 << 30
 
 
-def run(quick: bool) -> Report:
+def run(quick: bool) -> tuple[list[Figure], list[Row]]:
     """Measure 1e5, 1e6 and 1e7 items of 64 and 256 dimensions; `quick` stops at 1e6 of 64."""
     sizes = [(10**5, 64), (10**5, 256), (10**6, 64)]
     sizes += [] if quick else [(10**6, 256), (10**7, 256)]
@@ -37,22 +37,19 @@ def run(quick: bool) -> Report:
             rows.append(pool.submit(measure, num_items, dimensions).result())
     largest = rows[-1]
     note = f"{largest['items']} x {largest['dimensions']}, fitted to {SAMPLE}"
-    return report(
-        "sids",
-        [
-            figure("build_s", float(largest["build_s"]), "s", asked="<= 900", note=note),
-            figure("build_peak_gib", float(largest["peak_gib"]), "GiB", asked="<= 4", note=note),
-            figure(
-                "repeated_share", min(float(row["repeated_share"]) for row in rows), "",
-                asked="== 1", note="items that get the same codes again, alone or among others",
-            ),
-            figure(
-                "moved_by_append", max(float(row["moved_by_append"]) for row in rows), "items",
-                asked="== 0",
-            ),
-        ],
-        rows,
-    )  # fmt: skip
+    figures = [
+        figure("sids_build_s", float(largest["build_s"]), "s", asked="<= 900", note=note),
+        figure("sids_peak_gib", float(largest["peak_gib"]), "GiB", asked="<= 4", note=note),
+        figure(
+            "sids_repeated_share", min(float(row["repeated_share"]) for row in rows), "",
+            asked="== 1", note="items that get the same codes again, alone or among others",
+        ),
+        figure(
+            "sids_moved_by_append", max(float(row["moved_by_append"]) for row in rows), "items",
+            asked="== 0",
+        ),
+    ]  # fmt: skip
+    return figures, rows
 
 
 def measure(num_items: int, dimensions: int) -> Row:
