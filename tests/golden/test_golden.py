@@ -86,7 +86,7 @@ ADDED_SECTIONS = {"guide"}
 """Sections of settings that came after the recording."""
 ADDED_OPTIONS = {
     "orchard data import": {"--labels", "--encoding"},
-    "orchard data sids": {"--max-without-signal", "--sample INTEGER"},
+    "orchard data sids": {"--max-without-signal", "--sample"},
     "orchard fit": {"--policy"},
 }
 """Options of commands that came after the recording."""
