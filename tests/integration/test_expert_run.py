@@ -1,4 +1,4 @@
-"""A run with a guide through Ray: warm start, fit, guided training, plain and guided evaluation."""
+"""A run with a guide through Ray: warm start, guided training, plain and guided evaluation."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -9,7 +9,6 @@ from typing import TypeVar
 import numpy as np
 import pytest
 
-from cluster.cli.fit_guide import fit_guide
 from cluster.training.controller import Controller, start_controller
 from cluster.training.evaluate import GUIDED, UNSEEN, evaluate, evaluation_file
 from cluster.training.loop import train
@@ -17,7 +16,8 @@ from cluster.training.run import Run, prepare
 from cluster.training.run_dir import open_run_dir
 from cluster.training.sft import sft
 from orchard import config
-from orchard.policy.store import open_guide
+from orchard.guide import fit
+from orchard.policy.store import GUIDE, open_guide
 from orchard.tracking.metrics_log import read_metrics
 from tests.fixtures.runs import TinyRun
 
@@ -40,7 +40,6 @@ def test_a_guide_guides_training_and_evaluation(data: Path, tiny_run: TinyRun) -
     path = tiny_run(
         data={"path": str(data)},
         sft={"epochs": 2, "lr": 5e-3, "valid_rows": 20, "valid_beams": 10},
-        guide={"rows": 40, "beams": 60},
         rollout={
             "engine": "torch", "group_size": 6, "batch_size": 4, "threads": 1, "guide": "expert",
         },
@@ -51,7 +50,10 @@ def test_a_guide_guides_training_and_evaluation(data: Path, tiny_run: TinyRun) -
     start = prepare(settings, "sft")
     open_run_dir(start)
     in_a_controller(sft, start)
-    fit_guide(settings, None)
+    # A policy this young has no likelihood that a fit could use; tests of the fit are elsewhere.
+    counted = fit.count(start.catalog, start.leaf_rows, exclude_seen=True)
+    weights = [0.5] * (len(counted.terms) + 2)
+    fit.with_weights(counted, weights).save(start.result / GUIDE)
     run = prepare(settings, "train")
     assert run.guide is not None
     in_a_controller(train, run)
@@ -68,4 +70,5 @@ def test_a_guide_guides_training_and_evaluation(data: Path, tiny_run: TinyRun) -
     )
     assert set(found) == {"last", f"last{UNSEEN}", f"last{GUIDED}"}
     assert all(evaluation_file(judged, name).is_file() for name in found)
-    assert all(np.isfinite(list(result.metrics.values())).all() for result in found.values())
+    means = [metric.mean for result in found.values() for metric in result.metrics.values()]
+    assert np.isfinite(means).all()

@@ -196,7 +196,7 @@ def test_an_evaluation_is_done_again_where_its_further_lists_are_missing_or_old(
         written = evaluated()
         assert all(written[each] > again[each] for each in written)
     unseen = evaluation_file(run, "warm_start_unseen")
-    ranking.write(replace(ranking.read(unseen), seconds=0.0), unseen)  # of an earlier search
+    ranking.write(replace(ranking.read(unseen), seconds=-1.0), unseen)  # of an earlier search
     assert evaluated()["warm_start"] > written["warm_start"]
     written = evaluated()
     random_guide(run.catalog, seed=1).save(run.policy / GUIDE)
