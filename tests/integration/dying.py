@@ -41,10 +41,8 @@ def die(*_: object) -> None:
 
 
 class DyingSearcher(RolloutWorker):
-    def search(
-        self, prompts: Prompts, seed: int, step: int | None = None, name: str | None = None
-    ) -> SearchTrees:
-        found = super().search(prompts, seed, step, name)
+    def search(self, prompts: Prompts, seed: int, *arguments: Any, **options: Any) -> SearchTrees:
+        found = super().search(prompts, seed, *arguments, **options)
         if at("rollout", found.policy.step):
             die()
         return found
