@@ -31,7 +31,7 @@ from orchard.evaluation.ranking import Evaluation
 from orchard.guide.guide import Guide
 from orchard.policy.store import GUIDE, Policy, open_guide
 from orchard.settings import Config, VedConfig
-from orchard.types import Cost
+from orchard.types import Cost, PolicyVersion
 from rollout.candidates import Candidates
 from rollout.engine.protocol import SearchRunner
 from rollout.engine.torch import TorchEngine
@@ -116,7 +116,7 @@ def _measure(settings: Config, num_rows: int | None) -> Lists:
     engine = TorchEngine(policy.model, prepared.tokenizer, policy.version)
     split = prepared.test
     rows = np.arange(len(split))[:num_rows]
-    expert = _best_expert(prepared, guide, num_rows)
+    expert = _best_expert(prepared, guide, num_rows, policy.version)
     lists: dict[str, tuple[Candidates, int]] = {
         "expert": (
             expert_lists(prepared, split, rows, guide, expert, guide.exclude_seen),
@@ -216,10 +216,9 @@ def expert_lists(
     return Candidates.concatenate(parts)
 
 
-def _best_expert(prepared: Run, guide: Guide, num_rows: int | None) -> str:
+def _best_expert(prepared: Run, guide: Guide, num_rows: int | None, version: PolicyVersion) -> str:
     """Return the expert that is best alone on the validation rows."""
     rows = np.arange(len(prepared.valid))[:num_rows]
-    version = Policy.open(prepared.policy, prepared.tokenizer).version
     quality = dict[str, float]()
     for expert in guide.experts:
         candidates = expert_lists(

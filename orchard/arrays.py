@@ -12,7 +12,7 @@ do with it:
 mapping of arrays. Fields without an axis are kept by a selection, and by a concatenation if they
 are equal in all parts.
 
-Shapes:  R selected rows
+Shapes:  R selected rows   I rows of codes   L levels
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,11 +22,13 @@ from types import NoneType
 from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int, Int64
 
 from orchard import ragged
 
 S = TypeVar("S")
+_LARGEST_KEY = 1 << 62
+"""Bound of the numbers of `row_keys`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +139,21 @@ def map_arrays(structure: Any, function: Callable[[Any], Any]) -> Any:
         elif is_dataclass(value):
             changed[f.name] = map_arrays(value, function)
     return replace(structure, **changed)
+
+
+def row_keys(codes: Int[np.ndarray, "I L"]) -> Int64[np.ndarray, " I"]:
+    """Return a number for each row, equal for equal rows, ascending in their order.
+
+    Codes are -1 past the end of shorter rows. Only numbers of one call compare.
+    """
+    key, bound = np.zeros(len(codes), dtype=np.int64), 1
+    for column in codes.T:
+        size = int(column.max(initial=0)) + 2
+        if bound > _LARGEST_KEY // size:  # close the gaps between the numbers
+            key = np.unique(key, return_inverse=True)[1].reshape(-1).astype(np.int64)
+            bound = int(key.max(initial=0)) + 1
+        key, bound = key * size + (column.astype(np.int64) + 1), bound * size
+    return key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

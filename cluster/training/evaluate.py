@@ -72,15 +72,12 @@ async def evaluate(
                 guide=guided_by,
                 exclude_seen=excludes and guided_by is not None,
             )
-        results[title] = measure(run, data, rows, candidates, beams, version)
+        further = {} if guided_by is None else guide_settings(guided_by, excludes)
+        results[title] = measure(run, data, rows, candidates, beams, version, further)
         if excludes and guided_by is None:
             unseen = without_seen(run, data, rows, candidates)
             width = max(1, int(unseen.count.min(initial=beams)))
             results[f"{title}{UNSEEN}"] = measure(run, data, rows, unseen, width, version)
-    if guide is not None:
-        guided = f"{name}{GUIDED}"
-        search = {**results[guided].search, **guide_settings(guide, excludes)}
-        results[guided] = dataclasses.replace(results[guided], search=search)
     for title, result in results.items():
         ranking.write(result, evaluation_file(run, title))
     return results

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from cluster.training.controller import Controller
+from cluster.training.rollout_stream import request_size
 from cluster.training.run import Run
 from orchard.data.prompts import make_prompts, rows_of_step
 from orchard.types import SearchTrees
@@ -53,7 +54,7 @@ class HitShares:
         rows = np.sort(
             rows_of_step(step, num_rows=len(run.valid), per_step=num_rows, seed=config.seed + _SEED)
         )
-        size = min(config.rollout.batch_size, -(-num_rows // config.rollout.actors))
+        size = request_size(config.rollout, num_rows)
         seed = config.seed * 1_000_003 + step + _SEED
         found: list[SearchTrees] = await asyncio.gather(
             *(

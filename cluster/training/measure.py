@@ -4,6 +4,8 @@ Shapes:  R rows
 """
 
 import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import numpy as np
 from jaxtyping import Int64
@@ -23,8 +25,12 @@ def measure(
     candidates: Candidates,
     beams: int,
     policy: PolicyVersion,
+    further: Mapping[str, str] = MappingProxyType({}),
 ) -> Evaluation:
-    """Compute the ranks of the targets among the candidates, their metrics and the search cost."""
+    """Compute the ranks of the targets among the candidates, their metrics and the search cost.
+
+    `further` are settings that the search depends on besides `search_settings`.
+    """
     catalog = run.catalog
     items_per_leaf = np.diff(catalog.leaf_start)  # number of items of each leaf
     ranks = ranking.target_ranks(
@@ -63,7 +69,7 @@ def measure(
         policy=str(policy),
         catalog=catalog.digest,
         extra=extra,
-        search=search_settings(run),
+        search={**search_settings(run), **further},
     )
 
 

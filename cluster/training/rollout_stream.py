@@ -27,7 +27,7 @@ from jaxtyping import Bool, Int64
 from learner.advantage.estimators import teaching_groups
 from orchard import arrays
 from orchard.data.prompts import rows_of_step
-from orchard.settings import Config
+from orchard.settings import Config, RolloutConfig
 from orchard.types import Cost, PolicyVersion, ScoredTrees
 
 Teaches = Callable[[ScoredTrees], Bool[np.ndarray, " B"]]
@@ -53,8 +53,7 @@ async def groups_of_step(
     wanted, most = config.learner.prompts_per_step, config.learner.max_draws
     rows = rows_of_step(step, num_rows=num_rows, per_step=most * wanted, seed=config.seed)
     seed = config.seed * 1_000_003 + step
-    # Requests are smaller than batch_size if that keeps every actor busy.
-    size = min(config.rollout.batch_size, -(-wanted // config.rollout.actors))
+    size = request_size(config.rollout, wanted)
 
     def teaches(scored: ScoredTrees) -> Bool[np.ndarray, " B"]:
         return teaching_groups(scored, config.learner)
@@ -75,6 +74,11 @@ async def groups_of_step(
         return ScoredTrees.concatenate(await asyncio.gather(*requests))
 
     return await draw_groups(draw, wanted=wanted, most=most, teaches=teaches)
+
+
+def request_size(rollout: RolloutConfig, num_prompts: int) -> int:
+    """Return the number of prompts of a request, below `batch_size` if all actors are busy then."""
+    return min(rollout.batch_size, -(-num_prompts // rollout.actors))
 
 
 async def draw_groups(

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float64, Int64
 
+from orchard import ragged
 from orchard.data.prompts import code_states
 from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.settings import LearnerConfig
@@ -100,15 +101,12 @@ def add_target_paths(
     parent = np.where(trees.parent < 0, trees.parent, moved[trees.parent])
     new_trees = replace(
         trees,
-        node_start=trees.node_start
-        + np.concatenate([[0], np.cumsum(np.bincount(prompt, minlength=len(trees)))]),
+        node_start=trees.node_start + ragged.starts(np.bincount(prompt, minlength=len(trees))),
         parent=np.insert(parent, place, above),
         step=np.insert(trees.step, place, depth + 1),
         state=np.insert(trees.state, place, new_state.numpy()),
         token=np.insert(trees.token, at, tokenizer.token_of(new_state).numpy()),
-        token_start=np.concatenate(
-            [[0], np.cumsum(np.insert(np.diff(trees.token_start), place, 1))]
-        ),
+        token_start=ragged.starts(np.insert(np.diff(trees.token_start), place, 1)),
         logprob=np.insert(trees.logprob, at, 0),
         forced=np.insert(
             trees.forced, at, (trie.num_children(trie.parent(new_state)) == 1).numpy()

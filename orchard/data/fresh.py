@@ -7,13 +7,14 @@ of later rows (`data.fresh`) or the latest rows of the training files (`data.hol
 Shapes:  R rows
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Int64
 
-from orchard import ragged
+from orchard import arrays, ragged
 from orchard.catalog.catalog import Catalog
 from orchard.data.prompts import Split, content_digest, read_splits
 from orchard.errors import DataError
@@ -77,12 +78,8 @@ def last_rows_of_users(split: Split, share: float) -> Bool[np.ndarray, " R"]:
 
 def take(split: Split, rows: Int64[np.ndarray, " R"]) -> Split:
     """Select rows of a split, which remember their place in its files."""
-    history, start = ragged.take(split.history, split.history_start, rows)
-    return Split(
-        user=split.user[rows],
-        history=history,
-        history_start=start,
-        target=split.target[rows],
+    return replace(
+        arrays.select(split, rows, axis="R"),
         digest=content_digest(split.digest, rows) if split.digest else "",
         row=rows if split.row is None else split.row[rows],
     )
@@ -92,16 +89,8 @@ def concatenate(train: Split, fresh: Split | None) -> Split:
     """Return the rows of both splits, or the first alone if there is no other."""
     if fresh is None:
         return train
-    history, start = ragged.concatenate(
-        [(train.history, train.history_start), (fresh.history, fresh.history_start)]
-    )
-    return Split(
-        user=np.concatenate([train.user, fresh.user]),
-        history=history,
-        history_start=start,
-        target=np.concatenate([train.target, fresh.target]),
-        digest=content_digest(train.digest, fresh.digest),
-    )
+    parts = [replace(split, digest="", row=None) for split in (train, fresh)]
+    return replace(arrays.concatenate(parts), digest=content_digest(train.digest, fresh.digest))
 
 
 def files_of(data: DataConfig, *, fresh: bool) -> list[Path]:

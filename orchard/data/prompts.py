@@ -10,7 +10,7 @@ Shapes:  R rows   H history items   B prompts   Q sequences   T tokens   (R1 = R
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +19,7 @@ from blake3 import blake3
 from jaxtyping import Int, Int64
 
 from orchard import ragged
+from orchard.arrays import Starts
 from orchard.catalog.catalog import Catalog
 from orchard.errors import DataError
 from orchard.parquet import read_table
@@ -32,7 +33,7 @@ class Split:
 
     user: Int64[np.ndarray, " R"]
     history: Int64[np.ndarray, " H"]
-    history_start: Int64[np.ndarray, " R1"]
+    history_start: Annotated[Int64[np.ndarray, " R1"], Starts("H")]
     target: Int64[np.ndarray, " R"]
     digest: str = ""
     """BLAKE3 of the rows as they are in the files: users, whole histories and targets by item

@@ -3,20 +3,19 @@
 Leaves are told apart by their codes. A leaf that is new has no score and no popularity; what is
 known of one that is gone is dropped.
 
-Shapes:  K leaves of the old catalog   I rows   D levels
+Shapes:  K leaves of the old catalog
 """
 
 from dataclasses import replace
 
 import numpy as np
 import scipy.sparse
-from jaxtyping import Int, Int64
+from jaxtyping import Int64
 
+from orchard import arrays
 from orchard.catalog.catalog import Catalog
 from orchard.guide.expert import Expert
 from orchard.guide.guide import Guide
-
-_KEY_BITS = 62
 
 
 def on_catalog(guide: Guide, catalog: Catalog) -> Guide:
@@ -34,22 +33,11 @@ def leaf_map(old: Catalog, new: Catalog) -> Int64[np.ndarray, " K"]:
     """Return the leaf of `new` that has the codes of each leaf of `old`; -1 where there is none."""
     # Codes of one item of each leaf, without end markers: these come and go with longer sequences.
     codes = [c.plain_codes[c.item_of_leaf[c.leaf_start[:-1]]] for c in (old, new)]
-    key = _row_keys(np.concatenate(codes))
+    key = arrays.row_keys(np.concatenate(codes))
     before, now = key[: len(codes[0])], key[len(codes[0]) :]
     order = now.argsort()
     place = np.searchsorted(now[order], before).clip(max=len(now) - 1)
     return np.where(now[order[place]] == before, order[place], -1)
-
-
-def _row_keys(codes: Int[np.ndarray, "I D"]) -> Int64[np.ndarray, " I"]:
-    """Return a number for each row that is equal for equal rows only."""
-    key = np.zeros(len(codes), np.int64)
-    for column in codes.T:
-        size = int(column.max(initial=0)) + 2  # codes from -1 on
-        if int(key.max(initial=0)).bit_length() + size.bit_length() > _KEY_BITS:
-            key = np.unique(key, return_inverse=True)[1]
-        key = key * size + column + 1
-    return key
 
 
 def _moved(expert: Expert, leaf: Int64[np.ndarray, " K"], num_leaves: int) -> Expert:

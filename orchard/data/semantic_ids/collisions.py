@@ -13,11 +13,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Int64
 from scipy.optimize import linear_sum_assignment
 
-from orchard import ragged
+from orchard import arrays, ragged
 from orchard.data.semantic_ids.quantize import CodedItems, distances
-
-_MOST = 1 << 62
-"""Largest number that `keys` may make."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,27 +26,12 @@ class ResolvedCodes:
     """Item rows in the order of the items file, which ranks items that share codes."""
 
 
-def keys(codes: Int[np.ndarray, "I L"]) -> Int64[np.ndarray, " I"]:
-    """Return a number for each row, equal for equal rows, ascending in their order.
-
-    Codes are -1 past the end of shorter rows. Only numbers of one call compare.
-    """
-    key, bound = np.zeros(len(codes), dtype=np.int64), 1
-    for column in codes.T:
-        size = int(column.max(initial=0)) + 2
-        if bound > _MOST // size:  # close the gaps between the numbers
-            key = np.unique(key, return_inverse=True)[1].reshape(-1).astype(np.int64)
-            bound = int(key.max(initial=0)) + 1
-        key, bound = key * size + (column.astype(np.int64) + 1), bound * size
-    return key
-
-
 def groups(codes: Int[np.ndarray, "I L"]) -> tuple[Int64[np.ndarray, " I"], Any]:
     """Sort items by codes; return the order and the starts of the groups of equal codes.
 
     The starts have one entry more than there are groups.
     """
-    key = keys(codes)
+    key = arrays.row_keys(codes)
     order = np.argsort(key, kind="stable")
     first = np.flatnonzero(np.diff(key[order], prepend=-1))
     return order, np.append(first, len(codes))
@@ -136,7 +118,7 @@ def _below_prefixes(
     codes: Int[np.ndarray, "I L"], taken: Int[np.ndarray, "T L"]
 ) -> Iterator[tuple[Int64[np.ndarray, " G"], Int[np.ndarray, " U"]]]:
     """Yield the items below each prefix, and the last codes that are taken there."""
-    key = keys(np.concatenate([codes[:, :-1], taken[:, :-1]]))
+    key = arrays.row_keys(np.concatenate([codes[:, :-1], taken[:, :-1]]))
     key, taken_key = key[: len(codes)], key[len(codes) :]
     is_met = np.isin(taken_key, key)
     taken_key, taken_last = taken_key[is_met], taken[is_met, -1]

@@ -19,8 +19,9 @@ from blake3 import blake3
 from jaxtyping import Bool, Float32, Float64, Int64
 from safetensors.numpy import load_file, save_file
 
+from orchard import arrays
 from orchard.catalog.embeddings import check_embeddings
-from orchard.data.semantic_ids.collisions import POLICIES, free_codes, keys
+from orchard.data.semantic_ids.collisions import POLICIES, free_codes
 from orchard.data.semantic_ids.projection import Projection
 from orchard.data.semantic_ids.quantize import CodedItems, Quantized, residual_codes
 from orchard.errors import DataError
@@ -214,7 +215,7 @@ def _reassign(
 ) -> tuple[Int64[np.ndarray, "I L"], Float32[np.ndarray, " I"]]:
     """Give colliding items free codes as `collisions.reassign` does, with the same result."""
     # Rows in the order of their codes; equal ones are neighbors.
-    key = keys(quantized)
+    key = arrays.row_keys(quantized)
     order = np.argsort(key, kind="stable")
     is_equal = np.diff(key[order]) == 0
     is_colliding = np.zeros(len(order), dtype=bool)

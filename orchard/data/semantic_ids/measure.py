@@ -11,7 +11,8 @@ import numpy as np
 from jaxtyping import Int
 from matplotlib.figure import Figure
 
-from orchard.data.semantic_ids.collisions import groups, keys
+from orchard import arrays
+from orchard.data.semantic_ids.collisions import groups
 
 
 class LevelQuality(TypedDict):
@@ -71,7 +72,7 @@ def measure_codes(codes: Int[np.ndarray, "I L"]) -> CodeQuality:
 
 def _distinct(codes: Int[np.ndarray, "I L"]) -> Int[np.ndarray, "P L"]:
     """Return the distinct rows in ascending order."""
-    return codes[np.unique(keys(codes), return_index=True)[1]]
+    return codes[np.unique(arrays.row_keys(codes), return_index=True)[1]]
 
 
 def draw(codes: Int[np.ndarray, "I L"], error: Sequence[float], path: Path) -> None:

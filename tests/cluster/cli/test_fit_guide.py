@@ -12,19 +12,20 @@ from cluster.training.run import Run, prepare
 from cluster.training.run_dir import open_run_dir, save_policy, saved_policy
 from orchard import config, ragged
 from orchard.data.prompts import make_prompts
-from orchard.data.synthetic import WorldParams, write_world
+from orchard.data.synthetic import write_world
 from orchard.errors import ConfigError
 from orchard.policy import model
 from orchard.policy.store import open_guide
 from orchard.policy.weights import digest, snapshot
 from orchard.types import PolicyVersion
 from rollout.actor import RolloutWorker
+from tests.fixtures.runs import TINY_WORLD
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world") / "data"
-    write_world(folder, WorldParams(num_items=60, num_users=60, level_size=(4, 5, 6)))
+    write_world(folder, TINY_WORLD)
     return folder
 
 

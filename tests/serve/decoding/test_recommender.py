@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from orchard.catalog.catalog import Catalog
 from serve.decoding.recommender import places_among, popular_items, read_queries, recommend
 from serve.decoding.trace import Trace, draw_tree
 from serve.errors import UnprocessableError
@@ -36,6 +37,16 @@ def passing(shop: TinyShop, names: list[str]) -> set[int]:
     }
 
 
+def ranked_by(key: np.ndarray, allowed: set[int], catalog: Catalog, cap: int | None) -> list[int]:
+    """Return the allowed items by the key of their leaf, at most `cap` of one first code."""
+    expected: list[int] = []
+    for item in sorted(allowed, key=lambda i: (-key[catalog.leaf_of_item[i]], i)):
+        same_code = sum(catalog.codes[o, 0] == catalog.codes[item, 0] for o in expected)
+        if cap is None or same_code < cap:
+            expected.append(item)
+    return expected
+
+
 @examples
 @given(
     exclude=some,
@@ -61,12 +72,7 @@ def test_an_answer_is_the_ranking_of_all_items_less_those_excluded(
     )
     catalog, score = shop.world.catalog, leaf_logprob(HISTORY)
     allowed = passing(shop, names) - set(exclude)
-    ordered = sorted(allowed, key=lambda i: (-score[catalog.leaf_of_item[i]], i))
-    expected: list[int] = []
-    for item in ordered:
-        same_code = sum(catalog.codes[o, 0] == catalog.codes[item, 0] for o in expected)
-        if cap is None or same_code < cap:
-            expected.append(item)
+    expected = ranked_by(score, allowed, catalog, cap)
     assert [item.item_id for item in ranked.items] == expected[:k]
     for item in ranked.items:
         assert item.score == pytest.approx(score[catalog.leaf_of_item[item.item_id]], abs=1e-4)
@@ -113,12 +119,7 @@ def test_a_guided_answer_that_is_proved_is_the_ranking_by_score_and_reward(
     prompts, _ = read_queries(version, [single], 10)
     key = score + guide.reward(prompts, np.zeros_like(leaves), leaves)
     allowed = passing(shop, names) - set(exclude)
-    ordered = sorted(allowed, key=lambda i: (-key[catalog.leaf_of_item[i]], i))
-    expected: list[int] = []
-    for item in ordered:
-        same_code = sum(catalog.codes[o, 0] == catalog.codes[item, 0] for o in expected)
-        if cap is None or same_code < cap:
-            expected.append(item)
+    expected = ranked_by(key, allowed, catalog, cap)
     got = [item.item_id for item in ranked.items]
     assert ranked.proved is not None
     if max(width, wide) == 50 and cap is None:  # wider than the catalog
