@@ -1,4 +1,4 @@
-"""What all tests share: few threads, one Ray, and where real data may lie."""
+"""Setup that all tests share: few threads, one Ray, and where real data may lie."""
 
 import os
 

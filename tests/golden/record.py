@@ -24,7 +24,7 @@ sys.path.insert(0, os.environ["PYTHONPATH"])
 import test_golden as golden
 
 KEPT = ("config.toml", "metrics.jsonl", "warm_start", "policy", "checkpoints/learner-train")
-"""Of an interrupted run, what it takes to resume."""
+"""Files of an interrupted run that a resume needs."""
 
 
 def write(name: str, value: Any) -> None:

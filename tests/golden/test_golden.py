@@ -1,4 +1,4 @@
-"""What the product did when it was recorded, held bit for bit. `record.py` records it anew.
+"""Recorded behavior of the product, held bit for bit. `record.py` records it anew.
 
 A later name of something recorded goes into one of the tables below, and nothing else changes.
 """
@@ -120,12 +120,12 @@ NOW_OPTIONAL: dict[str, Any] = {"decoder": "beam", "exclude_seen": False}
 COMMANDS = {"beam": ("sft", "train"), "ved": ("train",), "think": ("sft", "train")}
 """Tiny runs, and what is done to each."""
 FIRST = {"beam": ("sft",), "ved": ("train",), "think": ("train",)}
-"""What of it every test run does; `train` begins with the recorded warm start, if there is one."""
+"""Part that every test run does; `train` begins with the recorded warm start, if there is one."""
 PHASES = {
     "sft": {"sft", "evaluation warm_start"},
     "train": {"train", "evaluation warm_start", "evaluation trained"},
 }
-"""Where a command leaves its metrics."""
+"""File in which a command leaves its metrics."""
 COUNTED = {
     "num_rows", "learner/restarts", "rewards/restarts", "rollout/restarts",
     "rollout/candidates", "rollout/lag_versions", "rollout/prompts",
@@ -150,7 +150,7 @@ WORLD = ("--items", 80, "--users", 120)
 
 
 def fingerprint() -> dict[str, str]:
-    """Of everything that floating-point results depend on."""
+    """Return the facts of this machine that floating-point results depend on."""
     known = Path("/proc/cpuinfo")
     named = re.search(r"^model name\s*: (.*)$", known.read_text() if known.exists() else "", re.M)
     return {
@@ -210,13 +210,13 @@ def untimed(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def configurations() -> dict[str, dict[str, Any]]:
-    """Of every run file: dotted keys to values."""
+    """Return the dotted keys and values of every run file."""
     files = sorted(RUN_FILES.glob("*.toml"))
     return {path.stem: flatten(tomllib.loads(resolved(path))) for path in files}
 
 
 def help_texts() -> dict[str, list[str]]:
-    """Of every command the lines that `--help` prints, at one width and without decoration."""
+    """Return the plain lines that `--help` of every command prints at one width."""
     texts: dict[str, list[str]] = {}
 
     def walk(command: Any, name: str, parent: Any) -> None:
@@ -238,7 +238,7 @@ def openapi(policy: Path) -> dict[str, Any]:
 
 
 def answers(policy: Path, *more: dict[str, Any]) -> list[Any]:
-    """What the endpoint says of a policy, and recommends by it."""
+    """Return the facts of a policy at the endpoint, and recommendations by it."""
     endpoint = application(policy)
 
     async def work() -> list[Any]:
@@ -287,7 +287,7 @@ def without(tree: Any, fields: set[str]) -> Any:
 
 
 def exact(tree: Any, name: str = "") -> Any:
-    """What is equal on every machine: all but real numbers and the digests of what is learned."""
+    """Keep what is equal on every machine: no real numbers, no digests of what is learned."""
     if isinstance(tree, list):
         return [exact(one, name) for one in tree]
     if isinstance(tree, dict):
@@ -311,7 +311,7 @@ def hold(now: Any, then: Any) -> None:
 
 
 def read(name: str) -> Any:
-    """What was recorded under that name."""
+    """Read the record of that name."""
     text = (HERE / name).read_text()
     if name.endswith(".jsonl"):
         return [json.loads(line) for line in text.splitlines()]

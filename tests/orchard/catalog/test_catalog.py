@@ -1,4 +1,4 @@
-"""What makes a catalog, what does not, and what a saved one promises."""
+"""Catalogs: valid and refused items, and the promises of a saved one."""
 
 from pathlib import Path
 

@@ -18,7 +18,7 @@ Path = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Oracle:
-    """What a trie is: a set of paths, and after each path a set of codes."""
+    """Plain trie: a set of paths, and after each path a set of codes."""
 
     node: dict[Path, int]
     after: dict[Path, set[int]]

@@ -1,4 +1,4 @@
-"""What is logged of a search, on hand-made groups and against plain references."""
+"""Logged diagnostics of a search, on hand-made groups and against plain references."""
 
 from dataclasses import replace
 

@@ -12,7 +12,7 @@ FIRST, FIRST_TARGET = np.array([0.5, 0.25, 0.25]), np.array([0.2, 0.5, 0.3])
 REWARD_1 = np.array([0.2, 0.0, 0.5])
 REWARD_2 = np.array([[0.0, 1.0, 0.5], [1.0, 0.0, 0.2], [0.3, 0.9, 0.1]])
 TRUTH = float((FIRST_TARGET * (REWARD_1 + (TARGET * REWARD_2).sum(1))).sum())
-"""What the target earns: two codes of three each, a reward for each of them."""
+"""Earnings of the target: two codes of three each, a reward for each of them."""
 
 
 def logged(number: int, seed: int, *, model: float | None = None) -> LoggedDecisions:

@@ -1,4 +1,4 @@
-"""What is said where vLLM cannot run, before anything has started."""
+"""Sentences where vLLM cannot run, before anything has started."""
 
 import ctypes
 from importlib import metadata

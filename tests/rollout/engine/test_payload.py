@@ -1,4 +1,4 @@
-"""What travels with a search, and what stays where it was sent before."""
+"""Payload of a search: parts that travel, and parts that were sent before."""
 
 from dataclasses import replace
 from functools import partial

@@ -39,12 +39,12 @@ class Owner:
         self._engine = VllmEngine(folder, world.model, vocabulary, world.version, config, seed=0)
 
     def search(self, width: int) -> tuple[Candidates, int]:
-        """What is found, and how many prompts are searched at a time."""
+        """Return the candidates, and how many prompts are searched at a time."""
         found = self._engine.run(partial(beam, width=width), self._world.prompts)
         return found, self._engine.llm.collective_rpc(lambda worker: worker.orchard_batch)[0]
 
     def find(self, find: Any) -> Candidates:
-        """What any search finds."""
+        """Return the candidates of any search."""
         return self._engine.run(find, self._world.prompts)
 
     def load_weights(self, version: PolicyVersion, new: weights.Weights) -> None:

@@ -35,7 +35,7 @@ def many(prompts: Prompts, row: int, count: int) -> Prompts:
 
 
 def probability_of_sets(leaf_probability: np.ndarray, size: int) -> dict[tuple[int, ...], float]:
-    """Of each set of leaves, when they are drawn one after another without replacement."""
+    """Return the probability of each set of leaves drawn one after another without replacement."""
     chance: dict[tuple[int, ...], float] = {}
     for chosen in combinations(range(len(leaf_probability)), size):
         for order in permutations(chosen):

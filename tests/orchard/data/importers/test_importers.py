@@ -1,4 +1,4 @@
-"""What people bring becomes a data set, or a sentence that says why not."""
+"""Files of all kinds become a data set, or a sentence that says why not."""
 
 import gzip
 import json
