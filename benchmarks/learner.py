@@ -186,15 +186,11 @@ def _flat_logprobs(
 def _update(setting: Setting, batch: TrainBatch[Tensor], logprobs: Logprobs) -> Outcome:
     """Compute loss and gradients with the default clips; the reference is the behavior policy."""
     setting.model.zero_grad()
-    config = LearnerConfig()
     value, parts = policy_loss(
         *logprobs(setting, batch),
         batch.behaviour_logprob,
         batch,
-        clip_low=config.clip_low,
-        clip_high=config.clip_high,
-        dual_clip=config.dual_clip,
-        kl_weight=config.kl.weight,
+        LearnerConfig(),
     )
     value.backward()
     return Outcome(
