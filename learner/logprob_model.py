@@ -11,10 +11,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from learner.logprobs import choice_logprobs, score_choices, tree_mask
+from learner.logprobs import choice_logprobs, score_choices
+from learner.tree_states import choose_attention, tree_states
 from learner.value import state_values
 from orchard.policy.item_tokenizer import ItemTokenizer
-from orchard.policy.model import head_weight, hidden_states
+from orchard.policy.model import head_weight
 from orchard.policy.tree_check import check_trees
 from orchard.policy.value_head import value_head_of
 from orchard.targets import CodeTargets
@@ -45,6 +46,7 @@ class LogprobModel(nn.Module):
         *,
         detach: bool = True,
         temperature: float = 1.0,
+        attention: Literal["auto", "dense", "flex"] = "dense",
     ) -> None:
         """Wrap a policy and fix how its log-probabilities are computed.
 
@@ -54,12 +56,15 @@ class LogprobModel(nn.Module):
             distribution: default normalization of codes, "trie" or "full" (`choice_logprobs`).
             detach: keep the value head's gradient out of the rest of the policy.
             temperature: sampling temperature of free text.
+            attention: attention over packed trees; see `learner.attention`.
 
         Raises:
-            EngineError: packed trees do not reproduce the policy's own forward pass.
+            EngineError: packed trees do not reproduce the policy's own forward pass, or the
+                policy's code cannot run FlexAttention.
         """
         super().__init__()
         check_trees(policy)
+        choose_attention(policy, attention)
         self.policy = policy
         self._context: tuple[ItemTokenizer, Literal["trie", "full"]]
         self._context = (tokenizer, distribution)
@@ -82,8 +87,7 @@ class LogprobModel(nn.Module):
         if head is None or batch.values is None:
             scores = choice_logprobs(self.policy, batch, *context, temperature=temperature)
         else:
-            visible = tree_mask(batch.subtree_end)
-            hidden = hidden_states(self.policy, batch.token, batch.position, visible)
+            hidden = tree_states(self.policy, batch)
             weight = head_weight(self.policy)
             scores = score_choices(hidden, weight, batch, *context, temperature=temperature)
             value_input = hidden.detach() if self._detach else hidden

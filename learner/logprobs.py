@@ -8,13 +8,15 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Int64
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from learner.tree_states import tree_states
+from learner.vocabulary import vocabulary_logprobs
 from orchard.arrays import map_arrays
 from orchard.policy.item_tokenizer import ItemTokenizer
-from orchard.policy.model import child_logprobs, head_weight, hidden_states
+from orchard.policy.model import child_logprobs, head_weight
 from orchard.types import SearchTrees, TrainBatch
 
 
@@ -26,15 +28,6 @@ def to_tensors(batch: TrainBatch, device: torch.device | str = "cpu") -> TrainBa
         return (tensor if tensor.is_floating_point() else tensor.long()).to(device)
 
     return map_arrays(batch, convert)
-
-
-def tree_mask(subtree_end: Int64[Tensor, "B S"]) -> Bool[Tensor, "B S S"]:
-    """Return the attention mask: which slots (last axis) each slot sees.
-
-    Slot i sees slot j where `j <= i < subtree_end[j]`: itself, its ancestors and the prompt.
-    """
-    slot = torch.arange(subtree_end.shape[1], device=subtree_end.device)
-    return (slot <= slot[:, None]) & (slot[:, None] < subtree_end[:, None, :])
 
 
 def choice_logprobs(
@@ -51,8 +44,7 @@ def choice_logprobs(
     vocabulary. Free text is always normalized over the whole vocabulary, at the temperature that
     it was drawn with.
     """
-    hidden = hidden_states(model, batch.token, batch.position, tree_mask(batch.subtree_end))
-    head = head_weight(model)
+    hidden, head = tree_states(model, batch), head_weight(model)
     return score_choices(hidden, head, batch, tokenizer, distribution, temperature=temperature)
 
 
@@ -87,15 +79,14 @@ def score_choices(
     query = queries.of_choice
     token = batch.chosen.clone()
     token[~is_text] = tokenizer.token_of(batch.chosen[~is_text])
-    # [F, tokens] logits of the whole vocabulary
-    logit = (queries.hidden @ head.T.to(queries.hidden.dtype)).float()
+    divisor = None
     if temperature != 1:
         divisor = torch.where(queries.state == SearchTrees.FREE_TEXT, temperature, 1.0)
-        logit = logit / divisor[:, None]
-    token_logprob = logit.log_softmax(-1)
-    vocabulary_entropy = -(token_logprob.exp() * token_logprob).detach().sum(-1)
+    token_logprob, vocabulary_entropy = vocabulary_logprobs(
+        queries.hidden, head, query, token[in_vocabulary], divisor
+    )
     # Joined even where one is empty: a batch without choices still has a gradient, zero.
-    logprob = torch.cat([logprob, token_logprob[query, token[in_vocabulary]]])
+    logprob = torch.cat([logprob, token_logprob])
     # back to the order of the batch's choices
     order = torch.cat([in_trie, in_vocabulary]).argsort()
     return logprob[order], torch.cat([trie_entropy, vocabulary_entropy[query]])[order]

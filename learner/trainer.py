@@ -10,14 +10,13 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from jaxtyping import Float32
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
@@ -26,6 +25,7 @@ from transformers import PreTrainedModel
 from learner import finite
 from learner.batch.microbatch import micro_batches, shard, without_choices
 from learner.batch.sft import weighted_nll
+from learner.blocks import checkpoint_blocks, shard_parameters
 from learner.logprob_model import LogprobModel
 from learner.logprobs import to_tensors
 from learner.loss import LossStats, policy_loss
@@ -92,6 +92,7 @@ class Trainer:
         self.config, self.rank, self.world = config, rank, world
         self.device = torch.device(device)
         context = (tokenizer.to(self.device), config.logprob)
+        common: Any = {"temperature": temperature, "attention": config.attention}
         self.policy = policy
         cast(nn.Module, policy).to(self.device)
         self.copies: dict[str, LogprobModel] = {}
@@ -102,16 +103,18 @@ class Trainer:
                 frozen = copy.deepcopy(self.policy).eval().requires_grad_(False)
                 if name == "reference":
                     detach(frozen)  # it only scores; the average is exported with its value head
-                self.copies[name] = LogprobModel(frozen, *context, temperature=temperature)
+                self.copies[name] = LogprobModel(frozen, *context, **common)
         self.scorer: nn.Module = LogprobModel(
-            self.policy, *context, detach=config.value.detach, temperature=temperature
+            self.policy, *context, detach=config.value.detach, **common
         )
+        if config.gradient_checkpointing:  # after the copies, which have no gradients
+            checkpoint_blocks(self.policy)
         if world > 1 and config.parallel == "ddp":
             self.scorer = DistributedDataParallel(self.scorer)
         elif world > 1:
-            _shard_parameters(self.scorer, self.policy)
+            shard_parameters(self.scorer, self.policy)
             for scorer in self.copies.values():
-                _shard_parameters(scorer, scorer.policy)
+                shard_parameters(scorer, scorer.policy)
         head = value_head_of(self.policy)
         self._head = list(head.parameters()) if head is not None else []
         self.optimizer: AdamW = make_optimizer(
@@ -331,10 +334,3 @@ class Trainer:
             current = dict(self.policy.named_parameters())
             for parameter_name, average in self.copies[name].policy.named_parameters():
                 average.lerp_(current[parameter_name], share)
-
-
-def _shard_parameters(scorer: nn.Module, policy: PreTrainedModel) -> None:
-    """Apply FSDP2: one unit per decoder block; the rest (embeddings, norm) is the root unit."""
-    for block in cast(nn.ModuleList, policy.base_model.layers):
-        fully_shard(block)
-    fully_shard(scorer)

@@ -252,15 +252,17 @@ def bench(
     ] = False,
 ) -> None:
     """Run one of the published benchmarks, from the root of the repository."""
-    benchmarks = sorted({p.stem for p in Path("benchmarks").glob("*.py")} - {"__init__"})
-    if name not in benchmarks:
+    folders = ("quality", "speed")
+    files = [p for folder in folders for p in (Path("benchmarks") / folder).glob("[!_]*.py")]
+    modules = {p.stem: f"benchmarks.{p.parent.name}.{p.stem}" for p in files}
+    if name not in modules:
         raise ConfigError(
-            f"there is no bench {name!r}; choose from {', '.join(benchmarks) or 'none'} "
+            f"there is no bench {name!r}; choose from {', '.join(sorted(modules)) or 'none'} "
             "(benches run from the repository's root)",
             code="config.unknown_name",
         )
     sys.path.insert(0, str(Path.cwd()))  # an installed package does not contain the benchmarks
-    result = importlib.import_module(f"benchmarks.{name}").run(quick=quick)
+    result = importlib.import_module(modules[name]).run(quick=quick)
     text = json.dumps(result, indent=2)
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)

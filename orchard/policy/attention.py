@@ -51,6 +51,14 @@ def longest_window(config: PretrainedConfig) -> int:
     return max((size for size in sizes if isinstance(size, int)), default=0)
 
 
+def mask_kinds(config: PretrainedConfig) -> list[str]:
+    """Return the kinds of layers of a model that differ in their masks, in alphabetical order."""
+    text: Any = config.get_text_config()
+    window = getattr(text, "sliding_window", None)
+    kinds = set(getattr(text, "layer_types", None) or [SLIDING if window else FULL])
+    return sorted(kinds & {FULL, SLIDING, CHUNKED}) or [FULL]
+
+
 def make_masks(
     config: PretrainedConfig,
     visible: Bool[Tensor, "R S C"],
@@ -75,10 +83,8 @@ def make_masks(
         getattr(text, "sliding_window", None),
         getattr(text, "attention_chunk_size", None),
     )
-    kinds = set(getattr(text, "layer_types", None) or [SLIDING if window else FULL])
-    kinds &= {FULL, SLIDING, CHUNKED}
     masks: dict[str, Tensor] = {}
-    for kind in sorted(kinds) or [FULL]:
+    for kind in mask_kinds(config):
         seen = visible
         if kind == SLIDING and window:
             seen = visible & (position[:, :, None] - key_position[:, None] < window)

@@ -162,6 +162,13 @@ class LearnerConfig(Section):
     value: ValueConfig = ValueConfig()
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the forward and backward pass; weights and optimizer state stay in float32."""
+    attention: Literal["auto", "dense", "flex"] = "auto"
+    """Attention over packed trees: with a dense mask, or FlexAttention, which skips blocks of slots
+    that do not see each other and has no padding. `auto` takes FlexAttention on GPUs, where the
+    code of the model supports it."""
+    gradient_checkpointing: bool = False
+    """Whether to keep only the inputs of each decoder block and compute the block once more in the
+    backward pass: about a third more time, for far less memory."""
     max_tokens: PositiveInt = 65536
     """Maximum number of padded token slots per forward pass; larger batches are split into
     micro-batches."""

@@ -14,8 +14,9 @@ from learner import checkpoint
 from learner.advantage.estimators import ESTIMATORS
 from learner.batch.microbatch import micro_batches, shard
 from learner.batch.pack import pack
-from learner.logprobs import to_tensors, tree_mask
+from learner.logprobs import to_tensors
 from learner.trainer import Trainer
+from learner.tree_states import tree_mask
 from learner.value import state_values, value_loss
 from orchard.arrays import map_arrays
 from orchard.catalog.catalog import Catalog, from_codes

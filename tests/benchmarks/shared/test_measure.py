@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from benchmarks import learner
 from benchmarks.shared.measure import figure, interleaved, report
+from benchmarks.speed import learner
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from learner.advantage.estimators import ESTIMATORS
 from learner.batch.pack import flatten, pack
-from learner.logprobs import choice_logprobs, to_tensors, tree_mask
+from learner.logprobs import choice_logprobs, to_tensors
+from learner.tree_states import tree_mask
 from orchard import ragged
 from orchard.catalog import catalog as catalogs
 from orchard.catalog.catalog import Catalog

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from scipy.sparse import csr_matrix
 
-from benchmarks.guide import WORLDS, World, expert_lists
+from benchmarks.quality.guide import WORLDS, World, expert_lists
 from benchmarks.shared.measure import Report, Row, report
 from benchmarks.shared.recipe import means
 from cluster.training.measure import measure

@@ -19,9 +19,9 @@ from jaxtyping import Float64
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.decode import LENGTH
 from benchmarks.shared.measure import Figure, Report, Row, figure, interleaved, report
 from benchmarks.shared.recipe import ONE_THREAD, branch, control_of, means, over_seeds, read, spelt
+from benchmarks.speed.decode import LENGTH
 from cluster.cli.commands import WARM_START
 from cluster.training.run import Run, prepare
 from learner.advantage.estimators import ESTIMATORS

@@ -28,8 +28,8 @@ import torch
 from jaxtyping import Float32, Float64, Int64
 from torch import Tensor
 
-from benchmarks.learner import VERSION
 from benchmarks.shared.measure import Report, Row, figure, report
+from benchmarks.speed.learner import VERSION
 from orchard.catalog import catalog as catalogs
 from orchard.catalog import trie as tries
 from orchard.catalog.trie import Trie

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from benchmarks import step
 from benchmarks.shared import trl_step
 from benchmarks.shared.flat_loop import advantages, rewards
+from benchmarks.speed import step
 
 
 @pytest.fixture(autouse=True)

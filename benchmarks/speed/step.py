@@ -32,11 +32,11 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.learner import VERSION, Setting, default_setting, random_prompts
 from benchmarks.shared import trl_step
 from benchmarks.shared.flat_loop import FlatLoop, advantages, rewards
 from benchmarks.shared.hugging_face import allowed_tokens, beams
 from benchmarks.shared.measure import Figure, Report, Row, figure, interleaved, report
+from benchmarks.speed.learner import VERSION, Setting, default_setting, random_prompts
 from cluster.training.controller import EXACT
 from cluster.training.loop import PhaseTimer
 from learner.advantage.estimators import compute_advantages

@@ -13,7 +13,7 @@ from serve.catalog.schema import ItemInfo
 
 pytest.importorskip("schemathesis", reason="schemathesis (requirements/dev.txt) is not installed")
 
-from benchmarks import serve_fuzz
+from benchmarks.speed import serve_fuzz
 
 
 def test_no_request_from_the_document_brings_the_endpoint_down(

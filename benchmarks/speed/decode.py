@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from benchmarks.learner import VERSION, Setting, default_setting, random_prompts
 from benchmarks.shared.hugging_face import Allowed, allowed_tokens, beams, legal_logits
 from benchmarks.shared.measure import Report, Row, figure, interleaved, report
+from benchmarks.speed.learner import VERSION, Setting, default_setting, random_prompts
 from orchard.policy.item_tokenizer import compact_tokenizer
 from orchard.settings import RolloutConfig
 from orchard.testing import save_model_folder

@@ -29,8 +29,8 @@ import numpy as np
 import ray
 from ray import serve as ray_serve
 
-from benchmarks.learner import Setting, default_setting
 from benchmarks.shared.measure import Report, Row, figure, report
+from benchmarks.speed.learner import Setting, default_setting
 from cluster.actors.session import ray_session
 from cluster.cli import serving
 from orchard.catalog import catalog as catalogs
@@ -315,7 +315,7 @@ def _rival(folder: Path, setting: Setting, number: int) -> dict[str, Any]:
     """Measure requests per second of the Hugging Face server, and collect its answers."""
     server = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.shared.rival", str(folder), str(RIVAL_PORT), str(WIDTH)],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
     )
     histories = _histories(setting, number)
     try:

@@ -1,0 +1,1 @@
+"""Benchmarks of recommendation quality: policies trained in different ways, on equal rows."""
