@@ -23,7 +23,6 @@ from rollout.engine.torch import TorchEngine
 from rollout.search.beam import beam
 from rollout.search_trees import build_search_trees
 
-
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
 

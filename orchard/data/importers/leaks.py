@@ -37,7 +37,8 @@ def copies(
     Returns:
         Those of the same user, of the same time if times are known, and those of other users.
         Without times, a history that may have been cut counts if it has at least `_TELLING` items:
-        a user may well meet one item after another twice.
+        a user may well meet one item after another twice. Splits that were made here have none of
+        the same user: each example is an event of its own, and a log may list equal events.
     """
     content = _content(examples)
     who = np.stack([examples.user_id, content], axis=1)
@@ -47,7 +48,7 @@ def copies(
     if examples.timestamp is not None:
         is_telling = np.ones(len(examples), dtype=bool)
     same_user = _in_train(examples, np.unique(who, axis=0, return_inverse=True)[1].reshape(-1))
-    same_user &= is_telling
+    same_user &= is_telling & (examples.split == "given")
     any_user = _in_train(examples, content) & (examples.length >= _TELLING)
     return np.flatnonzero(same_user), np.flatnonzero(any_user & ~same_user)
 
