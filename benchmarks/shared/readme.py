@@ -106,7 +106,39 @@ def highlights(reports: Sequence[Report]) -> str:
     return _table(["measured on two CPU cores", "Orchard", "compared with", "factor"], lines)
 
 
-TABLES: Mapping[str, Callable[[Report], str]] = {"decode": decode, "learner": learner, "step": step}
+def gpu(report: Report) -> str:
+    """Tabulate updates of packed trees and of separate sequences, and searches, on a GPU."""
+    ways = ("flat", "packed, dense", "packed, flex", "packed, flex, checkpointed")
+    updates: dict[str, dict[str, Row]] = {}
+    for row in report["rows"]:
+        if row["part"] == "updates":
+            name = f"{row['policy']}, {row['prompts']} prompts of {row['prompt_tokens']} tokens"
+            updates.setdefault(name, {})[str(row["way"])] = row
+    lines = [
+        [name, *(f"{float(rows[way]['seconds']):.3f} s, {float(rows[way]['peak_gib']):.1f} GiB"
+                 for way in ways),
+         _times(float(rows["flat"]["seconds"]), float(rows["packed, flex"]["seconds"]))]
+        for name, rows in updates.items()
+    ]  # fmt: skip
+    head = ["an update", *ways, "flat / packed, flex"]
+    searches: dict[str, dict[int, Row]] = {}
+    for row in report["rows"]:
+        if row["part"] == "searches" and "way" not in row:
+            name = f"{row['policy']}, {row['prompts']} of {row['prompt_tokens']} tokens"
+            searches.setdefault(name, {})[int(row["width"])] = row
+    widths = sorted({width for rows in searches.values() for width in rows})
+    found = [
+        [name, *(f"{1000 * float(rows[w]['seconds']):.0f} ms, "
+                 f"{float(rows[w]['requests_per_s']):.0f}/s" for w in widths)]
+        for name, rows in searches.items()
+    ]  # fmt: skip
+    search_head = ["a search, requests a second", *(f"width {width}" for width in widths)]
+    return _table(head, lines) + "\n\n" + _table(search_head, found)
+
+
+TABLES: Mapping[str, Callable[[Report], str]] = {
+    "decode": decode, "gpu": gpu, "learner": learner, "step": step,
+}  # fmt: skip
 """Table functions by name of the benchmark, which is also that of the marks."""
 
 
