@@ -39,6 +39,20 @@ WAYS = {
     "RL, fresh rows, no counts": ("learner.rows=fresh", "rewards.weights.transition=0"),
 }
 SEEDS = 1
+_TWO = ("learner.updates_per_batch=2", "learner.dropout=0")
+PARTS = {
+    "rule and ranking": (),
+    "hints": ("rollout.hints=2",),
+    "hints, learned": ("rollout.hints=2", "learner.hint_weight=0.01"),
+    "up to four draws": ("learner.max_draws=4",),
+    "anchor": ("learner.anchor=0.1",),
+    "boundary": ("learner.estimator=boundary",),
+    "window of .3": ("learner.estimator=window", "learner.window=[0.0,0.3]"),
+    "two updates, clip": _TWO,
+    "two updates, cispo": (*_TWO, "learner.loss=cispo", "learner.clip_low=1"),
+    "two updates, ecpo": (*_TWO, "learner.loss=ecpo"),
+}
+"""Ways against groups without a hit, and losses, with rule and ranking rewards on fresh rows."""
 
 
 def run(quick: bool) -> Report:
@@ -72,7 +86,35 @@ def run(quick: bool) -> Report:
                     note="NDCG@10, lower end of the paired 95 % interval over rows; mean "
                     f"{gain['ndcg@10/sid'].mean:+.4f}, {SEEDS} seed",
                 ))  # fmt: skip
-    return report("recipes", figures, rows)
+    return report("recipes", figures, [*rows, *_parts(changes)])
+
+
+def _parts(changes: tuple[str, ...]) -> list[Row]:
+    """Compare each of `PARTS` with the first, from the warm start of seed 0."""
+    start = config.load(RUN, [f"name={NAME}-0", "seed=0", *changes])
+    common = (*UPDATES, *_later_rows(start), *changes, "seed=0", "learner.rows=fresh",
+              "rewards.weights.transition=0")  # fmt: skip
+    rows, base = list[Row](), None
+    for name, overrides in PARTS.items():
+        settings = config.load(RUN, [*common, f"name={_folder(f'part-{name}', 0)}", *overrides])
+        if not (settings.run_dir / WARM_START).is_dir():
+            shutil.copytree(start.run_dir / WARM_START, settings.run_dir / WARM_START)
+        improve(settings, dry_run=False)
+        evaluation = read(settings, TRAINED)
+        base = evaluation if base is None else base
+        log = read_metrics(settings.run_dir / FILE)["train"]
+        mean = {key: float(np.mean(log[key].value)) for key in (
+            "rewards/zero_spread_share", "rollout/prompts", "rollout/forward_tokens",
+            "cluster/step_s",
+        )}  # fmt: skip
+        rows.append({"part": name, "groups_that_teach": 1 - mean["rewards/zero_spread_share"],
+                     "prompts": mean["rollout/prompts"],
+                     "forward_tokens": mean["rollout/forward_tokens"],
+                     "step_s": mean["cluster/step_s"]} | means(evaluation, METRICS))  # fmt: skip
+        if evaluation is not base:
+            rows.append({"difference": f"{name} - rule and ranking", "seeds": 1}
+                        | spelt(over_seeds([evaluation], [base]), METRICS))  # fmt: skip
+    return rows
 
 
 def _seed(seed: int, changes: tuple[str, ...]) -> dict[str, dict[str, Evaluation]]:
