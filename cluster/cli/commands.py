@@ -14,6 +14,7 @@ from cluster.actors.memory import MemoryMonitor
 from cluster.console import closing_table
 from cluster.planning import plan as plans
 from cluster.planning import simulate as simulation
+from cluster.planning.teaching import teaching_groups
 from cluster.report.report import write_report
 from cluster.training.controller import Controller, start_controller
 from cluster.training.evaluate import (
@@ -200,6 +201,7 @@ def _startable(settings: Config) -> Run:
 def plan_lines(run: Run, sizes: plans.Sizes, capacity: plans.CapacityPlan) -> list[str]:
     """Describe a capacity plan, one sentence per line."""
     steps = run.config.learner.steps
+    groups = teaching_groups(run.config, run.dir / "evaluation" / f"{WARM_START}.json")
     lines = [
         f"{len(run.catalog)} items, {sizes.nodes_per_level} nodes per level; "
         f"{len(run.train)} train, "
@@ -223,6 +225,7 @@ def plan_lines(run: Run, sizes: plans.Sizes, capacity: plans.CapacityPlan) -> li
         f"estimated on this CPU, engines' own speed aside: {capacity.search_s:.2f} s of search and "
         f"{capacity.update_s:.2f} s of update a step, {steps} steps in "
         f"{steps * (capacity.search_s + capacity.update_s) / 60:.1f} minutes",
+        *(groups.lines(run.config) if groups is not None else ()),
     ]
 
 
