@@ -26,6 +26,7 @@ from orchard.catalog.catalog import Catalog
 from orchard.catalog.trie import Trie
 from orchard.errors import CatalogError, DataError
 from orchard.policy import prompt_template
+from orchard.policy.code_tokens import PUBLISHED, find_spelling
 from orchard.policy.prompt_template import PromptTemplate, fill_template
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
@@ -34,7 +35,7 @@ THINK, THOUGHT = "<think>", "</think>"
 
 def sid_token(level: int, code: int) -> str:
     """Return the token of a code, as in published data sets: `<a_5>` is code 5 of level 0."""
-    return f"<{chr(ord('a') + level)}_{code}>"
+    return PUBLISHED.token(level, code)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,16 +196,19 @@ def think_tokens(tokenizer: PreTrainedTokenizerBase) -> ThinkTokens:
 def make_item_tokenizer(tokenizer: PreTrainedTokenizerBase, catalog: Catalog) -> ItemTokenizer:
     """Create the item tokenizer of a catalog from the code tokens of a tokenizer.
 
+    Codes may have any spelling that `code_tokens.find_spelling` finds.
+
     Raises:
         CatalogError: a code has no token, for example because the policy belongs to another
-            catalog.
+            catalog, or codes have tokens in several spellings.
     """
     vocabulary = tokenizer.get_vocab()
     if catalog.code_token:
         return _title_item_tokenizer(tokenizer, vocabulary, catalog)
+    spelling = find_spelling(vocabulary, catalog.level_size)
     levels: list[Tensor] = []
     for level, size in enumerate(catalog.level_size):
-        tokens = [sid_token(level, code) for code in range(size)]
+        tokens = [spelling.token(level, code) for code in range(size)]
         missing = [token for token in tokens if token not in vocabulary]
         if missing:
             raise CatalogError(

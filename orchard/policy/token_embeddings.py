@@ -8,7 +8,8 @@ from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 
 from orchard.catalog.catalog import Catalog
 from orchard.errors import CatalogError, CheckpointError, DataError
-from orchard.policy.item_tokenizer import PAD, THINK, THOUGHT, sid_token
+from orchard.policy.code_tokens import find_spelling
+from orchard.policy.item_tokenizer import PAD, THINK, THOUGHT
 from orchard.policy.model import head_weight
 
 _SPREAD = 1e-2
@@ -19,18 +20,17 @@ equal, so that ties among siblings are not resolved by the order of the catalog.
 def add_tokens(tokenizer: PreTrainedTokenizerBase, catalog: Catalog, *, tags: bool = False) -> int:
     """Add the missing tokens of codes, and of thinking tags if `tags`; return the number added.
 
+    No code is missing where the tokenizer has all of them in a spelling of its own.
+
     Raises:
-        CatalogError: a code is still split into several tokens.
+        CatalogError: a code is still split into several tokens, or there are several spellings.
         DataError: the tokenizer has no `eos_token`.
     """
     if tokenizer.eos_token is None:
         raise DataError("the policy's tokenizer has no eos_token, which ends a text; give it one")
-    codes = [
-        sid_token(level, code)
-        for level, size in enumerate(catalog.level_size)
-        for code in range(size)
-    ]
-    vocabulary, required = tokenizer.get_vocab(), [*([THINK, THOUGHT] if tags else []), *codes]
+    vocabulary = tokenizer.get_vocab()
+    codes = find_spelling(vocabulary, catalog.level_size).tokens(catalog.level_size)
+    required = [*([THINK, THOUGHT] if tags else []), *codes]
     missing = [
         AddedToken(token, special=True, normalized=False)
         for token in required
