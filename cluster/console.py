@@ -224,6 +224,24 @@ def closing_table(
     screen.print(Group(*parts))
 
 
+def segment_table(
+    name: str,
+    segments: Mapping[str, Mapping[str, Estimate]],
+    *,
+    console: Console | None = None,
+) -> None:
+    """Print the metrics of each segment of an evaluation at semantic-ID level, with intervals."""
+    metrics = [m for m in next(iter(segments.values()), {}) if m.endswith("/sid")]
+    table = _table(f"{name}, by segment: mean [95 % interval]", "segment", ["rows", *metrics])
+    for segment, estimates in segments.items():
+        rows = next(iter(estimates.values())).n
+        table.add_row(segment, str(rows), *(interval(estimates[metric]) for metric in metrics))
+    screen = console or Console()
+    if not screen.is_terminal:
+        screen.width = max(screen.width, _FILE_WIDTH)
+    screen.print(table)
+
+
 def _table(title: str, row_heading: str, columns: Sequence[str]) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     table.add_column(row_heading)

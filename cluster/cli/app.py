@@ -92,6 +92,13 @@ def evaluate(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="File to write metric -> {mean, low, high, n} to.")
     ] = None,
+    segments: Annotated[
+        bool,
+        typer.Option(
+            "--segments",
+            help="Also by popularity of the target, length of the history and new users.",
+        ),
+    ] = False,
     logged: Annotated[
         Path | None, typer.Option(help="Evaluate off-policy, on a log of `orchard serve`.")
     ] = None,
@@ -120,6 +127,7 @@ def evaluate(
         name=name,
         against=against,
         json_file=json_file,
+        segments=segments,
     )
 
 

@@ -11,7 +11,7 @@ import typer
 from transformers.utils import logging as transformers_logging
 
 from cluster.actors.memory import MemoryMonitor
-from cluster.console import closing_table
+from cluster.console import closing_table, segment_table
 from cluster.planning import plan as plans
 from cluster.planning import simulate as simulation
 from cluster.planning.teaching import teaching_groups
@@ -24,6 +24,7 @@ from cluster.training.evaluate import (
     evaluate_split,
     evaluation_file,
     write_metrics,
+    write_segments,
 )
 from cluster.training.loop import PhaseTimer, train
 from cluster.training.run import Run, check_engines, prepare
@@ -100,8 +101,13 @@ def evaluate_policy(
     name: str,
     against: str | None,
     json_file: Path | None,
+    segments: bool = False,
 ) -> None:
-    """Evaluate one policy on one split; print the result and write it as JSON."""
+    """Evaluate one policy on one split; print the result and write it as JSON.
+
+    With `segments`, the metrics of segments of the rows are printed as well, and written below
+    `segments` in the run folder.
+    """
     trained = settings.run_dir / "policy"
     run = prepare(settings, "evaluate", policy=policy or (trained if trained.is_dir() else None))
     earlier = ranking.read(evaluation_file(run, against)) if against else None
@@ -117,6 +123,8 @@ def evaluate_policy(
         write_metrics(results, name, json_file)
     shown = {against: earlier, **results} if against and earlier else results
     closing_table(shown, seconds={"evaluation": results[name].seconds})
+    for title, result in results.items() if segments else ():
+        segment_table(title, write_segments(run, split, title, result))
     if f"{name}{UNSEEN}" in results:
         typer.echo("the history was left out of the lists of *_unseen and of *_guided")
 

@@ -27,7 +27,9 @@ from orchard import arrays, ragged
 from orchard.data.prompts import Split
 from orchard.errors import ConfigError, DataError
 from orchard.evaluation import ranking
+from orchard.evaluation.bootstrap import Estimate
 from orchard.evaluation.ranking import Evaluation
+from orchard.evaluation.segments import by_segment, segments_of
 from orchard.folders import atomic_write
 from orchard.guide.fit import REPEATS_EXCLUDED_BELOW
 from orchard.guide.guide import Guide
@@ -234,3 +236,29 @@ def write_metrics(evaluations: Mapping[str, Evaluation], name: str, path: Path) 
         metrics |= {f"{prefix}{n}": asdict(e) for n, e in evaluation.metrics.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, json.dumps(metrics, indent=2) + "\n")
+
+
+def write_segments(
+    run: Run, split: SplitName, name: str, evaluation: Evaluation
+) -> dict[str, dict[str, Estimate]]:
+    """Compute the metrics of each segment of an evaluation, and write `segments/<name>.json`."""
+    data, known, row = getattr(run, split), run.known, evaluation.row
+    rows = segments_of(
+        target=data.target[row],
+        history_length=np.diff(data.history_start)[row],
+        user=data.user[row],
+        train_item=np.concatenate([known.history, known.target]),
+        train_user=known.user,
+    )
+    found = by_segment(
+        evaluation.ranks,
+        rows,
+        width=evaluation.width,
+        resamples=run.config.evaluate.resamples,
+        seed=run.config.seed,
+    )
+    facts = {s: {n: asdict(e) for n, e in metrics.items()} for s, metrics in found.items()}
+    path = run.dir / "segments" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, json.dumps(facts, indent=2) + "\n")
+    return found

@@ -79,7 +79,8 @@ ADDED_SETTINGS = {
     "evaluate.exclude_seen", "evaluate.guide", "evaluate.wide", "data.fresh", "data.hold_back",
     "data.hold_back_by", "sft.rows", "learner.rows", "critic.rows", "serve.guide", "serve.wide",
     "learner.loss", "learner.ecpo_delta", "learner.window", "learner.anchor",
-    "learner.hint_weight", "learner.max_draws", "rollout.hints",
+    "learner.hint_weight", "learner.max_draws", "rollout.hints", "learner.attention",
+    "learner.gradient_checkpointing",
 }  # fmt: skip
 """Settings that came after the recording."""
 ADDED_SECTIONS = {"guide"}
@@ -87,6 +88,7 @@ ADDED_SECTIONS = {"guide"}
 ADDED_OPTIONS = {
     "orchard data import": {"--labels", "--encoding"},
     "orchard data sids": {"--max-without-signal", "--sample"},
+    "orchard evaluate": {"--segments"},
     "orchard fit": {"--policy"},
 }
 """Options of commands that came after the recording."""
