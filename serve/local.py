@@ -145,7 +145,7 @@ class LocalPolicy:
         """Histories as the policy reads them, items that the catalog lacks passed over."""
         rows: list[np.ndarray] = []
         for history in histories:
-            row, present = self.catalog.find(np.array(history, np.int64))
+            row, present = self.catalog.lookup(np.array(history, np.int64))
             rows.append(row[present][-self._max_history :])
         start = ragged.starts(np.array([len(row) for row in rows], np.int64))
         item = np.concatenate([np.zeros(0, np.int64), *rows])

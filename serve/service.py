@@ -305,7 +305,7 @@ class Service:
         request = resolved.request
         has_exclusions = bool(request.exclude or resolved.exclude_seen or request.filters)
         history = np.array(resolved.history, np.int64)
-        _, is_known = catalog_version.catalog.find(history)
+        _, is_known = catalog_version.catalog.lookup(history)
         is_full = self._exposure.add(
             answer, request_id=request_id, user=request.user,
             history=history[is_known][-self._max_history :].tolist(),  # as the policy reads it

@@ -1,4 +1,4 @@
-"""The examples of docs/extending.md work as printed."""
+"""The examples of docs/extending.md work as printed; docs/rewards.md has all rewards."""
 
 import re
 from collections.abc import Callable
@@ -22,7 +22,8 @@ from rollout.search.beam import beam
 from rollout.search_trees import build_search_trees
 from tests.fixtures.registries import Borrow
 
-PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE = (DOCS / "extending.md").read_text()
 SEARCH, ESTIMATOR, LOSS, REWARD = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 
@@ -87,3 +88,8 @@ def test_the_reward_pays_for_what_is_not_in_the_history(
     trees = trees_with(catalog, [leaf[[1, 2]], leaf[[1, 2]]], targets=[0, 0])
     trees = replace(trees, prompts=replace(trees.prompts, history=np.array([1, 4, 2, 5])))
     assert score_trees(trees, catalog, {"fresh": 1.0}).reward.tolist() == [0, 1, 1, 0]
+
+
+def test_every_reward_has_a_row() -> None:
+    page = (DOCS / "rewards.md").read_text()
+    assert set(REWARDS) <= set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))

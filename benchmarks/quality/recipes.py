@@ -135,9 +135,8 @@ def _seed(seed: int, changes: tuple[str, ...]) -> dict[str, dict[str, Evaluation
             evaluations["warm start"] = _judged(settings, WARM_START)
         evaluations[name] = _judged(settings, "policy")
     epoch_s = float(np.median(read_metrics(start.run_dir / FILE)["sft"]["sft/epoch_s"].value))
-    share = (
-        3 * pq.read_metadata(start.data.path / start.data.valid).num_rows / 4 / _train_rows(start)
-    )
+    num_fresh = 3 * _num_rows(start, start.data.valid) / 4
+    share = num_fresh / sum(_num_rows(start, name) for name in start.data.train)
     control = config.load(RUN, [
         *later, f"name={_folder('supervision, fresh rows', seed)}", "sft.rows=fresh",
         f"model.path={start.run_dir / WARM_START}", "sft.lr=5e-4",

@@ -283,13 +283,7 @@ def _sets(runs: list[Config], *, num_rows: int) -> tuple[list[Row], list[Figure]
         for kind, levels in rho.items()
     ]
     note = f"hits among {SET}, {SET_BUDGET} tokens, lower end of 95 %; mean {estimate.mean:+.4f}"
-    return table, [
-        figure("ved_best_in_set", estimate.low, "", asked="> 0", note=note),
-        *(figure(f"value_over_logprob_{k}", float(gap), "", asked="> 0",
-                 note="Spearman with a hit over 64 draws at temperature 1.5 for held-out prompts, "
-                 "value minus log-probability of the prefix")
-          for k, gap in enumerate(rho["value"] - rho["logprob"], 1)),
-    ]  # fmt: skip
+    return table, [figure("ved_best_in_set", estimate.low, "", asked="> 0", note=note)]
 
 
 def _look(search_fn: Search, engine: DecodingBackend, prompts: Prompts) -> Candidates:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from cluster.training.run import Run, prepare
 from orchard.data.prompts import Split
 from orchard.errors import ConfigError
 from orchard.policy.store import GUIDE
+from orchard.registry import Facts, Registry, import_plugins
 from orchard.scorers import checkpoint, listwise_ranker, prefix_critic, sasrec
 from orchard.scorers.fit_critic import (
     CRITIC_BACKENDS,
@@ -43,31 +45,41 @@ SHOWN = ("ndcg@10/item", "hr@10/item", "ndcg@10/sid", "hr@10/sid", "unseen_ndcg@
          "explained", "value_loss", "choice_loss")  # fmt: skip
 
 
-def fit(kind: str, settings: Config, policy: Path | None = None) -> None:
-    """Fit a model, evaluate it on the test rows, and save it where its users load it from.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitFacts(Facts):
+    """Properties of a model to fit."""
 
-    A guide is fitted to a `policy` and lies in its folder; nothing else takes one.
+    takes_policy: bool = False
+    """Whether the model is fitted to a policy, in whose folder it lies, and not to rows alone."""
+
+
+FITS: Registry[Callable[[Run], None], FitFacts] = Registry("model to fit", (), FitFacts())
+"""Functions that fit a model, evaluate it, and save it where its users load it from."""
+
+
+def fit(kind: str, settings: Config, policy: Path | None = None) -> None:
+    """Fit a model on the rows of a run, or to a policy of the run, by default its newest.
 
     Raises:
         ConfigError: the model is unknown, or a package that its backend needs is not installed.
     """
-    if kind == GUIDE:
-        return fit_guide(settings, policy)
+    import_plugins(settings.plugins)
+    FITS.check_name(kind, "KIND")
+    torch.set_num_threads(settings.learner.threads)
+    if FITS.facts(kind).takes_policy:
+        trained = settings.run_dir / "policy"
+        policy = policy or (trained if trained.is_dir() else None)
+        return FITS[kind](prepare(settings, "evaluate", policy=policy))
     if policy is not None:
         raise ConfigError(
             f"--policy = {policy} has no use for {kind}, which is fitted to rows alone; leave it "
             "out"
         )
-    if kind not in FITS:
-        raise ConfigError(
-            f"there is no model to fit for {kind!r}; choose {' or '.join((*FITS, GUIDE))}",
-            code="config.unknown_name",
-        )
-    torch.set_num_threads(settings.learner.threads)
     with run_lock.hold(settings.run_dir):
         FITS[kind](prepare(settings, "sft"))
 
 
+@FITS.register(sasrec.KIND)
 def fit_collaborative(run: Run) -> None:
     """Fit SASRec on the training rows and keep the best epoch on the validation rows."""
     settings, length = run.config.rewards.collaborative, run.config.data.max_history
@@ -86,6 +98,7 @@ def fit_collaborative(run: Run) -> None:
     _fit_and_save(run, sasrec.KIND, settings, "ndcg@10", work, {"num_items": len(run.catalog)})
 
 
+@FITS.register(listwise_ranker.KIND)
 def fit_listwise(run: Run) -> None:
     """Fit the listwise ranker on the training rows; keep the best epoch on the validation rows."""
     settings, length = run.config.rewards.listwise, run.config.data.max_history
@@ -101,6 +114,7 @@ def fit_listwise(run: Run) -> None:
     _fit_and_save(run, listwise_ranker.KIND, settings, "hit@1", work, counts)
 
 
+@FITS.register(prefix_critic.KIND)
 def fit_prefix_critic(run: Run) -> None:
     """Fit the prefix critic on trajectories of the training rows; keep the best validation epoch.
 
@@ -212,8 +226,4 @@ def _fit_and_save(
     typer.echo(f"model: {folder}")
 
 
-FITS: dict[str, Callable[[Run], None]] = {
-    sasrec.KIND: fit_collaborative,
-    listwise_ranker.KIND: fit_listwise,
-    prefix_critic.KIND: fit_prefix_critic,
-}
+FITS.register(GUIDE, FitFacts(takes_policy=True))(fit_guide)

@@ -3,38 +3,27 @@
 import time
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
-import torch
 import typer
 
 from cluster.console import Progress
-from cluster.training.run import Run, prepare
+from cluster.training.run import Run
 from orchard.data.prompts import make_prompts
 from orchard.guide import fit
 from orchard.guide.guide import Guide
 from orchard.policy.store import GUIDE, Policy
-from orchard.settings import Config
 from rollout.engine.torch import TorchEngine
 from rollout.search.beam import beam
 
 
-def fit_guide(settings: Config, policy: Path | None) -> None:
-    """Fit the guide of a policy folder, write it into the folder, and print its weights.
-
-    Args:
-        settings: configuration of the run whose rows are counted.
-        policy: policy folder; by default the trained policy, or else that of SFT.
+def fit_guide(run: Run) -> None:
+    """Fit the guide of the run's policy, write it into the policy folder, and print its weights.
 
     Raises:
         DataError: no beam on the validation rows holds its target.
     """
-    torch.set_num_threads(settings.learner.threads)
-    trained = settings.run_dir / "policy"
-    run = prepare(settings, "evaluate", policy=policy or (trained if trained.is_dir() else None))
-    started = time.perf_counter()
-    config = settings.guide
+    started, config = time.perf_counter(), run.config.guide
     counted = fit.count(run.catalog, run.leaf_rows, config.experts, most=config.pairs)
     opened = Policy.open(run.policy, run.tokenizer)
     lists = search_lists(run, opened)

@@ -89,7 +89,7 @@ def read_log(log: Path, rewards: Path, catalog: Catalog) -> LoggedRows:
         else:
             draws.append([row])
     first = [draw[0] for draw in draws]
-    found, listed = catalog.find(np.array([row["item_id"] for row in first], np.int64))
+    found, listed = catalog.lookup(np.array([row["item_id"] for row in first], np.int64))
     # The judged policy shows the first item of a leaf first: it draws no other one.
     shows = listed & (catalog.place_in_leaf[found] == 0)
     short = catalog.digest[:8]
@@ -205,7 +205,7 @@ def prompts_of(
     """
     rows: list[np.ndarray] = []
     for item_ids in history:
-        row, in_catalog = tokenizer.catalog.find(np.array(item_ids, dtype=np.int64))
+        row, in_catalog = tokenizer.catalog.lookup(np.array(item_ids, dtype=np.int64))
         rows.append(row[in_catalog][-(max_history or len(row) + 1) :])
     # Catalog rows of all histories, concatenated; history b is flat[start[b] : start[b + 1]].
     start = ragged.starts(np.array([len(row) for row in rows]))

@@ -27,7 +27,6 @@ from rollout.engine.registry import ENGINES
 from serve.app import Arguments, options
 from serve.shared_state import SharedState
 
-APPLICATION = "orchard"
 _SAID_ELSEWHERE = {"host", "port", "application", "route", "logs"}
 """Settings that a Serve config holds outside the endpoint's arguments, or that a cluster has."""
 

@@ -87,7 +87,7 @@ class Catalog:
         """Rows in ascending order of their identifiers."""
         return np.argsort(self.item_id, kind="stable")
 
-    def find(
+    def lookup(
         self, item_id: Int[np.ndarray, " R"]
     ) -> tuple[Int[np.ndarray, " R"], Bool[np.ndarray, " R"]]:
         """Look up the row of each identifier and whether it is in the catalog.
@@ -100,7 +100,7 @@ class Catalog:
 
     def rows(self, item_id: Int[np.ndarray, " R"]) -> Int[np.ndarray, " R"]:
         """Look up the row of each identifier; raises DataError if one is not in the catalog."""
-        row, known = self.find(item_id)
+        row, known = self.lookup(item_id)
         unknown = np.flatnonzero(~known)
         if len(unknown):
             raise DataError(

@@ -4,9 +4,9 @@ A search takes one snapshot and keeps it: catalog, view and items of a snapshot 
 Removing an item sets a tombstone, which is visible in the next snapshot. Added items stay in a
 delta until a compaction merges them: a code has a probability among its legal siblings, so new
 sequences need one new trie instead of an additional one, and the merged trie equals that of a full
-rebuild. Building it does not block searches; the swap is one assignment.
+rebuild. Merging does not block searches; the commit is one assignment.
 
-Until the swap, removed sequences stay in the policy's distribution, but no search returns them.
+Until the commit, removed sequences stay in the policy's distribution, but no search returns them.
 
 Shapes:  I items of the snapshot's catalog   F leaves   F1 = F + 1   M their items   R items
 """
@@ -116,7 +116,7 @@ class VersionedCatalog:
         }
         with self._lock:
             identifiers = np.fromiter(additions, np.int64, len(additions))
-            row, in_catalog = self._snapshot.catalog.find(identifiers)
+            row, in_catalog = self._snapshot.catalog.lookup(identifiers)
             taken = [
                 *row[in_catalog & self._snapshot.live[row]],
                 *(additions.keys() & self._delta.keys()),
@@ -139,7 +139,7 @@ class VersionedCatalog:
         with self._lock:
             current, pending = self._snapshot, requested & self._delta.keys()
             others = np.fromiter(requested - pending, np.int64, len(requested - pending))
-            row, in_catalog = current.catalog.find(others)
+            row, in_catalog = current.catalog.lookup(others)
             removable = in_catalog & current.live[row]
             if not removable.all():
                 raise DataError(
@@ -154,8 +154,8 @@ class VersionedCatalog:
                 live[row] = False
                 self._snapshot = _snapshot(current.version + 1, current.catalog, live)
 
-    def build(self) -> Compaction:
-        """Merge the current live items and delta for `swap`; takes as long as a full build.
+    def compact(self) -> Compaction:
+        """Merge the current live items and delta for `commit`; takes as long as a full build.
 
         Raises:
             CatalogError: no item is left, or the additions need an end marker that the first
@@ -165,11 +165,11 @@ class VersionedCatalog:
             base, delta = self._snapshot, dict(self._delta)
         return Compaction(base=base, delta=delta, merged=_merge(base, delta, self._first))
 
-    def swap(self, compaction: Compaction) -> None:
-        """Replace the catalog by the merged one and carry over the changes since `build`.
+    def commit(self, compaction: Compaction) -> None:
+        """Replace the catalog by the merged one and carry over the changes since `compact`.
 
         Raises:
-            CatalogError: another compaction was swapped in meanwhile.
+            CatalogError: another compaction was committed meanwhile.
         """
         base, merged = compaction.base, compaction.merged
         with self._lock:
@@ -177,7 +177,7 @@ class VersionedCatalog:
             if current.catalog is not base.catalog:
                 raise CatalogError(
                     f"the compaction started from catalog {base.catalog.digest[:12]}, which "
-                    f"{current.catalog.digest[:12]} has replaced; prepare another one"
+                    f"{current.catalog.digest[:12]} has replaced; compact again"
                 )
             # Merged items that are still pending; others were removed or replaced meanwhile.
             merged_in = {i for i, item in compaction.delta.items() if self._delta.get(i) is item}

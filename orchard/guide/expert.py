@@ -163,7 +163,7 @@ class ExpertScores:
         """Leaf of each pair."""
         return self.key % self.num_leaves
 
-    def find(
+    def lookup(
         self, prompt: Int64[np.ndarray, " Q"], leaf: Int64[np.ndarray, " Q"]
     ) -> tuple[Int64[np.ndarray, " Q"], Bool[np.ndarray, " Q"]]:
         """Return the index of each queried pair, and whether it was reached at all."""

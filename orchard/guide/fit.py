@@ -135,7 +135,7 @@ def features(
     All are 0 after a history that no expert knows.
     """
     scores = guide.scores(prompts)
-    place, reached = scores.find(prompt, leaf)
+    place, reached = scores.lookup(prompt, leaf)
     table = np.zeros((len(leaf), len(guide.terms) + 2))
     at = place[reached]
     for index, (term, column) in enumerate(zip(guide.terms, guide.column, strict=True)):

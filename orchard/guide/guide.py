@@ -121,7 +121,7 @@ class Guide:
     ) -> Float32[np.ndarray, " Q"]:
         """Return r of leaves to the prompts with the given indices."""
         scores = self.scores(prompts)
-        place, reached = scores.find(prompt, leaf)
+        place, reached = scores.lookup(prompt, leaf)
         value = self._static_of(leaf)
         value[reached] = self._reward(scores)[place[reached]]
         value[~scores.known[prompt]] = 0.0
@@ -140,7 +140,7 @@ class Guide:
     ) -> Float64[np.ndarray, "Q S"]:
         """Return the `summands` of r of leaves to the prompts with the given indices."""
         scores = self.scores(prompts)
-        place, reached = scores.find(prompt, leaf)
+        place, reached = scores.lookup(prompt, leaf)
         table = np.zeros((len(leaf), len(self.experts) + 2))
         for term, column in zip(self.terms, self.column, strict=True):
             score = np.where(reached, scores.score[place, column], 0.0) if len(scores.key) else 0.0

@@ -91,7 +91,7 @@ class CatalogVersion:
         ids = self.catalog.item_id
         count = np.zeros(len(ids))
         counted_ids = np.fromiter(self.popularity, np.int64, len(self.popularity))
-        rows, in_catalog = self.catalog.find(counted_ids)
+        rows, in_catalog = self.catalog.lookup(counted_ids)
         counts = np.fromiter(self.popularity.values(), float, len(counted_ids))
         # Popularity of each catalog row, 0 if it was not counted.
         count[rows[in_catalog]] = counts[in_catalog]
@@ -243,7 +243,7 @@ def _apply_changes(
     remove = list(delta.remove)
     # An update of codes or title removes the item and adds it again.
     for item in delta.update:
-        rows, in_catalog = old.catalog.find(np.array([item.item_id]))
+        rows, in_catalog = old.catalog.lookup(np.array([item.item_id]))
         if not (in_catalog[0] and old.live[rows[0]]):
             raise DataError(f"item {item.item_id} is to be changed and is not in the catalog")
         if item.sid is None and item.title is None:
@@ -259,7 +259,7 @@ def _apply_changes(
             raise CatalogError("the delta removes every item; leave at least one")
     if add:
         live.add([sid for _, sid, _ in add], [i for i, _, _ in add], [t for _, _, t in add])
-        live.swap(live.build())
+        live.commit(live.compact())
     attributes: dict[int, Mapping[str, Any]] = {
         item.item_id: item.attributes for item in (*delta.add, *delta.update)
     }

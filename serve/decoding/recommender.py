@@ -141,7 +141,7 @@ def read_queries(
     histories: list[Int64[np.ndarray, " H"]] = []
     unknown_items: list[int] = []
     for query in queries:
-        rows, in_catalog = catalog_version.catalog.find(query.history)
+        rows, in_catalog = catalog_version.catalog.lookup(query.history)
         histories.append(rows[in_catalog][-max_history:])
         unknown_items.append(int((~in_catalog).sum()))
     # Catalog rows of all histories, history q at start[q] : start[q + 1].
@@ -163,7 +163,7 @@ def excluded_rows(
     catalog_version: CatalogVersion, filtered: FilteredItems, query: Query
 ) -> Int64[np.ndarray, " X"]:
     """Return the distinct catalog rows of the filtered items that the query excludes."""
-    rows, in_catalog = catalog_version.catalog.find(query.exclude)
+    rows, in_catalog = catalog_version.catalog.lookup(query.exclude)
     rows = np.unique(rows[in_catalog])
     return rows[filtered.items[rows]]
 

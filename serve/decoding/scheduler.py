@@ -168,7 +168,7 @@ class DecodeScheduler:
         filtered = catalog_version.filtered_items(key.filters)
         for query, of_query in zip(queries, ranked, strict=True):
             ids = np.array([item.item_id for item in of_query.items], dtype=np.int64)
-            rows, in_catalog = catalog_version.catalog.find(ids)
+            rows, in_catalog = catalog_version.catalog.lookup(ids)
             illegal = ~in_catalog | ~filtered.items[rows] | np.isin(ids, query.exclude)
             if illegal.any():
                 num_illegal = int(illegal.sum())

@@ -16,7 +16,7 @@ def item_info(catalog_version: CatalogVersion, item_id: int) -> ItemInfo:
     catalog = catalog_version.catalog
     rows, in_catalog = np.zeros(1, np.int64), np.zeros(1, np.bool_)
     if -(2**63) <= item_id < 2**63:
-        rows, in_catalog = catalog.find(np.array([item_id], dtype=np.int64))
+        rows, in_catalog = catalog.lookup(np.array([item_id], dtype=np.int64))
     if not (in_catalog[0] and catalog_version.snapshot.live[rows[0]]):
         raise UnknownNameError(f"item {item_id} is not in the catalog")
     row = int(rows[0])

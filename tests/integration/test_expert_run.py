@@ -1,39 +1,24 @@
 """A run with a guide through Ray: warm start, guided training, plain and guided evaluation."""
 
-import asyncio
-from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import pytest
 
-from cluster.training.controller import Controller, start_controller
 from cluster.training.evaluate import GUIDED, UNSEEN, evaluate, evaluation_file
 from cluster.training.loop import train
-from cluster.training.run import Run, prepare
+from cluster.training.run import prepare
 from cluster.training.run_dir import open_run_dir
 from cluster.training.sft import sft
 from orchard import config
 from orchard.guide import fit
 from orchard.policy.store import GUIDE, open_guide
 from orchard.tracking.metrics_log import read_metrics
+from tests.fixtures.begun import in_a_controller
 from tests.fixtures.runs import TinyRun
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
-
-T = TypeVar("T")
-
-
-def in_a_controller(phase: Callable[[Controller], Awaitable[T]], run: Run) -> T:
-    """Run one phase in a new controller and return its result."""
-
-    async def work() -> T:
-        async with start_controller(run) as controller:
-            return await phase(controller)
-
-    return asyncio.run(work())
 
 
 def test_a_guide_guides_training_and_evaluation(data: Path, tiny_run: TinyRun) -> None:

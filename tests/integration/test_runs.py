@@ -2,9 +2,8 @@
 
 import asyncio
 import shutil
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +16,6 @@ from cluster.training.controller import Controller, start_controller
 from cluster.training.evaluate import evaluate, evaluation_file
 from cluster.training.loop import train
 from cluster.training.run import Run, prepare
-from cluster.training.run_dir import open_run_dir, save_policy
 from cluster.training.sft import sft
 from orchard import config
 from orchard.catalog.catalog import load
@@ -30,11 +28,10 @@ from orchard.settings import Config
 from orchard.testing import save_model_folder, tiny_policy, tiny_title_tokenizer
 from orchard.tracking.metrics_log import read_metrics
 from orchard.types import PolicyVersion
+from tests.fixtures.begun import in_a_controller, untrained
 from tests.fixtures.runs import TinyRun
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
-
-T = TypeVar("T")
 
 
 @pytest.fixture
@@ -50,26 +47,6 @@ def settings(data: Path, tiny_run: TinyRun) -> Callable[..., Config]:
         checkpoint={"every": 2},
     )
     return lambda *changes: config.load(path, changes)
-
-
-def untrained(settings: Config) -> None:
-    """Create a run folder whose SFT policy has random weights."""
-    run = prepare(settings, "sft")
-    open_run_dir(run)
-    first = model.create(run.config.model, run.tokenizer, seed=0)
-    save_policy(
-        run, run.result, PolicyVersion(step=0, digest=digest(snapshot(first))), snapshot(first)
-    )
-
-
-def in_a_controller(phase: Callable[[Controller], Awaitable[T]], run: Run) -> T:
-    """Run one phase in a new controller and return its result."""
-
-    async def work() -> T:
-        async with start_controller(run) as controller:
-            return await phase(controller)
-
-    return asyncio.run(work())
 
 
 async def taught_and_improved(controller: Controller) -> PolicyVersion:

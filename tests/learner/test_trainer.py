@@ -1,66 +1,19 @@
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from learner import checkpoint
-from learner.advantage.estimators import ESTIMATORS
 from learner.batch import sft
-from learner.batch.pack import make_batch, pack
+from learner.batch.pack import make_batch
 from learner.trainer import Trainer, apply_tis
-from orchard.catalog.catalog import Catalog
-from orchard.data.prompts import TrainingWindows
-from orchard.errors import CheckpointError, UpdateError
 from orchard.policy.model import add_dropout
 from orchard.policy.weights import digest, snapshot
-from orchard.settings import KlConfig, LearnerConfig
-from orchard.testing import tiny_catalog, tiny_policy, tiny_prompts
-from orchard.types import PolicyVersion, Prompts, ScoredTrees, TrainBatch
-from rewards.score import score_trees
+from orchard.settings import KlConfig
+from orchard.testing import tiny_policy, tiny_prompts
 from rollout.engine.torch import TorchEngine
-from rollout.search import beam
 from rollout.search.add_target import score_leaf
-from rollout.search_trees import build_search_trees
-
-ITEMS = tiny_catalog(num_items=40)
-FIRST = PolicyVersion(step=0, digest="")
-BRISK = LearnerConfig(lr=3e-3, warmup=0.0, final_lr=1.0, grad_clip=1.0)
-
-
-def make_trainer(config: LearnerConfig = BRISK, *, total_steps: int = 100) -> Trainer:
-    model, tokenizer = tiny_policy(ITEMS)
-    return Trainer(model, tokenizer, config, total_steps=total_steps)
-
-
-def replace_settings(config: LearnerConfig, **changes: float) -> LearnerConfig:
-    return config.model_copy(update=changes)
-
-
-def scored(trainer: Trainer, prompts: Prompts, catalog: Catalog = ITEMS) -> ScoredTrees:
-    tokenizer = tiny_policy(catalog)[1]
-    engine = TorchEngine(trainer.policy, tokenizer, FIRST)
-    candidates = beam.beam(engine, prompts, width=8)
-    trees = build_search_trees(prompts, candidates, tokenizer, FIRST)
-    return score_trees(trees, catalog, {"rule": 1.0, "ranking": 1.0, "prefix": 0.5})
-
-
-def batch(trainer: Trainer, prompts: Prompts) -> TrainBatch:
-    trees = scored(trainer, prompts)
-    return pack(trees, [ESTIMATORS["group"](trees, 1e-4)], tiny_policy(ITEMS)[1])
-
-
-def windows(*, forced: bool = False) -> TrainBatch:
-    draw = np.random.default_rng(0)
-    sequences = TrainingWindows(
-        item=draw.integers(len(ITEMS), size=24),
-        start=np.arange(0, 25, 4),
-        fresh=np.zeros(6, np.int64),
-    )
-    tokenizer = tiny_policy(ITEMS)[1]
-    return sft.pack_sequences(sequences, np.arange(6), tokenizer, FIRST, forced=forced)
+from tests.fixtures.trainers import BRISK, FIRST, ITEMS, batch, make_trainer, scored, windows
 
 
 def test_supervision_raises_the_likelihood_of_its_sequences() -> None:
@@ -189,169 +142,6 @@ def test_micro_batches_give_the_update_of_the_whole() -> None:
     cut.rl_step(rows)
     for a, b in zip(whole.policy.parameters(), cut.policy.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-5)
-
-
-def test_a_resumed_learner_continues_bit_for_bit(tmp_path: Path) -> None:
-    prompts = [tiny_prompts(ITEMS, [1, 4, 2], seed=seed) for seed in range(6)]
-    straight = make_trainer()
-    for group in prompts:
-        straight.rl_step(batch(straight, group))
-
-    first = make_trainer()
-    for group in prompts[:3]:
-        first.rl_step(batch(first, group))
-    checkpoint.save(first, tmp_path, number=3, catalog=ITEMS.digest, write=True)
-    second = make_trainer()
-    assert checkpoint.load(second, tmp_path, catalog=ITEMS.digest) == 3
-    for group in prompts[3:]:
-        second.rl_step(batch(second, group))
-    assert digest(snapshot(second.policy)) == digest(snapshot(straight.policy))
-    assert second.updates == straight.updates
-
-
-def test_a_checkpoint_of_another_catalog_or_model_is_refused(tmp_path: Path) -> None:
-    trainer = make_trainer()
-    checkpoint.save(trainer, tmp_path, number=1, catalog=ITEMS.digest, write=True)
-    with pytest.raises(CheckpointError, match="another"):
-        checkpoint.load(trainer, tmp_path, catalog=replace(ITEMS, digest="0" * 64).digest)
-    other = tiny_catalog(level_size=(5, 4, 9), num_items=40)
-    model, tokenizer = tiny_policy(other)
-    stranger = Trainer(model, tokenizer, BRISK, total_steps=1)
-    with pytest.raises(CheckpointError, match="does not fit"):
-        checkpoint.load(stranger, tmp_path, catalog=ITEMS.digest)
-    with pytest.raises(CheckpointError, match=r"holds no learner\.pt"):
-        checkpoint.load(trainer, tmp_path / "empty", catalog=ITEMS.digest)
-
-
-def state_after(trainer: Trainer) -> str:
-    """Digest of everything that an update changes."""
-    tensors = [value for group in trainer.optimizer.state.values() for value in group.values()]
-    moments = "".join(repr(torch.as_tensor(value).double().sum().item()) for value in tensors)
-    return f"{digest(snapshot(trainer.policy))} {trainer.updates} {moments}"
-
-
-def test_an_update_with_values_that_are_not_finite_is_not_applied() -> None:
-    trainer = make_trainer()
-    good = batch(trainer, tiny_prompts(ITEMS, [1, 4, 2]))
-    trainer.rl_step(good)
-    before = state_after(trainer)
-    bad = replace(good, advantage_pos=np.full_like(good.advantage_pos, np.nan))
-    with pytest.raises(UpdateError, match="update 2 was not applied.*advantages.*not finite"):
-        trainer.rl_step(bad)
-    assert state_after(trainer) == before
-    trainer.rl_step(good)
-    assert trainer.updates == 2
-
-
-@pytest.mark.parametrize(("section", "value"), [("learner", 1e25), ("sft", 1e25)])
-def test_a_rate_that_drove_the_weights_out_of_range_is_named(section: str, value: float) -> None:
-    trainer = make_trainer(replace_settings(BRISK, lr=value))
-    update = (
-        (lambda: trainer.rl_step(good)) if section == "learner"
-        else (lambda: trainer.sft_step(windows()))
-    )  # fmt: skip
-    good = batch(trainer, tiny_prompts(ITEMS, [1, 4, 2]))
-    update()
-    before = state_after(trainer)
-    with pytest.raises(
-        UpdateError, match=rf"1 updates at {section}.lr = 1e\+25 .* weights as large"
-    ):
-        update()
-    assert state_after(trainer) == before
-    with pytest.raises(UpdateError, match=f"after update 1 .* lower {section}.lr"):
-        trainer.check_logprobs(np.array([0.5, np.nan], dtype=np.float32))
-
-
-def test_a_policy_that_is_damaged_from_the_start_is_not_blamed_on_a_rate() -> None:
-    trainer = make_trainer()
-    with torch.no_grad():
-        next(trainer.policy.parameters()).fill_(torch.nan)
-    with pytest.raises(UpdateError, match="the policy that training starts from has such weights"):
-        trainer.sft_step(windows())
-
-
-def test_an_extended_run_follows_the_rates_of_a_run_of_the_new_length(tmp_path: Path) -> None:
-    config = replace_settings(BRISK, warmup=0.1, final_lr=0.1)
-
-    def rates(trainer: Trainer, updates: int) -> list[float]:
-        return [trainer.sft_step(windows())["lr"] for _ in range(updates)]
-
-    short, long = make_trainer(config, total_steps=4), make_trainer(config, total_steps=12)
-    expected = rates(long, 12)
-    assert rates(short, 4)[-1] < expected[3]
-    checkpoint.save(short, tmp_path, number=4, catalog=ITEMS.digest, write=True)
-    extended = make_trainer(config, total_steps=12)
-    checkpoint.load(extended, tmp_path, catalog=ITEMS.digest)
-    assert rates(extended, 8) == expected[4:]
-
-
-def test_a_checkpoint_that_is_cut_short_is_refused_in_a_sentence(tmp_path: Path) -> None:
-    trainer, file = make_trainer(), tmp_path / checkpoint.FILE
-    checkpoint.save(trainer, tmp_path, number=1, catalog=ITEMS.digest, write=True)
-    assert checkpoint.damage(tmp_path) == ""
-    whole = file.read_bytes()
-    for content, reason in (
-        (whole[: len(whole) // 2], "bytes"),
-        (b"", "0 of"),
-        (whole[:900] + b"zorg" + whole[904:], "has changed since it was written"),
-    ):
-        file.write_bytes(content)
-        assert reason in checkpoint.damage(tmp_path)
-    for content in (whole[: len(whole) // 2], b"", b"\x80", b"no checkpoint at all"):
-        file.write_bytes(content)
-        with pytest.raises(CheckpointError, match="cannot be read .* restore it from a copy"):
-            checkpoint.load(trainer, tmp_path, catalog=ITEMS.digest)
-
-
-def test_a_checkpoint_of_another_version_is_refused_in_a_sentence(tmp_path: Path) -> None:
-    trainer, file = make_trainer(), tmp_path / checkpoint.FILE
-    checkpoint.save(trainer, tmp_path, number=1, catalog=ITEMS.digest, write=True, data="1" * 64)
-    state = torch.load(file, weights_only=True)
-
-    def changed(**values: object) -> None:
-        new = {**state, **values}
-        torch.save({name: value for name, value in new.items() if value is not None}, file)
-
-    changed(format=99)
-    with pytest.raises(CheckpointError, match="another version of Orchard: it has format 99"):
-        checkpoint.load(trainer, tmp_path, catalog=ITEMS.digest)
-    changed(optimizer=None, updates=None)
-    with pytest.raises(CheckpointError, match="it lacks optimizer, updates"):
-        checkpoint.load(trainer, tmp_path, catalog=ITEMS.digest)
-    torch.save([1, 2], file)
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        checkpoint.load(trainer, tmp_path, catalog=ITEMS.digest)
-    changed(format=None, data=None)  # as it was before it named either
-    assert checkpoint.load(trainer, tmp_path, catalog=ITEMS.digest, data="2" * 64) == 1
-    changed()
-    with pytest.raises(CheckpointError, match="was made with training rows 111111111111"):
-        checkpoint.load(trainer, tmp_path, catalog=ITEMS.digest, data="2" * 64)
-
-
-def test_a_run_goes_on_from_the_newest_checkpoint_that_is_whole(tmp_path: Path) -> None:
-    trainer, record = make_trainer(), tmp_path / checkpoint.RECORD
-    assert checkpoint.recover(tmp_path) is None
-    for number in (2, 4):
-        folder = tmp_path / checkpoint.folder_of(number)
-        folder.mkdir()
-        checkpoint.save(trainer, folder, number=number, catalog=ITEMS.digest, write=True)
-    listed = json.dumps({"checkpoint_results": ["job_000002", "job_000004"]})
-    record.write_text(listed)
-    assert checkpoint.recover(tmp_path) is None
-    assert record.is_file()
-    record.write_text(listed[:40])
-    assert checkpoint.recover(tmp_path) == tmp_path / "job_000004"
-    assert not record.exists()
-    record.write_text(listed)
-    newest = tmp_path / "job_000004" / checkpoint.FILE
-    newest.write_bytes(newest.read_bytes()[:-1])
-    assert checkpoint.recover(tmp_path) == tmp_path / "job_000002"
-    assert (tmp_path / "damaged_job_000004").is_dir()
-    record.write_text(listed)
-    (tmp_path / "job_000002" / checkpoint.FILE).unlink()
-    with pytest.raises(CheckpointError, match=r"none of the checkpoints .* holds no learner\.pt"):
-        checkpoint.recover(tmp_path)
-    assert record.is_file()
 
 
 def test_truncated_weights_replace_an_older_behaviour() -> None:

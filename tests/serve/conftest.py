@@ -1,14 +1,19 @@
-"""Fixtures: a tiny served catalog, and brute-force scores of its items."""
+"""Fixtures: a tiny served catalog, its folder, and brute-force scores of its items."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
 
 from orchard.policy import value_head
 from orchard.testing import TinySetup, brute_force, tiny_setup
 from rollout.engine.torch import TorchEngine
-from serve.testing import TinyShop, make_catalog_store
+from serve.testing import TinyShop, export_policy, make_catalog_store
+from tests.fixtures.endpoint import TOKEN
 
 
 @pytest.fixture(scope="session")
@@ -36,3 +41,28 @@ def leaf_logprob(shop_world: TinySetup) -> Callable[[list[int]], np.ndarray]:
         return brute_force(world.model, world.tokenizer, token)
 
     return score
+
+
+@pytest.fixture
+def folder(shop_world: TinySetup, tmp_path: Path, _operator_token: None) -> Path:
+    """Export a policy as training does, with all files that the settings can refer to."""
+    export_policy(shop_world, tmp_path / "policy", step=3)
+    ids = np.arange(40)
+    pq.write_table(
+        pa.table({"item_id": ids, "price": ids % 7, "stock": ids % 2 == 0}),
+        tmp_path / "attributes.parquet",
+    )
+    pq.write_table(pa.table({"item_id": ids, "count": 40 - ids}), tmp_path / "popularity.parquet")
+    pq.write_table(
+        pa.table({"user_id": ["ann", "bob"], "history": [[1, 2, 3], [30]]}),
+        tmp_path / "histories.parquet",
+    )
+    return tmp_path / "policy"
+
+
+@pytest.fixture
+def _operator_token(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("ORCHARD_SERVE_TOKEN", TOKEN)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

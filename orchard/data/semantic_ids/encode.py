@@ -83,7 +83,7 @@ def encode(folder: Path, items_path: Path, out: Path, options: EncodeOptions) ->
         raise DataError(
             f"item {values[np.argmax(count)]} is in {items_path} several times; keep one"
         )
-    row, is_known = known.table.find(ids)
+    row, is_known = known.table.lookup(ids)
     check_same_bundle(known, items, ids, row, is_known, items_path)
     assigned = None
     if not is_known.all():

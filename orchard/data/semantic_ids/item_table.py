@@ -54,7 +54,7 @@ class ItemTable:
         hasher.update(np.ascontiguousarray(self.sid[self._order]).tobytes())
         return hasher.hexdigest()
 
-    def find(
+    def lookup(
         self, item_id: Int[np.ndarray, " R"]
     ) -> tuple[Int64[np.ndarray, " R"], Bool[np.ndarray, " R"]]:
         """Return the row of each item, and whether it is in the table."""

@@ -48,4 +48,4 @@ def test_a_reward_without_a_model_has_nothing_to_fit(
 ) -> None:
     with pytest.raises(SystemExit):
         cli.main(["fit", name, str(world)])
-    assert "choose collaborative or listwise" in capsys.readouterr().err
+    assert "choose from collaborative, listwise, critic, guide" in capsys.readouterr().err

@@ -9,16 +9,14 @@ import pytest
 from cluster.cli import app as cli
 from cluster.training.evaluate import excludes_seen, guide_to_evaluate, without_seen
 from cluster.training.run import Run, prepare
-from cluster.training.run_dir import open_run_dir, save_policy, saved_policy
+from cluster.training.run_dir import save_policy, saved_policy
 from orchard import config, ragged
 from orchard.data.prompts import make_prompts
 from orchard.data.synthetic import write_world
 from orchard.errors import ConfigError
-from orchard.policy import model
 from orchard.policy.store import open_guide
-from orchard.policy.weights import digest, snapshot
-from orchard.types import PolicyVersion
 from rollout.actor import RolloutWorker
+from tests.fixtures.begun import untrained
 from tests.fixtures.runs import TINY_WORLD
 
 
@@ -46,16 +44,8 @@ def file(data: Path, tmp_path: Path) -> Path:
         guide = "expert"
         """
     )
-    start(path)
+    untrained(config.load(path))
     return path
-
-
-def start(file: Path) -> None:
-    """Create an SFT policy."""
-    first = prepare(config.load(file), "sft")
-    open_run_dir(first)
-    weights = snapshot(model.create(first.config.model, first.tokenizer, seed=0))
-    save_policy(first, first.result, PolicyVersion(step=0, digest=digest(weights)), weights)
 
 
 def worker(run: Run) -> RolloutWorker:

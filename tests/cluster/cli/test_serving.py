@@ -290,7 +290,7 @@ def test_every_metric_is_scraped_and_a_redeployed_replica_loses_no_request(
             (first,) = replicas()
             wider = arguments.serve.model_copy(update={"width": 60})
             changed = build(arguments.model_copy(update={"serve": wider}))
-            redeploy = asyncio.to_thread(ray_serve.run, changed, name=serving.APPLICATION)
+            redeploy = asyncio.to_thread(ray_serve.run, changed, name="orchard")
             seen = await under_load(client, {"history": [1]}, 10.0, redeploy)
             assert {tuple(codes) for codes in seen} == {(200,)}
             assert (await client.post("/v1/recommend", json={"history": [1]})).json()["width"] == 60

@@ -52,6 +52,7 @@ def test_a_setting_takes_every_registered_name_and_no_other(setting: str) -> Non
              "evaluate.engine=vllm"],
         ),
         ("no_values", ["rollout.search=ved"]),
+        ("no_values", ["rollout.search=ved", "rollout.ved.guide=head"]),
         ("outcome_without_weight", ["learner.value.outcome={transition=1.0}"]),
         ("ratio_of_steps", ["learner.ratio=sequence", "learner.estimator=sibling"]),
         ("ratio_of_steps", ["learner.ratio=sequence", "learner.estimator=group_sibling"]),
@@ -79,6 +80,7 @@ def test_what_cannot_work_is_refused_by_code(code: str, overrides: list[str]) ->
     "overrides",
     [
         ["rollout.search=ved", "rollout.ved.guide=critic"],
+        ["rollout.search=ved", "rollout.ved.guide=head", "model.value_head=true"],
         ["rollout.search=ved", "model.value_head=true", "rollout.engine=vllm"],
         ["rollout.search=ved", "model.value_head=true", "rollout.engine=torch"],
         ["rollout.engine=torch", "model.value_head=true", "rollout.decode=requests"],

@@ -67,7 +67,7 @@ class Model:
 
     def prepare(self, _: None) -> None:
         rows = self.found | self.waiting
-        compaction = self.live.build()
+        compaction = self.live.compact()
         assert compaction.merged.digest == made_anew(rows).digest
         assert torch.equal(compaction.merged.trie.code, made_anew(rows).trie.code)
         self.prepared = compaction, rows
@@ -75,7 +75,7 @@ class Model:
     def swap(self, _: None) -> None:
         if self.prepared is not None:
             compaction, rows = self.prepared
-            self.live.swap(compaction)
+            self.live.commit(compaction)
             there = self.found | self.waiting
             self.found = {item: sid for item, sid in rows.items() if item in there}
             self.waiting = {i: sid for i, sid in self.waiting.items() if i not in rows}
@@ -124,12 +124,12 @@ def test_removed_items_leave_their_leaf_to_the_others() -> None:
 
 def test_an_identifier_may_return_with_other_codes() -> None:
     live = VersionedCatalog(from_codes(BASE, varying_depth=True))
-    compaction = live.build()
+    compaction = live.compact()
     live.remove([5])
     live.add([[2, 2]], [5], ["again"])
-    live.swap(compaction)
+    live.commit(compaction)
     assert 5 not in offered(live.snapshot)
-    live.swap(live.build())
+    live.commit(live.compact())
     assert offered(live.snapshot)[5] == [2, 2]
     assert live.snapshot.catalog.title[-1] == "again"
     assert waiting(live) == 0
@@ -164,9 +164,9 @@ def test_codes_that_no_policy_knows_are_refused() -> None:
     uneven = VersionedCatalog(from_codes([[0, 1], [1]], varying_depth=True))
     uneven.add([[0]], [7])
     with pytest.raises(CatalogError, match="need an end marker at level 2, of which .* 2 codes"):
-        uneven.build()
+        uneven.compact()
     uneven.remove([7])
-    assert uneven.build().merged.digest == uneven.snapshot.catalog.digest
+    assert uneven.compact().merged.digest == uneven.snapshot.catalog.digest
 
 
 def test_a_catalog_of_tombstones_offers_nothing_and_cannot_be_compacted() -> None:
@@ -174,15 +174,15 @@ def test_a_catalog_of_tombstones_offers_nothing_and_cannot_be_compacted() -> Non
     live.remove([0, 1])
     assert offered(live.snapshot) == {}
     with pytest.raises(CatalogError, match="no items"):
-        live.build()
+        live.compact()
 
 
 def test_of_two_compactions_of_one_catalog_the_second_is_refused() -> None:
     live = VersionedCatalog(from_codes([[0], [1], [2]]))
-    one, other = live.build(), live.build()
-    live.swap(one)
-    with pytest.raises(CatalogError, match="has replaced; prepare another one"):
-        live.swap(other)
+    one, other = live.compact(), live.compact()
+    live.commit(one)
+    with pytest.raises(CatalogError, match="has replaced; compact again"):
+        live.commit(other)
 
 
 def test_titles_change_as_semantic_ids_do() -> None:
@@ -193,7 +193,7 @@ def test_titles_change_as_semantic_ids_do() -> None:
         live.add([[0, 1, 2]], [7])
     live.add([[0]], [7])
     live.remove([1])
-    live.swap(live.build())
+    live.commit(live.compact())
     expected = from_codes(
         [[0, 1], [0]], item_id=np.array([0, 7]), varying_depth=True, code_token=tokens
     )
@@ -207,7 +207,7 @@ def test_a_fork_and_its_origin_do_not_see_each_others_changes() -> None:
     twin = origin.copy()
     twin.remove([0])
     origin.add([[2, 2, 2]], [51])
-    twin.swap(twin.build())
+    twin.commit(twin.compact())
     assert sorted(offered(origin.snapshot)) == [0, 1, 2, 3, 4, 5]
     assert sorted(offered(twin.snapshot)) == [1, 2, 3, 4, 5, 50]
     assert (waiting(origin), waiting(twin)) == (2, 0)

@@ -23,7 +23,7 @@ def changed(catalog: Catalog, *, seed: int) -> Catalog:
     new = [tuple(draw.integers(size) for size in sizes) for _ in range(8)]
     codes = [tuple(map(int, sid)) for sid in (*new, *plain[:2])]
     live.add(codes, list(range(1000, 1000 + len(codes))))
-    live.swap(live.build())
+    live.commit(live.compact())
     return live.snapshot.catalog
 
 

@@ -8,15 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from orchard.catalog.catalog import from_codes
+from orchard.catalog.catalog import Catalog, from_codes
 from orchard.catalog.view import CatalogView, view_of_leaves
+from orchard.settings import VedConfig
 from orchard.testing import TinySetup, tiny_setup
 from rollout.engine.payload import CAPACITY, PayloadDecoder, PayloadEncoder
 from rollout.engine.torch import TorchEngine
 from rollout.item_filter import ItemFilter
 from rollout.search.beam import beam
 from rollout.search.sampling import dynamic
+from rollout.search.ved.search import ved
 from tests.fixtures.guides import random_guide
+from tests.fixtures.values import critic_of
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +118,17 @@ def test_a_guide_travels_once(world: TinySetup) -> None:
 def test_views_differ_in_digest_where_they_differ_in_what_is_live(world: TinySetup) -> None:
     assert view(world, 0).digest == view(world, 0).digest != view(world, 1).digest
     assert replace(view(world, 0), catalog="other").digest != view(world, 0).digest
+
+
+def test_a_critic_travels_to_a_worker_without_its_catalog() -> None:
+    sender, critic = PayloadEncoder(), critic_of()
+    find = partial(ved, settings=VedConfig(), count=6, seed=0, critic=critic)
+    first, second = sender.encode(find), sender.encode(find)
+    assert [type(one) for one in first.new.values()] == [Catalog]
+    assert not second.new
+    arrived = PayloadDecoder(torch.device("cpu"))
+    arrived.decode(first)
+    again = cast(Any, arrived.decode(second)).keywords["critic"]
+    table, node = torch.tensor([[3, 4, -1]]), torch.tensor([[0, 1]])
+    for here, there in zip(critic.eval()(table, node), again.eval()(table, node), strict=True):
+        torch.testing.assert_close(here, there)

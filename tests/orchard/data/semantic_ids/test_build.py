@@ -1,10 +1,7 @@
 """Semantic IDs: quantised, balanced, settled, measured."""
 
 import json
-import math
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -12,19 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import BertPreTokenizer
-from transformers import PreTrainedTokenizerFast
 
 pytest.importorskip("faiss", reason="faiss is not installed; `make env` brings it")
 pytest.importorskip("sklearn", reason="scikit-learn is not installed; `make env` brings it")
 
-from orchard import ragged
 from orchard.catalog import catalog as catalogs
-from orchard.data.semantic_ids import embed, rqvae, title_encoder
+from orchard.data.semantic_ids import rqvae
 from orchard.data.semantic_ids.build import (
     EMBEDDINGS,
     PICTURE,
@@ -35,231 +25,9 @@ from orchard.data.semantic_ids.build import (
 )
 from orchard.data.semantic_ids.collisions import (
     POLICIES,
-    ResolvedCodes,
-    extra_level,
-    keep,
-    reassign,
 )
-from orchard.data.semantic_ids.measure import measure_codes
-from orchard.data.semantic_ids.projection import Projection
-from orchard.data.semantic_ids.quantize import Quantized, distances, match, quantize
 from orchard.errors import ConfigError, DataError
-
-
-def blobs(per: int = 10, *, seed: int = 0) -> np.ndarray[Any, Any]:
-    """Four coarse groups of four fine ones each, far apart at each scale."""
-    draw = np.random.default_rng(seed)
-    coarse = np.repeat(100 * np.eye(8, dtype=np.float32)[:4], 4 * per, axis=0)
-    fine = np.tile(np.repeat(10 * np.eye(8, dtype=np.float32)[4:], per, axis=0), (4, 1))
-    return (coarse + fine + 0.1 * draw.standard_normal(coarse.shape)).astype(np.float32)
-
-
-def of_codes(codes: list[list[int]], *, last: int = 4) -> Quantized:
-    """Codes whose items lie on the centroids of their last level, on a line."""
-    book = np.arange(last, dtype=np.float32)[:, None]
-    table = np.array(codes)
-    return Quantized(
-        codes=table,
-        codebook=(book, book),
-        error=np.zeros(2),
-        last=book[table[:, -1]],
-        projection=Projection(mean=np.zeros(1, dtype=np.float32)),
-    )
-
-
-def test_a_title_that_names_a_special_token_is_embedded_as_text(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The library is a stand-in; its tokenizer, which decides, is a real one."""
-    words = ["[PAD]", "[UNK]", "[", "]", "PAD", "red", "shoe"]
-    vocabulary = WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]")
-    inner = Tokenizer(vocabulary)
-    inner.pre_tokenizer = BertPreTokenizer()
-    special = {"pad_token": "[PAD]", "unk_token": "[UNK]"}
-
-    class Counting:
-        """Embeds a title as the counts of its tokens."""
-
-        def __init__(self, folder: str, *, local_files_only: bool) -> None:
-            self.tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, **special)
-
-        def encode(self, titles: list[str], **_: object) -> np.ndarray:
-            rows = self.tokenizer(titles, add_special_tokens=False)["input_ids"]
-            return np.stack([np.bincount(row, minlength=len(words)) for row in rows])
-
-    library = ModuleType("sentence_transformers")
-    monkeypatch.setattr(library, "SentenceTransformer", Counting, raising=False)
-    monkeypatch.setitem(sys.modules, "sentence_transformers", library)
-    for file in ("config.json", "model.safetensors"):
-        (tmp_path / file).touch()
-    vectors = embed.of_model(["red [PAD] shoe", "red shoe"], tmp_path)
-    assert vectors.tolist() == [[0, 0, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1, 1]]
-
-
-def test_levels_find_the_scales_of_the_data() -> None:
-    points = blobs()
-    found = quantize(points, (4, 4))
-    coarse, fine = np.repeat(np.arange(4), 40), np.tile(np.repeat(np.arange(4), 10), 4)
-    for level, truth in enumerate((coarse, fine)):
-        pairs = np.unique(np.stack([found.codes[:, level], truth]), axis=1)
-        assert pairs.shape[1] == 4  # one to one
-    assert 1 > found.error[0] > 100 * found.error[1] > 0
-
-
-def test_residuals_add_up_to_the_embedding() -> None:
-    points = np.random.default_rng(0).standard_normal((200, 6)).astype(np.float32)
-    found = quantize(points, (8, 8, 8))
-    parts = [book[found.codes[:, level]] for level, book in enumerate(found.codebook)]
-    centred = points - points.mean(0)
-    rest = ((centred - sum(parts)) ** 2).sum() / (centred**2).sum()
-    assert rest == pytest.approx(found.error[-1], rel=1e-4)
-    assert (np.diff(found.error) < 0).all()
-    again = quantize(points, (8, 8, 8))
-    assert (again.codes == found.codes).all()
-
-
-@given(st.integers(2, 40), st.integers(2, 6), st.integers(0, 1000))
-@settings(max_examples=25)
-def test_a_match_fits_and_is_stable(items: int, codes: int, seed: int) -> None:
-    distance = np.random.default_rng(seed).random((items, codes), dtype=np.float32)
-    most = math.ceil(items / codes)
-    code = match(distance, most)
-    own = distance[np.arange(items), code]
-    count = np.bincount(code, minlength=codes)
-    assert count.max() <= most
-    for item in range(items):
-        for other in np.flatnonzero(distance[item] < own[item]):
-            assert count[other] == most
-            assert own[code == other].max() <= distance[item, other]
-
-
-def test_balanced_codes_are_used_alike() -> None:
-    draw = np.random.default_rng(0)
-    skewed = (draw.standard_normal((300, 4)) * np.array([9, 1, 1, 1])).astype(np.float32)
-    plain, even = (quantize(skewed, (7, 7), balanced=b) for b in (False, True))
-    for level in (0, 1):
-        assert np.bincount(even.codes[:, level]).max() <= math.ceil(300 / 7)
-    assert np.bincount(plain.codes[:, 0]).max() > math.ceil(300 / 7)
-    assert even.error[-1] < 1
-
-
-def test_a_learned_quantiser_recovers_the_scales_of_the_data_and_repeats_itself(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(rqvae, "_UPDATES", 100)
-    points, before = blobs(), torch.random.get_rng_state()
-    found = rqvae.quantize_learned(points, (4, 4))
-    assert torch.equal(before, torch.random.get_rng_state())
-    pairs = np.unique(np.stack([found.codes[:, 0], np.repeat(np.arange(4), 40)]), axis=1)
-    assert pairs.shape[1] == 4  # one to one
-    assert 1 > found.error[0] > found.error[1] > 0
-    near = distances(found.last, found.codebook[-1]).argmin(1)
-    assert (near == found.codes[:, -1]).all()
-    again, other = (rqvae.quantize_learned(points, (4, 4), seed=seed) for seed in (0, 1))
-    assert (again.codes == found.codes).all()
-    assert (again.codebook[0] == found.codebook[0]).all()
-    assert (other.codebook[0] != found.codebook[0]).any()
-    with pytest.raises(DataError, match="lower --levels"):
-        rqvae.quantize_learned(points[:3], (4, 4))
-
-
-def test_gradients_pass_through_the_quantisation_and_idle_codes_begin_anew() -> None:
-    torch.manual_seed(0)
-    points = torch.from_numpy(blobs())
-    made = rqvae.RqVae(8, (4, 6))
-    made.begin(points, seed=0)
-    vector = made.encoder(points)
-    codes, taken, left = made.quantize(vector)
-    assert (left[0] == vector).all()
-    torch.testing.assert_close(left[1], vector - taken[0])
-    loss, seen = made.loss(points)
-    loss.backward()
-    assert (seen == codes).all()
-    for parameter in made.parameters():
-        assert parameter.grad is not None
-        assert float(parameter.grad.abs().sum()) > 0
-    with torch.no_grad():
-        made.books[1][5] = 1e6  # out of reach
-    used = [torch.bincount(level, minlength=6) for level in made.quantize(vector)[0].T]
-    assert used[1][5] == 0
-    made.revive([used[0][:4], used[1]], points)
-    assert float(made.books[1][5].detach().abs().max()) < 1e3
-
-
-def test_an_extra_level_counts_those_that_share_by_the_prior() -> None:
-    made = of_codes([[0, 1], [0, 1], [2, 0], [0, 1]])
-    settled = extra_level(made, np.array([1.0, 3.0, 9.0, 2.0]))
-    assert settled.codes.tolist() == [[0, 1, 2], [0, 1, 0], [2, 0, 0], [0, 1, 1]]
-
-
-def test_keeping_lists_the_likelier_item_first() -> None:
-    made = of_codes([[0, 1], [2, 0], [0, 1], [0, 1]])
-    settled = keep(made, np.array([1.0, 9.0, 2.0, 3.0]))
-    assert settled.codes.tolist() == made.codes.tolist()
-    assert settled.order.tolist() == [3, 1, 2, 0]
-
-
-def test_reassigning_moves_as_little_as_it_can() -> None:
-    made = of_codes([[0, 1], [0, 1], [0, 2], [1, 1]])
-    settled = reassign(made, np.zeros(4))
-    assert sorted(settled.codes[:2, 1].tolist()) == [0, 1]  # 2 is taken, 3 is farther
-    assert settled.codes[2:].tolist() == [[0, 2], [1, 1]]
-    crowded = reassign(of_codes([[0, 1]] * 6), np.zeros(6))
-    quality = measure_codes(crowded.codes)
-    assert (quality["distinct"], quality["items"]) == (4, 6)
-
-
-@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3)), min_size=1, max_size=30))
-@settings(max_examples=25)
-@pytest.mark.parametrize("policy", POLICIES)
-def test_policies_touch_the_last_level_and_those_that_collide_alone(
-    policy: str, rows: list[tuple[int, int]]
-) -> None:
-    made = of_codes([list(row) for row in rows])
-    prior = np.random.default_rng(len(rows)).random(len(rows))
-    settled: ResolvedCodes = POLICIES[policy](made, prior)
-    assert sorted(settled.order.tolist()) == list(range(len(rows)))
-    assert (settled.codes[:, 0] == made.codes[:, 0]).all()
-    alone = [rows.count(row) == 1 for row in rows]
-    assert (settled.codes[alone, 1] == made.codes[alone, 1]).all()
-    if policy == "extra_level":
-        assert measure_codes(settled.codes)["colliding_items"] == 0
-    per_prefix = [min(4, sum(r[0] == p for r in rows)) for p in {r[0] for r in rows}]
-    if policy == "reassign":  # as many distinct codes as fit below each prefix
-        assert measure_codes(settled.codes)["distinct"] == sum(per_prefix)
-
-
-def test_the_published_ids_measure_as_published(shared_data: Path) -> None:
-    folder = shared_data / "amazon_industrial"
-    stats = json.loads((folder / "stats.json").read_text())["sid"]
-    found = measure_codes(catalogs.read(folder / "items.parquet").codes)
-    assert found["distinct"] == stats["unique_sids"]
-    assert found["colliding_items"] == stats["items_in_collisions"]
-    assert found["largest_collision"] == stats["largest_group"]
-    for level, known in zip(found["levels"], stats["levels"], strict=True):
-        assert level["codes_used"] == known["codes_used"]
-        assert level["perplexity"] == pytest.approx(known["code_perplexity"], abs=0.05)
-        assert level["prefixes"] == known["parent_prefixes"]
-        assert level["children_max"] == known["children_max"]
-        assert level["single_child_share"] == pytest.approx(known["forced_share"], abs=5e-5)
-
-
-def test_items_of_like_titles_and_of_like_company_lie_close() -> None:
-    kinds = ["oak table"] * 6 + ["steel drill"] * 6
-    titles = [f"{kind} model{number}" for number, kind in enumerate(kinds)]
-    made = embed.of_titles(titles, dimensions=4, seed=0)
-    near = distances(made, made)
-    assert near[:6, :6].mean() < near[:6, 6:].min()
-    draw = np.random.default_rng(0)
-    side = draw.integers(2, size=400)  # a user stays on one side
-    history = (draw.integers(6, size=(400, 3)) + 6 * side[:, None]).reshape(-1)
-    made = embed.of_interactions(
-        history, ragged.starts(np.full(400, 3)), draw.integers(6, size=400) + 6 * side,
-        num_items=13, dimensions=4, seed=0,
-    )  # fmt: skip
-    near = distances(made[:12], made[:12])
-    assert near[:6, :6].mean() < near[:6, 6:].min()
-    assert 0 < np.abs(made[12]).max() < 0.01  # the item that nobody met
+from tests.fixtures.points import blobs
 
 
 def shop(folder: Path, titles: list[str | None]) -> Path:
@@ -401,31 +169,6 @@ def test_rows_without_identifiers_stay_with_their_items_when_those_are_reordered
     other = SemanticIdConfig(levels=(2, 4), embeddings=tmp_path / "other.npy", collisions="keep")
     with pytest.raises(DataError, match="have no identifiers, and .* was put in another order"):
         build(folder, other, overwrite=True)
-
-
-SCRIPTS = {
-    "Chinese": [
-        f"{a}{b}色的商品第{n}号"
-        for n, (a, b) in enumerate(zip("红蓝绿黑" * 30, "深浅亮" * 40, strict=True))
-    ],
-    "Japanese": [f"赤青緑の商品{'あいうえお'[n % 5]}第{n}号" for n in range(120)],
-    "Thai": [f"{'โคมไฟโต๊ะเก้าอี้'[n % 6 : n % 6 + 8]}สวยงาม{n}" for n in range(120)],
-    "punctuation": [("!?" * (n % 4 + 1) + "..." * (n % 3 + 1)) for n in range(120)],
-    "numbers": [f"X{n}Y{n * 7}" for n in range(120)],
-    "mixed": [f"Sony {'赤青緑'[n % 3]}の商品第{n}号" if n % 2 else f"{n}-a!" for n in range(120)],
-}
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_titles_of_any_script_have_a_signal(script: str) -> None:
-    vectors = embed.of_titles(SCRIPTS[script], dimensions=16, seed=0)
-    assert embed.without_signal(vectors).sum() == 0
-    assert len(np.unique(vectors.round(4), axis=0)) > 3
-
-
-def test_words_are_read_as_before_where_every_title_shares_one() -> None:
-    assert title_encoder.tokens("oak-table no. 5") == ["oak", "table", "no", "5"]
-    assert title_encoder.tokens("Sony赤の椅子 x") == ["Sony", "赤の", "の椅", "椅子", "x"]
 
 
 def test_items_without_signal_are_counted_and_bounded(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def test_a_bundle_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert (again.projection(points) == made.projection(points)).all()
     assert [book.shape for book in again.books] == [(4, 2), (5, 2)]
     assert again.table.digest == items([9, 4, 7]).digest
-    row, is_known = again.table.find(np.array([7, 5, 9]))
+    row, is_known = again.table.lookup(np.array([7, 5, 9]))
     assert is_known.tolist() == [True, False, True]
     assert row[is_known].tolist() == [2, 0]
     fitted = TitleEncoder.fit(TITLES, dimensions=3, seed=0)

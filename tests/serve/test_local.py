@@ -1,7 +1,5 @@
 """The ten lines of the README, against the endpoint's own decoder and brute force."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +7,7 @@ import pytest
 
 import orchard
 from orchard.errors import ConfigError, DataError
-from orchard.evaluation import ranking
-from orchard.testing import brute_force, make_evaluation, tiny_setup
-from orchard.tracking.metrics_log import MetricsLogger
+from orchard.testing import brute_force, tiny_setup
 from serve.testing import export_policy
 
 SETUP = tiny_setup(level_size=(5, 4, 6), num_items=40)
@@ -73,32 +69,3 @@ def test_what_cannot_be_answered_is_refused(policy: orchard.LocalPolicy, tmp_pat
         orchard.load(tmp_path)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = orchard.nothing  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def test_metrics_and_evaluations_are_tables(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="does not exist"):
-        orchard.read_metrics(tmp_path)
-    with pytest.raises(DataError, match="holds no evaluation"):
-        orchard.read_evaluations(tmp_path)
-    with MetricsLogger(tmp_path) as metrics_logger:
-        metrics_logger.log("sft", 1, {"sft/loss": 2.0})
-        metrics_logger.log("train", 1, {"rewards/mean": 0.5})
-        metrics_logger.log("train", 2, {"rewards/mean": 0.75})
-    table = orchard.read_metrics(tmp_path).select(["phase", "step", "metric", "value"])
-    assert table.to_pylist() == [
-        {"phase": "sft", "step": 1, "metric": "sft/loss", "value": 2.0},
-        {"phase": "train", "step": 1, "metric": "rewards/mean", "value": 0.5},
-        {"phase": "train", "step": 2, "metric": "rewards/mean", "value": 0.75},
-    ]
-    evaluation = make_evaluation(0.25, num_rows=40)
-    ranking.write(evaluation, tmp_path / "evaluation" / "trained.json")
-    rows = orchard.read_evaluations(tmp_path).to_pylist()
-    assert {row["metric"] for row in rows} == set(evaluation.metrics)
-    means = {row["metric"]: row["mean"] for row in rows}
-    assert means == {name: one.mean for name, one in evaluation.metrics.items()}
-
-
-def test_importing_the_package_loads_no_torch_and_no_ray() -> None:
-    code = "import sys, orchard; dir(orchard); print({'torch', 'ray', 'numpy'} & set(sys.modules))"
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ended.stdout.strip() == "set()"

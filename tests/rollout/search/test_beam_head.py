@@ -16,14 +16,7 @@ from rollout.engine.torch import TorchEngine
 from rollout.search.beam import beam
 from rollout.search.registry import SEARCHES, SearchContext, make_search
 from tests.fixtures.guides import random_guide
-
-
-def with_head(world: TinySetup, *, scale: float) -> TorchEngine:
-    value_head.attach(world.model, seed=0)
-    draw = torch.Generator().manual_seed(0)
-    for parameter in world.model.get_submodule(value_head.NAME).parameters():
-        parameter.data.normal_(0.0, scale, generator=draw)
-    return TorchEngine(world.model, world.tokenizer, world.version)
+from tests.fixtures.values import with_head
 
 
 @pytest.fixture(scope="module")

@@ -7,65 +7,18 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.training.hit_shares import hits, warning
 from cluster.training.learner_spec import learner_spec
-from cluster.training.run import Run, prepare
-from cluster.training.run_dir import open_run_dir, save_policy
-from orchard import config
-from orchard.data.prompts import make_prompts
-from orchard.data.synthetic import write_world
+from cluster.training.run import prepare
+from cluster.training.run_dir import open_run_dir
 from orchard.errors import ConfigError
-from orchard.policy import model
-from orchard.policy.weights import digest, snapshot
 from orchard.settings import Config
-from orchard.types import PolicyVersion
-from rollout.actor import RolloutWorker
-from tests.fixtures.runs import TINY_WORLD
+from tests.fixtures.begun import untrained
 
 Load = Callable[..., Config]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world") / "data"
-    write_world(folder, TINY_WORLD)
-    rows = pq.read_table(folder / "train.parquet")
-    pq.write_table(rows.slice(0, 100), folder / "early.parquet")
-    pq.write_table(rows.slice(100, 60), folder / "later.parquet")
-    pq.write_table(rows.slice(160, 30), folder / "latest.parquet")
-    return folder
-
-
-@pytest.fixture
-def load(data: Path, tmp_path: Path) -> Load:
-    path = tmp_path / "run.toml"
-    path.write_text(
-        f"""
-        name = "toy"
-        output = "{tmp_path / "runs"}"
-        data.path = "{data}"
-        data.train = ["early.parquet"]
-        model = {{hidden_size = 16, heads = 2, kv_heads = 1, intermediate_size = 16, layers = 1}}
-        [rollout]
-        engine = "torch"
-        group_size = 6
-        threads = 1
-        """
-    )
-    return lambda *overrides: config.load(path, overrides)
-
-
-def start(settings: Config) -> Run:
-    """Create an SFT policy."""
-    run = prepare(settings, "sft")
-    open_run_dir(run)
-    weights = snapshot(model.create(run.config.model, run.tokenizer, seed=0))
-    save_policy(run, run.result, PolicyVersion(step=0, digest=digest(weights)), weights)
-    return run
-
-
 def test_training_takes_fresh_rows_that_come_after_the_warm_start(load: Load) -> None:
-    first = start(load())
+    first = untrained(load())
     assert first.rows is first.train
     assert "fresh" not in first.data
     later = prepare(load("data.fresh=['later.parquet']"), "train")
@@ -83,7 +36,7 @@ def test_training_takes_fresh_rows_that_come_after_the_warm_start(load: Load) ->
 
 def test_rows_held_back_are_left_out_of_the_warm_start_and_of_the_counts(load: Load) -> None:
     changes = ["data.hold_back=0.3", "rewards.weights={transition=1.0}"]
-    first = start(load(*changes))
+    first = untrained(load(*changes))
     assert first.fresh is not None
     assert len(first.train) + len(first.fresh) == 100
     windows = learner_spec(first).sequences
@@ -103,7 +56,7 @@ def test_rows_held_back_are_left_out_of_the_warm_start_and_of_the_counts(load: L
 
 def test_the_control_continues_supervision_on_the_same_rows(load: Load) -> None:
     changes = ["data.hold_back=0.3"]
-    first = start(load(*changes))
+    first = untrained(load(*changes))
     assert first.fresh is not None
     control = load(*changes, "name=control", f"model.path={first.result}", "sft.rows=fresh")
     run = prepare(control, "sft")
@@ -128,36 +81,3 @@ def test_rationales_follow_their_rows(load: Load, data: Path) -> None:
     for index in (0, len(run.train) - 1):
         first = token[begin[3 * index] : begin[3 * index + 1]]
         assert run.text_tokenizer.decode(first[1:-1]) == f"{run.train.row[index]} 0"
-
-
-def test_a_share_clearly_above_that_of_held_out_rows_is_warned_of(load: Load) -> None:
-    first = start(load())
-    run = prepare(load(), "train")
-    much, little = np.array([500, 2000]), np.array([90, 500])
-    text = warning(much, little, run)
-    assert text is not None
-    assert "25.0 % of the training prompts" in text
-    assert "18.0 % of held-out rows" in text
-    assert "data.hold_back" in text
-    assert warning(np.array([50, 200]), np.array([9, 50]), run) is None  # by chance, perhaps
-    assert warning(little, much, run) is None
-    assert warning(np.array([0, 0]), little, run) is None
-    assert warning(np.array([0, 10]), np.array([0, 10]), run) is None
-    fresh = prepare(load("data.fresh=['later.parquet']"), "train")
-    assert "lower learner.steps" in (warning(much, little, fresh) or "")
-    old = prepare(load("data.fresh=['later.parquet']", "learner.rows=train"), "train")
-    assert 'learner.rows = "auto"' in (warning(much, little, old) or "")
-    assert first.fresh is None
-
-
-def test_hits_are_groups_that_hold_their_target(load: Load) -> None:
-    start(load())
-    run = prepare(load(), "train")
-    worker = RolloutWorker(run.config.rollout, run.policy, run.tokenizer, 0, None, None)
-    trees = worker.search(make_prompts(run.tokenizer, run.valid, np.arange(20)), seed=0)
-    target = run.catalog.leaf_of_item[run.valid.target[:20]]
-    bounds = trees.candidate_start
-    expected = sum(
-        target[i] in trees.leaf[bounds[i] : bounds[i + 1]].tolist() for i in range(len(target))
-    )
-    assert hits(trees, run) == expected > 0
