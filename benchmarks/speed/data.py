@@ -20,9 +20,9 @@ from benchmarks.shared import sids
 from benchmarks.shared.measure import Report, Row, figure, report
 from orchard import config
 from orchard.catalog import catalog
-from orchard.data.semantic_ids.build import QUANTIZERS, SemanticIdConfig, build
-from orchard.data.semantic_ids.measure import CodeQuality, measure_codes
-from orchard.data.semantic_ids.quantize import quantize
+from orchard.semantic_ids.build import QUANTIZERS, SemanticIdConfig, build
+from orchard.semantic_ids.measure import CodeQuality, measure_codes
+from orchard.semantic_ids.quantize import quantize
 
 GIB = 1 << 30
 INDUSTRIAL = Path("cluster/runs/amazon_industrial.toml")

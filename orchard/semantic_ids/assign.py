@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float32, Int, Int64
 
-from orchard.data.semantic_ids import embed
-from orchard.data.semantic_ids.bundle import Bundle
-from orchard.data.semantic_ids.collisions import POLICIES, free_codes, free_ranks
-from orchard.data.semantic_ids.item_table import ItemTable
-from orchard.data.semantic_ids.quantize import CodedItems, residual_codes
 from orchard.errors import DataError
+from orchard.semantic_ids import embed
+from orchard.semantic_ids.bundle import Bundle
+from orchard.semantic_ids.collisions import POLICIES, free_codes, free_ranks
+from orchard.semantic_ids.item_table import ItemTable
+from orchard.semantic_ids.quantize import CodedItems, residual_codes
 
 Placed = tuple[Int64[np.ndarray, "N M"], Bool[np.ndarray, " N"]]
 """Semantic IDs, and which items found no free one and share another's."""

@@ -24,8 +24,9 @@ pytest.importorskip("sklearn", reason="scikit-learn is not installed; `make env`
 
 from orchard import ragged
 from orchard.catalog import catalog as catalogs
-from orchard.data.semantic_ids import embed, rqvae, title_encoder
-from orchard.data.semantic_ids.build import (
+from orchard.errors import ConfigError, DataError
+from orchard.semantic_ids import embed, rqvae, title_encoder
+from orchard.semantic_ids.build import (
     EMBEDDINGS,
     PICTURE,
     QUANTIZERS,
@@ -33,17 +34,16 @@ from orchard.data.semantic_ids.build import (
     SemanticIdConfig,
     build,
 )
-from orchard.data.semantic_ids.collisions import (
+from orchard.semantic_ids.collisions import (
     POLICIES,
     ResolvedCodes,
     extra_level,
     keep,
     reassign,
 )
-from orchard.data.semantic_ids.measure import measure_codes
-from orchard.data.semantic_ids.projection import Projection
-from orchard.data.semantic_ids.quantize import Quantized, distances, match, quantize
-from orchard.errors import ConfigError, DataError
+from orchard.semantic_ids.measure import measure_codes
+from orchard.semantic_ids.projection import Projection
+from orchard.semantic_ids.quantize import Quantized, distances, match, quantize
 
 
 def blobs(per: int = 10, *, seed: int = 0) -> np.ndarray[Any, Any]:

@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from blake3 import blake3
@@ -30,11 +30,13 @@ from jaxtyping import Float32
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from orchard.data.semantic_ids.item_table import ItemTable, concatenated
-from orchard.data.semantic_ids.projection import Projection
-from orchard.data.semantic_ids.title_encoder import TitleEncoder
 from orchard.errors import DataError
 from orchard.folders import atomic_dir
+from orchard.semantic_ids.item_table import ItemTable, concatenated
+from orchard.semantic_ids.projection import Projection
+
+if TYPE_CHECKING:
+    from orchard.semantic_ids.title_encoder import TitleEncoder
 
 FORMAT = 1
 """Format of the folder; a bundle of a later one is refused."""
@@ -135,7 +137,7 @@ class Bundle:
         return bundle
 
     @cached_property
-    def titles(self) -> TitleEncoder | None:
+    def titles(self) -> "TitleEncoder | None":
         """Encoder of titles, read on first use; None where items are embedded otherwise.
 
         Raises:
@@ -143,6 +145,8 @@ class Bundle:
         """
         if TITLES not in self.files:
             return None
+        from orchard.semantic_ids.title_encoder import TitleEncoder  # loads scikit-learn
+
         try:
             arrays = load((self.folder / TITLE_ARRAYS).read_bytes())
             text = (self.folder / TITLES).read_text(encoding="utf-8")
@@ -168,7 +172,7 @@ def write(
     books: tuple[Float32[np.ndarray, "_ D"], ...],
     table: ItemTable,
     quality: Mapping[str, Any],
-    titles: TitleEncoder | None = None,
+    titles: "TitleEncoder | None" = None,
 ) -> None:
     """Write version 1 of a bundle as a whole, in place of one that is there."""
     arrays = {**projection.arrays(), **{f"book.{n}": book for n, book in enumerate(books)}}

@@ -12,12 +12,12 @@ import torch
 pytest.importorskip("faiss", reason="faiss is not installed; `make env` brings it")
 pytest.importorskip("sklearn", reason="scikit-learn is not installed; `make env` brings it")
 
-from orchard.data.semantic_ids import assign, bundle, rqvae
-from orchard.data.semantic_ids.build import BUNDLE, QUANTIZERS, SemanticIdConfig, build
-from orchard.data.semantic_ids.bundle import Bundle
-from orchard.data.semantic_ids.collisions import POLICIES
-from orchard.data.semantic_ids.encode import EncodeOptions, encode
 from orchard.errors import ConfigError, DataError
+from orchard.semantic_ids import assign, bundle, rqvae
+from orchard.semantic_ids.build import BUNDLE, QUANTIZERS, SemanticIdConfig, build
+from orchard.semantic_ids.bundle import Bundle
+from orchard.semantic_ids.collisions import POLICIES
+from orchard.semantic_ids.encode import EncodeOptions, encode
 
 WORDS = ["red", "blue", "black", "oak", "steel", "table", "drill", "lamp", "chair", "shelf"]
 IDS = np.arange(60) + 7
@@ -233,7 +233,7 @@ def test_an_encoder_is_named_by_its_digest(tmp_path: Path, monkeypatch: pytest.M
     def of_model(title: list[str], folder: Path) -> np.ndarray[Any, Any]:
         return np.stack([VECTORS[sum(map(ord, text)) % 64] for text in title])
 
-    monkeypatch.setattr("orchard.data.semantic_ids.embed.of_model", of_model)
+    monkeypatch.setattr("orchard.semantic_ids.embed.of_model", of_model)
     for name in ("encoder", "other"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(name)
