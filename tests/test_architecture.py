@@ -30,7 +30,7 @@ INNER = {
         "guide": {"catalog"},
         "semantic_ids": {"catalog"},
         "policy": {"catalog", "guide", "semantic_ids", "settings"},
-        "data": {"catalog", "evaluation", "policy", "settings"},
+        "data": {"catalog", "evaluation", "policy", "semantic_ids", "settings"},
         "scorers": {"catalog", "data", "evaluation", "guide", "settings"},
     },
     "rollout": {"engine": set[str](), "search": {"engine"}},

@@ -55,7 +55,7 @@ def assign_semantic_ids(folder: Path, recipe: "SemanticIdConfig", *, overwrite: 
     Raises:
         ConfigError, DataError: one sentence each; the folder is left unchanged.
     """
-    from orchard.semantic_ids import build, sampled  # loads faiss and scikit-learn
+    from orchard.semantic_ids import build, bundle, sampled  # loads faiss and scikit-learn
 
     make = build.build if recipe.sample is None else sampled.build_sampled
     report = make(folder, recipe, overwrite=overwrite)
@@ -81,7 +81,7 @@ def assign_semantic_ids(folder: Path, recipe: "SemanticIdConfig", *, overwrite: 
             f"{level['single_child_share']:.0%} with one{rest}"
         )
     typer.echo(f"report: {folder / build.REPORT}, picture: {folder / build.PICTURE}")
-    typer.echo(f"tokenizer bundle: {folder / build.BUNDLE}, for new items: orchard data encode")
+    typer.echo(f"tokenizer bundle: {folder / bundle.BUNDLE}, for new items: orchard data encode")
 
 
 def encode_items(bundle: Path, items: Path, out: Path, options: "EncodeOptions") -> None:

@@ -13,6 +13,7 @@ from orchard.folders import atomic_write
 from orchard.policy import lora, model, value_head
 from orchard.policy.store import Policy, PolicyFacts, has_guide, read_adapter
 from orchard.policy.weights import Weights, restore
+from orchard.semantic_ids.bundle import BUNDLE
 from orchard.settings import Config
 from orchard.types import PolicyVersion
 
@@ -25,6 +26,9 @@ def open_run_dir(run: Run) -> None:
             atomic_write(run.dir / "config.toml", config.dump(run.config))
             data = recorded_data(run.dir) | run.data
             atomic_write(run.dir / DATA_FILE, json.dumps(data, indent=2) + "\n")
+            if run.bundle is not None:
+                # Policies are saved from this copy, whatever becomes of the data meanwhile.
+                run.bundle.copy(run.dir / BUNDLE)
     except OSError as error:
         raise ConfigError(
             f"run folder {run.dir} cannot be written: {error.strerror}; "
@@ -104,4 +108,5 @@ def _as_policy(
             data={name: digest for name, digest in run.data.items() if name != "test"},
         ),
         folder=source,
+        new_bundle=run.bundle and replace(run.bundle, folder=run.dir / BUNDLE),
     )

@@ -29,8 +29,6 @@ from orchard.semantic_ids.rqvae import quantize_learned
 from orchard.semantic_ids.title_encoder import TitleEncoder
 
 REPORT, PICTURE, EMBEDDINGS = "sids.json", "sids.png", embeddings.EMBEDDINGS
-BUNDLE = "sids"
-"""Folder beside the items with the tokenizer bundle (see `bundle`)."""
 MAX_LEVELS = 8
 Source = Literal["auto", "titles", "interactions"]
 QUANTIZERS: Mapping[str, Callable[..., Quantized]] = {
@@ -146,7 +144,7 @@ def build(folder: Path, recipe: SemanticIdConfig, *, overwrite: bool = False) ->
         recipe, table, embedded.source, embedded.origin, embedding.shape[1], least
     )
     bundle.write(
-        folder / BUNDLE,
+        folder / bundle.BUNDLE,
         description,
         quantized.projection,
         quantized.codebook,

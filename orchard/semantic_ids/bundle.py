@@ -17,6 +17,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -30,9 +31,10 @@ from jaxtyping import Float32
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from orchard.errors import DataError
+from orchard.catalog.catalog import Catalog
+from orchard.errors import CatalogError, DataError
 from orchard.folders import atomic_dir
-from orchard.semantic_ids.item_table import ItemTable, concatenated
+from orchard.semantic_ids.item_table import ItemTable, concatenated, digest_of
 from orchard.semantic_ids.projection import Projection
 
 if TYPE_CHECKING:
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 """Format of the folder; a bundle of a later one is refused."""
+BUNDLE = "sids"
+"""Name of a bundle's folder beside the items, and in a policy folder."""
 CODEBOOKS, TITLES, TITLE_ARRAYS = "codebooks.safetensors", "titles.json", "titles.safetensors"
 _MANIFEST = re.compile(r"bundle-([1-9]\d*)\.json")
 
@@ -155,6 +159,46 @@ class Bundle:
             raise DataError(
                 f"the titles of {self.folder} are damaged: {error!r}; copy the bundle again"
             ) from error
+
+    def copy(self, folder: Path) -> None:
+        """Write this version alone into another folder, as a whole, in place of what is there.
+
+        Raises:
+            DataError: a file is missing or was changed since it was opened.
+        """
+        manifest = f"bundle-{self.version}.json"
+        with atomic_dir(folder) as partial:
+            for name, digest in {**self.files, manifest: self.digest}.items():
+                _check(self.folder / name, digest)
+                shutil.copyfile(self.folder / name, partial / name)
+
+    def check_catalog(self, catalog: Catalog, *, remedy: str) -> None:
+        """Raise CatalogError unless every item of a catalog has its semantic ID of this bundle.
+
+        The bundle may have more items, which came to another part of the catalog or later.
+
+        Args:
+            catalog: the catalog.
+            remedy: what to do about another one, for the message.
+        """
+        codes, own = catalog.plain_codes, self.table.sid
+        row, is_known = self.table.find(catalog.item_id)
+        if codes.shape[1] == own.shape[1]:
+            is_same = is_known & (own[row] == codes).all(axis=1)
+        else:
+            is_same = np.zeros(len(catalog), dtype=np.bool_)
+        if is_same.all():
+            return
+        first = int(np.argmin(is_same))
+        given = own[row[first]].tolist() if is_known[first] else "none"
+        raise CatalogError(
+            f"the tokenizer bundle {self.folder} has the items {self.table.digest[:12]} and the "
+            f"catalog the items {digest_of(catalog.item_id, codes)[:12]}: item "
+            f"{catalog.item_id[first]} has semantic ID {given} in the bundle and "
+            f"{codes[first].tolist()} in the catalog ({int((~is_same).sum())} of {len(catalog)} "
+            f"items differ); {remedy}",
+            code="catalog.other_bundle",
+        )
 
 
 def versions(folder: Path) -> list[int]:

@@ -91,7 +91,7 @@ def build_sampled(
     )
     fitted = coded.fitted
     bundle.write(
-        folder / build.BUNDLE, description, fitted.projection, fitted.codebook, table, report
+        folder / bundle.BUNDLE, description, fitted.projection, fitted.codebook, table, report
     )
     resolved = ResolvedCodes(codes=coded.sid, order=np.arange(len(items)))
     build.write_items(folder, items, resolved, report, None)

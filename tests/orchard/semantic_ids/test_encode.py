@@ -14,8 +14,8 @@ pytest.importorskip("sklearn", reason="scikit-learn is not installed; `make env`
 
 from orchard.errors import ConfigError, DataError
 from orchard.semantic_ids import assign, bundle, rqvae
-from orchard.semantic_ids.build import BUNDLE, QUANTIZERS, SemanticIdConfig, build
-from orchard.semantic_ids.bundle import Bundle
+from orchard.semantic_ids.build import QUANTIZERS, SemanticIdConfig, build
+from orchard.semantic_ids.bundle import BUNDLE, Bundle
 from orchard.semantic_ids.collisions import POLICIES
 from orchard.semantic_ids.encode import EncodeOptions, encode
 
