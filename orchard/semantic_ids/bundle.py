@@ -172,6 +172,11 @@ class Bundle:
                 _check(self.folder / name, digest)
                 shutil.copyfile(self.folder / name, partial / name)
 
+    def is_in(self, folder: Path) -> bool:
+        """Return whether a folder has this version, by the digest of its `bundle-N.json`."""
+        manifest = folder / f"bundle-{self.version}.json"
+        return manifest.is_file() and _digest(manifest) == self.digest
+
     def check_catalog(self, catalog: Catalog, *, remedy: str) -> None:
         """Raise CatalogError unless every item of a catalog has its semantic ID of this bundle.
 

@@ -246,3 +246,16 @@ def test_an_encoder_is_named_by_its_digest(tmp_path: Path, monkeypatch: pytest.M
         encode(folder, items, out, EncodeOptions(model=tmp_path / "other"))
     report = encode(folder, items, out, EncodeOptions(model=tmp_path / "encoder"))
     assert report.num_new == 1
+
+
+def test_codes_of_items_elsewhere_are_in_the_way_and_sizes_are_kept(tmp_path: Path) -> None:
+    known = Bundle.open(of_vectors(tmp_path))
+    ids, vectors = np.arange(4) + 900, VECTORS[60:]
+    alone = assign.assign(known, ids, vectors).items.sid
+    beside = assign.assign(known, ids, vectors, taken=alone).items.sid
+    assert not set(map(tuple, beside.tolist())) & set(map(tuple, alone.tolist()))
+    assert (beside[:, 0] == alone[:, 0]).all()
+    small = assign.assign(known, ids, vectors, level_size=(2, 30)).items
+    assert (small.sid < (2, 30)).all()
+    first = ((vectors - known.projection.mean)[:, None] - known.books[0][:2]) ** 2
+    assert (small.quantized[:, 0] == first.sum(axis=2).argmin(axis=1)).all()
