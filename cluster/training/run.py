@@ -25,6 +25,7 @@ from orchard.errors import ConfigError
 from orchard.guide.expert import LeafRows
 from orchard.guide.guide import Guide
 from orchard.policy import item_tokenizer, model, titles
+from orchard.policy.growth import Growth, growth_of
 from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.policy.store import PolicyFacts, open_bundle, open_guide
 from orchard.scorers import prefix_critic
@@ -64,7 +65,9 @@ class Run:
     bundle: Bundle | None = None
     """Tokenizer bundle of the catalog, which the policy carries."""
     base: Path | None = None
-    """Folder of the text model that `policy` is created from by resizing."""
+    """Folder of the model that `policy` is created from by resizing."""
+    growth: Growth | None = None
+    """Codes that `base` knows, where it was trained on another catalog of the bundle."""
 
     @property
     def dir(self) -> Path:
@@ -249,8 +252,11 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
             titles.read_titles(data.path / data.items), data.title_tokens
         )
     catalog, bundle = read_items(data, text_tokenizer)
+    growth = None
     if policy is not None:
-        PolicyFacts.read(policy).check_catalog(catalog, policy)
+        growth = growth_of(policy, catalog, bundle) if phase == "sft" else None
+        if growth is None:
+            PolicyFacts.read(policy).check_catalog(catalog, policy)
         bundle = bundle or open_bundle(policy, catalog)
     train, fresh = read_training_rows(data, catalog)
     valid, test = (
@@ -274,6 +280,7 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
     if text_tokenizer is None:
         text_tokenizer = new_tokenizer(settings, catalog, reasons)
     grows = text_policy.add_instruction(settings, text_tokenizer, catalog, policy)
+    grows = grows or growth is not None
     tokenizer, traces = item_tokenizer.make_item_tokenizer(text_tokenizer, catalog), None
     if text_policy.thinks(settings):
         tokenizer = replace(tokenizer, think=item_tokenizer.think_tokens(text_tokenizer))
@@ -297,6 +304,7 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
         tasks=tasks,
         bundle=bundle,
         base=policy if grows else None,
+        growth=growth,
         train=train,
         fresh=fresh,
         valid=valid,

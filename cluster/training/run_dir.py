@@ -1,6 +1,7 @@
 """Create the folder of a run, and read and write the policies in it."""
 
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from orchard.policy.weights import Weights, restore
 from orchard.semantic_ids.bundle import BUNDLE
 from orchard.settings import Config
 from orchard.types import PolicyVersion
+
+_log = logging.getLogger("orchard")
 
 
 def open_run_dir(run: Run) -> None:
@@ -35,8 +38,12 @@ def open_run_dir(run: Run) -> None:
             "set output to storage that takes writes and has room"
         ) from error
     if run.policy == run.dir / "scratch" and not run.policy.is_dir():
+        if run.growth is not None:
+            _log.warning("%s", run.growth)
         if run.base is not None:
-            initial = text_policy.load_resized(run.base, run.tokenizer, seed=run.config.seed)
+            initial = text_policy.load_resized(
+                run.base, run.tokenizer, run.growth, seed=run.config.seed
+            )
         else:
             initial = model.create(run.config.model, run.tokenizer, seed=run.config.seed)
         _as_policy(run, initial, PolicyVersion(step=0, digest=""), {}).save(run.policy)

@@ -4,13 +4,15 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from cluster.cli import app as cli
 from cluster.training.run import prepare
 from cluster.training.run_dir import open_run_dir, save_policy
 from orchard import config
-from orchard.errors import CatalogError
+from orchard.errors import CatalogError, CheckpointError
 from orchard.policy.store import FILE, Policy
 from orchard.types import PolicyVersion
 from tests.fixtures.bundles import write_shop
@@ -75,3 +77,39 @@ def test_a_run_with_the_bundle_of_other_items_does_not_start(
 
 def replace_data(settings: config.Config, data: object) -> config.Config:
     return settings.model_copy(update={"data": data})
+
+
+def test_a_policy_goes_on_with_new_items_of_its_bundle(
+    tiny_run: TinyRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = write_shop(tmp_path / "data")
+    run = prepare(config.load(tiny_run()), "sft")
+    open_run_dir(run)
+    new = tmp_path / "new.parquet"
+    old = pq.read_table(tmp_path / "data" / "items.parquet").select(["item_id", "title"])
+    more = pa.table({"item_id": [900, 901], "title": ["red oak lamp", "blue steel drill"]})
+    pq.write_table(pa.concat_tables([old, more]), new)
+    out = tmp_path / "data" / "all.parquet"
+    cli.main(["data", "encode", str(made.folder), str(new), str(out), "--append"])
+    path = tiny_run(name="later", data={"items": "all.parquet"}, model={"path": str(run.policy)})
+    later = prepare(config.load(path), "sft")
+    open_run_dir(later)
+    assert "goes on with 2 new ones" in caplog.text
+    grown = Policy.open(later.policy)
+    assert len(grown.tokenizer.catalog) == 62
+    assert grown.bundle is not None
+    assert grown.bundle.version == 2
+    before = Policy.open(run.policy)
+    assert before.weights.keys() == grown.weights.keys()
+    # What is not started anew is what the policy had: all but the rows of codes without an item.
+    assert later.growth is not None
+    for name, value in before.weights.items():
+        differs = (value != grown.weights[name]).reshape(len(value), -1).any(axis=1).sum()
+        assert differs in (0, later.growth.num_unseen)
+    # Other codebooks: the same items under other semantic IDs are no growth.
+    write_shop(tmp_path / "other", seed=1)
+    path = tiny_run(
+        name="x", data={"path": str(tmp_path / "other")}, model={"path": str(run.policy)}
+    )
+    with pytest.raises(CheckpointError, match="have codebooks"):
+        prepare(config.load(path), "sft")
