@@ -8,15 +8,17 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from orchard.catalog import catalog as catalogs
-from orchard.errors import CheckpointError, ConfigError, EngineError
+from orchard.catalog.catalog import Catalog
+from orchard.errors import CheckpointError, ConfigError, EngineError, OrchardError
 from orchard.parquet import read_table
 from orchard.policy import model as models
 from orchard.policy.item_tokenizer import ItemTokenizer
-from orchard.policy.store import CATALOG, PolicyFacts, open_tokenizer
+from orchard.policy.store import CATALOG, PolicyFacts, open_bundle, open_tokenizer
 from orchard.settings import RolloutConfig, ServeConfig
 from rollout.engine.protocol import InferenceEngine
 from rollout.engine.registry import ENGINES, EngineContext
 from serve.catalog.attributes import NOTHING, check_filters, read_attributes
+from serve.catalog.new_items import Assigner
 from serve.catalog.store import CatalogStore
 from serve.exposure_log import ExposureLog
 from serve.metrics import ServeMetrics
@@ -59,10 +61,10 @@ def open_service(
     check_filters(attributes, config.filters)
     popularity = read_popularity(config.popularity) if config.popularity is not None else {}
     shared_state = SharedState(state, tokenizer.catalog.digest)
-    shared_state.keep_catalog(tokenizer.catalog)
+    shared_state.keep_catalog(tokenizer.catalog, main.assigner.bundle)
     catalog_store = CatalogStore(
         tokenizer, attributes=attributes, filters=config.filters, popularity=popularity,
-        keep=config.versions,
+        keep=config.versions, assigner=main.assigner,
     )  # fmt: skip
     shared_state.catch_up(catalog_store)
     slots = {
@@ -97,6 +99,8 @@ class _MainPolicy:
     first: LoadedPolicy
     refused: str
     """Reason why it is an archived policy, empty if it is the one in the folder."""
+    assigner: Assigner
+    """Assigner of semantic IDs to new items."""
 
 
 def _open_main(folder: Path, state: Path, with_guide: bool) -> _MainPolicy:
@@ -110,8 +114,9 @@ def _open_main(folder: Path, state: Path, with_guide: bool) -> _MainPolicy:
         tokenizer = open_tokenizer(folder)
         first = read.read_policy(folder, tokenizer, with_guide=with_guide)
         return _MainPolicy(
-            tokenizer=tokenizer, facts=PolicyFacts.read(folder), first=first, refused=""
-        )
+            tokenizer=tokenizer, facts=PolicyFacts.read(folder), first=first, refused="",
+            assigner=_open_assigner(folder, tokenizer.catalog),
+        )  # fmt: skip
     except UNREADABLE as error:
         for copy in copies_of(state):
             try:
@@ -123,9 +128,20 @@ def _open_main(folder: Path, state: Path, with_guide: bool) -> _MainPolicy:
                 continue
             _log.error("serving policy %s of %s instead: %s", first.version, copy, error)
             return _MainPolicy(
-                tokenizer=tokenizer, facts=facts, first=first, refused=read.sentence(error)
-            )
+                tokenizer=tokenizer, facts=facts, first=first, refused=read.sentence(error),
+                assigner=_open_assigner(copy.parents[2], catalog),
+            )  # fmt: skip
         raise
+
+
+def _open_assigner(folder: Path, catalog: Catalog) -> Assigner:
+    """Read the tokenizer bundle in a folder; one that cannot be used is logged, and left out."""
+    try:
+        return Assigner(bundle=open_bundle(folder, catalog))
+    except (OSError, OrchardError) as error:
+        _log.error("new items need a sid, as the tokenizer bundle is not used: %s", error)
+        why = "it cannot be read" if isinstance(error, OSError) else read.without_paths(error)
+        return Assigner(bundle=None, refused=f"the tokenizer bundle is not used: {why}")
 
 
 def _open_variant(

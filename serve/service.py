@@ -17,7 +17,7 @@ from cachetools import TTLCache
 
 from orchard.errors import EngineError
 from orchard.settings import ServeConfig
-from serve.catalog.schema import DeltaRequest
+from serve.catalog.schema import AssignedItem, DeltaRequest
 from serve.catalog.store import CatalogStore, CatalogVersion
 from serve.decoding.batching import TooLateError
 from serve.decoding.recommender import popular_items
@@ -166,7 +166,7 @@ class Service:
         answer, _ = await self._answer(resolved, time.monotonic())
         return answer
 
-    async def change(self, delta: DeltaRequest) -> CatalogVersion:
+    async def change(self, delta: DeltaRequest) -> tuple[CatalogVersion, list[AssignedItem]]:
         """Apply a delta to the catalog; see `Synchronizer.change`."""
         return await self._synchronizer.change(delta)
 

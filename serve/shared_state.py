@@ -13,6 +13,7 @@ from orchard.catalog.catalog import Catalog
 from orchard.errors import ConfigError, DataError
 from orchard.folders import atomic_dir
 from orchard.policy.store import CATALOG
+from orchard.semantic_ids.bundle import BUNDLE, Bundle
 from serve.catalog.ledger import Ledger
 from serve.catalog.schema import DeltaRequest
 from serve.catalog.store import CatalogStore, CatalogVersion
@@ -45,14 +46,20 @@ class SharedState:
         """Folder of archived policies."""
         return self._folder / "policies"
 
-    def keep_catalog(self, catalog: Catalog) -> None:
-        """Keep the base catalog, so that an archived policy can be served without its folder."""
+    def keep_catalog(self, catalog: Catalog, bundle: Bundle | None = None) -> None:
+        """Keep the base catalog, so that an archived policy can be served without its folder.
+
+        Its tokenizer bundle is kept as well; a newer one takes its place.
+        """
         kept = self._folder / CATALOG
         try:
             if not kept.is_dir():
                 with atomic_dir(kept) as partial:
                     catalogs.write(catalog, partial)
-        except OSError as error:  # another replica keeps it at this moment
+            kept = self._folder / BUNDLE
+            if bundle is not None and bundle.folder != kept and not bundle.is_in(kept):
+                bundle.copy(kept)
+        except (OSError, DataError) as error:  # another replica keeps it at this moment
             _log.info("the catalog is not kept in %s: %s", kept, error)
 
     def append(self, catalog_version: CatalogVersion, delta: DeltaRequest) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from orchard.errors import DataError
 from serve.catalog.ledger import LedgerError
-from serve.catalog.schema import DeltaRequest
+from serve.catalog.schema import AssignedItem, DeltaRequest
 from serve.catalog.store import CatalogStore, CatalogVersion
 from serve.decoding.scheduler import DecodeScheduler
 from serve.errors import ConflictError, UnavailableError, UnknownNameError
@@ -55,8 +55,14 @@ class Synchronizer:
         for slot in self.slots.values():
             await self._follow_pin(slot)
 
-    async def change(self, delta: DeltaRequest) -> CatalogVersion:
+    async def change(self, delta: DeltaRequest) -> tuple[CatalogVersion, list[AssignedItem]]:
         """Apply a delta and, unless it is a dry run, publish it to all replicas.
+
+        New items without a semantic ID get one before the delta is written, so that every replica
+        reads the same.
+
+        Returns:
+            The version that the delta makes, and the semantic IDs that were assigned.
 
         Raises:
             ApiError: the delta is invalid, or was made for another version.
@@ -67,6 +73,7 @@ class Synchronizer:
                 raise UnavailableError(
                     f"{self.catalog_refused}; the log of the endpoint says what to do"
                 )
+            delta, assigned = await self._in_loader(self.catalog_store.with_sids, delta)
             catalog_version = await self._in_loader(self.catalog_store.apply, delta)
             if not delta.dry_run:
                 try:
@@ -79,7 +86,7 @@ class Synchronizer:
                 for slot in self.slots.values():
                     await self._in_loader(slot.prepare, catalog_version.catalog)
                 self.catalog_store.activate(catalog_version)
-            return catalog_version
+            return catalog_version, assigned
 
     async def activate(self, request: ActivateRequest) -> None:
         """Pin an archived version of a variant's policy, or follow training again.

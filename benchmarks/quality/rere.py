@@ -18,8 +18,8 @@ from benchmarks.shared.recipe import ONE_THREAD, branch, means, over_seeds, read
 from cluster.cli.commands import WARM_START
 from cluster.cli.fit import fit
 from orchard import config
-from orchard.data.semantic_ids.embed import of_titles
 from orchard.evaluation import ranking
+from orchard.semantic_ids.embed import of_titles
 from orchard.settings import Config
 from orchard.tracking.metrics_log import FILE, read_metrics
 

@@ -18,10 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.shared.measure import Figure, Row, figure
-from orchard.data.semantic_ids import assign, bundle, large, sampled
-from orchard.data.semantic_ids.build import SemanticIdConfig
-from orchard.data.semantic_ids.bundle import Bundle
-from orchard.data.semantic_ids.quantize import residual_codes
+from orchard.semantic_ids import assign, bundle, large, sampled
+from orchard.semantic_ids.build import SemanticIdConfig
+from orchard.semantic_ids.bundle import Bundle
+from orchard.semantic_ids.quantize import residual_codes
 
 LEVELS, SAMPLE, NEW = (256, 256, 256), 50_000, 1000
 GIB = 1 << 30

@@ -16,13 +16,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv as csv
 
-from benchmarks.shared import sids
+from benchmarks.shared import new_items, sids
 from benchmarks.shared.measure import Report, Row, figure, report
 from orchard import config
 from orchard.catalog import catalog
-from orchard.data.semantic_ids.build import QUANTIZERS, SemanticIdConfig, build
-from orchard.data.semantic_ids.measure import CodeQuality, measure_codes
-from orchard.data.semantic_ids.quantize import quantize
+from orchard.semantic_ids.build import QUANTIZERS, SemanticIdConfig, build
+from orchard.semantic_ids.measure import CodeQuality, measure_codes
+from orchard.semantic_ids.quantize import quantize
 
 GIB = 1 << 30
 INDUSTRIAL = Path("cluster/runs/amazon_industrial.toml")
@@ -42,6 +42,7 @@ def run(quick: bool) -> Report:
     quantize_s = quantised(items)
     published_rows = beside_published(config.load(INDUSTRIAL, []).data.path)
     sid_figures, sid_rows = sids.run(quick)
+    new_figures, new_rows = new_items.run(quick)
     import_note = f"{events} interactions, CSV of {size / 1e6:.0f} MB"
     return report(
         "data",
@@ -58,6 +59,7 @@ def run(quick: bool) -> Report:
                 note=f"{items} x 256, 3 levels of 256",
             ),
             *sid_figures,
+            *new_figures,
         ],
         [
             {
@@ -68,6 +70,7 @@ def run(quick: bool) -> Report:
             },
             *published_rows,
             *sid_rows,
+            *new_rows,
         ],
     )
 

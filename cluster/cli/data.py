@@ -161,10 +161,10 @@ def sids(
 ) -> None:
     """Assign semantic IDs by residual quantization, and report their quality."""
     from cluster.cli import datasets
+    from orchard.errors import ConfigError
 
     # Loads faiss and scikit-learn, which the other commands do not need.
-    from orchard.data.semantic_ids.build import SemanticIdConfig
-    from orchard.errors import ConfigError
+    from orchard.semantic_ids.build import SemanticIdConfig
 
     if source not in ("auto", "titles", "interactions"):
         raise ConfigError(f"--source = {source!r}; choose auto, titles or interactions")
@@ -227,7 +227,7 @@ def encode(
     from cluster.cli import datasets
 
     # Loads faiss and scikit-learn, which the other commands do not need.
-    from orchard.data.semantic_ids.encode import EncodeOptions
+    from orchard.semantic_ids.encode import EncodeOptions
 
     datasets.encode_items(
         bundle,

@@ -14,8 +14,8 @@ from orchard.data.importers.write import write
 from orchard.errors import ConfigError
 
 if TYPE_CHECKING:
-    from orchard.data.semantic_ids.build import SemanticIdConfig
-    from orchard.data.semantic_ids.encode import EncodeOptions
+    from orchard.semantic_ids.build import SemanticIdConfig
+    from orchard.semantic_ids.encode import EncodeOptions
 
 _MIB = 1 << 20
 
@@ -55,7 +55,7 @@ def assign_semantic_ids(folder: Path, recipe: "SemanticIdConfig", *, overwrite: 
     Raises:
         ConfigError, DataError: one sentence each; the folder is left unchanged.
     """
-    from orchard.data.semantic_ids import build, sampled  # loads faiss and scikit-learn
+    from orchard.semantic_ids import build, bundle, sampled  # loads faiss and scikit-learn
 
     make = build.build if recipe.sample is None else sampled.build_sampled
     report = make(folder, recipe, overwrite=overwrite)
@@ -81,7 +81,7 @@ def assign_semantic_ids(folder: Path, recipe: "SemanticIdConfig", *, overwrite: 
             f"{level['single_child_share']:.0%} with one{rest}"
         )
     typer.echo(f"report: {folder / build.REPORT}, picture: {folder / build.PICTURE}")
-    typer.echo(f"tokenizer bundle: {folder / build.BUNDLE}, for new items: orchard data encode")
+    typer.echo(f"tokenizer bundle: {folder / bundle.BUNDLE}, for new items: orchard data encode")
 
 
 def encode_items(bundle: Path, items: Path, out: Path, options: "EncodeOptions") -> None:
@@ -90,7 +90,7 @@ def encode_items(bundle: Path, items: Path, out: Path, options: "EncodeOptions")
     Raises:
         ConfigError, DataError: one sentence each; the bundle is left unchanged.
     """
-    from orchard.data.semantic_ids.encode import encode  # loads faiss and scikit-learn
+    from orchard.semantic_ids.encode import encode  # loads faiss and scikit-learn
 
     report = encode(bundle, items, out, options)
     typer.echo(f"{report.num_known} items have a semantic ID of the bundle and keep it")

@@ -9,6 +9,7 @@ run's configuration and evaluations, and `README.md` (description, metrics and l
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from cluster.training.run import Run
@@ -47,7 +48,7 @@ def export_policy(run: Run, out: Path, *, overwrite: bool = False, adapter: bool
             f"{run.policy} is no policy of a run; warm-start or train one first, or name its "
             "folder with --policy"
         )
-    policy = Policy.open(run.policy, run.tokenizer)
+    policy = replace(Policy.open(run.policy, run.tokenizer), new_bundle=run.bundle)
     parameters = policy.model.num_parameters()
 
     def describe(partial: Path) -> None:

@@ -29,7 +29,8 @@ REGISTRIES: tuple[Registry[Any, Any], ...] = (
 
 
 MAY_CHANGE = (
-    "output", "data.path", "sft.epochs", "sft.minutes", "sft.patience", "learner.steps",
+    "output", "data.path", "data.bundle", "sft.epochs", "sft.minutes", "sft.patience",
+    "learner.steps",
     "rollout.actors", "rollout.max_restarts", "rollout.timeout_s", "rollout.start_timeout_s",
     "rollout.threads", "rewards.actors", "rewards.queue", "rewards.timeout_s", "rewards.retries",
     "rewards.max_restarts", "learner.threads", "learner.max_failures", "learner.timeout_s",

@@ -17,6 +17,7 @@ from orchard.catalog import catalog as catalogs
 from orchard.catalog.catalog import Catalog
 from orchard.data import rationales
 from orchard.data.fresh import concatenate, read_training_rows
+from orchard.data.items import read_items
 from orchard.data.prompts import Split, content_digest, read_split
 from orchard.data.rationales import RationaleBlocks, TokenizedRationales
 from orchard.data.sft_tasks import SftTasks
@@ -24,11 +25,13 @@ from orchard.errors import ConfigError
 from orchard.guide.expert import LeafRows
 from orchard.guide.guide import Guide
 from orchard.policy import item_tokenizer, model, titles
+from orchard.policy.growth import Growth, growth_of
 from orchard.policy.item_tokenizer import ItemTokenizer
-from orchard.policy.store import PolicyFacts, open_guide
+from orchard.policy.store import PolicyFacts, open_bundle, open_guide
 from orchard.scorers import prefix_critic
 from orchard.scorers.prefix_critic import PrefixCritic
-from orchard.settings import Config, DataConfig
+from orchard.semantic_ids.bundle import Bundle
+from orchard.settings import Config
 from rewards.context import RewardContext
 from rewards.score import preload
 from rewards.transition_counts import TransitionCounts, count_transitions
@@ -59,8 +62,12 @@ class Run:
     """Rationales of the train rows, if SFT teaches thinking."""
     tasks: SftTasks | None = None
     """SFT tasks of a text model."""
+    bundle: Bundle | None = None
+    """Tokenizer bundle of the catalog, which the policy carries."""
     base: Path | None = None
-    """Folder of the text model that `policy` is created from by resizing."""
+    """Folder of the model that `policy` is created from by resizing."""
+    growth: Growth | None = None
+    """Codes that `base` knows, where it was trained on another catalog of the bundle."""
 
     @property
     def dir(self) -> Path:
@@ -244,9 +251,13 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
         text_tokenizer = titles.make_title_tokenizer(
             titles.read_titles(data.path / data.items), data.title_tokens
         )
-    catalog = read_items(data, text_tokenizer)
+    catalog, bundle = read_items(data, text_tokenizer)
+    growth = None
     if policy is not None:
-        PolicyFacts.read(policy).check_catalog(catalog, policy)
+        growth = growth_of(policy, catalog, bundle) if phase == "sft" else None
+        if growth is None:
+            PolicyFacts.read(policy).check_catalog(catalog, policy)
+        bundle = bundle or open_bundle(policy, catalog)
     train, fresh = read_training_rows(data, catalog)
     valid, test = (
         read_split([data.path / file], catalog, max_history=data.max_history)
@@ -269,6 +280,7 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
     if text_tokenizer is None:
         text_tokenizer = new_tokenizer(settings, catalog, reasons)
     grows = text_policy.add_instruction(settings, text_tokenizer, catalog, policy)
+    grows = grows or growth is not None
     tokenizer, traces = item_tokenizer.make_item_tokenizer(text_tokenizer, catalog), None
     if text_policy.thinks(settings):
         tokenizer = replace(tokenizer, think=item_tokenizer.think_tokens(text_tokenizer))
@@ -290,7 +302,9 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
         policy=settings.run_dir / "scratch" if policy is None or grows else policy,
         traces=traces,
         tasks=tasks,
+        bundle=bundle,
         base=policy if grows else None,
+        growth=growth,
         train=train,
         fresh=fresh,
         valid=valid,
@@ -318,20 +332,6 @@ def new_tokenizer(
     if prompt.history is not None:
         texts += [prompt.history, prompt.separator, prompt.titles, prompt.title, prompt.item]
     return rationales.text_tokenizer(catalog, texts, size=settings.model.text_tokens)
-
-
-def read_items(data: DataConfig, tokenizer: PreTrainedTokenizerBase | None) -> Catalog:
-    """Load the items as semantic IDs, or as titles in the tokens of the initial policy."""
-    path = data.path / data.items
-    if not data.titles:
-        return catalogs.read(path, level_size=data.level_size, varying_depth=data.varying_depth)
-    if tokenizer is None:
-        raise ConfigError(
-            "data.titles = true needs a policy whose tokens the titles are written in; "
-            "set model.path to its folder, or data.title_tokens for a policy from scratch",
-            code="config.no_title_tokens",
-        )
-    return titles.read(path, tokenizer)
 
 
 def starting_policy(settings: Config, phase: Phase) -> Path | None:

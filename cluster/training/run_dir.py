@@ -1,6 +1,7 @@
 """Create the folder of a run, and read and write the policies in it."""
 
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +14,11 @@ from orchard.folders import atomic_write
 from orchard.policy import lora, model, value_head
 from orchard.policy.store import Policy, PolicyFacts, has_guide, read_adapter
 from orchard.policy.weights import Weights, restore
+from orchard.semantic_ids.bundle import BUNDLE
 from orchard.settings import Config
 from orchard.types import PolicyVersion
+
+_log = logging.getLogger("orchard")
 
 
 def open_run_dir(run: Run) -> None:
@@ -25,14 +29,21 @@ def open_run_dir(run: Run) -> None:
             atomic_write(run.dir / "config.toml", config.dump(run.config))
             data = recorded_data(run.dir) | run.data
             atomic_write(run.dir / DATA_FILE, json.dumps(data, indent=2) + "\n")
+            if run.bundle is not None:
+                # Policies are saved from this copy, whatever becomes of the data meanwhile.
+                run.bundle.copy(run.dir / BUNDLE)
     except OSError as error:
         raise ConfigError(
             f"run folder {run.dir} cannot be written: {error.strerror}; "
             "set output to storage that takes writes and has room"
         ) from error
     if run.policy == run.dir / "scratch" and not run.policy.is_dir():
+        if run.growth is not None:
+            _log.warning("%s", run.growth)
         if run.base is not None:
-            initial = text_policy.load_resized(run.base, run.tokenizer, seed=run.config.seed)
+            initial = text_policy.load_resized(
+                run.base, run.tokenizer, run.growth, seed=run.config.seed
+            )
         else:
             initial = model.create(run.config.model, run.tokenizer, seed=run.config.seed)
         _as_policy(run, initial, PolicyVersion(step=0, digest=""), {}).save(run.policy)
@@ -104,4 +115,5 @@ def _as_policy(
             data={name: digest for name, digest in run.data.items() if name != "test"},
         ),
         folder=source,
+        new_bundle=run.bundle and replace(run.bundle, folder=run.dir / BUNDLE),
     )

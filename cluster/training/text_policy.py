@@ -17,6 +17,7 @@ from orchard.data.sft_tasks import SftTasks, build_sft_tasks
 from orchard.errors import ConfigError
 from orchard.policy import lora, model, prompt_template, token_embeddings
 from orchard.policy.attention import position_limit
+from orchard.policy.growth import Growth
 from orchard.policy.item_tokenizer import ItemTokenizer, read_tokenizer
 from orchard.policy.tree_check import check_trees
 from orchard.settings import Config
@@ -110,11 +111,18 @@ def positions(policy: Path | None) -> int:
     return position_limit(AutoConfig.from_pretrained(policy))
 
 
-def load_resized(base: Path, tokenizer: ItemTokenizer, *, seed: int) -> PreTrainedModel:
-    """Load a text model, with its token embeddings resized to the policy's tokens."""
+def load_resized(
+    base: Path, tokenizer: ItemTokenizer, growth: Growth | None = None, *, seed: int
+) -> PreTrainedModel:
+    """Load a model, with its token embeddings resized to the policy's tokens.
+
+    With `growth`, the rows of codes that no item had start from those of their neighbors.
+    """
     policy = model.load(base)
     num_base_tokens = len(read_tokenizer(base))
     token_embeddings.resize_embeddings(
         policy, known=num_base_tokens, size=tokenizer.size, seed=seed
     )
+    if growth is not None:
+        token_embeddings.start_unseen(policy, tokenizer, growth, seed=seed)
     return policy

@@ -5,6 +5,7 @@ value_head.safetensors              the value head, where there is one
 adapter/lora.safetensors            factors of what LoRA added to the run's base, where it did
 tokenizer.json, ...                 tokens and the prompt template
 catalogue/                          the items and their codes
+sids/                               the tokenizer bundle of the items (`orchard.semantic_ids`)
 guide/                              the guide of its searches, where there is one (`orchard.guide`)
 policy.json                         version, catalog digest, length of histories, measurements
 """
@@ -30,6 +31,8 @@ from orchard.guide.guide import ABOUT, Guide
 from orchard.policy import item_tokenizer, model, value_head
 from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.policy.weights import Weights, digest, snapshot, views
+from orchard.semantic_ids import bundle as bundles
+from orchard.semantic_ids.bundle import BUNDLE, Bundle
 from orchard.types import PolicyVersion
 
 FILE = "policy.json"
@@ -54,6 +57,8 @@ class PolicyFacts:
     data: Mapping[str, str] = field(default_factory=dict[str, str])
     """Digests of the data that it was made from: `train` and `valid`, the rows it was taught and
     selected by, and `items`."""
+    bundle: str = ""
+    """Digest of the tokenizer bundle; empty where the folder holds none."""
 
     @classmethod
     def read(cls, folder: Path) -> "PolicyFacts":
@@ -79,6 +84,7 @@ class PolicyFacts:
             measurements=tree.get("facts", {}),
             adapter=tree.get("adapter", ""),
             data=tree.get("data", {}),
+            bundle=tree.get("bundle", ""),
         )
 
     def to_json(self) -> str:
@@ -90,6 +96,7 @@ class PolicyFacts:
             "facts": dict(self.measurements),
             **({"adapter": self.adapter} if self.adapter else {}),
             **({"data": dict(self.data)} if self.data else {}),
+            **({"bundle": self.bundle} if self.bundle else {}),
         }
         return json.dumps(tree, indent=2) + "\n"
 
@@ -157,7 +164,9 @@ class Policy:
     adapter: Weights = field(default_factory=dict[str, np.ndarray])
     """LoRA factors to save beside the merged weights; `read_adapter` reads them."""
     folder: Path | None = None
-    """Folder that the policy was read from, which may hold a guide."""
+    """Folder that the policy was read from, which may hold a guide and a tokenizer bundle."""
+    new_bundle: Bundle | None = None
+    """Tokenizer bundle to save with it instead of the folder's own."""
 
     @classmethod
     def open(cls, folder: Path, tokenizer: ItemTokenizer | None = None) -> "Policy":
@@ -208,6 +217,19 @@ class Policy:
         """
         return open_guide(self.folder, self.tokenizer.catalog) if self.folder else None
 
+    @cached_property
+    def bundle(self) -> Bundle | None:
+        """Tokenizer bundle of the policy's items, read on first use; None where there is none.
+
+        Raises:
+            CatalogError: the bundle is of another catalog.
+            CheckpointError: it is not the one that the folder names.
+            DataError: a file of it is missing or damaged.
+        """
+        if self.new_bundle is not None or self.folder is None:
+            return self.new_bundle
+        return open_bundle(self.folder, self.tokenizer.catalog)
+
     def save(self, folder: Path, extra: Callable[[Path], None] | None = None) -> None:
         """Write the folder as a whole; a reader never meets half a policy.
 
@@ -233,10 +255,37 @@ class Policy:
             measurements=self.facts.measurements,
             adapter=digest(self.adapter) if self.adapter else "",
             data=self.facts.data,
+            bundle=self.bundle.digest if self.bundle else "",
         )
+        if self.bundle is not None:
+            self.bundle.copy(folder / BUNDLE)
         atomic_write(folder / FILE, facts.to_json())
         if self.guide is not None:
             self.guide.save(folder / GUIDE)
+
+
+def open_bundle(folder: Path, catalog: Catalog) -> Bundle | None:
+    """Read the tokenizer bundle of a policy folder and verify it; None where there is none.
+
+    Raises:
+        CatalogError: the bundle is of another catalog.
+        CheckpointError: it is not the one that the folder names.
+        DataError: a file of it is missing or damaged.
+    """
+    named = PolicyFacts.read(folder).bundle
+    if not named and not bundles.versions(folder / BUNDLE):
+        return None
+    bundle = Bundle.open(folder / BUNDLE)
+    if named and bundle.digest != named:
+        raise CheckpointError(
+            f"the tokenizer bundle {folder / BUNDLE} has digest {bundle.digest[:12]}, its policy "
+            f"was saved with {named[:12]}; save or export the policy again",
+            code="policy.other_bundle",
+        )
+    bundle.check_catalog(
+        catalog, remedy="give the bundle of these items, or save or export the policy again"
+    )
+    return bundle
 
 
 def open_guide(folder: Path, catalog: Catalog) -> Guide | None:

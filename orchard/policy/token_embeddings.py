@@ -2,19 +2,24 @@
 
 from typing import cast
 
+import numpy as np
 import torch
-from torch import nn
+from scipy.spatial.distance import cdist
+from torch import Tensor, nn
 from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 
 from orchard.catalog.catalog import Catalog
 from orchard.errors import CatalogError, CheckpointError, DataError
 from orchard.policy.code_tokens import find_spelling
-from orchard.policy.item_tokenizer import PAD, THINK, THOUGHT
+from orchard.policy.growth import Growth
+from orchard.policy.item_tokenizer import PAD, THINK, THOUGHT, ItemTokenizer
 from orchard.policy.model import head_weight
 
 _SPREAD = 1e-2
 """Noise of new rows around the mean, in standard deviations of the old rows. No two new rows are
 equal, so that ties among siblings are not resolved by the order of the catalog."""
+_NEIGHBORS = 5
+"""Number of codes whose rows a code that no item had starts from."""
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase, catalog: Catalog, *, tags: bool = False) -> int:
@@ -81,11 +86,44 @@ def resize_embeddings(model: PreTrainedModel, *, known: int, size: int, seed: in
     check_rows(min(rows, head_weight(model).shape[0]), known=known)
     model.resize_token_embeddings(size, mean_resizing=False)
     draw = torch.Generator().manual_seed(seed)
-    embedding = cast(nn.Embedding, model.get_input_embeddings()).weight
-    head = head_weight(model)
-    tables = [embedding] if head is embedding else [embedding, head]
     with torch.no_grad():
-        for table in tables:
+        for table in _tables(model):
             old = table[:known]
             noise = torch.randn(size - known, table.shape[1], generator=draw)
             table[known:] = old.mean(0) + _SPREAD * old.std(0) * noise
+
+
+def start_unseen(
+    model: PreTrainedModel, tokenizer: ItemTokenizer, growth: Growth, *, seed: int
+) -> None:
+    """Start the rows of codes that no item had from the rows of their neighbors, in place.
+
+    A new row is the mean of those of the nearest codes of its level that items had, by the
+    centroids of the codebook, plus a little noise. A level without a codebook takes all of them.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    for level, seen in enumerate(growth.seen):
+        if seen.all():
+            continue
+        known, unseen = np.flatnonzero(seen), np.flatnonzero(~seen)
+        if level < len(growth.books):
+            book = growth.books[level].astype(np.float64)
+            distance = cdist(book[unseen], book[known])
+            near = known[np.argsort(distance, axis=1, kind="stable")[:, :_NEIGHBORS]]
+        else:
+            near = np.broadcast_to(known, (len(unseen), len(known)))
+        token = tokenizer.tokens_at(level)
+        target, source = token[torch.from_numpy(unseen)], token[torch.from_numpy(near.copy())]
+        with torch.no_grad():
+            for table in _tables(model):
+                noise = torch.randn(len(unseen), table.shape[1], generator=draw)
+                spread = table[token[torch.from_numpy(known)]].std(0, unbiased=False)
+                # [unseen codes, neighbors, width of the table] averaged over the neighbors
+                table[target] = table[source].mean(1) + _SPREAD * spread * noise
+
+
+def _tables(model: PreTrainedModel) -> list[Tensor]:
+    """Return the embeddings and the head of a model, once where they are the same."""
+    embedding = cast(nn.Embedding, model.get_input_embeddings()).weight
+    head = head_weight(model)
+    return [embedding] if head is embedding else [embedding, head]

@@ -38,10 +38,15 @@ class DataConfig(Section):
     embeddings: FileName | None = None
     """Embeddings file with the columns item_id and embedding (a list of numbers). The step rewards
     of the value head compare items by these embeddings; by default they compare codes."""
+    bundle: FileName = "sids"
+    """Folder of the tokenizer bundle that `orchard data sids` wrote with the items. The policy
+    carries it, so that new items get semantic IDs at the endpoint. A folder `sids` need not exist;
+    an empty name leaves it out."""
     max_history: PositiveInt = 10
     """Maximum number of history items in a prompt; the most recent items are kept."""
     level_size: tuple[PositiveInt, ...] | None = None
-    """Codebook size of each level; by default the largest code in use plus one."""
+    """Codebook size of each level; by default that of the tokenizer bundle, without one the largest
+    code in use plus one."""
     varying_depth: bool = False
     """Whether semantic IDs may differ in length."""
     rationales: str | None = None

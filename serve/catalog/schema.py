@@ -1,9 +1,10 @@
 """Request and response models of the catalog's routes. Models refuse unknown fields."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, StrictBool, StrictInt, StrictStr, model_validator
 
+from orchard.catalog.embeddings import MOST
 from serve.schema import ItemId, Name, NamesCatalog, RequestModel, ResponseModel
 
 AttributeValue = (
@@ -15,14 +16,28 @@ AttributeValue = (
 )
 """Attribute of an item; of the type of its column (see `serve.catalog.attributes`)."""
 
+Coordinate = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-MOST, le=MOST)]
+
 
 class NewItem(RequestModel):
     """Item to add to the catalog."""
 
     item_id: ItemId
-    sid: Annotated[list[Annotated[StrictInt, Field(ge=0, lt=2**31)]], Field(max_length=64)]
+    sid: Annotated[list[Annotated[StrictInt, Field(ge=0, lt=2**31)]], Field(max_length=64)] | (
+        None
+    ) = None
+    """Semantic ID; without it, the tokenizer bundle of the policy assigns one."""
     title: Annotated[str, Field(max_length=2000)] = ""
+    embedding: Annotated[list[Coordinate], Field(max_length=65_536, fail_fast=True)] | None = None
+    """Embedding for a bundle that was made from embeddings; only without `sid`."""
     attributes: dict[Name, AttributeValue] = Field(default_factory=dict[str, AttributeValue])
+
+    @model_validator(mode="after")
+    def _one_source_of_codes(self) -> "NewItem":
+        """Refuse an embedding that nothing is made of."""
+        if self.sid is not None and self.embedding is not None:
+            raise ValueError("give sid, or an embedding to assign one by, and not both")
+        return self
 
 
 class ChangedItem(RequestModel):
@@ -52,6 +67,8 @@ class DeltaRequest(RequestModel):
     """Whether to validate the delta without applying it."""
     base_version: Annotated[StrictInt, Field(ge=0)] | None = None
     """Catalog version that the delta was made for; refused if another one is current."""
+    share_when_full: StrictBool = False
+    """Whether a new item without `sid` may share that of another where no free one is left."""
     rollback_to: Annotated[StrictInt, Field(ge=0)] | None = None
     """Earlier version whose items become a new version, instead of changes."""
 
@@ -62,6 +79,37 @@ class DeltaRequest(RequestModel):
         if changes == (self.rollback_to is not None):
             raise ValueError("give items to add, remove or update, or rollback_to, and not both")
         return self
+
+
+class Neighbor(ResponseModel):
+    """Item of the catalog near a new one."""
+
+    item_id: int
+    distance: float
+    """Euclidean distance between the new item's embedding and the point that the codes of this item
+    stand for, in the space of the codebooks."""
+
+
+class AssignedItem(ResponseModel):
+    """Semantic ID that a new item got."""
+
+    item_id: int
+    sid: list[int]
+    source: Literal["bundle", "kept"]
+    """`bundle` if the ID was assigned by the item's embedding, `kept` if the item had it before."""
+    moved: bool
+    """Whether the nearest codes were taken, and the item has others."""
+    shared: bool
+    """Whether no code was free, and the item shares the ID of another."""
+    distance: float | None
+    """Euclidean distance between the embedding and the point that the ID stands for; null if the ID
+    was kept."""
+    typical_distance: float | None
+    """Root mean square of this distance over the items that the bundle was made from; null without
+    a bundle."""
+    neighbors: list[Neighbor]
+    """Nearest items of the catalog before the delta; empty if the ID was kept, and in deltas of
+    many new items."""
 
 
 class CatalogInfo(ResponseModel):
@@ -77,7 +125,11 @@ class CatalogInfo(ResponseModel):
     filters: list[str]
     kept: list[int]
     """Versions available for rollback."""
+    bundle: str = ""
+    """Digest of the tokenizer bundle that assigns semantic IDs to new items; empty without one."""
     dry_run: bool = False
+    assigned: list[AssignedItem] = Field(default_factory=list[AssignedItem])
+    """Semantic IDs of the items that a delta added without any."""
     deltas_refused: str = ""
     """Reason for not applying newer deltas of the shared state, empty if they are applied."""
 

@@ -25,7 +25,8 @@ from orchard.errors import CatalogError, ConfigError, DataError
 from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.settings import FilterConfig
 from serve.catalog.attributes import Attributes
-from serve.catalog.schema import DeltaRequest
+from serve.catalog.new_items import Assigner
+from serve.catalog.schema import AssignedItem, DeltaRequest
 from serve.errors import ConflictError, UnknownNameError, UnprocessableError
 
 _VIEWS = 32
@@ -55,6 +56,8 @@ class CatalogVersion:
     attributes: Attributes
     filters: Mapping[str, FilterConfig]
     popularity: Mapping[int, float]
+    retired: Mapping[int, tuple[int, ...]] = field(default_factory=dict[int, tuple[int, ...]])
+    """Semantic IDs of the items that were removed and are not there again, by identifier."""
     _filtered: OrderedDict[tuple[str, ...], FilteredItems] = field(
         default_factory=OrderedDict[tuple[str, ...], FilteredItems]
     )
@@ -149,8 +152,10 @@ class CatalogStore:
         filters: Mapping[str, FilterConfig],
         popularity: Mapping[int, float],
         keep: int,
+        assigner: Assigner | None = None,
     ) -> None:
-        """Start with version 0."""
+        """Start with version 0; `assigner` gives semantic IDs to new items without any."""
+        self.assigner = assigner or Assigner(bundle=None)
         live = VersionedCatalog(tokenizer.catalog)
         self.current = CatalogVersion(
             version=0, live=live, snapshot=live.snapshot, tokenizer=tokenizer,
@@ -174,17 +179,32 @@ class CatalogStore:
             UnprocessableError: the items do not fit the catalog; the message names them and why.
         """
         current = self.current
-        if delta.base_version is not None and delta.base_version != current.version:
-            raise ConflictError(
-                f"the delta is for version {delta.base_version}, the catalog has "
-                f"{current.version}; read the catalog again and send a new delta"
-            )
+        self._check_base(delta)
         if delta.rollback_to is not None:
             return replace(self._earlier_version(delta.rollback_to), version=current.version + 1)
         try:
             return _apply_changes(current, delta, strict=True)
         except (DataError, ConfigError) as error:
             raise UnprocessableError(str(error)) from error
+
+    def with_sids(self, delta: DeltaRequest) -> tuple[DeltaRequest, list[AssignedItem]]:
+        """Return a delta whose new items all have semantic IDs, and those that were assigned.
+
+        Raises:
+            ConflictError: the delta was made for another version.
+            UnprocessableError: an ID cannot be assigned (see `Assigner.assign`).
+        """
+        self._check_base(delta)
+        live = np.flatnonzero(self.current.snapshot.live)
+        return self.assigner.assign(delta, self.current.catalog, live, self.current.retired)
+
+    def _check_base(self, delta: DeltaRequest) -> None:
+        """Raise ConflictError if a delta was made for another version than the current one."""
+        if delta.base_version is not None and delta.base_version != self.current.version:
+            raise ConflictError(
+                f"the delta is for version {delta.base_version}, the catalog has "
+                f"{self.current.version}; read the catalog again and send a new delta"
+            )
 
     def replay(
         self, delta: DeltaRequest, changes_of: Callable[[int], Sequence[DeltaRequest]]
@@ -237,10 +257,12 @@ def _apply_changes(
     """
     _refuse_duplicates([*delta.remove, *(item.item_id for item in (*delta.add, *delta.update))])
     live, old = catalog_version.live.copy(), catalog_version.snapshot
-    add: list[tuple[int, Sequence[int], str]] = [
-        (item.item_id, item.sid, item.title) for item in delta.add
-    ]
-    remove = list(delta.remove)
+    add: list[tuple[int, Sequence[int], str]] = []
+    for item in delta.add:
+        if item.sid is None:
+            raise DataError(f"item {item.item_id} is to be added and has no sid; send one")
+        add.append((item.item_id, item.sid, item.title))
+    remove, added = list(delta.remove), {item.item_id for item in delta.add}
     # An update of codes or title removes the item and adds it again.
     for item in delta.update:
         rows, in_catalog = old.catalog.lookup(np.array([item.item_id]))
@@ -257,6 +279,11 @@ def _apply_changes(
         live.remove(remove)
         if not live.snapshot.live.any() and not add:
             raise CatalogError("the delta removes every item; leave at least one")
+    retired = {item: sid for item, sid in catalog_version.retired.items() if item not in added}
+    if delta.remove:
+        gone, _ = old.catalog.find(np.array(delta.remove, dtype=np.int64))
+        for item_id, row in zip(delta.remove, gone.tolist(), strict=True):
+            retired[item_id] = tuple(catalog_version.plain_sid(row))
     if add:
         live.add([sid for _, sid, _ in add], [i for i, _, _ in add], [t for _, _, t in add])
         live.commit(live.compact())
@@ -271,6 +298,7 @@ def _apply_changes(
         attributes=catalog_version.attributes.with_changes(attributes, strict=strict),
         filters=catalog_version.filters,
         popularity=catalog_version.popularity,
+        retired=retired,
     )
 
 

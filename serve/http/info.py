@@ -48,6 +48,7 @@ def catalog_info(service: Service, catalog_version: CatalogVersion) -> CatalogIn
         level_size=list(catalog_version.catalog.level_size),
         filters=sorted(catalog_version.filters),
         kept=service.catalog_store.kept,
+        bundle=service.catalog_store.assigner.digest,
         deltas_refused=service.catalog_refused,
     )
 

@@ -205,10 +205,14 @@ def _add_operator_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/catalog/delta", tags=["catalogue"], dependencies=_JSON)
     async def delta(request: Request, body: Annotated[DeltaRequest, Body()]) -> CatalogInfo:
-        """Add, remove and update items, or roll back to an earlier version."""
+        """Add, remove and update items, or roll back to an earlier version.
+
+        The tokenizer bundle of the policy assigns semantic IDs to new items without `sid`.
+        """
         check_token(request.headers.get("authorization"), service.config.token_env)
-        catalog_version = await service.change(body)
-        return catalog_info(service, catalog_version).model_copy(update={"dry_run": body.dry_run})
+        catalog_version, assigned = await service.change(body)
+        changes = {"dry_run": body.dry_run, "assigned": assigned}
+        return catalog_info(service, catalog_version).model_copy(update=changes)
 
     @app.post("/v1/policy:activate", tags=["policy"], dependencies=_JSON)
     async def activate(request: Request, body: Annotated[ActivateRequest, Body()]) -> PolicyInfo:

@@ -22,7 +22,8 @@ from orchard.catalog.catalog import Catalog
 from orchard.errors import CheckpointError, EngineError
 from orchard.guide.guide import Guide, named_digest
 from orchard.policy.item_tokenizer import ItemTokenizer
-from orchard.policy.store import GUIDE
+from orchard.policy.store import CATALOG, GUIDE
+from orchard.semantic_ids.bundle import BUNDLE
 from orchard.types import PolicyVersion, Prompts
 from rollout.candidates import Candidates
 from rollout.engine.protocol import InferenceEngine
@@ -43,6 +44,8 @@ from serve.schema import Decoder
 _log = logging.getLogger("orchard.serve")
 LATEST = "latest"
 _PROBES, _PROBE_WIDTH = 4, 8
+_SHARED = shutil.ignore_patterns(CATALOG, BUNDLE)
+"""Folders of a policy that all archived copies share (see `serve.shared_state`)."""
 _REREAD_S = 10.0
 """Seconds until an unchanged folder that could not be read is read again."""
 
@@ -263,7 +266,7 @@ class PolicySlot:
             # Replicas share the archive: each writes its own copy, and the first rename wins.
             copy = target.with_name(f".{target.name}.{uuid4().hex}")
             try:
-                shutil.copytree(accepted.source, copy, ignore=shutil.ignore_patterns("catalogue"))
+                shutil.copytree(accepted.source, copy, ignore=_SHARED)
                 if folder_stamp(self._folder) == accepted.stamp:
                     copy.rename(target)
             except OSError as error:  # another replica was first, or training replaced the folder

@@ -80,7 +80,7 @@ ADDED_SETTINGS = {
     "data.hold_back_by", "sft.rows", "learner.rows", "critic.rows", "serve.guide", "serve.wide",
     "learner.loss", "learner.ecpo_delta", "learner.window", "learner.anchor",
     "learner.hint_weight", "learner.max_draws", "rollout.hints", "learner.attention",
-    "learner.gradient_checkpointing",
+    "learner.gradient_checkpointing", "data.bundle",
 }  # fmt: skip
 """Settings that came after the recording."""
 ADDED_SECTIONS = {"guide"}
@@ -106,14 +106,18 @@ ADDED_FIELDS: dict[str, set[str]] = {
     "RecommendResponse": {"catalog", "requested", "shortfall_reason", "unknown_items", "proved"},
     "Item": {"guide"},
     "ItemInfo": {"catalog"},
-    "CatalogInfo": {"deltas_refused"},
+    "CatalogInfo": {"deltas_refused", "assigned", "bundle"},
+    "DeltaRequest": {"share_when_full"},
+    "NewItem": {"embedding"},
     "VariantInfo": {"guide", "guide_notes"},
 }
 """Fields of the API that came beside the recorded ones, by the name of their schema."""
-ADDED_SCHEMAS = {"GuideShare"}
+ADDED_SCHEMAS = {"GuideShare", "AssignedItem", "Neighbor"}
 """Schemas of the API that came after the recording."""
 ADDED_DECODERS = {"guided"}
 """Decoders that came after the recording."""
+NOW_LEFT_OUT = {("NewItem", "sid")}
+"""Fields that were required, by the name of their schema."""
 NOW_OPTIONAL: dict[str, Any] = {"decoder": "beam", "exclude_seen": False}
 """Fields of a request whose default is up to the policy's guide, and what it was before."""
 
@@ -400,6 +404,11 @@ def test_the_endpoint_describes_itself_as_it_did(here: Path) -> None:
     for field, default in NOW_OPTIONAL.items():
         (kind,) = (kind for kind in request[field].pop("anyOf") if kind != {"type": "null"})
         request[field] |= kind | {"default": default}
+    for name, field in NOW_LEFT_OUT:
+        schema = now["components"]["schemas"][name]
+        (kind,) = (k for k in schema["properties"][field].pop("anyOf") if k != {"type": "null"})
+        schema["properties"][field] |= kind
+        schema["required"] = [*schema["required"], field]
     for choices in (
         request["decoder"],
         now["components"]["schemas"]["RecommendResponse"]["properties"]["decoder"],

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,10 @@ from orchard.policy import value_head
 from orchard.policy.item_tokenizer import compact_tokenizer
 from orchard.policy.store import FILE, Policy, PolicyFacts
 from orchard.policy.weights import digest
+from orchard.semantic_ids.bundle import CODEBOOKS, Bundle, append
+from orchard.semantic_ids.item_table import digest_of
 from orchard.testing import TinySetup, tiny_setup
+from tests.fixtures.bundles import bundle_of
 from tests.fixtures.guides import random_guide
 
 
@@ -154,3 +158,64 @@ def test_a_folder_of_others_has_no_facts_and_a_damaged_one_says_so(
         Policy.open(tmp_path / "policy")
     with pytest.raises(DataError):
         Policy.open(tmp_path / "nothing")
+
+
+def with_bundle(policy: Policy, folder: Path) -> tuple[Policy, Bundle]:
+    """Give a policy a bundle of its catalog's items, as if those had been made by it."""
+    bundle = bundle_of(policy.tokenizer.catalog, folder)
+    return replace(policy, new_bundle=bundle), bundle
+
+
+def test_a_bundle_travels_with_its_policy(policy: Policy, tmp_path: Path) -> None:
+    policy.save(tmp_path / "before")
+    assert Policy.open(tmp_path / "before").bundle is None
+    assert "bundle" not in json.loads((tmp_path / "before" / FILE).read_text())
+    carrying, bundle = with_bundle(policy, tmp_path / "sids")
+    carrying.save(tmp_path / "policy")
+    shutil.rmtree(tmp_path / "sids")
+    Policy.open(tmp_path / "policy").save(tmp_path / "copy")
+    copied = Policy.open(tmp_path / "copy").bundle
+    assert copied is not None
+    assert (copied.digest, copied.table.digest) == (bundle.digest, bundle.table.digest)
+    copied_files = {path.name for path in (tmp_path / "copy" / "sids").iterdir()}
+    assert copied_files == {"bundle-1.json", *bundle.files}
+    # A version that was appended to is copied alone.
+    item = copied.table.take(np.array([0]))
+    later = append(copied, replace(item, item_id=np.array([900])), {})
+    replace(policy, new_bundle=later).save(tmp_path / "later")
+    found = Policy.open(tmp_path / "later").bundle
+    assert found is not None
+    assert (found.version, found.digest) == (2, later.digest)
+
+
+def test_a_damaged_or_swapped_bundle_is_refused(policy: Policy, tmp_path: Path) -> None:
+    carrying, _ = with_bundle(policy, tmp_path / "sids")
+    carrying.save(tmp_path / "policy")
+    inside = tmp_path / "policy" / "sids"
+    content = (inside / CODEBOOKS).read_bytes()
+    (inside / CODEBOOKS).write_bytes(content[:-1] + b"x")
+    with pytest.raises(DataError, match="is damaged or was changed"):
+        _ = Policy.open(tmp_path / "policy").bundle
+    (inside / CODEBOOKS).unlink()
+    with pytest.raises(DataError, match="is missing"):
+        _ = Policy.open(tmp_path / "policy").bundle
+    shutil.rmtree(inside)
+    with pytest.raises(DataError, match="holds no tokenizer bundle"):
+        _ = Policy.open(tmp_path / "policy").bundle
+    other = bundle_of(policy.tokenizer.catalog, inside, dimensions=3)
+    named = json.loads((tmp_path / "policy" / FILE).read_text())["bundle"]
+    with pytest.raises(CheckpointError, match=f"{other.digest[:12]}.*{named[:12]}"):
+        _ = Policy.open(tmp_path / "policy").bundle
+
+
+def test_a_bundle_of_another_catalog_is_refused_with_both_digests(
+    policy: Policy, tmp_path: Path
+) -> None:
+    policy.save(tmp_path / "policy")
+    other = bundle_of(tiny_setup(seed=5).catalog, tmp_path / "policy" / "sids")
+    catalog = policy.tokenizer.catalog
+    own = digest_of(catalog.item_id, catalog.plain_codes)
+    with pytest.raises(CatalogError, match="save or export the policy again") as caught:
+        _ = Policy.open(tmp_path / "policy").bundle
+    assert other.table.digest[:12] in str(caught.value)
+    assert own[:12] in str(caught.value)

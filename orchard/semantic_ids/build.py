@@ -17,20 +17,18 @@ from jaxtyping import Bool, Float32, Float64
 
 from orchard import ragged
 from orchard.catalog import embeddings
-from orchard.data.semantic_ids import assign, bundle, embed
-from orchard.data.semantic_ids.bundle import Description
-from orchard.data.semantic_ids.collisions import POLICIES, ResolvedCodes
-from orchard.data.semantic_ids.item_table import ItemTable, sid_column, sid_text_column
-from orchard.data.semantic_ids.measure import CodeQuality, draw, measure_codes
-from orchard.data.semantic_ids.quantize import Quantized, quantize
-from orchard.data.semantic_ids.rqvae import quantize_learned
-from orchard.data.semantic_ids.title_encoder import TitleEncoder
 from orchard.errors import ConfigError, DataError
 from orchard.parquet import read_table
+from orchard.semantic_ids import assign, bundle, embed
+from orchard.semantic_ids.bundle import Description
+from orchard.semantic_ids.collisions import POLICIES, ResolvedCodes
+from orchard.semantic_ids.item_table import ItemTable, sid_column, sid_text_column
+from orchard.semantic_ids.measure import CodeQuality, draw, measure_codes
+from orchard.semantic_ids.quantize import Quantized, quantize
+from orchard.semantic_ids.rqvae import quantize_learned
+from orchard.semantic_ids.title_encoder import TitleEncoder
 
 REPORT, PICTURE, EMBEDDINGS = "sids.json", "sids.png", embeddings.EMBEDDINGS
-BUNDLE = "sids"
-"""Folder beside the items with the tokenizer bundle (see `bundle`)."""
 MAX_LEVELS = 8
 Source = Literal["auto", "titles", "interactions"]
 QUANTIZERS: Mapping[str, Callable[..., Quantized]] = {
@@ -146,7 +144,7 @@ def build(folder: Path, recipe: SemanticIdConfig, *, overwrite: bool = False) ->
         recipe, table, embedded.source, embedded.origin, embedding.shape[1], least
     )
     bundle.write(
-        folder / BUNDLE,
+        folder / bundle.BUNDLE,
         description,
         quantized.projection,
         quantized.codebook,

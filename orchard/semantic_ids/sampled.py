@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from orchard.catalog import embeddings
-from orchard.data.semantic_ids import build, bundle, large
-from orchard.data.semantic_ids.build import SemanticIdConfig, SemanticIdReport
-from orchard.data.semantic_ids.collisions import ResolvedCodes
-from orchard.data.semantic_ids.item_table import ItemTable
-from orchard.data.semantic_ids.measure import measure_codes
 from orchard.errors import ConfigError, DataError
+from orchard.semantic_ids import build, bundle, large
+from orchard.semantic_ids.build import SemanticIdConfig, SemanticIdReport
+from orchard.semantic_ids.collisions import ResolvedCodes
+from orchard.semantic_ids.item_table import ItemTable
+from orchard.semantic_ids.measure import measure_codes
 
 WORK = ".sids.work"
 """Folder in the data set with the parts of an unfinished build."""
@@ -91,7 +91,7 @@ def build_sampled(
     )
     fitted = coded.fitted
     bundle.write(
-        folder / build.BUNDLE, description, fitted.projection, fitted.codebook, table, report
+        folder / bundle.BUNDLE, description, fitted.projection, fitted.codebook, table, report
     )
     resolved = ResolvedCodes(codes=coded.sid, order=np.arange(len(items)))
     build.write_items(folder, items, resolved, report, None)

@@ -50,9 +50,7 @@ class ItemTable:
     @cached_property
     def digest(self) -> str:
         """BLAKE3 of the item identifiers in ascending order, and of their semantic IDs."""
-        hasher = blake3(np.ascontiguousarray(self.item_id[self._order]).tobytes())
-        hasher.update(np.ascontiguousarray(self.sid[self._order]).tobytes())
-        return hasher.hexdigest()
+        return digest_of(self.item_id, self.sid)
 
     def lookup(
         self, item_id: Int[np.ndarray, " R"]
@@ -94,6 +92,14 @@ class ItemTable:
             )
         except (pa.ArrowInvalid, OSError, KeyError) as error:
             raise DataError(f"{path} is damaged: {error}; copy the bundle again") from error
+
+
+def digest_of(item_id: Int[np.ndarray, " I"], sid: Int[np.ndarray, "I M"]) -> str:
+    """Return the BLAKE3 of item identifiers in ascending order, and of their semantic IDs."""
+    order = np.argsort(item_id, kind="stable")
+    hasher = blake3(np.ascontiguousarray(item_id[order], dtype=np.int64).tobytes())
+    hasher.update(np.ascontiguousarray(sid[order], dtype=np.int64).tobytes())
+    return hasher.hexdigest()
 
 
 def concatenated(parts: Sequence[ItemTable]) -> ItemTable:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchard.data.semantic_ids.quantize import match, quantize
+from orchard.semantic_ids.quantize import match, quantize
 from tests.fixtures.points import blobs
 
 

@@ -14,8 +14,9 @@ pytest.importorskip("faiss", reason="faiss is not installed; `make env` brings i
 pytest.importorskip("sklearn", reason="scikit-learn is not installed; `make env` brings it")
 
 from orchard.catalog import catalog as catalogs
-from orchard.data.semantic_ids import rqvae
-from orchard.data.semantic_ids.build import (
+from orchard.errors import ConfigError, DataError
+from orchard.semantic_ids import rqvae
+from orchard.semantic_ids.build import (
     EMBEDDINGS,
     PICTURE,
     QUANTIZERS,
@@ -23,10 +24,9 @@ from orchard.data.semantic_ids.build import (
     SemanticIdConfig,
     build,
 )
-from orchard.data.semantic_ids.collisions import (
+from orchard.semantic_ids.collisions import (
     POLICIES,
 )
-from orchard.errors import ConfigError, DataError
 from tests.fixtures.points import blobs
 
 

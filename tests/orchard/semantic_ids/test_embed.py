@@ -12,8 +12,8 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from transformers import PreTrainedTokenizerFast
 
 from orchard import ragged
-from orchard.data.semantic_ids import embed
-from orchard.data.semantic_ids.quantize import distances
+from orchard.semantic_ids import embed
+from orchard.semantic_ids.quantize import distances
 
 
 def test_a_title_that_names_a_special_token_is_embedded_as_text(

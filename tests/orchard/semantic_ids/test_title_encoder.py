@@ -1,6 +1,6 @@
 """Words and characters of titles."""
 
-from orchard.data.semantic_ids import title_encoder
+from orchard.semantic_ids import title_encoder
 
 
 def test_words_are_read_as_before_where_every_title_shares_one() -> None:

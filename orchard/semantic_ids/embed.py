@@ -14,8 +14,8 @@ from jaxtyping import Bool, Float32, Float64, Int64
 
 from orchard import ragged
 from orchard.catalog import embeddings
-from orchard.data.semantic_ids.title_encoder import TitleEncoder, axes, reduced
 from orchard.errors import ConfigError, DataError
+from orchard.semantic_ids.title_encoder import TitleEncoder, axes, reduced
 
 _WINDOW = 5
 """Number of most recent history items that count as neighbors of the target."""

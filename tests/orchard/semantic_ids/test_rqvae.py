@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from orchard.data.semantic_ids import rqvae
-from orchard.data.semantic_ids.quantize import distances
 from orchard.errors import DataError
+from orchard.semantic_ids import rqvae
+from orchard.semantic_ids.quantize import distances
 from tests.fixtures.points import blobs
 
 

@@ -17,12 +17,13 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from blake3 import blake3
@@ -30,14 +31,19 @@ from jaxtyping import Float32
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from orchard.data.semantic_ids.item_table import ItemTable, concatenated
-from orchard.data.semantic_ids.projection import Projection
-from orchard.data.semantic_ids.title_encoder import TitleEncoder
-from orchard.errors import DataError
+from orchard.catalog.catalog import Catalog
+from orchard.errors import CatalogError, DataError
 from orchard.folders import atomic_dir
+from orchard.semantic_ids.item_table import ItemTable, concatenated, digest_of
+from orchard.semantic_ids.projection import Projection
+
+if TYPE_CHECKING:
+    from orchard.semantic_ids.title_encoder import TitleEncoder
 
 FORMAT = 1
 """Format of the folder; a bundle of a later one is refused."""
+BUNDLE = "sids"
+"""Name of a bundle's folder beside the items, and in a policy folder."""
 CODEBOOKS, TITLES, TITLE_ARRAYS = "codebooks.safetensors", "titles.json", "titles.safetensors"
 _MANIFEST = re.compile(r"bundle-([1-9]\d*)\.json")
 
@@ -135,7 +141,7 @@ class Bundle:
         return bundle
 
     @cached_property
-    def titles(self) -> TitleEncoder | None:
+    def titles(self) -> "TitleEncoder | None":
         """Encoder of titles, read on first use; None where items are embedded otherwise.
 
         Raises:
@@ -143,6 +149,8 @@ class Bundle:
         """
         if TITLES not in self.files:
             return None
+        from orchard.semantic_ids.title_encoder import TitleEncoder  # loads scikit-learn
+
         try:
             arrays = load((self.folder / TITLE_ARRAYS).read_bytes())
             text = (self.folder / TITLES).read_text(encoding="utf-8")
@@ -151,6 +159,51 @@ class Bundle:
             raise DataError(
                 f"the titles of {self.folder} are damaged: {error!r}; copy the bundle again"
             ) from error
+
+    def copy(self, folder: Path) -> None:
+        """Write this version alone into another folder, as a whole, in place of what is there.
+
+        Raises:
+            DataError: a file is missing or was changed since it was opened.
+        """
+        manifest = f"bundle-{self.version}.json"
+        with atomic_dir(folder) as partial:
+            for name, digest in {**self.files, manifest: self.digest}.items():
+                _check(self.folder / name, digest)
+                shutil.copyfile(self.folder / name, partial / name)
+
+    def is_in(self, folder: Path) -> bool:
+        """Return whether a folder has this version, by the digest of its `bundle-N.json`."""
+        manifest = folder / f"bundle-{self.version}.json"
+        return manifest.is_file() and _digest(manifest) == self.digest
+
+    def check_catalog(self, catalog: Catalog, *, remedy: str) -> None:
+        """Raise CatalogError unless every item of a catalog has its semantic ID of this bundle.
+
+        The bundle may have more items, which came to another part of the catalog or later.
+
+        Args:
+            catalog: the catalog.
+            remedy: what to do about another one, for the message.
+        """
+        codes, own = catalog.plain_codes, self.table.sid
+        row, is_known = self.table.find(catalog.item_id)
+        if codes.shape[1] == own.shape[1]:
+            is_same = is_known & (own[row] == codes).all(axis=1)
+        else:
+            is_same = np.zeros(len(catalog), dtype=np.bool_)
+        if is_same.all():
+            return
+        first = int(np.argmin(is_same))
+        given = own[row[first]].tolist() if is_known[first] else "none"
+        raise CatalogError(
+            f"the tokenizer bundle {self.folder} has the items {self.table.digest[:12]} and the "
+            f"catalog the items {digest_of(catalog.item_id, codes)[:12]}: item "
+            f"{catalog.item_id[first]} has semantic ID {given} in the bundle and "
+            f"{codes[first].tolist()} in the catalog ({int((~is_same).sum())} of {len(catalog)} "
+            f"items differ); {remedy}",
+            code="catalog.other_bundle",
+        )
 
 
 def versions(folder: Path) -> list[int]:
@@ -168,7 +221,7 @@ def write(
     books: tuple[Float32[np.ndarray, "_ D"], ...],
     table: ItemTable,
     quality: Mapping[str, Any],
-    titles: TitleEncoder | None = None,
+    titles: "TitleEncoder | None" = None,
 ) -> None:
     """Write version 1 of a bundle as a whole, in place of one that is there."""
     arrays = {**projection.arrays(), **{f"book.{n}": book for n, book in enumerate(books)}}

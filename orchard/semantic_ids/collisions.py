@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int, Int64
 from scipy.optimize import linear_sum_assignment
 
 from orchard import arrays, ragged
-from orchard.data.semantic_ids.quantize import CodedItems, distances
+from orchard.semantic_ids.quantize import CodedItems, distances
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,16 +5,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchard.data.semantic_ids.collisions import (
+from orchard.semantic_ids.collisions import (
     POLICIES,
     ResolvedCodes,
     extra_level,
     keep,
     reassign,
 )
-from orchard.data.semantic_ids.measure import measure_codes
-from orchard.data.semantic_ids.projection import Projection
-from orchard.data.semantic_ids.quantize import Quantized
+from orchard.semantic_ids.measure import measure_codes
+from orchard.semantic_ids.projection import Projection
+from orchard.semantic_ids.quantize import Quantized
 
 
 def of_codes(codes: list[list[int]], *, last: int = 4) -> Quantized:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from orchard.catalog import catalog as catalogs
-from orchard.data.semantic_ids.measure import measure_codes
+from orchard.semantic_ids.measure import measure_codes
 
 
 def test_the_published_ids_measure_as_published(shared_data: Path) -> None:

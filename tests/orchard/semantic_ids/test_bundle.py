@@ -12,12 +12,12 @@ import pytest
 pytest.importorskip("faiss", reason="faiss is not installed; `make env` brings it")
 pytest.importorskip("sklearn", reason="scikit-learn is not installed; `make env` brings it")
 
-from orchard.data.semantic_ids import bundle
-from orchard.data.semantic_ids.bundle import Bundle, Description
-from orchard.data.semantic_ids.item_table import ItemTable
-from orchard.data.semantic_ids.projection import Projection
-from orchard.data.semantic_ids.title_encoder import TitleEncoder
 from orchard.errors import DataError
+from orchard.semantic_ids import bundle
+from orchard.semantic_ids.bundle import Bundle, Description
+from orchard.semantic_ids.item_table import ItemTable
+from orchard.semantic_ids.projection import Projection
+from orchard.semantic_ids.title_encoder import TitleEncoder
 
 DESCRIPTION = Description(
     source="titles",

@@ -21,11 +21,11 @@ from safetensors.numpy import load_file, save_file
 
 from orchard import arrays
 from orchard.catalog.embeddings import check_embeddings
-from orchard.data.semantic_ids.collisions import POLICIES, free_codes
-from orchard.data.semantic_ids.projection import Projection
-from orchard.data.semantic_ids.quantize import CodedItems, Quantized, residual_codes
 from orchard.errors import DataError
 from orchard.folders import atomic_file, atomic_write
+from orchard.semantic_ids.collisions import POLICIES, free_codes
+from orchard.semantic_ids.projection import Projection
+from orchard.semantic_ids.quantize import CodedItems, Quantized, residual_codes
 
 SHARD = 1 << 16
 """Items of a shard."""

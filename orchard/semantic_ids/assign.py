@@ -1,20 +1,21 @@
 """Assign semantic IDs of a tokenizer bundle to new items; items that have one keep it.
 
 Shapes:  N new items   E dimensions of an embedding   L levels of the quantizer   M of the IDs
+         T further items
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int, Int64
 
-from orchard.data.semantic_ids import embed
-from orchard.data.semantic_ids.bundle import Bundle
-from orchard.data.semantic_ids.collisions import POLICIES, free_codes, free_ranks
-from orchard.data.semantic_ids.item_table import ItemTable
-from orchard.data.semantic_ids.quantize import CodedItems, residual_codes
 from orchard.errors import DataError
+from orchard.semantic_ids import embed
+from orchard.semantic_ids.bundle import Bundle
+from orchard.semantic_ids.collisions import POLICIES, free_codes, free_ranks
+from orchard.semantic_ids.item_table import ItemTable
+from orchard.semantic_ids.quantize import CodedItems, residual_codes
 
 Placed = tuple[Int64[np.ndarray, "N M"], Bool[np.ndarray, " N"]]
 """Semantic IDs, and which items found no free one and share another's."""
@@ -70,6 +71,8 @@ def assign(
     item_id: Int[np.ndarray, " N"],
     vectors: Float32[np.ndarray, "N E"],
     *,
+    taken: Int[np.ndarray, "T M"] | None = None,
+    level_size: Sequence[int] | None = None,
     share_when_full: bool = False,
 ) -> Assigned:
     """Assign semantic IDs to items that a bundle does not have, by its collision policy.
@@ -78,6 +81,9 @@ def assign(
         bundle: the bundle, which is not changed (see `bundle.append`).
         item_id: identifiers of the items.
         vectors: their embeddings.
+        taken: semantic IDs of further items than the bundle's.
+        level_size: codes at each level that may be assigned; by default those of the bundle. Only a
+            level that counts colliding items may have more.
         share_when_full: let an item share its nearest code where none is free below its prefix.
 
     Raises:
@@ -85,9 +91,13 @@ def assign(
             the prefix of an item.
     """
     check_width(bundle, vectors)
-    quantized = quantize(bundle, vectors)
-    sizes = bundle.description.level_size
-    sid, is_full = PLACEMENTS[bundle.description.collisions](quantized, bundle.table.sid, sizes)
+    sizes = tuple(level_size or bundle.description.level_size)
+    quantized = quantize(bundle, vectors, level_size=sizes)
+    others = bundle.table.sid if taken is None else np.concatenate([bundle.table.sid, taken])
+    # Others matter only below the first codes of the new items, and as far as codes are assigned.
+    is_near = np.isin(others[:, 0], quantized.codes[:, 0]) & (others < sizes).all(axis=1)
+    place = PLACEMENTS[bundle.description.collisions]
+    sid, is_full = place(quantized, others[is_near], sizes)
     if is_full.any() and not share_when_full:
         row = int(np.argmax(is_full))
         prefix = ", ".join(map(str, sid[row, :-1]))
@@ -112,15 +122,22 @@ def assign(
 
 
 def quantize(
-    bundle: Bundle, vectors: Float32[np.ndarray, "N E"], *, balanced: bool = False
+    bundle: Bundle,
+    vectors: Float32[np.ndarray, "N E"],
+    *,
+    level_size: Sequence[int] | None = None,
+    balanced: bool = False,
 ) -> CodedItems:
-    """Quantize embeddings with the codebooks of a bundle.
+    """Quantize embeddings with the codebooks of a bundle, or the first codes of each level.
 
     `balanced` assigns the codes of items that a balanced quantizer was fitted to. A new item takes
     its nearest codes: its own would depend on the items that come with it.
     """
-    codes, last = residual_codes(bundle.projection(vectors), bundle.books, balanced=balanced)
-    return CodedItems(codes=codes, codebook=bundle.books, last=last)
+    books = bundle.books
+    if level_size is not None:
+        books = tuple(book[:size] for book, size in zip(books, level_size, strict=False))
+    codes, last = residual_codes(bundle.projection(vectors), books, balanced=balanced)
+    return CodedItems(codes=codes, codebook=books, last=last)
 
 
 def repeat(bundle: Bundle, vectors: Float32[np.ndarray, "I E"]) -> Int64[np.ndarray, "I M"]:

@@ -12,7 +12,7 @@ from jaxtyping import Int
 from matplotlib.figure import Figure
 
 from orchard import arrays
-from orchard.data.semantic_ids.collisions import groups
+from orchard.semantic_ids.collisions import groups
 
 
 class LevelQuality(TypedDict):

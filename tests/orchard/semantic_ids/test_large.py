@@ -12,11 +12,11 @@ pytest.importorskip("faiss", reason="faiss is not installed; `make env` brings i
 pytest.importorskip("sklearn", reason="scikit-learn is not installed; `make env` brings it")
 
 from orchard.catalog import catalog as catalogs
-from orchard.data.semantic_ids import build, large, rqvae, sampled
-from orchard.data.semantic_ids.build import SemanticIdConfig
-from orchard.data.semantic_ids.bundle import Bundle
-from orchard.data.semantic_ids.encode import EncodeOptions, encode
 from orchard.errors import ConfigError, DataError
+from orchard.semantic_ids import build, large, rqvae, sampled
+from orchard.semantic_ids.build import SemanticIdConfig
+from orchard.semantic_ids.bundle import Bundle
+from orchard.semantic_ids.encode import EncodeOptions, encode
 
 ITEMS = 500
 VECTORS = np.random.default_rng(3).standard_normal((ITEMS, 6)).astype(np.float32)

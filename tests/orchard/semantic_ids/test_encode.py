@@ -12,12 +12,12 @@ import torch
 pytest.importorskip("faiss", reason="faiss is not installed; `make env` brings it")
 pytest.importorskip("sklearn", reason="scikit-learn is not installed; `make env` brings it")
 
-from orchard.data.semantic_ids import assign, bundle, rqvae
-from orchard.data.semantic_ids.build import BUNDLE, QUANTIZERS, SemanticIdConfig, build
-from orchard.data.semantic_ids.bundle import Bundle
-from orchard.data.semantic_ids.collisions import POLICIES
-from orchard.data.semantic_ids.encode import EncodeOptions, encode
 from orchard.errors import ConfigError, DataError
+from orchard.semantic_ids import assign, bundle, rqvae
+from orchard.semantic_ids.build import QUANTIZERS, SemanticIdConfig, build
+from orchard.semantic_ids.bundle import BUNDLE, Bundle
+from orchard.semantic_ids.collisions import POLICIES
+from orchard.semantic_ids.encode import EncodeOptions, encode
 
 WORDS = ["red", "blue", "black", "oak", "steel", "table", "drill", "lamp", "chair", "shelf"]
 IDS = np.arange(60) + 7
@@ -233,7 +233,7 @@ def test_an_encoder_is_named_by_its_digest(tmp_path: Path, monkeypatch: pytest.M
     def of_model(title: list[str], folder: Path) -> np.ndarray[Any, Any]:
         return np.stack([VECTORS[sum(map(ord, text)) % 64] for text in title])
 
-    monkeypatch.setattr("orchard.data.semantic_ids.embed.of_model", of_model)
+    monkeypatch.setattr("orchard.semantic_ids.embed.of_model", of_model)
     for name in ("encoder", "other"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(name)
@@ -246,3 +246,16 @@ def test_an_encoder_is_named_by_its_digest(tmp_path: Path, monkeypatch: pytest.M
         encode(folder, items, out, EncodeOptions(model=tmp_path / "other"))
     report = encode(folder, items, out, EncodeOptions(model=tmp_path / "encoder"))
     assert report.num_new == 1
+
+
+def test_codes_of_items_elsewhere_are_in_the_way_and_sizes_are_kept(tmp_path: Path) -> None:
+    known = Bundle.open(of_vectors(tmp_path))
+    ids, vectors = np.arange(4) + 900, VECTORS[60:]
+    alone = assign.assign(known, ids, vectors).items.sid
+    beside = assign.assign(known, ids, vectors, taken=alone).items.sid
+    assert not set(map(tuple, beside.tolist())) & set(map(tuple, alone.tolist()))
+    assert (beside[:, 0] == alone[:, 0]).all()
+    small = assign.assign(known, ids, vectors, level_size=(2, 30)).items
+    assert (small.sid < (2, 30)).all()
+    first = ((vectors - known.projection.mean)[:, None] - known.books[0][:2]) ** 2
+    assert (small.quantized[:, 0] == first.sum(axis=2).argmin(axis=1)).all()

@@ -20,8 +20,8 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
-from orchard.data.semantic_ids.projection import Projection
-from orchard.data.semantic_ids.quantize import Quantized, centroids, check_sizes, residual_codes
+from orchard.semantic_ids.projection import Projection
+from orchard.semantic_ids.quantize import Quantized, centroids, check_sizes, residual_codes
 
 _WIDTHS = (256, 32)
 """Width of the hidden layer and of the latent vector."""

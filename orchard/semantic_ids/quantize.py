@@ -15,8 +15,8 @@ import faiss
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
-from orchard.data.semantic_ids.projection import Projection
 from orchard.errors import DataError
+from orchard.semantic_ids.projection import Projection
 
 _faiss: Any = faiss
 _ITERATIONS = 25

@@ -12,14 +12,14 @@ import pyarrow.parquet as pq
 from jaxtyping import Bool, Float32, Int64
 
 from orchard.catalog import embeddings
-from orchard.data.semantic_ids import assign, bundle, embed
-from orchard.data.semantic_ids.assign import Assigned
-from orchard.data.semantic_ids.bundle import Bundle
-from orchard.data.semantic_ids.item_table import ItemTable, sid_column, sid_text_column
-from orchard.data.semantic_ids.measure import CodeQuality, measure_codes
 from orchard.errors import ConfigError, DataError
 from orchard.folders import atomic_file
 from orchard.parquet import read_table
+from orchard.semantic_ids import assign, bundle, embed
+from orchard.semantic_ids.assign import Assigned
+from orchard.semantic_ids.bundle import Bundle
+from orchard.semantic_ids.item_table import ItemTable, sid_column, sid_text_column
+from orchard.semantic_ids.measure import CodeQuality, measure_codes
 
 
 @dataclass(frozen=True, kw_only=True)
