@@ -79,7 +79,7 @@ ADDED_SETTINGS = {
     "evaluate.exclude_seen", "evaluate.guide", "evaluate.wide", "data.fresh", "data.hold_back",
     "data.hold_back_by", "sft.rows", "learner.rows", "critic.rows", "serve.guide", "serve.wide",
     "learner.loss", "learner.ecpo_delta", "learner.window", "learner.anchor",
-    "learner.hint_weight", "learner.max_draws", "rollout.hints",
+    "learner.hint_weight", "learner.max_draws", "rollout.hints", "cluster.publish_format",
 }  # fmt: skip
 """Settings that came after the recording."""
 ADDED_SECTIONS = {"guide"}
