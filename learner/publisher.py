@@ -13,8 +13,9 @@ import torch
 from transformers import PreTrainedModel
 
 from orchard.policy import lora, transfer
-from orchard.policy.transfer import StoredTransfer, TransferFormat, WeightTransfer
+from orchard.policy.transfer import TransferFormat, WeightTransfer
 from orchard.policy.weights import Weights
+from orchard.types import StoredTransfer
 
 
 @dataclass(frozen=True, kw_only=True)

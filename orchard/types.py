@@ -277,11 +277,23 @@ class TrainBatch(Generic[A]):
     """Codes of targets to learn by cross entropy; None if there is no such term."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class StoredTransfer:
+    """Place of weights (`orchard.policy.transfer`) in an object store, with that of its base."""
+
+    digest: str
+    """Digest of the transfer of the weights."""
+    ref: Any
+    """Object reference of the transfer."""
+    base_ref: Any = None
+    """Object reference of the base; None where none is needed."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Update:
     """Result of the learner's start or of an update: a policy version and where its weights are.
 
-    Weights are a `StoredTransfer` (`orchard.policy.transfer`) or values by parameter name.
+    Weights are a `StoredTransfer` or values by parameter name.
     """
 
     policy: PolicyVersion

@@ -20,7 +20,6 @@ from orchard.policy.store import Policy
 from orchard.policy.transfer import (
     LOST,
     BaseMismatchError,
-    StoredTransfer,
     WeightTransfer,
     check_digest,
     unpack,
@@ -28,7 +27,7 @@ from orchard.policy.transfer import (
 from orchard.registry import import_plugins
 from orchard.scorers.prefix_critic import PrefixCritic
 from orchard.settings import RolloutConfig
-from orchard.types import PolicyVersion, Prompts, SearchTrees
+from orchard.types import PolicyVersion, Prompts, SearchTrees, StoredTransfer
 from rollout.candidates import Candidates
 from rollout.engine.protocol import InferenceEngine, LoadsChanges, SearchFn
 from rollout.engine.registry import ENGINES, EngineContext

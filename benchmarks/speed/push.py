@@ -37,10 +37,9 @@ from learner.ray_trainer import JobQueueActor
 from orchard.catalog import catalog as catalogs
 from orchard.policy import lora, model, weights
 from orchard.policy.item_tokenizer import ItemTokenizer, compact_tokenizer, make_item_tokenizer
-from orchard.policy.transfer import StoredTransfer
 from orchard.settings import LoraConfig, ModelConfig, RolloutConfig
 from orchard.testing import save_model_folder, tiny_prompts
-from orchard.types import PolicyVersion, Update
+from orchard.types import PolicyVersion, StoredTransfer, Update
 from rollout import actor as rollout_actor
 from rollout.actor import RolloutWorker
 

@@ -14,9 +14,9 @@ from ray.exceptions import ObjectLostError, RayTaskError
 from cluster.actors.pool import Pool
 from orchard.errors import ActorError, WeightsLostError
 from orchard.policy import transfer
-from orchard.policy.transfer import LOST, StoredTransfer, WeightTransfer
+from orchard.policy.transfer import LOST, WeightTransfer
 from orchard.policy.weights import Weights
-from orchard.types import PolicyVersion, Update
+from orchard.types import PolicyVersion, StoredTransfer, Update
 from rollout.probe import LogprobProbe
 
 

@@ -10,9 +10,8 @@ from cluster.training.controller import Controller
 from cluster.training.run_dir import save_policy, saved_policy
 from orchard.errors import WeightsLostError
 from orchard.policy.store import PolicyFacts
-from orchard.policy.transfer import StoredTransfer
 from orchard.policy.weights import Weights
-from orchard.types import PolicyVersion, Update
+from orchard.types import PolicyVersion, StoredTransfer, Update
 
 SCORE = "ndcg@10/sid"
 """Validation metric that selects the best version."""

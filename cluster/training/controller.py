@@ -27,11 +27,10 @@ from orchard.data.prompts import Split, make_prompts
 from orchard.errors import RunInterrupted
 from orchard.evaluation.ranking import Evaluation
 from orchard.guide.guide import Guide
-from orchard.policy.transfer import StoredTransfer
 from orchard.policy.weights import Weights
 from orchard.settings import Config
 from orchard.tracking.metrics_log import MetricsLogger
-from orchard.types import PolicyVersion, Prompts, ScoredTrees, SearchTrees
+from orchard.types import PolicyVersion, Prompts, ScoredTrees, SearchTrees, StoredTransfer
 from rewards.actor import RewardActor
 from rollout.actor import RolloutActor
 from rollout.candidates import Candidates

@@ -18,7 +18,7 @@ Shapes:  M rows of a table   N columns   R rows that travel
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -65,18 +65,6 @@ class WeightTransfer:
     def nbytes(self) -> int:
         """Size of the arrays in bytes."""
         return sum(array.nbytes for _, array in _arrays(self))
-
-
-@dataclass(frozen=True, kw_only=True)
-class StoredTransfer:
-    """Place of a transfer in an object store, with that of its base."""
-
-    digest: str
-    """Digest of the transfer."""
-    ref: Any
-    """Object reference of the transfer."""
-    base_ref: Any = None
-    """Object reference of the base; None where none is needed."""
 
 
 class BaseMismatchError(EngineError):

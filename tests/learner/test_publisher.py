@@ -13,11 +13,11 @@ from learner.publisher import ObjectStore, Publisher
 from learner.trainer import Trainer
 from orchard.data.sft_tasks import SftExamples
 from orchard.policy import lora, transfer, value_head
-from orchard.policy.transfer import StoredTransfer, TransferFormat, WeightTransfer
+from orchard.policy.transfer import TransferFormat, WeightTransfer
 from orchard.policy.weights import Weights, snapshot
 from orchard.settings import LearnerConfig, LoraConfig, RolloutConfig
 from orchard.testing import tiny_setup
-from orchard.types import PolicyVersion
+from orchard.types import PolicyVersion, StoredTransfer
 from rollout.actor import RolloutWorker
 
 ON = LoraConfig(rank=3, targets=("q_proj", "down_proj"))

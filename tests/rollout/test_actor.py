@@ -12,10 +12,10 @@ import ray
 
 from orchard.errors import DataError, EngineError, WeightMismatchError
 from orchard.policy import weights
-from orchard.policy.transfer import StoredTransfer, digest, pack
+from orchard.policy.transfer import digest, pack
 from orchard.settings import RolloutConfig
 from orchard.testing import TinySetup, tiny_setup
-from orchard.types import PolicyVersion
+from orchard.types import PolicyVersion, StoredTransfer
 from rollout.actor import RolloutActor, RolloutWorker
 from rollout.candidates import Candidates
 from rollout.engine.torch import TorchEngine
