@@ -47,6 +47,8 @@ class JobQueue:
         self._results: dict[int, Result] = {}
         self._collected = -1
         """Number of the newest result that was collected."""
+        self._repeated: Result | None = None
+        """Newest repeat of that result after a restart."""
         self._progressed = time.monotonic()
         """Time of the newest result, repeats included, or of an update inside an epoch."""
         self._starts = 0
@@ -81,12 +83,16 @@ class JobQueue:
             return Job(kind="save") if save_first() else self._jobs[number]
 
     async def put_result(self, result: Result) -> None:
-        """Add a result; repeats after a restart change nothing."""
+        """Add a result; of repeats after a restart, that of the newest one collected is kept."""
         async with self._changed:
-            self._starts += not result.update.metrics
+            if not result.update.metrics:  # a start, with which the group before it has ended
+                self._starts += 1
+                self._repeated = None
             self._progressed = time.monotonic()
             if result.number > self._collected:  # a collected result is not requested again
                 self._results.setdefault(result.number, result)
+            elif result.number == self._collected:
+                self._repeated = result
             self._changed.notify_all()
 
     async def put_error(self, error: OrchardError) -> None:
@@ -111,7 +117,15 @@ class JobQueue:
                 return self._error
             result = self._results.pop(number if number >= 0 else min(self._results))
             self._collected = max(self._collected, result.number)
+            self._repeated = None
             return replace(result, restarts=self._starts - 1)
+
+    async def get_repeated(self, number: int) -> Result:
+        """Wait until a restarted group has repeated the newest result, and return the repeat."""
+        async with self._changed:
+            while self._repeated is None or self._repeated.number != number:
+                await self._changed.wait()
+            return self._repeated
 
     async def report_progress(self) -> None:
         """Record that the workers are at work in an epoch, which may take hours."""

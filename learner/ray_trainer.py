@@ -26,10 +26,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from learner import checkpoint
 from learner.job_queue import Job, JobQueue, Result
+from learner.publisher import ObjectStore, Publisher
 from learner.spec import LearnerSpec, learner_config, pack_probe, sft_epoch
 from learner.trainer import Trainer
 from orchard.errors import ActorError, CheckpointError, OrchardError
-from orchard.policy import lora, model, value_head, weights
+from orchard.policy import lora, model, value_head
 from orchard.policy.store import Policy
 from orchard.registry import import_plugins
 from orchard.types import PolicyVersion, TrainBatch, Update
@@ -68,6 +69,12 @@ def _work(task: dict[str, Any]) -> None:
     else:
         value_head.detach(policy)
     model.add_dropout(policy, config.model.dropout if supervised else config.learner.dropout)
+    publisher = Publisher(
+        policy,
+        config.cluster.publish_format,
+        ObjectStore(put=ray.put, get=ray.get),
+        writes=rank == 0,
+    )
     trainer = Trainer(
         policy,
         spec.tokenizer,
@@ -87,27 +94,28 @@ def _work(task: dict[str, Any]) -> None:
         number = checkpoint.load(trainer, unlisted, catalog=digest, data=spec.data)
 
     def deliver(metrics: Mapping[str, float], *, needs_eval: bool = True) -> None:
-        rollout_policy = trainer.eval_policy if supervised else trainer.policy
-        rollout_weights = lora.snapshot(rollout_policy)
-        is_distinct = needs_eval and rollout_policy is not trainer.eval_policy
-        average = lora.snapshot(trainer.eval_policy) if is_distinct else None
+        searched = trainer.eval_policy if supervised else trainer.policy
+        published = publisher.publish(searched)
+        is_distinct = needs_eval and searched is not trainer.eval_policy
+        average = publisher.publish(trainer.eval_policy, exact=True) if is_distinct else None
+        rounds = needs_eval and publisher.rounds and not is_distinct
+        exact = publisher.publish(searched, exact=True) if rounds else None
         adapter = lora.factors(trainer.eval_policy) if needs_eval else None
         probe_logprobs = None if probe is None else trainer.score(probe)
         if probe_logprobs is not None:
             trainer.check_logprobs(probe_logprobs)
-        if rank == 0:
-            version = PolicyVersion(step=number, digest=weights.digest(rollout_weights))
+        if published is not None:  # on rank 0
             eval_weights = None
             if average is not None:
-                average_version = PolicyVersion(step=number, digest=weights.digest(average))
-                eval_weights = average_version, average
+                eval_weights = PolicyVersion(step=number, digest=average.digest), average
             update = Update(
-                policy=version,
+                policy=PolicyVersion(step=number, digest=published.digest),
                 metrics=metrics,
-                weights=rollout_weights,
-                adapter=adapter,
+                weights=published,
+                adapter=publisher.store(adapter) if adapter else None,
                 probe_logprobs=probe_logprobs,
                 eval_weights=eval_weights,
+                exact_weights=exact,
             )
             ray.get(queue.put_result.remote(Result(number=number, update=update)))
 
@@ -229,6 +237,15 @@ class TrainerHandle:
     async def update(self, batch: TrainBatch, *, needs_eval: bool = True) -> Update:
         """Run one RL step on a batch; with `needs_eval`, also return the weights to evaluate."""
         return await self._run(Job(kind="update", batch=(ray.put(batch),), needs_eval=needs_eval))
+
+    async def again(self, number: int) -> Update:
+        """Return the update of the newest job as a restarted worker group repeats it.
+
+        The references of an update are lost with the worker that stored its weights.
+        """
+        answer = self._queue.get_repeated.remote(number)
+        result = cast(Result, await self._wait(answer, number, self._config.learner.timeout_s))
+        return result.update
 
     async def epoch(self) -> Update:
         """Run one supervised pass over the training examples."""

@@ -9,6 +9,7 @@
     ├── EngineError              a decoding engine that cannot serve the request
     │   └── WeightMismatchError    an engine whose outputs contradict its weights
     ├── ActorError               a remote actor that died, hung or returned a wrong result
+    │   └── WeightsLostError       weights that were lost with the process that stored them
     └── RunInterrupted           a run that was stopped by a signal and saved its state
 
 Each message names the value, the bound and the remedy; the command line prints it and exits with 2.
@@ -76,6 +77,12 @@ class ActorError(OrchardError):
     """A rollout, reward or learner actor died, missed its deadline or returned a wrong result."""
 
     default_code = "actor.failed"
+
+
+class WeightsLostError(ActorError):
+    """Published weights were lost with the process that stored them, and can be published again."""
+
+    default_code = "actor.weights_lost"
 
 
 class RunInterrupted(OrchardError):

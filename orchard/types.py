@@ -32,7 +32,8 @@ class PolicyVersion:
     step: int
     """Number of training batches since SFT."""
     digest: str = field(compare=False)
-    """SHA-256 of the weights, computed once by the component that produced them."""
+    """Digest of the weights, computed once by the component that produced them: SHA-256 of those of
+    a policy folder, BLAKE3 of those on the way to actors (`orchard.policy.transfer`)."""
 
     def __str__(self) -> str:
         return f"{self.step}-{self.digest[:8]}"
@@ -276,11 +277,23 @@ class TrainBatch(Generic[A]):
     """Codes of targets to learn by cross entropy; None if there is no such term."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class StoredTransfer:
+    """Place of weights (`orchard.policy.transfer`) in an object store, with that of its base."""
+
+    digest: str
+    """Digest of the transfer of the weights."""
+    ref: Any
+    """Object reference of the transfer."""
+    base_ref: Any = None
+    """Object reference of the base; None where none is needed."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Update:
-    """Result of the learner's start or of an update: a policy version with its weights.
+    """Result of the learner's start or of an update: a policy version and where its weights are.
 
-    Weights are values by parameter name, or the object reference of such values.
+    Weights are a `StoredTransfer` or values by parameter name.
     """
 
     policy: PolicyVersion
@@ -294,10 +307,19 @@ class Update:
     eval_weights: tuple[PolicyVersion, Any] | None = None
     """Version and weights to evaluate and keep; None if they are `policy` and `weights`, or if the
     update was not asked for them."""
-    adapter: Mapping[str, np.ndarray] | None = None
-    """LoRA factors of the weights to evaluate and keep, where the update was asked for them."""
+    exact_weights: Any = None
+    """Weights to keep where `weights` are rounded and are those to evaluate."""
+    adapter: Any = None
+    """LoRA factors of the weights to keep, or the object reference of them; None where there are
+    none or the update was not asked for them."""
 
     @property
     def to_evaluate(self) -> tuple[PolicyVersion, Any]:
-        """Version and weights to evaluate and keep."""
+        """Version and weights to evaluate."""
         return self.eval_weights or (self.policy, self.weights)
+
+    @property
+    def to_keep(self) -> tuple[PolicyVersion, Any]:
+        """Version and weights to keep: those evaluated, or what they are rounded from."""
+        policy, weights = self.to_evaluate
+        return policy, weights if self.exact_weights is None else self.exact_weights

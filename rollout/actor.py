@@ -1,5 +1,6 @@
 """Ray actor for rollouts: an inference engine with its policy, searched for batches of prompts."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -9,19 +10,26 @@ from typing import Any
 
 import ray
 import torch
+from ray.exceptions import ObjectLostError
 
 from orchard.catalog.view import full_view
-from orchard.errors import WeightMismatchError
+from orchard.errors import WeightMismatchError, WeightsLostError
 from orchard.guide.guide import Guide
 from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.policy.store import Policy
-from orchard.policy.weights import Weights
+from orchard.policy.transfer import (
+    LOST,
+    BaseMismatchError,
+    WeightTransfer,
+    check_digest,
+    unpack,
+)
 from orchard.registry import import_plugins
 from orchard.scorers.prefix_critic import PrefixCritic
 from orchard.settings import RolloutConfig
-from orchard.types import PolicyVersion, Prompts, SearchTrees
+from orchard.types import PolicyVersion, Prompts, SearchTrees, StoredTransfer
 from rollout.candidates import Candidates
-from rollout.engine.protocol import InferenceEngine, SearchFn
+from rollout.engine.protocol import InferenceEngine, LoadsChanges, SearchFn
 from rollout.engine.registry import ENGINES, EngineContext
 from rollout.probe import LogprobProbe, verify
 from rollout.search.batches import search_in_batches
@@ -29,6 +37,8 @@ from rollout.search.beam import beam
 from rollout.search.guided import wider_unless_proved, without_history
 from rollout.search.registry import PROVED, SearchContext, make_search
 from rollout.search.think import generate_thoughts
+
+_log = logging.getLogger(__name__)
 
 
 class RolloutWorker:
@@ -72,23 +82,74 @@ class RolloutWorker:
         )
         self._verified = True
         """Whether the loaded weights passed their probe; False from loading until the check."""
+        self._base: WeightTransfer | None = None
+        """Base of adapter transfers, in the memory of the object store."""
+        self._base_digest = ""
+        self._loaded_base, self._changed = "", set[str]()
+        """Digest of the base that is loaded, and names of the parameters that differ from it."""
 
     def load_weights(
-        self, version: PolicyVersion, weights: Weights, probe: LogprobProbe | None = None
+        self,
+        version: PolicyVersion,
+        weights: WeightTransfer | StoredTransfer,
+        probe: LogprobProbe | None = None,
     ) -> PolicyVersion:
         """Load weights, verify them with the probe, and return the engine's version.
 
+        Args:
+            version: version with the digest of the transfer.
+            weights: transfer, or its place in the object store.
+            probe: log-probabilities that the engine is to repeat.
+
         Raises:
-            EngineError: the weights are not those of the version.
+            EngineError: the transfer has not the digest of the version, or its base is not there.
+            WeightsLostError: the process that stored the weights has ended.
+            CheckpointError: the weights belong to another model.
             WeightMismatchError: the probe's log-probabilities differ from the learner's. The worker
                 then refuses to search until another `load_weights` succeeds.
         """
-        self._engine.load_weights(version, weights)
+        base_ref: Any = None
+        if isinstance(weights, StoredTransfer):
+            base_ref, weights = weights.base_ref, _fetch(weights.ref)
+        check_digest(weights, version.digest, threads=self._config.threads)
+        if weights.base:
+            self._take_base(weights.base, base_ref)
+        values = unpack(weights, self._base)
         self._verified = False
+        loaded, self._loaded_base = self._loaded_base, ""
+        if weights.base and loaded == weights.base and isinstance(self._engine, LoadsChanges):
+            changed = self._changed | weights.changed
+            self._engine.load_changed_weights(version, values, changed)
+        else:
+            self._engine.load_weights(version, values)
+        self._loaded_base, self._changed = weights.base, weights.changed
         if probe is not None:
             verify(self._engine, probe)
         self._verified = True
         return self._engine.version
+
+    def _take_base(self, digest: str, base_ref: Any) -> None:
+        """Hold the base with a digest, fetched unless it is the one at hand.
+
+        Raises:
+            BaseMismatchError: it has another digest, or there is no reference to it.
+            WeightsLostError: the process that stored it has ended.
+        """
+        if self._base_digest == digest:
+            return
+        if self._base_digest:
+            _log.warning(
+                "adapters for base %s arrived where base %s is held; its full weights follow",
+                digest[:8], self._base_digest[:8],
+            )  # fmt: skip
+        if base_ref is None:
+            raise BaseMismatchError(
+                f"adapters for base {digest[:8]} arrived where base {self._base_digest[:8] or '-'} "
+                "is held; publish the full weights"
+            )
+        base: WeightTransfer = _fetch(base_ref)
+        check_digest(base, digest, threads=self._config.threads)
+        self._base, self._base_digest = base, digest
 
     def version(self) -> PolicyVersion:
         """Return the version of the loaded policy."""
@@ -183,6 +244,14 @@ class RolloutWorker:
             raise WeightMismatchError(
                 f"policy {self._engine.version} failed its probe here; load a version first"
             )
+
+
+def _fetch(ref: Any) -> WeightTransfer:
+    """Return a stored transfer; raise WeightsLostError if its owner has ended."""
+    try:
+        return ray.get(ref)
+    except ObjectLostError as error:
+        raise WeightsLostError(LOST) from error
 
 
 RolloutActor: Any = ray.remote(RolloutWorker)

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int64
 
+from cluster.actors.weights import fetch, fetch_value
 from cluster.training.controller import Controller
 from cluster.training.run_dir import save_policy, saved_policy
+from orchard.errors import WeightsLostError
 from orchard.policy.store import PolicyFacts
 from orchard.policy.weights import Weights
-from orchard.types import PolicyVersion, Update
+from orchard.types import PolicyVersion, StoredTransfer, Update
 
 SCORE = "ndcg@10/sid"
 """Validation metric that selects the best version."""
@@ -50,7 +52,7 @@ class BestCheckpoint:
         return best_checkpoint
 
     async def _evaluate(
-        self, policy: PolicyVersion, weights: Weights
+        self, policy: PolicyVersion, weights: Weights | StoredTransfer
     ) -> tuple[float, dict[str, float]]:
         """Return the score of a version, and its metrics for the log."""
         if len(self.rows) == 0:
@@ -68,14 +70,26 @@ class BestCheckpoint:
         score, metrics = await self._evaluate(policy, weights)
         if score > self.best:
             self.best = score
-            save_policy(
-                self.controller.run,
-                self.controller.run.result,
-                policy,
-                weights,
-                update.adapter or {},
-                valid_score=score,
-                valid_rows=float(len(self.rows)),
-                valid_beams=float(self.beams),
-            )
+            await self._keep(update, score)
         return metrics
+
+    async def _keep(self, update: Update, score: float) -> None:
+        """Export the policy of an update, which the learner repeats if it was lost meanwhile."""
+        try:
+            await self._export(update, score)
+        except WeightsLostError:
+            await self._export(await self.controller.learner.again(update.policy.step), score)
+
+    async def _export(self, update: Update, score: float) -> None:
+        """Export the policy of an update."""
+        policy, weights = update.to_keep
+        save_policy(
+            self.controller.run,
+            self.controller.run.result,
+            policy,
+            await fetch(weights),
+            await fetch_value(update.adapter) or {},
+            valid_score=score,
+            valid_rows=float(len(self.rows)),
+            valid_beams=float(self.beams),
+        )

@@ -1,11 +1,11 @@
 """Control the actors of a run: start them, sync weights, search, score and evaluate."""
 
 import asyncio
-import dataclasses
 import signal
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from jaxtyping import Float32, Int64
 
 from cluster.actors.pool import Pool
 from cluster.actors.session import cpus_needed, ray_session
+from cluster.actors.weights import PublishedWeights, load, load_all, repeated, store
 from cluster.monitoring.exporter import Exporter
 from cluster.training.learner_spec import learner_spec
 from cluster.training.loggers import open_loggers
@@ -23,13 +24,13 @@ from cluster.training.run import Run
 from cluster.training.run_dir import open_run_dir
 from learner.ray_trainer import TrainerHandle
 from orchard.data.prompts import Split, make_prompts
-from orchard.errors import ActorError, RunInterrupted
+from orchard.errors import RunInterrupted
 from orchard.evaluation.ranking import Evaluation
 from orchard.guide.guide import Guide
 from orchard.policy.weights import Weights
 from orchard.settings import Config
 from orchard.tracking.metrics_log import MetricsLogger
-from orchard.types import PolicyVersion, Prompts, ScoredTrees, SearchTrees
+from orchard.types import PolicyVersion, Prompts, ScoredTrees, SearchTrees, StoredTransfer
 from rewards.actor import RewardActor
 from rollout.actor import RolloutActor
 from rollout.candidates import Candidates
@@ -42,18 +43,10 @@ AGAIN = "the same command resumes"
 """Hint of the messages of an interrupted run."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class PublishedWeights:
-    """Policy version with the object reference of its weights, and its log-probability probe."""
-
-    policy: PolicyVersion
-    weights_ref: Any
-    probe: LogprobProbe | None = None
-
-
 def probe_tolerance(config: Config) -> float:
     """Return the tolerance in nats between log-probabilities of the search and of the learner."""
-    exact = {config.rollout.dtype, config.learner.dtype} == {"float32"}
+    formats = {config.rollout.dtype, config.learner.dtype, config.cluster.publish_format}
+    exact = "bfloat16" not in formats
     return config.cluster.probe_tolerance or (EXACT if exact else ROUNDED)
 
 
@@ -68,7 +61,7 @@ class Controller:
         exporter.set("orchard_policy_lag_bound_versions", run.config.cluster.max_off_policy_steps)
         exporter.set("orchard_logprob_gap_bound_nats", probe_tolerance(run.config))
         self._tokenizer = ray.put(run.tokenizer)
-        self._newest = PublishedWeights(policy=PolicyVersion(step=-1, digest=""), weights_ref=None)
+        self._newest = PublishedWeights(policy=PolicyVersion(step=-1, digest=""))
         self._published: dict[Pool, PublishedWeights] = {}
         """Last version sent to each pool, for actors that start later."""
         self.ranking: Pool | None = None
@@ -114,7 +107,7 @@ class Controller:
     async def sync_weights(
         self,
         policy: PolicyVersion,
-        weights: Weights,
+        weights: Weights | StoredTransfer,
         probed: Float32[np.ndarray, " B"] | None = None,
     ) -> None:
         """Publish a version to all rollout actors; each verifies the digest before it switches.
@@ -123,8 +116,7 @@ class Controller:
         reproduce them. An actor that does not is replaced before it runs any search.
         """
         probe = None if probed is None else self._probe(probed)
-        weights_ref = ray.put(dict(weights))
-        self._newest = PublishedWeights(policy=policy, weights_ref=weights_ref, probe=probe)
+        self._newest = PublishedWeights(policy=policy, stored=store(weights), probe=probe)
         self.exporter.set("orchard_policy_version", policy.step, "learner")
         if self.rollout is not None:
             await self._install(self.rollout, self._newest)
@@ -165,7 +157,7 @@ class Controller:
         rows: Int64[np.ndarray, " R"],
         *,
         policy: PolicyVersion,
-        weights: Weights,
+        weights: Weights | StoredTransfer,
         beams: int,
         advance: Callable[[], None] | None = None,
     ) -> Evaluation:
@@ -181,7 +173,7 @@ class Controller:
         rows: Int64[np.ndarray, " R"],
         *,
         policy: PolicyVersion,
-        weights: Weights,
+        weights: Weights | StoredTransfer,
         beams: int,
         advance: Callable[[], None] | None = None,
         guide: Guide | None = None,
@@ -203,7 +195,7 @@ class Controller:
         if loaded is None or wanted != (loaded.policy.step, loaded.policy.digest):
             newest = self._newest
             if wanted != (newest.policy.step, newest.policy.digest):
-                newest = PublishedWeights(policy=policy, weights_ref=ray.put(dict(weights)))
+                newest = PublishedWeights(policy=policy, stored=store(weights))
             await self._install(ranking, newest)
         size = config.evaluate.batch_size
         batches = [
@@ -248,19 +240,30 @@ class Controller:
 
     async def _install(self, pool: Pool, published: PublishedWeights) -> None:
         """Load a version into all actors of a pool, and check the versions that they report."""
-        self._published[pool], policy = published, published.policy
-        timeout_s = self.run.config.cluster.publish_timeout_s
-        answers: list[PolicyVersion] = await pool.broadcast(
-            "load_weights", policy, published.weights_ref, published.probe, timeout_s=timeout_s
+        self._published[pool] = published
+        number = await load_all(
+            pool,
+            published,
+            timeout_s=self.run.config.cluster.publish_timeout_s,
+            again=partial(self._publish_again, pool),
         )
-        for version in answers:
-            if (version.step, version.digest) != (policy.step, policy.digest):
-                raise ActorError(
-                    f"a {pool.name} actor holds policy {version} after {policy} was published; run "
-                    "the same command again, and see logs in the run folder"
-                )
-        for index in range(len(answers)):
-            self.exporter.set("orchard_policy_version", policy.step, f"{pool.name}-{index}")
+        for index in range(number):
+            self.exporter.set(
+                "orchard_policy_version", published.policy.step, f"{pool.name}-{index}"
+            )
+
+    async def _publish_again(self, pool: Pool) -> PublishedWeights:
+        """Replace lost weights of a pool by those that the restarted learner repeats.
+
+        Raises:
+            WeightsLostError: it has not made the same version again.
+        """
+        lost = self._published[pool]
+        again = repeated(lost, await self.learner.again(lost.policy.step))
+        self._published[pool] = again
+        if lost is self._newest:
+            self._newest = again
+        return again
 
     def _probe(self, score: Float32[np.ndarray, " B"]) -> LogprobProbe:
         """Build a probe of the first train rows from the learner's log-probabilities."""
@@ -299,9 +302,11 @@ class Controller:
 
         async def catch_up(actor: Any) -> None:
             if (newest := self._published.get(pool)) is not None:
-                answer = actor.load_weights.remote(newest.policy, newest.weights_ref, newest.probe)
-                limit = run.config.cluster.publish_timeout_s
-                await asyncio.wait_for(asyncio.wrap_future(answer.future()), limit)
+                limit, again = (
+                    run.config.cluster.publish_timeout_s,
+                    partial(self._publish_again, pool),
+                )
+                await load(actor, newest, timeout_s=limit, again=again)
 
         pool.on_start = catch_up
         return pool

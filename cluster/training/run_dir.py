@@ -13,7 +13,7 @@ from orchard.errors import ConfigError
 from orchard.folders import atomic_write
 from orchard.policy import lora, model, value_head
 from orchard.policy.store import Policy, PolicyFacts, has_guide, read_adapter
-from orchard.policy.weights import Weights, restore
+from orchard.policy.weights import Weights, digest, restore, views
 from orchard.semantic_ids.bundle import BUNDLE
 from orchard.settings import Config
 from orchard.types import PolicyVersion
@@ -70,7 +70,7 @@ def save_policy(
     Args:
         run: run that trained it.
         folder: folder to write.
-        version: version of the weights.
+        version: version of the weights; the folder names them by their SHA-256.
         weights: weights, with merged adapters.
         adapter: LoRA factors of what the phase has added to the policy that it started from.
         measurements: facts about the version.
@@ -78,6 +78,7 @@ def save_policy(
     trained = model.load(run.policy, run.tokenizer)
     value_head.adapt_weights(trained, weights)
     restore(trained, weights)
+    version = replace(version, digest=digest(views(trained)))
     source = folder if has_guide(folder) else run.policy
     policy = _as_policy(run, trained, version, measurements, source)
     replace(policy, adapter=_since_base(run, adapter or {})).save(folder)

@@ -10,12 +10,15 @@ Shapes:  M rows of a weight   N columns   R rank
 """
 
 import shutil
+from collections.abc import Collection
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+from jaxtyping import Float32
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -29,6 +32,15 @@ _NAME = "default"
 """Name of the adapter in the peft modules."""
 _UP, _DOWN = ".lora_B.weight", ".lora_A.weight"
 """Endings of the names of the factors (M, R) and (R, N) of a module's weight."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterFactors:
+    """Adapter of one weight, which adds `scaling * up @ down` to it."""
+
+    up: Float32[np.ndarray, "M R"]
+    down: Float32[np.ndarray, "R N"]
+    scaling: float
 
 
 def attach(model: PreTrainedModel, settings: LoraConfig, *, seed: int) -> None:
@@ -79,29 +91,56 @@ def check(model: nn.Module, settings: LoraConfig) -> None:
             )
 
 
+def merge(
+    weight: Float32[np.ndarray, "M N"], adapter: AdapterFactors
+) -> Float32[np.ndarray, "M N"]:
+    """Return a weight with an adapter added to it."""
+    return weight + np.float32(adapter.scaling) * (adapter.up @ adapter.down)
+
+
 def snapshot(model: nn.Module) -> dict[str, np.ndarray]:
     """Copy the parameters to the CPU like `orchard.policy.weights.snapshot`, with adapters merged.
 
     This is a collective operation if the parameters are sharded over workers: they are gathered
     before they are merged.
     """
-    values = weights.snapshot(model)
+    return {name: np.array(value) for name, value in merged(model).items()}
+
+
+def merged(model: nn.Module) -> dict[str, np.ndarray]:
+    """Return the parameters like `snapshot`, uncopied where nothing is merged into them.
+
+    These share the memory of a float32 model on the CPU.
+    """
+    values, adapters = parts(model)
+    return values | {name: merge(values[name], adapter) for name, adapter in adapters.items()}
+
+
+def parts(
+    model: nn.Module, names: Collection[str] | None = None
+) -> tuple[dict[str, np.ndarray], dict[str, AdapterFactors]]:
+    """Return the parameters below the adapters, and the adapters of all adapted weights.
+
+    Both are named as in the policy without adapters, and share the memory of a float32 model on the
+    CPU. Collective, like `snapshot`, if the parameters are sharded.
+
+    Args:
+        model: policy with or without adapters.
+        names: parameters to return, as the model names them, besides the adapters; all by default.
+    """
     modules = cast("dict[str, Any]", dict(model.named_modules()))
+    adapted = {name: m for name, m in modules.items() if hasattr(m, "get_delta_weight")}
+    own = {f"{name}.lora_{part}.{_NAME}.weight" for name in adapted for part in "AB"}
+    values = weights.current(model, None if names is None else {*names, *own})
     adapters = {
-        name: module for name, module in modules.items() if hasattr(module, "get_delta_weight")
+        f"{name}.weight": AdapterFactors(
+            up=values.pop(f"{name}.lora_B.{_NAME}.weight"),
+            down=values.pop(f"{name}.lora_A.{_NAME}.weight"),
+            scaling=float(module.scaling[_NAME]),
+        )
+        for name, module in adapted.items()
     }
-    for name, module in adapters.items():
-        up, down = (values[f"{name}.lora_{part}.{_NAME}.weight"] for part in "BA")
-        delta = np.float32(module.scaling[_NAME]) * (up @ down)
-        for key in [key for key in values if key.startswith(f"{name}.")]:
-            value = values.pop(key)
-            base_key = key.removeprefix(f"{name}.base_layer.")
-            if base_key == key:
-                continue  # a parameter of the adapter itself
-            if base_key == "weight":
-                value = value + delta
-            values[f"{name}.{base_key}"] = value
-    return values
+    return {name.replace(".base_layer.", "."): value for name, value in values.items()}, adapters
 
 
 def factors(model: nn.Module) -> Weights:

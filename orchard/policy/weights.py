@@ -1,7 +1,7 @@
 """Take, verify and restore snapshots of model weights."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import torch
@@ -24,6 +24,18 @@ def snapshot(model: nn.Module) -> dict[str, np.ndarray]:
     }
 
 
+def current(model: nn.Module, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
+    """Return parameters like `snapshot`, those of `names` alone where it is given, uncopied.
+
+    Float32 parameters on the CPU share the memory of the model, and change with it.
+    """
+    return {
+        name: _unsharded(parameter.detach()).to("cpu", torch.float32).numpy()
+        for name, parameter in model.named_parameters()
+        if names is None or name in names
+    }
+
+
 def views(model: nn.Module) -> Weights:
     """Return the parameters of a float32 model on the CPU, without copying them."""
     return {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
@@ -39,8 +51,8 @@ def digest(weights: Weights) -> str:
     return sha256.hexdigest()
 
 
-def restore(model: nn.Module, weights: Weights) -> None:
-    """Load a snapshot into a model in place.
+def restore(model: nn.Module, weights: Weights, names: Collection[str] | None = None) -> None:
+    """Load a snapshot into a model in place; with `names`, only the parameters of these names.
 
     Raises:
         CheckpointError: names or shapes differ from the model's.
@@ -54,13 +66,19 @@ def restore(model: nn.Module, weights: Weights) -> None:
         )
     with torch.no_grad():
         for name, parameter in parameters.items():
-            if parameter.shape != weights[name].shape:
+            if names is not None and name not in names:
+                continue
+            value = weights[name]
+            if parameter.shape != value.shape:
                 raise CheckpointError(
-                    f"{name} has shape {tuple(weights[name].shape)} where the model has "
+                    f"{name} has shape {tuple(value.shape)} where the model has "
                     f"{tuple(parameter.shape)}; the weights belong to another model"
                 )
-            # Ray returns read-only buffers, which torch does not support; hence the copy.
-            parameter.copy_(torch.from_numpy(np.array(weights[name])))
+            if parameter.device.type == "cpu" and parameter.dtype == torch.float32:
+                np.copyto(parameter.numpy(), value)
+            else:
+                # Ray returns read-only buffers, which torch does not support; hence the copy.
+                parameter.copy_(torch.from_numpy(np.array(value)))
 
 
 def _unsharded(parameter: torch.Tensor) -> torch.Tensor:

@@ -133,6 +133,16 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _adapters_to_publish(self) -> "Config":
+        if self.cluster.publish_format == "adapter" and not self.model.lora.rank:
+            raise refusal(
+                "no_adapters_to_publish",
+                'cluster.publish_format = "adapter" needs adapters; set model.lora.rank, or '
+                "publish in float32 or bfloat16",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _hint_weight_of_hints(self) -> "Config":
         if self.learner.hint_weight and not self.rollout.hints:
             raise refusal(

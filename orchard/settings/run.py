@@ -68,12 +68,17 @@ class ClusterConfig(Section):
     synchronous."""
     publish_timeout_s: PositiveFloat = 60.0
     """Seconds to wait for the actors to load published weights."""
+    publish_format: Literal["float32", "bfloat16", "adapter"] = "float32"
+    """Format of published weights: all in float32; all in bfloat16, which halves what travels; or,
+    with `model.lora.rank`, the adapters and what else is trained, which each actor adds to the
+    initial policy. Policies are saved in float32 in any case."""
     probe_prompts: NonNegativeInt = 2
     """Number of probe prompts whose targets each rollout actor scores after it loads weights, for
     comparison with the learner; with 0 only the digest is verified."""
     probe_tolerance: PositiveFloat | None = None
     """Maximum difference in nats between the rollout and learner log-probabilities of a probe
-    target; by default 0.001, or 0.5 if rollout or learner computes in bfloat16."""
+    target; by default 0.001, or 0.5 if rollout or learner computes in bfloat16 or weights are
+    published in it."""
     tracker: str | None = None
     """Additional experiment tracker: Weights & Biases (offline unless WANDB_MODE overrides it) or
     MLflow; needs the extra `tracking`."""

@@ -7,7 +7,7 @@ Shapes:  B prompts   F nodes of a frontier   F1 = F + 1   S tokens of their span
          R texts   R1 = R + 1   T tokens of all texts
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -19,7 +19,7 @@ from orchard.catalog.catalog import Catalog
 from orchard.catalog.trie import Children, Trie
 from orchard.errors import EngineError
 from orchard.policy.item_tokenizer import ItemTokenizer
-from orchard.policy.weights import Weights, digest
+from orchard.policy.weights import Weights
 from orchard.types import PolicyVersion, Prompts
 from rollout.candidates import Candidates
 
@@ -134,10 +134,11 @@ class InferenceEngine(SearchRunner, Protocol):
         ...
 
     def load_weights(self, version: PolicyVersion, weights: Weights) -> None:
-        """Load the weights of a version; states of earlier searches become invalid.
+        """Load weights of a version; states of earlier searches become invalid.
+
+        The caller has verified the digest of the weights.
 
         Raises:
-            EngineError: the digest of the weights is not that of the version.
             CheckpointError: the weights belong to another model.
         """
         ...
@@ -162,12 +163,15 @@ class InferenceEngine(SearchRunner, Protocol):
         ...
 
 
-def check_weights(version: PolicyVersion, weights: Weights) -> None:
-    """Raise EngineError unless the digest of the weights is that of the version."""
-    if (actual := digest(weights)) != version.digest:
-        raise EngineError(
-            f"weights with digest {actual[:8]} arrived as policy {version}; publish them again"
-        )
+@runtime_checkable
+class LoadsChanges(Protocol):
+    """Interface of an engine that can leave parameters as they are when it loads weights."""
+
+    def load_changed_weights(
+        self, version: PolicyVersion, weights: Weights, changed: Collection[str]
+    ) -> None:
+        """Load a version of which only the parameters `changed` differ from what is loaded."""
+        ...
 
 
 def check_prompt_length(prompts: Prompts, trie: Trie, limit: int) -> int:

@@ -9,7 +9,7 @@ Shapes:  B prompts (rows of the cache)   P slots of the longest prompt   C slots
          R texts
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import torch
@@ -35,7 +35,6 @@ from rollout.engine.protocol import (
     GenerationParams,
     NextCodeLogprobs,
     check_prompt_length,
-    check_weights,
 )
 
 _SLOT_BITS = 32
@@ -71,9 +70,14 @@ class TorchEngine:
 
     def load_weights(self, version: PolicyVersion, weights: Weights) -> None:
         """Load the weights of a version; see `InferenceEngine.load_weights`."""
-        check_weights(version, weights)
+        self.load_changed_weights(version, weights, weights)
+
+    def load_changed_weights(
+        self, version: PolicyVersion, weights: Weights, changed: Collection[str]
+    ) -> None:
+        """Load the parameters `changed`; see `LoadsChanges.load_changed_weights`."""
         value_head.adapt_weights(self._model, weights)
-        restore(self._model, weights)
+        restore(self._model, weights, changed)
         self.version, self._cache = version, DynamicCache()
 
     def set_catalog(self, catalog: Catalog) -> None:

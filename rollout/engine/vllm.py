@@ -41,7 +41,6 @@ from rollout.engine.protocol import (
     DecodingBackend,
     GenerationParams,
     check_context_length,
-    check_weights,
 )
 from rollout.engine.requests import RequestBackend
 
@@ -107,7 +106,6 @@ class VllmEngine:
 
     def load_weights(self, version: PolicyVersion, weights: Weights) -> None:
         """Load the weights of a version; see `InferenceEngine.load_weights`."""
-        check_weights(version, weights)
         weights, value_head = value_heads.split(weights, self._width)
         self._check_values(value_head)
         restore(self._shapes, weights)  # raises before vLLM has loaded half of them

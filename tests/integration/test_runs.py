@@ -21,7 +21,7 @@ from orchard import config
 from orchard.catalog.catalog import load
 from orchard.evaluation.ranking import Evaluation, difference, read
 from orchard.policy import model
-from orchard.policy.store import read_adapter
+from orchard.policy.store import PolicyFacts, read_adapter
 from orchard.policy.titles import from_titles
 from orchard.policy.weights import digest, snapshot
 from orchard.settings import Config
@@ -265,7 +265,7 @@ def test_a_text_model_is_taught_and_improved_through_adapters_with_vllm(
             "prompt.history='Bought: {history}. Next: '", "prompt.titles='Titles: {history}. '",
             "model.text_tokens=400", "model.hidden_size=64", "model.lora={rank=4}",
             "sft.epochs=1", "sft.tasks={titles=0.5}", "learner.steps=2", "rollout.engine=vllm",
-            "rollout.kv_cache_gib=0.125",
+            "rollout.kv_cache_gib=0.125", "cluster.publish_format=adapter",
         ),
         "sft",
     )  # fmt: skip
@@ -283,6 +283,30 @@ def test_a_text_model_is_taught_and_improved_through_adapters_with_vllm(
         assert up.shape[1] == 8
         merged = base[f"{name}.weight"] + up @ down
         np.testing.assert_allclose(merged, trained[f"{name}.weight"], atol=1e-6)
+
+
+def test_a_run_is_the_same_whether_weights_or_adapters_travel_and_near_it_where_they_are_rounded(
+    settings: Callable[..., Config],
+) -> None:
+    logs, kept = dict[str, dict[str, list[float]]](), dict[str, str]()
+    for form in ("float32", "adapter", "bfloat16"):
+        changes = ("model.lora={rank=4}", "learner={steps=2,prompts_per_step=8,lr=5e-3}")
+        config = settings(f"name={form}", f"cluster.publish_format={form}", *changes)
+        untrained(config)
+        run = prepare(config, "train")
+        assert in_a_controller(train, run).step == 2
+        metrics = read_metrics(run.dir / "metrics.jsonl")["train"]
+        logs[form] = {
+            name: column.value.tolist()
+            for name, column in metrics.items()
+            if not name.endswith("_s") and "bytes" not in name
+        }
+        kept[form] = weights_of(run.dir / "policy")
+        assert PolicyFacts.read(run.dir / "policy").version.digest == kept[form]
+    assert logs["adapter"] == logs["float32"]
+    assert kept["adapter"] == kept["float32"]
+    gap = max(logs["bfloat16"]["learner/logprob_gap"])
+    assert max(logs["float32"]["learner/logprob_gap"]) < 1e-5 < gap < 0.5
 
 
 def test_rollouts_run_ahead_as_far_as_the_bound_and_no_further(

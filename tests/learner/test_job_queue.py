@@ -1,6 +1,8 @@
 """Test the job queue between the driver and the worker group, without either."""
 
 import asyncio
+import subprocess
+import sys
 
 import pytest
 
@@ -111,3 +113,42 @@ def test_an_error_of_the_workers_answers_everything_that_waits_for_them() -> Non
         assert await queue.get_result(3) is error
 
     asyncio.run(work())
+
+
+def test_the_newest_result_is_given_again_once_a_restarted_group_repeats_it() -> None:
+    async def scenario() -> None:
+        queue = JobQueue()
+        for number in range(3):
+            await queue.put_result(result(number, start=number == 0))
+            await queue.get_result(number)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(queue.get_repeated(2), 0.05)
+        waiting = asyncio.ensure_future(queue.get_repeated(2))
+        await queue.put_result(result(0, start=True))
+        await queue.put_result(result(1))
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        again = result(2)
+        await queue.put_result(again)
+        assert (await waiting) is again
+        assert (await queue.get_repeated(2)) is again
+        await queue.put_result(result(0, start=True))  # its weights went with the group before
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(queue.get_repeated(2), 0.05)
+        await queue.put_result(again)
+        await queue.put_result(result(3))
+        await queue.get_result(3)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(queue.get_repeated(2), 0.05)
+
+    asyncio.run(scenario())
+
+
+def test_the_queue_reads_what_passes_it_without_torch() -> None:
+    code = (
+        "import pickle, sys, learner.job_queue; from orchard.types import *;"
+        "pickle.loads(pickle.dumps(StoredTransfer(digest='', ref=None)));"
+        "print({'torch', 'transformers'} & set(sys.modules))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() == "set()"

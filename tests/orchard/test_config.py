@@ -45,6 +45,7 @@ def test_overrides_reach_their_key_with_their_type(run_file: Path) -> None:
         ("rewards.listwise={hidden_size=9}", "not_a_multiple"),
         ("learner.dual_clip=0.5", "dual_clip_too_low"),
         ("learner={dropout=0.1,updates_per_batch=2}", "dropout_of_two_passes"),
+        ("cluster.publish_format=adapter", "no_adapters_to_publish"),
         ("learner={tis_clip=2.0,dropout=0.1}", "tis_of_other_ratios"),
         ("learner={tis_clip=2.0,logprob='full'}", "tis_of_other_ratios"),
         ("learner={tis_clip=2.0,ratio='sequence'}", "tis_of_other_ratios"),

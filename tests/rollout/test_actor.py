@@ -12,9 +12,10 @@ import ray
 
 from orchard.errors import DataError, EngineError, WeightMismatchError
 from orchard.policy import weights
+from orchard.policy.transfer import digest, pack
 from orchard.settings import RolloutConfig
 from orchard.testing import TinySetup, tiny_setup
-from orchard.types import PolicyVersion
+from orchard.types import PolicyVersion, StoredTransfer
 from rollout.actor import RolloutActor, RolloutWorker
 from rollout.candidates import Candidates
 from rollout.engine.torch import TorchEngine
@@ -102,19 +103,20 @@ def test_new_weights_are_searched_with_once_they_are_verified(
 ) -> None:
     first = weights.snapshot(wide.model)
     new = {name: value[::-1].copy() for name, value in first.items()}
-    with pytest.raises(EngineError, match="arrived as policy 9-"):
-        ray.get(actor.load_weights.remote(PolicyVersion(step=9, digest=wide.version.digest), new))
+    unlike = PolicyVersion(step=9, digest="0badcafe" * 8)
+    with pytest.raises(EngineError, match="arrived where 0badcafe were published; publish them"):
+        ray.get(actor.load_weights.remote(unlike, pack(new)))
     assert_same(ray.get(actor.rank.remote(wide.prompts, 5)), beam(reference, wide.prompts, width=5))
     for step, content in ((8, new), (9, first)):
-        version = PolicyVersion(step=step, digest=weights.digest(content))
-        assert str(ray.get(actor.load_weights.remote(version, content))) == str(version)
+        packed = pack(content)
+        version = PolicyVersion(step=step, digest=digest(packed))
+        stored = StoredTransfer(digest=version.digest, ref=ray.put(packed))
+        assert str(ray.get(actor.load_weights.remote(version, stored))) == str(version)
         reference.load_weights(version, content)
         assert_same(
             ray.get(actor.rank.remote(wide.prompts, 5)), beam(reference, wide.prompts, width=5)
         )
         assert str(ray.get(actor.search.remote(wide.prompts, 0)).policy) == str(version)
-    ray.get(actor.load_weights.remote(wide.version, first))
-    assert str(ray.get(actor.version.remote())) == str(wide.version)
 
 
 @pytest.mark.ray
@@ -130,13 +132,14 @@ def test_a_holder_that_computes_something_else_than_the_learner_searches_nothing
         tolerance=1e-4,
     )
     wrong = replace(right, score=right.score + np.float32([0.01, *[0.0] * (len(best) - 1)]))
-    values = weights.snapshot(wide.model)
+    values = pack(weights.snapshot(wide.model))
+    version = PolicyVersion(step=0, digest=digest(values))
     with pytest.raises(WeightMismatchError, match=r"0\.01 nats from the learner's where 0\.0001"):
-        ray.get(actor.load_weights.remote(wide.version, values, wrong))
+        ray.get(actor.load_weights.remote(version, values, wrong))
     for method, argument in (("rank", 5), ("search", 0)):
         with pytest.raises(WeightMismatchError, match="failed its probe here"):
             ray.get(getattr(actor, method).remote(wide.prompts, argument))
-    ray.get(actor.load_weights.remote(wide.version, values, right))
+    ray.get(actor.load_weights.remote(version, values, right))
     assert_same(ray.get(actor.rank.remote(wide.prompts, 5)), beam(reference, wide.prompts, width=5))
 
 

@@ -131,9 +131,8 @@ def test_two_appends_at_once_get_different_ids(folder: Path) -> None:
 def test_items_that_cannot_be_assigned_are_refused_in_one_sentence(
     folder: Path, tmp_path: Path
 ) -> None:
-    save_carrying_policy(
-        write_shop(tmp_path / "x", embedded=True), tmp_path / "embedded" / "policy"
-    )
+    embedded = tmp_path / "embedded" / "policy"
+    save_carrying_policy(write_shop(tmp_path / "x", embedded=True), embedded)
 
     async def refused(folder: Path, item: dict[str, Any]) -> str:
         async with served(folder) as (client, service):
@@ -155,7 +154,7 @@ def test_items_that_cannot_be_assigned_are_refused_in_one_sentence(
             ([float("nan")] * WIDTH, "embedding"),
             ("AAAA", "embedding"),
         ):
-            assert message in await refused(other, {"embedding": vector})
+            assert message in await refused(embedded, {"embedding": vector})
 
     run(work)
 

@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.actors.pool import Pool
+from cluster.actors.weights import PublishedWeights
 from cluster.training.best_checkpoint import SCORE, BestCheckpoint
-from cluster.training.controller import Controller, PublishedWeights
+from cluster.training.controller import Controller
 from cluster.training.evaluate import evaluate_split, evaluation_file
 from cluster.training.run import Run, prepare
 from cluster.training.run_dir import open_run_dir, save_policy
@@ -73,7 +74,7 @@ def controller(run: Run) -> Controller:
     made.run = run.with_phase("evaluate", run.result)
     made.stopping = asyncio.Event()
     made.ranking = pool
-    held: dict[Pool, PublishedWeights] = {pool: PublishedWeights(policy=version, weights_ref=None)}
+    held: dict[Pool, PublishedWeights] = {pool: PublishedWeights(policy=version)}
     made._published = held  # pyright: ignore[reportPrivateUsage]
     return made
 
@@ -163,7 +164,7 @@ def test_an_evaluation_is_done_again_where_the_test_file_or_the_policy_has_chang
     step = PolicyFacts.read(policy).version.step
     version = PolicyVersion(step=step, digest=digest(other))
     save_policy(controller.run, policy, version, other)
-    held = {controller.ranking: PublishedWeights(policy=version, weights_ref=None)}
+    held = {controller.ranking: PublishedWeights(policy=version)}
     controller._published = held  # pyright: ignore
     assert evaluated()[1] > written
     path.with_suffix(".parquet").write_bytes(b"")  # as a full disk leaves it
