@@ -5,13 +5,15 @@ same prompts: GRPO with the exact match, GRPO with the share of matching codes, 
 advantage on thoughts alone, and SAPO. A group has a signal if the quantity that its estimator
 compares (the reward, or the match at some step) varies among its candidates.
 
-The speed is that of a fresh policy, whose blocks nearly all reach their maximum length. The plain
-loop makes one blocking call for each block of each sample and one for each of its codes; the
-batched loop, like the precursor of SAPO's code, makes one for each opening tag, block and code of
-all samples at once.
+The speed is that of a fresh policy, whose blocks nearly all reach their maximum length. On vLLM,
+the plain loop makes one blocking call for each block of each sample and one for each of its codes;
+the batched loop, like the precursor of SAPO's code, makes one for each opening tag, block and code
+of all samples at once, without seeds or log-probabilities. On the engine in this process, the
+rival is `benchmarks.shared.thought_loop`, which computes no token twice either.
 """
 
 import tempfile
+import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -20,8 +22,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.shared.hugging_face import allowed_tokens
 from benchmarks.shared.measure import Figure, Report, Row, figure, interleaved, report
 from benchmarks.shared.recipe import ONE_THREAD
+from benchmarks.shared.thought_loop import ThoughtLoop
 from cluster.cli.commands import TRAINED, WARM_START, improve, warm_start
 from cluster.training.run import Run, prepare
 from cluster.training.run_dir import open_run_dir
@@ -31,6 +35,7 @@ from orchard.data.prompts import make_prompts
 from orchard.data.synthetic import WorldParams, write_world
 from orchard.evaluation import ranking
 from orchard.policy.item_tokenizer import ItemTokenizer
+from orchard.policy.model import load
 from orchard.settings import Config
 from orchard.tracking.metrics_log import FILE, read_metrics
 from orchard.types import Prompts
@@ -58,10 +63,12 @@ def run(quick: bool) -> Report:
     if not data_path.is_dir():
         write_world(data_path, WorldParams(num_items=80, num_users=100) if quick else WORLD)
     changes = [f"output={output}", f"data.path={data_path}", *ONE_THREAD, *(CUT if quick else ())]
-    speed, rows = _speed(changes, prompts=4 if quick else 16, samples=4 if quick else 8,
-                         repeats=1 if quick else 5)  # fmt: skip
+    sizes = {"prompts": 4, "samples": 4, "repeats": 1} if quick else {
+        "prompts": 16, "samples": 8, "repeats": 5}  # fmt: skip
+    here, rows_here = speed_here(changes, **sizes)
+    speed, rows = _speed(changes, **sizes)
     figures, table = _table(changes, seeds=1 if quick else 3)
-    return report("sapo", [*speed, *figures], [*rows, *table])
+    return report("sapo", [*here, *speed, *figures], [*rows_here, *rows, *table])
 
 
 def _settings(name: str, seed: int, changes: list[str]) -> Config:
@@ -122,17 +129,54 @@ def _course(settings: Config) -> dict[str, float]:
     return facts
 
 
-def _speed(
+def speed_here(
     changes: list[str], *, prompts: int, samples: int, repeats: int
 ) -> tuple[list[Figure], list[Row]]:
-    """Measure samples per second of each method, interleaved on one vLLM engine."""
+    """Measure samples per CPU second of the engine in this process and of the loop by hand.
+
+    CPU time on one thread: other load on the machine does not count.
+    """
+    settings, prepared, rollout_worker = _fresh(changes, "torch", samples)
+    eval_prompts = make_prompts(prepared.tokenizer, prepared.train, np.arange(prompts))
+    contexts = [p.tolist() for p in np.split(eval_prompts.token, eval_prompts.token_start[1:-1])]
+    think_tokens, cap = prepared.tokenizer.think, settings.rollout.think.block_tokens
+    assert think_tokens is not None
+    loop = ThoughtLoop(
+        load(prepared.policy, prepared.tokenizer).eval(), think_tokens,
+        allowed_tokens(prepared.tokenizer), levels=prepared.catalog.trie.depth,
+    )  # fmt: skip
+    seconds = interleaved(
+        {
+            "think": lambda: rollout_worker.search(eval_prompts, 0),
+            "cached_loop": lambda: loop.generate(contexts, samples=samples, cap=cap),
+        },
+        repeats=repeats,
+        clock=time.process_time,
+    )
+    rate = {name: prompts * samples / value for name, value in seconds.items()}
+    note = f"CPU time, torch engine, {prompts} prompts x {samples} samples, K = 3, cap {cap}, FP32"
+    figures = [figure("over_cached_loop", rate["think"] / rate["cached_loop"], "x", asked=">= 1",
+                      note=f"a loop with kept keys and values, {note}")]  # fmt: skip
+    return figures, [{"samples_per_cpu_s": name, "value": value} for name, value in rate.items()]
+
+
+def _fresh(changes: list[str], engine: str, samples: int) -> tuple[Config, Run, RolloutWorker]:
+    """Prepare a fresh policy and a rollout worker on one thread."""
     folder = tempfile.mkdtemp(prefix="orchard-sapo-")
-    overrides = [f"output={folder}", "rollout.engine=vllm", f"rollout.group_size={samples}"]
+    overrides = [f"output={folder}", f"rollout.engine={engine}", f"rollout.group_size={samples}"]
     settings = _settings("speed", 0, [*changes, *overrides, "rollout.threads=1"])
     prepared = prepare(settings, "sft")
     open_run_dir(prepared)
     rollout_worker = RolloutWorker(settings.rollout, prepared.policy, prepared.tokenizer, seed=0)
     torch.set_num_threads(1)  # vLLM sets its own
+    return settings, prepared, rollout_worker
+
+
+def _speed(
+    changes: list[str], *, prompts: int, samples: int, repeats: int
+) -> tuple[list[Figure], list[Row]]:
+    """Measure samples per second of each method, interleaved on one vLLM engine."""
+    settings, prepared, rollout_worker = _fresh(changes, "vllm", samples)
     eval_prompts = make_prompts(prepared.tokenizer, prepared.train, np.arange(prompts))
     llm: Any = rollout_worker._engine.llm  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
     cap = settings.rollout.think.block_tokens

@@ -52,8 +52,13 @@ def report(bench: str, figures: Sequence[Figure], rows: Sequence[Row]) -> Report
     )
 
 
-def interleaved(cases: Mapping[str, Callable[[], object]], *, repeats: int) -> dict[str, float]:
-    """Measure the median seconds of each case, after one warm-up call of each.
+def interleaved(
+    cases: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
+    """Measure the median seconds of each case by `clock`, after one warm-up call of each.
 
     The repeats of the cases are interleaved, so that other load of the machine affects all of them.
     """
@@ -62,9 +67,9 @@ def interleaved(cases: Mapping[str, Callable[[], object]], *, repeats: int) -> d
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(repeats):
         for name, call in cases.items():
-            start_s = time.perf_counter()
+            start_s = clock()
             call()
-            seconds[name].append(time.perf_counter() - start_s)
+            seconds[name].append(clock() - start_s)
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 

@@ -10,7 +10,7 @@ and prompts, the same rewards, clips and divergence, and generates no end-of-seq
 import logging
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -82,37 +82,15 @@ class TrlSteps:
         reward_fn.__name__ = "rule_and_ranking"  # pyright: ignore[reportAttributeAccessIssue]
         if way != "search":
             _constrain(policy, allowed, prompt.shape[1], way)
-        with _quiet():
-            from datasets import Dataset  # pyright: ignore[reportMissingImports]
-            from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportMissingImports]
-
-            settings = GRPOConfig(
-                output_dir=str(folder), use_cpu=True, bf16=False, gradient_checkpointing=False,
-                report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
-                max_steps=1_000_000, lr_scheduler_type="constant", learning_rate=config.lr,
-                adam_beta2=0.95, weight_decay=config.weight_decay, max_grad_norm=config.grad_clip,
-                per_device_train_batch_size=rows,
-                gradient_accumulation_steps=len(prompt) * group // rows,
-                num_generations=group, max_completion_length=levels, temperature=1.0,
-                loss_type="grpo", beta=config.kl.weight, epsilon=config.clip_low,
-                epsilon_high=config.clip_high, delta=config.dual_clip,
-            )  # fmt: skip
-            self._trainer = GRPOTrainer(
-                model=policy,
-                reward_funcs=reward_fn,
-                args=settings,
-                # The prompts are repeated to exclude the start and end of epochs from most steps.
-                train_dataset=Dataset.from_dict(
-                    {"prompt": prompt_texts * 64, "target": target.tolist() * 64}
-                ),
-                processing_class=tokenizer,
-                callbacks=[self._gate],
-                rollout_func=None
-                if search is None
-                else partial(_roll_out, tokenizer=tokenizer, search=search, group=group),
-            )
-            # It would print to the stream on which the benchmark prints its figures.
-            self._trainer.remove_callback(PrinterCallback)
+        # The prompts are repeated to exclude the start and end of epochs from most steps.
+        self._trainer = grpo_trainer(
+            policy, tokenizer, config, folder, group=group, rows=rows, levels=levels,
+            prompts=prompt_texts, targets=target.tolist(), epochs=64, reward_fn=reward_fn,
+            callbacks=[self._gate],
+            rollout_func=None
+            if search is None
+            else partial(_roll_out, tokenizer=tokenizer, search=search, group=group),
+        )  # fmt: skip
         self._thread = threading.Thread(target=self._train, name="trl", daemon=True)
         self._thread.start()
         self._gate.wait()
@@ -134,6 +112,62 @@ class TrlSteps:
         except BaseException as error:  # raised by `_Gate.wait`
             self._gate.failure = error
         self._gate.stands.release()
+
+
+def grpo_trainer(
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: LearnerConfig,
+    folder: Path,
+    *,
+    group: int,
+    rows: int,
+    levels: int,
+    prompts: Sequence[str],
+    targets: Sequence[Sequence[int]] | None = None,
+    epochs: int = 1,
+    reward_fn: Callable[..., list[float]] | None = None,
+    **options: Any,
+) -> Any:
+    """Create TRL's trainer with the settings of Orchard's learner.
+
+    Every step has all prompts and `rows` sequences per forward pass; `options` are those of
+    `GRPOTrainer`.
+    """
+    with _quiet():
+        from datasets import Dataset  # pyright: ignore[reportMissingImports]
+        from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportMissingImports]
+
+        settings = GRPOConfig(
+            output_dir=str(folder), use_cpu=True, bf16=False, gradient_checkpointing=False,
+            report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
+            max_steps=1_000_000, lr_scheduler_type="constant", learning_rate=config.lr,
+            adam_beta2=0.95, weight_decay=config.weight_decay, max_grad_norm=config.grad_clip,
+            per_device_train_batch_size=rows,
+            gradient_accumulation_steps=len(prompts) * group // rows,
+            num_generations=group, max_completion_length=levels, temperature=1.0,
+            loss_type="grpo", beta=config.kl.weight, epsilon=config.clip_low,
+            epsilon_high=config.clip_high, delta=config.dual_clip,
+        )  # fmt: skip
+        columns: dict[str, list[Any]] = {"prompt": list(prompts) * epochs}
+        if targets is not None:
+            columns["target"] = list(targets) * epochs
+        trainer = GRPOTrainer(
+            model=policy,
+            reward_funcs=reward_fn or _no_reward,
+            args=settings,
+            train_dataset=Dataset.from_dict(columns),
+            processing_class=tokenizer,
+            **options,
+        )
+        # It would print to the stream on which the benchmark prints its figures.
+        trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _no_reward(*, completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """Return no reward, for a trainer of which only the loss is computed."""
+    return [0.0] * len(completion_ids)
 
 
 class _Gate(TrainerCallback):

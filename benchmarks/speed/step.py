@@ -12,7 +12,7 @@ own: `generate` constrained by `prefix_allowed_tokens_fn` and by a masking logit
 third TRL gets Orchard's candidates, and performs only the rest of the step. Its vLLM modes need a
 GPU or another version, and its continuous batching does not support such a constraint. TRL 1.9.2,
 which computes logits at the codes only, can be installed in place of the pinned version to compare
-the two.
+the two. `benchmarks.shared.trl_loss` compares TRL's loss function with ours.
 
 The baselines use micro-batches of 32 sequences: of 16, 32, 64 and 128 among the fastest for both,
 on one thread of a busy machine.
@@ -32,7 +32,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.shared import trl_step
+from benchmarks.shared import trl_loss, trl_step
 from benchmarks.shared.flat_loop import FlatLoop, advantages, rewards
 from benchmarks.shared.hugging_face import allowed_tokens, beams
 from benchmarks.shared.measure import Figure, Report, Row, figure, interleaved, report
@@ -145,14 +145,32 @@ def run(quick: bool) -> Report:
         figure("advantage_difference", equal["advantages"], "absolute", asked="<= 1e-5",
                note="largest, of the same candidates"),
         figure("loss_difference", equal["loss"], "relative", asked="<= 1e-5",
-               note="packed against flat, away from behaviour and reference"),
+               note="packed trees against the flat loop of this repository, away from behaviour "
+               "and reference"),
         figure("gradient_difference", equal["gradients"], "relative", asked="<= 1e-5",
                note="largest over the parameters: max |difference| / max |flat|"),
         figure("over_flat_loop", ratios["flat_loop"], "x", asked=">= 5",
                note=f"whole step, {conditions}"),
+        *_loss_of_trl(),
         *_over_trl(ratios, conditions),
     ]  # fmt: skip
     return report("step", figures, rows)
+
+
+def _loss_of_trl() -> list[Figure]:
+    """Compare with the loss function of TRL, if it is installed."""
+    if trl_step.installed() is None:
+        return []
+    with tempfile.TemporaryDirectory(prefix="orchard-step-loss-") as folder:
+        difference = trl_loss.compare(Path(folder))
+    note = f"packed trees against `compute_loss` of TRL {trl_step.installed()}, whole vocabulary"
+    return [
+        figure("trl_loss_difference", difference.loss, "relative", asked="<= 1e-5",
+               note=f"{note}; {difference.clipped:.0%} of the ratios clipped"),
+        figure("trl_gradient_difference", difference.gradients, "relative", asked="<= 1e-4",
+               note="largest over the parameters; TRL's log-probabilities have a backward pass of "
+               "their own"),
+    ]  # fmt: skip
 
 
 def _over_trl(ratios: dict[str, float], conditions: str) -> list[Figure]:

@@ -72,7 +72,7 @@ def growth_of(folder: Path, catalog: Catalog, bundle: Bundle | None) -> Growth |
             code="catalog.mismatch",
         )
     assert own is not None
-    _, is_known = before.find(catalog.item_id)
+    _, is_known = before.lookup(catalog.item_id)
     return Growth(
         before=before,
         num_new=int((~is_known).sum()),
@@ -93,7 +93,7 @@ def _difference(own: Bundle | None, later: Bundle | None) -> str:
     books = own.files[CODEBOOKS], later.files[CODEBOOKS]
     if books[0] != books[1] or own.description != later.description:
         return f"their tokenizer bundles have codebooks {books[0][:12]} and {books[1][:12]}"
-    row, is_known = later.table.find(own.table.item_id)
+    row, is_known = later.table.lookup(own.table.item_id)
     moved = ~is_known | (later.table.sid[row] != own.table.sid).any(axis=1)
     if moved.any():
         item = own.table.item_id[int(np.argmax(moved))]

@@ -187,7 +187,7 @@ class Bundle:
             remedy: what to do about another one, for the message.
         """
         codes, own = catalog.plain_codes, self.table.sid
-        row, is_known = self.table.find(catalog.item_id)
+        row, is_known = self.table.lookup(catalog.item_id)
         if codes.shape[1] == own.shape[1]:
             is_same = is_known & (own[row] == codes).all(axis=1)
         else:

@@ -1,20 +1,20 @@
 """Generate free text with a Hugging Face causal language model, the reference for vLLM.
 
-Shapes:  R texts   R1 = R + 1   S slots of the longest context   V tokens
+Shapes:  R texts   R1 = R + 1   V tokens   D hidden width
 """
 
 from collections.abc import Sequence
-from typing import cast
 
 import numpy as np
 import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from orchard import ragged
 from orchard.policy.attention import position_limit
 from orchard.policy.model import head_weight
+from rollout.engine.contexts import ContextCache
 from rollout.engine.protocol import Completions, GenerationParams, check_context_length
 
 
@@ -24,32 +24,27 @@ def generate(
     contexts: Sequence[Sequence[int]],
     key: Int64[np.ndarray, " R"],
     params: GenerationParams,
+    cache: ContextCache | None = None,
 ) -> Completions:
-    """Generate a continuation of each context; see `InferenceEngine.generate`."""
+    """Generate a continuation of each context; see `InferenceEngine.generate`.
+
+    `cache` holds the contexts and their texts afterwards, for contexts that continue them.
+    """
     check_context_length(contexts, params, position_limit(model.config))
-    device, num_rows = head_weight(model).device, len(contexts)
-    count = np.array([len(context) for context in contexts])
-    widest = int(count.max())
-    # Left padding puts the last token of every context in the same slot.
-    table, mask = np.zeros((num_rows, widest), np.int64), np.zeros((num_rows, widest), np.int64)
-    for row, context in enumerate(contexts):
-        table[row, widest - len(context) :], mask[row, widest - len(context) :] = context, 1
-    token, visible = torch.from_numpy(table).to(device), torch.from_numpy(mask).to(device)
-    position = (visible.cumsum(1) - 1).clamp(min=0)
+    cache = cache or ContextCache()
+    hidden, rows = cache.open(model, contexts)
+    device, num_rows = hidden.device, len(contexts)
     uniform = torch.from_numpy(_uniforms(key, params.limit)).to(device)
     stop = torch.tensor(list(params.stop), device=device)
-    cache, live = DynamicCache(), torch.ones(num_rows, dtype=torch.bool, device=device)
-    # Per step: the tokens, their log-probabilities, and whether each text was unfinished before it.
-    tokens, logprobs, alive = list[Tensor](), list[Tensor](), list[Tensor]()
+    live = torch.ones(num_rows, dtype=torch.bool, device=device)
+    # Per step: the tokens, their log-probabilities, and whether each text was unfinished before and
+    # after it.
+    tokens, logprobs, alive, kept = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()
     for step in range(params.limit):
-        hidden = model.base_model(
-            input_ids=token,
-            position_ids=position,
-            attention_mask=visible,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state[:, -1]
-        logprob = _logprobs(cast(Tensor, hidden), head_weight(model), params.temperature)
+        if step:
+            hidden = rows.append(model, tokens[-1][:, None], live[:, None])
+            kept.append(live)
+        logprob = _logprobs(hidden, head_weight(model), params.temperature)
         chosen = _choose(logprob, uniform[:, step], greedy=params.temperature == 0)
         tokens.append(chosen)
         logprobs.append(logprob.gather(1, chosen[:, None]).squeeze(1))
@@ -57,13 +52,17 @@ def generate(
         live = live & ~torch.isin(chosen, stop)
         if not bool(live.any()):
             break
-        token, position = chosen[:, None], position[:, -1:] + 1
-        visible = torch.cat([visible, torch.ones_like(token)], 1)
-    kept = torch.stack(alive, 1).cpu().numpy()  # [R, steps]
+    token = torch.stack(tokens, 1).cpu().numpy().astype(np.int32)  # [R, steps]
+    is_text = torch.stack(alive, 1).cpu().numpy()
+    if kept:
+        cached = torch.stack(kept, 1).cpu().numpy()  # [R, steps - 1]
+        for row in range(num_rows):
+            rows.token[row] += token[row, :-1][cached[row]].tobytes()
+    cache.keep(rows)
     return Completions(
-        token=torch.stack(tokens, 1).cpu().numpy()[kept].astype(np.int32),
-        logprob=torch.stack(logprobs, 1).float().cpu().numpy()[kept],
-        start=ragged.starts(kept.sum(1)),
+        token=token[is_text],
+        logprob=torch.stack(logprobs, 1).float().cpu().numpy()[is_text],
+        start=ragged.starts(is_text.sum(1)),
     )
 
 

@@ -28,6 +28,7 @@ from orchard.policy.tree_check import check_trees
 from orchard.policy.weights import Weights, restore
 from orchard.types import PolicyVersion, Prompts
 from rollout.candidates import Candidates
+from rollout.engine.contexts import ContextCache
 from rollout.engine.generate import generate
 from rollout.engine.protocol import (
     Completions,
@@ -57,7 +58,7 @@ class TorchEngine:
         self.tokenizer = tokenizer.to(head.device)
         self.version = version
         self._model = model.eval()
-        self._cache = DynamicCache()
+        self._cache, self._contexts = DynamicCache(), ContextCache()
         self._in_prompt = torch.zeros(0, 0, dtype=torch.bool, device=head.device)
         self._position = self._above = torch.zeros(0, 0, dtype=torch.long, device=head.device)
         # Hidden states for the value head, from the last slot of the prompt on.
@@ -79,6 +80,7 @@ class TorchEngine:
         value_head.adapt_weights(self._model, weights)
         restore(self._model, weights, changed)
         self.version, self._cache = version, DynamicCache()
+        self._contexts.clear()
 
     def set_catalog(self, catalog: Catalog) -> None:
         """Replace the catalog to search; see `InferenceEngine.set_catalog`."""
@@ -98,12 +100,22 @@ class TorchEngine:
         params: GenerationParams,
     ) -> Completions:
         """Generate a continuation of each context; see `InferenceEngine.generate`."""
-        return generate(self._model, contexts, key, params)
+        return generate(self._model, contexts, key, params, self._contexts)
 
     @torch.inference_mode()
     def prefill(self, prompts: Prompts) -> NextCodeLogprobs:
-        """Run prefill on the prompts and score the children of the root."""
+        """Run prefill on the prompts and score the children of the root.
+
+        Prompts that continue generated texts, as those of codes after a thought do, reuse their
+        keys and values.
+        """
         widest = check_prompt_length(prompts, self.trie, position_limit(self._model.config))
+        texts = [token.tobytes() for token in np.split(prompts.token, prompts.token_start[1:-1])]
+        if (continued := self._contexts.continued(self._model, texts)) is not None:
+            hidden, rows = continued
+            self._cache, self._in_prompt, self._position = rows.cache, rows.used, rows.position
+            return self._start(hidden)
+        self._contexts.clear()
         # Left padding puts the last token of every prompt in the same slot.
         num_pad = widest - np.diff(prompts.token_start)
         row, index = ragged.row_of(prompts.token_start), ragged.index_in_row(prompts.token_start)
@@ -117,10 +129,14 @@ class TorchEngine:
         visible = self._in_prompt[:, None] & (slot <= slot[:, None])
         self._cache = DynamicCache()
         self._position = position.clamp(min=0)
-        self._above = torch.full_like(token, widest - 1)
-        last = self._forward(token, self._position, visible)[:, -1]
+        return self._start(self._forward(token, self._position, visible)[:, -1])
+
+    def _start(self, last: Float[Tensor, "B D"]) -> NextCodeLogprobs:
+        """Score the children of the root from the hidden states of the prompts' last tokens."""
+        end = self._position.shape[1] - 1
+        self._above = torch.full_like(self._position, end)
         self._hidden = last[:, None]
-        state = (torch.arange(len(prompts), device=token.device) << _SLOT_BITS) + (widest - 1)
+        state = (torch.arange(len(last), device=last.device) << _SLOT_BITS) + end
         return self._expand(state, last, torch.full_like(state, ROOT))
 
     @torch.inference_mode()

@@ -89,7 +89,7 @@ class Assigner:
         """Return the semantic IDs that items had before."""
         kept: dict[int, Sequence[int]] = {}
         if self.bundle is not None:
-            row, is_known = self.bundle.table.find(np.array(item_id, dtype=np.int64))
+            row, is_known = self.bundle.table.lookup(np.array(item_id, dtype=np.int64))
             for item, place, known in zip(item_id, row, is_known, strict=True):
                 if known:
                     kept[item] = self.bundle.table.sid[place].tolist()
@@ -208,7 +208,7 @@ def _neighbors(
 ) -> list[list[Neighbor]]:
     """Return the nearest items of a catalog for each embedding."""
     table, levels = bundle.table, len(bundle.books)
-    row, is_known = table.find(item_id)
+    row, is_known = table.lookup(item_id)
     quantized = codes[:, :levels].copy()
     # An item that was moved to a free code stands nearer to the codes that it was quantized to.
     is_own = is_known & (table.sid[row] == codes).all(axis=1)

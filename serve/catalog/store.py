@@ -281,7 +281,7 @@ def _apply_changes(
             raise CatalogError("the delta removes every item; leave at least one")
     retired = {item: sid for item, sid in catalog_version.retired.items() if item not in added}
     if delta.remove:
-        gone, _ = old.catalog.find(np.array(delta.remove, dtype=np.int64))
+        gone, _ = old.catalog.lookup(np.array(delta.remove, dtype=np.int64))
         for item_id, row in zip(delta.remove, gone.tolist(), strict=True):
             retired[item_id] = tuple(catalog_version.plain_sid(row))
     if add:

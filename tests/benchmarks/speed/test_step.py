@@ -1,11 +1,12 @@
 """The whole step: equal to the loop of sequences where the two can be compared."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.shared import trl_step
+from benchmarks.shared import trl_loss, trl_step
 from benchmarks.shared.flat_loop import advantages, rewards
 from benchmarks.speed import step
 
@@ -49,4 +50,19 @@ def test_trl_takes_its_steps_one_at_a_time_and_ends_when_told() -> None:
     made = step.run(quick=True)
     ways = {row["way"] for row in made["rows"] if "way" in row}
     assert {f"trl_{way}" for way in trl_step.WAYS} <= ways
-    assert "over_trl" in {f["name"] for f in made["figures"]}
+    figures = {f["name"]: f for f in made["figures"]}
+    assert "over_trl" in figures
+    assert figures["trl_loss_difference"]["holds"]
+
+
+def test_packed_trees_have_the_loss_that_trl_computes_for_the_same_candidates(
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip(
+        "trl",
+        reason="TRL is absent; python -m pip install --no-deps -r requirements/bench.txt adds it",
+    )
+    difference = trl_loss.compare(tmp_path)
+    assert difference.loss < 1e-5
+    assert difference.gradients < 1e-4
+    assert 0.1 < difference.clipped < 0.9, "the clips must matter"
