@@ -22,7 +22,7 @@ from orchard.policy.store import Policy
 from orchard.types import PolicyVersion, Prompts, SearchTrees
 from rollout.engine.torch import TorchEngine
 from rollout.search.beam import beam
-from rollout.search.score_items import score_items
+from rollout.search.score_items import score_leaves
 from rollout.search_trees import build_search_trees
 from serve.catalog.attributes import NOTHING
 from serve.catalog.store import CatalogStore
@@ -31,9 +31,6 @@ from serve.policies.read import guide_of
 from serve.schema import Item
 
 _log = logging.getLogger("orchard.serve")
-
-_ROWS = 256
-"""Items scored in one batch."""
 
 
 class LocalPolicy:
@@ -124,13 +121,9 @@ class LocalPolicy:
         """
         leaf = self.catalog.leaf_of_item[self.catalog.rows(np.array(items, np.int64))]
         prompts = self._prompts([history])
-        scores = [np.zeros(0)]
-        for start in range(0, len(leaf), _ROWS):
-            part = leaf[start : start + _ROWS]
-            repeated = prompts.select(np.zeros(len(part), np.int64))
-            logprob, _ = score_items(self._engine, repeated, part)
-            scores.append(logprob.sum(1, dtype=np.float64))
-        return np.concatenate(scores)
+        start = np.array([0, len(leaf)])
+        scored = score_leaves(self._engine, prompts, leaf=leaf, start=start)
+        return scored.logprob.sum(1, dtype=np.float64)
 
     def search_trees(self, histories: Sequence[Sequence[int]], *, width: int = 16) -> SearchTrees:
         """Return the tree of an exact beam search for each history, with every log-probability.

@@ -116,6 +116,28 @@ class BatchRequest(RequestModel):
     requests: Annotated[list[RecommendRequest], Field(min_length=1, max_length=256, fail_fast=True)]
 
 
+class ScoreRequest(RequestModel):
+    """Items to score after one history."""
+
+    history: Ids | None = None
+    """Item ids, oldest first. The policy reads the last `max_history` of them."""
+    user: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+    """User id that selects the variant and, without `history`, the row of the history store."""
+    items: Annotated[list[ItemId], Field(min_length=1, max_length=1000, fail_fast=True)]
+    """Item ids to score."""
+    order: StrictBool = False
+    """Whether to return the items best first, with ranks, instead of in the given order."""
+    explain: Literal["none", "levels"] = "none"
+    """Detail to add: `levels` the log-probability of every code."""
+
+    @model_validator(mode="after")
+    def _require_history_or_user(self) -> "ScoreRequest":
+        """Require a history, which may be empty, or a user."""
+        if self.history is None and self.user is None:
+            raise ValueError("give a history (it may be empty) or a user")
+        return self
+
+
 class Level(ResponseModel):
     """One code of an item."""
 
@@ -148,6 +170,20 @@ class Item(ResponseModel):
     title: str
     levels: list[Level] | None = None
     guide: GuideShare | None = None
+
+
+class ScoredItem(ResponseModel):
+    """An item with its score."""
+
+    item_id: int
+    score: float | None
+    """Log-probability of the semantic ID given the history, which items of one semantic ID share;
+    null for an item that the catalog does not contain."""
+    sid: list[int]
+    title: str
+    rank: int | None = None
+    """Place in the order of the scores, 1 for the best; null unless `order` was set."""
+    levels: list[Level] | None = None
 
 
 class Node(ResponseModel):
@@ -232,6 +268,19 @@ class RecommendResponse(NamesCatalog):
     def unknown(self) -> int:
         """Old name of `unknown_items`."""
         return self.unknown_items
+
+
+class ScoreResponse(ResponseModel):
+    """Scores of the given items."""
+
+    items: list[ScoredItem]
+    variant: str
+    policy: str
+    catalog: str
+    """Version number and digest of the catalog."""
+    unknown_items: int = 0
+    """Number of history items that the catalog does not contain; the policy does not read them."""
+    cost: Cost
 
 
 class VariantInfo(ResponseModel):

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -22,7 +23,11 @@ from serve.catalog.store import CatalogStore, CatalogVersion
 from serve.decoding.batching import TooLateError
 from serve.decoding.recommender import popular_items
 from serve.decoding.request import ResolvedRequest, cache_key, query_of, resolve
-from serve.decoding.response import build_response
+from serve.decoding.response import (
+    build_response,
+    build_score_response,
+    build_search_response,
+)
 from serve.decoding.scheduler import DecodeResult, DecodeScheduler
 from serve.decoding.trace import draw_tree
 from serve.errors import UnavailableError, UnknownNameError
@@ -30,7 +35,14 @@ from serve.exposure_log import ExposureLog
 from serve.metrics import ServeMetrics
 from serve.policies.ab_test import MAIN, assign_variant
 from serve.policies.slot import PolicySlot
-from serve.schema import ActivateRequest, Cost, RecommendRequest, RecommendResponse
+from serve.schema import (
+    ActivateRequest,
+    Cost,
+    RecommendRequest,
+    RecommendResponse,
+    ScoreRequest,
+    ScoreResponse,
+)
 from serve.shared_state import SharedState
 from serve.synchronizer import Synchronizer
 from serve.user_history import Histories
@@ -143,14 +155,28 @@ class Service:
         for name, slot in self.slots.items():
             if slot.shadow and self._scheduler.waiting_rows < self.config.queue // 2:
                 self._spawn(self._shadow(resolved, name, request_id))
-        seconds = time.monotonic() - start_time
-        self.metrics.observe("orchard_serve_phase_seconds", seconds, variant=variant, phase="total")
-        self.metrics.count(
-            "orchard_serve_requests", variant=variant, source=answer.source, policy=answer.policy
-        )
+        self._count(variant, answer.source, answer.policy, time.monotonic() - start_time)
         if resolved.levels and resolved.request.explain == "none":  # only for the exposure log
             items = [item.model_copy(update={"levels": None}) for item in answer.items]
             return answer.model_copy(update={"items": items})
+        return answer
+
+    async def score(self, request: ScoreRequest) -> ScoreResponse:
+        """Score the items of a request after its history; raises as `recommend`."""
+        if not self.ready:
+            raise UnavailableError("the policy is still being loaded; try again in a moment")
+        start_time = time.monotonic()
+        variant = assign_variant(request.user, self._shares, self.config.ab_salt)
+        body = RecommendRequest(history=request.history, user=request.user, k=1)
+        resolved = self._resolve(body, await self._history_of(body), variant)
+        resolved = replace(resolved, levels=request.explain == "levels")
+        try:
+            scored = await self._scheduler.score(resolved, request.items, order=request.order)
+        except EngineError as error:
+            _log.error("variant %s cannot score: %s", variant, error)
+            raise UnavailableError("the policy cannot score at the moment; try again") from error
+        answer = build_score_response(scored, variant, time.monotonic() - start_time)
+        self._count(variant, "score", scored.policy, answer.cost.seconds)
         return answer
 
     async def explore(self, request: RecommendRequest, variant: str) -> RecommendResponse:
@@ -165,6 +191,11 @@ class Service:
         resolved = self._resolve(request, history, variant)
         answer, _ = await self._answer(resolved, time.monotonic())
         return answer
+
+    def _count(self, variant: str, source: str, policy: str, seconds: float) -> None:
+        """Record an answer in the metrics."""
+        self.metrics.observe("orchard_serve_phase_seconds", seconds, variant=variant, phase="total")
+        self.metrics.count("orchard_serve_requests", variant=variant, source=source, policy=policy)
 
     async def change(self, delta: DeltaRequest) -> tuple[CatalogVersion, list[AssignedItem]]:
         """Apply a delta to the catalog; see `Synchronizer.change`."""
@@ -261,20 +292,12 @@ class Service:
 
     async def _respond(self, resolved: ResolvedRequest, result: DecodeResult) -> RecommendResponse:
         """Build the response from a search result, with its tree if requested."""
-        cost, ranked = result.candidates.cost, result.ranked
-        answer = build_response(
-            resolved, ranked, result.catalog_version, result.decoder,
-            policy=result.policy, source="policy", fallback="", width=result.width,
-            cost=Cost(
-                prefill_tokens=cost.prefill_tokens, forward_tokens=cost.forward_tokens,
-                passes=cost.passes, batch=result.batch, seconds=result.seconds,
-            ),
-        )  # fmt: skip
+        answer = build_search_response(resolved, result)
         if resolved.request.explain == "tree":
             steps = result.trace.steps
             # In a thread: a wide search expands thousands of prefixes.
             tree = await asyncio.to_thread(
-                draw_tree, result.catalog_version, result.candidates, steps, ranked.leaf
+                draw_tree, result.catalog_version, result.candidates, steps, result.ranked.leaf
             )
             return answer.model_copy(update={"tree": tree})
         return answer

@@ -1,7 +1,8 @@
 """Decode scheduler: one queue and one search thread for all variants.
 
-Between two searches the thread also runs work that must not overlap with a search, such as a policy
-switch. A search switches the catalog itself: it uses the version that is current when it starts.
+Between two searches the thread also scores given items, and runs work that must not overlap with a
+search, such as a policy switch. A search switches the catalog itself: it uses the version that is
+current when it starts.
 """
 
 import asyncio
@@ -9,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -20,7 +21,9 @@ from serve.catalog.store import CatalogStore, CatalogVersion
 from serve.decoding.batching import Batcher, BatchPlan, LatencyModel
 from serve.decoding.recommender import BatchKey, Query, RankedItems, recommend
 from serve.decoding.request import ResolvedRequest, batch_key, query_of
+from serve.decoding.scoring import ScoredItems, rank_by_score, score
 from serve.decoding.trace import Trace
+from serve.errors import OverloadedError
 from serve.metrics import ServeMetrics
 from serve.policies.slot import PolicySlot
 from serve.schema import Decoder
@@ -62,6 +65,7 @@ class DecodeScheduler:
         """Search the current version of `catalog_store` with the engines of `slots`."""
         self._slots, self._catalog_store, self._metrics = slots, catalog_store, metrics
         self._budget, self._max_history = config.budget, max_history
+        self._queue, self._scoring_rows = config.queue, 0
         self._wide = config.wide
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="decoder")
         self._latency = {name: LatencyModel() for name in slots}
@@ -72,14 +76,46 @@ class DecodeScheduler:
 
     @property
     def waiting_rows(self) -> int:
-        """Number of beam rows in the queue."""
-        return self._batcher.waiting_rows
+        """Number of beam rows and of items to score that wait."""
+        return self._batcher.waiting_rows + self._scoring_rows
 
     async def submit(
         self, resolved: ResolvedRequest, *, deadline: float = float("inf")
     ) -> DecodeResult:
         """Queue a request and return its result; see `Batcher.submit`."""
         return await self._batcher.submit(resolved, rows=resolved.width, deadline=deadline)
+
+    async def score(
+        self, resolved: ResolvedRequest, items: Sequence[int], *, order: bool
+    ) -> ScoredItems:
+        """Score items between two searches; with `order`, rank them.
+
+        Raises:
+            OverloadedError: too many beam rows and items wait already.
+            EngineError: as `scoring.score`.
+        """
+        if self.waiting_rows + len(items) > self._queue:
+            raise OverloadedError(
+                f"{self.waiting_rows} rows wait and {len(items)} more exceed the bound of "
+                f"{self._queue}; try again later, or with fewer items",
+                retry_after_s=1.0,
+            )
+        self._scoring_rows += len(items)
+        try:
+            return await self.run_exclusive(self._score, resolved, items, order)
+        finally:
+            self._scoring_rows -= len(items)
+
+    def _score(self, resolved: ResolvedRequest, items: Sequence[int], order: bool) -> ScoredItems:
+        """Score items; runs in the search thread."""
+        slot, catalog_version = self._slots[resolved.variant], self._catalog_store.current
+        slot.set_catalog(catalog_version.catalog)
+        scored = score(
+            slot.inference_engine, catalog_version, query_of(resolved),
+            np.array(items, dtype=np.int64), max_history=self._max_history,
+        )  # fmt: skip
+        scored = replace(scored, policy=str(slot.version))
+        return rank_by_score(catalog_version, scored) if order else scored
 
     async def run_exclusive(self, call: Callable[..., T], *args: object) -> T:
         """Run a call in the search thread, between two searches."""

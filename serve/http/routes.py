@@ -47,6 +47,8 @@ from serve.schema import (
     Problem,
     RecommendRequest,
     RecommendResponse,
+    ScoreRequest,
+    ScoreResponse,
 )
 from serve.service import Service
 
@@ -135,6 +137,12 @@ def _add_read_routes(app: FastAPI, service: Service) -> None:
         work = asyncio.gather(*(answer_one(i, part) for i, part in enumerate(body.requests)))
         answers = await _cancel_on_disconnect(request, work)
         return Response(f'{{"responses":[{",".join(answers)}]}}', media_type="application/json")
+
+    @app.post("/v1/score", response_model=ScoreResponse, tags=["recommend"], dependencies=_JSON)
+    async def score(request: Request, body: ScoreRequest) -> Response:
+        """Score given items after one history or user, and rank them if wanted."""
+        answer = await _cancel_on_disconnect(request, service.score(body))
+        return Response(answer.model_dump_json(), media_type="application/json")
 
     @app.get("/v1/items/{item_id}", tags=["catalogue"])
     async def item(item_id: _ItemIdInPath) -> ItemInfo:

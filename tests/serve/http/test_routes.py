@@ -1,8 +1,10 @@
 """The endpoint over HTTP, in-process and without Ray."""
 
 from pathlib import Path
+from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 from orchard.catalog import catalog as catalogs
@@ -210,5 +212,88 @@ def test_an_endpoint_whose_searches_fail_is_not_ready(folder: Path) -> None:
         del engine.run  # type: ignore[attr-defined]
         assert (await recommend(client, history=[3]))["source"] == "policy"
         assert (await client.get("/readyz")).status_code == 200
+
+    served(folder, work)
+
+
+async def score(client: httpx.AsyncClient, **body: Any) -> dict[str, Any]:
+    response = await client.post("/v1/score", json=body)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def test_given_items_have_the_scores_that_a_search_gives_them(folder: Path) -> None:
+    async def work(client: httpx.AsyncClient, service: Service) -> None:
+        whole = await recommend(client, history=[3, 17, 5], k=40, width=100, explain="levels")
+        expected = {item["item_id"]: item for item in whole["items"]}
+        ids = [7, 31, 7, 0, 25, 39]
+        answer = await score(client, history=[3, 17, 5], items=ids, explain="levels")
+        assert [item["item_id"] for item in answer["items"]] == ids
+        for item in answer["items"]:
+            same = expected[item["item_id"]]
+            assert item["score"] == pytest.approx(same["score"], abs=1e-5)
+            assert (item["sid"], item["title"]) == (same["sid"], same["title"])
+            codes = [level["logprob"] for level in item["levels"]]
+            assert codes == pytest.approx([v["logprob"] for v in same["levels"]], abs=1e-5)
+            assert item["rank"] is None
+        assert answer["policy"] == str(service.slots["main"].version)
+        assert answer["catalog"] == whole["catalog"]
+        everything = await score(client, history=[3, 17, 5], items=list(range(40)), order=True)
+        scores = [item["score"] for item in everything["items"]]
+        assert scores == sorted(scores, reverse=True)
+        assert [item["rank"] for item in everything["items"]] == list(range(1, 41))
+        assert all(item["levels"] is None for item in everything["items"])
+        assert service.metrics.total("orchard_serve_requests") == 3
+
+    served(folder, work)
+
+
+def test_items_without_a_score_come_last_and_wrong_requests_are_refused(folder: Path) -> None:
+    async def work(client: httpx.AsyncClient, service: Service) -> None:
+        answer = await score(client, history=[3, 999], items=[888, 5, 2**62], order=True)
+        assert [item["item_id"] for item in answer["items"]] == [5, 888, 2**62]
+        assert [item["rank"] for item in answer["items"]] == [1, None, None]
+        assert answer["items"][1] == {
+            "item_id": 888, "score": None, "sid": [], "title": "", "rank": None, "levels": None
+        }  # fmt: skip
+        assert answer["unknown_items"] == 1
+        nothing = await score(client, history=[], items=[777])
+        assert nothing["items"][0]["score"] is None
+        removed = await client.post("/v1/catalog/delta", json={"remove": [5]}, headers=OPERATOR)
+        assert removed.status_code == 200
+        assert (await score(client, history=[3], items=[5]))["items"][0]["score"] is None
+        for body in (
+            {"history": [1], "items": []}, {"items": [1]}, {"history": [1], "items": [1.5]},
+            {"history": [1], "items": [1] * 1001}, {"history": [1], "items": [1], "k": 3},
+        ):  # fmt: skip
+            assert (await client.post("/v1/score", json=body)).status_code == 422, body
+
+    served(folder, work)
+
+
+def test_scores_wait_in_a_bounded_queue(folder: Path) -> None:
+    async def work(client: httpx.AsyncClient, service: Service) -> None:
+        refused = await client.post("/v1/score", json={"history": [1], "items": list(range(40))})
+        assert refused.status_code == 429
+        assert "39" in refused.json()["detail"]
+        assert (await score(client, history=[1], items=[1, 2]))["items"][0]["score"] < 0
+
+    served(folder, work, width=8, max_width=16, max_k=16, budget=32, queue=39)
+
+
+def test_equal_scores_are_ranked_by_popularity(folder: Path) -> None:
+    async def work(client: httpx.AsyncClient, service: Service) -> None:
+        catalog = service.catalog_store.current.catalog
+        place = service.catalog_store.current.by_popularity.tolist()
+        leaf, count = np.unique(catalog.leaf_of_item, return_counts=True)
+        twins = np.flatnonzero(catalog.leaf_of_item == leaf[count > 1][0])
+        ids = catalog.item_id[twins].tolist()
+        ranked = (await score(client, history=[1], items=ids, order=True))["items"]
+        assert len({item["score"] for item in ranked}) == 1
+        rows = [int(np.flatnonzero(catalog.item_id == item["item_id"])[0]) for item in ranked]
+        if service.catalog_store.current.popularity:
+            assert [place.index(row) for row in rows] == sorted(place.index(row) for row in rows)
+        else:
+            assert [item["item_id"] for item in ranked] == ids
 
     served(folder, work)
