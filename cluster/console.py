@@ -7,7 +7,6 @@ seconds.
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import TracebackType
 from typing import SupportsFloat
 
 from rich.box import SIMPLE_HEAD
@@ -100,17 +99,12 @@ class Progress:
             self._bars.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Leave the last state on the console."""
         if self._bars is not None:
             self._bars.stop()
         elif self.done > self._resumed_at:
-            self._print_line("stopped" if error else "done")
+            self._print_line("stopped" if kind else "done")
 
     def advance(
         self, metrics: Mapping[str, SupportsFloat] | None = None, *, count: int = 1

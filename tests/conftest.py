@@ -9,13 +9,30 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_worker_niceness", "0")
 
 import logging
+import sysconfig
 from collections.abc import Iterator
+from importlib.util import cache_from_source
 from pathlib import Path
 
+import jaxtyping._import_hook as hook
 import pytest
 import ray
 import torch
 from hypothesis import HealthCheck, settings
+
+# jaxtyping keeps the bytecode of annotated modules apart. The libraries that they import would lie
+# there as well, and be compiled at every start where no bytecode is written.
+_OF_LIBRARIES = tuple(sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib"))
+_cache_of_annotated = hook._optimized_cache_from_source
+
+
+def _cache(tag: str, /, path: str, debug_override: bool | None = None) -> str:
+    if path.startswith(_OF_LIBRARIES):
+        return cache_from_source(path, debug_override)
+    return _cache_of_annotated(tag, path, debug_override)
+
+
+hook._optimized_cache_from_source = _cache
 
 ROOT = Path(__file__).parents[1]
 pytest_plugins = ["tests.fixtures.registries", "tests.fixtures.runs", "tests.fixtures.trees"]

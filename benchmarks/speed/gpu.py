@@ -79,18 +79,12 @@ class World:
     def policy(self, shape: Shape) -> PreTrainedModel:
         """Create a policy with random weights in float32."""
         config = Qwen3Config(
-            vocab_size=max(shape.vocabulary, self.tokenizer.size),
-            hidden_size=shape.width,
-            intermediate_size=shape.inner,
-            num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads,
-            num_key_value_heads=shape.kv_heads,
-            head_dim=128 if shape.width >= 1024 else 64,
-            max_position_embeddings=8192,
-            tie_word_embeddings=True,
-            eos_token_id=None,
-            pad_token_id=self.tokenizer.pad,
-        )
+            vocab_size=max(shape.vocabulary, self.tokenizer.size), hidden_size=shape.width,
+            intermediate_size=shape.inner, num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
+            head_dim=128 if shape.width >= 1024 else 64, max_position_embeddings=8192,
+            tie_word_embeddings=True, eos_token_id=None, pad_token_id=self.tokenizer.pad,
+        )  # fmt: skip
         torch.manual_seed(0)
         with self.device:
             return Qwen3ForCausalLM(config).eval()

@@ -1,7 +1,6 @@
 """Monitor the memory of a run on the machine that started it."""
 
 import threading
-from types import TracebackType
 
 import psutil
 
@@ -23,12 +22,7 @@ class MemoryMonitor:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._done.set()
         self._thread.join()
 

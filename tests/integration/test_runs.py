@@ -13,13 +13,12 @@ import ray
 
 from cluster.report.examples import read_examples
 from cluster.training.controller import Controller, start_controller
-from cluster.training.evaluate import evaluate, evaluation_file
+from cluster.training.evaluate import evaluate
 from cluster.training.loop import train
 from cluster.training.run import Run, prepare
 from cluster.training.sft import sft
-from orchard import config
 from orchard.catalog.catalog import load
-from orchard.evaluation.ranking import Evaluation, difference, read
+from orchard.evaluation.ranking import Evaluation
 from orchard.policy import model
 from orchard.policy.store import PolicyFacts, read_adapter
 from orchard.policy.titles import from_titles
@@ -29,24 +28,8 @@ from orchard.testing import save_model_folder, tiny_policy, tiny_title_tokenizer
 from orchard.tracking.metrics_log import read_metrics
 from orchard.types import PolicyVersion
 from tests.fixtures.begun import in_a_controller, untrained
-from tests.fixtures.runs import TinyRun
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
-
-
-@pytest.fixture
-def settings(data: Path, tiny_run: TinyRun) -> Callable[..., Config]:
-    """Return the settings of a few steps on the torch engine, with dotted changes."""
-    path = tiny_run(
-        data={"path": str(data)},
-        model={"hidden_size": 32, "intermediate_size": 32},
-        sft={"epochs": 2, "valid_rows": 40, "valid_beams": 10, "lr": 5e-3},
-        rollout={"engine": "torch", "group_size": 6, "batch_size": 4, "threads": 1},
-        learner={"steps": 4, "prompts_per_step": 16, "threads": 1, "lr": 5e-3},
-        evaluate={"every": 2, "valid_rows": 20, "valid_beams": 10},
-        checkpoint={"every": 2},
-    )
-    return lambda *changes: config.load(path, changes)
 
 
 async def taught_and_improved(controller: Controller) -> PolicyVersion:
@@ -149,84 +132,6 @@ def test_a_rollout_actor_killed_in_the_middle_of_a_step_costs_nothing(
             np.testing.assert_array_equal(after.reward, calm.reward)
 
     asyncio.run(scenario(run))
-
-
-def test_an_evaluation_covers_every_row_and_pairs_with_another(
-    settings: Callable[..., Config],
-) -> None:
-    untrained(settings())
-    run = prepare(settings(), "evaluate")
-
-    async def both(controller: Controller) -> tuple[Evaluation, Evaluation]:
-        first = await evaluate(controller, run.policy, split="test", beams=10, name="first")
-        (run.policy / "policy.json").unlink()  # as in a folder that others have made
-        wider = await evaluate(controller, run.policy, split="test", beams=12, name="second")
-        return first["first"], wider["second"]
-
-    found, again = in_a_controller(both, run)
-    assert found.num_rows == len(run.test)
-    assert "hr@20/sid" not in found.metrics
-    # The same policy under a wider beam: what was found stays found, at the same rank.
-    change = difference(again, found)["hr@1/sid"]
-    assert (change.mean, change.low, change.high) == (0, 0, 0)
-    assert read(evaluation_file(run, "first")).metrics == found.metrics
-
-
-def test_an_actor_lost_during_an_evaluation_is_replaced_by_one_of_the_same_policy(
-    settings: Callable[..., Config],
-) -> None:
-    untrained(settings())
-    run = prepare(settings("evaluate.batch_size=8", "rollout.max_restarts=1"), "evaluate")
-    first, other = (model.create(run.config.model, run.tokenizer, seed=s) for s in (0, 1))
-
-    async def scenario(controller: Controller) -> None:
-        async def ranks(advance: Callable[[], None] | None = None) -> list[int]:
-            weights = snapshot(other)
-            policy = PolicyVersion(step=0, digest=digest(weights))
-            found = await controller.evaluate(
-                run.test, np.arange(64), policy=policy, weights=weights, beams=10, advance=advance
-            )
-            return found.ranks.sid.tolist()
-
-        def lose() -> None:
-            ranking = controller.ranking
-            if ranking is not None and ranking.restarts == 0:
-                ray.kill(ranking.actors[0])
-
-        weights = snapshot(first)
-        await controller.sync_weights(PolicyVersion(step=0, digest=digest(weights)), weights)
-        calm = await ranks()
-        assert await ranks(advance=lose) == calm
-        assert controller.ranking is not None
-        assert controller.ranking.restarts == 1
-
-    in_a_controller(scenario, run)
-
-
-def test_one_controller_serves_every_phase_of_a_command(settings: Callable[..., Config]) -> None:
-    begin = prepare(settings("sft.epochs=1", "learner.steps=2"), "sft")
-
-    async def command(controller: Controller) -> tuple[Evaluation, PolicyVersion]:
-        await taught_and_improved(controller)
-        assert controller.rollout is not None
-        searched = controller.rollout.actors[0]
-        trained = begin.dir / "policy"
-        await controller.start_phase(begin.with_phase("evaluate", trained))
-        assert controller.rollout is None
-        found = await evaluate(controller, trained, split="test", beams=10, name="trained")
-        return found["trained"], await asyncio.wrap_future(searched.version.remote().future())
-
-    found, held = in_a_controller(command, begin)
-    alone = prepare(
-        settings("sft.epochs=1", "learner.steps=2"), "evaluate", policy=begin.dir / "policy"
-    )
-
-    async def again(controller: Controller) -> Evaluation:
-        found = await evaluate(controller, alone.policy, split="test", beams=10, name="alone")
-        return found["alone"]
-
-    assert str(held) == found.policy  # the actor that searched for the training also judged
-    assert in_a_controller(again, alone).ranks.sid.tolist() == found.ranks.sid.tolist()
 
 
 def test_titles_are_learnt_and_searched_with_the_same_probabilities(
@@ -364,3 +269,29 @@ def test_a_policy_is_taught_to_think_and_improved_by_its_own_thoughts(
     assert float(np.max(log["train"]["learner/logprob_gap"].value)) < 1e-5
     assert log["train"]["rollout/thoughts"].value.tolist() == [6, 6]
     assert log["train"]["rewards/match_1"].step.tolist() == [1, 2]
+
+
+def test_one_controller_serves_every_phase_of_a_command(settings: Callable[..., Config]) -> None:
+    begin = prepare(settings("sft.epochs=1", "learner.steps=2"), "sft")
+
+    async def command(controller: Controller) -> tuple[Evaluation, PolicyVersion]:
+        await taught_and_improved(controller)
+        assert controller.rollout is not None
+        searched = controller.rollout.actors[0]
+        trained = begin.dir / "policy"
+        await controller.start_phase(begin.with_phase("evaluate", trained))
+        assert controller.rollout is None
+        found = await evaluate(controller, trained, split="test", beams=10, name="trained")
+        return found["trained"], await asyncio.wrap_future(searched.version.remote().future())
+
+    found, held = in_a_controller(command, begin)
+    alone = prepare(
+        settings("sft.epochs=1", "learner.steps=2"), "evaluate", policy=begin.dir / "policy"
+    )
+
+    async def again(controller: Controller) -> Evaluation:
+        found = await evaluate(controller, alone.policy, split="test", beams=10, name="alone")
+        return found["alone"]
+
+    assert str(held) == found.policy  # the actor that searched for the training also judged
+    assert in_a_controller(again, alone).ranks.sid.tolist() == found.ranks.sid.tolist()

@@ -1,6 +1,7 @@
 """Fixtures: a tiny served catalog, its folder, and brute-force scores of its items."""
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -35,12 +36,13 @@ def leaf_logprob(shop_world: TinySetup) -> Callable[[list[int]], np.ndarray]:
     """Return a function from a history to the log-probability of every leaf, by brute force."""
     world = shop_world
 
-    def score(history: list[int]) -> np.ndarray:
+    @cache
+    def score(history: tuple[int, ...]) -> np.ndarray:
         rows = np.array(history, np.int64)
         token, _ = world.tokenizer.encode_history(rows, np.array([0, len(rows)]))
         return brute_force(world.model, world.tokenizer, token)
 
-    return score
+    return lambda history: score(tuple(history)).copy()
 
 
 @pytest.fixture

@@ -165,7 +165,7 @@ def test_without_further_draws_and_hints_a_step_is_searched_once(tmp_path: Path)
 
 
 def test_groups_are_drawn_until_enough_teach(tmp_path: Path) -> None:
-    shop = Shop(tmp_path)
+    shop = Shop(tmp_path, batch_size=5)
     for step in range(3):
         shop.searches.clear()
         scored = shop.step(step, max_draws=5)
@@ -186,9 +186,9 @@ def test_groups_are_drawn_until_enough_teach(tmp_path: Path) -> None:
         assert scored.trees.cost.counts == {"drawn": len(drawn), "teaching": sum(teaches)}
         assert scored.trees.cost.forward_tokens == cost
         assert len(scored.trees) == 8
-        again = shop.step(step, max_draws=5)  # as a resumed run would
-        np.testing.assert_array_equal(again.trees.leaf, scored.trees.leaf)
-        np.testing.assert_array_equal(again.reward, scored.reward)
+    again = shop.step(step, max_draws=5)  # as a resumed run would
+    np.testing.assert_array_equal(again.trees.leaf, scored.trees.leaf)
+    np.testing.assert_array_equal(again.reward, scored.reward)
 
 
 def test_draws_stop_at_their_bound_and_where_enough_groups_teach() -> None:

@@ -29,17 +29,21 @@ def values_of(world: TinySetup, engine: TorchEngine, found: Candidates) -> np.nd
     """Return the value of the deepest choice on the path of each candidate; 0 below the root."""
     trie, prompt = world.catalog.trie, ragged.row_of(found.start)
     result = np.zeros(len(found.leaf), np.float32)
+    paths = list[np.ndarray]()
+    chosen = list[int]()
     for index, path in enumerate(found.node):
         inner = path[path >= 0]
-        choices = [i for i, n in enumerate(inner) if trie.num_children(torch.tensor([n])) > 1]
-        if not choices:
-            continue
-        alone = engine.prefill(world.prompts.select(prompt[[index]]))
-        upto = torch.from_numpy(inner[: choices[-1] + 1])
-        token = world.tokenizer.token_of(upto)
-        at = engine.extend(alone.state, token, torch.tensor([0, len(token)]), upto[-1:])
-        assert at.value is not None
-        result[index] = float(at.value)
+        choices = np.flatnonzero((trie.num_children(torch.from_numpy(inner)) > 1).numpy())
+        if len(choices):
+            chosen.append(index)
+            paths.append(inner[: choices[-1] + 1])
+    # Each path after a copy of its prompt, which no other path shares.
+    alone = engine.prefill(world.prompts.select(prompt[chosen]))
+    start = torch.from_numpy(ragged.starts(np.array([len(path) for path in paths])))
+    node = torch.from_numpy(np.concatenate(paths))
+    at = engine.extend(alone.state, world.tokenizer.token_of(node), start, node[start[1:] - 1])
+    assert at.value is not None
+    result[chosen] = at.value.numpy()
     return result
 
 
