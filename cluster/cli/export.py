@@ -21,6 +21,7 @@ from orchard.evaluation import ranking
 from orchard.evaluation.ranking import Evaluation
 from orchard.policy import lora, model, value_head
 from orchard.policy.store import FILE, Policy, read_adapter
+from orchard.semantic_ids.bundle import BUNDLE
 from orchard.settings import Config
 
 _SHOWN = ("hr@1", "hr@3", "hr@10", "hr@50", "ndcg@3", "ndcg@10")
@@ -183,9 +184,14 @@ def _metrics(evaluations: Mapping[str, Evaluation]) -> str:
 def _limits(run: Run) -> str:
     trie, num_items = run.catalog.trie, len(run.catalog)
     sharing = num_items - int((run.catalog.place_in_leaf == 0).sum())
+    new_items = "new items need new semantic IDs and more training"
+    if run.bundle is not None:
+        new_items = (
+            f"its tokenizer bundle (`{BUNDLE}/`) gives new ones semantic IDs, whose codes it has "
+            "learned from other items alone"
+        )
     lines = [
-        f"It knows the {num_items} items of its catalog and no others; new items need new "
-        "semantic IDs and more training.",
+        f"It knows the {num_items} items of its catalog and no others; {new_items}.",
         f"{sharing} items share the sequence of an earlier one; within {trie.num_leaves} sequences "
         "it cannot tell such items apart, and lists them in catalog order.",
         "Metrics are of offline prediction of logged interactions, which favors what was shown "

@@ -43,6 +43,7 @@ def test_warm_start_training_and_export_carry_the_bundle(tiny_run: TinyRun, tmp_
         assert policy.bundle.digest == made.digest
         assert policy.bundle.titles is not None
         assert json.loads((folder / FILE).read_text())["bundle"] == made.digest
+    assert "(`sids/`) gives new ones semantic IDs" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_policy_from_before_takes_the_bundle_of_its_data(
