@@ -249,7 +249,7 @@ def _compare(name: str, seeds: Sequence[Lists]) -> tuple[list[Figure], list[Row]
         if (ours, theirs) in (pairs[0], pairs[1], pairs[6]):
             figures.append(figure(
                 f"{name}_{ours}_over_{theirs}".replace(" ", "_"), gain["ndcg@10/sid"].low, "",
-                asked="> 0", note="NDCG@10, lower end of the 95 % interval over rows and seeds; mean "
+                asked="> 0", note="NDCG@10, lower end of 95 % over rows and seeds; mean "
                 f"{gain['ndcg@10/sid'].mean:+.4f}, {len(seeds)} seeds",
             ))  # fmt: skip
     sides = [np.stack([s.in_set[side].astype(float) for s in seeds])[:, :, None]
