@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.shared.hugging_face import Allowed, allowed_tokens, beams
+from benchmarks.shared.hugging_face import Allowed, allowed_tokens, beams, strong_beams
 from benchmarks.shared.measure import Report, Row, figure, interleaved, report
 from benchmarks.speed.learner import VERSION, Setting, default_setting, random_prompts
 from orchard.policy.item_tokenizer import compact_tokenizer
