@@ -269,8 +269,8 @@ def _sets(runs: list[Config], *, num_rows: int) -> tuple[list[Row], list[Figure]
         ):
             ranks.setdefault(kind, []).append(_rank_correlations(score, is_target, prompt_of))
     mean = {name: np.mean(values, axis=0) for name, values in hits.items()}
-    gap = (mean["ved"] - mean["beam"])[:, None]
-    estimate = bootstrap.estimates(["hit"], gap, resamples=2000, seed=SEED)["hit"]
+    sides = [np.stack(hits[name])[:, :, None] for name in ("ved", "beam")]
+    estimate = bootstrap.estimates_over_seeds(["hit"], *sides, resamples=2000, seed=SEED)["hit"]
     table: list[Row] = [
         {"set": name, "best_in_set": float(mean[name].mean()),
          "diversity": float(np.mean(diversity[name]))}

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import LogitsProcessor, PreTrainedModel
+from transformers import DynamicCache, LogitsProcessor, PreTrainedModel
 
 from orchard.policy.item_tokenizer import ItemTokenizer
 
@@ -82,6 +82,36 @@ def beams(
         renormalize_logits=True, eos_token_id=None, pad_token_id=0, **constraint,
     )  # fmt: skip
     return sequences[:, length:].view(batch, width, levels)
+
+
+@torch.inference_mode()
+def strong_beams(
+    model: PreTrainedModel,
+    prompt: Int[Tensor, "B P"],
+    allowed: Allowed,
+    *,
+    width: int,
+    levels: int,
+) -> Int[Tensor, "B W L"]:
+    """Search the best beams with one prefill per prompt, batched, with dense masks."""
+    policy, batch, cache = cast(Any, model), len(prompt), DynamicCache()
+    logits = policy(prompt, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+    score, codes = torch.zeros(batch, 1), prompt.new_zeros(batch, 1, 0)
+    for level in range(levels):
+        num_beams, num_tokens = codes.shape[1], logits.shape[1]
+        prefix = [tuple(row) for row in codes.reshape(batch * num_beams, level).tolist()]
+        legal = legal_logits(logits, prefix, allowed)
+        step = legal.log_softmax(-1).view(batch, num_beams, num_tokens)
+        score, flat = (score[:, :, None] + step).view(batch, -1).topk(width)
+        parent_beam, code = flat // num_tokens, flat % num_tokens
+        parent_codes = codes.gather(1, parent_beam[:, :, None].expand(-1, -1, level))
+        codes = torch.cat([parent_codes, code[:, :, None]], -1)
+        if level == levels - 1:
+            break
+        rows = (torch.arange(batch)[:, None] * num_beams + parent_beam).reshape(-1)
+        cache.reorder_cache(rows)
+        logits = policy(codes[:, :, -1].reshape(-1, 1), past_key_values=cache).logits[:, -1]
+    return codes
 
 
 def legal_logits(

@@ -149,7 +149,7 @@ def _mean(metric: str, evaluations: list[Evaluation]) -> float:
 
 
 def over_seeds(ours: Sequence[Evaluation], theirs: Sequence[Evaluation]) -> dict[str, Estimate]:
-    """Estimate the first evaluations minus the second, paired by row and averaged over seeds."""
+    """Estimate the first evaluations minus the second, paired by row and seed."""
     return ranking.paired_over_seeds(
         [evaluation.ranks for evaluation in ours],
         [evaluation.ranks for evaluation in theirs],
@@ -163,5 +163,8 @@ def spelt(gain: dict[str, Estimate], metrics: Sequence[str] = METRICS) -> dict[s
 
 
 def _above_zero(other: str, gain: Estimate, seeds: int) -> Figure:
-    note = f"NDCG@10, lower end of the paired 95 % interval; mean {gain.mean:+.4f}, {seeds} seeds"
+    note = (
+        f"NDCG@10, lower end of the 95 % interval over rows and seeds; mean {gain.mean:+.4f}, "
+        f"{seeds} seeds"
+    )
     return figure(f"gain_over_{other}", gain.low, "", asked="> 0", note=note)

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from benchmarks.shared.hugging_face import Allowed, allowed_tokens, beams, legal_logits
+from benchmarks.shared.hugging_face import Allowed, allowed_tokens, beams, strong_beams
 from benchmarks.shared.measure import Report, Row, figure, interleaved, report
 from benchmarks.speed.learner import VERSION, Setting, default_setting, random_prompts
 from orchard.policy.item_tokenizer import compact_tokenizer
@@ -174,27 +174,9 @@ def _generate(rivals: Rivals, token: Tensor, width: int, *, processor: bool = Fa
     return [{tuple(c) for c in rows} for rows in codes.tolist()]
 
 
-@torch.inference_mode()
 def _strong(rivals: Rivals, token: Tensor, width: int) -> list[Codes]:
     """Run an optimized beam search on Hugging Face's model: one prefill per prompt, then beams."""
-    model, batch, num_tokens = cast(Any, rivals.model), len(token), rivals.setting.tokenizer.size
-    cache = DynamicCache()
-    logits = model(token, past_key_values=cache, logits_to_keep=1).logits[:, -1]
-    score, codes = torch.zeros(batch, 1), token.new_zeros(batch, 1, 0)
-    for level in range(LEVELS):
-        num_beams = codes.shape[1]
-        prefix = [tuple(row) for row in codes.reshape(batch * num_beams, level).tolist()]
-        legal = legal_logits(logits, prefix, rivals.allowed)
-        step = legal.log_softmax(-1).view(batch, num_beams, num_tokens)
-        score, flat = (score[:, :, None] + step).view(batch, -1).topk(width)
-        parent_beam, code = flat // num_tokens, flat % num_tokens
-        parent_codes = codes.gather(1, parent_beam[:, :, None].expand(-1, -1, level))
-        codes = torch.cat([parent_codes, code[:, :, None]], -1)
-        if level == LEVELS - 1:
-            break
-        rows = (torch.arange(batch)[:, None] * num_beams + parent_beam).reshape(-1)
-        cache.reorder_cache(rows)
-        logits = model(codes[:, :, -1].reshape(-1, 1), past_key_values=cache).logits[:, -1]
+    codes = strong_beams(rivals.model, token, rivals.allowed, width=width, levels=LEVELS)
     return [{tuple(c) for c in rows} for rows in codes.tolist()]
 
 

@@ -2,8 +2,9 @@
 
 All is measured over real HTTP against replicas on Ray Serve, except the overhead over the bare
 search: that is one request at a time through the whole application, without a socket and without
-Ray, minus the search time reported by the endpoint. The baseline is a FastAPI server around
-Hugging Face's beam search with the same model, width and items.
+Ray, minus the time of a search that shares nothing with the endpoint. The baselines are FastAPI
+servers around Hugging Face's model with the same width and items (`benchmarks.shared.rival`); all
+servers have one thread and get equally many requests at a time from clients of the same kind.
 
 Client, proxy, replicas and other processes share the cores of the machine: figures are those of the
 smallest deployment, and only ratios within one run are meaningful.
@@ -14,21 +15,20 @@ import os
 import resource
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import httpx
 import numpy as np
 import ray
 from ray import serve as ray_serve
 
+from benchmarks.shared.bare_search import BareSearch
+from benchmarks.shared.http_load import CLIENTS, Load, closed_loop, measure_rival
 from benchmarks.shared.measure import Report, Row, figure, report
 from benchmarks.speed.learner import Setting, default_setting
 from cluster.actors.session import ray_session
@@ -45,31 +45,7 @@ from serve.service import Service
 from serve.testing import export_policy
 
 WIDTH, HISTORY, TOKEN, TURNS = 50, 10, "bench", 3
-PORT, RIVAL_PORT = 8765, 8766
-
-
-@dataclass
-class Load:
-    """Latencies, failures and responses of the requests of one client."""
-
-    seconds: list[float] = field(default_factory=list[float])
-    failed: int = 0
-    retried: int = 0
-    answers: list[tuple[float, dict[str, Any]]] = field(
-        default_factory=list[tuple[float, dict[str, Any]]]
-    )
-    """Time at which each request was sent, with its response."""
-
-    def __add__(self, other: "Load") -> "Load":
-        """Merge two loads."""
-        return Load(
-            seconds=self.seconds + other.seconds, failed=self.failed + other.failed,
-            retried=self.retried + other.retried, answers=self.answers + other.answers,
-        )  # fmt: skip
-
-    def at(self, share: float) -> float:
-        """Return a quantile of the latencies in seconds."""
-        return float(np.quantile(self.seconds, share)) if self.seconds else float("nan")
+PORT, RIVAL_PORT, PATH = 8765, 8766, "/v1/recommend"
 
 
 def run(quick: bool) -> Report:
@@ -85,7 +61,11 @@ def run(quick: bool) -> Report:
     export_policy(setup, folder / "policy", step=1)
     try:
         overhead = asyncio.run(_overhead(folder / "policy", 20 if quick else 200))
-        rival = _rival(folder / "policy", setting, 3 if quick else 20)
+        strong, rival = (
+            asyncio.run(measure_rival(folder / "policy", way, WIDTH, RIVAL_PORT,
+                                      _histories(setting, 20_000), seconds))
+            for way in ("strong", "generate")
+        )  # fmt: skip
         config = ServeConfig(width=WIDTH, replicas=2, poll_interval_s=0.2, state=folder / "state")
         with ray_session(ClusterConfig(), cpus=4, logs=folder / "logs"):
             two_replicas = Arguments(
@@ -98,28 +78,33 @@ def run(quick: bool) -> Report:
             )  # fmt: skip
             serving.start(one_replica)
             capacity = asyncio.run(_capacity(setting, seconds))
-            equal = asyncio.run(_equal(rival["answers"], rival["histories"]))
+            equal = min(asyncio.run(_equal(r["answers"], r["histories"])) for r in (strong, rival))
             steady, changed = asyncio.run(
                 _loads(setting, setup, folder / "policy", seconds, 0.7 * capacity)
             )
             ray_serve.shutdown()
             serving.start(two_replicas)
-            killed = asyncio.run(_death(setting, seconds, steady["rate"] * 0.3))
+            killed = asyncio.run(_death(setting, seconds))
             ray_serve.shutdown()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     workload = f"W={WIDTH}, {HISTORY} items of history, {len(setting.catalog)} items, torch engine"
     large_catalog = _many(100_000 if quick else 1_000_000, 20 if quick else 200)
+    alike = f"{CLIENTS} requests in flight from clients that keep connections, {workload}"
     figures = [
+        figure("requests_over_strong_loop", capacity / strong["rate"], "x", asked=">= 1",
+               note=f"against {strong['rate']:.2f} requests/s of a micro-batching server around a "
+               f"loop that computes each prompt once; {alike}"),
+        figure("requests_over_hugging_face", capacity / rival["rate"], "x", asked=">= 5",
+               note=f"against {rival['rate']:.2f} requests/s around `generate`; {alike}"),
         figure("overhead_p50_of_many_items", large_catalog["overhead_ms"], "ms", asked="<= 5",
-               note=f"one at a time, no socket, {large_catalog['items']:.0f} items"),
+               note=f"one at a time, no socket, against a separate search, "
+               f"{large_catalog['items']:.0f} items"),
         figure("overhead_p50", overhead["overhead_ms"], "ms", asked="<= 5",
-               note=f"one at a time, no socket, {workload}"),
+               note=f"one at a time, no socket, against a separate search, {workload}"),
         figure("p99_over_p50", steady["p99"] / steady["p50"], "x", asked="<= 3",
                note=f"open loop at 70 % of a capacity of {capacity:.1f} requests/s"),
-        figure("requests_over_hugging_face", capacity / rival["rate"], "x", asked=">= 5",
-               note=f"closed loop against {rival['rate']:.2f} requests/s, {workload}"),
-        figure("equal_results", equal, "share", asked="== 1", note="item sets of both servers"),
+        figure("equal_results", equal, "share", asked="== 1", note="item sets of all servers"),
         figure("failed_during_changes", changed["failed"], "requests", asked="== 0",
                note=f"{changed['requests']:.0f} requests, deltas and policy switches"),
         figure("stale_removed_items", changed["stale"], "answers", asked="== 0",
@@ -127,13 +112,17 @@ def run(quick: bool) -> Report:
         figure("p99_added_by_changes", 1000 * (changed["p99"] - steady["p99"]), "ms",
                asked="<= 10", note=f"against the steady load of that rate, {TURNS} turns of each"),
         figure("failed_after_retry", killed["failed"], "requests", asked="== 0",
-               note=f"two replicas, one killed; {killed['retried']:.0f} requests were retried"),
+               note=f"two replicas, one killed with {killed['in_flight_at_kill']:.0f} requests in "
+               f"flight, of {killed['requests']:.0f}"),
+        figure("retried_after_kill", killed["retried"], "requests", asked=">= 1",
+               note="failed when the replica was killed, and sent once more"),
     ]  # fmt: skip
     rows: list[Row] = [
         {"case": name} | {k: v for k, v in values.items() if isinstance(v, float)}
         for name, values in (
             ("overhead", overhead), ("steady", {"capacity": capacity} | steady),
-            ("rival", rival), ("changes", changed), ("death", killed), ("many", large_catalog),
+            ("strong_loop", strong), ("rival", rival), ("changes", changed), ("death", killed),
+            ("many", large_catalog),
         )
     ]  # fmt: skip
     return report("serve", figures, rows)
@@ -156,15 +145,25 @@ def _many(items: int, number: int) -> dict[str, float]:
     return overhead | {"items": float(items), "open_s": open_s, "peak_gib": peak}
 
 
+def _at(load: Load, share: float) -> float:
+    """Return a quantile of the latencies in seconds."""
+    return float(np.quantile(load.seconds, share)) if load.seconds else float("nan")
+
+
 def _histories(setting: Setting, number: int) -> list[list[int]]:
     draw = np.random.default_rng(number)
     return draw.integers(len(setting.catalog), size=(number, HISTORY)).tolist()
 
 
 async def _overhead(folder: Path, number: int) -> dict[str, float]:
-    """Measure the latency that application and service add to a search, in milliseconds."""
+    """Measure the latency that application and service add to a search, in milliseconds.
+
+    The bare search has a policy and an engine of its own and takes turns with the requests;
+    "reported_ms" is the time that the endpoint states for its search.
+    """
     from serve.http.routes import create_app
 
+    bare = BareSearch(folder, WIDTH)
     meters = InMemoryMetrics()
     service: Service = open_service(
         folder, ServeConfig(width=WIDTH, poll_interval_s=3600.0), meters
@@ -173,6 +172,7 @@ async def _overhead(folder: Path, number: int) -> dict[str, float]:
     items = len(catalogs.load(folder / "catalogue"))
     totals: list[float] = []
     searches: list[float] = []
+    reported: list[float] = []
     transport = httpx.ASGITransport(app)
     async with (
         app.router.lifespan_context(app),
@@ -183,35 +183,23 @@ async def _overhead(folder: Path, number: int) -> dict[str, float]:
             start_s = time.perf_counter()
             answer = await client.post("/v1/recommend", json={"history": history, "k": WIDTH})
             totals.append(time.perf_counter() - start_s)
-            searches.append(answer.json()["cost"]["seconds"])
+            reported.append(answer.json()["cost"]["seconds"])
+            prompts = bare.prompts(history)
+            start_s = time.perf_counter()
+            bare.search(prompts)
+            searches.append(time.perf_counter() - start_s)
         await service.recommend(RecommendRequest(history=[]), "last")
     added = [total - search for total, search in zip(totals, searches, strict=True)]
     return {
         "overhead_ms": 1000 * statistics.median(added),
         "total_ms": 1000 * statistics.median(totals),
         "search_ms": 1000 * statistics.median(searches),
+        "reported_ms": 1000 * statistics.median(reported),
     }
 
 
-async def _send(client: httpx.AsyncClient, history: Sequence[int], load: Load, retry: bool) -> None:
-    start_s, sent_at = time.perf_counter(), time.time()
-    body = {"history": history, "k": 10, "width": WIDTH}
-    for attempt in range(2 if retry else 1):
-        try:
-            answer = await client.post("/v1/recommend", json=body)
-            if answer.status_code == 200:
-                load.seconds.append(time.perf_counter() - start_s)
-                load.answers.append((sent_at, answer.json()))
-                return
-        except httpx.HTTPError:
-            pass
-        if retry and attempt == 0:
-            load.retried += 1
-    load.failed += 1
-
-
 async def _open_loop(
-    setting: Setting, rate: float, seconds: float, *, retry: bool = False,
+    setting: Setting, rate: float, seconds: float, *,
     disturb: Callable[[httpx.AsyncClient], Awaitable[None]] | None = None,
 ) -> Load:  # fmt: skip
     """Send requests at random times, independent of the responses to earlier ones."""
@@ -225,7 +213,8 @@ async def _open_loop(
         disturbance = asyncio.ensure_future(disturb(client)) if disturb is not None else None
         for gap, history in zip(gaps, histories, strict=True):
             await asyncio.sleep(float(gap))
-            requests.append(asyncio.create_task(_send(client, history, load, retry)))
+            body = {"history": history, "k": 10, "width": WIDTH}
+            requests.append(asyncio.create_task(load.send(client, PATH, body)))
         await asyncio.gather(*requests)
         if disturbance is not None:
             await disturbance
@@ -234,18 +223,12 @@ async def _open_loop(
 
 async def _capacity(setting: Setting, seconds: float) -> float:
     """Measure requests per second in a closed loop."""
-    load, histories = Load(), iter(_histories(setting, 100_000))
-    stop = time.perf_counter() + seconds
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{PORT}", timeout=30.0) as client:
-        await _send(client, next(histories), Load(), False)
+        return await closed_loop(client, PATH, _bodies(setting), seconds)
 
-        async def ask() -> None:
-            while time.perf_counter() < stop:
-                await _send(client, next(histories), load, False)
 
-        start_s = time.perf_counter()
-        await asyncio.gather(*(ask() for _ in range(16)))
-        return len(load.seconds) / (time.perf_counter() - start_s)
+def _bodies(setting: Setting) -> Iterator[dict[str, Any]]:
+    return ({"history": h, "k": 10, "width": WIDTH} for h in _histories(setting, 100_000))
 
 
 async def _loads(
@@ -287,55 +270,36 @@ async def _loads(
     )
     policies = {answer["policy"] for _, answer in changed.answers}
     return {
-        "rate": rate, "p50": steady.at(0.5), "p99": steady.at(0.99), "failed": float(steady.failed),
+        "rate": rate, "p50": _at(steady, 0.5), "p99": _at(steady, 0.99),
+        "failed": float(steady.failed),
     }, {
         "requests": float(len(changed.answers) + changed.failed), "failed": float(changed.failed),
-        "stale": float(stale), "p50": changed.at(0.5), "p99": changed.at(0.99),
+        "stale": float(stale), "p50": _at(changed, 0.5), "p99": _at(changed, 0.99),
         "policies": float(len(policies)),
     }  # fmt: skip
 
 
-async def _death(setting: Setting, seconds: float, rate: float) -> dict[str, float]:
-    """Kill one of two replicas under load, with clients that retry once."""
+async def _death(setting: Setting, seconds: float) -> dict[str, float]:
+    """Kill one of two busy replicas: 16 requests are in flight, and clients retry once."""
+    load, at_kill = Load(), list[int]()
 
-    async def kill(client: httpx.AsyncClient) -> None:
+    async def kill() -> None:
         await asyncio.sleep(seconds / 3)
         named: list[Any] = list(ray.util.list_named_actors(all_namespaces=True))
         actor_name = next(actor["name"] for actor in named if "Endpoint" in actor["name"])
-        await asyncio.to_thread(ray.kill, ray.get_actor(actor_name, namespace="serve"))
+        replica = await asyncio.to_thread(ray.get_actor, actor_name, namespace="serve")
+        at_kill.append(load.in_flight)
+        await asyncio.to_thread(ray.kill, replica)
 
-    load = await _open_loop(setting, rate, seconds, retry=True, disturb=kill)
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{PORT}", timeout=30.0) as client:
+        killing = asyncio.ensure_future(kill())
+        await closed_loop(client, PATH, _bodies(setting), seconds, load=load, retry=True)
+        await killing
     return {
         "requests": float(len(load.answers) + load.failed), "failed": float(load.failed),
-        "retried": float(load.retried), "p99": load.at(0.99),
+        "in_flight_at_kill": float(at_kill[0]), "retried": float(load.retried),
+        "p99": _at(load, 0.99),
     }  # fmt: skip
-
-
-def _rival(folder: Path, setting: Setting, number: int) -> dict[str, Any]:
-    """Measure requests per second of the Hugging Face server, and collect its answers."""
-    server = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.shared.rival", str(folder), str(RIVAL_PORT), str(WIDTH)],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
-    )
-    histories = _histories(setting, number)
-    try:
-        url, answers = f"http://127.0.0.1:{RIVAL_PORT}", list[list[int]]()
-        for _ in range(600):
-            try:
-                httpx.get(f"{url}/docs")
-                break
-            except httpx.HTTPError:
-                time.sleep(0.2)
-        httpx.post(f"{url}/recommend", json=histories[0], timeout=120)
-        start_s = time.perf_counter()
-        for history in histories:
-            answer = httpx.post(f"{url}/recommend", json=history, timeout=120)
-            answers.append(cast(list[int], answer.json()))
-        seconds = time.perf_counter() - start_s
-    finally:
-        server.terminate()
-        server.wait()
-    return {"rate": number / seconds, "answers": answers, "histories": histories}
 
 
 async def _equal(answers: list[list[int]], histories: list[list[int]]) -> float:

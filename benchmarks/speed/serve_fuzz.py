@@ -1,6 +1,8 @@
 """Fuzz the endpoint's application with valid and invalid requests from its OpenAPI document.
 
-Schemathesis draws the requests from the document: half are valid, half violate it in one place.
+Schemathesis draws some of the requests from the document: half of these are valid, half violate it
+in one place, and few are answered 200, because the document does not name the items. The others are
+drawn about the items of the catalog, so that at least half of all are answered.
 They are sent to the application in this process, one after another, some with the operator's token,
 so that deltas and pins are interleaved with recommendations. The benchmark counts violations: 5xx
 responses, responses that do not match their schema, items that the request or the catalog excludes,
@@ -13,6 +15,7 @@ import os
 import re
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ import pyarrow.parquet as pq
 import schemathesis
 from fastapi import FastAPI
 from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
 from schemathesis import Case, GenerationMode
 from schemathesis.core.failures import Failure, FailureGroup
 
@@ -57,9 +61,11 @@ def run(quick: bool) -> Report:
     number = 500 if quick else 10_000
     with tempfile.TemporaryDirectory(prefix="orchard-fuzz-") as folder:
         findings = attack(tiny_setup(level_size=(5, 4, 6), num_items=40), Path(folder), number)
-    note = f"{sum(findings.status.values())} requests from the OpenAPI document"
+    note = f"{sum(findings.status.values())} requests from the document and the catalog"
     names = ("server_error", "illegal_items", "leak", "schema")
     figures = [figure(n, findings.wrong[n], "answers", asked="== 0", note=note) for n in names]
+    answered = findings.status[200] / max(1, sum(findings.status.values()))
+    figures.append(figure("answered_200", answered, "share", asked=">= 0.5", note=note))
     rows: list[Row] = [
         {"status": code, "answers": count} for code, count in sorted(findings.status.items())
     ]
@@ -100,6 +106,9 @@ def send(app: FastAPI, number: int, service: Service | None = None) -> Findings:
         for operation in operations
         for mode in GenerationMode
     )
+    if service is not None:
+        from_document, answered = cases, answerable(operations, service)
+        cases = st.integers(0, 7).flatmap(lambda kind: answered if kind else from_document)
 
     @hypothesis.settings(
         max_examples=number, deadline=None, database=None, phases=[hypothesis.Phase.generate],
@@ -134,6 +143,44 @@ def send(app: FastAPI, number: int, service: Service | None = None) -> Findings:
         loop.run_until_complete(client.aclose())
         loop.close()
     return findings
+
+
+def answerable(operations: Sequence[Any], service: Service) -> SearchStrategy[Case]:
+    """Draw requests about items of the catalog that the service begins with."""
+    catalog = service.catalog_store.current.catalog
+    operation_of = {operation.path: operation for operation in operations}
+    items = st.sampled_from(catalog.item_id.tolist())
+    history, k = st.lists(items, min_size=1, max_size=10), st.integers(1, 10)
+    beams = st.fixed_dictionaries(
+        {"history": history, "k": k},
+        optional={
+            "width": st.integers(20, 30), "exclude": st.lists(items, max_size=5),
+            "exclude_seen": st.booleans(),
+        },
+    )  # fmt: skip
+    draws = st.fixed_dictionaries(
+        {"history": history, "k": k, "decoder": st.just("sample"), "seed": st.integers(0, 100)}
+    )
+    bodies = st.one_of(beams, beams, draws)
+    batches = st.fixed_dictionaries({"requests": st.lists(bodies, min_size=1, max_size=4)})
+    deltas = st.fixed_dictionaries({"remove": st.lists(items, min_size=1, max_size=1)})
+
+    def post(path: str, body: SearchStrategy[dict[str, Any]]) -> SearchStrategy[Case]:
+        case = operation_of[path].Case
+        return body.map(lambda value: case(body=value, media_type="application/json"))
+
+    return st.one_of(
+        *[post("/v1/recommend", bodies)] * 6,
+        post("/v1/recommend:batch", batches),
+        items.map(
+            lambda item: operation_of["/v1/items/{item_id}"].Case(
+                path_parameters={"item_id": str(item)}
+            )
+        ),
+        # A removal is seldom the last change: the items of the first version come back.
+        post("/v1/catalog/delta", deltas),
+        post("/v1/catalog/delta", st.just({"rollback_to": 0})),
+    )
 
 
 def judge(

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float64, Int, Int64
 
 from orchard import ragged
 from orchard.errors import DataError
-from orchard.evaluation.bootstrap import Estimate, estimates
+from orchard.evaluation.bootstrap import Estimate, estimates, estimates_over_seeds
 from orchard.folders import atomic_file, atomic_write
 
 HIT_RATE_AT = (1, 3, 5, 10, 20, 50)
@@ -116,8 +116,8 @@ def paired_over_seeds(
 ) -> dict[str, Estimate]:
     """Estimate the paired difference of two recipes that were each run with several seeds.
 
-    A row's metric is averaged over the seeds of its side before rows are resampled: the interval
-    covers the choice of rows, not the choice of seeds.
+    The interval covers the choice of rows and of seeds (`bootstrap.estimates_over_seeds`): sides
+    with equally many seeds are paired by their order.
 
     Raises:
         DataError: a side is empty, row counts differ, there are no rows, or `width` or `resamples`
@@ -130,10 +130,10 @@ def paired_over_seeds(
             "evaluate both sides on the same rows of one split"
         )
     names, _ = _row_values(a[0], width)
-    left, right = (
-        np.mean([_row_values(ranks, width)[1] for ranks in side], axis=0) for side in (a, b)
-    )
-    return estimates(names, left - right, resamples=resamples, seed=seed)
+    left, right = (np.stack([_row_values(ranks, width)[1] for ranks in side]) for side in (a, b))
+    if len(a) == len(b) == 1:
+        return estimates(names, left[0] - right[0], resamples=resamples, seed=seed)
+    return estimates_over_seeds(names, left, right, resamples=resamples, seed=seed)
 
 
 def coverage(

@@ -40,12 +40,17 @@ class _GrowingLayer(DynamicLayer):
             shape = (2, *key_states.shape[:2], used + max(added, used, _ROOM), key_states.shape[3])
             room = key_states.new_empty(shape)
             if used:
-                room[0, :, :, :used], room[1, :, :, :used] = self.keys, self.values
+                room[:, :, :, :used] = self._room[:, :, :, :used]
             self._room = room
         self._room[0, :, :, used : used + added] = key_states
         self._room[1, :, :, used : used + added] = value_states
         self.keys, self.values = self._room[:, :, :, : used + added]
         return self.keys, self.values
+
+    def rows(self, row: Int64[Tensor, " R"]) -> tuple[Tensor, Tensor]:
+        """Return copies of the keys and values of rows."""
+        both = self._room[:, :, :, : self.get_seq_length()].index_select(1, row)
+        return both[0], both[1]
 
 
 def _growing_cache() -> DynamicCache:
@@ -89,7 +94,8 @@ class ContextRows:
         """Return copies of rows."""
         cache = _growing_cache()
         for index, layer in enumerate(self.cache.layers):
-            cache.update(layer.keys[row], layer.values[row], index)
+            assert isinstance(layer, _GrowingLayer)
+            cache.update(*layer.rows(row), index)
         return ContextRows(
             cache=cache,
             position=self.position[row],

@@ -27,6 +27,7 @@ def test_no_request_from_the_document_brings_the_endpoint_down(
     assert +found.wrong == {}, found.examples
     assert sum(found.status.values()) >= 200
     assert {200, 401, 422} <= found.status.keys()
+    assert found.status[200] >= 0.5 * sum(found.status.values()), found.status
 
 
 def test_an_endpoint_that_errs_is_found_out() -> None:

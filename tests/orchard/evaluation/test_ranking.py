@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from orchard import ragged
 from orchard.errors import DataError
 from orchard.evaluation import ranking
-from orchard.evaluation.bootstrap import estimates
+from orchard.evaluation.bootstrap import estimates, estimates_over_seeds
 from orchard.evaluation.ranking import Evaluation, TargetRanks
 
 MISS = TargetRanks.MISS
@@ -152,15 +152,46 @@ def test_pairing_sees_a_small_gain_that_separate_intervals_do_not() -> None:
     assert ranking.paired(better, worse, width=50)["hr@10/sid"].low > 0
 
 
-def test_seeds_are_averaged_row_by_row_before_rows_are_resampled() -> None:
+def test_intervals_of_several_seeds_are_those_of_resampled_rows_and_seeds() -> None:
+    draw = np.random.default_rng(4)
+    a, b = draw.normal(size=(4, 60, 1)), draw.normal(size=(2, 60, 1))
+    a += draw.normal(0, 0.5, size=(4, 1, 1))
+    found = estimates_over_seeds(["x"], a, b, resamples=20_000, seed=0)["x"]
+    rows = draw.integers(60, size=(20_000, 60))
+    sides = [  # [resamples] mean of each side, over its own draw of seeds
+        np.stack([values[i][:, r, 0].mean() for i, r in zip(seeds, rows, strict=True)])
+        for values in (a, b)
+        for seeds in [draw.integers(len(values), size=(20_000, len(values)))]
+    ]
+    low, high = np.quantile(sides[0] - sides[1], [0.025, 0.975])
+    spread = (sides[0] - sides[1]).std()
+    assert found.mean == pytest.approx(a.mean() - b.mean())
+    assert found.low == pytest.approx(low, abs=0.1 * spread)
+    assert found.high == pytest.approx(high, abs=0.1 * spread)
+
+
+def test_a_gain_that_depends_on_the_seed_is_not_significant() -> None:
+    """Resampled rows alone call the mean of three such seeds significant."""
+    gain = np.array([0.4, 0.0, -0.1])[:, None, None]
+    b = np.random.default_rng(5).normal(0, 0.1, size=(3, 400, 1))
+    assert estimates(["x"], (b + gain - b).mean(0) + 0.1 * b[0], resamples=500, seed=0)["x"].low > 0
+    found = estimates_over_seeds(["x"], b + gain, b, resamples=500, seed=0)["x"]
+    assert found.mean == pytest.approx(0.1)
+    assert found.low < 0
+
+
+def test_seeds_of_two_sides_are_paired_by_order_where_they_are_equally_many() -> None:
+    b = np.random.default_rng(6).normal(size=(3, 50, 1)) + np.arange(3)[:, None, None]
+    found = estimates_over_seeds(["x"], b + 0.5, b, resamples=500, seed=0)["x"]
+    assert (found.low, found.high) == (pytest.approx(0.5), pytest.approx(0.5))
+
+
+def test_one_seed_on_each_side_is_a_paired_difference() -> None:
     a, b = [random_ranks(seed) for seed in (1, 2, 3)], [random_ranks(seed) for seed in (4, 5)]
-    found = ranking.paired_over_seeds(a, b, width=20)
-    hits = [np.mean([r.sid < 10 for r in side], axis=0) for side in (a, b)]
-    expected = estimates(["x"], (hits[0] - hits[1])[:, None], resamples=2000, seed=1)["x"]
-    error = (hits[0] - hits[1]).std() / math.sqrt(400)
-    assert found["hr@10/sid"].mean == pytest.approx(expected.mean)
-    assert found["hr@10/sid"].low == pytest.approx(expected.low, abs=0.2 * error)
-    assert found["hr@10/sid"].high == pytest.approx(expected.high, abs=0.2 * error)
+    found = ranking.paired_over_seeds(a, b, width=20)["hr@10/sid"]
+    hits = [np.mean([r.sid < 10 for r in side]) for side in (a, b)]
+    assert found.mean == pytest.approx(hits[0] - hits[1])
+    assert found.low < found.mean < found.high
     assert ranking.paired_over_seeds(a[:1], b[:1], width=20) == ranking.paired(a[0], b[0], width=20)
 
 
