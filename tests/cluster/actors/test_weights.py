@@ -11,8 +11,8 @@ from ray.exceptions import RayTaskError
 
 from cluster.actors.weights import PublishedWeights, fetch, fetch_value, load, load_all, repeated
 from orchard.errors import ActorError, OrchardError, WeightsLostError
-from orchard.policy.transfer import LOST, StoredTransfer
-from orchard.types import PolicyVersion, Update
+from orchard.policy.transfer import LOST
+from orchard.types import PolicyVersion, StoredTransfer, Update
 
 VERSION = PolicyVersion(step=3, digest="new")
 
