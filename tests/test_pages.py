@@ -20,10 +20,8 @@ PAGES = sorted(
     ).stdout.split()
     if not name.startswith("tests/") and (ROOT / name).is_file()
 )  # fmt: skip
-FIRST_PAGES = (
-    "README.md", "CONTRIBUTING.md", "SECURITY.md", "CODE_OF_CONDUCT.md", "docs/results.md",
-    "docs/status.md", "docs/troubleshooting.md", "docs/concepts.md", "docs/decisions/README.md",
-)  # fmt: skip
+GENERATED = ("docs/configuration.md", "docs/figures.md", "CHANGELOG.md")
+"""Pages with lines of their own: two that commands write, and one line per entry."""
 
 
 def prose(text: str) -> str:
@@ -48,10 +46,11 @@ def test_every_link_between_pages_leads_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(target), f"{page} links to {link}"
 
 
-@pytest.mark.parametrize("page", FIRST_PAGES)
-def test_prose_has_lines_of_a_hundred_characters(page: str) -> None:
+@pytest.mark.parametrize("page", [p for p in PAGES if str(p) not in GENERATED], ids=str)
+def test_prose_has_lines_of_a_hundred_characters(page: Path) -> None:
     lines = prose((ROOT / page).read_text()).splitlines()
-    assert [line for line in lines if len(line) > 100 and not line.startswith("|")] == []
+    commands_and_tables = ("    ", "|")
+    assert [x for x in lines if len(x) > 100 and not x.startswith(commands_and_tables)] == []
 
 
 def test_every_page_is_linked_from_another() -> None:
