@@ -43,9 +43,10 @@ from learner.advantage.estimators import compute_advantages
 from learner.batch.pack import pack
 from learner.batch.sft import pack_answers
 from learner.trainer import Trainer
+from orchard.policy import transfer
 from orchard.policy.item_tokenizer import compact_tokenizer
 from orchard.policy.model import load
-from orchard.policy.weights import digest, snapshot
+from orchard.policy.weights import snapshot
 from orchard.settings import LearnerConfig, RolloutConfig
 from orchard.testing import save_model_folder
 from orchard.types import PolicyVersion, Prompts, SearchTrees
@@ -115,8 +116,8 @@ class Orchard:
         clock.mark("score_and_pack_s")
         self.metrics = self._learner.rl_step(batch)
         clock.mark("learn_s")
-        weights = snapshot(self._learner.eval_policy)
-        version = PolicyVersion(step=len(self.laps) + 1, digest=digest(weights))
+        weights = transfer.pack(snapshot(self._learner.eval_policy))
+        version = PolicyVersion(step=len(self.laps) + 1, digest=transfer.digest(weights))
         target = setting.catalog.leaf_of_item[self._probed.target]
         probe = LogprobProbe(
             prompts=self._probed, leaf=target, score=self._learner.score(self._answers),
