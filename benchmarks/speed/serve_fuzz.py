@@ -159,10 +159,14 @@ def answerable(operations: Sequence[Any], service: Service) -> SearchStrategy[Ca
         },
     )  # fmt: skip
     draws = st.fixed_dictionaries(
-        {"history": history, "k": k, "decoder": st.just("sample"), "seed": st.integers(0, 100)}
+        {"history": history, "k": k, "decoder": st.just("beam_sample"), "seed": st.integers(0, 100)}
     )
     bodies = st.one_of(beams, beams, draws)
     batches = st.fixed_dictionaries({"requests": st.lists(bodies, min_size=1, max_size=4)})
+    scores = st.fixed_dictionaries(
+        {"history": history, "items": st.lists(items, min_size=1, max_size=20)},
+        optional={"order": st.booleans()},
+    )
     deltas = st.fixed_dictionaries({"remove": st.lists(items, min_size=1, max_size=1)})
 
     def post(path: str, body: SearchStrategy[dict[str, Any]]) -> SearchStrategy[Case]:
@@ -172,6 +176,7 @@ def answerable(operations: Sequence[Any], service: Service) -> SearchStrategy[Ca
     return st.one_of(
         *[post("/v1/recommend", bodies)] * 6,
         post("/v1/recommend:batch", batches),
+        post("/v1/score", scores),
         items.map(
             lambda item: operation_of["/v1/items/{item_id}"].Case(
                 path_parameters={"item_id": str(item)}
