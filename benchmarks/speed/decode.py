@@ -117,7 +117,7 @@ def _compare(rivals: Rivals, batch: int, width: int, repeats: int) -> tuple[Row,
     """Measure the median seconds of every method, and the share of prompts with equal beams."""
     setting = rivals.setting
     tokenizer = setting.tokenizer
-    prompts = random_prompts(setting, batch, LENGTH, np.random.default_rng(batch))
+    prompts = random_prompts(tokenizer, batch, LENGTH, np.random.default_rng(batch))
     token = torch.from_numpy(prompts.token.astype(np.int64)).view(batch, LENGTH)
     search_fn = partial(beam, width=width)
     reference = TorchEngine(rivals.model, tokenizer, VERSION)

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.shared import hugging_face
 from benchmarks.shared.measure import Report, Row, report
+from benchmarks.speed.learner import random_prompts, with_hits
 from learner.advantage.estimators import ESTIMATORS
 from learner.batch.microbatch import micro_batches
 from learner.batch.pack import flatten, pack
@@ -91,16 +92,7 @@ class World:
 
     def prompts(self, count: int, length: int) -> Prompts:
         """Create prompts of random codes, whose targets are random items."""
-        draw = np.random.default_rng(length)
-        start = np.arange(count + 1) * length
-        return Prompts(
-            id=np.arange(count),
-            target=draw.integers(len(self.catalog), size=count),
-            history=np.zeros(0, np.int64),
-            history_start=np.zeros(count + 1, np.int64),
-            token=draw.integers(3, self.tokenizer.size, int(start[-1])).astype(np.int32),
-            token_start=start,
-        )
+        return random_prompts(self.tokenizer, count, length, np.random.default_rng(length))
 
     def trees(self, model: PreTrainedModel, count: int, length: int) -> ScoredTrees:
         """Return the scored beams of a policy, half of them with a hit."""
@@ -108,11 +100,7 @@ class World:
         engine = TorchEngine(model, self.tokenizer, VERSION)
         found = beam(engine, prompts, width=GROUP)
         trees = build_search_trees(prompts, found, self.tokenizer, VERSION)
-        draw = np.random.default_rng(1)
-        hit = trees.candidate_start[:-1:2] + draw.integers(GROUP, size=len(prompts.id[::2]))
-        target = prompts.target.copy()
-        target[::2] = self.catalog.item_of_leaf[self.catalog.leaf_start[trees.leaf[hit]]]
-        trees = replace(trees, prompts=replace(prompts, target=target))
+        trees = with_hits(trees, self.catalog, np.random.default_rng(1))
         return score_trees(trees, self.catalog, {"rule": 1.0, "ranking": 1.0})
 
 

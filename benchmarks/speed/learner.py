@@ -25,7 +25,7 @@ from orchard.policy import model as models
 from orchard.policy.item_tokenizer import ItemTokenizer, compact_tokenizer, make_item_tokenizer
 from orchard.policy.model import head_weight
 from orchard.settings import LearnerConfig, ModelConfig
-from orchard.types import PolicyVersion, Prompts, ScoredTrees, TrainBatch
+from orchard.types import PolicyVersion, Prompts, ScoredTrees, SearchTrees, TrainBatch
 from rewards.score import score_trees
 from rollout.engine.torch import TorchEngine
 from rollout.search.beam import beam
@@ -89,32 +89,39 @@ def default_setting(num_items: int = 20_000, num_codes: int = 64) -> Setting:
 
 
 def random_prompts(
-    setting: Setting, num_prompts: int, length: int, draw: np.random.Generator
+    tokenizer: ItemTokenizer, num_prompts: int, length: int, draw: np.random.Generator
 ) -> Prompts:
     """Create prompts of `length` random codes, without history, with random target items."""
     start = np.arange(num_prompts + 1) * length
     return Prompts(
         id=np.arange(num_prompts),
-        target=draw.integers(len(setting.catalog), size=num_prompts),
+        target=draw.integers(len(tokenizer.catalog), size=num_prompts),
         history=np.zeros(0, np.int64),
         history_start=np.zeros(num_prompts + 1, np.int64),
-        token=draw.integers(3, setting.tokenizer.size, int(start[-1])).astype(np.int32),
+        token=draw.integers(3, tokenizer.size, int(start[-1])).astype(np.int32),
         token_start=start,
     )
+
+
+def with_hits(trees: SearchTrees, catalog: Catalog, draw: np.random.Generator) -> SearchTrees:
+    """Return trees of which every other one has its target among its equally many candidates."""
+    first = trees.candidate_start[:-1:2]
+    hit = first + draw.integers(int(trees.candidate_start[1]), size=len(first))
+    target = trees.prompts.target.copy()
+    target[::2] = catalog.item_of_leaf[catalog.leaf_start[trees.leaf[hit]]]
+    return replace(trees, prompts=replace(trees.prompts, target=target))
 
 
 def _trees(setting: Setting, length: int, group: int, num_prompts: int) -> ScoredTrees:
     """Return scored beams, half of them with a hit, from a behavior policy near the policy."""
     rng = np.random.default_rng(length)
-    prompts = random_prompts(setting, num_prompts, length, rng)
     catalog, tokenizer = setting.catalog, setting.tokenizer
+    prompts = random_prompts(tokenizer, num_prompts, length, rng)
     engine = TorchEngine(setting.model, tokenizer, VERSION)
     trees = build_search_trees(prompts, beam(engine, prompts, width=group), tokenizer, VERSION)
-    hit_candidate = trees.candidate_start[:-1:2] + rng.integers(group, size=len(prompts.id[::2]))
-    target = prompts.target.copy()
-    target[::2] = catalog.item_of_leaf[catalog.leaf_start[trees.leaf[hit_candidate]]]
+    trees = with_hits(trees, catalog, rng)
     behavior_logprob = trees.logprob + rng.normal(0, 0.3, len(trees.logprob)).astype(np.float32)
-    trees = replace(trees, prompts=replace(prompts, target=target), logprob=behavior_logprob)
+    trees = replace(trees, logprob=behavior_logprob)
     return score_trees(trees, catalog, {"rule": 1.0, "ranking": 1.0})
 
 

@@ -18,19 +18,19 @@ over two pushes, divided by the bytes of the policy in float32. PSS counts a sha
 import os
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import psutil
 import ray
 import torch
 
 from benchmarks.shared.measure import Report, Row, figure, report
+from cluster.actors.memory import MemoryMonitor, resident_bytes
 from learner.job_queue import Job, Result
 from learner.publisher import ObjectStore, Publisher
 from learner.ray_trainer import JobQueueActor
@@ -144,44 +144,6 @@ class Holder(RolloutWorker):
         return self.laps
 
 
-class PeakMemory:
-    """Sampler of the proportional set size of this process and Ray's, above that at the start."""
-
-    def __init__(self) -> None:
-        """Take the memory of now as the start."""
-        self._done = threading.Event()
-        self._before = self._peak = _pss()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> "PeakMemory":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    @property
-    def growth(self) -> int:
-        """Bytes between the start and the peak."""
-        return self._peak - self._before
-
-    def _watch(self) -> None:
-        while not self._done.wait(SAMPLE_S):
-            self._peak = max(self._peak, _pss())
-
-
-def _pss() -> int:
-    """Return the bytes of this process and its descendants, shared pages by their share."""
-    me, total = psutil.Process(), 0
-    for process in (me, *me.children(recursive=True)):
-        try:
-            total += process.memory_full_info().pss
-        except psutil.Error:  # the process ended after it was listed
-            continue
-    return total
-
-
 def run(quick: bool) -> Report:
     """Push policies of 1, 20 and 165 million parameters each way; `quick` the smallest alone."""
     names, repeats = (["1M"], 1) if quick else (list(SIZES), 5)
@@ -252,7 +214,9 @@ def _measure(task: Task, way: str, repeats: int, *, first: bool) -> Row:
     holder = ray.remote(num_cpus=1)(Holder).remote(config, task.folder, task.tokenizer, 0)
     ray.get([learner.__ray_ready__.remote(), holder.__ray_ready__.remote()])
     held: list[Any] = [None]  # what a controller holds: the last published version
-    with PeakMemory() as memory:
+    pss = partial(resident_bytes, proportional=True)
+    before = pss()
+    with MemoryMonitor(every_s=SAMPLE_S, measure=pss) as memory:
         early = [_push(learner, holder, queue, number, held) for number in (1, 2)]
     laps = [_push(learner, holder, queue, number, held) for number in range(3, 3 + repeats)]
     began = time.monotonic()
@@ -261,7 +225,7 @@ def _measure(task: Task, way: str, repeats: int, *, first: bool) -> Row:
     for actor in (learner, holder, queue):
         ray.kill(actor)
     median = {key: statistics.median(lap[key] for lap in laps) for key in laps[0]}
-    copies = {"copies": 2 + memory.growth / size} if first else {}
+    copies = {"copies": 2 + (memory.peak_bytes - before) / size} if first else {}
     return {
         "way": way, "parameters": task.parameters, **median,
         "gb_per_s": size / median["push_s"] / 1e9, "first_push_s": early[0]["push_s"],

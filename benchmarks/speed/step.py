@@ -191,7 +191,7 @@ def _task(num_items: int, batch: int, folder: Path, threads: int) -> Task:
     text_tokenizer = compact_tokenizer(catalog)
     save_model_folder(setting.model, text_tokenizer, folder)
     rng = np.random.default_rng(batch)
-    prompts = random_prompts(setting, batch, LENGTH, rng)
+    prompts = random_prompts(tokenizer, batch, LENGTH, rng)
     prompt = torch.from_numpy(prompts.token.astype(np.int64)).view(batch, LENGTH)
     allowed = allowed_tokens(tokenizer)
     beam_codes = beams(setting.model, prompt, allowed, width=GROUP, levels=LEVELS)
