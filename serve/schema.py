@@ -70,13 +70,25 @@ class RequestModel(ResponseModel):
         return data
 
 
-class RecommendRequest(RequestModel):
-    """Request for the next items of one history or user."""
+class _HistoryRequest(RequestModel):
+    """Request about one history or user."""
 
     history: Ids | None = None
     """Item ids, oldest first. The policy reads the last `max_history` of them."""
     user: Annotated[str, Field(min_length=1, max_length=200)] | None = None
     """User id that selects the variant and, without `history`, the row of the history store."""
+
+    @model_validator(mode="after")
+    def _require_history_or_user(self) -> "_HistoryRequest":
+        """Require a history, which may be empty, or a user."""
+        if self.history is None and self.user is None:
+            raise ValueError("give a history (it may be empty) or a user")
+        return self
+
+
+class RecommendRequest(_HistoryRequest):
+    """Request for the next items of one history or user."""
+
     k: Count = 10
     """Number of items to return."""
     exclude: Ids = Field(default_factory=list[int])
@@ -102,13 +114,6 @@ class RecommendRequest(RequestModel):
     """Detail to add: `levels` the log-probability and value of every code and the guide's share in
     the ranking, `tree` the tree too."""
 
-    @model_validator(mode="after")
-    def _require_history_or_user(self) -> "RecommendRequest":
-        """Require a history, which may be empty, or a user."""
-        if self.history is None and self.user is None:
-            raise ValueError("give a history (it may be empty) or a user")
-        return self
-
 
 class BatchRequest(RequestModel):
     """Several requests, answered in order."""
@@ -116,26 +121,15 @@ class BatchRequest(RequestModel):
     requests: Annotated[list[RecommendRequest], Field(min_length=1, max_length=256, fail_fast=True)]
 
 
-class ScoreRequest(RequestModel):
+class ScoreRequest(_HistoryRequest):
     """Items to score after one history."""
 
-    history: Ids | None = None
-    """Item ids, oldest first. The policy reads the last `max_history` of them."""
-    user: Annotated[str, Field(min_length=1, max_length=200)] | None = None
-    """User id that selects the variant and, without `history`, the row of the history store."""
     items: Annotated[list[ItemId], Field(min_length=1, max_length=1000, fail_fast=True)]
     """Item ids to score."""
     order: StrictBool = False
     """Whether to return the items best first, with ranks, instead of in the given order."""
     explain: Literal["none", "levels"] = "none"
     """Detail to add: `levels` the log-probability of every code."""
-
-    @model_validator(mode="after")
-    def _require_history_or_user(self) -> "ScoreRequest":
-        """Require a history, which may be empty, or a user."""
-        if self.history is None and self.user is None:
-            raise ValueError("give a history (it may be empty) or a user")
-        return self
 
 
 class Level(ResponseModel):

@@ -99,17 +99,17 @@ def rank_by_score(catalog_version: CatalogVersion, scored: ScoredItems) -> Score
     """Return the items best first with their ranks, those without a score last and unranked.
 
     Items of equal scores, such as those that share a semantic ID, come in the order of their
-    popularity where the catalog has it, then in the given order.
+    popularity and of the catalog where the catalog has popularities, else in the given order.
     """
-    catalog, items = catalog_version.catalog, scored.items
-    popularity = np.zeros(len(items), np.int64)
-    if catalog_version.popularity:
-        popular = catalog_version.by_popularity
-        place = np.full(len(catalog), len(popular))
-        place[popular] = np.arange(len(popular))
-        popularity = place[catalog.lookup(np.array([item.item_id for item in items]))[0]]
+    items, popularity = scored.items, catalog_version.popularity
+    count, place = np.zeros(len(items)), np.arange(len(items))
+    if popularity:
+        known = [i for i, item in enumerate(items) if item.score is not None]
+        ids = np.array([items[i].item_id for i in known], dtype=np.int64)
+        count[known] = [popularity.get(item, 0.0) for item in ids.tolist()]
+        place[known] = catalog_version.catalog.lookup(ids)[0]
     scores = np.array([np.inf if item.score is None else -item.score for item in items])
-    order = np.lexsort((np.arange(len(items)), popularity, scores)).tolist()
+    order = np.lexsort((place, -count, scores)).tolist()
     ranked = [
         items[i].model_copy(update={"rank": None if items[i].score is None else rank})
         for rank, i in enumerate(order, start=1)
