@@ -111,6 +111,11 @@ class ContextCache:
         """Hold no contexts."""
         self._rows: ContextRows | None = None
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no contexts are held, so that nothing can continue them."""
+        return self._rows is None
+
     def clear(self) -> None:
         """Drop all contexts; needed when the weights change."""
         self._rows = None

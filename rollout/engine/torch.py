@@ -110,12 +110,13 @@ class TorchEngine:
         keys and values.
         """
         widest = check_prompt_length(prompts, self.trie, position_limit(self._model.config))
-        texts = [token.tobytes() for token in np.split(prompts.token, prompts.token_start[1:-1])]
-        if (continued := self._contexts.continued(self._model, texts)) is not None:
-            hidden, rows = continued
-            self._cache, self._in_prompt, self._position = rows.cache, rows.used, rows.position
-            return self._start(hidden)
-        self._contexts.clear()
+        if not self._contexts.is_empty:
+            texts = [t.tobytes() for t in np.split(prompts.token, prompts.token_start[1:-1])]
+            if (continued := self._contexts.continued(self._model, texts)) is not None:
+                hidden, rows = continued
+                self._cache, self._in_prompt, self._position = rows.cache, rows.used, rows.position
+                return self._start(hidden)
+            self._contexts.clear()
         # Left padding puts the last token of every prompt in the same slot.
         num_pad = widest - np.diff(prompts.token_start)
         row, index = ragged.row_of(prompts.token_start), ragged.index_in_row(prompts.token_start)
