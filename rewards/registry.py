@@ -35,6 +35,8 @@ class RewardFacts(Facts):
     load: Callable[[RewardContext], object] | None = None
     """Loader of the input that the reward needs besides trees and catalog; raises an OrchardError
     if it is missing."""
+    needs_hit: bool = False
+    """Whether candidates differ only in a group with the target."""
 
 
 def _outcome_is_weighted(config: Config) -> None:
@@ -53,8 +55,8 @@ REWARDS: Registry[Reward, RewardFacts] = Registry(
 )
 """Rewards by their name in `rewards.weights`."""
 
-REWARDS.register("rule")(rule)
-REWARDS.register("ranking")(ranking)
+REWARDS.register("rule", RewardFacts(needs_hit=True))(rule)
+REWARDS.register("ranking", RewardFacts(needs_hit=True))(ranking)
 REWARDS.register("prefix")(prefix)
 REWARDS.register("semantic", RewardFacts(load=lambda ctx: ctx.leaf_embedding))(semantic)
 REWARDS.register("collaborative", RewardFacts(load=lambda ctx: ctx.sasrec))(collaborative)

@@ -4,13 +4,10 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from learner.advantage.estimators import ESTIMATORS
 from orchard.evaluation import ranking
 from orchard.settings import Config
-
-SPARSE = frozenset({"rule", "ranking"})
-"""Rewards that tell candidates apart only in a group with the target."""
-_WHOLE = frozenset({"group", "dapo", "drgrpo", "leave_one_out", "boundary", "window"})
-"""Estimators that need candidates of different rewards in a group."""
+from rewards.registry import REWARDS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,8 +54,9 @@ def teaching_groups(config: Config, evaluation: Path) -> TeachingGroups | None:
         DataError: the evaluation is damaged.
     """
     learner, size = config.learner, config.rollout.group_size
-    paid = {name for name, weight in config.rewards.weights.items() if weight}
-    waits = paid <= SPARSE and learner.estimator in _WHOLE and not config.rollout.add_target
+    paid = [name for name, weight in config.rewards.weights.items() if weight]
+    waits = all(REWARDS.facts(name).needs_hit for name in paid)
+    waits &= ESTIMATORS.facts(learner.estimator).by_group and not config.rollout.add_target
     if not waits or not evaluation.is_file():
         return None
     measured = ranking.read(evaluation)

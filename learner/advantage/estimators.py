@@ -80,6 +80,8 @@ class EstimatorFacts(Facts):
     compares: bool = True
     """Whether candidates of one prompt are compared with one another, which a single one cannot
     be."""
+    by_group: bool = False
+    """Whether a group teaches only where the rewards of its candidates differ."""
     losses: Callable[[ScoredTrees, LearnerConfig], list[Advantages]] | None = None
     """Advantages of several losses that add up; None if those of the estimator are the only ones.
     The weights of the first also weight the divergence from the reference."""
@@ -100,7 +102,7 @@ def candidate_lengths(trees: SearchTrees) -> Int64[np.ndarray, " C"]:
     return np.where(path >= 0, np.diff(trees.token_start)[path], 0).sum(1)
 
 
-@ESTIMATORS.register("group")
+@ESTIMATORS.register("group", EstimatorFacts(by_group=True))
 def group(scored: ScoredTrees, std_epsilon: float) -> Advantages:
     """Standardize rewards within the group; every candidate weighs the same."""
     return broadcast_to_steps(
@@ -108,7 +110,7 @@ def group(scored: ScoredTrees, std_epsilon: float) -> Advantages:
     )
 
 
-@ESTIMATORS.register("dapo")
+@ESTIMATORS.register("dapo", EstimatorFacts(by_group=True))
 def dapo(scored: ScoredTrees, std_epsilon: float) -> Advantages:
     """Standardize rewards within the group; every token of the batch weighs the same."""
     length = candidate_lengths(scored.trees)
@@ -116,7 +118,7 @@ def dapo(scored: ScoredTrees, std_epsilon: float) -> Advantages:
     return broadcast_to_steps(scored, group_normalize(*_by_group(scored), std_epsilon), weight)
 
 
-@ESTIMATORS.register("drgrpo")
+@ESTIMATORS.register("drgrpo", EstimatorFacts(by_group=True))
 def drgrpo(scored: ScoredTrees, std_epsilon: float) -> Advantages:
     """Center rewards within the group without dividing by the spread; ignores `std_epsilon`."""
     length = candidate_lengths(scored.trees)
@@ -124,7 +126,7 @@ def drgrpo(scored: ScoredTrees, std_epsilon: float) -> Advantages:
     return broadcast_to_steps(scored, group_center(*_by_group(scored)), weight)
 
 
-@ESTIMATORS.register("leave_one_out")
+@ESTIMATORS.register("leave_one_out", EstimatorFacts(by_group=True))
 def leave_one_out(scored: ScoredTrees, std_epsilon: float) -> Advantages:
     """Compare each reward with the mean of the others in the group; ignores `std_epsilon`."""
     size = np.diff(scored.trees.candidate_start)[scored.trees.prompt_of_candidate]
@@ -133,7 +135,7 @@ def leave_one_out(scored: ScoredTrees, std_epsilon: float) -> Advantages:
     return broadcast_to_steps(scored, advantage, mean_weight(scored))
 
 
-@ESTIMATORS.register("boundary")
+@ESTIMATORS.register("boundary", EstimatorFacts(by_group=True))
 def boundary(scored: ScoredTrees, std_epsilon: float) -> Advantages:
     """Compare the strongest positive with the hardest negative; others have no weight (ReCast)."""
     groups = _by_group(scored)
@@ -154,7 +156,8 @@ def window(
 ESTIMATORS.register(
     "window",
     EstimatorFacts(
-        losses=lambda scored, config: [window(scored, config.std_epsilon, config.window)]
+        by_group=True,
+        losses=lambda scored, config: [window(scored, config.std_epsilon, config.window)],
     ),
 )(window)
 
