@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import SupportsFloat
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -212,10 +212,7 @@ def closing_table(
     for phase, value in seconds.items():
         times.add_row(phase, f"{value:.1f}")
     parts = [levels, *([paired] if changes else []), *refused, *([times] if seconds else [])]
-    screen = console or Console()
-    if not screen.is_terminal:  # a file does not wrap lines
-        screen.width = max(screen.width, _FILE_WIDTH)
-    screen.print(Group(*parts))
+    _print(Group(*parts), console)
 
 
 def segment_table(
@@ -230,10 +227,15 @@ def segment_table(
     for segment, estimates in segments.items():
         rows = next(iter(estimates.values())).n
         table.add_row(segment, str(rows), *(interval(estimates[metric]) for metric in metrics))
+    _print(table, console)
+
+
+def _print(content: RenderableType, console: Console | None) -> None:
+    """Print tables on a console, by default standard output."""
     screen = console or Console()
-    if not screen.is_terminal:
+    if not screen.is_terminal:  # a file does not wrap lines
         screen.width = max(screen.width, _FILE_WIDTH)
-    screen.print(table)
+    screen.print(content)
 
 
 def _table(title: str, row_heading: str, columns: Sequence[str]) -> Table:

@@ -302,10 +302,8 @@ class Controller:
 
         async def catch_up(actor: Any) -> None:
             if (newest := self._published.get(pool)) is not None:
-                limit, again = (
-                    run.config.cluster.publish_timeout_s,
-                    partial(self._publish_again, pool),
-                )
+                limit = run.config.cluster.publish_timeout_s
+                again = partial(self._publish_again, pool)
                 await load(actor, newest, timeout_s=limit, again=again)
 
         pool.on_start = catch_up
