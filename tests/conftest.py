@@ -57,8 +57,14 @@ def ray_cluster() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _same_random_numbers() -> None:
+def _same_start() -> None:
+    """Start every test with the same random numbers and one thread of torch.
+
+    Endpoints and fits set the threads of their process; two test processes of two threads each
+    wait for one another longer than they compute.
+    """
     torch.manual_seed(0)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -16,10 +16,11 @@ from cluster.training.controller import Controller, start_controller
 from cluster.training.evaluate import evaluate
 from cluster.training.loop import train
 from cluster.training.run import Run, prepare
+from cluster.training.run_dir import saved_policy
 from cluster.training.sft import sft
 from orchard.catalog.catalog import load
 from orchard.evaluation.ranking import Evaluation
-from orchard.policy import model
+from orchard.policy import model, transfer
 from orchard.policy.store import PolicyFacts, read_adapter
 from orchard.policy.titles import from_titles
 from orchard.policy.weights import digest, snapshot
@@ -293,5 +294,8 @@ def test_one_controller_serves_every_phase_of_a_command(settings: Callable[..., 
         found = await evaluate(controller, alone.policy, split="test", beams=10, name="alone")
         return found["alone"]
 
-    assert str(held) == found.policy  # the actor that searched for the training also judged
+    saved, weights = saved_policy(alone, alone.policy)
+    assert found.policy == str(saved)
+    # The actor that searched for the training also searched for the evaluation.
+    assert held.digest == transfer.digest(transfer.pack(dict(weights)))
     assert in_a_controller(again, alone).ranks.sid.tolist() == found.ranks.sid.tolist()

@@ -1,6 +1,6 @@
 """Fixtures: a tiny served catalog, its folder, and brute-force scores of its items."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -8,7 +8,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from orchard.policy import value_head
 from orchard.testing import TinySetup, brute_force, tiny_setup
@@ -63,8 +62,5 @@ def folder(shop_world: TinySetup, tmp_path: Path, _operator_token: None) -> Path
 
 
 @pytest.fixture
-def _operator_token(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _operator_token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ORCHARD_SERVE_TOKEN", TOKEN)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)

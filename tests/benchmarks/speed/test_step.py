@@ -1,6 +1,5 @@
 """The whole step: equal to the loop of sequences where the two can be compared."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,13 +8,6 @@ import torch
 from benchmarks.shared import trl_loss, trl_step
 from benchmarks.shared.flat_loop import advantages, rewards
 from benchmarks.speed import step
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def test_the_loop_rewards_and_compares_candidates_by_rank() -> None:

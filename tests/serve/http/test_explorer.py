@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 import uvicorn
 from fastapi.responses import HTMLResponse
 
@@ -94,7 +93,6 @@ def browse(shop_world: TinySetup, tmp_path: Path) -> Iterator[Callable[[str], st
     browser = shutil.which("chromium") or shutil.which("chromium-browser")
     if browser is None:
         pytest.skip("no Chromium is installed")
-    threads = torch.get_num_threads()
     folder = export_policy(shop_world, tmp_path / "policy", step=3)
     app = create_app(open_service(folder, ServeConfig(), InMemoryMetrics()))
     app.add_api_route("/narrow", lambda: HTMLResponse(NARROW))
@@ -119,7 +117,6 @@ def browse(shop_world: TinySetup, tmp_path: Path) -> Iterator[Callable[[str], st
     finally:
         server.should_exit = True
         thread.join()
-        torch.set_num_threads(threads)
 
 
 @pytest.mark.slow

@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -74,7 +73,7 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(shop_world: TinySetup, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    directory, threads = tmp_path_factory.mktemp("fuzz"), torch.get_num_threads()
+    directory = tmp_path_factory.mktemp("fuzz")
     folder = export_policy(shop_world, directory / "policy", step=3)
     ids = np.arange(40)
     table = pa.table({"item_id": ids, "price": ids % 7, "stock": ids % 2 == 0})
@@ -84,7 +83,6 @@ def served(shop_world: TinySetup, tmp_path_factory: pytest.TempPathFactory) -> I
     yield endpoint
     endpoint.close()
     assert endpoint.metrics.total("orchard_serve_illegal") == 0
-    torch.set_num_threads(threads)
 
 
 item = st.integers(-3, 60) | st.integers(-(2**63), 2**63 - 1)

@@ -1,13 +1,12 @@
 """Guides of served policies: loaded, switched, refused and carried along with their policy."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from orchard.guide.guide import MATRICES, Guide
 from orchard.settings import ServeConfig, VariantConfig
@@ -24,13 +23,6 @@ from tests.fixtures.guides import random_guide
 from tests.serve.policies.test_slot import further
 
 HISTORY = [3, 17, 5]
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

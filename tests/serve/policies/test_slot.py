@@ -3,11 +3,10 @@
 import asyncio
 import os
 import shutil
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from orchard.errors import OrchardError
 from orchard.policy import weights
@@ -21,13 +20,6 @@ from serve.service import Service
 from serve.testing import export_policy
 
 SETTINGS = ServeConfig(poll_interval_s=3600.0)  # the tests poll themselves
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
