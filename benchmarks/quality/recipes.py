@@ -48,11 +48,16 @@ PARTS = {
     "anchor": ("learner.anchor=0.1",),
     "boundary": ("learner.estimator=boundary",),
     "window of .3": ("learner.estimator=window", "learner.window=[0.0,0.3]"),
+    "free codes in |y|": (
+        'plugins=["benchmarks.quality.free_codes"]',
+        "learner.estimator=group_free",
+    ),
     "two updates, clip": _TWO,
     "two updates, cispo": (*_TWO, "learner.loss=cispo", "learner.clip_low=1"),
     "two updates, ecpo": (*_TWO, "learner.loss=ecpo"),
 }
-"""Ways against groups without a hit, and losses, with rule and ranking rewards on fresh rows."""
+"""Ways against groups without a hit, lengths and losses, with rule and ranking rewards on fresh
+rows."""
 
 
 def run(quick: bool) -> Report:
