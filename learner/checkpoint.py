@@ -1,18 +1,24 @@
 """Save and restore the full training state, so that a resumed run continues exactly.
 
-All randomness is a function of (seed, job number), so no generator state is saved.
+The training loop waits for the copy of the state alone; a thread writes it. All randomness is a
+function of (seed, job number), so no generator state is saved.
 """
 
-import errno
+import copy
 import json
 import logging
+import os
 import re
+import shutil
+import threading
 import zipfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from blake3 import blake3
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from learner.trainer import Trainer
@@ -27,8 +33,6 @@ FORMAT = 2
 """Version of the content of the state file; version 1 names neither itself nor the data."""
 RECORD = "checkpoint_manager_snapshot.json"
 """File in which Ray Train lists the checkpoints of a storage folder."""
-REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
-"""Error numbers of a storage that cannot take a checkpoint; a retry does not help."""
 
 
 def folder_of(number: int) -> str:
@@ -36,28 +40,80 @@ def folder_of(number: int) -> str:
     return f"job_{number:06d}"
 
 
-def save(
-    trainer: Trainer, folder: Path, *, number: int, catalog: str, write: bool, data: str = ""
-) -> None:
-    """Write the state after job `number`; collective under FSDP, writes only with `write`.
+def snapshot(
+    trainer: Trainer, *, number: int, catalog: str, data: str = "", write: bool = True
+) -> dict[str, Any]:
+    """Copy the state after job `number` into this process's memory; collective under FSDP.
 
-    `catalog` and `data` are the digests of the items and of the training rows.
+    `catalog` and `data` are the digests of the items and of the training rows. Without `write`,
+    nothing is copied. A copy is as large as the policy, its optimizer and its averages together.
     """
-    state = {
+    tensors = _tensors(trainer)
+    if not write:
+        return {}
+    return {
         "format": FORMAT,
         "number": number,
         "updates": trainer.updates,
         "catalogue": catalog,
         "data": data,
-        "schedule": trainer.schedule.state_dict(),
-        **_tensors(trainer),
+        "schedule": copy.deepcopy(trainer.schedule.state_dict()),
+        **_copied(tensors, {}),
     }
-    if write:
+
+
+def write(state: Mapping[str, Any], folder: Path) -> None:
+    """Write a snapshot as a checkpoint folder, which appears under its name once it is whole.
+
+    Raises:
+        OSError: the storage does not take it; nothing of it is left there.
+    """
+    parts = folder.with_name(f".{folder.name}.writing")
+    shutil.rmtree(parts, ignore_errors=True)
+    try:
+        parts.mkdir(parents=True)
         # Through a Python file object: torch's own writer does not report a full disk.
-        with (folder / FILE).open("wb") as file:
-            torch.save(state, file)
-        about = {"format": FORMAT, "bytes": (folder / FILE).stat().st_size, "blake3": _hash(folder)}
-        (folder / ABOUT).write_text(json.dumps(about) + "\n")
+        with (parts / FILE).open("wb") as file:
+            torch.save(dict(state), file)
+            file.flush()
+            os.fsync(file.fileno())
+        about = {"format": FORMAT, "bytes": (parts / FILE).stat().st_size, "blake3": _hash(parts)}
+        (parts / ABOUT).write_text(json.dumps(about) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)  # damaged
+        parts.rename(folder)
+    except OSError:
+        shutil.rmtree(parts, ignore_errors=True)
+        raise
+
+
+class Writer:
+    """Writer of one checkpoint at a time in a thread of its own."""
+
+    def __init__(self) -> None:
+        """Create a writer with nothing to write."""
+        self._thread: threading.Thread | None = None
+
+    def start(self, state: Mapping[str, Any], folder: Path, done: Callable[[str], object]) -> None:
+        """Write a snapshot, and pass "" or the reason why it cannot be written to `done`."""
+
+        def work() -> None:
+            try:
+                if not folder.is_dir() or damage(folder):  # else of a group that has ended
+                    write(state, folder)
+            except OSError as error:
+                done(os.strerror(error.errno) if error.errno else str(error))
+            except Exception as error:  # the run goes on, whatever it was
+                done(" ".join(str(error).split())[:200] or type(error).__name__)
+            else:
+                done("")
+
+        self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def join(self) -> None:
+        """Wait until nothing is being written."""
+        if self._thread is not None:
+            self._thread.join()
 
 
 def damage(folder: Path) -> str:
@@ -190,17 +246,37 @@ def _tensors(trainer: Trainer) -> dict[str, Any]:
         return {
             "policy": trainer.policy.state_dict(),
             "optimizer": trainer.optimizer.state_dict(),
-            "copies": {name: copy.policy.state_dict() for name, copy in trainer.copies.items()},
+            "copies": {name: held.policy.state_dict() for name, held in trainer.copies.items()},
         }
     from torch.distributed.checkpoint import state_dict as sharded
 
     full = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
     policy, optimizer = sharded.get_state_dict(trainer.scorer, trainer.optimizer, options=full)
     copies = {
-        name: sharded.get_model_state_dict(copy, options=full)
-        for name, copy in trainer.copies.items()
+        name: sharded.get_model_state_dict(held, options=full)
+        for name, held in trainer.copies.items()
     }
     return {"policy": policy, "optimizer": optimizer, "copies": copies}
+
+
+def _copied(value: Any, storages: dict[int, torch.UntypedStorage]) -> Any:
+    """Copy nested tensors into host memory; tensors that share memory still do."""
+    if isinstance(value, Tensor):
+        if not value.numel():
+            return value.detach().cpu().clone()
+        memory = value.untyped_storage()
+        if memory.data_ptr() not in storages:
+            storages[memory.data_ptr()] = memory.cpu() if value.is_cuda else memory.clone()
+        empty = torch.empty(0, dtype=value.dtype)
+        shape = value.storage_offset(), value.size(), value.stride()
+        return empty.set_(storages[memory.data_ptr()], *shape)
+    if isinstance(value, Mapping):
+        items = cast(Mapping[Any, Any], value).items()
+        return {name: _copied(part, storages) for name, part in items}
+    if isinstance(value, list | tuple):
+        parts = [_copied(part, storages) for part in cast(Sequence[Any], value)]
+        return parts if isinstance(value, list) else tuple(parts)
+    return value
 
 
 def _restore(trainer: Trainer, state: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """Queue numbered jobs for the learner's workers and their results for the driver.
 
-`learner.ray_trainer` runs the queue as a Ray actor.
+`learner.trainer_handle` runs the queue as a Ray actor.
 
 A restarted worker group requests the jobs since its checkpoint again, and so receives every request
 for a checkpoint again, too.
@@ -24,6 +24,8 @@ class Job:
     """Object reference of an update's batch, in a tuple: Ray would fetch a bare one here."""
     needs_eval: bool = True
     """Also return the weights to evaluate and keep."""
+    written: int = 0
+    """Number of the job whose checkpoint has been written, and is to be listed first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +55,14 @@ class JobQueue:
         """Time of the newest result, repeats included, or of an update inside an epoch."""
         self._starts = 0
         """Number of starts of the worker group."""
+        self._newest_copy = 0
+        """Number of the newest job after which the state was copied."""
+        self._written: dict[int, str] = {}
+        """By the number of the job, "" for a checkpoint that was written, or why it was not."""
         self._newest_checkpoint = 0
-        """Number of the newest job after which a checkpoint was written."""
+        """Number of the newest job after which a checkpoint was listed."""
         self._error: OrchardError | None = None
         """Error that ended the worker group, which a restart would only repeat."""
-        self._refusal = ""
-        """Reason why the storage does not take checkpoints, or ""."""
         self._changed = asyncio.Condition()
 
     async def put_job(self, number: int, job: Job) -> None:
@@ -71,7 +75,8 @@ class JobQueue:
         """Wait for a job and return it.
 
         A pending checkpoint request comes first: if one was made after the previous job and the
-        group's newest checkpoint, that of job `saved`, is older, this returns a job of kind "save".
+        newest state that the group has copied, that after job `saved`, is older, this returns a job
+        of kind "save".
         """
         previous = number - 1
 
@@ -99,7 +104,6 @@ class JobQueue:
         """Record the error that ended the worker group."""
         async with self._changed:
             self._error = error
-            self._refusal = str(error)
             self._changed.notify_all()
 
     async def get_result(self, number: int) -> Result | OrchardError:
@@ -135,18 +139,38 @@ class JobQueue:
         """Return the seconds since the last result, repeats included, or reported progress."""
         return time.monotonic() - self._progressed
 
-    async def request_checkpoint(self, number: int) -> str:
-        """Request a checkpoint after a job; return "" once it is written, or why it cannot be."""
+    async def request_checkpoint(self, number: int) -> None:
+        """Request a checkpoint after a job, and wait until the state is copied for it."""
         async with self._changed:
             self._checkpoint_requests.add(number)
             self._changed.notify_all()
             await self._changed.wait_for(
-                lambda: self._newest_checkpoint >= number or bool(self._refusal)
+                lambda: self._newest_copy >= number or self._error is not None
             )
-            return self._refusal
 
-    async def checkpoint_done(self, number: int) -> None:
-        """Record that the checkpoint after a job is written."""
+    async def state_copied(self, number: int) -> None:
+        """Record that the state after a job is copied and about to be written."""
+        async with self._changed:
+            self._newest_copy = max(self._newest_copy, number)
+            self._changed.notify_all()
+
+    async def checkpoint_written(self, number: int, reason: str) -> None:
+        """Record that the checkpoint after a job is written (""), or why it cannot be.
+
+        A restarted group writes it again; for all its workers alike, the first outcome counts.
+        """
+        async with self._changed:
+            self._written.setdefault(number, reason)
+            self._changed.notify_all()
+
+    async def get_written(self, number: int) -> str:
+        """Wait until the checkpoint after a job is written; return "" or why it cannot be."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: number in self._written or self._error is not None)
+            return str(self._error) if self._error is not None else self._written[number]
+
+    async def checkpoint_listed(self, number: int) -> None:
+        """Record that a restart begins with the checkpoint after a job."""
         async with self._changed:
             # A group that dies right after a checkpoint may restart from the previous one.
             if number > self._newest_checkpoint:
@@ -154,10 +178,4 @@ class JobQueue:
                 self._jobs = {n: job for n, job in self._jobs.items() if n > oldest}
                 self._checkpoint_requests = {n for n in self._checkpoint_requests if n > oldest}
                 self._newest_checkpoint = number
-            self._changed.notify_all()
-
-    async def checkpoint_failed(self, reason: str) -> None:
-        """Record that the checkpoint cannot be written."""
-        async with self._changed:
-            self._refusal = reason
             self._changed.notify_all()

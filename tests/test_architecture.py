@@ -54,7 +54,7 @@ MOST_MODULES = 16
 RAY_SHELLS = {
     "rollout": {"actor.py"},
     "rewards": {"actor.py"},
-    "learner": {"ray_trainer.py"},
+    "learner": {"ray_trainer.py", "trainer_handle.py"},
     "serve": {"app.py"},
 }
 LONGEST_FILE = 350

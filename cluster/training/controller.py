@@ -22,7 +22,7 @@ from cluster.training.measure import measure
 from cluster.training.rollout_stream import groups_of_step
 from cluster.training.run import Run
 from cluster.training.run_dir import open_run_dir
-from learner.ray_trainer import TrainerHandle
+from learner.trainer_handle import TrainerHandle
 from orchard.data.prompts import Split, make_prompts
 from orchard.errors import RunInterrupted
 from orchard.evaluation.ranking import Evaluation
@@ -71,7 +71,9 @@ class Controller:
     def _begin(self) -> None:
         """Start the learner and the actors of the current phase."""
         run, config = self.run, self.run.config
-        self.learner = TrainerHandle(learner_spec(run), storage=run.dir / "checkpoints")
+        self.learner = TrainerHandle(
+            learner_spec(run), storage=run.dir / "checkpoints", written=self._checkpoint_written
+        )
         self.rollout: Pool | None = None
         self.rewards: Pool | None = None
         if run.phase == "train":
@@ -221,9 +223,11 @@ class Controller:
         return Candidates.concatenate(parts)
 
     async def save(self) -> None:
-        """Write a checkpoint of the learner; raises CheckpointError as `TrainerHandle.save`."""
+        """Begin a checkpoint of the learner, see `TrainerHandle.save`."""
         await self.learner.save()
-        self.exporter.set("orchard_checkpoint_step", self._newest.policy.step)
+
+    def _checkpoint_written(self, number: int) -> None:
+        self.exporter.set("orchard_checkpoint_step", number)
         self.exporter.set("orchard_checkpoint_timestamp_seconds", time.time())
 
     async def close(self) -> None:

@@ -7,7 +7,6 @@ process that kills the driver does nothing more, as if its machine had gone as w
 """
 
 import os
-import shutil
 import signal
 import sys
 import time
@@ -16,11 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import ray.train
-from ray.train import Checkpoint
 
 import cluster.training.controller
-import learner.ray_trainer
+import learner.trainer_handle
 from cluster.cli import app as cli
 from learner.trainer import Trainer
 from orchard.types import PolicyVersion, Prompts, ScoredTrees, SearchTrees
@@ -57,32 +54,26 @@ class DyingJudge(RewardWorker):
 
 
 def dying_work(task: dict[str, Any]) -> None:
+    from learner import checkpoint
     from learner.ray_trainer import worker_loop
 
     update: Callable[..., Any] = Trainer._update  # pyright: ignore[reportPrivateUsage]
-    report: Callable[..., None] = ray.train.report
+    write = checkpoint.write
 
     def dying_update(self: Trainer, *arguments: object) -> object:
         if at("learn", self.updates):
             self.optimizer.step = die  # the gradients are there, the weights have not moved
         return update(self, *arguments)
 
-    def torn(checkpoint: Checkpoint, name: str) -> Checkpoint:
-        target = task["spec"].config.run_dir / "checkpoints" / "learner-train" / name
-        with checkpoint.as_directory() as folder:
-            shutil.copytree(folder, target)
-        for file in Path(target).iterdir():
-            os.truncate(file, file.stat().st_size // 2)
-        die()
-        return checkpoint
-
-    def dying_report(metrics: dict[str, Any], **how: Any) -> None:
-        if at("save", metrics["number"]):
-            how["checkpoint_upload_fn"] = torn
-        report(metrics, **how)
+    def dying_write(state: dict[str, Any], folder: Path) -> None:
+        write(state, folder)
+        if at("save", state["number"]):  # to a storage that tears what it was writing
+            for file in folder.iterdir():
+                os.truncate(file, file.stat().st_size // 2)
+            die()
 
     Trainer._update = dying_update  # pyright: ignore
-    ray.train.report = dying_report
+    checkpoint.write = dying_write  # type: ignore[assignment]
     worker_loop(task)
 
 
@@ -97,5 +88,5 @@ if __name__ == "__main__":
     cluster.training.controller.RolloutActor = ray.remote(DyingSearcher)
     cluster.training.controller.RewardActor = ray.remote(DyingJudge)
     cluster.training.controller.Controller = DyingHouse
-    learner.ray_trainer.worker_loop = dying_work
+    learner.trainer_handle.worker_loop = dying_work
     cli.main(sys.argv[3:])

@@ -25,14 +25,14 @@ def test_jobs_are_kept_until_the_second_checkpoint_after_them() -> None:
             await queue.put_job(number, Job(kind="update"))
         await queue.put_result(result(1))
         await queue.put_result(result(2))
-        await queue.checkpoint_done(2)
+        await queue.checkpoint_listed(2)
         # The group died before Ray Train recorded its checkpoint, and starts from the beginning.
         await queue.put_result(result(0, start=True))
         assert (await queue.get_job(1, saved=0)).kind == "update"
-        await queue.checkpoint_done(2)
+        await queue.checkpoint_listed(2)
         assert (await queue.get_job(1, saved=0)).kind == "update"
         await queue.put_result(result(4))
-        await queue.checkpoint_done(4)
+        await queue.checkpoint_listed(4)
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(queue.get_job(2, saved=0), 0.05)
         assert (await queue.get_job(3, saved=2)).kind == "update"
@@ -80,8 +80,13 @@ def test_an_order_to_save_comes_before_the_next_job_and_again_after_a_restart() 
         assert (await queue.get_job(1, saved=0)).kind == "update"
         assert (await queue.get_job(2, saved=0)).kind == "save"
         assert not request.done()
-        await queue.checkpoint_done(1)
-        assert await request == ""
+        await queue.state_copied(1)
+        await request
+        written = asyncio.ensure_future(queue.get_written(1))
+        await asyncio.sleep(0)
+        assert not written.done()
+        await queue.checkpoint_written(1, "")
+        assert await written == ""
         await queue.put_job(2, Job(kind="stop"))
         assert (await queue.get_job(2, saved=1)).kind == "stop"
         # A group that restarts from the beginning has to run and save job 1 once more.
@@ -91,12 +96,14 @@ def test_an_order_to_save_comes_before_the_next_job_and_again_after_a_restart() 
     asyncio.run(scenario())
 
 
-def test_a_storage_that_takes_nothing_ends_the_order_with_its_reason() -> None:
+def test_all_workers_learn_the_same_of_a_checkpoint_that_is_written_twice() -> None:
     async def scenario() -> None:
         queue = JobQueue()
-        request = asyncio.ensure_future(queue.request_checkpoint(1))
-        await queue.checkpoint_failed("No space left on device")
-        assert await request == "No space left on device"
+        written = asyncio.ensure_future(queue.get_written(1))
+        await queue.checkpoint_written(1, "No space left on device")
+        assert await written == "No space left on device"
+        await queue.checkpoint_written(1, "")  # by a restarted group
+        assert await queue.get_written(1) == "No space left on device"
 
     asyncio.run(scenario())
 
@@ -109,7 +116,8 @@ def test_an_error_of_the_workers_answers_everything_that_waits_for_them() -> Non
         await asyncio.sleep(0)
         await queue.put_error(error)
         assert await started is error
-        assert await saved == "it is cut short"
+        await saved
+        assert await queue.get_written(1) == "it is cut short"
         assert await queue.get_result(3) is error
 
     asyncio.run(work())

@@ -1,6 +1,7 @@
 """The loop of a learner's worker: what it publishes after each job, without a cluster."""
 
 import pickle
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from learner import ray_trainer
+from learner import checkpoint, ray_trainer
 from learner.job_queue import Job, Result
 from learner.spec import LearnerSpec, pack_probe
 from orchard.policy import model, transfer
@@ -31,7 +32,8 @@ class Queue:
     """Queue that hands out jobs, and keeps the updates it is given as bytes."""
 
     def __init__(self, jobs: list[Job]) -> None:
-        self.jobs, self.updates = iter([*jobs, Job(kind="stop")]), list[Update]()
+        self.jobs, self.updates = iter(jobs), list[Update]()
+        self.told, self.written = list[str](), threading.Event()
 
     def __getattr__(self, name: str) -> Any:
         return SimpleNamespace(remote=getattr(type(self), f"do_{name}").__get__(self))
@@ -45,6 +47,18 @@ class Queue:
         self.updates.append(result.update)
         return pickle.dumps(None)
 
+    def do_state_copied(self, number: int) -> bytes:
+        self.told.append(f"copied {number}")
+        return pickle.dumps(None)
+
+    def do_checkpoint_written(self, number: int, reason: str) -> None:
+        assert reason == ""
+        self.written.set()
+
+    def do_checkpoint_listed(self, number: int) -> bytes:
+        self.told.append(f"listed {number}")
+        return pickle.dumps(None)
+
 
 def opened(stored: StoredTransfer) -> Weights:
     packed: WeightTransfer = pickle.loads(stored.ref)
@@ -52,12 +66,20 @@ def opened(stored: StoredTransfer) -> Weights:
     return transfer.unpack(packed, pickle.loads(stored.base_ref) if stored.base_ref else None)
 
 
-def worked(folder: Path, monkeypatch: pytest.MonkeyPatch, form: str, ema: float) -> list[Update]:
-    """Run two updates in a worker, the second one without weights to evaluate."""
+def worked(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, form: str, ema: float, save: bool = False
+) -> Queue:
+    """Run two updates in a worker, the second one without weights to evaluate.
+
+    With `save`, a checkpoint is requested between them and listed at the end.
+    """
     tiny = tiny_setup()
     monkeypatch.setattr(ray_trainer.ray, "put", pickle.dumps)
     monkeypatch.setattr(ray_trainer.ray, "get", pickle.loads)
-    alone = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
+    storage = SimpleNamespace(experiment_fs_path=str(folder / "storage"), storage_filesystem=None)
+    alone = SimpleNamespace(
+        get_world_rank=lambda: 0, get_world_size=lambda: 1, get_storage=lambda: storage
+    )
     monkeypatch.setattr(ray_trainer.ray.train, "get_context", lambda: alone)
     monkeypatch.setattr(ray_trainer.ray.train, "get_checkpoint", lambda: None)
     monkeypatch.setattr(ray_trainer, "get_device", lambda: torch.device("cpu"))
@@ -74,9 +96,10 @@ def worked(folder: Path, monkeypatch: pytest.MonkeyPatch, form: str, ema: float)
     )  # fmt: skip
     batch = pickle.dumps(pack_probe(spec, tiny.prompts))
     jobs = [Job(kind="update", batch=(batch,), needs_eval=needs) for needs in (True, False)]
-    queue = Queue(jobs)
+    stop = Job(kind="stop", written=1 if save else 0)
+    queue = Queue([jobs[0], Job(kind="save"), jobs[1], stop] if save else [*jobs, stop])
     ray_trainer.worker_loop({"spec": spec, "queue": queue, "unlisted": None})
-    return queue.updates
+    return queue
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.5])
@@ -84,8 +107,8 @@ def worked(folder: Path, monkeypatch: pytest.MonkeyPatch, form: str, ema: float)
 def test_updates_carry_references_of_what_to_search_evaluate_and_keep(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, ema: float
 ) -> None:
-    whole = worked(tmp_path, monkeypatch, "float32", ema)
-    updates = worked(tmp_path, monkeypatch, form, ema)
+    whole = worked(tmp_path, monkeypatch, "float32", ema).updates
+    updates = worked(tmp_path, monkeypatch, form, ema).updates
     assert [update.policy.step for update in updates] == [0, 1, 2]
     first = model.load(tmp_path).state_dict()
     for update, expected in zip(updates, whole, strict=True):
@@ -110,3 +133,40 @@ def test_updates_carry_references_of_what_to_search_evaluate_and_keep(
     assert last.adapter is last.eval_weights is last.exact_weights is None
     assert not np.array_equal(opened(updates[0].weights)["model.embed_tokens.weight"],
                               opened(last.weights)["model.embed_tokens.weight"])  # fmt: skip
+
+
+def test_a_checkpoint_is_of_the_job_it_was_copied_after_whatever_follows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reported, write = list[Any](), checkpoint.write
+    learnt = threading.Event()
+
+    def late_write(state: dict[str, Any], folder: Path) -> None:
+        assert learnt.wait(60)  # for the next update
+        write(state, folder)
+
+    def put_result(queue: Queue, result: Result) -> bytes:
+        queue.updates.append(result.update)
+        if result.number == 2:
+            learnt.set()
+            assert queue.written.wait(60)
+        return pickle.dumps(None)
+
+    monkeypatch.setattr(checkpoint, "write", late_write)
+    monkeypatch.setattr(Queue, "do_put_result", put_result)
+    monkeypatch.setattr(
+        ray_trainer.ray.train, "report", lambda metrics, **how: reported.append((metrics, how))
+    )
+    queue = worked(tmp_path, monkeypatch, "float32", 0.5, save=True)
+    assert queue.told == ["copied 1", "listed 1"]
+    ((metrics, how),) = reported
+    folder = tmp_path / "storage" / "job_000001"
+    assert (metrics, how["checkpoint"].path) == ({"number": 1}, str(folder))
+    assert checkpoint.damage(folder) == ""
+    state = torch.load(folder / checkpoint.FILE, weights_only=True)
+    assert (state["number"], state["updates"]) == (1, 1)
+    # The base of adapters does not move; its codes' rows are trained.
+    name = "model.embed_tokens.weight"
+    first, last = (opened(update.weights)[name] for update in queue.updates[1:])
+    assert not np.array_equal(first, last)
+    assert np.array_equal(state["policy"][name].numpy(), first)

@@ -18,6 +18,7 @@ from orchard.policy.weights import Weights
 from orchard.settings import LearnerConfig, LoraConfig
 from orchard.testing import tiny_setup
 from orchard.types import PolicyVersion
+from tests.fixtures.trainers import save_checkpoint
 
 ON = LoraConfig(rank=3, targets=("q_proj", "down_proj"))
 
@@ -43,7 +44,7 @@ def taught(folder: Path, *, rank: int = 0, world: int = 1) -> Weights:
     first, digest = make_trainer(), tiny.catalog.digest
     for _ in range(2):
         first.sft_step(batch)
-    checkpoint.save(first, folder, number=2, catalog=digest, write=rank == 0)
+    save_checkpoint(first, folder, number=2, catalog=digest, write=rank == 0)
     if world > 1:
         dist.barrier()
     resumed = make_trainer()

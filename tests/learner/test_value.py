@@ -32,6 +32,7 @@ from rewards.values import node_rewards, outcome_rewards
 from rollout.engine.torch import TorchEngine
 from rollout.search.beam import beam
 from rollout.search_trees import build_search_trees
+from tests.fixtures.trainers import save_checkpoint
 
 Grow = Callable[..., ScoredTrees]
 WEIGHT, GAMMA = (0.3, 0.5, 1.0), 0.99
@@ -241,7 +242,7 @@ def test_a_resumed_learner_with_a_head_continues_bit_for_bit(
         straight.rl_step(batch)
     for batch in batches[:2]:
         first.rl_step(batch)
-    checkpoint.save(first, tmp_path, number=2, catalog=catalog.digest, write=True)
+    save_checkpoint(first, tmp_path, number=2, catalog=catalog.digest)
     checkpoint.load(second, tmp_path, catalog=catalog.digest)
     for batch in batches[2:]:
         second.rl_step(batch)
