@@ -20,7 +20,7 @@ from ray.train import CheckpointUploadMode
 from ray.train.torch import get_device
 
 from learner import checkpoint
-from learner.job_queue import Result
+from learner.job_queue import Job, Result
 from learner.publisher import ObjectStore, Publisher
 from learner.spec import LearnerSpec, learner_config, pack_probe, sft_epoch
 from learner.trainer import Trainer
@@ -52,7 +52,7 @@ def _work(task: dict[str, Any]) -> None:
     spec, queue = cast(LearnerSpec, task["spec"]), task["queue"]
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    kept = context.get_storage()
+    kept = cast(Any, context.get_storage())
     storage, filesystem = Path(kept.experiment_fs_path), kept.storage_filesystem
     config = spec.config
     import_plugins(config.plugins)
@@ -150,7 +150,7 @@ def _work(task: dict[str, Any]) -> None:
     writer, copied, listed = checkpoint.Writer(), number, number
     deliver({})
     while True:
-        job = ray.get(queue.get_job.remote(number + 1, saved=copied))
+        job = cast(Job, ray.get(queue.get_job.remote(number + 1, saved=copied)))
         if job.kind == "save":
             copy_state()
             copied = number

@@ -145,6 +145,8 @@ def layout(config: Config, sizes: Sizes) -> tuple[ProcessGroup, ...]:
     weights = 4 * sizes.parameters
     copies = 2 + _ADAM + bool(config.learner.kl.weight) + bool(learner.ema_decay)  # with gradients
     held_copies = copies if learner.parallel == "ddp" else -(-copies // learner.workers) + 1
+    # Copied for a checkpoint while it is written, without the reference and the gradients.
+    held_copies += 1 + _ADAM + bool(learner.ema_decay)
     # Kept for the backward pass: about eight states and three inner states of a token per layer.
     activations = 4 * learner.max_tokens * sizes.layers * (8 * sizes.hidden + 3 * sizes.inner)
     engine_weights = sizes.parameters * (4 if rollout.dtype == "float32" else 2)
