@@ -52,9 +52,10 @@ def test_memory_counts_every_copy_of_the_weights() -> None:
         return groups["learner"].memory
 
     base = learner()
-    assert base > 5 * weights  # weights, gradients, two moments, reference
+    # Weights, gradients, two moments, reference, and the copy that a checkpoint is written from.
+    assert base > 8 * weights
     assert learner(learner__kl={"weight": 0.0}) == base - weights
-    assert learner(learner__average=0.9) == base + weights
+    assert learner(learner__average=0.9) == base + 2 * weights
     rollout = {
         dtype: {r.name: r for r in layout(settings(rollout__dtype=dtype), SIZES)}["rollout"].memory
         for dtype in ("float32", "bfloat16")
