@@ -49,8 +49,8 @@ def take(
     start: Int[np.ndarray, " R1"],
     rows: Int[np.ndarray, " K"],
 ) -> tuple[Shaped[np.ndarray, "K2 ..."], Int[np.ndarray, " K+1"]]:
-    """Select rows, in the given order, as a new ragged array."""
-    count = np.diff(start)[rows]
+    """Select rows, in the given order, as a new ragged array; the others cost nothing."""
+    count = start[np.asarray(rows) + 1] - start[rows]
     return values[ranges(start[rows], count)], starts(count)
 
 

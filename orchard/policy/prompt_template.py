@@ -57,27 +57,28 @@ def fill_template(
         item: catalog rows, oldest first.
         start: row r holds the items `start[r] : start[r + 1]`.
     """
-    catalog_token, catalog_start = item_tokens
     row, num_rows = ragged.row_of(start), len(start) - 1
-    total = ragged.starts(np.diff(catalog_start)[item] + len(template.between))
+    # Tokens of each item of the rows: a catalog may have millions that no row names.
+    history_token, history_start = ragged.take(*item_tokens, item)
+    total = ragged.starts(np.diff(history_start) + len(template.between))
     # (H,) tokens from each item to the end of its row; no separator follows the last item
     rest = total[start[1:]][row] - total[:-1] - len(template.between)
     kept = rest <= template.limit - template.size
-    item, count = item[kept], np.bincount(row[kept], minlength=num_rows)
-    # Pieces that a prompt consists of: all catalog items, then before, between and after.
+    count = np.bincount(row[kept], minlength=num_rows)
+    # Pieces that prompts consist of: the items of all rows, then before, between and after.
     edges = (
         np.array(tokens, np.int32) for tokens in (template.before, template.between, template.after)
     )
     pieces, piece_start = ragged.concatenate(
-        [(catalog_token, catalog_start), *((edge, np.array([0, len(edge)])) for edge in edges)]
+        [(history_token, history_start), *((edge, np.array([0, len(edge)])) for edge in edges)]
     )
-    before = len(catalog_start) - 1  # piece index of `before`; `between` and `after` follow
+    before = len(item)  # piece index of `before`; `between` and `after` follow
     prompt_start = ragged.starts(np.maximum(2 * count, 1) + 1)  # first piece of each prompt
     # Piece index of each position of all prompts: filled with `between`, then overwritten.
     piece = np.full(int(prompt_start[-1]), before + 1, dtype=np.int64)
     piece[prompt_start[:-1]], piece[prompt_start[1:] - 1] = before, before + 2
     position = ragged.index_in_row(ragged.starts(count))  # position of each kept item in its row
-    piece[prompt_start[:-1][row[kept]] + 1 + 2 * position] = item
+    piece[prompt_start[:-1][row[kept]] + 1 + 2 * position] = np.flatnonzero(kept)
     token, token_start = ragged.take(pieces, piece_start, piece)
     return token, token_start[prompt_start]
 

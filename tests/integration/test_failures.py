@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cluster.actors.pool import Pool
 from cluster.training.controller import Controller
 from cluster.training.loop import train
-from orchard.errors import ActorError, CheckpointError, DataError
+from orchard.errors import ActorError, DataError
 from orchard.policy import model
 from orchard.policy.weights import digest, snapshot
 from orchard.types import PolicyVersion, SearchTrees

@@ -5,15 +5,18 @@ from dataclasses import replace
 
 import numpy as np
 
-from benchmarks.quality.free_codes import group_free
-from learner.advantage.estimators import group
+from learner.advantage.estimators import ESTIMATORS, group
 from orchard.testing import tiny_catalog
 from orchard.types import ScoredTrees, SearchTrees
+from tests.fixtures.registries import Borrow
 
 
 def test_a_candidate_weighs_by_the_number_of_its_free_codes(
-    trees_with: Callable[..., SearchTrees],
+    trees_with: Callable[..., SearchTrees], borrow: Borrow
 ) -> None:
+    borrow(ESTIMATORS)
+    from benchmarks.quality.free_codes import group_free
+
     trees = trees_with(tiny_catalog(), [range(4), range(3)], targets=[0, 0])
     forced = np.zeros_like(trees.forced)
     forced[::2] = True  # of the tokens of all nodes
