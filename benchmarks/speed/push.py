@@ -250,7 +250,7 @@ def _push(learner: Any, holder: Any, queue: Any, number: int, held: list[Any]) -
     if loaded.digest != version.digest:
         raise ValueError(f"the holder has {loaded}, not {version}")
     store_s, began = ray.get(updating)
-    ray.get(queue.checkpoint_done.remote(number))  # lets the queue forget earlier jobs
+    ray.get(queue.checkpoint_listed.remote(number))  # lets the queue forget earlier jobs
     laps: dict[str, float] = ray.get(holder.times.remote())
     push_s = ended - began
     pass_s = push_s - store_s - laps["verify_s"] - laps["load_s"]
