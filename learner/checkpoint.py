@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import threading
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from learner.trainer import Trainer
 from orchard.errors import CheckpointError
+from orchard.folders import atomic_dir
 from orchard.optim import continue_schedule
 
 FILE = "learner.pt"
@@ -68,10 +68,7 @@ def write(state: Mapping[str, Any], folder: Path) -> None:
     Raises:
         OSError: the storage does not take it; nothing of it is left there.
     """
-    parts = folder.with_name(f".{folder.name}.writing")
-    shutil.rmtree(parts, ignore_errors=True)
-    try:
-        parts.mkdir(parents=True)
+    with atomic_dir(folder) as parts:
         # Through a Python file object: torch's own writer does not report a full disk.
         with (parts / FILE).open("wb") as file:
             torch.save(dict(state), file)
@@ -79,11 +76,6 @@ def write(state: Mapping[str, Any], folder: Path) -> None:
             os.fsync(file.fileno())
         about = {"format": FORMAT, "bytes": (parts / FILE).stat().st_size, "blake3": _hash(parts)}
         (parts / ABOUT).write_text(json.dumps(about) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)  # damaged
-        parts.rename(folder)
-    except OSError:
-        shutil.rmtree(parts, ignore_errors=True)
-        raise
 
 
 class Writer:

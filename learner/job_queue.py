@@ -157,7 +157,7 @@ class JobQueue:
     async def checkpoint_written(self, number: int, reason: str) -> None:
         """Record that the checkpoint after a job is written (""), or why it cannot be.
 
-        A restarted group writes it again; for all its workers alike, the first outcome counts.
+        The first outcome stays where a restarted group writes it again: jobs may rely on it.
         """
         async with self._changed:
             self._written.setdefault(number, reason)

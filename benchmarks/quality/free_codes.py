@@ -15,11 +15,9 @@ from orchard.types import Advantages, ScoredTrees
 def group_free(scored: ScoredTrees, std_epsilon: float) -> Advantages:
     """Weigh each candidate by 1 / (N |y|), where |y| counts its free codes only."""
     trees = scored.trees
-    # [S + 1] free tokens before each token, and [N] free tokens of each node
+    # [S + 1] number of free tokens before each token: the starts of nodes among free tokens alone
     before = np.concatenate([[0], np.cumsum(~trees.forced)])
-    free_of_node = np.diff(before[trees.token_start])
-    path = trees.paths()
-    free = np.where(path >= 0, free_of_node[path], 0).sum(1)
+    free = candidate_lengths(replace(trees, token_start=before[trees.token_start]))
     advantages = group(scored, std_epsilon)
     factor = np.where(free > 0, candidate_lengths(trees) / np.maximum(free, 1), 0.0)
     return replace(advantages, weight=(advantages.weight * factor[:, None]).astype(np.float32))

@@ -222,10 +222,6 @@ class Controller:
         parts = await asyncio.gather(*(rank(prompts) for prompts in batches))
         return Candidates.concatenate(parts)
 
-    async def save(self) -> None:
-        """Begin a checkpoint of the learner, see `TrainerHandle.save`."""
-        await self.learner.save()
-
     def _checkpoint_written(self, number: int) -> None:
         self.exporter.set("orchard_checkpoint_step", number)
         self.exporter.set("orchard_checkpoint_timestamp_seconds", time.time())

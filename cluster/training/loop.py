@@ -80,7 +80,7 @@ async def train(controller: Controller) -> PolicyVersion:
             if due(policy.step, run.config.checkpoint.every, steps):
                 # Save after logging, so that no checkpoint is newer than the log: a resumed run
                 # rewrites the entries after its checkpoint. The next searches already run.
-                await controller.save()
+                await controller.learner.save()
                 clock.mark("save_s")
     await stream.close()
     if policy.step < steps:

@@ -44,7 +44,7 @@ async def sft(controller: Controller) -> PolicyVersion:
                 "sft", policy.step, metrics | {"sft/elapsed_s": elapsed_s}
             )
             progress.advance(metrics)
-            await controller.save()
+            await controller.learner.save()
             if controller.stopping.is_set() and policy.step < settings.epochs:
                 raise RunInterrupted(f"stopped after epoch {policy.step}, and saved; {AGAIN}")
     return policy

@@ -24,7 +24,7 @@ from tests.fixtures.trainers import (
     replace_settings,
     save_checkpoint,
     windows,
-)  # fmt: skip
+)
 
 
 def test_a_resumed_learner_continues_bit_for_bit(tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def test_an_order_to_save_comes_before_the_next_job_and_again_after_a_restart() 
     asyncio.run(scenario())
 
 
-def test_all_workers_learn_the_same_of_a_checkpoint_that_is_written_twice() -> None:
+def test_the_first_outcome_of_a_checkpoint_that_is_written_twice_stays() -> None:
     async def scenario() -> None:
         queue = JobQueue()
         written = asyncio.ensure_future(queue.get_written(1))
