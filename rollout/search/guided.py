@@ -56,18 +56,19 @@ def wider_unless_proved(
 ) -> Candidates:
     """Search with `width`, then again with `wide` for the prompts that are not proved by then.
 
-    A prompt gets up to `count` candidates, by default `width`. The cost is that of both searches,
-    and counts the prompts that were `searched_again`.
+    A prompt gets up to `count` candidates, by default the larger of `width` and `prove`; one with
+    fewer than `prove` of them is searched again too. The cost is that of both searches, and counts
+    the prompts that were `searched_again`.
 
     Raises:
         CatalogError, EngineError: as `rollout.search.beam.beam`.
     """
-    count = width if count is None else min(count, width)
+    count = max(width, prove) if count is None else count
     narrow = beam(
         engine, prompts, width=width, count=count, prove=prove, guide=guide, allowed=allowed
     )
     assert narrow.proved is not None, "prove must be positive"
-    rows = np.flatnonzero(~narrow.proved)
+    rows = np.flatnonzero(~narrow.proved | (np.diff(narrow.start) < min(prove, count)))
     cost = narrow.cost + Cost(counts={"searched_again": len(rows)})
     if len(rows) == 0:
         return replace(narrow, cost=cost)

@@ -178,6 +178,18 @@ def test_a_wider_search_follows_only_where_nothing_is_proved() -> None:
         assert mine.tolist() == first.tolist()
 
 
+def test_a_beam_narrower_than_what_is_to_be_proved_is_searched_again() -> None:
+    world = tiny_setup(level_size=(8, 8, 8), num_items=300, lengths=(3, 2, 5))
+    engine = TorchEngine(world.model, world.tokenizer, world.version)
+    guide = random_guide(world.catalog, seed=5)
+    found = wider_unless_proved(engine, world.prompts, width=1, wide=300, prove=4, guide=guide)
+    wide = beam(engine, world.prompts, width=300, count=4, guide=guide, prove=4)
+    assert found.cost.counts["searched_again"] == len(world.prompts)
+    assert found.leaf.tolist() == wide.leaf.tolist()
+    assert found.proved is not None
+    assert found.proved.all()
+
+
 def test_a_guide_of_another_catalog_is_refused(
     world: TinySetup, torch_engine: Callable[[TinySetup], TorchEngine]
 ) -> None:

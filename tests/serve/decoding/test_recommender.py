@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from orchard.catalog.catalog import Catalog
@@ -83,6 +83,7 @@ def test_an_answer_is_the_ranking_of_all_items_less_those_excluded(
         assert ranked.shortfall_reason == ("exhausted" if is_exhausted else "per_prefix")
 
 
+@example(exclude=[], names=[], k=2, cap=None, width=1, seed=0, wide=50)
 @examples
 @given(
     exclude=some,
