@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: help env dev quickstart lint quick check test nightly bench figures lock clean
+.PHONY: help env dev quickstart lint quick unit check test nightly bench figures lock clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -31,20 +31,25 @@ quickstart: env  ## the main job on synthetic data: warm start, RL with vLLM rol
 	@$(BIN)/orchard quickstart
 
 # Tests that need neither Ray nor vLLM run in two processes; the others share one Ray.
-QUICK := not ray and not vllm and not slow and not nightly
+UNIT := not ray and not vllm and not nightly
+QUICK := $(UNIT) and not slow
 
 lint: dev  ## style and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyright -p pyproject.toml
 
-quick: dev  ## tests without Ray or vLLM
+quick: dev  ## the tests without Ray or vLLM that take less than half a second each
 	@$(BIN)/pytest -q -n 2 -m "$(QUICK)"
 
-check: lint quick  ## style, types, and tests without Ray or vLLM
+unit: dev  ## all tests without Ray or vLLM
+	@$(BIN)/pytest -q -n 2 -m "$(UNIT)"
 
-test: lint quick  ## everything but `make nightly`
-	@$(BIN)/pytest -q --durations=25 -m "not nightly and not ($(QUICK))"
+check: dev  ## style, types and quick tests, side by side
+	@$(MAKE) --no-print-directory -j 2 -O lint quick
+
+test: lint unit  ## everything but `make nightly`
+	@$(BIN)/pytest -q --durations=25 -m "not nightly and not ($(UNIT))"
 
 nightly: dev  ## the tests that take minutes each
 	@$(BIN)/pytest -q -m nightly

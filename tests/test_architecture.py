@@ -74,6 +74,7 @@ def imported(path: Path) -> Iterator[str]:
             yield node.module.split(".")[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("room", MAY_IMPORT)
 def test_a_room_is_the_folder_of_its_name_and_nothing_else_claims_it(room: str) -> None:
     module = importlib.import_module(room)
@@ -82,6 +83,7 @@ def test_a_room_is_the_folder_of_its_name_and_nothing_else_claims_it(room: str) 
     assert set(packages_distributions().get(room, ["orchard"])) == {"orchard"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("room", MAY_IMPORT)
 def test_arrows_point_downwards_only(room: str) -> None:
     for path in modules(room):
@@ -89,6 +91,7 @@ def test_arrows_point_downwards_only(room: str) -> None:
         assert rooms <= MAY_IMPORT[room], path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("room", ["orchard", *RAY_SHELLS])
 def test_only_the_shells_speak_ray(room: str) -> None:
     for path in modules(room):
@@ -96,6 +99,7 @@ def test_only_the_shells_speak_ray(room: str) -> None:
             assert "ray" not in set(imported(path)), path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("room", INNER)
 def test_inner_packages_import_only_what_lies_below_them(room: str) -> None:
     inner = {path.name for path in (ROOT / room).iterdir() if (path / "__init__.py").is_file()}
@@ -150,6 +154,7 @@ def test_bare_folders_hide_no_installed_package() -> None:
     assert not any((ROOT / name / "__init__.py").exists() for name in ("tests", "docker"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("imported", "heavy"),
     [

@@ -33,6 +33,7 @@ def commands(work: Path) -> dict[str, list[str]]:
     return found
 
 
+@pytest.mark.slow
 def test_its_commands_and_settings_are_those_of_orchard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

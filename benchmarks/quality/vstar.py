@@ -66,8 +66,7 @@ WAYS: Mapping[str, tuple[str, ...]] = {
 }  # fmt: skip
 ENDS = ("beam+grpo", "ved+both")
 INSTRUMENTS = (
-    "data.path=../shared/data/amazon_instruments", "data.train=[\"train.parquet\"]",
-    "data.max_history=20", "sft.epochs=12",
+    "data.path=amazon_instruments", "data.max_history=20", "sft.epochs=12",
 )  # fmt: skip
 """Overrides that adapt Industrial's recipe to Instruments, as in amazon_instruments.toml."""
 METRICS = ("ndcg@10/sid", "hr@1/sid", "hr@3/sid", "hr@10/sid", "hr@50/sid")

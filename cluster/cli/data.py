@@ -30,6 +30,38 @@ def synth(
         typer.echo(f"{fact:>28}  {value:g}")
 
 
+@data.command()
+def fetch(
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="amazon_industrial, amazon_instruments, or FAMILY/CATEGORY: amazon2014/Beauty, "
+            "amazon2018/Industrial_and_Scientific, amazon2023/All_Beauty, movielens/1m, "
+            "minionerec/Office_Products, letter/Beauty."
+        ),
+    ],
+    root: Annotated[
+        Path | None,
+        typer.Option(
+            help="Root of the data sets. [default: the environment variable ORCHARD_DATA, "
+            "otherwise data]",
+            show_default=False,
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Import again over the data set in ROOT/NAME.")
+    ] = False,
+) -> None:
+    """Download a public data set into ROOT/raw/NAME and import it into ROOT/NAME.
+
+    Files that already lie in ROOT/raw/NAME are taken as they are.
+    """
+    from cluster.cli import datasets
+    from orchard.settings.data import data_root
+
+    datasets.fetch_dataset(name, root or data_root(), overwrite=overwrite)
+
+
 @data.command("import")
 def import_(
     source: Annotated[
@@ -80,7 +112,8 @@ def import_(
         typer.Option(min=1, help="Minimum events per user and item (k-core); 5 for Amazon."),
     ] = None,
     title_words: Annotated[
-        int | None, typer.Option(min=1, help="Maximum words per title; 20 for Amazon.")
+        int | None,
+        typer.Option(min=0, help="Maximum words per title; 20 for Amazon. 0 keeps all items."),
     ] = None,
     max_history: Annotated[int, typer.Option(min=1, help="Maximum history length.")] = 50,
     overwrite: Annotated[

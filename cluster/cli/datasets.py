@@ -11,6 +11,8 @@ from orchard import folders
 from orchard.data.importers.card import CARD
 from orchard.data.importers.read import ImportOptions, read, size_of
 from orchard.data.importers.write import write
+from orchard.data.remote.fetch import fetch_files
+from orchard.data.remote.sources import find
 from orchard.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from orchard.semantic_ids.encode import EncodeOptions
 
 _MIB = 1 << 20
+_TOLD_BYTES = 64 * _MIB
+"""Bytes of a download between two lines that say how much was received."""
 
 
 def import_dataset(
@@ -47,6 +51,30 @@ def import_dataset(
     typer.echo(f"data set: {out}")
     if examples.items.sid is None:
         typer.echo(f"it has no semantic IDs yet: orchard data sids {out}")
+
+
+def fetch_dataset(name: str, root: Path, *, overwrite: bool) -> None:
+    """Download a public data set below `root` and import it, and print where it comes from.
+
+    Raises:
+        ConfigError, DataError: one sentence each; what was downloaded is kept.
+    """
+    remote = find(name)
+    out, raw = root / name, root / "raw" / name
+    folders.check_output_dir(out, mark=CARD, kind="data set", overwrite=overwrite)
+    typer.echo(f"{name}: {remote.page}; terms: {remote.terms}")
+    received = 0
+
+    def tick(count: int) -> None:
+        nonlocal received
+        before, received = received, received + count
+        if before // _TOLD_BYTES != received // _TOLD_BYTES:
+            typer.echo(f"{received // _MIB} MiB received", err=True)
+
+    for sentence in fetch_files(remote, raw, tick=tick):
+        typer.echo(sentence)
+    items = None if remote.items is None else raw / remote.items
+    import_dataset(raw / remote.source, out, items, remote.options, overwrite=overwrite)
 
 
 def assign_semantic_ids(folder: Path, recipe: "SemanticIdConfig", *, overwrite: bool) -> None:

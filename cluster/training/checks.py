@@ -15,6 +15,7 @@ from orchard.guide.registry import EXPERTS
 from orchard.registry import Registry, Rule, import_plugins
 from orchard.scorers.fit_critic import CRITIC_BACKENDS
 from orchard.settings import Config
+from orchard.settings.data import DataConfig, data_root
 from orchard.tracking.trackers import TRACKERS
 from rewards.registry import REWARDS
 from rollout.engine.registry import ENGINES
@@ -139,6 +140,16 @@ def check_same_data(settings: Config, data: Mapping[str, str]) -> None:
             "from what it has learned with model.path="
             f"{settings.run_dir / 'warm_start'} (or its policy)",
             code="config.other_data",
+        )
+
+
+def check_data_folder(data: DataConfig) -> None:
+    """Raise ConfigError unless `data.path` is a folder."""
+    if not data.path.is_dir():
+        raise ConfigError(
+            f"data.path = {data.path} is no folder, here or under {data_root()} (ORCHARD_DATA); "
+            "set it to where the data is, or run orchard data fetch",
+            code="config.no_data",
         )
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cluster.actors.session import address_of
 from cluster.training import text_policy
-from cluster.training.checks import check_names, check_same_data, check_unchanged
+from cluster.training.checks import check_data_folder, check_names, check_same_data, check_unchanged
 from orchard.catalog import catalog as catalogs
 from orchard.catalog.catalog import Catalog
 from orchard.data import rationales
@@ -235,12 +235,8 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
     check_engines(settings, phase)
     if phase != "evaluate":
         check_unchanged(settings, phase)
+    check_data_folder(settings.data)
     data = settings.data
-    if not data.path.is_dir():
-        raise ConfigError(
-            f"data.path = {data.path} is not a folder; set it to where the data is",
-            code="config.no_data",
-        )
     policy = policy or starting_policy(settings, phase)
     text_tokenizer: PreTrainedTokenizerBase | None = None
     if policy is not None:

@@ -1,5 +1,6 @@
 """Settings of the data files and of the item sequences made from them."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,11 +14,29 @@ FileName = Annotated[
 """Name of a file in `data.path`, or a path of its own, whose leading `~` is the home folder."""
 
 
+DATA_ROOT = "ORCHARD_DATA"
+"""Environment variable with the folder under which data sets lie."""
+
+
+def data_root() -> Path:
+    """Return the folder under which data sets lie: that of `ORCHARD_DATA`, otherwise `data`."""
+    return Path(os.environ.get(DATA_ROOT) or "data").expanduser()
+
+
+def _under_root(path: Path) -> Path:
+    """Return the path under the data root if it is relative and a folder only there."""
+    if path.is_absolute() or path.exists() or not (data_root() / path).is_dir():
+        return path
+    return data_root() / path
+
+
 class DataConfig(Section):
     """Locations of the interaction files, in the Parquet schema of `docs/data.md`."""
 
-    path: Path
-    """Folder that contains the data files."""
+    path: Annotated[Path, AfterValidator(_under_root)]
+    """Folder that contains the data files. A relative path that is no folder of the working
+    directory is looked up under the environment variable `ORCHARD_DATA`, by default `data`, where
+    `orchard data fetch` puts data sets."""
     items: FileName = "items.parquet"
     """Items file with the columns item_id, sid, and optionally title."""
     train: tuple[FileName, ...] = ("train.parquet",)

@@ -87,6 +87,7 @@ def test_an_owner_elsewhere_holds_the_folder_as_long_as_its_heart_beats(tmp_path
         lock.check()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("soon")
 def test_an_owner_elsewhere_without_a_heartbeat_is_gone(tmp_path: Path) -> None:
     with hold(tmp_path):

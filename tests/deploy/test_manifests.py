@@ -69,6 +69,7 @@ def schema_of(shared_data: Path) -> Callable[[str], dict[str, Any]]:
     return find
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RAY)
 def test_a_resource_follows_its_crd(name: str, schema_of: Callable[[str], dict[str, Any]]) -> None:
     validator = jsonschema.Draft7Validator(schema_of(name))

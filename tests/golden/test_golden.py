@@ -92,7 +92,7 @@ ADDED_OPTIONS = {
     "orchard fit": {"--policy"},
 }
 """Options of commands that came after the recording."""
-ADDED_COMMANDS = {"orchard data": {"encode"}}
+ADDED_COMMANDS = {"orchard data": {"encode", "fetch"}}
 """Commands that came after the recording, by the group that lists them."""
 ADDED_METRICS = {"split", "search"}
 """Facts of an evaluation that came after the recording."""
@@ -365,7 +365,10 @@ def test_help_names_the_commands_and_options_that_it_named() -> None:
         assert kept == interface(lines), name
 
 
-def test_run_files_resolve_to_what_they_resolved_to() -> None:
+def test_run_files_resolve_to_what_they_resolved_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ORCHARD_DATA", str(tmp_path))  # data sets that are here change no path
     now = configurations()
     for name, settings in read("configurations.json").items():
         kept = {
@@ -397,6 +400,7 @@ def test_a_synthetic_world_is_what_it_was(here: Path) -> None:
     hold(*(json.loads((here / each / "card.json").read_text()) for each in ("again", "data")))
 
 
+@pytest.mark.slow
 def test_the_endpoint_describes_itself_as_it_did(here: Path) -> None:
     now = openapi(here / "policies" / "beam")
     for name, fields in ADDED_FIELDS.items():
@@ -460,6 +464,7 @@ def without_prose(tree: Any) -> Any:
     return tree
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_saved_policy_recommends_what_it_did(name: str, here: Path) -> None:
     now = answers(here / "policies" / name, *POLICIES[name])

@@ -27,6 +27,7 @@ def file(tiny_run: TinyRun) -> Path:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_fitted_critic_guides_a_policy_that_has_no_head(
     file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -97,6 +97,7 @@ def test_an_exported_head_is_loaded_with_its_policy(settings: Callable[..., Conf
     assert names > set(snapshot(model.create(run.config.model, run.tokenizer, seed=0)))
 
 
+@pytest.mark.slow
 def test_guided_trees_carry_values_and_become_a_batch_that_teaches_them(
     settings: Callable[..., Config],
 ) -> None:
@@ -113,6 +114,7 @@ def test_guided_trees_carry_values_and_become_a_batch_that_teaches_them(
     assert search(run, name="beam").trees.value is None
 
 
+@pytest.mark.slow
 def test_embeddings_of_the_data_set_change_what_the_head_is_taught(
     settings: Callable[..., Config],
 ) -> None:
@@ -127,6 +129,7 @@ def test_embeddings_of_the_data_set_change_what_the_head_is_taught(
     np.testing.assert_array_equal(by_code.path, by_item.path)
 
 
+@pytest.mark.slow
 def test_a_head_may_foretell_what_the_run_pays(settings: Callable[..., Config]) -> None:
     run = guided(settings("learner.value.outcome={rule=2.0}"))
     scored = search(run)

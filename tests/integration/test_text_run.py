@@ -185,6 +185,7 @@ def test_only_answers_are_learned_and_scored_as_an_ordinary_forward_pass_does(op
     assert nll == pytest.approx(expected / len(batch.row), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_taught_text_model_is_searched_and_improved(
     opened: Run, settings: Callable[..., Config]
 ) -> None:

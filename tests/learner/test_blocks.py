@@ -3,6 +3,7 @@
 import copy
 
 import numpy as np
+import pytest
 import torch
 
 from learner.batch.sft import pack_answers
@@ -12,6 +13,7 @@ from orchard.testing import tiny_setup
 from orchard.types import PolicyVersion
 
 
+@pytest.mark.slow
 def test_checkpointed_updates_equal_plain_ones_and_run_each_block_twice() -> None:
     world = tiny_setup()
     batch = pack_answers(world.prompts, world.tokenizer, PolicyVersion(step=0, digest=""))

@@ -27,6 +27,7 @@ from tests.fixtures.trainers import (
 )
 
 
+@pytest.mark.slow
 def test_a_resumed_learner_continues_bit_for_bit(tmp_path: Path) -> None:
     prompts = [tiny_prompts(ITEMS, [1, 4, 2], seed=seed) for seed in range(6)]
     straight = make_trainer()
@@ -59,6 +60,7 @@ def test_a_checkpoint_of_another_catalog_or_model_is_refused(tmp_path: Path) -> 
         checkpoint.load(trainer, tmp_path / "empty", catalog=ITEMS.digest)
 
 
+@pytest.mark.slow
 def test_an_extended_run_follows_the_rates_of_a_run_of_the_new_length(tmp_path: Path) -> None:
     config = replace_settings(BRISK, warmup=0.1, final_lr=0.1)
 
@@ -143,6 +145,7 @@ def test_a_run_goes_on_from_the_newest_checkpoint_that_is_whole(tmp_path: Path) 
     assert record.is_file()
 
 
+@pytest.mark.slow
 def test_a_copy_stays_as_it_was_and_what_shares_memory_still_does(tmp_path: Path) -> None:
     trainer, twin = make_trainer(), make_trainer()
     group = tiny_prompts(ITEMS, [1, 4, 2])

@@ -152,6 +152,7 @@ def test_the_newest_result_is_given_again_once_a_restarted_group_repeats_it() ->
     asyncio.run(scenario())
 
 
+@pytest.mark.slow
 def test_the_queue_reads_what_passes_it_without_torch() -> None:
     code = (
         "import pickle, sys, learner.job_queue; from orchard.types import *;"

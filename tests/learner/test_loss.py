@@ -43,6 +43,7 @@ def choices(gain: list[float], loss: list[float]) -> TrainBatch[Tensor]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @given(
     log_ratio=st.floats(-3, 3),
     weighted=st.lists(st.floats(-2, 2), min_size=1, max_size=5),

@@ -128,6 +128,7 @@ def send(holder: RolloutWorker, stored: StoredTransfer) -> None:
     holder.load_weights(PolicyVersion(step=1, digest=stored.digest), stored)
 
 
+@pytest.mark.slow
 def test_a_hundred_versions_by_adapters_leave_the_holder_where_one_whole_one_does(
     make_holder: Callable[[], RolloutWorker],
 ) -> None:
@@ -146,6 +147,7 @@ def test_a_hundred_versions_by_adapters_leave_the_holder_where_one_whole_one_doe
         assert all(np.array_equal(found[name], value) for name, value in expected.items())
 
 
+@pytest.mark.slow
 def test_a_holder_of_another_base_says_so_and_takes_the_whole_base(
     make_holder: Callable[[], RolloutWorker], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -102,6 +102,7 @@ def worked(
     return queue
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ema", [0.0, 0.5])
 @pytest.mark.parametrize("form", ["float32", "bfloat16", "adapter"])
 def test_updates_carry_references_of_what_to_search_evaluate_and_keep(

@@ -16,6 +16,7 @@ from rollout.search.add_target import score_leaf
 from tests.fixtures.trainers import BRISK, FIRST, ITEMS, batch, make_trainer, scored, windows
 
 
+@pytest.mark.slow
 def test_supervision_raises_the_likelihood_of_its_sequences() -> None:
     trainer, rows = make_trainer(), windows()
     losses = [trainer.sft_step(rows)["nll"] for _ in range(40)]
@@ -36,6 +37,7 @@ def test_rows_are_scored_as_a_search_scores_their_items(change: dict[str, object
     assert np.allclose(trainer.score(rows), target.score, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_forced_codes_count_where_the_whole_vocabulary_competes() -> None:
     assert len(windows().chosen) < len(windows(forced=True).chosen) == 24 * 3
     full = BRISK.model_copy(update={"logprob": "full"})
@@ -44,6 +46,7 @@ def test_forced_codes_count_where_the_whole_vocabulary_competes() -> None:
     assert losses[-1] < 0.5 * losses[0]
 
 
+@pytest.mark.slow
 def test_improvement_raises_the_reward_of_what_it_saw() -> None:
     trainer, prompts = make_trainer(), tiny_prompts(ITEMS, [1, 3, 2, 2, 4, 1])
     before = scored(trainer, prompts).reward.mean()
@@ -100,6 +103,7 @@ def test_further_updates_on_one_batch_move_the_ratio_and_meet_the_clip() -> None
     assert metrics["ratio_max"] > 1.2
 
 
+@pytest.mark.slow
 def test_a_heavier_anchor_keeps_the_policy_nearer_to_its_reference() -> None:
     def drift(weight: float) -> float:
         kl = KlConfig(weight=weight)
@@ -112,6 +116,7 @@ def test_a_heavier_anchor_keeps_the_policy_nearer_to_its_reference() -> None:
     assert drift(1.0) < 0.5 * drift(1e-6)
 
 
+@pytest.mark.slow
 def test_an_ema_reference_moves_and_a_fixed_one_does_not() -> None:
     for reference, moves in (("ema", True), ("fixed", False)):
         kl = KlConfig(weight=1e-3, reference=reference, ema_every=2, ema_share=0.5)
@@ -123,6 +128,7 @@ def test_an_ema_reference_moves_and_a_fixed_one_does_not() -> None:
         assert (digest(snapshot(anchor)) != start) == moves
 
 
+@pytest.mark.slow
 def test_the_average_lags_behind_the_policy_and_is_what_is_kept() -> None:
     model, tokenizer = tiny_policy(ITEMS)
     trainer = Trainer(model, tokenizer, BRISK, total_steps=100, ema_decay=0.9)
@@ -135,6 +141,7 @@ def test_the_average_lags_behind_the_policy_and_is_what_is_kept() -> None:
     assert 0 < np.abs(kept - now).sum() < np.abs(kept - before[name]).sum() < travelled
 
 
+@pytest.mark.slow
 def test_micro_batches_give_the_update_of_the_whole() -> None:
     whole, cut = make_trainer(), make_trainer(BRISK.model_copy(update={"max_tokens": 40}))
     rows = batch(whole, tiny_prompts(ITEMS, [1, 5, 2, 7, 3]))
@@ -172,6 +179,7 @@ def test_truncation_corrects_a_stale_batch_and_leaves_a_fresh_one_alone() -> Non
     assert metrics["clipped_fraction"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [{}, {"logprob": "full"}, {"ratio": "sequence"}])
 def test_an_anchor_raises_the_likelihood_of_targets_that_no_search_has_found(
     change: dict[str, object],

@@ -41,6 +41,7 @@ def batch_of(world: TinySetup) -> TrainBatch:
     return pack(scored, [ESTIMATORS["group"](scored, 1e-4)], world.tokenizer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "mistral", "gemma3"])
 @pytest.mark.parametrize("block", [4, 128])
 def test_flex_states_are_those_of_the_dense_mask(
@@ -70,6 +71,7 @@ def test_a_batch_without_slots_has_states() -> None:
     assert hidden.shape[:2] == batch.token.shape
 
 
+@pytest.mark.slow
 def test_blocks_are_skipped_and_unmasked_exactly_where_the_mask_says(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -197,6 +197,7 @@ def test_a_state_is_worth_the_same_in_a_tree_as_in_a_sequence_that_ends_there(
             assert found[path[depth - 1]] == pytest.approx(alone, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["td", "monte_carlo"])
 def test_the_head_learns_what_its_states_are_worth(
     score_random: Grow, catalog: Catalog, target: str
@@ -228,6 +229,7 @@ def test_the_head_moves_the_rest_of_the_policy_only_if_told_to(
     assert (apart < 1e-5) == detach
 
 
+@pytest.mark.slow
 def test_a_resumed_learner_with_a_head_continues_bit_for_bit(
     score_random: Grow, catalog: Catalog, tmp_path: Path
 ) -> None:

@@ -168,6 +168,7 @@ def test_every_shipped_run_file_is_valid() -> None:
     assert len(names) == len(set(names)) > 0
 
 
+@pytest.mark.slow
 def test_the_configuration_needs_neither_torch_nor_ray() -> None:
     code = "import sys, orchard.config; print({'torch', 'ray'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

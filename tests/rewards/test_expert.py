@@ -69,6 +69,7 @@ def trees_of(
     return replace(trees, prompts=prompts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_a_row_gets_what_a_guide_counted_without_it_gives(trees_with: Grow, seed: int) -> None:
     catalog, rows, history, target = world(seed)

@@ -37,6 +37,7 @@ def test_ranking_equals_the_worked_example_of_sixteen_candidates(hit: int, expec
     )
 
 
+@pytest.mark.slow
 @given(st.lists(st.lists(st.integers(0, 16), min_size=1, max_size=6), min_size=1, max_size=4))
 def test_ranking_equals_its_definition_for_groups_of_any_size_and_repeats(
     groups: list[list[int]],

@@ -33,6 +33,7 @@ def test_items_of_one_leaf_are_compared_by_their_mean_direction(trees_with: Grow
     np.testing.assert_allclose(semantic(trees, known), [np.sqrt(0.5), 1], atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("varying_depth", [False, True])
 @settings(max_examples=50)
 @given(data=st.data())

@@ -58,6 +58,7 @@ item = st.integers(0, len(ITEMS) - 1)
 row = st.tuples(st.lists(item, min_size=1, max_size=4), item)
 
 
+@pytest.mark.slow
 @given(rows=st.lists(row, min_size=1, max_size=6))
 def test_a_row_is_judged_by_what_the_other_rows_counted(trees_with: Grow, rows: Rows) -> None:
     leaves = np.arange(ITEMS.trie.num_leaves)

@@ -57,6 +57,7 @@ def slow_beam(world: TinySetup, prompt: int, leaves: set[int], width: int) -> li
     return [world.leaf_path.index(path) for path in beams]
 
 
+@pytest.mark.slow
 @examples
 @given(seed=st.integers(0, 2**16), width=st.sampled_from([1, 3, 8, 100]))
 def test_a_beam_finds_the_best_leaves_that_are_allowed(
@@ -74,6 +75,7 @@ def test_a_beam_finds_the_best_leaves_that_are_allowed(
         )
 
 
+@pytest.mark.slow
 @examples
 @given(seed=st.integers(0, 2**16), temperature=st.sampled_from([0.3, 1.0, 3.0]))
 def test_draws_are_allowed_leaves_with_the_policys_own_log_probability(
@@ -92,6 +94,7 @@ def test_draws_are_allowed_leaves_with_the_policys_own_log_probability(
         )
 
 
+@pytest.mark.slow
 def test_draws_without_replacement_are_distinct_allowed_leaves(
     world: TinySetup, engine: TorchEngine
 ) -> None:
@@ -175,6 +178,7 @@ def test_what_belongs_to_another_catalog_or_batch_is_refused(
         sample(engine, world.prompts, count=2, temperature=1.0, seed=0, allowed=beyond)
 
 
+@pytest.mark.slow
 @examples
 @given(seed=st.integers(0, 2**16), width=st.sampled_from([1, 3, 100]))
 def test_distinct_draws_are_of_the_allowed_leaves(
@@ -199,6 +203,7 @@ def with_values(seed: int) -> TinySetup:
     return world
 
 
+@pytest.mark.slow
 @settings(max_examples=10)
 @given(seed=st.integers(0, 2**16), budget=st.sampled_from([20, 80]))
 def test_a_guided_search_visits_allowed_leaves_only(seed: int, budget: int) -> None:

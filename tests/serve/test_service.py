@@ -45,6 +45,7 @@ def test_the_log_says_what_the_version_that_answered_restricted(
     assert first["history"] == [*range(8), 12]  # as the policy read it
 
 
+@pytest.mark.slow
 def test_variants_split_users_and_shadows_only_log(
     folder: Path, shop_world: TinySetup, tmp_path: Path
 ) -> None:
@@ -75,6 +76,7 @@ def test_variants_split_users_and_shadows_only_log(
         assert row["history"] == [3]
 
 
+@pytest.mark.slow
 def test_late_answers_are_popular_items_and_say_so(folder: Path) -> None:
     async def work(client: httpx.AsyncClient, service: Service) -> None:
         late = await recommend(client, history=[3], k=4, exclude=[1], deadline_ms=1e-6)
@@ -94,6 +96,7 @@ def test_late_answers_are_popular_items_and_say_so(folder: Path) -> None:
     served(folder, without, popularity=None)
 
 
+@pytest.mark.slow
 def test_cached_answers_are_marked_and_end_with_their_versions(folder: Path) -> None:
     async def work(client: httpx.AsyncClient, service: Service) -> None:
         first = await recommend(client, history=[3])
@@ -113,6 +116,7 @@ def test_cached_answers_are_marked_and_end_with_their_versions(folder: Path) -> 
     served(folder, work, cache_s=60.0)
 
 
+@pytest.mark.slow
 def test_a_full_cache_forgets_what_came_first(folder: Path) -> None:
     async def work(client: httpx.AsyncClient, service: Service) -> None:
         histories = [[3], [4], [4], [3]]
@@ -122,6 +126,7 @@ def test_a_full_cache_forgets_what_came_first(folder: Path) -> None:
     served(folder, work, cache_s=60.0, cache_size=1)
 
 
+@pytest.mark.slow
 def test_a_full_queue_answers_429_with_a_time_to_retry(folder: Path) -> None:
     async def work(client: httpx.AsyncClient, service: Service) -> None:
         body = {"history": [3], "width": 40}

@@ -64,6 +64,7 @@ async def shown(client: httpx.AsyncClient) -> dict[int, list[int]]:
     return {item["item_id"]: item["sid"] for item in answer.json()["items"]}
 
 
+@pytest.mark.slow
 def test_a_title_is_assigned_served_kept_and_read_by_other_replicas(folder: Path) -> None:
     async def work() -> None:
         async with served(folder) as (client, service), served(folder) as (other, replica):
@@ -98,6 +99,7 @@ def test_a_title_is_assigned_served_kept_and_read_by_other_replicas(folder: Path
     run(work)
 
 
+@pytest.mark.slow
 def test_two_appends_at_once_get_different_ids(folder: Path) -> None:
     async def work() -> None:
         async with served(folder) as (client, _), served(folder) as (other, replica):
@@ -124,6 +126,7 @@ def test_two_appends_at_once_get_different_ids(folder: Path) -> None:
     run(work)
 
 
+@pytest.mark.slow
 def test_items_that_cannot_be_assigned_are_refused_in_one_sentence(
     folder: Path, tmp_path: Path
 ) -> None:
@@ -176,6 +179,7 @@ def test_a_bundle_that_cannot_be_used_is_named_and_the_policy_serves(
     assert "codebooks.safetensors is damaged or was changed" in caplog.text
 
 
+@pytest.mark.slow
 def test_an_archived_policy_serves_with_the_bundle_that_the_state_keeps(folder: Path) -> None:
     async def work() -> None:
         async with served(folder) as (client, service):

@@ -115,6 +115,7 @@ def test_what_is_no_list_of_item_ids_is_refused_without_telling_it(user: str) ->
     with_store(work, Server())
 
 
+@pytest.mark.slow
 def test_a_server_that_hangs_or_is_gone_costs_a_503_and_is_asked_once() -> None:
     server = Server(hangs=True)
 

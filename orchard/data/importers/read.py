@@ -31,7 +31,7 @@ class ImportOptions:
     minimum."""
     title_words: int | None = None
     """Maximum number of words of a title, where items without a title are removed; by default 20
-    for Amazon reviews, else no filter."""
+    for Amazon reviews, else no filter. 0 is no filter either."""
     split: Literal["chronological", "leave_one_out"] | None = None
     """Rule of the split; by default leave-one-out for LC-Rec folders, else chronological."""
     max_history: int = 50
@@ -92,11 +92,11 @@ def read(source: Path, items: Path | None, choices: ImportOptions, tick: Tick) -
     if source_format in ("minionerec", "lcrec"):
         return _folder(source, source_format, items, choices, tick)
     log = _log(source, source_format, items, choices, tick)
-    max_title_words = (
-        choices.title_words if source_format != "amazon" else choices.title_words or 20
-    )
-    min_events = choices.core if source_format != "amazon" else choices.core or 5
-    if max_title_words is not None:
+    max_title_words, min_events = choices.title_words, choices.core
+    if source_format == "amazon":
+        max_title_words = 20 if max_title_words is None else max_title_words
+        min_events = min_events or 5
+    if max_title_words:
         log = titled(log, most_words=max_title_words)
     if min_events is not None:
         log = k_core(log, min_events)

@@ -28,6 +28,7 @@ def test_no_request_from_the_document_brings_the_endpoint_down(
     assert found.status[200] >= 0.5 * sum(found.status.values()), found.status
 
 
+@pytest.mark.slow
 def test_an_endpoint_that_errs_is_found_out() -> None:
     @asynccontextmanager
     async def nothing(_: FastAPI) -> AsyncGenerator[None]:

@@ -56,6 +56,7 @@ def test_a_cluster_that_nobody_runs_is_one_sentence(
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("address", ["127.0.0.1:{}", "ray://127.0.0.1:{}"])
 def test_a_port_of_something_else_is_one_sentence(
     address: str, silent: int, monkeypatch: pytest.MonkeyPatch

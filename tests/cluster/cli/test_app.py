@@ -155,6 +155,7 @@ def test_unknown_names_are_answered_with_the_known_ones(
     assert not (world.parent / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_items_may_be_titles_in_the_tokens_of_a_policy(
     world: Path, refused: Callable[..., Refusal], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -48,6 +48,7 @@ def test_a_policy_of_another_catalog_is_refused(
     assert refused("train", world).code == "catalog.mismatch"
 
 
+@pytest.mark.slow
 def test_a_run_continues_only_under_its_own_configuration(
     world: Path, refused: Callable[..., Refusal], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -77,6 +78,7 @@ def other_data(world: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["train", "valid"])
 def test_a_run_does_not_continue_on_other_data(
     file: str, world: Path, other_data: Path, refused: Callable[..., Refusal]
@@ -106,6 +108,7 @@ def test_a_run_continues_where_its_data_were_moved_or_its_test_split_changed(
     assert "everything checks out" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_evaluation_on_other_rows_is_refused_before_anything_is_searched(
     world: Path, other_data: Path, refused: Callable[..., Refusal]
 ) -> None:

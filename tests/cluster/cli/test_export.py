@@ -65,6 +65,7 @@ def logprobs(folder: Path, prompts: list[list[int]]) -> list[list[float]]:
     return found
 
 
+@pytest.mark.slow
 def test_the_folder_has_everything_and_computes_the_same(run_file: Path, tmp_path: Path) -> None:
     run = started(run_file)
     policy = model.load(run.policy, run.tokenizer)
@@ -117,6 +118,7 @@ def test_what_cannot_be_handed_over_is_refused_and_nothing_is_written(
     assert "holds no weights" in refused()
 
 
+@pytest.mark.slow
 def test_adapters_are_exported_for_their_base(
     run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -29,6 +29,7 @@ def test_a_scorer_is_fitted_measured_and_found_by_the_reward(
     assert 0 <= about["facts"]["ndcg@10/item"] <= about["facts"]["hr@10/item"] <= 1
 
 
+@pytest.mark.slow
 def test_a_list_evaluator_is_fitted_measured_and_found_by_the_reward(
     world: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -53,6 +53,7 @@ def worker(run: Run) -> RolloutWorker:
     return RolloutWorker(*given, run.critic, run.guide)
 
 
+@pytest.mark.slow
 def test_a_fitted_guide_guides_rollouts_and_evaluations(
     file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -83,6 +84,7 @@ def test_a_fitted_guide_guides_rollouts_and_evaluations(
     assert wide.proved.all()
 
 
+@pytest.mark.slow
 def test_a_policy_of_the_run_carries_its_guide_along(file: Path) -> None:
     cli.main(["fit", "guide", str(file)])
     run = prepare(config.load(file), "train")
@@ -94,6 +96,7 @@ def test_a_policy_of_the_run_carries_its_guide_along(file: Path) -> None:
     assert carried.digest == run.guide.digest
 
 
+@pytest.mark.slow
 def test_evaluations_use_the_guide_of_the_policy_and_say_what_it_was_fitted_for(
     file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

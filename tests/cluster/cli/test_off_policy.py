@@ -44,6 +44,7 @@ def drawn(world: TinySetup, number: int) -> list[dict[str, object]]:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_policy_is_judged_by_what_another_one_drew(tmp_path: Path) -> None:
     world = tiny_setup(num_items=40)
     rows = drawn(world, 3000)
@@ -105,6 +106,7 @@ def judged(
     return evaluate_log(folder, tmp_path / "log.parquet", tmp_path / "rewards.parquet", None)
 
 
+@pytest.mark.slow
 def test_a_draw_of_an_item_that_the_catalog_lacks_counts_with_weight_0(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -173,6 +173,7 @@ def test_the_address_is_written_and_taken_back(tmp_path: Path) -> None:
     assert not (tmp_path / TARGETS).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_order", [True, False])
 def test_the_end_is_exported_before_nobody_listens_any_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_order: bool

@@ -97,6 +97,7 @@ def run_file(tiny_run: TinyRun) -> Path:
     return tiny_run(model={"value_head": True}, rollout={"engine": "torch"})
 
 
+@pytest.mark.slow
 def test_the_command_plans_without_starting_anything(
     run_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -68,6 +68,7 @@ def test_equal_seeds_give_equal_runs_and_a_spread_costs_time() -> None:
     assert simulate(slow, 16).step_s > simulate(CALM, 16).step_s
 
 
+@pytest.mark.slow
 def test_the_command_simulates_a_run_under_assumptions(
     tiny_run: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

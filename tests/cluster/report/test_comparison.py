@@ -26,6 +26,7 @@ def a_run(folder: Path, *, rate: float, hit: float, num_rows: int = 500) -> Path
     return folder
 
 
+@pytest.mark.slow
 def test_runs_are_set_side_by_side_and_against_the_first(tmp_path: Path) -> None:
     runs = [
         a_run(tmp_path / name, rate=r, hit=h) for name, r, h in (("a", 0.1, 0.2), ("b", 0.2, 0.6))

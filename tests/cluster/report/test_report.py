@@ -78,6 +78,7 @@ def remove(path: Path) -> None:
     path.rmdir() if path.is_dir() else path.unlink()
 
 
+@pytest.mark.slow
 def test_a_whole_run_has_all_parts_and_misses_none(run_dir: Path) -> None:
     path = write_report(run_dir)
     assert path == run_dir / "report.html"
@@ -92,6 +93,7 @@ def test_a_whole_run_has_all_parts_and_misses_none(run_dir: Path) -> None:
     assert text.count("<svg") >= 4
 
 
+@pytest.mark.slow
 def test_names_are_text_and_never_markup(run_dir: Path) -> None:
     text = page(gather(run_dir))
     assert "a &lt;b&gt;" in text
@@ -99,6 +101,7 @@ def test_names_are_text_and_never_markup(run_dir: Path) -> None:
     assert "made_up/&lt;thing&gt;" in text
 
 
+@pytest.mark.slow
 def test_the_table_sets_after_against_before_row_by_row(run_dir: Path) -> None:
     findings = gather(run_dir)
     assert list(findings.evaluations) == ["warm_start", "trained"]
@@ -111,6 +114,7 @@ def test_the_table_sets_after_against_before_row_by_row(run_dir: Path) -> None:
     assert re.search(rf"class='up'>\+{f'{gain:.4f}'[1:]} <small>", page(findings))
 
 
+@pytest.mark.slow
 def test_the_seconds_of_a_phase_add_up_to_its_steps(run_dir: Path) -> None:
     cells = re.sub(r"<[^>]+>", " ", page(gather(run_dir)))
     assert re.search(r"cluster/publish_s\s+1\.5\s+25\.0%\s+0\.500\s+0\.500", cells)
@@ -120,6 +124,7 @@ def test_the_seconds_of_a_phase_add_up_to_its_steps(run_dir: Path) -> None:
     assert re.search(r"sft/epoch_s\s+4\.0\s+100\.0%", cells)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [(), *((part,) for part in PARTS)])
 def test_a_report_is_made_of_whatever_is_there_and_says_what_is_not(
     run_dir: Path, kept: tuple[str, ...]
@@ -170,6 +175,7 @@ def test_there_is_no_report_without_a_run_folder(tmp_path: Path) -> None:
         write_report(tmp_path / "nowhere")
 
 
+@pytest.mark.slow
 def test_any_series_can_be_drawn() -> None:
     def series(values: list[float]) -> Series:
         count = len(values)
@@ -195,6 +201,7 @@ def test_a_running_mean_leaves_a_straight_line_straight_and_steps_over_gaps() ->
     np.testing.assert_allclose(running_mean(gap, width=7)[1:-1], 1.0)
 
 
+@pytest.mark.slow
 def test_a_table_that_is_wider_than_a_phone_scrolls_by_itself(run_dir: Path) -> None:
     text = page(gather(run_dir))
     tables = re.findall(r"(<div class='scroll'>)?<table", text)

@@ -136,6 +136,7 @@ def test_a_best_checkpoint_judged_otherwise_is_judged_again(
     assert PolicyFacts.read(run.result).measurements["valid_score"] == 0.5
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_done_again_where_the_test_file_or_the_policy_has_changed(
     controller: Controller, data: Path, tmp_path: Path
 ) -> None:
@@ -171,6 +172,7 @@ def test_an_evaluation_is_done_again_where_the_test_file_or_the_policy_has_chang
     assert evaluated()[0].split == first.split
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_done_again_where_its_further_lists_are_missing_or_old(
     controller: Controller, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import numpy as np
+import pytest
 
 from cluster.training.hit_shares import hits, warning
 from cluster.training.run import prepare
@@ -14,6 +15,7 @@ from tests.fixtures.begun import untrained
 Load = Callable[..., Config]
 
 
+@pytest.mark.slow
 def test_a_share_clearly_above_that_of_held_out_rows_is_warned_of(load: Load) -> None:
     first = untrained(load())
     run = prepare(load(), "train")

@@ -153,6 +153,7 @@ def spreads(scored: ScoredTrees) -> list[bool]:
     return [len(set(group.tolist())) > 1 for group in groups]
 
 
+@pytest.mark.slow
 def test_without_further_draws_and_hints_a_step_is_searched_once(tmp_path: Path) -> None:
     shop = Shop(tmp_path)
     scored = shop.step(2)
@@ -164,6 +165,7 @@ def test_without_further_draws_and_hints_a_step_is_searched_once(tmp_path: Path)
     assert scored.trees.hinted is None
 
 
+@pytest.mark.slow
 def test_groups_are_drawn_until_enough_teach(tmp_path: Path) -> None:
     shop = Shop(tmp_path, batch_size=5)
     for step in range(3):
@@ -191,6 +193,7 @@ def test_groups_are_drawn_until_enough_teach(tmp_path: Path) -> None:
     np.testing.assert_array_equal(again.reward, scored.reward)
 
 
+@pytest.mark.slow
 def test_draws_stop_at_their_bound_and_where_enough_groups_teach() -> None:
     def blank(rows: Sequence[int]) -> ScoredTrees:
         trees = tiny_trees(rows)
@@ -229,6 +232,7 @@ def tiny_trees(rows: Sequence[int]) -> Any:
     return build_search_trees(prompts, found, setup.tokenizer, setup.version)
 
 
+@pytest.mark.slow
 def test_a_group_that_teaches_nothing_gets_the_shortest_hint_that_helps(tmp_path: Path) -> None:
     shop = Shop(tmp_path, hints=2)
     scored = shop.step(1)
@@ -259,6 +263,7 @@ def test_a_group_that_teaches_nothing_gets_the_shortest_hint_that_helps(tmp_path
     assert scored.trees.cost.forward_tokens == cost
 
 
+@pytest.mark.slow
 def test_hinted_codes_have_no_choice_and_their_prompts_are_learned_from(tmp_path: Path) -> None:
     shop = Shop(tmp_path, hints=2)
     config = shop.config(hint_weight=0.01)
@@ -277,6 +282,7 @@ def test_hinted_codes_have_no_choice_and_their_prompts_are_learned_from(tmp_path
     assert len(batch.codes.row)
 
 
+@pytest.mark.slow
 def test_the_log_counts_every_search(tmp_path: Path) -> None:
     shop = Shop(tmp_path, hints=1)
     scored = shop.step(0, max_draws=2)

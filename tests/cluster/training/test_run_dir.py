@@ -19,6 +19,7 @@ from tests.fixtures.bundles import write_shop
 from tests.fixtures.runs import TinyRun
 
 
+@pytest.mark.slow
 def test_warm_start_training_and_export_carry_the_bundle(tiny_run: TinyRun, tmp_path: Path) -> None:
     made = write_shop(tmp_path / "data")
     path = tiny_run()
@@ -46,6 +47,7 @@ def test_warm_start_training_and_export_carry_the_bundle(tiny_run: TinyRun, tmp_
     assert "(`sids/`) gives new ones semantic IDs" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_policy_from_before_takes_the_bundle_of_its_data(
     tiny_run: TinyRun, tmp_path: Path
 ) -> None:
@@ -62,6 +64,7 @@ def test_a_policy_from_before_takes_the_bundle_of_its_data(
     assert exported.digest == made.digest
 
 
+@pytest.mark.slow
 def test_a_run_with_the_bundle_of_other_items_does_not_start(
     tiny_run: TinyRun, tmp_path: Path
 ) -> None:
@@ -80,6 +83,7 @@ def replace_data(settings: config.Config, data: object) -> config.Config:
     return settings.model_copy(update={"data": data})
 
 
+@pytest.mark.slow
 def test_a_policy_goes_on_with_new_items_of_its_bundle(
     tiny_run: TinyRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

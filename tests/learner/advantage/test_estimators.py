@@ -44,6 +44,7 @@ def test_group_advantages_equal_the_worked_examples_of_sixteen_candidates(
         assert credit.advantage[candidate, 0] == pytest.approx(advantage, abs=3e-4)
 
 
+@pytest.mark.slow
 @given(rewards=reward_groups)
 @pytest.mark.parametrize("name", WHOLE)
 def test_advantages_sum_to_zero_within_every_group(
@@ -56,6 +57,7 @@ def test_advantages_sum_to_zero_within_every_group(
     np.testing.assert_allclose(total, 0, atol=1e-5)
 
 
+@pytest.mark.slow
 @given(rewards=reward_groups)
 def test_advantages_equal_their_definitions(score_leaves: Grow, rewards: list[list[float]]) -> None:
     scored = score_leaves([range(len(group)) for group in rewards], rewards)

@@ -51,6 +51,7 @@ def pair_of(group: Group) -> tuple[int, int] | None:
     return None if positive is None or negative is None else (positive, negative)
 
 
+@pytest.mark.slow
 @given(groups=groups_of_candidates)
 def test_the_boundary_is_the_likeliest_positive_and_the_likeliest_negative(
     groups: list[Group],
@@ -89,6 +90,7 @@ def windowed(group: Group, low: float, high: float) -> list[float]:
     ]
 
 
+@pytest.mark.slow
 @given(groups=groups_of_candidates, edges=st.tuples(st.floats(0, 1), st.floats(0, 1)))
 def test_a_window_weighs_negatives_by_their_share_in_it(
     groups: list[Group], edges: tuple[float, float]

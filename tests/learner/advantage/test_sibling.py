@@ -80,6 +80,7 @@ def test_equal_codes_of_several_prompts_never_meet() -> None:
         np.testing.assert_allclose(3 * together.weight[part][order], alone.weight[single_order])
 
 
+@pytest.mark.slow
 @given(
     groups=st.lists(
         st.lists(

@@ -99,6 +99,7 @@ def test_choices_are_the_unforced_codes_with_the_summed_credit_of_their_candidat
     assert (np.minimum(batch.advantage_pos, -batch.advantage_neg) > 0).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [pack, flatten])
 def test_choice_logprobs_add_up_to_those_of_an_ordinary_forward_pass_per_leaf(
     catalog: Catalog, policy: Policy, score_random: Grow, layout: Callable[..., Any]

@@ -140,6 +140,7 @@ def test_a_digest_names_items_codes_and_sizes() -> None:
     assert catalogs.from_codes([[0, 1], [1, 0]], title=["x", "y"]).digest == same[0].digest
 
 
+@pytest.mark.slow
 @examples
 @given(
     st.lists(st.lists(st.integers(0, 40_000), min_size=1, max_size=5), min_size=1, max_size=20),

@@ -63,6 +63,7 @@ def test_nodes_are_numbered_by_depth_and_then_by_path(codes: list[list[int]]) ->
     assert trie.depth_of(every(oracle)).tolist() == [len(p) for p in oracle.paths]
 
 
+@pytest.mark.slow
 @examples
 @given(sequences)
 def test_children_are_the_codes_that_may_follow_in_order(codes: list[list[int]]) -> None:
@@ -76,6 +77,7 @@ def test_children_are_the_codes_that_may_follow_in_order(codes: list[list[int]])
     assert torch.equal(trie.num_children(order), children.start.diff())
 
 
+@pytest.mark.slow
 @examples
 @given(sequences)
 def test_a_parent_is_its_childs_path_but_for_the_last_code(codes: list[list[int]]) -> None:
@@ -84,6 +86,7 @@ def test_a_parent_is_its_childs_path_but_for_the_last_code(codes: list[list[int]
     assert trie.parent(every(oracle)).tolist() == expected
 
 
+@pytest.mark.slow
 @examples
 @given(sequences)
 def test_descending_follows_codes_without_an_alternative(codes: list[list[int]]) -> None:
@@ -94,6 +97,7 @@ def test_descending_follows_codes_without_an_alternative(codes: list[list[int]])
         assert reached == oracle.node[path]
 
 
+@pytest.mark.slow
 @examples
 @given(sequences)
 def test_leaves_are_the_sequences_and_hold_their_items(codes: list[list[int]]) -> None:
@@ -110,6 +114,7 @@ def test_leaves_are_the_sequences_and_hold_their_items(codes: list[list[int]]) -
         assert catalog.place_in_leaf[items].tolist() == list(range(len(items)))
 
 
+@pytest.mark.slow
 @examples
 @given(sequences)
 def test_end_markers_are_added_to_prefixes_and_to_nothing_else(codes: list[list[int]]) -> None:

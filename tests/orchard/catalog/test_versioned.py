@@ -93,6 +93,7 @@ def offered(snapshot: Snapshot) -> dict[int, list[int]]:
     return {i: [c for c in sid if c >= 0] for i, sid in zip(ids, plain, strict=True)}
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(changes)
 def test_after_any_changes_it_offers_what_a_catalog_made_anew_does(

@@ -13,6 +13,7 @@ from orchard.testing import tiny_catalog
 sequences = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=4), min_size=1, max_size=12)
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(sequences, st.integers(0, 2**12 - 1))
 def test_a_node_counts_the_live_leaves_at_and_below_it(codes: list[list[int]], bits: int) -> None:

@@ -34,6 +34,7 @@ def test_levels_have_room_for_every_code_of_the_bundle(tmp_path: Path) -> None:
     assert without.level_size[2] < 30
 
 
+@pytest.mark.slow
 def test_a_bundle_with_later_items_is_that_of_the_catalog(tmp_path: Path) -> None:
     made = write_shop(tmp_path / "shop")
     added = made.table.take(np.array([0, 1]))
@@ -44,6 +45,7 @@ def test_a_bundle_with_later_items_is_that_of_the_catalog(tmp_path: Path) -> Non
     assert (found.version, len(found.table)) == (2, 62)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["other codes", "other depth", "unknown item"])
 def test_a_bundle_of_another_catalog_is_refused_with_both_digests(
     tmp_path: Path, kind: str
@@ -70,6 +72,7 @@ def test_a_bundle_of_another_catalog_is_refused_with_both_digests(
     assert caught.value.code == "catalog.other_bundle"
 
 
+@pytest.mark.slow
 def test_a_bundle_that_is_named_has_to_be_there(tmp_path: Path) -> None:
     write_shop(tmp_path / "shop")
     shutil.move(tmp_path / "shop" / "sids", tmp_path / "elsewhere")

@@ -152,6 +152,7 @@ def test_pairing_sees_a_small_gain_that_separate_intervals_do_not() -> None:
     assert ranking.paired(better, worse, width=50)["hr@10/sid"].low > 0
 
 
+@pytest.mark.slow
 def test_intervals_of_several_seeds_are_those_of_resampled_rows_and_seeds() -> None:
     draw = np.random.default_rng(4)
     a, b = draw.normal(size=(4, 60, 1)), draw.normal(size=(2, 60, 1))

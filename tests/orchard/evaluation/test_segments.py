@@ -18,6 +18,7 @@ a_row = st.tuples(
 )
 
 
+@pytest.mark.slow
 @given(
     st.lists(a_row, min_size=1, max_size=20), st.lists(a_row, min_size=1, max_size=20), st.data()
 )

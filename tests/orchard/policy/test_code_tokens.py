@@ -66,6 +66,7 @@ def spelt_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+@pytest.mark.slow
 def test_a_folder_in_another_spelling_loads_searches_trains_and_answers(tmp_path: Path) -> None:
     catalog, text = tiny_catalog(level_size=SIZES), spelt_tokenizer()
     known = len(text)

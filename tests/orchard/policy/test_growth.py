@@ -116,6 +116,7 @@ def test_levels_of_another_size_are_refused(first: Bundle, tmp_path: Path) -> No
         growth_of(tmp_path / "policy", wide, later)
 
 
+@pytest.mark.slow
 def test_rows_of_a_tied_head_are_started_once(first: Bundle, tmp_path: Path) -> None:
     policy = save_carrying_policy(first, tmp_path / "policy")
     later = grown(first, (0, 0, 33))

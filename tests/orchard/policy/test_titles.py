@@ -110,6 +110,7 @@ def test_an_empty_title_is_refused_under_a_tokenizer_of_titles(tmp_path: Path) -
         read(tmp_path / "items.parquet", made)
 
 
+@pytest.mark.slow
 def test_real_titles_with_equal_ones_and_beginnings_of_others_become_leaves(
     shared_data: Path,
 ) -> None:

@@ -81,6 +81,7 @@ def test_outcomes_are_the_discounted_step_rewards_from_a_state_on(split: Split) 
         np.testing.assert_allclose(outcome[row, walk], expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_only_legal_codes_have_a_probability(catalog: Catalog, split: Split) -> None:
     critic, trie = critic_of(catalog), catalog.trie
     walks = walks_of(critic, split)
@@ -111,6 +112,7 @@ def test_a_prefix_is_worth_the_same_in_a_search_as_in_training(
     )
 
 
+@pytest.mark.slow
 def test_a_critic_learns_what_follows_a_history(catalog: Catalog, split: Split) -> None:
     critic = critic_of(catalog)
     held_out = [walks_of(critic, split, seed=99)]

@@ -97,6 +97,7 @@ def test_a_missing_or_foreign_model_is_refused_before_anything_starts(tmp_path: 
         preload({"listwise": 1.0}, replace(known, catalog=tiny_catalog()))
 
 
+@pytest.mark.slow
 def test_fitting_learns_what_follows_what_and_equal_seeds_give_equal_models() -> None:
     items = catalogs.from_codes([[code // 4, code % 4] for code in range(12)])
     at = np.arange(240)

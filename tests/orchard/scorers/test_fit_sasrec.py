@@ -130,6 +130,7 @@ def test_a_missing_foreign_or_damaged_model_is_refused_before_anything_starts(
         preload(weights, RewardContext(catalog=ITEMS, settings=known.settings))
 
 
+@pytest.mark.slow
 def test_fitting_learns_what_follows_what_and_equal_seeds_give_equal_models() -> None:
     rows = [[at % 5, (at + 1) % 5, (at + 2) % 5] for at in range(40)]
     settings = CollaborativeConfig(

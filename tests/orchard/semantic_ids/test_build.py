@@ -43,6 +43,7 @@ def shop(folder: Path, titles: list[str | None]) -> Path:
 TITLES: list[str | None] = [f"{a} {b}" for a in ("red", "blue", "black") for b in "uvwxyz"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantiser", QUANTIZERS)
 def test_every_quantiser_leaves_the_same_report(
     quantiser: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -55,6 +56,7 @@ def test_every_quantiser_leaves_the_same_report(
     assert report["after"]["distinct"] == catalogs.read(folder / "items.parquet").trie.num_leaves
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("source", ["titles", "interactions"])
 def test_a_data_set_gets_semantic_ids_that_make_a_catalog(
@@ -76,6 +78,7 @@ def test_a_data_set_gets_semantic_ids_that_make_a_catalog(
     build(folder, recipe, overwrite=True)
 
 
+@pytest.mark.slow
 def test_embeddings_of_ones_own_are_taken_by_identifier(tmp_path: Path) -> None:
     folder = shop(tmp_path / "shop", TITLES)
     points = blobs(per=2)[:18]
@@ -132,6 +135,7 @@ def test_what_cannot_be_embedded_is_refused_and_the_folder_stays_as_it_was(tmp_p
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["npy", "npz", "pt"])
 def test_rows_without_identifiers_stay_with_their_items_when_those_are_reordered(
     suffix: str, tmp_path: Path
@@ -171,6 +175,7 @@ def test_rows_without_identifiers_stay_with_their_items_when_those_are_reordered
         build(folder, other, overwrite=True)
 
 
+@pytest.mark.slow
 def test_items_without_signal_are_counted_and_bounded(tmp_path: Path) -> None:
     folder = shop(tmp_path / "shop", TITLES)
     points = blobs(per=2)[:18]

@@ -52,6 +52,7 @@ def sids(path: Path) -> dict[int, list[int]]:
     return dict(zip(table["item_id"].to_pylist(), table["sid"].to_pylist(), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("quantiser", QUANTIZERS)
 def test_the_items_of_a_bundle_get_their_ids_again_to_the_last_code(
@@ -78,6 +79,7 @@ def test_the_items_of_a_bundle_get_their_ids_again_to_the_last_code(
     assert (assign.repeat(known, broken) != known.table.sid).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantiser", QUANTIZERS)
 def test_new_items_take_free_codes_and_old_ones_never_move(
     quantiser: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -105,6 +107,7 @@ def test_new_items_take_free_codes_and_old_ones_never_move(
     assert sids(tmp_path / "all-out.parquet") == before | found
 
 
+@pytest.mark.slow
 def test_a_new_item_takes_the_nearest_free_code_below_its_prefix(tmp_path: Path) -> None:
     folder = of_vectors(tmp_path)
     known = Bundle.open(folder)
@@ -125,6 +128,7 @@ def test_a_new_item_takes_the_nearest_free_code_below_its_prefix(tmp_path: Path)
         assert alone.items.nearest[0] == pytest.approx(distance.min(), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_an_extra_level_counts_on_and_keeping_shares(tmp_path: Path) -> None:
     for policy in ("extra_level", "keep"):
         (tmp_path / policy).mkdir()
@@ -143,6 +147,7 @@ def test_an_extra_level_counts_on_and_keeping_shares(tmp_path: Path) -> None:
         assert made.is_shared.tolist() == [len(ranks) >= size, len(ranks) + 1 >= size]
 
 
+@pytest.mark.slow
 def test_a_full_level_refuses_or_is_shared(tmp_path: Path) -> None:
     folder = of_vectors(tmp_path, levels=(2, 2))
     items = new_items(tmp_path / "new.parquet", item_id=[900, 901])
@@ -160,6 +165,7 @@ def test_a_full_level_refuses_or_is_shared(tmp_path: Path) -> None:
     assert (report.num_shared, report.version) == (2, 2)
 
 
+@pytest.mark.slow
 def test_narrow_numbers_are_taken_and_zeros_counted(tmp_path: Path) -> None:
     folder = of_vectors(tmp_path)
     items = new_items(tmp_path / "new.parquet", item_id=[900, 901, 902, 903])
@@ -185,6 +191,7 @@ def test_narrow_numbers_are_taken_and_zeros_counted(tmp_path: Path) -> None:
     assert list(found[2].values()) == made.items.sid.tolist()
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_a_bundle_is_refused(tmp_path: Path) -> None:
     folder = of_vectors(tmp_path)
     items = new_items(tmp_path / "new.parquet", item_id=[900, 901])
@@ -218,6 +225,7 @@ def test_what_does_not_fit_a_bundle_is_refused(tmp_path: Path) -> None:
     assert bundle.versions(folder) == bundle.versions(titles) == [1]
 
 
+@pytest.mark.slow
 def test_a_title_without_a_known_word_is_assigned_and_counted(tmp_path: Path) -> None:
     folder = shop(tmp_path / "shop", levels=(3, 40))
     items = new_items(tmp_path / "new.parquet", item_id=[900, 901], title=["zzz", "red oak lamp"])
@@ -229,6 +237,7 @@ def test_a_title_without_a_known_word_is_assigned_and_counted(tmp_path: Path) ->
     assert tuple(sids(tmp_path / "out.parquet")[900]) not in own
 
 
+@pytest.mark.slow
 def test_an_encoder_is_named_by_its_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def of_model(title: list[str], folder: Path) -> np.ndarray[Any, Any]:
         return np.stack([VECTORS[sum(map(ord, text)) % 64] for text in title])
@@ -248,6 +257,7 @@ def test_an_encoder_is_named_by_its_digest(tmp_path: Path, monkeypatch: pytest.M
     assert report.num_new == 1
 
 
+@pytest.mark.slow
 def test_codes_of_items_elsewhere_are_in_the_way_and_sizes_are_kept(tmp_path: Path) -> None:
     known = Bundle.open(of_vectors(tmp_path))
     ids, vectors = np.arange(4) + 900, VECTORS[60:]

@@ -39,6 +39,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rqvae, "_UPDATES", 20)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("levels", [(4, 8), (3, 5, 40), (2, 200)])
 @pytest.mark.parametrize(
     ("quantiser", "collisions"),
@@ -68,6 +69,7 @@ def test_in_parts_and_at_once_give_the_same_ids(
     assert not (folders[1] / sampled.WORK).exists()
 
 
+@pytest.mark.slow
 def test_a_sample_codes_all_items_and_new_ones(tmp_path: Path) -> None:
     folder = shop(tmp_path / "shop")
     recipe = SemanticIdConfig(levels=(4, 300), embeddings=folder / "e.npy", sample=320)
@@ -81,6 +83,7 @@ def test_a_sample_codes_all_items_and_new_ones(tmp_path: Path) -> None:
     assert (again.num_new, again.num_moved, again.version) == (1, 1, 2)
 
 
+@pytest.mark.slow
 def test_an_interrupted_build_goes_on_from_its_last_shard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,6 +122,7 @@ def test_an_interrupted_build_goes_on_from_its_last_shard(
     assert after["key.json"] != (work / "key.json").stat().st_mtime_ns
 
 
+@pytest.mark.slow
 def test_rows_do_not_follow_items_that_were_put_in_another_order(tmp_path: Path) -> None:
     folder = shop(tmp_path / "shop")
     recipe = {"levels": (4, 8), "embeddings": folder / "e.npy"}

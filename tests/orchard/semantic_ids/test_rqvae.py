@@ -10,6 +10,7 @@ from orchard.semantic_ids.quantize import distances
 from tests.fixtures.points import blobs
 
 
+@pytest.mark.slow
 def test_a_learned_quantiser_recovers_the_scales_of_the_data_and_repeats_itself(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -81,6 +81,7 @@ def assert_same(ours: Candidates, reference: Candidates) -> None:
     assert np.allclose(ours.logprob, reference.logprob, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page_size", [1, 4, 64])
 @pytest.mark.parametrize("bounds", [{}, {"max_tokens": 3}, {"max_spans": 2}])
 def test_searches_are_those_of_the_reference(
@@ -120,6 +121,7 @@ def guided(world: TinySetup, *, scale: float = 0.3) -> ValueHead:
     return head
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("world", "settings"),
     [
@@ -185,6 +187,7 @@ def used(engine: PagedBackend, find: Any, prompts: Any) -> int:
     return engine._used
 
 
+@pytest.mark.slow
 def test_batches_that_do_not_fit_are_split(
     world: TinySetup, engine: TorchEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -202,6 +205,7 @@ def test_batches_that_do_not_fit_are_split(
     assert "raise rollout.kv_cache_gib" in caplog.text
 
 
+@pytest.mark.slow
 def test_what_prompts_may_find_is_split_with_their_batch() -> None:
     world = tiny_setup(num_items=60)
     trie, count = world.catalog.trie, len(world.prompts)

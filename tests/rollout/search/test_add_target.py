@@ -34,6 +34,7 @@ def search_of(kind: str, world: TinySetup, count: int) -> Find:
     }[kind]
 
 
+@pytest.mark.slow
 def test_a_followed_leaf_has_its_brute_force_probability(
     world: TinySetup, engine: TorchEngine
 ) -> None:

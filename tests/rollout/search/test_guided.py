@@ -40,6 +40,7 @@ WORLDS = [
 ]
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(
     index=st.integers(0, len(WORLDS) - 1),

@@ -72,6 +72,7 @@ def test_candidates_are_below_the_hint_with_their_probability_given_it(
                 assert sorted(found.leaf[here].tolist()) == leaves
 
 
+@pytest.mark.slow
 def test_a_value_guided_search_stays_below_the_hint() -> None:
     guided = tiny_setup(level_size=(4, 4, 5), num_items=40)
     value_head.attach(guided.model, seed=0)
@@ -146,6 +147,7 @@ def test_hinted_codes_are_forced_and_no_others(world: TinySetup, engine: TorchEn
         np.testing.assert_array_equal(nothing.forced, trees.forced)
 
 
+@pytest.mark.slow
 def test_a_worker_gives_hints_and_otherwise_searches_as_without_them(tmp_path: Path) -> None:
     world = tiny_setup()
     folder = world.save(tmp_path)

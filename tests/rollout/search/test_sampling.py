@@ -47,6 +47,7 @@ def probability_of_sets(leaf_probability: np.ndarray, size: int) -> dict[tuple[i
     return chance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1, 2, 3])
 def test_sets_of_leaves_are_as_frequent_as_draws_without_replacement(
     torch_engine: Callable[[TinySetup], TorchEngine], width: int

@@ -61,6 +61,7 @@ def spans(trees: SearchTrees, path: np.ndarray) -> list[list[int]]:
     return [trees.token[a:b].tolist() for a, b in bounds]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "think", [{"width": 1}, {"width": 3}, {"width": 3, "codes": "beam"}], ids=str
 )
@@ -91,6 +92,7 @@ def test_a_sample_is_a_block_per_code_and_then_the_codes(
     assert gap(world, trees) < 1e-5
 
 
+@pytest.mark.slow
 def test_draws_depend_on_prompt_and_sample_alone(world: TinySetup, folder: Path) -> None:
     one = rollout_worker(world, folder)
     whole, again = one.search(world.prompts, 3), one.search(world.prompts, 3)
@@ -191,6 +193,7 @@ def test_a_text_that_ends_within_a_block_leaves_too_few_blocks(world: TinySetup)
     assert thoughts.forced[:4].tolist() == [True, False, False, True]
 
 
+@pytest.mark.slow
 def test_evaluation_thinks_greedily_and_then_searches_the_beam(
     world: TinySetup, folder: Path
 ) -> None:

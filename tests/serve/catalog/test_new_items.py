@@ -212,6 +212,7 @@ def test_numbers_of_half_precision_are_numbers(embedded: Bundle, kind: torch.dty
     assert item.sid[0] == ((point - embedded.books[0]) ** 2).sum(axis=1).argmin()
 
 
+@pytest.mark.slow
 def test_a_full_level_is_refused_or_shared(tmp_path: Path) -> None:
     bundle = write_shop(tmp_path / "shop", embedded=True, levels=(3, 40))
     store, count = store_of(bundle), 0
@@ -240,6 +241,7 @@ def test_codes_without_a_token_are_not_assigned(embedded: Bundle) -> None:
     assert all(item.sid[1] < 20 for item in made)
 
 
+@pytest.mark.slow
 def test_a_bundle_whose_collisions_have_a_level_gives_the_lowest_free_number(
     tmp_path: Path,
 ) -> None:

@@ -47,6 +47,7 @@ def ranked_by(key: np.ndarray, allowed: set[int], catalog: Catalog, cap: int | N
     return expected
 
 
+@pytest.mark.slow
 @examples
 @given(
     exclude=some,
@@ -83,6 +84,7 @@ def test_an_answer_is_the_ranking_of_all_items_less_those_excluded(
         assert ranked.shortfall_reason == ("exhausted" if is_exhausted else "per_prefix")
 
 
+@pytest.mark.slow
 @example(exclude=[], names=[], k=2, cap=None, width=1, seed=0, wide=50)
 @examples
 @given(

@@ -116,6 +116,7 @@ fields = st.sampled_from([
 ])  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(body=requests)
 def test_valid_requests_are_answered_with_legal_items_or_refused(
@@ -137,6 +138,7 @@ def test_valid_requests_are_answered_with_legal_items_or_refused(
             assert set(shown) == allowed
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(path=st.sampled_from(PATHS), body=anything | st.dictionaries(fields, anything, max_size=5))
 def test_any_json_is_answered_or_refused(served: Served, path: str, body: object) -> None:

@@ -104,6 +104,7 @@ def test_deltas_and_activations_need_the_token(
     served(folder, work)
 
 
+@pytest.mark.slow
 def test_a_delta_shows_in_the_next_answer_and_can_be_taken_back(folder: Path) -> None:
     async def change(client: httpx.AsyncClient, **body: Any) -> dict[str, Any]:
         response = await client.post("/v1/catalog/delta", json=body, headers=OPERATOR)
@@ -133,6 +134,7 @@ def test_a_delta_shows_in_the_next_answer_and_can_be_taken_back(folder: Path) ->
     served(folder, work)
 
 
+@pytest.mark.slow
 def test_replicas_share_deltas_and_later_ones_read_them_all(folder: Path) -> None:
     async def work(client: httpx.AsyncClient, service: Service) -> None:
         other = open_service(folder, settings(folder), InMemoryMetrics())
@@ -153,6 +155,7 @@ def test_replicas_share_deltas_and_later_ones_read_them_all(folder: Path) -> Non
     served(folder, work)
 
 
+@pytest.mark.slow
 def test_the_endpoint_follows_training_pins_and_goes_back(
     folder: Path, shop_world: TinySetup
 ) -> None:
@@ -187,6 +190,7 @@ def test_the_endpoint_follows_training_pins_and_goes_back(
     served(folder, work)
 
 
+@pytest.mark.slow
 def test_a_policy_exported_while_the_endpoint_starts_is_found(
     folder: Path, shop_world: TinySetup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,6 +227,7 @@ def test_a_kept_policy_under_another_name_is_not_activated(
     served(folder, work)
 
 
+@pytest.mark.slow
 def test_the_newest_versions_are_kept_and_can_be_activated(
     folder: Path, shop_world: TinySetup
 ) -> None:
@@ -239,6 +244,7 @@ def test_the_newest_versions_are_kept_and_can_be_activated(
     served(folder, work, versions=2)
 
 
+@pytest.mark.slow
 def test_a_policy_that_is_not_what_it_says_is_not_followed(
     folder: Path, shop_world: TinySetup
 ) -> None:

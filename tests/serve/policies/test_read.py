@@ -63,6 +63,7 @@ def variant_info(service: Service, name: str = "main") -> VariantInfo:
     return next(one for one in policy_info(service).variants if one.name == name)
 
 
+@pytest.mark.slow
 def test_requests_follow_the_guide_unless_they_say_otherwise(folder: Path, guide: Guide) -> None:
     async def work(service: Service) -> None:
         info = variant_info(service)
@@ -86,6 +87,7 @@ def test_requests_follow_the_guide_unless_they_say_otherwise(folder: Path, guide
     served(folder, work)
 
 
+@pytest.mark.slow
 def test_a_guide_may_be_switched_off_for_all_or_for_a_variant(folder: Path, guide: Guide) -> None:
     async def off(service: Service) -> None:
         assert variant_info(service).guide == ""
@@ -106,6 +108,7 @@ def test_a_guide_may_be_switched_off_for_all_or_for_a_variant(folder: Path, guid
     served(folder, compare, variants={"plain": VariantConfig(policy=folder, guide=False)})
 
 
+@pytest.mark.slow
 def test_a_policy_and_its_guide_switch_together(
     folder: Path, shop_world: TinySetup, guide: Guide
 ) -> None:
@@ -183,6 +186,7 @@ def test_a_guide_that_gets_damaged_under_the_endpoint_serves_on(folder: Path, gu
     served(folder, work)
 
 
+@pytest.mark.slow
 def test_a_delta_carries_the_guide_along(folder: Path, guide: Guide) -> None:
     async def work(service: Service) -> None:
         before = await ask(service, explain="levels")
@@ -212,6 +216,7 @@ def test_a_delta_carries_the_guide_along(folder: Path, guide: Guide) -> None:
     served(folder, work)
 
 
+@pytest.mark.slow
 def test_answers_of_another_guide_do_not_come_from_the_cache(
     folder: Path, shop_world: TinySetup
 ) -> None:
@@ -224,6 +229,7 @@ def test_answers_of_another_guide_do_not_come_from_the_cache(
     served(folder, work, cache_s=60.0)
 
 
+@pytest.mark.slow
 def test_a_wider_search_follows_where_nothing_is_proved(folder: Path) -> None:
     async def narrow(service: Service) -> None:
         assert (await ask(service, k=3, width=3)).proved is False

@@ -75,6 +75,7 @@ def half(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [garbage, half])
 def test_what_happens_to_the_file_does_not_reach_the_answers(
     folder: Path, change: Callable[[Path], None]
@@ -92,6 +93,7 @@ def test_what_happens_to_the_file_does_not_reach_the_answers(
     served(folder, work)
 
 
+@pytest.mark.slow
 def test_other_weights_in_place_are_refused_until_they_are_whole(
     folder: Path, shop_world: TinySetup, tmp_path: Path
 ) -> None:
@@ -114,6 +116,7 @@ def test_other_weights_in_place_are_refused_until_they_are_whole(
     served(folder, work)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -154,6 +157,7 @@ def test_without_a_whole_copy_a_damaged_folder_is_refused_in_a_sentence(folder: 
         open_service(folder, SETTINGS, InMemoryMetrics())
 
 
+@pytest.mark.slow
 def test_a_link_that_is_switched_to_another_policy_is_followed(
     shop_world: TinySetup, tmp_path: Path
 ) -> None:

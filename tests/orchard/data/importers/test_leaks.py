@@ -80,6 +80,7 @@ def test_order_and_length_of_a_history_are_its_content() -> None:
     assert [examples.part[row] for row in copies(examples)[0]] == [1]
 
 
+@pytest.mark.slow
 @given(
     st.lists(
         st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(0, 9)), min_size=25, max_size=60

@@ -72,6 +72,7 @@ def test_an_interaction_of_test_inside_a_training_history_is_refused(tmp_path: P
     bring(minionerec_folder(tmp_path / "Other", repeated), tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_real_splits_do_not_leak(shared_data: Path, tmp_path: Path) -> None:
     source = shared_data / "amazon_industrial"
     parts: dict[str, list[Row]] = {}

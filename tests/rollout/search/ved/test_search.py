@@ -71,6 +71,7 @@ def test_the_tree_holds_the_beam_that_it_began_with(wide: TinySetup, engine: Tor
         assert not np.isnan([values[leaf] for leaf in group]).any()
 
 
+@pytest.mark.slow
 def test_selection_and_gate_both_act_within_the_budget_of_a_beam_of_sixteen(
     wide: TinySetup, engine: TorchEngine
 ) -> None:
@@ -89,6 +90,7 @@ def test_selection_and_gate_both_act_within_the_budget_of_a_beam_of_sixteen(
     assert closed_root.counts["expanded_1"] == 0
 
 
+@pytest.mark.slow
 def test_the_leaves_of_the_highest_value_are_chosen(wide: TinySetup, engine: TorchEngine) -> None:
     few, all_ = (ved(engine, wide.prompts, VedConfig(), count=n, seed=0) for n in (4, 1000))
     for row, group in enumerate(leaves(few)):
@@ -96,6 +98,7 @@ def test_the_leaves_of_the_highest_value_are_chosen(wide: TinySetup, engine: Tor
         assert set(group) == set(sorted(known, key=lambda leaf: -known[leaf])[:4])
 
 
+@pytest.mark.slow
 def test_known_distributions_complete_a_group_without_a_forward_pass(
     wide: TinySetup, engine: TorchEngine
 ) -> None:
@@ -108,6 +111,7 @@ def test_known_distributions_complete_a_group_without_a_forward_pass(
     assert many.cost.counts["completed"] == np.concatenate(unknown).sum() > 0
 
 
+@pytest.mark.slow
 def test_several_traversals_share_a_pass(wide: TinySetup, engine: TorchEngine) -> None:
     one, four = (
         ved(engine, wide.prompts, VedConfig(traversals=n), count=16, seed=0).cost for n in (1, 4)
@@ -116,6 +120,7 @@ def test_several_traversals_share_a_pass(wide: TinySetup, engine: TorchEngine) -
     assert four.forward_tokens > 0.8 * one.forward_tokens
 
 
+@pytest.mark.slow
 def test_the_nodes_of_the_trees_carry_their_values(wide: TinySetup, engine: TorchEngine) -> None:
     found = ved(engine, wide.prompts, VedConfig(), count=8, seed=0)
     trees = build_search_trees(wide.prompts, found, wide.tokenizer, wide.version)
@@ -139,6 +144,7 @@ def test_a_budget_below_the_beam_and_a_policy_without_values_are_refused(
         ved(blind, plain.prompts, VedConfig(), count=8, seed=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("likelihood", [False, True])
 def test_experts_may_give_the_values(
     wide: TinySetup, engine: TorchEngine, likelihood: bool
@@ -161,6 +167,7 @@ def test_experts_may_give_the_values(
         np.testing.assert_allclose(found.score[rows], known.score[place], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_likelihood_changes_what_a_guided_search_finds(
     wide: TinySetup, engine: TorchEngine
 ) -> None:

@@ -138,6 +138,7 @@ class Plain:
         return sorted(self.trie.leaf(torch.tensor(ends)).tolist())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "choice",
     [

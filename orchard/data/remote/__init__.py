@@ -1,0 +1,1 @@
+"""Public data sets: where their files lie, and their download."""
