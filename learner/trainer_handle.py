@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -62,9 +63,10 @@ class TrainerHandle:
         learner, checkpoints = self._config.learner, self._config.checkpoint
         unlisted = checkpoint.recover(self._folder)
         task = {"spec": self._spec, "queue": self._queue, "unlisted": unlisted}
+        # As `train_loop_config`, the task would be opened by Ray Train's controller too, which
+        # would then load torch, transformers and the data of the spec for nothing.
         trainer = TorchTrainer(
-            worker_loop,
-            train_loop_config=task,
+            partial(worker_loop, task),
             torch_config=TorchConfig(backend="nccl" if learner.gpus else "gloo"),
             scaling_config=ScalingConfig(
                 num_workers=learner.workers,

@@ -100,6 +100,7 @@ def second_node(ray_cluster: None) -> Iterator[psutil.Process]:
     start.wait(30)
 
 
+@pytest.mark.nightly
 def test_a_run_goes_on_without_the_checkpoints_that_a_full_disk_refuses(
     run_file: Path,
     small_disk: Path,
@@ -126,6 +127,7 @@ def test_a_run_goes_on_without_the_checkpoints_that_a_full_disk_refuses(
     assert (small_disk / "learner-train" / "job_000005").is_dir()
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(900)  # a dead node is noticed after missed heartbeats
 def test_what_lived_on_a_lost_node_comes_back_elsewhere(
     run_file: Path,
@@ -190,6 +192,7 @@ def test_a_reward_actor_killed_in_the_middle_of_a_step_costs_nothing(run_file: P
     in_a_controller(scenario, begin(run_file, "name=reward"))
 
 
+@pytest.mark.nightly
 def test_rewards_that_raise_or_hang_end_in_an_error_that_names_them(run_file: Path) -> None:
     faulty: Any = ray.remote(num_cpus=0)(Liar)
 

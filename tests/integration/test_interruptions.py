@@ -106,6 +106,7 @@ def elsewhere() -> Iterator[Elsewhere]:
     shutil.rmtree(made.ray, ignore_errors=True)
 
 
+@pytest.mark.nightly
 def test_a_killed_learner_worker_comes_back_and_ends_where_its_twin_does(
     run_file: Path, twin: tuple[PolicyVersion, dict[str, list[float]]]
 ) -> None:
@@ -125,6 +126,7 @@ def test_a_killed_learner_worker_comes_back_and_ends_where_its_twin_does(
     assert (last.digest, counted(run)) == (twin[0].digest, twin[1])
 
 
+@pytest.mark.nightly
 def test_sigterm_saves_and_the_same_command_ends_where_its_twin_does(
     run_file: Path, twin: tuple[PolicyVersion, dict[str, list[float]]]
 ) -> None:

@@ -58,6 +58,7 @@ def test_the_warm_start_learns_and_leaves_its_best_policy(
     assert prepare(settings(), "train").policy == run.result
 
 
+@pytest.mark.nightly
 def test_training_runs_resumes_and_equals_an_undisturbed_twin(
     settings: Callable[..., Config], tmp_path: Path
 ) -> None:
@@ -85,6 +86,7 @@ def test_training_runs_resumes_and_equals_an_undisturbed_twin(
     assert resumed["learner/surrogate"].step.tolist() == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.nightly
 def test_an_average_is_what_is_judged_and_kept_while_rollouts_follow_the_newest(
     settings: Callable[..., Config],
 ) -> None:
@@ -162,6 +164,7 @@ def test_titles_are_learnt_and_searched_with_the_same_probabilities(
     assert load(begin.dir / "policy" / "catalogue").digest == begin.catalog.digest
 
 
+@pytest.mark.nightly
 @pytest.mark.vllm
 def test_a_text_model_is_taught_and_improved_through_adapters_with_vllm(
     settings: Callable[..., Config],
@@ -191,6 +194,7 @@ def test_a_text_model_is_taught_and_improved_through_adapters_with_vllm(
         np.testing.assert_allclose(merged, trained[f"{name}.weight"], atol=1e-6)
 
 
+@pytest.mark.nightly
 def test_a_run_is_the_same_whether_weights_or_adapters_travel_and_near_it_where_they_are_rounded(
     settings: Callable[..., Config],
 ) -> None:
@@ -235,7 +239,7 @@ def test_rollouts_run_ahead_as_far_as_the_bound_and_no_further(
     assert lag.value.max() == 2
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", [pytest.param("ddp", marks=pytest.mark.nightly), "fsdp"])
 def test_two_workers_train_like_one(settings: Callable[..., Config], parallel: str) -> None:
     one = settings("name=one")
     two = settings("name=two", "learner.workers=2", f"learner.parallel={parallel}")
@@ -247,6 +251,7 @@ def test_two_workers_train_like_one(settings: Callable[..., Config], parallel: s
         np.testing.assert_allclose(logs[0][name].value, logs[1][name].value, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.nightly
 def test_a_policy_is_taught_to_think_and_improved_by_its_own_thoughts(
     settings: Callable[..., Config],
 ) -> None:

@@ -12,6 +12,7 @@ from benchmarks.speed import push
 ROOT = Path(__file__).parents[3]
 
 
+@pytest.mark.nightly
 @pytest.mark.ray
 @pytest.mark.slow
 def test_every_way_loads_the_version_and_states_its_phases(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ pytest.importorskip("schemathesis", reason="schemathesis (requirements/dev.txt) 
 from benchmarks.speed import serve_fuzz
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_no_request_from_the_document_brings_the_endpoint_down(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
