@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: help env dev quickstart lint quick unit check test nightly bench figures lock clean
+.PHONY: help env dev quickstart lint quick unit check test nightly bench figures docs lock clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -25,6 +25,10 @@ dev: .venv/.dev      ## and what checks and tests it
 .venv/.dev: .venv/.runtime requirements/dev.txt
 	@echo "installing the test tools"
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps -r requirements/dev.txt
+	@touch $@
+
+.venv/.docs: .venv/.dev requirements/docs.txt
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps -r requirements/docs.txt
 	@touch $@
 
 quickstart: env  ## the main job on synthetic data: warm start, RL with vLLM rollouts, table, report
@@ -60,10 +64,13 @@ bench: env  ## the figures of one bench, e.g. make bench NAME=learner
 figures:  ## write docs/figures.md and the marked tables from benchmarks/results
 	@$(BIN)/python -m benchmarks.shared.tables
 
+docs: .venv/.docs  ## the documentation as a site in site/; fails on a broken link
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 LOCK := uv pip compile --quiet --python-version 3.11 --no-emit-index-url --no-header --no-annotate
 
 lock:  ## resolve requirements/*.in anew (needs uv)
-	@for kind in cpu dev; do \
+	@for kind in cpu dev docs; do \
 	  $(LOCK) --excludes requirements/excludes.txt --no-emit-package torch --no-emit-package triton \
 	    requirements/$$kind.in -o requirements/$$kind.txt || exit 1; \
 	done

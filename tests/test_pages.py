@@ -53,6 +53,17 @@ def test_prose_has_lines_of_a_hundred_characters(page: Path) -> None:
     assert [x for x in lines if len(x) > 100 and not x.startswith(commands_and_tables)] == []
 
 
+def test_every_page_has_a_place_on_the_site() -> None:
+    def pages(entry: Any) -> set[str]:
+        if isinstance(entry, str):
+            return {entry}
+        below = entry.values() if isinstance(entry, dict) else entry
+        return set[str]().union(*map(pages, below))
+
+    tree = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    assert pages(tree["nav"]) == {str(p.relative_to("docs")) for p in PAGES if p.parts[0] == "docs"}
+
+
 def test_every_page_is_linked_from_another() -> None:
     linked = set[Path]()
     for page in PAGES:
