@@ -74,11 +74,17 @@ def apply_style(salt: str) -> Any:
 
 
 def curves(
-    metrics: Sequence[Curve], *, title: str, steps: str = "step", log: bool = False
+    metrics: Sequence[Curve],
+    *,
+    title: str,
+    steps: str = "step",
+    log: bool = False,
+    is_share: bool = False,
 ) -> Markup:
     """Plot metrics over steps; long ones are faint, with their running mean on top.
 
-    Each has at least one finite value. `log` selects a logarithmic axis if all are positive.
+    Each has at least one finite value. `log` selects a logarithmic axis if all are positive,
+    `is_share` one from 0 to 100 %.
     """
     with mpl.rc_context(apply_style(title)):
         figure = Figure(figsize=(5.6, 2.3))
@@ -97,7 +103,10 @@ def curves(
         values = np.concatenate([curve.series.value for curve in metrics])
         values = values[np.isfinite(values)]
         low, high = float(values.min()), float(values.max())
-        if log and low > 0:
+        if is_share:
+            axes.set_ylim(-0.02, 1.02)
+            axes.yaxis.set_major_formatter(PercentFormatter(1))
+        elif log and low > 0:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
             # The default minor labels use math fonts that the page does not include.
@@ -271,6 +280,10 @@ def _svg(figure: Figure, label: str) -> Markup:
     # Use the page's font, and remove ids that two figures would share.
     text = re.sub(r"\s?font-family:[^;\"]*;?", "", text)
     text = re.sub(r"<g id=\"[^\"]*\"", "<g", text)
+    # The inks of the page, which differ in its dark mode.
+    inks = {INK: "--ink", FAINT: "--faint", GRID: "--line", COLOURS[0]: "--leaf"}
+    for color, variable in inks.items():
+        text = text.replace(color, f"var({variable})")
     head, _, body = text.partition(">")
     head = re.sub(r"\s(width|height|version)=\"[^\"]*\"", "", head)
     return Markup(f'{head} role="img" aria-label="{escape(label)}">{body}')

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.console import comparisons, duration, in_order
-from cluster.report import sections
+from cluster.report import sections, verdict
 from cluster.report.examples import read_examples
 from orchard.errors import DataError
 from orchard.evaluation.bootstrap import Estimate
@@ -103,15 +103,18 @@ def page(findings: RunFindings) -> str:
     name = str(findings.config.get("name", findings.folder.resolve().name))
     train = findings.log.get("train", {})
     num_steps = _configured_steps(findings.config)
+    reward_note = verdict.paid(findings.config.get("rewards", {}).get("weights", {}))
     return sections.render(
         "report.html",
         title=name,
         when=_when(findings),
         missing=findings.missing,
+        verdict=verdict.verdict(findings.changes),
+        advice=verdict.advice(train),
         tiles=sections.tiles(findings.evaluations, findings.changes, train, num_steps),
         evaluation=sections.evaluation(findings.evaluations, findings.changes),
         phases=[
-            sections.phase(phase, findings.log[phase])
+            sections.phase(phase, findings.log[phase], reward_note)
             for phase in sections.PANELS
             if phase in findings.log
         ],

@@ -30,6 +30,10 @@ class Panel:
     title: str
     names: tuple[str, ...]
     log: bool = False
+    is_share: bool = False
+    """Whether the values are shares, drawn from 0 to 100 %."""
+    note: str = ""
+    """Sentence below the figure."""
 
 
 def _evaluated(metric: str, *ks: int) -> tuple[str, ...]:
@@ -42,12 +46,19 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         Panel(
             title="Groups that hold the target",
             names=("rewards/hit_rate", "rollout/hit_share_valid"),
+            is_share=True,
+            note="Training rows that are hit far more often than held-out rows are known by heart.",
         ),
         Panel(title="NDCG on held-out rows", names=_evaluated("ndcg", 3, 5, 10)),
         Panel(title="Hit rate on held-out rows", names=_evaluated("hr", 1, 3, 5, 10, 20)),
         Panel(title="KL to the reference", names=("learner/kl",)),
         Panel(title="Entropy of a choice", names=("learner/entropy",)),
-        Panel(title="Groups without spread in reward", names=("rewards/zero_spread_share",)),
+        Panel(
+            title="Groups without spread in reward",
+            names=("rewards/zero_spread_share",),
+            is_share=True,
+            note="All candidates of these groups have the same reward: they teach nothing.",
+        ),
         Panel(title="Choices at the clip", names=("learner/clipped_fraction",)),
         Panel(title="Norm of the gradient", names=("learner/grad_norm",)),
         Panel(title="Loss", names=("learner/loss", "learner/surrogate")),
@@ -65,6 +76,18 @@ PANELS: dict[str, tuple[Panel, ...]] = {
 }
 """Figures of each phase; metrics in no figure are shown in the appendix."""
 
+TIME_NAMES = {
+    "cluster/wait_s": "waiting for searches and rewards",
+    "cluster/pack_s": "advantages and packing",
+    "cluster/learn_s": "waiting for the update",
+    "cluster/publish_s": "weights to the rollout actors",
+    "cluster/save_s": "copying the state for a checkpoint",
+    "cluster/step_s": "a whole step",
+    "rollout/search_s": "searches in rollout actors",
+    "learner/update_s": "updates in the learner",
+    "sft/epoch_s": "an epoch",
+}
+"""Plain names of the times of a phase."""
 STEPS = {"train": "update", "sft": "epoch"}
 """Unit of the steps of each phase."""
 TITLES = {"train": "Reinforcement learning", "sft": "Warm start"}
@@ -76,12 +99,15 @@ class Figure(NamedTuple):
 
     title: str
     svg: Markup
+    note: str = ""
 
 
 class Time(NamedTuple):
     """Row of a table of times."""
 
     name: str
+    metric: str
+    """Name in the log; empty if the row is computed."""
     spent: float
     """Seconds in total."""
     share: float
@@ -156,14 +182,21 @@ def evaluation(evaluations: Mapping[str, Evaluation], changes: Changes) -> Evalu
     )
 
 
-def phase(name: str, metrics: Metrics) -> dict[str, Any]:
-    """Return the figures of a phase, the titles of those without data, and the times."""
+def phase(name: str, metrics: Metrics, reward_note: str = "") -> dict[str, Any]:
+    """Return the figures of a phase, the titles of those without data, and the times.
+
+    `reward_note` goes below the figure of the rewards.
+    """
     figures, absent = list[Figure](), list[str]()
     for panel in PANELS[name]:
         present = with_numbers(metrics, panel.names)
         if present:
-            svg = curves(present, title=panel.title, steps=STEPS[name], log=panel.log)
-            figures.append(Figure(panel.title, svg))
+            svg = curves(
+                present, title=panel.title, steps=STEPS[name], log=panel.log,
+                is_share=panel.is_share,
+            )  # fmt: skip
+            note = reward_note if panel.title == "Reward" else panel.note
+            figures.append(Figure(panel.title, svg, note))
         else:
             absent.append(panel.title.lower())
     return {
@@ -187,15 +220,17 @@ def times(metrics: Metrics) -> list[tuple[str, list[Time]]]:
     def row(name: str, value: np.ndarray) -> Time:
         spent, (median, slow) = float(value.sum()), np.quantile(value, [0.5, 0.95])
         share = spent / total if total else 0.0
-        return Time(name, spent, share, f"{median:.3f}", f"{slow:.3f}")
+        plain = TIME_NAMES.get(name, "")
+        return Time(
+            plain or name, name if plain else "", spent, share, f"{median:.3f}", f"{slow:.3f}"
+        )
 
-    rows = [row(name, value) for name, value in timed.items()]
-    rows.sort(key=lambda time: -time.spent)
-    laps = [time for time in rows if time.name.startswith("cluster/")]
-    work = [time for time in rows if not time.name.startswith("cluster/")]
+    names = sorted(timed, key=lambda name: -float(timed[name].sum()))
+    laps = [row(name, timed[name]) for name in names if name.startswith("cluster/")]
+    work = [row(name, timed[name]) for name in names if not name.startswith("cluster/")]
     if steps is not None:
         rest = max(total - sum(time.spent for time in laps), 0.0)
-        laps.append(Time("in no lap", rest, rest / total if total else 0.0, "", ""))
+        laps.append(Time("everything else", "", rest, rest / total if total else 0.0, "", ""))
         laps.append(row("cluster/step_s", steps))
     return [
         ("", laps),
