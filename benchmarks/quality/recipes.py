@@ -48,7 +48,7 @@ PARTS = {
     "anchor": ("learner.anchor=0.1",),
     "boundary": ("learner.estimator=boundary",),
     "window of .3": ("learner.estimator=window", "learner.window=[0.0,0.3]"),
-    "free codes in |y|": (
+    "length in free codes": (
         'plugins=["benchmarks.quality.free_codes"]',
         "learner.estimator=group_free",
     ),
