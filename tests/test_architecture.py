@@ -31,6 +31,7 @@ INNER = {
         "semantic_ids": {"catalog"},
         "policy": {"catalog", "guide", "semantic_ids", "settings"},
         "data": {"catalog", "evaluation", "policy", "semantic_ids", "settings"},
+        "feedback": {"catalog", "data", "evaluation", "guide", "policy", "settings"},
         "scorers": {"catalog", "data", "evaluation", "guide", "settings"},
     },
     "rollout": {"engine": set[str](), "search": {"engine"}},

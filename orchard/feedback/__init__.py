@@ -1,0 +1,1 @@
+"""Feedback: what was shown, joined with what users did about it, as data to learn from."""
