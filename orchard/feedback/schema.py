@@ -45,8 +45,8 @@ FEEDBACK = pl.Schema(
         "weight": pl.Float64, "behaviors": pl.List(pl.String),
     }
 )  # fmt: skip
-"""Columns of feedback: the exposure with its history oldest item first, `logprob` of each code (null
-where the decoder drew nothing), the `reward` and `weight` of the row, and the behaviors seen."""
+"""Columns of feedback: the exposure with its history, oldest item first, and the log-probability of
+each code (null where the decoder drew nothing), its reward and weight, and the behaviors seen."""
 
 
 def is_feedback(folder: Path) -> bool:
