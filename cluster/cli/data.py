@@ -274,3 +274,64 @@ def encode(
             verify=verify,
         ),
     )
+
+
+@data.command()
+def feedback(
+    log: Annotated[Path, typer.Argument(help="Exposure log of an endpoint: folder or file.")],
+    events: Annotated[
+        Path,
+        typer.Argument(
+            help="Events (Parquet, CSV, JSON lines, or a folder of them): time, item_id, behavior, "
+            "request_id or user, and optionally value and event_id."
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder to write; must be new or empty.")],
+    value: Annotated[
+        list[str] | None,
+        typer.Option(help="BEHAVIOR=VALUE; may be repeated. Without any, every behavior is 1."),
+    ] = None,
+    items: Annotated[
+        Path | None,
+        typer.Option(
+            help="Items file of the catalog to learn with; rows of other items are left out."
+        ),
+    ] = None,
+    window: Annotated[float, typer.Option(help="Attribution window in seconds.")] = 3600.0,
+    lateness: Annotated[
+        float, typer.Option(help="Seconds beyond the window that events may still arrive in.")
+    ] = 0.0,
+    unsettled: Annotated[
+        str, typer.Option(help="Exposures whose events may still come: keep or drop.")
+    ] = "keep",
+    clock_offset: Annotated[
+        float, typer.Option(help="Seconds to add to the times of events.")
+    ] = 0.0,
+    clock_tolerance: Annotated[
+        float, typer.Option(help="Seconds by which an event may precede its exposure.")
+    ] = 60.0,
+    repeats: Annotated[
+        str, typer.Option(help="Events of one behavior count once for an exposure, or all.")
+    ] = "once",
+    combine: Annotated[
+        str, typer.Option(help="Values of several behaviors: sum, max or last.")
+    ] = "sum",
+    contradictions: Annotated[
+        str,
+        typer.Option(help="Events of positive and of negative value: last, combine or drop."),
+    ] = "last",
+    bound: Annotated[float, typer.Option(help="Largest absolute reward; others are cut.")] = 1e3,
+    bad_values: Annotated[
+        str, typer.Option(help="Values that are no finite numbers: refuse or drop.")
+    ] = "refuse",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder.")] = False,
+) -> None:
+    """Join what was shown with what users did: one row with its reward for every exposure."""
+    from cluster.cli.feedback import behavior_values, join_options, make_feedback
+
+    options = join_options(
+        values=behavior_values(value or []), window=window, lateness=lateness, unsettled=unsettled,
+        clock_offset=clock_offset, clock_tolerance=clock_tolerance, repeats=repeats,
+        combine=combine, contradictions=contradictions, bound=bound, bad_values=bad_values,
+    )  # fmt: skip
+    make_feedback(log, events, out, options, items=items, overwrite=overwrite)

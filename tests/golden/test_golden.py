@@ -92,7 +92,7 @@ ADDED_OPTIONS = {
     "orchard fit": {"--policy"},
 }
 """Options of commands that came after the recording."""
-ADDED_COMMANDS = {"orchard data": {"encode", "fetch"}}
+ADDED_COMMANDS = {"orchard data": {"encode", "feedback", "fetch"}}
 """Commands that came after the recording, by the group that lists them."""
 ADDED_METRICS = {"split", "search"}
 """Facts of an evaluation that came after the recording."""
