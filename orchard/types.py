@@ -53,6 +53,8 @@ class Prompts:
     token: Int32[np.ndarray, " T"]
     """Token IDs of the prompt: the history, with the instruction if there is one."""
     token_start: Annotated[Int64[np.ndarray, " B+1"], Starts("T")]
+    reward: Float32[np.ndarray, " B"] | None = None
+    """Reward of the target, in feedback; None if it is 1 everywhere."""
 
     def __len__(self) -> int:
         return len(self.id)

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from blake3 import blake3
-from jaxtyping import Int, Int64
+from jaxtyping import Float64, Int, Int64
 
 from orchard import ragged
 from orchard.arrays import Starts
@@ -40,6 +40,10 @@ class Split:
     identifier. Rows of two splits belong together only where it is equal; empty if unknown."""
     row: Int64[np.ndarray, " R"] | None = None
     """Row of the files that each row is; None if they are all rows of the files, in order."""
+    reward: Float64[np.ndarray, " R"] | None = None
+    """Reward of the target; None if it is 1 in every row."""
+    weight: Float64[np.ndarray, " R"] | None = None
+    """Weight of each row where rewards are estimated from rows; None if all are 1."""
 
     def __len__(self) -> int:
         return len(self.target)
@@ -55,12 +59,13 @@ def read_splits(
 ) -> list[Split]:
     """Read splits that have users in common, each from one or more Parquet files.
 
-    The columns are `history`, `target` and, optionally, `user_id`. Histories keep their last
-    `max_history` items. Users may be integers or text; a row without one counts as a distinct user.
+    The columns are `history`, `target` and, optionally, `user_id`, `reward` and `weight`, which are
+    1 by default. Histories keep their last `max_history` items. Users may be integers or text; a
+    row without one counts as a distinct user.
 
     Raises:
         DataError: a file or a column is missing or unreadable, there are no rows, a history is
-            empty, or an item is not in the catalog.
+            empty, an item is not in the catalog, or a reward or weight is no finite number.
     """
     tables = [
         [
@@ -111,13 +116,43 @@ def _split(
         history, targets = catalog.rows(recent), catalog.rows(target)
     except DataError as error:
         raise DataError(f"{names}: {error}", code=error.code) from error
+    reward, weight = (_numbers(tables, column, names) for column in ("reward", "weight"))
+    told = [part for part in (reward, weight) if part is not None]
     return Split(
         user=user,
         history=history,
         history_start=recent_start,
         target=targets,
-        digest=content_digest(user, flat, start, target),
+        digest=content_digest(user, flat, start, target, *told),
+        reward=reward,
+        weight=weight,
     )
+
+
+def _numbers(tables: Sequence[Any], name: str, names: str) -> Float64[np.ndarray, " R"] | None:
+    """Return an optional column of numbers, 1 in tables without it; None if no table has it."""
+    if not any(name in table.column_names for table in tables):
+        return None
+    parts: list[np.ndarray] = []
+    for table in tables:
+        if name not in table.column_names:
+            parts.append(np.ones(len(table)))
+            continue
+        try:
+            parts.append(_combined(table[name].cast(pa.float64())).to_numpy(zero_copy_only=False))
+        except pa.ArrowInvalid as error:
+            raise DataError(f"column `{name}` of {names} must hold numbers: {error}") from error
+    values = np.concatenate(parts)
+    wrong = ~np.isfinite(values) | ((name == "weight") & (values < 0))
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        least = " and at least 0" if name == "weight" else ""
+        raise DataError(
+            f"row {row} of {names} has {name} {values[row]} ({int(wrong.sum())} such rows); it "
+            f"must be finite{least}",
+            code="data.bad_reward",
+        )
+    return values
 
 
 def _users(tables: Sequence[Any], names: str) -> Int64[np.ndarray, " R"]:
@@ -199,6 +234,7 @@ def make_prompts(tokenizer: ItemTokenizer, split: Split, rows: Int64[np.ndarray,
         history_start=history_start,
         token=token,
         token_start=token_start,
+        reward=None if split.reward is None else split.reward[rows].astype(np.float32),
     )
 
 
