@@ -12,6 +12,7 @@ from jaxtyping import Float32, Float64, Int64
 
 from orchard.catalog.catalog import Catalog
 from orchard.errors import ConfigError, DataError
+from orchard.feedback.utilities import PrefixUtilities
 from orchard.guide.expert import LeafRows
 from orchard.guide.guide import Guide
 from orchard.scorers import checkpoint, listwise_ranker, sasrec
@@ -19,6 +20,7 @@ from orchard.scorers.listwise_ranker import ListwiseRanker
 from orchard.scorers.sasrec import SasRec
 from orchard.settings import RewardsConfig, ValueConfig
 from rewards.expert_counts import ExpertCounts
+from rewards.left_out import PromptUtilities
 from rewards.transition_counts import TransitionCounts
 
 
@@ -35,6 +37,14 @@ class RewardContext:
 
     transitions: TransitionCounts | None = None
     """Item transitions counted in the training rows; None if no reward uses them."""
+
+    are_counted: bool = True
+    """Whether the prompts are among the rows whose transitions are counted."""
+    utilities: PrefixUtilities | None = None
+    """Utilities of prefixes; None if no reward uses them."""
+    first_request: int | None = None
+    """Index among the requests of the utilities of the prompt with id 0; None if prompts are not
+    among them."""
 
     guide: Guide | None = None
     """Guide of the policy that training starts from; None if no reward uses it."""
@@ -119,6 +129,22 @@ class RewardContext:
     def expert_counts(self) -> ExpertCounts:
         """Counts behind the experts of the guide; raises ConfigError as `ExpertCounts.of`."""
         return ExpertCounts.of(self.guide, self.rows, self.first_row)
+
+    @property
+    def prefix_utilities(self) -> PromptUtilities:
+        """Utilities of the prefixes of a prompt's candidates.
+
+        Raises:
+            ConfigError: they are missing.
+        """
+        if self.utilities is None:
+            raise ConfigError(
+                "the reward utility needs utilities of prefixes; give those of the rows, or take "
+                'utility out of rewards.weights and set rewards.steps = "match"'
+            )
+        return PromptUtilities(
+            utilities=self.utilities, catalog=self.catalog, first_row=self.first_request
+        )
 
     @property
     def counted_transitions(self) -> TransitionCounts:

@@ -15,6 +15,7 @@ from orchard.guide.guide import Guide
 from orchard.guide.left_out import Counted
 from orchard.guide.registry import EXPERTS
 from orchard.types import Prompts
+from rewards.left_out import own_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,24 +73,15 @@ class ExpertCounts:
         )
 
     def own_row(self, prompts: Prompts) -> Int64[np.ndarray, " B"]:
-        """Return the counted row of each prompt, -1 for one that was not counted.
-
-        A prompt of another split may have the id of a counted row: its items tell.
-        """
+        """Return the counted row of each prompt, -1 for one that was not counted."""
         if self.first_row is None:
             return np.full(len(prompts), -1)
-        leaf_of_item, rows = self.guide.catalog.leaf_of_item, self.rows
-        row = prompts.id + self.first_row
-        row = np.where((row >= 0) & (row < len(rows)), row, 0)
-        same = rows.target[row] == leaf_of_item[prompts.target]
-        length = np.diff(prompts.history_start)
-        same &= np.diff(rows.start)[row] == length
-        kept = np.flatnonzero(same)
-        mine, start = ragged.take(leaf_of_item[prompts.history], prompts.history_start, kept)
-        theirs, _ = ragged.take(rows.history, rows.start, row[kept])
-        differing = np.bincount(ragged.row_of(start)[mine != theirs], minlength=len(kept))
-        same[kept] = differing == 0
-        return np.where(same, row, -1)
+        leaf_of_item, rows = self.guide.catalog.leaf_of_item.astype(np.int64), self.rows
+        return own_rows(
+            prompts.id + self.first_row,
+            (leaf_of_item[prompts.history], prompts.history_start, leaf_of_item[prompts.target]),
+            (rows.history.astype(np.int64), rows.start, rows.target.astype(np.int64)),
+        )
 
     def left_out(
         self, own: Int64[np.ndarray, " B"], unit: str

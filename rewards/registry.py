@@ -23,6 +23,7 @@ from rewards.listwise import listwise
 from rewards.rule import prefix, ranking, rule
 from rewards.similarity import diversity, popularity_debias, semantic
 from rewards.transition import transition
+from rewards.utility import utility
 
 Reward = Callable[[SearchTrees, RewardContext], Float32[np.ndarray, " C"]]
 """Function from the trees of a batch to one finite number per candidate, larger for better."""
@@ -61,6 +62,7 @@ REWARDS.register("prefix")(prefix)
 REWARDS.register("semantic", RewardFacts(load=lambda ctx: ctx.leaf_embedding))(semantic)
 REWARDS.register("collaborative", RewardFacts(load=lambda ctx: ctx.sasrec))(collaborative)
 REWARDS.register("transition", RewardFacts(load=lambda ctx: ctx.counted_transitions))(transition)
+REWARDS.register("utility", RewardFacts(load=lambda ctx: ctx.prefix_utilities))(utility)
 REWARDS.register("expert", RewardFacts(load=lambda ctx: ctx.expert_counts))(expert)
 REWARDS.register("listwise", RewardFacts(load=lambda ctx: ctx.listwise_ranker))(listwise)
 REWARDS.register("diversity")(diversity)

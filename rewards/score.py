@@ -12,7 +12,8 @@ from orchard.catalog.catalog import Catalog
 from orchard.errors import CatalogError, DataError
 from orchard.types import ScoredTrees, SearchTrees
 from rewards.registry import REWARDS, RewardContext
-from rewards.steps import add_step_rewards
+from rewards.steps import add_step_rewards, with_step_rewards
+from rewards.utility import step_utilities
 from rewards.values import add_value_rewards
 
 
@@ -34,6 +35,8 @@ def preload(weights: Mapping[str, float], ctx: RewardContext) -> None:
         load = REWARDS.facts(name).load
         if load is not None:
             load(ctx)
+    if ctx.settings.steps == "utility":
+        _ = ctx.prefix_utilities
 
 
 def score_trees(
@@ -71,7 +74,10 @@ def score_all(trees: SearchTrees, ctx: RewardContext, weights: Mapping[str, floa
     Malformed candidates have reward 0; their `parts` are unchanged.
     """
     scored = score_trees(trees, ctx, weights)
-    scored = add_step_rewards(scored, ctx.catalog, prefix=ctx.match_prefix)
+    if ctx.settings.steps == "utility":
+        scored = with_step_rewards(scored, ctx.catalog, step_utilities(trees, ctx))
+    else:
+        scored = add_step_rewards(scored, ctx.catalog, prefix=ctx.match_prefix)
     if ctx.value is None:
         return scored
     return add_value_rewards(scored, ctx.catalog, ctx.value, embedding=ctx.embedding)

@@ -28,25 +28,35 @@ def step_matches(
     # [C, L] codes of each candidate; all items of a leaf have the same ones
     codes = catalog.codes[catalog.item_of_leaf[catalog.leaf_start[trees.leaf]]]
     matches = (codes == target) & (target >= 0)
+    if trees.prompts.reward is not None:  # in feedback, of a target that nobody wanted
+        matches &= (trees.prompts.reward > 0)[trees.prompt_of_candidate, None]
     if prefix:
         matches = np.logical_and.accumulate(matches, axis=1)
     return (matches & trees.well_formed(catalog.trie.depth)[:, None]).astype(np.float32)
 
 
 def add_step_rewards(scored: ScoredTrees, catalog: Catalog, *, prefix: bool = False) -> ScoredTrees:
-    """Add the step rewards and set the reward of malformed candidates to 0."""
+    """Add the matches as step rewards and set the reward of malformed candidates to 0."""
+    return with_step_rewards(scored, catalog, step_matches(scored.trees, catalog, prefix=prefix))
+
+
+def with_step_rewards(
+    scored: ScoredTrees, catalog: Catalog, step_reward: Float32[np.ndarray, "C L"]
+) -> ScoredTrees:
+    """Add step rewards, and set those of malformed candidates and their reward to 0."""
     is_well_formed = scored.trees.well_formed(catalog.trie.depth)
     return replace(
         scored,
         reward=np.where(is_well_formed, scored.reward, 0).astype(np.float32),
-        step_reward=step_matches(scored.trees, catalog, prefix=prefix),
+        step_reward=np.where(is_well_formed[:, None], step_reward, 0).astype(np.float32),
     )
 
 
-def step_statistics(scored: ScoredTrees) -> dict[str, float]:
-    """Summarize the step rewards for the log.
+def step_statistics(scored: ScoredTrees, name: str = "match") -> dict[str, float]:
+    """Summarize the step rewards, which `name` says the kind of, for the log.
 
-    `match_K`: share of candidates that match at step K, up to 8. `step_signal_share`: share of
+    `match_K`: share of candidates that match at step K, up to 8, or `utility_K`: mean of what code
+    K adds to the utility. `step_signal_share`: share of
     groups with a step at which candidates differ; the counterpart for the whole reward is
     1 - `zero_spread_share`.
     """
@@ -57,5 +67,5 @@ def step_statistics(scored: ScoredTrees) -> dict[str, float]:
         return {}
     first = scored.trees.candidate_start[nonempty]
     spread = np.maximum.reduceat(match, first) - np.minimum.reduceat(match, first)
-    shares = {f"match_{k}": float(rate) for k, rate in enumerate(match[:, :8].mean(0), 1)}
+    shares = {f"{name}_{k}": float(rate) for k, rate in enumerate(match[:, :8].mean(0), 1)}
     return shares | {"step_signal_share": float((spread > 0).any(1).mean())}

@@ -32,6 +32,8 @@ def transition(trees: SearchTrees, ctx: RewardContext) -> Float32[np.ndarray, " 
     # The row's own contribution, per history item; an item may occur more than once.
     distinct, inverse = np.unique(owner * counts.num_leaves + before, return_inverse=True)
     self_weight = np.bincount(inverse, weights=weight, minlength=len(distinct))[inverse]
+    if not ctx.are_counted:
+        self_weight = np.zeros(len(before))
     scale = weight / (1 + np.maximum(0, counts.total[before] - self_weight))
     # One row for each pair of a candidate and an item of its prompt's history.
     prompt = trees.prompt_of_candidate

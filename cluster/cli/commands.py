@@ -16,6 +16,7 @@ from cluster.planning import plan as plans
 from cluster.planning import simulate as simulation
 from cluster.planning.teaching import teaching_groups
 from cluster.report.report import write_report
+from cluster.training.checks import check_engines
 from cluster.training.controller import Controller, start_controller
 from cluster.training.evaluate import (
     UNSEEN,
@@ -27,7 +28,7 @@ from cluster.training.evaluate import (
     write_segments,
 )
 from cluster.training.loop import PhaseTimer, train
-from cluster.training.run import Run, check_engines, prepare
+from cluster.training.run import Run, prepare
 from cluster.training.sft import sft
 from orchard import config
 from orchard.data.synthetic import WorldParams, write_world

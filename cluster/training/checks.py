@@ -3,8 +3,9 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from cluster.actors.session import address_of
 from cluster.training.rllib import RllibBackend
 from cluster.training.text_policy import thinks
 from learner.advantage.estimators import ESTIMATORS
@@ -22,6 +23,9 @@ from rollout.engine.registry import ENGINES
 from rollout.search.registry import SEARCHES
 
 CRITIC_BACKENDS.register("rllib")(RllibBackend)  # may name Ray, which `orchard` may not
+
+Phase = Literal["sft", "train", "evaluate"]
+"""Phase of a run."""
 
 REGISTRIES: tuple[Registry[Any, Any], ...] = (
     SEARCHES, ENGINES, ESTIMATORS, LOSSES, REWARDS, TRACKERS, CRITIC_BACKENDS, EXPERTS,
@@ -41,7 +45,16 @@ MAY_CHANGE = (
 but nothing that changes an update."""
 DATA_FILE = "data.json"
 """File in the run folder with the digests of the data that the run is made from."""
-OF_RL = ("learner.", "rollout.", "rewards.", "critic.", "guide.", "plugins", "data.fresh")
+OF_RL = (
+    "learner.",
+    "rollout.",
+    "rewards.",
+    "critic.",
+    "guide.",
+    "plugins",
+    "data.fresh",
+    "data.feedback",
+)
 """Settings that SFT does not use, which may change until RL has written a checkpoint."""
 
 
@@ -61,6 +74,22 @@ def check_names(settings: Config) -> None:
 def choices() -> dict[str, tuple[str, ...]]:
     """Return the names that each setting of a registry may have."""
     return {setting: tuple(registry) for registry in REGISTRIES for setting in registry.settings}
+
+
+def check_engines(settings: Config, phase: Phase) -> None:
+    """Raise EngineError if a needed engine cannot run on this machine; skip remote clusters.
+
+    Without this check the error would appear only when the first actor starts.
+    """
+    if address_of(settings.cluster) is not None:
+        return
+    engines = {settings.evaluate.engine}
+    if phase == "train":
+        engines.add(settings.rollout.engine)
+    for name in engines:
+        check_machine = ENGINES.facts(name).check_machine
+        if check_machine is not None:
+            check_machine()
 
 
 def _thoughts_need_one_depth(config: Config) -> None:

@@ -68,7 +68,8 @@ async def train(controller: Controller) -> PolicyVersion:
             await controller.sync_weights(policy, update.weights, update.probe_logprobs)
             clock.mark("publish_s")
             stream.start_allowed_by(policy)
-            metrics = step_metrics(scored, update, lag) | controller.restarts() | clock.seconds()
+            metrics = step_metrics(scored, update, lag, steps=run.config.rewards.steps)
+            metrics |= controller.restarts() | clock.seconds()
             hit_shares.add_training(scored.trees)
             if evaluated:
                 metrics |= await best_checkpoint.evaluate_and_keep(update)
@@ -95,9 +96,11 @@ def due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
 
-def step_metrics(scored: ScoredTrees, update: Update, lag: int) -> dict[str, float]:
-    """Return the metrics of a step, named by package."""
-    statistics = group_statistics(scored) | step_statistics(scored)
+def step_metrics(
+    scored: ScoredTrees, update: Update, lag: int, *, steps: str = "match"
+) -> dict[str, float]:
+    """Return the metrics of a step, named by package; `steps` is the kind of its step rewards."""
+    statistics = group_statistics(scored) | step_statistics(scored, steps)
     cost, num_prompts = scored.trees.cost, len(scored.trees)
     # Dynamic sampling and hints search more prompts than are trained on.
     searched = cost.counts.get("drawn", num_prompts) + cost.counts.get("hint_searches", 0)

@@ -4,24 +4,25 @@ import logging
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from jaxtyping import Float32
 from transformers import PreTrainedTokenizerBase
 
-from cluster.actors.session import address_of
-from cluster.training import text_policy
-from cluster.training.checks import check_data_folder, check_names, check_same_data, check_unchanged
+from cluster.training import checks, text_policy
+from cluster.training.checks import Phase
 from orchard.catalog import catalog as catalogs
 from orchard.catalog.catalog import Catalog
 from orchard.data import rationales
 from orchard.data.fresh import concatenate, read_training_rows
 from orchard.data.items import read_items
 from orchard.data.prompts import Split, content_digest, read_split
-from orchard.data.rationales import RationaleBlocks, TokenizedRationales
+from orchard.data.rationales import TokenizedRationales
 from orchard.data.sft_tasks import SftTasks
 from orchard.errors import ConfigError
+from orchard.feedback.fit import utilities_of
+from orchard.feedback.rows import Feedback, open_feedback
+from orchard.feedback.utilities import PrefixUtilities
 from orchard.guide.expert import LeafRows
 from orchard.guide.guide import Guide
 from orchard.policy import item_tokenizer, model, titles
@@ -35,10 +36,7 @@ from orchard.settings import Config
 from rewards.context import RewardContext
 from rewards.score import preload
 from rewards.transition_counts import TransitionCounts, count_transitions
-from rollout.engine.registry import ENGINES
 from rollout.search.registry import SEARCHES, check_catalog
-
-Phase = Literal["sft", "train", "evaluate"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +56,8 @@ class Run:
     test: Split
     fresh: Split | None = None
     """Rows that came after the warm start or were held back from it; None if there are none."""
+    feedback: Feedback | None = None
+    """What was shown with what it earned; None if there is none, or in other phases than RL."""
     traces: TokenizedRationales | None = None
     """Rationales of the train rows, if SFT teaches thinking."""
     tasks: SftTasks | None = None
@@ -84,6 +84,8 @@ class Run:
         """Rows that the phase learns from."""
         config = self.config
         wanted = {"sft": config.sft.rows, "train": config.learner.rows}.get(self.phase, "train")
+        if wanted in ("auto", "feedback") and self.feedback is not None:
+            return self.feedback.requests
         return self.train if wanted == "train" or self.fresh is None else self.fresh
 
     @cached_property
@@ -104,6 +106,8 @@ class Run:
         }
         if self.fresh is not None and (self.rows is self.fresh or self.phase == "train"):
             digests["fresh"] = self.fresh.digest
+        if self.feedback is not None:
+            digests["feedback"] = self.feedback.requests.digest
         if self.phase == "train" and self.embedding is not None:
             digests["embeddings"] = content_digest(self.embedding)
         if self.traces is not None:
@@ -124,14 +128,22 @@ class Run:
     @cached_property
     def reward_context(self) -> RewardContext:
         """Data that rewards look up."""
-        expert, fresh = "expert" in self.config.rewards.weights, self.rows is not self.train
-        counted = not fresh or self.config.guide.counts == "all"
+        expert, fresh = "expert" in self.config.rewards.weights, self.rows is self.fresh
+        shown = self.feedback is not None and self.rows is self.feedback.requests
+        counted = not shown and (not fresh or self.config.guide.counts == "all")
+        estimated, of_feedback = self.utilities or (None, False)
+        first_request = None
+        if shown == of_feedback:
+            first_request = fresh * len(self.train)
         return RewardContext(
             catalog=self.catalog,
             settings=self.config.rewards,
             embedding=self.embedding,
             popularity=np.bincount(self.train.target, minlength=len(self.catalog)),
             transitions=self.transitions,
+            are_counted=not shown,
+            utilities=estimated,
+            first_request=first_request,
             guide=open_guide(self.policy, self.catalog) if expert else None,
             rows=self.leaf_rows if expert else None,
             first_row=fresh * len(self.train) if counted else None,
@@ -152,6 +164,16 @@ class Run:
             catalog.leaf_of_item[rows.target],
             num_leaves=catalog.trie.num_leaves,
             decay=rewards.transition.decay,
+        )
+
+    @cached_property
+    def utilities(self) -> tuple[PrefixUtilities, bool] | None:
+        """Utilities of prefixes and whether they are of feedback; None if no reward uses them."""
+        rewards = self.config.rewards
+        if "utility" not in rewards.weights and rewards.steps != "utility":
+            return None
+        return utilities_of(
+            rewards.utility, self.catalog, self.known, self.feedback, self.embedding
         )
 
     @cached_property
@@ -202,22 +224,6 @@ class Run:
         return replace(self, phase=phase, policy=policy)
 
 
-def check_engines(settings: Config, phase: Phase) -> None:
-    """Raise EngineError if a needed engine cannot run on this machine; skip remote clusters.
-
-    Without this check the error would appear only when the first actor starts.
-    """
-    if address_of(settings.cluster) is not None:
-        return
-    engines = {settings.evaluate.engine}
-    if phase == "train":
-        engines.add(settings.rollout.engine)
-    for name in engines:
-        check_machine = ENGINES.facts(name).check_machine
-        if check_machine is not None:
-            check_machine()
-
-
 def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Run:
     """Load and check everything that the run needs, without starting or writing anything.
 
@@ -231,11 +237,11 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
         EngineError: an engine is needed on this machine and cannot run, or searches and updates do
             not reproduce the policy's arithmetic.
     """
-    check_names(settings)
-    check_engines(settings, phase)
+    checks.check_names(settings)
+    checks.check_engines(settings, phase)
     if phase != "evaluate":
-        check_unchanged(settings, phase)
-    check_data_folder(settings.data)
+        checks.check_unchanged(settings, phase)
+    checks.check_data_folder(settings.data)
     data = settings.data
     policy = policy or starting_policy(settings, phase)
     text_tokenizer: PreTrainedTokenizerBase | None = None
@@ -259,6 +265,9 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
         read_split([data.path / file], catalog, max_history=data.max_history)
         for file in (data.valid, data.test)
     )
+    feedback = None
+    if phase == "train" and data.feedback:
+        feedback = open_feedback(data.feedback, catalog, max_history=data.max_history)
     sft_rows = train if fresh is None or settings.sft.rows == "train" else fresh
     check_catalog(settings.rollout, catalog.trie)
     width = max(settings.rollout.group_size, settings.evaluate.beams, settings.evaluate.valid_beams)
@@ -274,7 +283,7 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
         else None
     )
     if text_tokenizer is None:
-        text_tokenizer = new_tokenizer(settings, catalog, reasons)
+        text_tokenizer = text_policy.new_tokenizer(settings, catalog, reasons)
     grows = text_policy.add_instruction(settings, text_tokenizer, catalog, policy)
     grows = grows or growth is not None
     tokenizer, traces = item_tokenizer.make_item_tokenizer(text_tokenizer, catalog), None
@@ -303,31 +312,16 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
         growth=growth,
         train=train,
         fresh=fresh,
+        feedback=feedback,
         valid=valid,
         test=test,
     )
     if phase != "evaluate":
-        check_same_data(settings, run.data)
+        checks.check_same_data(settings, run.data)
     if phase == "train":
         preload(settings.rewards.weights, run.reward_context)
         _ = run.critic, run.guide  # loaded now, so that its errors appear before an actor starts
     return run
-
-
-def new_tokenizer(
-    settings: Config, catalog: Catalog, reasons: list[RationaleBlocks] | None
-) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a new policy; a text tokenizer of a continued run is reused."""
-    if reasons is None and settings.prompt.history is None:
-        return item_tokenizer.compact_tokenizer(catalog)
-    scratch = settings.run_dir / "scratch"
-    if scratch.is_dir():
-        return item_tokenizer.read_tokenizer(scratch)
-    prompt = settings.prompt
-    texts = ["".join(block) for blocks in reasons or [catalog.title] for block in blocks]
-    if prompt.history is not None:
-        texts += [prompt.history, prompt.separator, prompt.titles, prompt.title, prompt.item]
-    return rationales.text_tokenizer(catalog, texts, size=settings.model.text_tokens)
 
 
 def starting_policy(settings: Config, phase: Phase) -> Path | None:

@@ -12,13 +12,15 @@ from transformers import (
 )
 
 from orchard.catalog.catalog import Catalog
+from orchard.data import rationales
 from orchard.data.prompts import Split
+from orchard.data.rationales import RationaleBlocks
 from orchard.data.sft_tasks import SftTasks, build_sft_tasks
 from orchard.errors import ConfigError
 from orchard.policy import lora, model, prompt_template, token_embeddings
 from orchard.policy.attention import position_limit
 from orchard.policy.growth import Growth
-from orchard.policy.item_tokenizer import ItemTokenizer, read_tokenizer
+from orchard.policy.item_tokenizer import ItemTokenizer, compact_tokenizer, read_tokenizer
 from orchard.policy.tree_check import check_trees
 from orchard.settings import Config
 from rollout.search.registry import SEARCHES
@@ -126,3 +128,19 @@ def load_resized(
     if growth is not None:
         token_embeddings.start_unseen(policy, tokenizer, growth, seed=seed)
     return policy
+
+
+def new_tokenizer(
+    settings: Config, catalog: Catalog, reasons: list[RationaleBlocks] | None
+) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a new policy; a text tokenizer of a continued run is reused."""
+    if reasons is None and settings.prompt.history is None:
+        return compact_tokenizer(catalog)
+    scratch = settings.run_dir / "scratch"
+    if scratch.is_dir():
+        return read_tokenizer(scratch)
+    prompt = settings.prompt
+    texts = ["".join(block) for blocks in reasons or [catalog.title] for block in blocks]
+    if prompt.history is not None:
+        texts += [prompt.history, prompt.separator, prompt.titles, prompt.title, prompt.item]
+    return rationales.text_tokenizer(catalog, texts, size=settings.model.text_tokens)

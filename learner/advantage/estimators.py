@@ -24,7 +24,8 @@ in `ESTIMATORS`; `docs/extending.md` has an example.
 
 `sibling` compares node by node within a group (`learner.advantage.sibling`), and two estimators
 combine it with `group`: `group_sibling` adds the two losses, `blend` averages the two advantages.
-`sapo` compares step by step (`learner.advantage.sapo`).
+`sapo` compares step by step, and `credit_to_go` what is still to come at each step
+(`learner.advantage.sapo`).
 
 Shapes:  B prompts   N nodes   C candidates   K steps of the longest candidate
 """
@@ -37,7 +38,7 @@ from jaxtyping import Bool, Float32, Float64, Int64
 
 from learner.advantage.groups import group_center, group_normalize
 from learner.advantage.negatives import boundary_pairs, windowed_advantages
-from learner.advantage.sapo import apply_code_switches, sapo
+from learner.advantage.sapo import apply_code_switches, credit_to_go, sapo
 from learner.advantage.sibling import sibling
 from orchard.errors import ConfigError
 from orchard.registry import Facts, Registry
@@ -204,6 +205,7 @@ def _steps_and_format(scored: ScoredTrees, config: LearnerConfig) -> list[Advant
     return credits
 
 
+ESTIMATORS.register("credit_to_go", EstimatorFacts(per_candidate=False))(credit_to_go)
 ESTIMATORS.register("sapo", EstimatorFacts(per_candidate=False, losses=_steps_and_format))(sapo)
 
 

@@ -14,7 +14,9 @@ eps open; these follow the other estimators. A policy that does not think has co
 |y(i, k)| counts forced tokens, as the lengths of the other estimators do. A thinking candidate
 whose number of blocks differs from its number of codes is malformed: all its matches are 0.
 
-The matches are `ScoredTrees.step_reward` (`rewards.steps`).
+The matches are `ScoredTrees.step_reward` (`rewards.steps`). `credit_to_go` puts the sum of the step
+rewards from k on in the place of m(i, k): the credit of HRPO (arXiv 2608.00750), whose step rewards
+are what each code adds to the utility of the prefix before it (`rewards.utility`).
 
 Shapes:  C candidates   L codes of the longest item   P steps of the longest path, blocks included
 """
@@ -54,6 +56,14 @@ def sapo(scored: ScoredTrees, std_epsilon: float) -> Advantages:
         advantage=np.where(inside, advantage[:, column_step], 0).astype(np.float32),
         weight=np.where(inside, weight[:, column_step], 0).astype(np.float32),
     )
+
+
+def credit_to_go(scored: ScoredTrees, std_epsilon: float) -> Advantages:
+    """Standardize, at each step, what the rewards of it and of later steps add up to (HRPO)."""
+    assert scored.step_reward is not None, "step credit needs rewards of steps"
+    rewards = scored.step_reward.astype(np.float64)
+    to_go = np.cumsum(rewards[:, ::-1], axis=1)[:, ::-1].astype(np.float32)
+    return sapo(replace(scored, step_reward=to_go), std_epsilon)
 
 
 def step_of_column(width: int, num_steps: int) -> Int64[np.ndarray, " P"]:

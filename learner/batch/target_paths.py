@@ -44,6 +44,8 @@ def target_weights(
     weight = np.full(after.shape, config.anchor)
     if config.hint_weight and trees.hinted is not None:
         weight += config.hint_weight * (np.arange(after.shape[1]) < trees.hinted[:, None])
+    if trees.prompts.reward is not None:  # in feedback, only what somebody wanted is an anchor
+        weight = weight * (trees.prompts.reward > 0)[:, None]
     share = 1 / np.maximum(1, len(trees) * exists.sum(1, keepdims=True))
     learned = exists.copy()
     if config.logprob == "trie":

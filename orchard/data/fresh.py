@@ -90,6 +90,14 @@ def concatenate(train: Split, fresh: Split | None) -> Split:
     if fresh is None:
         return train
     parts = [replace(split, digest="", row=None) for split in (train, fresh)]
+    for name in ("reward", "weight"):
+        if any(getattr(split, name) is not None for split in parts):
+            parts = [
+                split
+                if getattr(split, name) is not None
+                else replace(split, **{name: np.ones(len(split))})
+                for split in parts
+            ]
     return replace(arrays.concatenate(parts), digest=content_digest(train.digest, fresh.digest))
 
 

@@ -24,9 +24,7 @@ _FITTED = 100_000
 """Maximum number of histories that centers are fitted to."""
 
 
-Clusters = Callable[
-    [Int64[np.ndarray, " H"], Int64[np.ndarray, " G1"]], Int64[np.ndarray, " G"]
-]
+Clusters = Callable[[Int64[np.ndarray, " H"], Int64[np.ndarray, " G1"]], Int64[np.ndarray, " G"]]
 """Function from histories of leaves to the cluster of each, `NO_CLUSTER` for an empty one."""
 
 

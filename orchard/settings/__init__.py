@@ -97,6 +97,12 @@ class Config(Section):
                     f'{key} = "fresh" needs fresh rows; set data.fresh or data.hold_back, or '
                     f'{key} = "train"',
                 )
+        if self.learner.rows == "feedback" and not self.data.feedback:
+            raise refusal(
+                "no_feedback",
+                'learner.rows = "feedback" needs feedback; set data.feedback to folders that '
+                "`orchard data feedback` has made, or choose other rows",
+            )
         return self
 
     @model_validator(mode="after")

@@ -2,9 +2,9 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, model_validator
 
 from orchard.settings.section import Section, refusal
 
@@ -30,6 +30,17 @@ def _under_root(path: Path) -> Path:
     return data_root() / path
 
 
+def _as_list(value: Any) -> Any:
+    """Return one path as a list of one."""
+    return [value] if isinstance(value, str | Path) else value
+
+
+Folders = Annotated[
+    tuple[Annotated[Path, AfterValidator(Path.expanduser)], ...], BeforeValidator(_as_list)
+]
+"""Folders, of which a single one needs no list."""
+
+
 class DataConfig(Section):
     """Locations of the interaction files, in the Parquet schema of `docs/data.md`."""
 
@@ -50,6 +61,9 @@ class DataConfig(Section):
     hold_back_by: Literal["row", "user"] = "user"
     """Rows that are held back: the last rows of the files, or the last rows of each user. Users
     keep at least one row."""
+    feedback: Folders = ()
+    """Folders of feedback, which `orchard data feedback` makes from the log of an endpoint and the
+    events of its users. RL draws its prompts from their requests (see `learner.rows`)."""
     valid: FileName = "valid.parquet"
     """Validation file, with the columns of the training files."""
     test: FileName = "test.parquet"

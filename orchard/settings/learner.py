@@ -84,9 +84,10 @@ class LearnerConfig(Section):
     """Number of training steps, each of which consumes one batch of rollouts. A run that is
     continued with another number follows the learning rates of a run of that length, from the step
     where it is."""
-    rows: Literal["auto", "fresh", "train"] = "auto"
-    """Rows that prompts are drawn from: the fresh rows of `data.fresh` or `data.hold_back`, or
-    those of the warm start; `auto` takes fresh rows where there are any."""
+    rows: Literal["auto", "fresh", "train", "feedback"] = "auto"
+    """Rows that prompts are drawn from: the requests of `data.feedback`, the fresh rows of
+    `data.fresh` or `data.hold_back`, or those of the warm start; `auto` takes the first of these
+    that there is."""
     prompts_per_step: PositiveInt = 64
     """Number of prompts per training step."""
     max_draws: PositiveInt = 1
@@ -99,9 +100,10 @@ class LearnerConfig(Section):
     """Advantage estimator. `group`, `dapo`, `drgrpo` and `leave_one_out` compare a candidate with
     its group; `sibling` compares it, at each code, with the sibling codes of the same search tree;
     `group_sibling` adds both losses and `blend` averages both advantages; `sapo` compares each step
-    of a candidate with the same step of its group; `boundary` compares the strongest positive of a
-    group with its hardest negative alone (ReCast); `window` compares the positives with a window of
-    the negatives."""
+    of a candidate with the same step of its group; `credit_to_go` compares what the rewards
+    of its later steps add up to (HRPO); `boundary` compares the strongest positive of a group with
+    its hardest negative alone (ReCast); `window` compares the positives with a window of the
+    negatives."""
     sibling_weight: NonNegativeFloat = 1.0
     """Weight of the sibling loss relative to the group loss, in `group_sibling`."""
     window: tuple[Fraction, Fraction] = (0.0, 1.0)

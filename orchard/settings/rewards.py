@@ -82,6 +82,29 @@ class TransitionConfig(Section):
     of a candidate without any observed transition."""
 
 
+class UtilityConfig(Section):
+    """Utilities of prefixes (HRPO, arXiv 2608.00750), as reward `utility` or `rewards.steps`."""
+
+    clusters: tuple[Literal["last_item", "last_code", "history"], ...] = ("last_code", "last_item")
+    """Clusters of histories within which utilities are estimated, from coarse to fine: by the
+    first code of the last item, by the last item, or by k-means of the embeddings of the history
+    (`data.embeddings`). Each backs off to the one before it, and the first to all histories."""
+    groups: PositiveInt = 64
+    """Number of k-means clusters of `history`."""
+    prior: PositiveFloat = 1.0
+    """Number of shown items that what is known with less detail counts as."""
+    backoff: Literal["residual", "paper"] = "residual"
+    """What a prefix of a cluster backs off to: the shorter prefix in the cluster, plus what the
+    coarser cluster thinks of its last code; or, as in the paper, the shorter prefix alone, and the
+    coarser cluster where the cluster has no data."""
+    floor: NonNegativeFloat = 0.0
+    """Constant above 0 that is added to utilities before their logarithm is taken, for next items,
+    as in `rewards.transition.floor`; with 0 they stay as they are."""
+    source: Literal["auto", "feedback", "train"] = "auto"
+    """Rows that utilities are estimated from: those of `data.feedback`, or the known training rows,
+    whose targets have reward 1 and all other items 0; `auto` takes feedback where there is any."""
+
+
 class RewardsConfig(Section):
     """Reward functions that score the candidates of search trees."""
 
@@ -98,6 +121,10 @@ class RewardsConfig(Section):
     penalizes groups without the target (see `docs/rewards.md`)."""
     collaborative: CollaborativeConfig = CollaborativeConfig()
     transition: TransitionConfig = TransitionConfig()
+    utility: UtilityConfig = UtilityConfig()
+    steps: Literal["match", "utility"] = "match"
+    """Reward of each code, for estimators of step-level credit: 1 where it matches the target, or
+    what it adds to the utility of the prefix before it (see `rewards.utility`)."""
     listwise: ListwiseConfig = ListwiseConfig()
     actors: PositiveInt = 1
     """Number of reward actors."""

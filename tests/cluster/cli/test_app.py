@@ -11,7 +11,8 @@ import pytest
 
 from cluster.cli import app as cli
 from cluster.cli import commands
-from cluster.training.run import check_engines, prepare
+from cluster.training.checks import check_engines
+from cluster.training.run import prepare
 from orchard import config
 from orchard.errors import EngineError
 from orchard.policy.titles import from_titles
