@@ -88,7 +88,8 @@ def warning(train: Int64[np.ndarray, " 2"], valid: Int64[np.ndarray, " 2"], run:
         run: the run, whose fresh rows decide on the advice.
     """
     (hit, of), (held_hit, held_of) = train.tolist(), valid.tolist()
-    if not of or not held_of:
+    is_feedback = run.feedback is not None and run.rows is run.feedback.requests
+    if not of or not held_of or is_feedback:  # what was shown is likely under the policy
         return None
     share, held_share = hit / of, held_hit / held_of
     pooled = (hit + held_hit) / (of + held_of)

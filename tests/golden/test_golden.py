@@ -80,7 +80,10 @@ ADDED_SETTINGS = {
     "data.hold_back_by", "sft.rows", "learner.rows", "critic.rows", "serve.guide", "serve.wide",
     "learner.loss", "learner.ecpo_delta", "learner.window", "learner.anchor",
     "learner.hint_weight", "learner.max_draws", "rollout.hints", "learner.attention",
-    "learner.gradient_checkpointing", "data.bundle", "cluster.publish_format",
+    "learner.gradient_checkpointing", "data.bundle", "cluster.publish_format", "data.feedback",
+    "rewards.steps", "rewards.utility.clusters", "rewards.utility.groups",
+    "rewards.utility.prior", "rewards.utility.backoff", "rewards.utility.floor",
+    "rewards.utility.source",
 }  # fmt: skip
 """Settings that came after the recording."""
 ADDED_SECTIONS = {"guide"}

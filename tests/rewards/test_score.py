@@ -8,6 +8,7 @@ import pytest
 
 from orchard.catalog.catalog import Catalog
 from orchard.errors import CatalogError, ConfigError, DataError
+from orchard.feedback.utilities import Examples, PrefixUtilities, fit_utilities
 from orchard.scorers import checkpoint, listwise_ranker, sasrec
 from orchard.testing import tiny_catalog, tiny_policy, tiny_prompts
 from orchard.types import PolicyVersion, SearchTrees
@@ -21,6 +22,22 @@ from tests.fixtures.guides import random_guide, random_rows
 from tests.fixtures.registries import Borrow
 
 VERSION = PolicyVersion(step=0, digest="0" * 64)
+
+
+def random_utilities(catalog: Catalog) -> PrefixUtilities:
+    """Utilities of four requests without history."""
+    return fit_utilities(
+        catalog.trie,
+        Examples(
+            history=np.zeros(0, np.int64),
+            start=np.zeros(5, np.int64),
+            target=np.arange(4),
+            row_start=np.arange(5),
+            leaf=np.arange(4),
+            reward=np.ones(4),
+            weight=np.ones(4),
+        ),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +83,7 @@ def everything(catalog: Catalog, folder: Path) -> RewardContext:
             decay=0.5,
         ),
         folder=folder,
+        utilities=random_utilities(catalog),
         guide=random_guide(catalog, seed=0),
         rows=random_rows(catalog, seed=0),
         first_row=0,
