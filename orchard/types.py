@@ -55,6 +55,8 @@ class Prompts:
     token_start: Annotated[Int64[np.ndarray, " B+1"], Starts("T")]
     reward: Float32[np.ndarray, " B"] | None = None
     """Reward of the target, in feedback; None if it is 1 everywhere."""
+    logged: Float32[np.ndarray, " B"] | None = None
+    """Log-probability with which the target was shown; None if it is not known."""
 
     def __len__(self) -> int:
         return len(self.id)

@@ -123,7 +123,33 @@ def _anchor_needs_codes_alone(config: Config) -> None:
         )
 
 
+def _logged_draws_have_an_estimator(config: Config) -> None:
+    """Refuse an estimator of groups for logged draws, and one of logged draws for groups."""
+    search, estimator = config.rollout.search, config.learner.estimator
+    if SEARCHES.facts(search).logged == ESTIMATORS.facts(estimator).logged:
+        return
+    known = [name for name in ESTIMATORS if ESTIMATORS.facts(name).logged]
+    raise ConfigError(
+        f"rollout.search = {search} and learner.estimator = {estimator} do not fit: logged draws, "
+        f'of the search "logged", are learned by the estimator {" or ".join(known)} alone',
+        code="config.logged_draws",
+    )
+
+
+def _logged_draws_are_rewarded_by_the_log(config: Config) -> None:
+    """Refuse utilities for logged draws, out of which their own rewards could not be taken."""
+    uses = "utility" in config.rewards.weights or config.rewards.steps == "utility"
+    if SEARCHES.facts(config.rollout.search).logged and uses:
+        raise ConfigError(
+            'rollout.search = "logged" learns from rewards as they were; set rewards.weights = '
+            '{rule = 1.0} and rewards.steps = "match", or learn by utilities with another search',
+            code="config.logged_draws",
+        )
+
+
 RULES: tuple[Rule, ...] = (
+    _logged_draws_have_an_estimator,
+    _logged_draws_are_rewarded_by_the_log,
     _thoughts_need_one_depth,
     _think_only_needs_thoughts,
     _anchor_needs_codes_alone,

@@ -88,7 +88,7 @@ def warning(train: Int64[np.ndarray, " 2"], valid: Int64[np.ndarray, " 2"], run:
         run: the run, whose fresh rows decide on the advice.
     """
     (hit, of), (held_hit, held_of) = train.tolist(), valid.tolist()
-    is_feedback = run.feedback is not None and run.rows is run.feedback.requests
+    is_feedback = run.rows is not run.train and run.rows is not run.fresh
     if not of or not held_of or is_feedback:  # what was shown is likely under the policy
         return None
     share, held_share = hit / of, held_hit / held_of

@@ -85,7 +85,8 @@ class Run:
         config = self.config
         wanted = {"sft": config.sft.rows, "train": config.learner.rows}.get(self.phase, "train")
         if wanted in ("auto", "feedback") and self.feedback is not None:
-            return self.feedback.requests
+            is_logged = SEARCHES.facts(config.rollout.search).logged
+            return self.feedback.draws if is_logged else self.feedback.requests
         return self.train if wanted == "train" or self.fresh is None else self.fresh
 
     @cached_property
@@ -129,12 +130,10 @@ class Run:
     def reward_context(self) -> RewardContext:
         """Data that rewards look up."""
         expert, fresh = "expert" in self.config.rewards.weights, self.rows is self.fresh
-        shown = self.feedback is not None and self.rows is self.feedback.requests
+        shown = self.rows is not self.train and not fresh
         counted = not shown and (not fresh or self.config.guide.counts == "all")
         estimated, of_feedback = self.utilities or (None, False)
-        first_request = None
-        if shown == of_feedback:
-            first_request = fresh * len(self.train)
+        first_request = fresh * len(self.train) if shown == of_feedback else None
         return RewardContext(
             catalog=self.catalog,
             settings=self.config.rewards,
@@ -267,7 +266,7 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
     )
     feedback = None
     if phase == "train" and data.feedback:
-        feedback = open_feedback(data.feedback, catalog, max_history=data.max_history)
+        feedback = open_feedback(data.feedback, catalog, data.max_history, settings.learner.lists)
     sft_rows = train if fresh is None or settings.sft.rows == "train" else fresh
     check_catalog(settings.rollout, catalog.trie)
     width = max(settings.rollout.group_size, settings.evaluate.beams, settings.evaluate.valid_beams)

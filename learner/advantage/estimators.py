@@ -25,7 +25,7 @@ in `ESTIMATORS`; `docs/extending.md` has an example.
 `sibling` compares node by node within a group (`learner.advantage.sibling`), and two estimators
 combine it with `group`: `group_sibling` adds the two losses, `blend` averages the two advantages.
 `sapo` compares step by step, and `credit_to_go` what is still to come at each step
-(`learner.advantage.sapo`).
+(`learner.advantage.sapo`). `snips` learns from logged draws (`learner.advantage.logged`).
 
 Shapes:  B prompts   N nodes   C candidates   K steps of the longest candidate
 """
@@ -37,6 +37,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int64
 
 from learner.advantage.groups import group_center, group_normalize
+from learner.advantage.logged import snips_advantages
 from learner.advantage.negatives import boundary_pairs, windowed_advantages
 from learner.advantage.sapo import apply_code_switches, credit_to_go, sapo
 from learner.advantage.sibling import sibling
@@ -81,6 +82,8 @@ class EstimatorFacts(Facts):
     compares: bool = True
     """Whether candidates of one prompt are compared with one another, which a single one cannot
     be."""
+    logged: bool = False
+    """Whether it learns from logged draws instead of a group of candidates."""
     by_group: bool = False
     """Whether a group teaches only where the rewards of its candidates differ."""
     losses: Callable[[ScoredTrees, LearnerConfig], list[Advantages]] | None = None
@@ -174,6 +177,19 @@ def blend(scored: ScoredTrees, std_epsilon: float) -> Advantages:
     return broadcast_to_steps(scored, advantage, mean_weight(scored))
 
 
+def snips(scored: ScoredTrees, std_epsilon: float, clip: float = 10.0) -> Advantages:
+    """Weigh logged draws by how likely the policy is to make them (SNIPS)."""
+    return broadcast_to_steps(scored, snips_advantages(scored, clip), mean_weight(scored))
+
+
+ESTIMATORS.register(
+    "snips",
+    EstimatorFacts(
+        compares=False,
+        logged=True,
+        losses=lambda scored, config: [snips(scored, config.std_epsilon, config.weight_clip)],
+    ),
+)(snips)
 ESTIMATORS.register("sibling", EstimatorFacts(per_candidate=False))(sibling)
 
 

@@ -44,6 +44,8 @@ class Split:
     """Reward of the target; None if it is 1 in every row."""
     weight: Float64[np.ndarray, " R"] | None = None
     """Weight of each row where rewards are estimated from rows; None if all are 1."""
+    logged: Float64[np.ndarray, " R"] | None = None
+    """Log-probability with which the target was shown; None if it is not known."""
 
     def __len__(self) -> int:
         return len(self.target)
@@ -235,6 +237,7 @@ def make_prompts(tokenizer: ItemTokenizer, split: Split, rows: Int64[np.ndarray,
         token=token,
         token_start=token_start,
         reward=None if split.reward is None else split.reward[rows].astype(np.float32),
+        logged=None if split.logged is None else split.logged[rows].astype(np.float32),
     )
 
 

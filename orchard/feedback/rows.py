@@ -5,8 +5,9 @@ Shapes:  G requests   G1 = G + 1   R shown items   D codes of the longest item
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import polars as pl
@@ -17,8 +18,14 @@ from orchard.arrays import Starts
 from orchard.catalog.catalog import Catalog
 from orchard.data.prompts import Split, content_digest
 from orchard.errors import DataError
+from orchard.evaluation.lists import inclusion
 from orchard.feedback.read import read_feedback
 from orchard.feedback.utilities import Examples
+
+Lists = Literal["single", "independent"]
+"""Answers that have importance weights, see `learner.lists`."""
+_CELLS = 1 << 10
+"""Bound of lists times squared length whose inclusion is computed at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +39,8 @@ class Feedback:
     """Shown items of request g: `row_start[g] : row_start[g + 1]`."""
     item: Int64[np.ndarray, " R"]
     """Catalog row of each shown item."""
+    leaf: Int64[np.ndarray, " R"]
+    """Its leaf."""
     reward: Float64[np.ndarray, " R"]
     weight: Float64[np.ndarray, " R"]
     logprob: Float64[np.ndarray, "R D"]
@@ -42,6 +51,56 @@ class Feedback:
     was no `beam_sample` at temperature 1, or items were excluded."""
     facts: dict[str, int] = field(default_factory=dict[str, int])
     """Counts of what was left out."""
+    lists: Lists = "single"
+    """Answers that `draws` has: of one draw, or lists drawn without replacement as well."""
+
+    @cached_property
+    def draws(self) -> Split:
+        """Shown items that were drawn from the policy with a known probability, a row for each.
+
+        One draw may show several items, which share a semantic ID: they are one row, with the sum
+        of their rewards. An item of a list is drawn with its probability to be in the list, if
+        all that was drawn is shown.
+
+        Raises:
+            DataError: there are none.
+        """
+        of_row = ragged.row_of(self.row_start)
+        usable = self.width > 0 if self.lists == "independent" else self.width == 1
+        usable &= np.isfinite(self.logprob).all(1) & (self.weight > 0)
+        rows = np.flatnonzero(usable)
+        # Draws of a request by their leaf, the first item of each, and the sum of their rewards.
+        key, first, inverse = np.unique(
+            of_row[rows] * (1 + int(self.leaf.max(initial=0))) + self.leaf[rows],
+            return_index=True, return_inverse=True,
+        )  # fmt: skip
+        reward = np.bincount(inverse, self.reward[rows], minlength=len(key))
+        rows = rows[first]
+        number = np.bincount(of_row[rows], minlength=len(self.requests))
+        whole = number[of_row[rows]] == self.width[rows]
+        rows, reward = rows[whole], reward[whole]
+        if len(rows) == 0:
+            raise DataError(
+                f"none of {len(self)} shown items was drawn with a known probability, so that they "
+                'have no importance weights; let the endpoint explore with decoder = "beam_sample" '
+                "and temperature = 1, and k = width = 1"
+                + ("" if self.lists == "independent" else ' (or set learner.lists = "independent")')
+                + ", or learn by utilities, which need none: rewards.weights = {utility = 1.0} and "
+                "another rollout.search",
+                code="data.no_logprobs",
+            )
+        requests, request = self.requests, of_row[rows]
+        history, start = ragged.take(requests.history, requests.history_start, request)
+        return Split(
+            user=requests.user[request],
+            history=history,
+            history_start=start,
+            target=self.item[rows],
+            digest=content_digest(requests.digest, rows, reward, self.lists),
+            reward=reward,
+            weight=self.weight[rows],
+            logged=_shown_logprobs(self.logprob[rows].sum(1), request, self.width[rows]),
+        )
 
     def __len__(self) -> int:
         return len(self.item)
@@ -54,13 +113,15 @@ class Feedback:
             start=requests.history_start,
             target=leaf_of_item[requests.target],
             row_start=self.row_start,
-            leaf=leaf_of_item[self.item],
+            leaf=self.leaf,
             reward=self.reward,
             weight=self.weight,
         )
 
 
-def open_feedback(folders: Sequence[Path], catalog: Catalog, *, max_history: int) -> Feedback:
+def open_feedback(
+    folders: Sequence[Path], catalog: Catalog, max_history: int, lists: Lists = "single"
+) -> Feedback:
     """Read feedback folders as rows of a catalog.
 
     Items are found by their identifiers; shown items that the catalog lacks are left out and
@@ -70,6 +131,7 @@ def open_feedback(folders: Sequence[Path], catalog: Catalog, *, max_history: int
         folders: folders that `orchard data feedback` has written.
         catalog: catalog of the run.
         max_history: number of most recent history items that are kept.
+        lists: answers that draws are taken from, see `Feedback.draws`.
 
     Raises:
         DataError: as `read_feedback`, or nothing is left.
@@ -124,12 +186,36 @@ def open_feedback(folders: Sequence[Path], catalog: Catalog, *, max_history: int
         requests=requests,
         row_start=row_start,
         item=item[order].astype(np.int64),
+        leaf=catalog.leaf_of_item[item[order]].astype(np.int64),
         reward=reward,
         weight=weight,
         logprob=_logprobs(selected, catalog, item[order]),
         width=_widths(selected),
         facts=facts,
+        lists=lists,
     )
+
+
+def _shown_logprobs(
+    logprob: Float64[np.ndarray, " R"],
+    request: Int64[np.ndarray, " R"],
+    width: Int64[np.ndarray, " R"],
+) -> Float64[np.ndarray, " R"]:
+    """Return the log-probability of each draw to be among the `width` draws of its request."""
+    shown = np.minimum(logprob, 0.0)
+    several = np.flatnonzero(width > 1)
+    if len(several) == 0:
+        return shown
+    _, row, count = np.unique(request[several], return_inverse=True, return_counts=True)
+    place = ragged.index_in_row(ragged.starts(count))  # the draws of a request are neighbors
+    table = np.full((len(count), int(count.max())), -np.inf)
+    table[row, place] = shown[several]
+    step = max(1, _CELLS // table.shape[1] ** 2)
+    for first in range(0, len(table), step):
+        part = slice(first, first + step)
+        table[part] = np.log(np.maximum(inclusion(table[part], count[part]), 1e-300))
+    shown[several] = table[row, place]
+    return shown
 
 
 def _users(user: pl.Series) -> Int64[np.ndarray, " R"]:

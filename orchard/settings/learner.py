@@ -103,7 +103,14 @@ class LearnerConfig(Section):
     of a candidate with the same step of its group; `credit_to_go` compares what the rewards
     of its later steps add up to (HRPO); `boundary` compares the strongest positive of a group with
     its hardest negative alone (ReCast); `window` compares the positives with a window of the
-    negatives."""
+    negatives; `snips` weighs logged draws by the policy's probability of them, with
+    `rollout.search = "logged"`."""
+    weight_clip: Annotated[float, Field(ge=1.0)] = 10.0
+    """Largest importance weight of a logged draw, in `snips`."""
+    lists: Literal["single", "independent"] = "single"
+    """Logged draws that `snips` learns from: answers of one draw alone, or lists that were drawn
+    without replacement as well, whose items are taken to be judged by themselves, not by their
+    neighbors or position."""
     sibling_weight: NonNegativeFloat = 1.0
     """Weight of the sibling loss relative to the group loss, in `group_sibling`."""
     window: tuple[Fraction, Fraction] = (0.0, 1.0)

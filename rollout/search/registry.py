@@ -27,6 +27,7 @@ from rollout.search.add_target import search_with_target
 from rollout.search.batches import search_in_batches
 from rollout.search.beam import beam, sample
 from rollout.search.hints import check_hints, mark_hint, search_below_hint
+from rollout.search.logged import logged
 from rollout.search.sampling import beam_sample, dynamic
 from rollout.search.think import search_after_thoughts
 from rollout.search.ved.search import check_budget, ved
@@ -101,6 +102,8 @@ class SearchFacts(Facts):
     """Whether a prefix critic guides the search under these settings; None if never."""
     uses_guide: Callable[[RolloutConfig], bool] | None = None
     """Whether a guide of experts guides the search under these settings; None if never."""
+    logged: bool = False
+    """Whether its candidates are the shown items of feedback, each of which is a prompt."""
     takes_filter: bool = False
     """Whether its function of codes takes an item filter as `allowed`, as `rollout.hints` needs."""
     check_catalog: Callable[[RolloutConfig, Trie], None] | None = None
@@ -244,6 +247,21 @@ def _trains_no_values(config: Config) -> None:
 @SEARCHES.register("think", SearchFacts(rules=(_adds_no_target, _trains_no_values), thinks=True))
 def _think(ctx: SearchContext) -> Search:
     return partial(search_after_thoughts, ctx.engine, ctx.tokenizer, ctx.config, seed=ctx.seed)
+
+
+def _needs_feedback(config: Config) -> None:
+    """Refuse to score what was shown where nothing was."""
+    if not config.data.feedback:
+        raise ConfigError(
+            'rollout.search = "logged" scores what was shown; set data.feedback to folders that '
+            "`orchard data feedback` has made, or choose another search",
+            code="config.no_feedback",
+        )
+
+
+@SEARCHES.register("logged", SearchFacts(rules=(_needs_feedback,), logged=True))
+def _logged(ctx: SearchContext) -> Search:
+    return ctx.search_codes(partial(logged, catalog=ctx.catalog))
 
 
 def check_catalog(config: RolloutConfig, trie: Trie) -> None:

@@ -8,6 +8,7 @@ import pytest
 from orchard.catalog import catalog as catalogs
 from orchard.catalog.catalog import Catalog
 from orchard.errors import DataError
+from orchard.evaluation.lists import inclusion
 from orchard.feedback.join import JoinOptions, join
 from orchard.feedback.rows import open_feedback
 from orchard.feedback.write import write_feedback
@@ -81,3 +82,49 @@ def test_feedback_of_another_catalog_is_refused(
     write_feedback(tmp_path / "out", join(shown, events([])), JoinOptions())
     with pytest.raises(DataError, match="1 are not in the catalog of 4 items, and 1 have no"):
         open_feedback([tmp_path / "out"], catalog, max_history=2)
+
+
+def test_draws_have_the_probability_with_which_they_were_shown(
+    tmp_path: Path, catalog: Catalog, exposures: Table, events: Table
+) -> None:
+    half, quarter = float(np.log(0.5)), float(np.log(0.25))
+    common = {"history": [10], "item_id": 10, "sid": [0, 1], "logprob": [half, half]}
+    other = {"rank": 2, "item_id": 13, "sid": [1, 1], "logprob": [half, quarter]}
+    shown = exposures(
+        [
+            common | {"request_id": "one", "time": 1.0},
+            common | {"request_id": "list", "time": 2.0, "width": 2},
+            common | other | {"request_id": "list", "time": 2.0, "width": 2},
+            common | {"request_id": "cut", "time": 3.0, "width": 5},  # four draws were not shown
+            common | {"request_id": "beam", "time": 4.0, "decoder": "beam"},
+        ]
+    )
+    joined = join(shown, events([{"request_id": "list", "item_id": 13, "time": 3.0}]))
+    write_feedback(tmp_path / "out", joined, JoinOptions())
+    single = open_feedback([tmp_path / "out"], catalog, max_history=2).draws
+    assert single.target.tolist() == [0]
+    assert single.logged is not None
+    np.testing.assert_allclose(np.exp(single.logged), [0.25])
+    draws = open_feedback([tmp_path / "out"], catalog, 2, "independent").draws
+    assert draws.target.tolist() == [0, 0, 3]
+    assert draws.reward is not None
+    assert draws.reward.tolist() == [0.0, 0.0, 1.0]
+    assert draws.history.tolist() == [0, 0, 0]
+    assert draws.logged is not None
+    wanted = inclusion(np.log(np.array([[0.25, 0.125]])), np.array([2]))[0]
+    np.testing.assert_allclose(np.exp(draws.logged), [0.25, *wanted])
+    assert draws.digest != single.digest
+
+
+def test_deterministic_answers_have_no_importance_weights(
+    tmp_path: Path, catalog: Catalog, exposures: Table, events: Table
+) -> None:
+    shown = exposures([{"item_id": 10, "history": [11], "sid": [0, 1], "decoder": "beam"}])
+    write_feedback(tmp_path / "out", join(shown, events([])), JoinOptions())
+    found = open_feedback([tmp_path / "out"], catalog, max_history=2)
+    with pytest.raises(
+        DataError, match=r"none of 1 .* beam_sample.*or learn by utilities"
+    ) as error:
+        _ = found.draws
+    assert error.value.code == "data.no_logprobs"
+    assert len(found.examples(catalog).leaf) == 1  # utilities still work
