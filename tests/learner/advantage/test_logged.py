@@ -51,10 +51,8 @@ def test_weights_are_truncated_and_advantages_add_up_to_nothing(trees_with: Grow
     (credit,) = compute_advantages(batch, config)
     found = credit.advantage[:, 0]
     assert found.sum() == pytest.approx(0, abs=1e-5)
-    mean = 10.002 / 11.002
-    np.testing.assert_allclose(
-        found, 3 * weight * ([1, 0, 1] - np.float64(mean)) / 11.002, rtol=1e-4
-    )
+    surplus = np.array([1, 0, 1]) - 10.002 / 11.002
+    np.testing.assert_allclose(found, 3 * weight * surplus / 11.002, rtol=1e-4)
 
 
 def test_draws_of_unknown_probability_are_refused(trees_with: Grow) -> None:

@@ -122,9 +122,7 @@ def test_deterministic_answers_have_no_importance_weights(
     shown = exposures([{"item_id": 10, "history": [11], "sid": [0, 1], "decoder": "beam"}])
     write_feedback(tmp_path / "out", join(shown, events([])), JoinOptions())
     found = open_feedback([tmp_path / "out"], catalog, max_history=2)
-    with pytest.raises(
-        DataError, match=r"none of 1 .* beam_sample.*or learn by utilities"
-    ) as error:
+    with pytest.raises(DataError, match="none of 1 .*or learn by utilities") as error:
         _ = found.draws
     assert error.value.code == "data.no_logprobs"
     assert len(found.examples(catalog).leaf) == 1  # utilities still work
