@@ -83,7 +83,7 @@ ADDED_SETTINGS = {
     "learner.gradient_checkpointing", "data.bundle", "cluster.publish_format", "data.feedback",
     "rewards.steps", "rewards.utility.clusters", "rewards.utility.groups",
     "rewards.utility.prior", "rewards.utility.backoff", "rewards.utility.floor",
-    "rewards.utility.source",
+    "rewards.utility.source", "learner.weight_clip", "learner.lists",
 }  # fmt: skip
 """Settings that came after the recording."""
 ADDED_SECTIONS = {"guide"}

@@ -14,6 +14,7 @@ from rewards.registry import REWARDS
 from tests.fixtures.registries import Borrow
 
 ROOT = Path(__file__).parents[3]
+LOGGED = ["rollout.search=logged", "learner.estimator=snips", "data.feedback=shown"]
 TREE = {"name": "toy", "data": {"path": "somewhere"}}
 
 
@@ -31,7 +32,8 @@ def value(setting: str, name: str) -> str:
 def test_a_setting_takes_every_registered_name_and_no_other(setting: str) -> None:
     for name in choices()[setting]:
         override = f"{setting}={value(setting, name)}"
-        check_names(settings("model.value_head=" + str(name == "ved").lower(), override))
+        fitting = LOGGED if name in ("logged", "snips") else []
+        check_names(settings("model.value_head=" + str(name == "ved").lower(), *fitting, override))
     override = f"{setting}={value(setting, 'nonsense')}"
     with pytest.raises(ConfigError, match=f"^{re.escape(setting)} names an unknown") as refused:
         check_names(settings(override))
@@ -44,7 +46,14 @@ def test_a_setting_takes_every_registered_name_and_no_other(setting: str) -> Non
         *(
             ("group_of_one", [f"learner.estimator={name}", "rollout.group_size=1"])
             for name in ESTIMATORS
+            if ESTIMATORS.facts(name).compares
         ),
+        ("logged_draws", ["learner.estimator=snips"]),
+        ("logged_draws", ["rollout.search=logged", "data.feedback=shown"]),
+        ("logged_draws", [*LOGGED, "rewards.weights={utility=1.0}"]),
+        ("logged_draws", [*LOGGED, "rewards.steps=utility"]),
+        ("no_feedback", ["rollout.search=logged", "learner.estimator=snips"]),
+        ("ratio_of_steps", ["learner.ratio=sequence", "learner.estimator=credit_to_go"]),
         ("head_by_requests", ["model.value_head=true", "rollout.decode=requests"]),
         (
             "head_by_requests",
@@ -88,6 +97,7 @@ def test_what_cannot_work_is_refused_by_code(code: str, overrides: list[str]) ->
         ["learner.loss=cispo", "learner.ratio=sequence", "learner.estimator=boundary"],
         ["rollout.hints=2", "learner.hint_weight=0.01", "learner.anchor=0.1"],
         ["learner.value.outcome={rule=1.0}"],
+        [*LOGGED, "rollout.group_size=1", "learner.ratio=sequence"],
         ["rollout.search=think", "learner.sapo.think_only=true"],
     ],
 )

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 
 from orchard import ragged
 from orchard.catalog.catalog import from_codes
+from orchard.data.fresh import concatenate
 from orchard.data.prompts import (
     Split,
     code_states,
+    make_prompts,
     make_windows,
     read_split,
     rows_of_step,
@@ -176,6 +178,29 @@ def test_columns_that_cannot_be_used_are_named(
     pq.write_table(pa.table(table), tmp_path / "a.parquet")
     with pytest.raises(DataError, match=message):
         read_split([tmp_path / "a.parquet"], from_codes([[0], [1]]), max_history=3)
+
+
+def test_rows_may_carry_rewards_and_weights(tmp_path: Path) -> None:
+    told = save(tmp_path / "a.parquet", [[0], [1]], [1, 0], reward=[0.5, -1], weight=[2, 0])
+    plain = save(tmp_path / "b.parquet", [[0]], [1])
+    catalog = from_codes([[0], [1]])
+    split = read_split([told, plain], catalog, max_history=3)
+    assert split.reward is not None
+    assert split.weight is not None
+    assert split.reward.tolist() == [0.5, -1.0, 1.0]
+    assert split.weight.tolist() == [2.0, 0.0, 1.0]
+    assert read_split([plain], catalog, max_history=3).reward is None
+    tokenizer = make_item_tokenizer(compact_tokenizer(catalog), catalog)
+    prompts = make_prompts(tokenizer, split, np.array([1, 0]))
+    assert prompts.reward is not None
+    assert prompts.reward.tolist() == [-1.0, 0.5]
+    both = concatenate(read_split([plain], catalog, max_history=3), split)
+    assert both.reward is not None
+    assert both.reward.tolist() == [1.0, 0.5, -1.0, 1.0]
+    for column, value in (("reward", None), ("weight", -1.0), ("reward", float("inf"))):
+        save(tmp_path / "c.parquet", [[0]], [1], **{column: pa.array([value], pa.float64())})
+        with pytest.raises(DataError, match=f"row 0 of c.parquet has {column}"):
+            read_split([tmp_path / "c.parquet"], catalog, max_history=3)
 
 
 def test_histories_of_a_fixed_size_are_read(tmp_path: Path) -> None:
