@@ -67,7 +67,7 @@ class ExpertCounts:
             rows=rows,
             first_row=first_row,
             counted=tuple(counted),
-            popularity=np.bincount(rows.target, minlength=rows.num_leaves),
+            popularity=rows.popularity,
             row_of_user=order,
             user=rows.user[order],
         )
@@ -77,11 +77,12 @@ class ExpertCounts:
         if self.first_row is None:
             return np.full(len(prompts), -1)
         leaf_of_item, rows = self.guide.catalog.leaf_of_item.astype(np.int64), self.rows
-        return own_rows(
+        own = own_rows(
             prompts.id + self.first_row,
             (leaf_of_item[prompts.history], prompts.history_start, leaf_of_item[prompts.target]),
             (rows.history.astype(np.int64), rows.start, rows.target.astype(np.int64)),
         )
+        return np.where((own >= 0) & rows.is_counted[own], own, -1)
 
     def left_out(
         self, own: Int64[np.ndarray, " B"], unit: str
@@ -107,5 +108,6 @@ class ExpertCounts:
             history=history,
             start=start,
             target=self.rows.target[row],
+            weight=None if self.rows.weight is None else self.rows.weight[row],
         )
         return left, prompt

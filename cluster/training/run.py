@@ -20,7 +20,7 @@ from orchard.data.prompts import Split, content_digest, read_split
 from orchard.data.rationales import TokenizedRationales
 from orchard.data.sft_tasks import SftTasks
 from orchard.errors import ConfigError
-from orchard.feedback.fit import utilities_of
+from orchard.feedback.fit import counted_weights, utilities_of, with_feedback
 from orchard.feedback.rows import Feedback, open_feedback
 from orchard.feedback.utilities import PrefixUtilities
 from orchard.guide.expert import LeafRows
@@ -57,7 +57,7 @@ class Run:
     fresh: Split | None = None
     """Rows that came after the warm start or were held back from it; None if there are none."""
     feedback: Feedback | None = None
-    """What was shown with what it earned; None if there is none, or in other phases than RL."""
+    """What was shown with what it earned; None if there is none, or the phase reads none."""
     traces: TokenizedRationales | None = None
     """Rationales of the train rows, if SFT teaches thinking."""
     tasks: SftTasks | None = None
@@ -107,7 +107,7 @@ class Run:
         }
         if self.fresh is not None and (self.rows is self.fresh or self.phase == "train"):
             digests["fresh"] = self.fresh.digest
-        if self.feedback is not None:
+        if self.feedback is not None and self.phase == "train":
             digests["feedback"] = self.feedback.requests.digest
         if self.phase == "train" and self.embedding is not None:
             digests["embeddings"] = content_digest(self.embedding)
@@ -131,7 +131,11 @@ class Run:
         """Data that rewards look up."""
         expert, fresh = "expert" in self.config.rewards.weights, self.rows is self.fresh
         shown = self.rows is not self.train and not fresh
-        counted = not shown and (not fresh or self.config.guide.counts == "all")
+        counts, first_row = self.config.guide.counts, None
+        if not shown and (not fresh or counts != "train"):
+            first_row = fresh * len(self.train)
+        elif self.feedback is not None and self.rows is self.feedback.requests:
+            first_row = len(self.known) if counts == "feedback" else None
         estimated, of_feedback = self.utilities or (None, False)
         first_request = fresh * len(self.train) if shown == of_feedback else None
         return RewardContext(
@@ -145,7 +149,7 @@ class Run:
             first_request=first_request,
             guide=open_guide(self.policy, self.catalog) if expert else None,
             rows=self.leaf_rows if expert else None,
-            first_row=fresh * len(self.train) if counted else None,
+            first_row=first_row,
             match_prefix=self.config.learner.sapo.match == "prefix_match",
             value=self.config.learner.value if self.config.model.value_head else None,
             folder=self.dir.resolve(),
@@ -189,13 +193,17 @@ class Run:
     @cached_property
     def leaf_rows(self) -> LeafRows:
         """Rows with items as leaves, which the experts of a guide count; see `guide.counts`."""
-        rows = self.known if self.config.guide.counts == "all" else self.train
+        settings = self.config.guide
+        rows = self.train if settings.counts == "train" else self.known
+        if settings.counts == "feedback" and self.feedback is not None:
+            rows = with_feedback(rows, self.feedback, half_life=settings.half_life)
         return LeafRows.of_items(
             self.catalog,
             user=rows.user,
             history=rows.history,
             history_start=rows.history_start,
             target=rows.target,
+            weight=counted_weights(rows),
         )
 
     @cached_property
@@ -265,7 +273,7 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
         for file in (data.valid, data.test)
     )
     feedback = None
-    if phase == "train" and data.feedback:
+    if data.feedback and (phase == "train" or settings.guide.counts == "feedback"):
         feedback = open_feedback(data.feedback, catalog, data.max_history, settings.learner.lists)
     sft_rows = train if fresh is None or settings.sft.rows == "train" else fresh
     check_catalog(settings.rollout, catalog.trie)

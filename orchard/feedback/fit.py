@@ -1,15 +1,24 @@
-"""Fit the utilities of a run, on feedback or on training rows."""
+"""Fit the utilities of a run, on feedback or on training rows, and count feedback as rows.
+
+Shapes:  I items   E width of an embedding   R rows
+"""
+
+from dataclasses import replace
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Float64
 
 from orchard.catalog.catalog import Catalog
+from orchard.data.fresh import concatenate
 from orchard.data.prompts import Split
 from orchard.errors import ConfigError
 from orchard.feedback.clusters import make_clusters
 from orchard.feedback.rows import Feedback
 from orchard.feedback.utilities import Examples, PrefixUtilities, fit_utilities
 from orchard.settings.rewards import UtilityConfig
+
+_DAY = 86_400.0
+"""Seconds of a day."""
 
 
 def utilities_of(
@@ -57,6 +66,31 @@ def utilities_of(
         exhaustive=not of_feedback,
     )
     return fitted, of_feedback
+
+
+def with_feedback(rows: Split, feedback: Feedback, *, half_life: float) -> Split:
+    """Return rows followed by the requests of feedback, with weights that decay with their age.
+
+    Args:
+        rows: training rows, which keep their weights.
+        feedback: feedback; requests without a reward above 0 have nothing to count.
+        half_life: days before the newest request after which one weighs half; 0 for no decay.
+    """
+    requests, age = feedback.requests, feedback.time.max() - feedback.time
+    decay = 0.5 ** (age / (half_life * _DAY)) if half_life else np.ones(len(age))
+    weight = decay if requests.weight is None else requests.weight * decay
+    return concatenate(rows, replace(requests, weight=weight))
+
+
+def counted_weights(rows: Split) -> Float64[np.ndarray, " R"] | None:
+    """Return the weight of each row as an example of what is wanted; None if all are 1.
+
+    It is the reward of the target where that is positive, times the weight of the row.
+    """
+    if rows.reward is None:
+        return rows.weight
+    wanted = np.maximum(rows.reward, 0.0)
+    return wanted if rows.weight is None else wanted * rows.weight
 
 
 def next_items(rows: Split, catalog: Catalog) -> Examples:

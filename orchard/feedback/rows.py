@@ -24,6 +24,8 @@ from orchard.feedback.utilities import Examples
 
 Lists = Literal["single", "independent"]
 """Answers that have importance weights, see `learner.lists`."""
+_NAMED = 1 << 50
+"""Distance from 0 of the numbers of users who have none, beyond those of the training files."""
 _CELLS = 1 << 10
 """Bound of lists times squared length whose inclusion is computed at a time."""
 
@@ -35,6 +37,8 @@ class Feedback:
     requests: Split
     """One row for each request; its target is the shown item with the highest reward, the first of
     several, and its `reward` and `weight` are those of the target."""
+    time: Float64[np.ndarray, " G"]
+    """Time of each request in seconds."""
     row_start: Annotated[Int64[np.ndarray, " G1"], Starts("R")]
     """Shown items of request g: `row_start[g] : row_start[g + 1]`."""
     item: Int64[np.ndarray, " R"]
@@ -184,6 +188,7 @@ def open_feedback(
     selected = table[order]
     return Feedback(
         requests=requests,
+        time=time[chosen],
         row_start=row_start,
         item=item[order].astype(np.int64),
         leaf=catalog.leaf_of_item[item[order]].astype(np.int64),
@@ -219,10 +224,16 @@ def _shown_logprobs(
 
 
 def _users(user: pl.Series) -> Int64[np.ndarray, " R"]:
-    """Number users; a row without one counts as a user of its own, with a negative number."""
-    number = user.rank("dense").cast(pl.Int64)
-    known = number.fill_null(0).to_numpy()
-    return np.where(user.is_null().to_numpy(), -1 - np.arange(len(user)), known)
+    """Return the number of each user, negative where the name is none or there is no user.
+
+    Users with a number are those of the training files. A row without a user counts as a user of
+    its own.
+    """
+    number = user.cast(pl.Int64, strict=False)
+    named = -_NAMED - user.rank("dense").cast(pl.Int64).fill_null(0).to_numpy()
+    alone = -2 * _NAMED - np.arange(len(user))
+    found = np.where(number.is_null().to_numpy(), named, number.fill_null(0).to_numpy())
+    return np.where(user.is_null().to_numpy(), alone, found)
 
 
 def _logprobs(

@@ -70,8 +70,9 @@ def item_knn(rows: LeafRows) -> Expert:
 def distinct_users(rows: LeafRows) -> tuple[Any, Float64[np.ndarray, " K"]]:
     """Count the users of each pair of leaves, as a sparse matrix, and those of each leaf."""
     _, user = np.unique(rows.user, return_inverse=True)
-    who = np.concatenate([user[ragged.row_of(rows.start)], user])
-    what = np.concatenate([rows.history, rows.target])
+    counted = rows.is_counted
+    who = np.concatenate([user[ragged.row_of(rows.start)], user[counted]])
+    what = np.concatenate([rows.history, rows.target[counted]])
     # One entry for each user and leaf, however often the user met it.
     pair = np.unique(who * rows.num_leaves + what)
     who, what = pair // rows.num_leaves, pair % rows.num_leaves
@@ -90,7 +91,7 @@ def pair_entries(
 ]:
     """Return row, leaf before, leaf after and weight of each pair that a scheme counts.
 
-    The weight of a history item j before the last one is decay^j.
+    The weight of a history item j before the last one is decay^j, times that of its row.
 
     A row has one target, and the rows of a user have all their items but the first as targets, so
     that each pair of a user counts once.
@@ -98,7 +99,11 @@ def pair_entries(
     before, start = ragged.last(rows.history, rows.start, scheme.window)
     age = np.repeat(start[1:], np.diff(start)) - 1 - np.arange(len(before))
     row = ragged.row_of(start)
-    after, weight = rows.target[row], scheme.decay ** age.astype(np.float64)
+    weight = scheme.decay ** age.astype(np.float64)
+    if rows.weight is not None:
+        kept = rows.is_counted[row]
+        row, before, weight = row[kept], before[kept], weight[kept] * rows.weight[row[kept]]
+    after = rows.target[row]
     if scheme.both:
         row, weight = np.concatenate([row, row]), np.concatenate([weight, weight])
         before, after = np.concatenate([before, after]), np.concatenate([after, before])

@@ -38,6 +38,8 @@ class LeafRows:
     start: Int64[np.ndarray, " B1"]
     target: Int64[np.ndarray, " B"]
     """Leaf of the item that followed each history."""
+    weight: Float64[np.ndarray, " B"] | None = None
+    """Weight of each row, 0 for one that is not counted; None if all are 1."""
 
     def __len__(self) -> int:
         return len(self.target)
@@ -48,13 +50,26 @@ class LeafRows:
         sha256 = hashlib.sha256(str(self.num_leaves).encode())
         for array in (self.user, self.history, self.start, self.target):
             sha256.update(np.ascontiguousarray(array, np.int64).data)
+        if self.weight is not None:
+            sha256.update(np.ascontiguousarray(self.weight).data)
         return sha256.hexdigest()
 
     @property
+    def is_counted(self) -> Bool[np.ndarray, " B"]:
+        """Mask of the rows with a weight."""
+        return np.ones(len(self), np.bool_) if self.weight is None else self.weight > 0
+
+    @property
+    def popularity(self) -> Int64[np.ndarray, " K"]:
+        """Number of counted rows with each leaf as target."""
+        return np.bincount(self.target[self.is_counted], minlength=self.num_leaves)
+
+    @property
     def repeat_rate(self) -> float:
-        """Share of the rows whose target is a leaf of their own history."""
+        """Share of the counted rows whose target is a leaf of their own history."""
         again = self.history == self.target[ragged.row_of(self.start)]
-        return float((np.diff(ragged.starts(again.astype(np.int64))[self.start]) > 0).mean())
+        repeats = np.diff(ragged.starts(again.astype(np.int64))[self.start]) > 0
+        return float(repeats[self.is_counted].mean())
 
     @classmethod
     def of_items(
@@ -65,6 +80,7 @@ class LeafRows:
         history: Int64[np.ndarray, " H"],
         history_start: Int64[np.ndarray, " B1"],
         target: Int64[np.ndarray, " B"],
+        weight: Float64[np.ndarray, " B"] | None = None,
     ) -> "LeafRows":
         """Look up the leaves of rows whose items are catalog rows."""
         leaf_of_item = catalog.leaf_of_item
@@ -74,6 +90,7 @@ class LeafRows:
             history=leaf_of_item[history],
             start=history_start,
             target=leaf_of_item[target],
+            weight=weight,
         )
 
 

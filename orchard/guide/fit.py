@@ -57,7 +57,7 @@ def count(
         catalog=catalog,
         experts=tuple(replace(EXPERTS[n](rows), name=n).strongest(most) for n in names),
         terms=tuple(Term(expert=n, scale=eps) for n in names for eps in EXPERTS.facts(n).scales),
-        popularity=np.bincount(rows.target, minlength=rows.num_leaves),
+        popularity=rows.popularity,
         exclude_seen=exclude_seen,
         rows=rows.digest,
     )

@@ -155,9 +155,9 @@ class UserCounts:
 
     def without(self, rows: LeafRows, prompt: Int64[np.ndarray, " O"]) -> Remaining:
         """Take the users of rows out of the counts, each for the prompt with the given index."""
-        owner = np.repeat(prompt, np.diff(rows.start))
-        key = np.concatenate([owner, prompt]) * rows.num_leaves
-        own = np.unique(key + np.concatenate([rows.history, rows.target]))
+        owner, counted = np.repeat(prompt, np.diff(rows.start)), rows.is_counted
+        key = np.concatenate([owner, prompt[counted]]) * rows.num_leaves
+        own = np.unique(key + np.concatenate([rows.history, rows.target[counted]]))
         return _RemainingUsers(
             whole=self,
             own=Sums(key=own, weight=np.ones(len(own))),

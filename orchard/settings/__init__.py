@@ -97,12 +97,14 @@ class Config(Section):
                     f'{key} = "fresh" needs fresh rows; set data.fresh or data.hold_back, or '
                     f'{key} = "train"',
                 )
-        if self.learner.rows == "feedback" and not self.data.feedback:
-            raise refusal(
-                "no_feedback",
-                'learner.rows = "feedback" needs feedback; set data.feedback to folders that '
-                "`orchard data feedback` has made, or choose other rows",
-            )
+        wanting = {"learner.rows": self.learner.rows, "guide.counts": self.guide.counts}
+        for key, rows in wanting.items():
+            if rows == "feedback" and not self.data.feedback:
+                raise refusal(
+                    "no_feedback",
+                    f'{key} = "feedback" needs feedback; set data.feedback to folders that '
+                    "`orchard data feedback` has made, or choose other rows",
+                )
         return self
 
     @model_validator(mode="after")

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from orchard.settings.section import Section
 
@@ -14,9 +14,12 @@ class GuideConfig(Section):
     """Experts of the guide: `transitions` from the history to the target, forward `cooccurrence`
     within ten items, `item_knn` by the cosine of their users, `neighbors` within three items in
     both directions, or registered experts of your own."""
-    counts: Literal["train", "all"] = "train"
-    """Rows that are counted: those of the warm start alone, or the fresh rows of `data.fresh` or
-    `data.hold_back` as well."""
+    counts: Literal["train", "all", "feedback"] = "train"
+    """Rows that are counted: those of the warm start alone; the fresh rows of `data.fresh` or
+    `data.hold_back` as well; or all of these and what earned a reward in `data.feedback`, weighted
+    by it."""
+    half_life: NonNegativeFloat = 0.0
+    """Days before the newest request after which what was shown counts half; 0 for no decay."""
     pairs: NonNegativeInt = 500
     """Maximum number of pairs that an expert keeps of each semantic ID, the strongest; 0 keeps
     all."""

@@ -1,9 +1,11 @@
 """Counted matrices against plain loops over the rows."""
 
 from collections import defaultdict
+from dataclasses import replace
 
 import numpy as np
 
+from orchard import ragged
 from orchard.catalog.catalog import Catalog
 from orchard.guide import count
 from orchard.guide.expert import Expert, LeafRows
@@ -38,6 +40,28 @@ def test_conditional_counts(catalog: Catalog) -> None:
         table = table + table.T if both else table
         wanted = table / (smoothing + table.sum(1, keepdims=True))
         assert np.allclose(dense(made(rows)), wanted, rtol=1e-6)
+
+
+def test_a_row_counts_as_often_as_its_weight(catalog: Catalog) -> None:
+    rows = random_rows(catalog, seed=5)
+    times = np.arange(len(rows)) % 3
+    chosen = np.repeat(np.arange(len(rows)), times)
+    history, start = ragged.take(rows.history, rows.start, chosen)
+    repeated = replace(
+        rows, user=rows.user[chosen], history=history, start=start, target=rows.target[chosen]
+    )
+    weighted = replace(rows, weight=times.astype(np.float64))
+    for made in (count.transitions, count.cooccurrence, count.neighbors):
+        assert np.allclose(dense(made(weighted)), dense(made(repeated)), rtol=1e-6)
+        ones = replace(rows, weight=np.ones(len(rows)))
+        assert np.array_equal(dense(made(ones)), dense(made(rows)))
+    # Which users have an item does not depend on weights above 0.
+    half = replace(rows, weight=np.where(times > 0, 0.5, 1.0))
+    assert np.array_equal(dense(count.item_knn(half)), dense(count.item_knn(rows)))
+    assert weighted.popularity.tolist() == (
+        np.bincount(rows.target[times > 0], minlength=rows.num_leaves).tolist()
+    )
+    assert len({rows.digest, weighted.digest, repeated.digest}) == 3
 
 
 def test_item_knn_is_the_shrunk_cosine_of_users(catalog: Catalog) -> None:
