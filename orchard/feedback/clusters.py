@@ -149,6 +149,7 @@ def _fit_centers(
         filled = np.sort(np.random.default_rng(seed).choice(filled, _FITTED, replace=False))
     points = mean_embedding(embedding, *ragged.take(history, start, filled))
     number = min(groups, len(np.unique(points, axis=0)))
-    kmeans: Any = MiniBatchKMeans(number, random_state=seed, n_init=3, batch_size=4096)
+    make: Any = MiniBatchKMeans
+    kmeans = make(number, random_state=seed, n_init=3, batch_size=4096)
     kmeans.fit(points)
     return OfNearestCenter(embedding=embedding, center=kmeans.cluster_centers_.astype(np.float64))

@@ -47,8 +47,8 @@ def utilities_of(
             "`orchard data feedback` has made, or choose another source",
             code="config.no_feedback",
         )
-    of_feedback = feedback is not None and settings.source != "train"
-    examples = feedback.examples(catalog) if of_feedback else next_items(known, catalog)
+    shown = None if settings.source == "train" else feedback
+    examples = next_items(known, catalog) if shown is None else shown.examples(catalog)
     clusters = make_clusters(
         settings.clusters,
         catalog,
@@ -63,9 +63,9 @@ def utilities_of(
         clusters,
         prior=settings.prior,
         backoff=settings.backoff,
-        exhaustive=not of_feedback,
+        exhaustive=shown is None,
     )
-    return fitted, of_feedback
+    return fitted, shown is not None
 
 
 def with_feedback(rows: Split, feedback: Feedback, *, half_life: float) -> Split:
