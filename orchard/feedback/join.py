@@ -22,7 +22,7 @@ Counts = dict[str, int | float]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JoinOptions:
-    """How events become rewards."""
+    """Rules by which events become rewards."""
 
     window: float = 3600.0
     """Seconds after an exposure within which events are attributed to it."""
