@@ -72,7 +72,7 @@ def test_timestamps_become_seconds(tmp_path: Path) -> None:
         ({"time": [1], "item_id": [5], "behavior": ["buy"]}, "no request_id or user"),
         (
             {"time": ["noon"], "item_id": [5], "behavior": ["buy"], "user": ["u"]},
-            "column `time` of events .* noon",
+            "column `time` of events .*noon",
         ),
     ],
 )
