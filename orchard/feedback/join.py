@@ -39,7 +39,7 @@ class JoinOptions:
     repeats: Literal["once", "all"] = "once"
     """Whether a behavior counts once for each exposure, by its last event, or every time."""
     combine: Literal["sum", "max", "last"] = "sum"
-    """How the values of several behaviors become one reward."""
+    """Rule by which the values of several behaviors become one reward."""
     contradictions: Literal["last", "combine", "drop"] = "last"
     """Treatment of exposures with events of positive and of negative value: the last event decides,
     they are combined as others are, or the row has weight 0."""
