@@ -57,7 +57,7 @@ class Run:
     fresh: Split | None = None
     """Rows that came after the warm start or were held back from it; None if there are none."""
     feedback: Feedback | None = None
-    """What was shown with what it earned; None if there is none, or the phase reads none."""
+    """Shown items with what they earned; None if there are none, or the phase reads none."""
     traces: TokenizedRationales | None = None
     """Rationales of the train rows, if SFT teaches thinking."""
     tasks: SftTasks | None = None
