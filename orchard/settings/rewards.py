@@ -94,9 +94,9 @@ class UtilityConfig(Section):
     prior: PositiveFloat = 1.0
     """Number of shown items that what is known with less detail counts as."""
     backoff: Literal["residual", "paper"] = "residual"
-    """Less detailed value for a prefix of a cluster: the shorter prefix in the cluster, plus what the
-    coarser cluster thinks of its last code; or, as in the paper, the shorter prefix alone, and the
-    coarser cluster where the cluster has no data."""
+    """Value that a prefix of a cluster backs off to: that of the shorter prefix in the cluster, plus
+    what the coarser cluster thinks of its last code; or, as in the paper, the shorter prefix alone,
+    and the coarser cluster where the cluster has no data."""
     floor: NonNegativeFloat = 0.0
     """Constant above 0 that is added to utilities before their logarithm is taken, for next items,
     as in `rewards.transition.floor`; with 0 they stay as they are."""
