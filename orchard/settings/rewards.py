@@ -94,7 +94,7 @@ class UtilityConfig(Section):
     prior: PositiveFloat = 1.0
     """Number of shown items that what is known with less detail counts as."""
     backoff: Literal["residual", "paper"] = "residual"
-    """Value that a prefix of a cluster backs off to: that of the shorter prefix in the cluster, plus
+    """Value that a prefix of a cluster backs off to: of the shorter prefix in the cluster, plus
     what the coarser cluster thinks of its last code; or, as in the paper, the shorter prefix alone,
     and the coarser cluster where the cluster has no data."""
     floor: NonNegativeFloat = 0.0
