@@ -32,6 +32,7 @@ INNER = {
         "policy": {"catalog", "guide", "semantic_ids", "settings"},
         "data": {"catalog", "evaluation", "policy", "semantic_ids", "settings"},
         "feedback": {"catalog", "data", "evaluation", "guide", "policy", "settings"},
+        "simulation": {"data", "feedback", "settings"},
         "scorers": {"catalog", "data", "evaluation", "guide", "settings"},
     },
     "rollout": {"engine": set[str](), "search": {"engine"}},

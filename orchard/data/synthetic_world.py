@@ -211,7 +211,7 @@ def simulate_users(world: SyntheticWorld, rng: np.random.Generator) -> Events:
     for position in range(int(count.max())):
         user = np.flatnonzero(count > position)
         event = start[user] + position
-        tastes[user] = _drifted(world, tastes[user], rng)
+        tastes[user] = drifted(world, tastes[user], rng)
         tastes_of_event[event] = tastes[user]
         # A first item has no predecessor, so it is driven by taste.
         transition_draw = rng.random(len(user)) if position else np.ones(len(user))
@@ -269,11 +269,18 @@ def _first_tastes(world: SyntheticWorld, rng: np.random.Generator) -> Int64[np.n
     return np.where(is_related, world.interest[related_item].reshape(shape), taste)
 
 
-def _drifted(
-    world: SyntheticWorld, tastes: Int64[np.ndarray, "R K"], rng: np.random.Generator
+def drifted(
+    world: SyntheticWorld,
+    tastes: Int64[np.ndarray, "R K"],
+    rng: np.random.Generator,
+    drift: float | None = None,
 ) -> Int64[np.ndarray, "R K"]:
-    """Replace, with probability `drift`, one taste of a user by another of its category."""
-    rows = np.flatnonzero(rng.random(len(tastes)) < world.params.drift)
+    """Replace, with probability `drift`, one taste of a user by another of its category.
+
+    By default the probability is that of the world.
+    """
+    share = world.params.drift if drift is None else drift
+    rows = np.flatnonzero(rng.random(len(tastes)) < share)
     slot = rng.integers(tastes.shape[1], size=len(tastes))
     new_tastes = tastes.copy()
     category = world.category_of_interest[tastes[rows, slot[rows]]]

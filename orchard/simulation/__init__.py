@@ -1,0 +1,1 @@
+"""Simulated users: click models, hidden tastes, and clients that ask an endpoint over HTTP."""
