@@ -1,4 +1,4 @@
-"""Users of a synthetic world, who click and buy by hidden tastes that the world's log only hints at.
+"""Users of a synthetic world, who click and buy by tastes that its log only hints at.
 
 A user looks at a list as the click model says, and is attracted by an item with probability
 
