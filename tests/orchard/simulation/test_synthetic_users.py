@@ -75,9 +75,8 @@ def test_expected_reward_is_the_mean_over_responses(model: str) -> None:
     visits = simulator.visits(0)
     shown = some_lists(visits)
     expected = simulator.expected_reward(visits, shown)
-    num = 40
-    total = np.zeros(len(visits))
-    for seed in range(num):
+    samples = np.zeros((40, len(visits)))
+    for seed, sample in enumerate(samples):
         # Another seed draws other clicks; what is hidden of the items stays that of the first.
         other = users(model, seed=seed)
         other.appeal, other.quality, other.release = (
@@ -85,9 +84,10 @@ def test_expected_reward_is_the_mean_over_responses(model: str) -> None:
         )  # fmt: skip
         events = other.respond(visits, shown)
         for request, value in zip(events["request_id"], events["value"], strict=True):
-            total[int(request[1:])] += value
-    assert abs(total.mean() / num - expected.mean()) < 0.05 * expected.mean()
-    assert np.corrcoef(total, expected)[0, 1] > 0.9
+            sample[int(request[1:])] += value
+    error = samples.std() / np.sqrt(samples.size)
+    assert abs(samples.mean() - expected.mean()) < 5 * error
+    assert np.corrcoef(samples.mean(axis=0), expected)[0, 1] > 0.8
 
 
 def test_the_best_list_is_no_worse_than_any_other() -> None:
