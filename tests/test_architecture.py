@@ -49,7 +49,8 @@ INNER = {
         "report": set[str](),
         "training": {"actors", "monitoring", "report"},
         "planning": {"actors", "report", "training"},
-        "cli": {"actors", "planning", "report", "training"},
+        "loop": {"actors", "monitoring", "report", "training"},
+        "cli": {"actors", "loop", "monitoring", "planning", "report", "training"},
     },
 }
 MOST_MODULES = 16

@@ -9,17 +9,14 @@ import numpy as np
 import typer
 from jaxtyping import Float64, Int64
 
-from orchard import ragged
+from cluster.loop.judge import judge
 from orchard.catalog.catalog import Catalog
 from orchard.errors import DataError
 from orchard.evaluation import off_policy
 from orchard.folders import atomic_write
 from orchard.parquet import read_table
-from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.policy.store import Policy
-from orchard.types import Prompts
 from rollout.engine.torch import TorchEngine
-from rollout.search.score_items import score_items
 
 _NEEDED = (
     "request_id", "item_id", "decoder", "width", "temperature", "restricted", "source", "shadow",
@@ -27,7 +24,6 @@ _NEEDED = (
 )  # fmt: skip
 _OPTIONAL = ("time", "rank", "catalogue")
 """Columns that tell the items of one answer from those of the next, and their catalog."""
-_BATCH, _FOLDS = 128, 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,37 +145,15 @@ def evaluate_log(
     tokenizer, catalog = policy.tokenizer, policy.tokenizer.catalog
     engine = TorchEngine(policy.model, tokenizer, policy.version)
     logged = read_log(log, rewards, catalog)
-    deepest = max(len(logprob) for logprob in logged.logprob)
-    target = np.zeros((len(logged.row), max(deepest, catalog.trie.depth)))
-    behaviour, reward = np.zeros_like(target), np.zeros_like(target)
-    # target, behaviour: log-probability of each code of the drawn item under the evaluated and the
-    # logging policy, (B, depth); root: probability of each first code under the evaluated policy.
-    root: list[np.ndarray] = []
-    for batch_start in range(0, len(logged.row), _BATCH):
-        rows = slice(batch_start, min(batch_start + _BATCH, len(logged.row)))
-        prompts = prompts_of(logged.history[rows], tokenizer, policy.facts.max_history)
-        leaf = catalog.leaf_of_item[logged.row[rows].clip(min=0)]
-        target[rows, : catalog.trie.depth], first = score_items(engine, prompts, leaf)
-        root.append(np.exp(first.astype(np.float64)))
-    # A draw that the evaluated policy cannot make has probability 0 under it.
-    target[logged.row < 0] = -np.inf
-    for row, logprob in enumerate(logged.logprob):
-        behaviour[row, : len(logprob)] = logprob
-    reward[:, -1] = logged.reward  # earned with the whole item; columns past its end have weight 1
-    codes = catalog.trie.code[catalog.trie.children(catalog.trie.level_start[:1]).node].numpy()
-    # Index of the first code of each drawn item among the children of the root.
-    first_code = np.searchsorted(codes, catalog.codes[logged.row, 0])
-    first_code[logged.row < 0] = off_policy.UNKNOWN
-    fold = np.arange(len(first_code)) % _FOLDS
-    q, v = off_policy.first_code_model(first_code, reward, fold, np.concatenate(root))
-    estimates = off_policy.estimate(
-        off_policy.LoggedDecisions(behaviour=behaviour, target=target, reward=reward, q=q, v=v)
-    )
+    estimates, _ = judge(
+        engine, tokenizer, row=logged.row, history=logged.history, logprob=logged.logprob,
+        reward=logged.reward, max_history=policy.facts.max_history,
+    )  # fmt: skip
     for name in ("logged", "is", "snips", "pdis", "dr"):
         each = estimates.value[name]
         typer.echo(f"{name:>7}  {each.mean:.4f}  [{each.low:.4f}, {each.high:.4f}]  n = {each.n}")
     typer.echo(
-        f"weights leave {estimates.effective:.1f} effective decisions of {len(first_code)}, the "
+        f"weights leave {estimates.effective:.1f} effective decisions of {len(logged.row)}, the "
         f"largest is {estimates.largest:.3g}; {logged.passed_over} rows of the log were passed over"
     )
     impossible = int((logged.row < 0).sum())
@@ -194,24 +168,3 @@ def evaluate_log(
         metrics = {name: asdict(each) for name, each in estimates.value.items()}
         atomic_write(json_file, json.dumps(metrics, indent=2) + "\n")
     return estimates
-
-
-def prompts_of(
-    history: list[list[int]], tokenizer: ItemTokenizer, max_history: int | None = None
-) -> Prompts:
-    """Build the prompts of logged histories; items that the catalog lacks are skipped.
-
-    Of each history the last `max_history` items are read, all by default.
-    """
-    rows: list[np.ndarray] = []
-    for item_ids in history:
-        row, in_catalog = tokenizer.catalog.lookup(np.array(item_ids, dtype=np.int64))
-        rows.append(row[in_catalog][-(max_history or len(row) + 1) :])
-    # Catalog rows of all histories, concatenated; history b is flat[start[b] : start[b + 1]].
-    start = ragged.starts(np.array([len(row) for row in rows]))
-    flat = np.concatenate([np.zeros(0, np.int64), *rows])
-    token, token_start = tokenizer.encode_history(flat, start)
-    return Prompts(
-        id=np.arange(len(rows)), target=np.zeros(len(rows), np.int64), history=flat,
-        history_start=start, token=token, token_start=token_start,
-    )  # fmt: skip

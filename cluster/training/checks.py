@@ -39,7 +39,7 @@ MAY_CHANGE = (
     "rollout.actors", "rollout.max_restarts", "rollout.timeout_s", "rollout.start_timeout_s",
     "rollout.threads", "rewards.actors", "rewards.queue", "rewards.timeout_s", "rewards.retries",
     "rewards.max_restarts", "learner.threads", "learner.max_failures", "learner.timeout_s",
-    "learner.start_timeout_s", "evaluate.", "guide.", "checkpoint.", "cluster.", "serve.",
+    "learner.start_timeout_s", "evaluate.", "guide.", "checkpoint.", "cluster.", "serve.", "loop.",
 )  # fmt: skip
 """Settings that may differ between a run and its continuation: duration, resources and evaluation,
 but nothing that changes an update."""

@@ -106,6 +106,11 @@ class EventStore:
         newest = self._scan(0).select(pl.col("time").max()).collect().item()
         return float("-inf") if newest is None else float(newest)
 
+    def since(self, time: float) -> pl.DataFrame:
+        """Return the events from a time on, by time."""
+        events = self._scan(0).filter(pl.col("time") >= time).sort("time", "event_id").collect()
+        return events.drop("file")
+
     def window(self, last: WindowEnd, end: WindowEnd) -> Window:
         """Return the events of the window between two ends, by time."""
         known = (pl.col("time") < last.time) & (pl.col("file") < last.files)

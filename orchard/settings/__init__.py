@@ -13,6 +13,7 @@ from orchard.settings.critic import CriticConfig
 from orchard.settings.data import DataConfig
 from orchard.settings.guide import GuideConfig
 from orchard.settings.learner import KlConfig, LearnerConfig, SapoConfig, ValueConfig
+from orchard.settings.loop import LoopConfig
 from orchard.settings.model import LoraConfig, ModelConfig, PromptConfig, SftConfig, TasksConfig
 from orchard.settings.rewards import (
     CollaborativeConfig,
@@ -39,6 +40,7 @@ __all__ = [
     "KlConfig",
     "LearnerConfig",
     "ListwiseConfig",
+    "LoopConfig",
     "LoraConfig",
     "ModelConfig",
     "PromptConfig",
@@ -82,6 +84,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     cluster: ClusterConfig = ClusterConfig()
     serve: ServeConfig = ServeConfig()
+    loop: LoopConfig = LoopConfig()
 
     @property
     def run_dir(self) -> Path:

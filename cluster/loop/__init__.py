@@ -1,0 +1,1 @@
+"""The closed loop: rounds of serving, collecting, training, judging and publishing."""

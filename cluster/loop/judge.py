@@ -1,0 +1,99 @@
+"""Estimate the reward of a policy from logged single draws of other policies.
+
+Shapes:  B draws   D codes   A codes that an item may begin with
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float32, Float64, Int64
+
+from orchard import ragged
+from orchard.evaluation import off_policy
+from orchard.evaluation.off_policy import OffPolicyEstimate
+from orchard.policy.item_tokenizer import ItemTokenizer
+from orchard.types import Prompts
+from rollout.engine.protocol import DecodingBackend
+from rollout.search.score_items import score_items
+
+_BATCH, _FOLDS = 128, 5
+
+
+def judge(
+    engine: DecodingBackend,
+    tokenizer: ItemTokenizer,
+    *,
+    row: Int64[np.ndarray, " B"],
+    history: Sequence[Sequence[int]],
+    logprob: Sequence[Sequence[float]],
+    reward: Float64[np.ndarray, " B"],
+    max_history: int | None = None,
+) -> tuple[OffPolicyEstimate, Float32[np.ndarray, "B A"]]:
+    """Estimate the reward per draw of the policy of an engine.
+
+    Args:
+        engine: engine with the policy that is judged.
+        tokenizer: its item tokenizer.
+        row: catalog row of the drawn item, -1 where the policy cannot make the draw.
+        history: item ids before each draw, oldest first.
+        logprob: log-probabilities of the codes of the drawn item, under the policy that drew it.
+        reward: reward of each draw.
+        max_history: number of items of a history that the policy reads; by default all.
+
+    Returns:
+        The estimates, and the log-probability of every first code under the judged policy.
+
+    Raises:
+        DataError: there are no draws, or a reward or log-probability is invalid.
+    """
+    catalog = tokenizer.catalog
+    deepest = max((len(each) for each in logprob), default=1)
+    target = np.zeros((len(row), max(deepest, catalog.trie.depth)))
+    behaviour, rewards = np.zeros_like(target), np.zeros_like(target)
+    # target, behaviour: log-probability of each code of the drawn item under the judged and the
+    # logging policy, (B, depth); root: log-probability of each first code under the judged policy.
+    root: list[Float32[np.ndarray, "B A"]] = []
+    for batch_start in range(0, len(row), _BATCH):
+        rows = slice(batch_start, min(batch_start + _BATCH, len(row)))
+        prompts = prompts_of(history[rows], tokenizer, max_history)
+        leaf = catalog.leaf_of_item[row[rows].clip(min=0)]
+        target[rows, : catalog.trie.depth], first = score_items(engine, prompts, leaf)
+        root.append(first)
+    # A draw that the judged policy cannot make has probability 0 under it.
+    target[row < 0] = -np.inf
+    for number, each in enumerate(logprob):
+        behaviour[number, : len(each)] = each
+    rewards[:, -1] = reward  # earned with the whole item; columns past its end have weight 1
+    codes = catalog.trie.code[catalog.trie.children(catalog.trie.level_start[:1]).node].numpy()
+    # Index of the first code of each drawn item among the children of the root.
+    first_code = np.searchsorted(codes, catalog.codes[row, 0])
+    first_code[row < 0] = off_policy.UNKNOWN
+    fold = np.arange(len(first_code)) % _FOLDS
+    first_logprob = np.concatenate(root)
+    probability = np.exp(first_logprob.astype(np.float64))
+    q, v = off_policy.first_code_model(first_code, rewards, fold, probability)
+    decisions = off_policy.LoggedDecisions(
+        behaviour=behaviour, target=target, reward=rewards, q=q, v=v
+    )
+    return off_policy.estimate(decisions), first_logprob
+
+
+def prompts_of(
+    history: Sequence[Sequence[int]], tokenizer: ItemTokenizer, max_history: int | None = None
+) -> Prompts:
+    """Build the prompts of logged histories; items that the catalog lacks are skipped.
+
+    Of each history the last `max_history` items are read, all by default.
+    """
+    rows: list[np.ndarray] = []
+    for item_ids in history:
+        row, in_catalog = tokenizer.catalog.lookup(np.array(item_ids, dtype=np.int64))
+        rows.append(row[in_catalog][-(max_history or len(row) + 1) :])
+    # Catalog rows of all histories, concatenated; history b is flat[start[b] : start[b + 1]].
+    start = ragged.starts(np.array([len(row) for row in rows]))
+    flat = np.concatenate([np.zeros(0, np.int64), *rows])
+    token, token_start = tokenizer.encode_history(flat, start)
+    return Prompts(
+        id=np.arange(len(rows)), target=np.zeros(len(rows), np.int64), history=flat,
+        history_start=start, token=token, token_start=token_start,
+    )  # fmt: skip
