@@ -180,6 +180,15 @@ def serve(
 
 
 @app.command()
+def loop(run: RunFile, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Serve, learn from what users do, and publish, in rounds; the same command resumes."""
+    settings = config.load(run, overrides or [])
+    from cluster.cli.loop import loop as run_loop
+
+    run_loop(settings, dry_run=dry_run)
+
+
+@app.command()
 def export(
     run: RunFile,
     out: Annotated[Path, typer.Argument(help="Folder to write; must be new or empty.")],

@@ -23,7 +23,7 @@ from orchard.feedback.stream import EventSource
 from orchard.feedback.write import write_feedback
 from orchard.settings.loop import LoopConfig
 from orchard.simulation.clients import Asking, visit, write_events
-from orchard.simulation.simulator import Simulator
+from orchard.simulation.simulator import LOOK_S, Simulator
 
 _log = logging.getLogger("orchard")
 _FLUSH_S = 60.0
@@ -100,7 +100,8 @@ class Collector:
         answered = failed = 0
         if self.users is not None:
             answered, failed = self.users.visit(state.number)
-            end = time.time() + 1.0
+            time.sleep(LOOK_S * (self.settings.k + 2))  # the last event is not in the future
+            end = time.time()
             self._wait_for_log(state.number, answered)
         else:
             end = max(begun.time, self.start) + self.settings.window_s
@@ -129,7 +130,7 @@ class Collector:
         return Collected(rows=joined.rows, counts=counts, window_end=end, event_files=ended.files)
 
     def _shown(self, begin: float, end: float) -> pl.DataFrame:
-        """Return the exposures of a window; of a request that was answered twice the last answer."""
+        """Return the exposures of a window; of a request answered twice, the last answer."""
         if not any(self.exposures.glob("*.parquet")):
             return pl.DataFrame(schema=EXPOSURES)
         try:

@@ -1,7 +1,4 @@
-"""Metrics of a round, and the rows of its table in a report."""
-
-from collections.abc import Mapping
-from typing import Any
+"""Metrics of a round."""
 
 from cluster.loop.state import RoundState
 
@@ -46,27 +43,3 @@ def drift(states: list[RoundState]) -> float | None:
         return None
     last, before = told[-1].serving, told[-2].serving
     return None if last is None or before is None else last.mean - before.mean
-
-
-def table_row(row: Mapping[str, Any]) -> list[str]:
-    """Return a row of the report's table from a row of the log; see `HEADINGS`."""
-    counts: Mapping[str, Any] = row.get("counts") or {}
-    return [
-        str(row["number"]), f"{counts.get('requests', 0):g}", _interval(row.get("reward")),
-        _interval(row.get("realized")), _interval(row.get("expected")), str(row.get("watch") or ""),
-        _interval(row.get("predicted")), _interval(row.get("serving")),
-        str(row.get("outcome") or ""), "; ".join(row.get("reasons") or ()),
-    ]  # fmt: skip
-
-
-HEADINGS = (
-    "round", "requests", "reward per request", "realized per draw", "expected", "place",
-    "predicted for the next", "served policy, off-policy", "outcome", "reasons",
-)  # fmt: skip
-"""Headings of the report's table."""
-
-
-def _interval(estimate: Mapping[str, float] | None) -> str:
-    if estimate is None:
-        return ""
-    return f"{estimate['mean']:.4f} [{estimate['low']:.4f}, {estimate['high']:.4f}]"

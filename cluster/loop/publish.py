@@ -89,7 +89,7 @@ def wait_until_served(
             said = f"it gives no answer ({error})"
         if time.monotonic() > deadline:
             raise CheckpointError(
-                f"the endpoint {url} does not serve {dict(wanted)} after {timeout_s:.0f} s: {said}; "
-                "see docs/runbooks/policy-refused.md"
+                f"after {timeout_s:.0f} s the endpoint {url} does not serve {dict(wanted)}: "
+                f"{said}; see docs/runbooks/policy-refused.md"
             )
         sleep(0.2)

@@ -5,6 +5,7 @@ loop.jsonl                 one row per round that has ended, made from those fil
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -13,8 +14,6 @@ from orchard.errors import CheckpointError
 from orchard.evaluation.bootstrap import Estimate
 from orchard.folders import atomic_write
 
-LOG = "loop.jsonl"
-"""Name of the log of rounds in the run folder."""
 Phase = Literal["begun", "collected", "watched", "trained", "judged", "done"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 """Phases of a round, in order; a round that is read again goes on after the last one."""
@@ -93,26 +92,10 @@ def read_states(folder: Path) -> list[RoundState]:
     return states
 
 
-def write_log(path: Path, states: list[RoundState]) -> None:
+def write_log(path: Path, states: Sequence[RoundState]) -> None:
     """Write one row per round that has ended; the log is made anew, so it has no row twice."""
     rows = [_finite(asdict(state)) for state in states if state.phase == "done"]
     atomic_write(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of the log of rounds; none if there is no log.
-
-    Raises:
-        CheckpointError: a row is damaged.
-    """
-    if not path.is_file():
-        return []
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except ValueError as error:
-        raise CheckpointError(
-            f"{path} is damaged: {error}; run `orchard loop` again, which writes it anew"
-        ) from error
 
 
 def _read(path: Path) -> RoundState:

@@ -142,6 +142,61 @@ METRICS = (
         "k",
         "level",
     ),
+    # The closed loop (`orchard loop`), by round.
+    _gauge("orchard_loop_reward", "Mean reward per request of the last window.", "loop/reward"),
+    _gauge(
+        "orchard_loop_realized_reward",
+        "Reward per draw of the policy that was watched in the last window.",
+        "loop/realized",
+    ),
+    _gauge(
+        "orchard_loop_realized_reward_low", "Lower end of its 95 % interval.", "loop/realized_low"
+    ),
+    _gauge("orchard_loop_realized_reward_high", "Upper end of its interval.", "loop/realized_high"),
+    _gauge(
+        "orchard_loop_predicted_reward",
+        "Off-policy estimate of the reward per draw of the policy trained last.",
+        "loop/predicted",
+    ),
+    _gauge(
+        "orchard_loop_predicted_reward_low", "Lower end of its 95 % interval.", "loop/predicted_low"
+    ),
+    _gauge(
+        "orchard_loop_predicted_reward_high", "Upper end of its interval.", "loop/predicted_high"
+    ),
+    _gauge(
+        "orchard_loop_serving_reward",
+        "Off-policy estimate of the reward per draw of the policy that answers.",
+        "loop/serving",
+    ),
+    _gauge(
+        "orchard_loop_drift",
+        "Change of the reward per draw of one policy between the last two windows.",
+        "loop/drift",
+    ),
+    _gauge("orchard_loop_window_requests", "Requests of the last window.", "loop/window_requests"),
+    _gauge("orchard_loop_window_events", "Events of the last window.", "loop/window_events"),
+    _gauge(
+        "orchard_loop_event_delay_seconds",
+        "Median time from an exposure to its event in the last window.",
+        "loop/event_delay_seconds",
+    ),
+    _counter(
+        "orchard_loop_late_events_total",
+        "Events that came after their window was closed.",
+        "loop/late_events",
+    ),
+    _counter("orchard_loop_published_total", "Policies that were published.", "loop/published"),
+    _counter("orchard_loop_refused_total", "Policies that the gate refused.", "loop/refused"),
+    _counter(
+        "orchard_loop_rolled_back_total", "Policies that were taken back.", "loop/rolled_back"
+    ),
+    _counter("orchard_loop_skipped_total", "Windows without exposures.", "loop/skipped"),
+    _counter(
+        "orchard_loop_outside_total",
+        "Windows whose reward was outside the predicted interval.",
+        "loop/outside",
+    ),
     # Weights and recovery.
     _histogram(
         "orchard_publish_seconds", "Duration of a weight push.", "cluster/publish_s", PUSH_S

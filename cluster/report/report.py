@@ -4,6 +4,7 @@ The page is a single file without network requests. It uses the files that the r
 so that a failed run has a report, too; missing parts are listed at the top.
 
     config.toml   metrics.jsonl   examples.json   evaluation/<name>.json with its Parquet file
+    loop.jsonl
 """
 
 import time
@@ -16,6 +17,7 @@ from typing import Any
 from cluster.console import comparisons, duration, in_order
 from cluster.report import sections, verdict
 from cluster.report.examples import read_examples
+from cluster.report.loop_rounds import LOG, LoopSection, loop_section, read_log
 from orchard.errors import DataError
 from orchard.evaluation.bootstrap import Estimate
 from orchard.evaluation.ranking import Evaluation, difference, read
@@ -39,6 +41,8 @@ class RunFindings:
     changes: Mapping[str, Mapping[str, Estimate]]
     """Paired differences by comparison, then by metric."""
     examples: Sequence[Mapping[str, Any]]
+    loop: LoopSection | None
+    """Rounds of a closed loop; None without any."""
     missing: Sequence[str]
     """Sentences about missing parts."""
 
@@ -80,6 +84,11 @@ def gather(run_dir: Path) -> RunFindings:
         examples = read_examples(run_dir)
     except ValueError as error:
         missing.append(f"The search trees: {error}.")
+    loop: LoopSection | None = None
+    try:
+        loop = loop_section(read_log(run_dir / LOG))
+    except DataError as error:
+        missing.append(f"The rounds of the loop: {error}.")
     changes: dict[str, Mapping[str, Estimate]] = {}
     for a, b in comparisons(evaluations):
         try:
@@ -94,6 +103,7 @@ def gather(run_dir: Path) -> RunFindings:
         evaluations={name: evaluations[name] for name in in_order(evaluations)},
         changes=changes,
         examples=examples,
+        loop=loop,
         missing=[*missing, *_unfinished(config, log, evaluations)],
     )
 
@@ -119,6 +129,7 @@ def page(findings: RunFindings) -> str:
             if phase in findings.log
         ],
         examples=findings.examples,
+        loop=findings.loop,
         config_text=findings.config_text,
         others=sections.others(findings.log),
     )
@@ -135,7 +146,7 @@ def _unfinished(
 ) -> list[str]:
     """Return sentences about steps and evaluations that an unfinished run lacks."""
     sentences: list[str] = []
-    if log and "train" not in log:
+    if log and not {"train", "loop"} & log.keys():
         sentences.append("Reinforcement learning: the log has no step of it.")
     num_steps, last_step = _configured_steps(config), sections.last_step(log.get("train", {}))
     if num_steps and 0 < last_step < num_steps:

@@ -73,6 +73,18 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         Panel(title="Learning rate", names=("sft/lr",)),
         Panel(title="Hit rate on held-out rows", names=_evaluated("hr", 1, 3, 5, 10, 20)),
     ),
+    "loop": (
+        Panel(title="Reward per request", names=("loop/reward",)),
+        Panel(
+            title="Reward per draw, predicted and realized",
+            names=("loop/predicted", "loop/realized", "loop/serving"),
+        ),
+        Panel(
+            title="Requests and events of a window",
+            names=("loop/window_requests", "loop/window_events", "loop/late_events"),
+        ),
+        Panel(title="Decisions", names=("loop/published", "loop/refused", "loop/rolled_back")),
+    ),
 }
 """Figures of each phase; metrics in no figure are shown in the appendix."""
 
@@ -88,9 +100,9 @@ TIME_NAMES = {
     "sft/epoch_s": "an epoch",
 }
 """Plain names of the times of a phase."""
-STEPS = {"train": "update", "sft": "epoch"}
+STEPS = {"train": "update", "sft": "epoch", "loop": "round"}
 """Unit of the steps of each phase."""
-TITLES = {"train": "Reinforcement learning", "sft": "Warm start"}
+TITLES = {"train": "Reinforcement learning", "sft": "Warm start", "loop": "Closed loop"}
 """Heading of each phase."""
 
 

@@ -13,7 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,8 @@ class AnsweredVisits:
 def visit(simulator: Simulator, window: int, asking: Asking) -> AnsweredVisits:
     """Let the users of a window visit the endpoint, respond, and remember what they did.
 
+    They visit now, whatever the times of the simulator are.
+
     Raises:
         DataError: the endpoint refuses requests, or answers none of them.
     """
@@ -84,7 +86,8 @@ def visit(simulator: Simulator, window: int, asking: Asking) -> AnsweredVisits:
         )
         for number in range(len(visits))
     ]
-    answers = ask(asking, ids, bodies)
+    answers, answered_at = ask(asking, ids, bodies)
+    visits = replace(visits, time=np.array(answered_at, dtype=np.float64))
     failed = sum(answer is None for answer in answers)
     if answers and failed == len(answers):
         raise DataError(
@@ -101,8 +104,10 @@ def visit(simulator: Simulator, window: int, asking: Asking) -> AnsweredVisits:
 
 def ask(
     asking: Asking, ids: Sequence[str], bodies: Sequence[dict[str, Any]]
-) -> list[dict[str, Any] | None]:
-    """Send requests, several at a time; return their answers in order, None for one that failed.
+) -> tuple[list[dict[str, Any] | None], list[float]]:
+    """Send requests, several at a time; return their answers in order, and when each came.
+
+    A request that failed has the answer None.
 
     Raises:
         DataError: the endpoint refuses a request as invalid.
@@ -132,7 +137,8 @@ def ask(
         return None
 
     with ThreadPoolExecutor(asking.threads) as pool:
-        return list(pool.map(send, range(len(bodies))))
+        pairs = list(pool.map(lambda number: (send(number), time.time()), range(len(bodies))))
+    return [answer for answer, _ in pairs], [moment for _, moment in pairs]
 
 
 def write_events(folder: Path, name: str, events: pl.DataFrame) -> Path:

@@ -18,6 +18,8 @@ from jaxtyping import Float64, Int64
 
 CLICK, BUY = "click", "buy"
 """Behaviors of events."""
+LOOK_S = 1e-3
+"""Seconds that a user takes to look at one item; short, since simulated windows are."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,7 +39,7 @@ from orchard.data.synthetic_world import (
 from orchard.errors import ConfigError, DataError
 from orchard.feedback.schema import EVENTS
 from orchard.simulation.click_models import ClickModel, PositionBased
-from orchard.simulation.simulator import BUY, CLICK, ShownLists, Visits
+from orchard.simulation.simulator import BUY, CLICK, LOOK_S, ShownLists, Visits
 
 _VISIT, _TIME, _DRIFT, _LOOK, _LIKE, _BUY, _ITEM, _RELEASE = range(8)
 """Streams of random numbers; with seed and window they key a generator."""
@@ -151,7 +151,7 @@ class SyntheticUsers:
         )
 
     def respond(self, visits: Visits, shown: ShownLists) -> pl.DataFrame:
-        """Return clicks and purchases, each a second after its rank was looked at."""
+        """Return clicks and purchases, which follow the visit by `LOOK_S` per rank."""
         attraction, group, item = self._shown(visits, shown)
         users, ranks = len(self.history), attraction.shape[1]
         # [R, P] uniform numbers of each visiting user and rank; a function of window and user
@@ -165,7 +165,7 @@ class SyntheticUsers:
         rows = [
             {
                 "event_id": f"{shown.request_id[visit]}-{rank}-{behavior}",
-                "time": float(visits.time[visit]) + rank + 1.0,
+                "time": float(visits.time[visit]) + LOOK_S * (rank + 1),
                 "request_id": shown.request_id[visit],
                 "user": str(visits.user[visit]),
                 "item_id": int(item[visit, rank]),

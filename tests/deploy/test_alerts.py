@@ -62,6 +62,8 @@ def everything(value: float) -> dict[str, float]:
     logged = [m.logged.format(**labels) for m in METRICS if m.logged]
     sound = {"learner/logprob_gap": 1e-6, "rollout/lag_versions": 0.0}
     sound |= {"rewards/zero_spread_share": 0.5, "evaluate/hr@10/sid": value}
+    decisions = ("skipped", "rolled_back", "refused", "late_events")
+    sound |= {f"loop/{name}": 0.0 for name in decisions}
     return dict.fromkeys(logged, value) | sound
 
 

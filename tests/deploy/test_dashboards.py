@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.monitoring.dashboards.boards import BOARDS, WIDTH, Board
+from cluster.monitoring.dashboards.boards import BOARDS
+from cluster.monitoring.dashboards.graphs import WIDTH, Board
 from cluster.monitoring.prometheus_metrics import BY_NAME, METRICS, OTHERS
 from serve import metrics
 

@@ -1,64 +1,14 @@
-"""Contents of the dashboards. Panels of one row share its width; expressions are PromQL."""
+"""Contents of the dashboards."""
 
-from dataclasses import dataclass
+from cluster.monitoring.dashboards.graphs import QUANTILES, Board
+from cluster.monitoring.dashboards.graphs import by_node as _by_node
+from cluster.monitoring.dashboards.graphs import graph as _graph
+from cluster.monitoring.dashboards.graphs import one as _one
+from cluster.monitoring.dashboards.graphs import quantiles as _quantiles
+from cluster.monitoring.dashboards.graphs import rate as _rate
+from cluster.monitoring.dashboards.graphs import value as _value
+from cluster.monitoring.dashboards.loop_board import LOOP
 
-WIDTH, HEIGHT = 24, 8
-"""Columns of Grafana's grid, and the height of a panel in grid rows."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Graph:
-    """Panel of curves over time."""
-
-    title: str
-    about: str
-    unit: str
-    """Grafana unit identifier."""
-    curves: tuple[tuple[str, str], ...]
-    """Expression and legend of each curve."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Board:
-    """Grafana dashboard."""
-
-    uid: str
-    title: str
-    rows: tuple[tuple[Graph, ...], ...]
-    by_run: bool = True
-    """Flag for dashboards with the variable `$run`."""
-
-
-def _rate(metric: str, *by: str, only: str = "") -> str:
-    labels = ", ".join(("run", *by))
-    return f'sum by ({labels}) (rate({metric}{{run=~"$run"{only}}}[$__rate_interval]))'
-
-
-def _value(metric: str, only: str = "") -> str:
-    return f'{metric}{{run=~"$run"{only}}}'
-
-
-def _graph(title: str, unit: str, about: str, *curves: tuple[str, str]) -> Graph:
-    return Graph(title=title, about=about, unit=unit, curves=curves)
-
-
-def _one(title: str, unit: str, about: str, metric: str, legend: str = "{{run}}") -> Graph:
-    return _graph(title, unit, about, (_value(metric), legend))
-
-
-def _quantiles(metric: str) -> tuple[tuple[str, str], ...]:
-    buckets = f'sum by (run, le) (rate({metric}_bucket{{run=~"$run"}}[$__rate_interval]))'
-    return tuple(
-        (f"histogram_quantile({q}, {buckets})", f"{{{{run}}}} p{q[2:]}") for q in QUANTILES
-    )
-
-
-def _by_node(title: str, unit: str, expression: str) -> Graph:
-    title = f"{title} by node"
-    return _graph(title, unit, "From Ray's node agents.", (expression, "{{instance}}"))
-
-
-QUANTILES = ("0.50", "0.99")
 SEARCHES = ', pool=~"rollout|rewards"'
 
 ROLLOUT = Board(
@@ -345,4 +295,4 @@ SERVING = Board(
     ),
 )  # fmt: skip
 
-BOARDS = (ROLLOUT, LEARNING, WEIGHTS, SERVING)
+BOARDS = (ROLLOUT, LEARNING, WEIGHTS, LOOP, SERVING)

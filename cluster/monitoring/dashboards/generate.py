@@ -17,7 +17,8 @@ from grafana_foundation_sdk.builders.timeseries import Panel
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models.dashboard import DataSourceRef, GridPos, VariableRefresh
 
-from cluster.monitoring.dashboards.boards import BOARDS, HEIGHT, WIDTH, Board, Graph
+from cluster.monitoring.dashboards.boards import BOARDS
+from cluster.monitoring.dashboards.graphs import HEIGHT, WIDTH, Board, Graph
 
 SOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
 FOLDER = Path(__file__).parent
