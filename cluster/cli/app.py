@@ -183,9 +183,9 @@ def serve(
 def loop(run: RunFile, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Serve, learn from what users do, and publish, in rounds; the same command resumes."""
     settings = config.load(run, overrides or [])
-    from cluster.cli.loop import loop as run_loop
+    from cluster.cli import serving
 
-    run_loop(settings, dry_run=dry_run)
+    serving.loop(settings, dry_run=dry_run)
 
 
 @app.command()

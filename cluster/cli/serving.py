@@ -1,9 +1,12 @@
-"""Run the endpoint on this machine, or write and check a Ray Serve config for a cluster."""
+"""Run the endpoint, alone or in a closed loop, or write and check a Ray Serve config."""
 
 import asyncio
+import logging
 import signal
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +15,12 @@ import pyarrow.parquet as pq
 import typer
 import yaml
 
-from cluster.actors.session import address_of, ray_session
+from cluster.actors.session import address_of, cpus_needed, ray_session
 from cluster.cli import endpoint
 from cluster.cli.serve_config import IMPORT_PATH, check_config
+from cluster.loop.run import first_policy, loop_folder, run_loop, serve_settings
+from cluster.report.report import write_report
+from cluster.training.run import prepare
 from orchard import config
 from orchard.errors import ConfigError, DataError
 from orchard.folders import atomic_file
@@ -194,3 +200,33 @@ async def _wait_for_signal() -> None:
     for name in (signal.SIGTERM, signal.SIGINT):  # after ray.init, which sets its own
         loop.add_signal_handler(name, stopped.set)
     await stopped.wait()
+
+
+def loop(settings: Config, *, dry_run: bool) -> None:
+    """Serve, collect, train, judge and publish, for `loop.rounds` rounds; then write the report."""
+    serving = serve_settings(settings)
+    if dry_run:
+        prepare(settings, "evaluate", policy=first_policy(settings))
+        typer.echo(config.dump(settings))
+        typer.echo(f"# policy: {first_policy(settings)}\n# loop folder: {loop_folder(settings)}")
+        typer.echo("# everything checks out; nothing was started")
+        return
+    logging.getLogger("orchard").setLevel(logging.INFO)
+    cpus = cpus_needed(settings) + serving.replicas * serving.threads + 1
+    logs = serving.logs or loop_folder(settings) / "logs"
+    with ray_session(settings.cluster, cpus=cpus, logs=logs):
+        log = run_loop(settings, partial(served, settings))
+    typer.echo(f"rounds: {log}\nreport: {write_report(settings.run_dir)}")
+
+
+@contextmanager
+def served(settings: Config, policy: Path, serving: ServeConfig) -> Generator[str]:
+    """Start an endpoint for a policy folder in the current Ray session; end it with the context."""
+    arguments = Arguments(policy=policy, plugins=settings.plugins, serve=serving)
+    own = endpoint.serve_instance() is None
+    address = endpoint.start(arguments)
+    try:
+        typer.echo(f"serving {policy} at {address}")
+        yield address
+    finally:
+        endpoint.stop(serving, own=own)

@@ -15,7 +15,7 @@ from orchard.settings.loop import LoopConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """What is known of a policy before it is published."""
+    """Measurements of a policy before it is published."""
 
     reward: Estimate
     """Off-policy estimate of its reward per draw."""

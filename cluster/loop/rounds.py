@@ -44,7 +44,7 @@ class Collected:
 
 
 class Actions(Protocol):
-    """What a round does to the world. Each call may be repeated after a crash."""
+    """Effects of a round on the world. Each call may be repeated after a crash."""
 
     def publish(self, main: str, canary: str) -> None:
         """Serve one policy, and another one to the canary's users; return when it answers."""

@@ -24,7 +24,7 @@ Outcome = Literal["", "published", "promoted", "rolled back", "refused", "skippe
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundState:
-    """What a round has done so far, and what it begins with."""
+    """Results of a round so far, and the policies that it begins with."""
 
     number: int
     phase: Phase = "begun"
@@ -54,7 +54,7 @@ class RoundState:
     serving: Estimate | None = None
     """Off-policy estimate of the reward per draw of the policy that answers most requests."""
     outcome: Outcome = ""
-    """What became of the policy that the round trained, or why it trained none."""
+    """Fate of the policy that the round trained, or why it trained none."""
     rolled_back: bool = False
     """Whether the policy that was watched was taken back."""
     promoted: bool = False

@@ -3,7 +3,8 @@
 Each round is a run of its own in `loop/training/round-00003`, which starts from the policy that is
 served. It learns by `loop.learn`:
 
-    feedback    RL on the rewards of all that was shown (`data.feedback`)
+    feedback    RL on the rewards of all that was shown (`data.feedback`), by default with the
+                utilities of prefixes as reward
     clicks      RL with the clicked items of the window as next items (`data.fresh`)
     sft         SFT on the same rows
 """
@@ -70,6 +71,8 @@ def round_settings(
     else:
         rows = write_clicks(folder / "clicks" / f"{number:05d}.parquet", feedback)
         data["fresh" if loop.learn == "clicks" else "train"] = [str(rows.absolute())]
+    if loop.learn == "feedback" and "weights" not in settings.rewards.model_fields_set:
+        tree["rewards"]["weights"] = {"utility": 1.0}
     changes: dict[str, dict[str, Any]] = {
         "data": data,
         "model": {"path": str(policy.absolute())},

@@ -18,7 +18,7 @@ from orchard.errors import DataError
 from orchard.feedback.schema import EVENTS, EVENTS_NEEDED
 
 Offset = Mapping[str, Any]
-"""What of a source has been read, as a JSON object; empty at the beginning."""
+"""Position in a source up to which it has been read, as a JSON object; empty at first."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,8 +19,8 @@ class LoopConfig(Section):
     of the synthetic world in `data.path`, who ask the endpoint over HTTP."""
     events: str | None = None
     """Source of events: a folder to which files are added, or the address of a Redis server, such
-    as redis://host:6379/0; by default the folder `loop/arrivals` of the run, to which simulated
-    users write."""
+    as redis://host:6379/0; by default the folder `loop/arrivals` of the run, or that of the
+    simulated users. They write to a Redis server that is named here."""
     events_stream: str = "events"
     """Key of the stream of events on the Redis server."""
     window_s: PositiveFloat = 3600.0
@@ -39,8 +39,9 @@ class LoopConfig(Section):
     """Share of the requests of simulated users that are answered by a single draw of the policy, on
     which a candidate can be judged before it is served."""
     learn: Literal["feedback", "clicks", "sft"] = "feedback"
-    """What a round learns from: RL on the rewards of all that was shown; RL with clicked items as
-    next items; or SFT on clicked items."""
+    """Way in which a round learns: RL on the rewards of all that was shown, which is the reward
+    `utility` unless `rewards.weights` is set; RL with clicked items as next items; or SFT on
+    clicked items."""
     steps: PositiveInt = 20
     """Number of RL updates in a round."""
     replay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2
