@@ -4,6 +4,7 @@ loop/policies/00000     the policy that the loop starts with; 00001 on are those
 loop/serving/           links that the endpoint follows
 loop/exposures/         log of the endpoint
 loop/visits/            events of simulated users, one file per window
+loop/arrivals/          events of real users, where no other source is named
 loop/events/            events of the source, each once
 loop/feedback/          what was shown with its rewards, one folder per round
 loop/training/          one run per round
