@@ -15,7 +15,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import polars as pl
 
@@ -43,6 +43,7 @@ class Collected:
     """Files of the event store that the window and all before it may hold."""
 
 
+@runtime_checkable
 class Actions(Protocol):
     """Effects of a round on the world. Each call may be repeated after a crash."""
 

@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 
@@ -15,7 +16,7 @@ from orchard.feedback.schema import EVENTS, EXPOSURES, ROWS
 from orchard.feedback.stream import FolderSource
 from orchard.settings.loop import LoopConfig
 from orchard.simulation.clients import AnsweredVisits, Asking
-from orchard.simulation.simulator import Visits, shown_lists
+from orchard.simulation.simulator import ShownLists, Visits, shown_lists
 
 
 def collector(folder: Path, users: SimulatedUsers | None = None, **settings: Any) -> Collector:
@@ -98,6 +99,15 @@ class OneUser:
     def __init__(self) -> None:
         self.remembered: list[str] = []
 
+    def visits(self, window: int) -> Visits:
+        raise NotImplementedError
+
+    def respond(self, visits: Visits, shown: ShownLists) -> pl.DataFrame:
+        raise NotImplementedError
+
+    def expected_reward(self, visits: Visits, shown: ShownLists) -> np.ndarray:
+        raise NotImplementedError
+
     def remember(self, events: pl.DataFrame) -> None:
         self.remembered += events["event_id"].to_list()
 
@@ -116,13 +126,16 @@ def test_simulated_windows_are_not_simulated_twice(
                "behavior": "click", "value": 2.0}  # fmt: skip
         events = pl.DataFrame([row], schema=EVENTS)
         simulator.remember(events)
+        visits = Visits(
+            window=window, user=np.zeros(1, np.int64), time=np.full(1, now),
+            history=np.zeros(0, np.int64), history_start=np.zeros(2, np.int64),
+        )  # fmt: skip
         return AnsweredVisits(
-            visits=Visits.__new__(Visits), shown=shown_lists(["a"], [[7]]), explored=None,  # type: ignore[arg-type]
+            visits=visits, shown=shown_lists(["a"], [[7]]), explored=np.zeros(1, np.bool_),
             events=events, failed=0,
         )  # fmt: skip
 
     monkeypatch.setattr(collect, "visit", visit)
-    monkeypatch.setattr(Visits, "__len__", lambda _: 1)
 
     def users() -> SimulatedUsers:
         return SimulatedUsers(
