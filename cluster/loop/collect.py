@@ -109,10 +109,11 @@ class Collector:
         self.store.ingest_all(self.source)
         ended = WindowEnd(time=end, files=self.store.num_files)
         window = self.store.window(begun, ended)
-        counts: dict[str, float] = {
+        counted = {
             "window_events": len(window.events), "late_events": window.late,
             "refused_events": self.store.refused, "requests_failed": failed,
         }  # fmt: skip
+        counts = {name: float(count) for name, count in counted.items()}
         shown = self._shown(begun.time, end)
         if shown.is_empty():
             return Collected(

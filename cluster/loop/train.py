@@ -71,6 +71,7 @@ def round_settings(
     else:
         rows = write_clicks(folder / "clicks" / f"{number:05d}.parquet", feedback)
         data["fresh" if loop.learn == "clicks" else "train"] = [str(rows.absolute())]
+        data["hold_back"] = 0.0
     if loop.learn == "feedback" and "weights" not in settings.rewards.model_fields_set:
         tree["rewards"]["weights"] = {"utility": 1.0}
     changes: dict[str, dict[str, Any]] = {

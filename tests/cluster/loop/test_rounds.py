@@ -69,7 +69,7 @@ class ToyActions:
         self.windows[number] = pl.DataFrame(rows, schema=FEEDBACK)
         self.die("collect")
         return Collected(
-            rows=self.windows[number], counts={"requests": len(rows)},
+            rows=self.windows[number], counts={"requests": float(len(rows))},
             window_end=number + 1.0, event_files=number,
         )  # fmt: skip
 
