@@ -86,7 +86,7 @@ ADDED_SETTINGS = {
     "rewards.utility.source", "learner.weight_clip", "learner.lists",
 }  # fmt: skip
 """Settings that came after the recording."""
-ADDED_SECTIONS = {"guide"}
+ADDED_SECTIONS = {"guide", "loop"}
 """Sections of settings that came after the recording."""
 ADDED_OPTIONS = {
     "orchard data import": {"--labels", "--encoding"},
@@ -95,7 +95,7 @@ ADDED_OPTIONS = {
     "orchard fit": {"--policy"},
 }
 """Options of commands that came after the recording."""
-ADDED_COMMANDS = {"orchard data": {"encode", "feedback", "fetch"}}
+ADDED_COMMANDS = {"orchard": {"loop"}, "orchard data": {"encode", "feedback", "fetch"}}
 """Commands that came after the recording, by the group that lists them."""
 ADDED_METRICS = {"split", "search"}
 """Facts of an evaluation that came after the recording."""
