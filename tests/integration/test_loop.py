@@ -56,7 +56,7 @@ def settings(folder: Path, **loop: Any) -> Config:
         evaluate={"every": 0, "valid_rows": 8, "beams": 4, "valid_beams": 10},
         serve={"width": 10, "poll_interval_s": 0.2},
         loop={
-            "users": "synthetic", "rounds": 2, "requests": 100, "steps": 2, "k": 5,
+            "users": "synthetic", "rounds": 2, "requests": 60, "steps": 2, "k": 5,
             "canary": 0.4, "min_draws": 5, "explore": 0.6, "learn": "clicks",
         }
         | loop,
@@ -66,6 +66,7 @@ def settings(folder: Path, **loop: Any) -> Config:
     return loaded
 
 
+@pytest.mark.timeout(900)  # three runs, one after the other, on a machine that may be busy
 def test_two_rounds_and_the_rest_after_an_interruption(tmp_path: Path) -> None:
     run = settings(tmp_path)
 
@@ -93,7 +94,7 @@ def test_two_rounds_and_the_rest_after_an_interruption(tmp_path: Path) -> None:
     assert {row["outcome"] for row in rows} <= {"published", "refused"}
     for row in rows:
         # All that was asked was shown and logged, and every event was joined.
-        assert row["counts"]["requests"] == 100
+        assert row["counts"]["requests"] == 60
         assert row["counts"]["attributed"] == row["counts"]["window_events"]
         assert row["counts"]["late_events"] == row["counts"]["requests_failed"] == 0
     again = run_loop(run, in_a_thread)  # nothing is left to do
