@@ -162,10 +162,11 @@ def _watch(state: RoundState, actions: Actions, settings: LoopConfig) -> RoundSt
     """Compare the watched policy's reward with its prediction; promote it or take it back."""
     rows = actions.collected(state)
     state = replace(state, phase="watched", reward=reward_per_request(rows))
-    if state.expected is None or not state.canary:
+    expected = state.expected
+    if expected is None or not state.canary:
         return replace(state, realized=realized(rows, actions.version(state.main)))
     found = realized(rows, actions.version(state.canary))
-    verdict = gate.watch(state.expected, found, settings)
+    verdict = gate.watch(expected, found, settings)
     state = replace(state, realized=found, watch=verdict)
     if verdict == "too few":
         number = 0 if found is None else found.n
@@ -176,7 +177,7 @@ def _watch(state: RoundState, actions: Actions, settings: LoopConfig) -> RoundSt
         )  # fmt: skip
     if verdict == "below":
         assert found is not None
-        low, high = gate.prediction_interval(state.expected, found)
+        low, high = gate.prediction_interval(expected, found)
         back = replace(
             state, main=state.previous or state.main, canary="", previous="", expected=None,
             rolled_back=True,

@@ -136,8 +136,11 @@ def ask(
                 _log.info("request %s failed: %s", ids[number], error)
         return None
 
+    def answered(number: int) -> tuple[dict[str, Any] | None, float]:
+        return send(number), time.time()
+
     with ThreadPoolExecutor(asking.threads) as pool:
-        pairs = list(pool.map(lambda number: (send(number), time.time()), range(len(bodies))))
+        pairs = list(pool.map(answered, range(len(bodies))))
     return [answer for answer, _ in pairs], [moment for _, moment in pairs]
 
 
