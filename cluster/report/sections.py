@@ -98,6 +98,7 @@ TIME_NAMES = {
     "rollout/search_s": "searches in rollout actors",
     "learner/update_s": "updates in the learner",
     "sft/epoch_s": "an epoch",
+    "loop/seconds_s": "a round",
 }
 """Plain names of the times of a phase."""
 STEPS = {"train": "update", "sft": "epoch", "loop": "round"}
