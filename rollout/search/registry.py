@@ -25,7 +25,8 @@ from orchard.types import Prompts, SearchTrees
 from rollout.engine.protocol import InferenceEngine, SearchFn
 from rollout.search.add_target import search_with_target
 from rollout.search.batches import search_in_batches
-from rollout.search.beam import beam, sample
+from rollout.search.beam import beam
+from rollout.search.draws import sample
 from rollout.search.hints import check_hints, mark_hint, search_below_hint
 from rollout.search.sampling import beam_sample, dynamic
 from rollout.search.think import search_after_thoughts
