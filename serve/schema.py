@@ -235,7 +235,7 @@ class RecommendResponse(NamesCatalog):
     policy: str
     decoder: Decoder
     width: int
-    """Beam width of the search, which a deadline may have reduced."""
+    """Beam width of the search at its widest level, which a deadline may have reduced."""
     seed: int | None = None
     unknown_items: int = 0
     """Number of history items that the catalog does not contain; the policy does not read them."""

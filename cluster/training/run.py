@@ -32,6 +32,7 @@ from orchard.scorers import prefix_critic
 from orchard.scorers.prefix_critic import PrefixCritic
 from orchard.semantic_ids.bundle import Bundle
 from orchard.settings import Config
+from orchard.settings.widths import last, of_levels
 from rewards.context import RewardContext
 from rewards.score import preload
 from rewards.transition_counts import TransitionCounts, count_transitions
@@ -261,7 +262,10 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
     )
     sft_rows = train if fresh is None or settings.sft.rows == "train" else fresh
     check_catalog(settings.rollout, catalog.trie)
-    width = max(settings.rollout.group_size, settings.evaluate.beams, settings.evaluate.valid_beams)
+    of_levels(settings.evaluate.beams, catalog.trie.depth, "evaluate.beams")
+    width = max(
+        settings.rollout.group_size, last(settings.evaluate.beams), settings.evaluate.valid_beams
+    )
     if width > catalog.trie.num_leaves:
         logging.getLogger("orchard").warning(
             "a beam of %d is wider than the catalog of %d distinct sequences: "

@@ -19,6 +19,7 @@ from orchard import ragged
 from orchard.catalog.trie import ROOT, Trie
 from orchard.errors import EngineError
 from orchard.guide.values import Valuer
+from orchard.settings.widths import Width, of_levels
 from orchard.types import Cost, Prompts
 from rollout.candidates import Candidates
 from rollout.engine.protocol import DecodingBackend, NextCodeLogprobs
@@ -33,7 +34,7 @@ def beam(
     engine: DecodingBackend,
     prompts: Prompts,
     *,
-    width: int,
+    width: Width,
     noise: GumbelNoise | None = None,
     allowed: ItemFilter | None = None,
     guide: Valuer | None = None,
@@ -41,7 +42,7 @@ def beam(
     count: int | None = None,
     prove: int = 0,
 ) -> Candidates:
-    """Run exact beam search: keep the `width` best prefixes of each prompt at each depth.
+    """Run exact beam search: keep the `width` best prefixes of each prompt at each level.
 
     Leaves reached early keep competing with their score. Ties are broken by trie node. Only kept
     prefixes with more than one child are forwarded. The candidates of a prompt are distinct, and
@@ -60,14 +61,14 @@ def beam(
     Args:
         engine: backend with the policy.
         prompts: batch of prompts.
-        width: prefixes kept at each depth.
+        width: prefixes kept at each level: one number, or one for each level.
         noise: random keys; not together with a guide.
         allowed: leaves that may be found.
         guide: source of the values V.
         head: whether the value head of the policy adds to the keys; not together with noise.
-        count: candidates returned, the first of the beam; all by default. Prefixes that cannot
-            lead to one of them are not forwarded at the last level, in one more pass at most;
-            with `head`, whose values are no bounds, all are.
+        count: candidates returned, the first of the last level; all by default. Prefixes that
+            cannot lead to one of them are not forwarded at the last level, in one more pass at
+            most; with `head`, whose values are no bounds, all are.
         prove: number of first candidates that `Candidates.proved` is about, at most `count`; 0
             proves nothing. They are proved to be the best of all allowed leaves if the last of them
             reaches the largest key that was ever dropped, which bounds the keys of leaves below it.
@@ -75,12 +76,14 @@ def beam(
 
     Raises:
         CatalogError: `allowed` or `guide` belongs to another catalog, or another batch.
+        ConfigError: `width` lists another number of levels than the trie has.
         EngineError: a prompt does not fit the engine, the policy has diverged, or `head` is set and
             the policy has no value head that the engine can run.
     """
     assert not (head and prove), "values of the head prove nothing"
     trie, num_prompts = engine.trie, len(prompts)
-    count = width if count is None else min(count, width)
+    widths = of_levels(width, trie.depth)
+    count = widths[-1] if count is None else min(count, widths[-1])
     mask = make_prefix_mask(trie, allowed, num_prompts) if allowed else None
     ranking, proof = Ranking(trie, prompts, guide), Proof(trie, num_prompts)
     expansion = check_finite(engine, engine.prefill(prompts))
@@ -106,7 +109,7 @@ def beam(
             admitted = mask.allows(prompt[source], child)
             source, child, gain = source[admitted], child[admitted], gain[admitted]
             start = row_starts(admitted)[start]
-        most = count if is_last else width
+        most = count if is_last else widths[level]
         if noise is None:
             above = score.index_select(0, source)
             key = ranking.keys(prompt[source], child, above + gain)
@@ -132,7 +135,7 @@ def beam(
         if len(rows) == 0:
             continue
         extend = partial(_extend, engine, state, forwarded, node)
-        if count < width and noise is None and not head and level + 2 == trie.depth:
+        if count < most and noise is None and not head and level + 2 == trie.depth:
             beams = Beams(prompt=prompt, node=node, score=score, key=key, scored=scored)
             expansion, alive, spent, turns = extend_needed(
                 extend, trie, ranking, mask, beams, count

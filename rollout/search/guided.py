@@ -10,6 +10,7 @@ import numpy as np
 
 from orchard.catalog.view import CatalogView
 from orchard.guide.values import Valuer
+from orchard.settings.widths import Width, last
 from orchard.types import Cost, Prompts
 from rollout.candidates import Candidates
 from rollout.engine.protocol import DecodingBackend
@@ -47,7 +48,7 @@ def wider_unless_proved(
     engine: DecodingBackend,
     prompts: Prompts,
     *,
-    width: int,
+    width: Width,
     wide: int,
     prove: int,
     guide: Valuer | None = None,
@@ -56,14 +57,14 @@ def wider_unless_proved(
 ) -> Candidates:
     """Search with `width`, then again with `wide` for the prompts that are not proved by then.
 
-    A prompt gets up to `count` candidates, by default the larger of `width` and `prove`; one with
+    A prompt gets up to `count` candidates, by default the larger of the last `width` and `prove`; one with
     fewer than `prove` of them is searched again too. The cost is that of both searches, and counts
     the prompts that were `searched_again`.
 
     Raises:
         CatalogError, EngineError: as `rollout.search.beam.beam`.
     """
-    count = max(width, prove) if count is None else count
+    count = max(last(width), prove) if count is None else count
     narrow = beam(
         engine, prompts, width=width, count=count, prove=prove, guide=guide, allowed=allowed
     )

@@ -17,6 +17,7 @@ from jaxtyping import Float, Float32, Int, Int64
 from orchard import ragged
 from orchard.guide.guide import Guide
 from orchard.settings import VedConfig
+from orchard.settings.widths import Width, widest
 from orchard.types import Prompts
 from rollout.candidates import Candidates
 from rollout.engine.protocol import DecodingBackend, SearchRunner
@@ -36,7 +37,7 @@ class BatchKey:
     """Search parameters shared by the queries of one batch."""
 
     decoder: Decoder
-    width: int
+    width: Width
     wide: int = 0
     """Width of a second search of the guided decoder where nothing is proved; 0 for none."""
     prove: int = 0
@@ -187,9 +188,14 @@ def search_of(kind: BatchKey, allowed: ItemFilter, guide: Guide | None) -> parti
         return partial(beam, width=kind.width, allowed=allowed)
     if kind.decoder == "beam_sample":
         return partial(
-            beam_sample, width=kind.width, temperature=kind.temperature, seed=0, allowed=allowed
+            beam_sample,
+            width=widest(kind.width),
+            temperature=kind.temperature,
+            seed=0,
+            allowed=allowed,
         )
-    return partial(_ved, width=kind.width, count=kind.width, allowed=allowed)
+    width = widest(kind.width)
+    return partial(_ved, width=width, count=width, allowed=allowed)
 
 
 def _ved(
