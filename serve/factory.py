@@ -237,6 +237,7 @@ def engine_of(
         version=loaded.version,
         config=RolloutConfig(engine=config.engine, threads=config.threads),
         seed=0,
+        prefix_bytes=int(config.prefix_cache_mib * 2**20),
     )
     if config.engine != _FALLBACK:
         try:

@@ -19,7 +19,7 @@ from cachetools import TTLCache
 from orchard.errors import EngineError
 from orchard.settings import ServeConfig
 from orchard.settings.widths import widest
-from serve.catalog.schema import AssignedItem, DeltaRequest
+from serve.catalog.schema import AssignedItem, DeltaRequest, EventsInfo, EventsRequest
 from serve.catalog.store import CatalogStore, CatalogVersion
 from serve.decoding.batching import TooLateError
 from serve.decoding.recommender import popular_items
@@ -139,7 +139,7 @@ class Service:
         if cache is not None:
             slot = self.slots[variant]
             catalog_version = self.catalog_store.current
-            key = cache_key(resolved, str(slot.version), slot.guide_digest, catalog_version)
+            key = cache_key(resolved, str(slot.version), slot.guide_version, catalog_version)
         cached = cache.get(key) if cache is not None and key is not None else None
         if cached is not None:
             self.metrics.count("orchard_serve_cache_hits", variant=variant)
@@ -201,6 +201,10 @@ class Service:
     async def change(self, delta: DeltaRequest) -> tuple[CatalogVersion, list[AssignedItem]]:
         """Apply a delta to the catalog; see `Synchronizer.change`."""
         return await self._synchronizer.change(delta)
+
+    async def count_events(self, request: EventsRequest) -> EventsInfo:
+        """Add events to the counts of the guides; see `Synchronizer.count_events`."""
+        return await self._synchronizer.count_events(request)
 
     async def activate(self, request: ActivateRequest) -> None:
         """Pin a policy version; see `Synchronizer.activate`."""

@@ -96,6 +96,10 @@ class ServeConfig(Section):
     """Seconds to keep a cached response; 0 disables the cache."""
     cache_size: PositiveInt = 10_000
     """Maximum number of cached responses."""
+    prefix_cache_mib: NonNegativeFloat = 0.0
+    """Mebibytes of keys and values of earlier histories that each policy of a replica keeps, so
+    that a history that has grown costs its new items alone; 0 keeps none. Only the engine `torch`
+    keeps any."""
     popularity: Path | None = None
     """Parquet file with the columns item_id and count: the popular items that are returned when the
     policy cannot answer in time. Without the file the training targets of the run are counted."""

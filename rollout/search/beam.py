@@ -26,7 +26,7 @@ from rollout.engine.protocol import DecodingBackend, NextCodeLogprobs
 from rollout.item_filter import ItemFilter, make_prefix_mask
 from rollout.search.continuations import continuations
 from rollout.search.gumbel import GumbelNoise
-from rollout.search.ranking import Beams, Proof, Ranking, extend_needed
+from rollout.search.ranking import Beams, Proof, Ranking, can_win, extend_needed
 from rollout.search.topk import row_starts, top_k
 
 
@@ -67,8 +67,8 @@ def beam(
         guide: source of the values V.
         head: whether the value head of the policy adds to the keys; not together with noise.
         count: candidates returned, the first of the last level; all by default. Prefixes that
-            cannot lead to one of them are not forwarded at the last level, in one more pass at
-            most; with `head`, whose values are no bounds, all are.
+            cannot lead to one of them are dropped as soon as that is known, at the last level in
+            one more pass at most; with `head`, whose values are no bounds, none is.
         prove: number of first candidates that `Candidates.proved` is about, at most `count`; 0
             proves nothing. They are proved to be the best of all allowed leaves if the last of them
             reaches the largest key that was ever dropped, which bounds the keys of leaves below it.
@@ -130,12 +130,20 @@ def beam(
             break
         fanout = trie.num_children(node)
         scored = fanout > 1
+        early = count < most and noise is None and not head
+        if early and bool(scored.any()):
+            beams = Beams(prompt=prompt, node=node, score=score, key=key, scored=scored)
+            alive = can_win(trie, ranking, mask, start, beams, count)
+            start = row_starts(alive)[start]
+            prompt, node, score, key = prompt[alive], node[alive], score[alive], key[alive]
+            logprob, fanout, scored = logprob[alive], fanout[alive], scored[alive]
+            forwarded, state = forwarded[alive], state[alive]
         rows = scored.nonzero().squeeze(1)
         expansion = None
         if len(rows) == 0:
             continue
         extend = partial(_extend, engine, state, forwarded, node)
-        if count < most and noise is None and not head and level + 2 == trie.depth:
+        if early and level + 2 == trie.depth:
             beams = Beams(prompt=prompt, node=node, score=score, key=key, scored=scored)
             expansion, alive, spent, turns = extend_needed(
                 extend, trie, ranking, mask, beams, count

@@ -109,7 +109,7 @@ def recommend(
         excluded=np.concatenate([np.zeros(0, np.int64), *leaves]),
         excluded_start=ragged.starts(np.array([len(rows) for rows in leaves])),
     )
-    search_fn = search_of(kind, allowed, guide)
+    search_fn = search_of(kind, allowed, guide, _most_leaves(queries, kind))
     candidates = runner.run(search_fn if trace is None else trace.of(search_fn), prompts)
     ranked = [
         rank_items(
@@ -177,15 +177,27 @@ def full_leaves(
     return leaf[count == filtered.per_leaf[leaf]]
 
 
-def search_of(kind: BatchKey, allowed: ItemFilter, guide: Guide | None) -> partial[Candidates]:
-    """Return the search function of the batch's decoder."""
+def _most_leaves(queries: Sequence[Query], kind: BatchKey) -> int | None:
+    """Return the most leaves that an answer needs; None where a cap or a trace may need all.
+
+    Every leaf has an item that may be shown.
+    """
+    needs_all = kind.trace is not None or any(query.per_prefix is not None for query in queries)
+    return None if needs_all else max(query.k for query in queries)
+
+
+def search_of(
+    kind: BatchKey, allowed: ItemFilter, guide: Guide | None, count: int | None
+) -> partial[Candidates]:
+    """Return the search function of the batch's decoder, of whose beam `count` leaves are used."""
+    by_level = {"width": kind.width, "count": count, "allowed": allowed}
     if kind.decoder == "guided":
-        guided = {"width": kind.width, "prove": kind.prove, "guide": guide, "allowed": allowed}
+        guided = by_level | {"prove": kind.prove, "guide": guide}
         if kind.wide:
             return partial(wider_unless_proved, wide=kind.wide, **guided)
         return partial(beam, **guided)
     if kind.decoder == "beam":
-        return partial(beam, width=kind.width, allowed=allowed)
+        return partial(beam, **by_level)
     if kind.decoder == "beam_sample":
         return partial(
             beam_sample,

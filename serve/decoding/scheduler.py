@@ -18,6 +18,7 @@ import numpy as np
 from orchard.settings import ServeConfig
 from orchard.settings.widths import at_most, widest
 from rollout.candidates import Candidates
+from rollout.engine.torch import TorchEngine
 from serve.catalog.store import CatalogStore, CatalogVersion
 from serve.decoding.batching import Batcher, BatchPlan, LatencyModel
 from serve.decoding.recommender import BatchKey, Query, RankedItems, recommend
@@ -68,6 +69,7 @@ class DecodeScheduler:
         self._slots, self._catalog_store, self._metrics = slots, catalog_store, metrics
         self._max_history, self._scoring_rows = max_history, 0
         self._config = config
+        self._prefix_counts: dict[str, tuple[int, int]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="decoder")
         self._latency = {name: LatencyModel() for name in slots}
         self._batcher = Batcher[ResolvedRequest, tuple[str, BatchKey], DecodeResult](
@@ -179,6 +181,7 @@ class DecodeScheduler:
         self._observe_phase(variant, "post", post_s)
         fill = min(1.0, num_rows / self._config.budget)
         self._metrics.observe("orchard_serve_beam_fill", fill, variant=variant)
+        self._count_prefixes(variant)
         return results
 
     def _search(
@@ -225,6 +228,21 @@ class DecodeScheduler:
                 num_illegal = int(illegal.sum())
                 self._metrics.count("orchard_serve_illegal", by=float(num_illegal), variant=variant)
                 _log.error("%d illegal items in an answer of %s", num_illegal, variant)
+
+    def _count_prefixes(self, variant: str) -> None:
+        """Record how much of the prompts the engine had kept since the last call."""
+        engine = self._slots[variant].inference_engine
+        prefixes = engine.prefixes if isinstance(engine, TorchEngine) else None
+        if prefixes is None:
+            return
+        hits, tokens = prefixes.hits, prefixes.tokens
+        before = self._prefix_counts.get(variant, (0, 0))
+        self._prefix_counts[variant] = (hits, tokens)
+        count = self._metrics.count
+        if hits > before[0]:
+            count("orchard_serve_prefix_hits", by=float(hits - before[0]), variant=variant)
+            count("orchard_serve_prefix_tokens", by=float(tokens - before[1]), variant=variant)
+        self._metrics.set("orchard_serve_prefix_bytes", prefixes.num_bytes, variant=variant)
 
     def _observe_phase(self, variant: str, phase: str, seconds: float) -> None:
         self._metrics.observe("orchard_serve_phase_seconds", seconds, variant=variant, phase=phase)

@@ -81,6 +81,7 @@ ADDED_SETTINGS = {
     "learner.loss", "learner.ecpo_delta", "learner.window", "learner.anchor",
     "learner.hint_weight", "learner.max_draws", "rollout.hints", "learner.attention",
     "learner.gradient_checkpointing", "data.bundle", "cluster.publish_format",
+    "rollout.width", "serve.prefix_cache_mib",
 }  # fmt: skip
 """Settings that came after the recording."""
 ADDED_SECTIONS = {"guide"}
@@ -109,7 +110,7 @@ ADDED_FIELDS: dict[str, set[str]] = {
     "CatalogInfo": {"deltas_refused", "assigned", "bundle"},
     "DeltaRequest": {"share_when_full"},
     "NewItem": {"embedding"},
-    "VariantInfo": {"guide", "guide_notes"},
+    "VariantInfo": {"guide", "guide_notes", "guide_events"},
 }
 """Fields of the API that came beside the recorded ones, by the name of their schema."""
 ADDED_SCHEMAS = {
@@ -119,9 +120,12 @@ ADDED_SCHEMAS = {
     "GuideShare",
     "AssignedItem",
     "Neighbor",
+    "Event",
+    "EventsInfo",
+    "EventsRequest",
 }
 """Schemas of the API that came after the recording."""
-ADDED_PATHS = {"/v1/score"}
+ADDED_PATHS = {"/v1/events", "/v1/score"}
 """Routes that came after the recording."""
 ADDED_DECODERS = {"guided"}
 """Decoders that came after the recording."""
