@@ -1,6 +1,5 @@
 """Load and check the data, the policy and the run folder before any actor starts."""
 
-import logging
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +11,13 @@ from transformers import PreTrainedTokenizerBase
 
 from cluster.actors.session import address_of
 from cluster.training import text_policy
-from cluster.training.checks import check_data_folder, check_names, check_same_data, check_unchanged
+from cluster.training.checks import (
+    check_data_folder,
+    check_names,
+    check_same_data,
+    check_unchanged,
+    check_widths,
+)
 from orchard.catalog import catalog as catalogs
 from orchard.catalog.catalog import Catalog
 from orchard.data import rationales
@@ -32,7 +37,6 @@ from orchard.scorers import prefix_critic
 from orchard.scorers.prefix_critic import PrefixCritic
 from orchard.semantic_ids.bundle import Bundle
 from orchard.settings import Config
-from orchard.settings.widths import last, of_levels
 from rewards.context import RewardContext
 from rewards.score import preload
 from rewards.transition_counts import TransitionCounts, count_transitions
@@ -262,16 +266,7 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
     )
     sft_rows = train if fresh is None or settings.sft.rows == "train" else fresh
     check_catalog(settings.rollout, catalog.trie)
-    of_levels(settings.evaluate.beams, catalog.trie.depth, "evaluate.beams")
-    width = max(
-        settings.rollout.group_size, last(settings.evaluate.beams), settings.evaluate.valid_beams
-    )
-    if width > catalog.trie.num_leaves:
-        logging.getLogger("orchard").warning(
-            "a beam of %d is wider than the catalog of %d distinct sequences: "
-            "each prompt gets %d candidates",
-            width, catalog.trie.num_leaves, catalog.trie.num_leaves,
-        )  # fmt: skip
+    check_widths(settings, catalog.trie)
     reasons = (
         rationales.of_rows(data, catalog, sft_rows, fresh=sft_rows is fresh)
         if phase == "sft"

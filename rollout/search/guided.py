@@ -5,6 +5,7 @@ Shapes:  B prompts
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -54,6 +55,7 @@ def wider_unless_proved(
     guide: Valuer | None = None,
     count: int | None = None,
     allowed: ItemFilter | None = None,
+    second_pass: bool = True,
 ) -> Candidates:
     """Search with `width`, then again with `wide` for the prompts that are not proved by then.
 
@@ -65,22 +67,17 @@ def wider_unless_proved(
         CatalogError, EngineError: as `rollout.search.beam.beam`.
     """
     count = max(last(width), prove) if count is None else count
-    narrow = beam(
-        engine, prompts, width=width, count=count, prove=prove, guide=guide, allowed=allowed
+    search = partial(
+        beam, engine, count=count, prove=prove, guide=guide, second_pass=second_pass
     )
+    narrow = search(prompts, width=width, allowed=allowed)
     assert narrow.proved is not None, "prove must be positive"
     rows = np.flatnonzero(~narrow.proved | (np.diff(narrow.start) < min(prove, count)))
     cost = narrow.cost + Cost(counts={"searched_again": len(rows)})
     if len(rows) == 0:
         return replace(narrow, cost=cost)
-    again = beam(
-        engine,
-        prompts.select(rows),
-        width=wide,
-        count=count,
-        prove=prove,
-        guide=guide,
-        allowed=None if allowed is None else allowed.select(rows),
+    again = search(
+        prompts.select(rows), width=wide, allowed=None if allowed is None else allowed.select(rows)
     )
     both = Candidates.concatenate([narrow, again])
     chosen = np.arange(len(prompts))
