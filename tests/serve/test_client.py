@@ -76,8 +76,8 @@ def test_refusals_are_errors_with_their_status(url: str) -> None:
         with pytest.raises(ClientError, match="item 4000 is not in the catalog") as unknown:
             client.item(4000)
         assert unknown.value.status == 404
-        with pytest.raises(ClientError, match="history: Input should be a valid"):
-            client.recommend(["three"])  # pyright: ignore[reportArgumentType]
+        with pytest.raises(ClientError, match="k: Input should be greater than or equal to 1"):
+            client.recommend([3], k=0)
         with pytest.raises(ClientError, match="colour: Extra inputs are not permitted"):
             client.recommend([3], colour="red")
         with pytest.raises(ClientError, match="bearer token") as closed:
