@@ -41,6 +41,7 @@ def beam(
     head: bool = False,
     count: int | None = None,
     prove: int = 0,
+    second_pass: bool = True,
 ) -> Candidates:
     """Run exact beam search: keep the `width` best prefixes of each prompt at each level.
 
@@ -67,12 +68,15 @@ def beam(
         guide: source of the values V.
         head: whether the value head of the policy adds to the keys; not together with noise.
         count: candidates returned, the first of the last level; all by default. Prefixes that
-            cannot lead to one of them are dropped as soon as that is known, at the last level in
-            one more pass at most; with `head`, whose values are no bounds, none is.
+            cannot lead to one of them are dropped at the level where that is known; with `head`,
+            whose values are no bounds, none is.
         prove: number of first candidates that `Candidates.proved` is about, at most `count`; 0
             proves nothing. They are proved to be the best of all allowed leaves if the last of them
             reaches the largest key that was ever dropped, which bounds the keys of leaves below it.
             The cost counts the prompts so `proved`. Must be 0 with `head`.
+        second_pass: whether the last level may be forwarded in two passes where `count` is set: the
+            best prefixes first, then those that can still lead to one of the first candidates.
+            Fewer tokens are forwarded, but a pass of few tokens costs about as much as one of many.
 
     Raises:
         CatalogError: `allowed` or `guide` belongs to another catalog, or another batch.
@@ -143,7 +147,7 @@ def beam(
         if len(rows) == 0:
             continue
         extend = partial(_extend, engine, state, forwarded, node)
-        if early and level + 2 == trie.depth:
+        if early and second_pass and level + 2 == trie.depth:
             beams = Beams(prompt=prompt, node=node, score=score, key=key, scored=scored)
             expansion, alive, spent, turns = extend_needed(
                 extend, trie, ranking, mask, beams, count

@@ -190,7 +190,9 @@ def search_of(
     kind: BatchKey, allowed: ItemFilter, guide: Guide | None, count: int | None
 ) -> partial[Candidates]:
     """Return the search function of the batch's decoder, of whose beam `count` leaves are used."""
-    by_level = {"width": kind.width, "count": count, "allowed": allowed}
+    by_level = {
+        "width": kind.width, "count": count, "allowed": allowed, "second_pass": False,
+    }  # fmt: skip
     if kind.decoder == "guided":
         guided = by_level | {"prove": kind.prove, "guide": guide}
         if kind.wide:
