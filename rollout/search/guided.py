@@ -59,17 +59,15 @@ def wider_unless_proved(
 ) -> Candidates:
     """Search with `width`, then again with `wide` for the prompts that are not proved by then.
 
-    A prompt gets up to `count` candidates, by default the larger of the last `width` and `prove`; one with
-    fewer than `prove` of them is searched again too. The cost is that of both searches, and counts
-    the prompts that were `searched_again`.
+    A prompt gets up to `count` candidates, by default the larger of `prove` and the last `width`;
+    one with fewer than `prove` of them is searched again too. The cost is that of both searches,
+    and counts the prompts that were `searched_again`.
 
     Raises:
         CatalogError, EngineError: as `rollout.search.beam.beam`.
     """
     count = max(last(width), prove) if count is None else count
-    search = partial(
-        beam, engine, count=count, prove=prove, guide=guide, second_pass=second_pass
-    )
+    search = partial(beam, engine, count=count, prove=prove, guide=guide, second_pass=second_pass)
     narrow = search(prompts, width=width, allowed=allowed)
     assert narrow.proved is not None, "prove must be positive"
     rows = np.flatnonzero(~narrow.proved | (np.diff(narrow.start) < min(prove, count)))

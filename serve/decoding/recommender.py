@@ -190,26 +190,21 @@ def search_of(
     kind: BatchKey, allowed: ItemFilter, guide: Guide | None, count: int | None
 ) -> partial[Candidates]:
     """Return the search function of the batch's decoder, of whose beam `count` leaves are used."""
-    by_level = {
-        "width": kind.width, "count": count, "allowed": allowed, "second_pass": False,
-    }  # fmt: skip
-    if kind.decoder == "guided":
-        guided = by_level | {"prove": kind.prove, "guide": guide}
-        if kind.wide:
-            return partial(wider_unless_proved, wide=kind.wide, **guided)
-        return partial(beam, **guided)
-    if kind.decoder == "beam":
-        return partial(beam, **by_level)
+    width = widest(kind.width)
+    if kind.decoder == "ved":
+        return partial(_ved, width=width, count=width, allowed=allowed)
     if kind.decoder == "beam_sample":
         return partial(
-            beam_sample,
-            width=widest(kind.width),
-            temperature=kind.temperature,
-            seed=0,
-            allowed=allowed,
+            beam_sample, width=width, temperature=kind.temperature, seed=0, allowed=allowed
         )
-    width = widest(kind.width)
-    return partial(_ved, width=width, count=width, allowed=allowed)
+    # One pass a level: a pass of few tokens takes about as long as one of many.
+    by_level = {"width": kind.width, "count": count, "second_pass": False, "allowed": allowed}
+    if kind.decoder == "beam":
+        return partial(beam, **by_level)
+    guided = by_level | {"prove": kind.prove, "guide": guide}
+    if kind.wide:
+        return partial(wider_unless_proved, wide=kind.wide, **guided)
+    return partial(beam, **guided)
 
 
 def _ved(
