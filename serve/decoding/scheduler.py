@@ -242,7 +242,8 @@ class DecodeScheduler:
         if hits > before[0]:
             count("orchard_serve_prefix_hits", by=float(hits - before[0]), variant=variant)
             count("orchard_serve_prefix_tokens", by=float(tokens - before[1]), variant=variant)
-        self._metrics.set("orchard_serve_prefix_bytes", prefixes.num_bytes, variant=variant)
+        size = float(prefixes.num_bytes)
+        self._metrics.set("orchard_serve_prefix_bytes", size, variant=variant)
 
     def _observe_phase(self, variant: str, phase: str, seconds: float) -> None:
         self._metrics.observe("orchard_serve_phase_seconds", seconds, variant=variant, phase=phase)
