@@ -25,8 +25,8 @@ from serve.metrics import InMemoryMetrics
 
 ITEMS = (10, 100, 1000)
 """Numbers of items that are scored at once."""
-GROWS = 30
-"""Items by which each history grows."""
+HISTORY, GROWS = 10, 30
+"""Items of a history, and of one that grows, at its end."""
 WIDTHS: tuple[int | list[int], ...] = (50, [16, 32, 50], [50, 32, 16])
 """Widths that are compared."""
 TOLERANCE = 1e-3
@@ -87,7 +87,9 @@ def _ask(
 ) -> list[tuple[float, Any]]:
     """Send requests one after another; return seconds and answer of each."""
     config = ServeConfig(poll_interval_s=3600.0, **settings)
-    app = create_app(open_service(folder, config, InMemoryMetrics(), max_history=GROWS))
+    app = create_app(
+        open_service(folder, config, InMemoryMetrics(), max_history=max(HISTORY, GROWS))
+    )
 
     async def send() -> list[tuple[float, Any]]:
         answers: list[tuple[float, Any]] = []
@@ -113,7 +115,7 @@ def _timed(call: Callable[[], float]) -> tuple[float, float]:
 def _scores(folder: Path, items: int, number: int) -> list[Row]:
     """Time scores of different numbers of items, and a forward pass per item."""
     draw, alone = np.random.default_rng(0), ForwardPerItem(folder)
-    history = draw.integers(items, size=10).tolist()
+    history = draw.integers(items, size=HISTORY).tolist()
     alone.score(history, 0)
     rows: list[Row] = []
     for size in ITEMS:
@@ -158,7 +160,7 @@ def _widths(folder: Path, items: int, number: int) -> list[Row]:
     """Time beams of one width and of widths by level."""
     draw = np.random.default_rng(2)
     bodies = [
-        ("/v1/recommend", {"history": draw.integers(items, size=10).tolist()})
+        ("/v1/recommend", {"history": draw.integers(items, size=HISTORY).tolist()})
         for _ in range(1 + number)
     ]
     rows: list[Row] = []
