@@ -76,24 +76,7 @@ class Synchronizer:
             )
         request = trimmed(request)
         async with self._changing:
-            for attempt in range(_ATTEMPTS):
-                await self._catch_up_events()
-                if self.events_refused:
-                    raise UnavailableError(
-                        f"{self.events_refused}; the log of the endpoint says what to do"
-                    )
-                events: Events = await self._in_loader(self.event_store.apply, request)
-                try:
-                    await self._in_loader(self._shared_state.append_events, events.version, request)
-                    break
-                except ConflictError:  # another replica was first: its events come before
-                    if attempt + 1 == _ATTEMPTS:
-                        raise
-                except OSError as error:
-                    _log.exception("events %d are not written", events.version)
-                    raise UnavailableError(
-                        "the events could not be written to the state folder; try again"
-                    ) from error
+            events = await self._append_events(request)
             self.event_store.activate(events)
             await self._use_events()
         named = {i for event in request.events for i in (*event.history, event.item)}
@@ -101,6 +84,29 @@ class Synchronizer:
         return EventsInfo(
             version=events.version, events=len(events), unknown_items=int((~known).sum())
         )
+
+    async def _append_events(self, request: EventsRequest) -> Events:
+        """Write events after those of all other replicas; return all of them."""
+        attempts = 0
+        while True:
+            await self._catch_up_events()
+            if self.events_refused:
+                raise UnavailableError(
+                    f"{self.events_refused}; the log of the endpoint says what to do"
+                )
+            events: Events = await self._in_loader(self.event_store.apply, request)
+            try:
+                await self._in_loader(self._shared_state.append_events, events.version, request)
+                return events
+            except ConflictError:  # another replica was first: its events come before
+                attempts += 1
+                if attempts == _ATTEMPTS:
+                    raise
+            except OSError as error:
+                _log.exception("events %d are not written", events.version)
+                raise UnavailableError(
+                    "the events could not be written to the state folder; try again"
+                ) from error
 
     async def _use_events(self) -> None:
         """Let the searches from now on use the current events."""

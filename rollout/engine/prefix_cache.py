@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from orchard.policy.model import head_weight
 from rollout.engine.contexts import ContextRows, growing_cache, right_aligned
@@ -110,10 +111,7 @@ class PrefixCache:
             if text in self._entries:
                 continue
             slot = used[row].nonzero().squeeze(1)
-            layers = tuple(
-                (_part(layer.keys, row, slot), _part(layer.values, row, slot))
-                for layer in cache.layers
-            )
+            layers = tuple(_parts(layer, row, slot) for layer in cache.layers)
             entry = _Entry(layers=layers, hidden=hidden[row].clone())
             if entry.num_bytes > self._limit:
                 continue
@@ -143,10 +141,12 @@ class PrefixCache:
             del self._lengths[len(text)]
 
 
-def _part(states: Tensor | None, row: int, slot: Tensor) -> Tensor:
-    """Return copies of the keys or values of one row."""
-    assert states is not None
-    return states[row].index_select(1, slot)
+def _parts(layer: object, row: int, slot: Int64[Tensor, " T"]) -> tuple[Tensor, Tensor]:
+    """Return copies of the keys and values of one row."""
+    assert isinstance(layer, DynamicLayer)  # the layers of a `DynamicCache` without settings
+    assert layer.keys is not None
+    assert layer.values is not None
+    return layer.keys[row].index_select(1, slot), layer.values[row].index_select(1, slot)
 
 
 def _rows_of(
