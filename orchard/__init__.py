@@ -8,6 +8,7 @@
     policy.search_trees([[3, 17, 5]], width=8)
     orchard.read_metrics("runs/quickstart")
     orchard.read_evaluations("runs/quickstart")
+    orchard.Client("http://127.0.0.1:8000").recommend([3, 17, 5], k=10)
 
 Names are imported on first use: `import orchard` loads neither torch nor Ray.
 """
@@ -16,6 +17,8 @@ import importlib
 from typing import Any
 
 _MODULE_OF = {
+    "AsyncClient": "serve.client",
+    "Client": "serve.client",
     "load": "serve.local",
     "LocalPolicy": "serve.local",
     "read_metrics": "orchard.tables",

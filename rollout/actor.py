@@ -27,6 +27,7 @@ from orchard.policy.transfer import (
 from orchard.registry import import_plugins
 from orchard.scorers.prefix_critic import PrefixCritic
 from orchard.settings import RolloutConfig
+from orchard.settings.widths import Width
 from orchard.types import PolicyVersion, Prompts, SearchTrees, StoredTransfer
 from rollout.candidates import Candidates
 from rollout.engine.protocol import InferenceEngine, LoadsChanges, SearchFn
@@ -192,20 +193,20 @@ class RolloutWorker:
     def rank(
         self,
         prompts: Prompts,
-        beams: int,
+        beams: Width,
         thinking: bool = False,
         guide: Guide | None = None,
         exclude_seen: bool = False,
         wide: int = 0,
     ) -> Candidates:
-        """Return the best `beams` leaves of each prompt by beam search.
+        """Return the best leaves of each prompt by beam search.
 
         The configured search does not matter. With `thinking`, the beam search follows the
         policy's greedy thought.
 
         Args:
             prompts: prompts to search.
-            beams: width of the beam.
+            beams: width of the beam: one number, or one for each level.
             thinking: whether the policy thinks first.
             guide: guide that ranks prefixes and candidates.
             exclude_seen: whether to leave out the leaves of each prompt's history.

@@ -4,7 +4,7 @@ The policy does not change: it stays the softmax over all legal codes of the cat
 report its own log-probabilities. The filter only decides which prefixes a search may enter.
 
 Shapes:  B prompts   X excluded leaves of all prompts   M queried nodes   K dead nodes
-         R selected prompts   B1 = B + 1
+         P nodes above excluded leaves   R selected prompts   B1 = B + 1
 """
 
 from dataclasses import dataclass
@@ -47,8 +47,23 @@ class PrefixMask:
     dead: Int64[Tensor, " K"]
     """Ascending keys prompt * N + node of nodes that are live in the view, but not for the
     prompt."""
+    excluded: Int64[Tensor, " P"]
+    """Ascending keys prompt * N + node of the nodes with an excluded live leaf at or below them."""
+    num_excluded: Int64[Tensor, " P"]
+    """Number of excluded live leaves at or below each of them."""
     below: "_Below | None" = None
     """Prefix of each prompt, which allowed leaves share."""
+
+    def num_allowed(
+        self, prompt: Int64[Tensor, " M"], node: Int64[Tensor, " M"]
+    ) -> Int64[Tensor, " M"]:
+        """Count the allowed leaves of the prompt at or below each node; without `below` only."""
+        number = self.view.num_live(node)
+        if len(self.excluded) == 0:
+            return number
+        key = prompt * len(self.view.live) + node
+        index = torch.searchsorted(self.excluded, key).clamp(max=len(self.excluded) - 1)
+        return number - self.num_excluded[index] * (self.excluded[index] == key)
 
     def allows(self, prompt: Int64[Tensor, " M"], node: Int64[Tensor, " M"]) -> Bool[Tensor, " M"]:
         """Return whether an allowed leaf of the prompt is at or below each node."""
@@ -106,7 +121,7 @@ def make_prefix_mask(trie: Trie, allowed: ItemFilter, num_prompts: int) -> Prefi
     if allowed.prefix is not None:
         below = _Below(trie=trie, node=torch.from_numpy(allowed.prefix).to(device))
     dead = key[num_excluded == view.num_live(key % num_nodes)]
-    return PrefixMask(view=view, dead=dead, below=below)
+    return PrefixMask(view=view, dead=dead, excluded=key, num_excluded=num_excluded, below=below)
 
 
 def _check(trie: Trie, allowed: ItemFilter, num_prompts: int) -> None:

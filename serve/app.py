@@ -14,6 +14,7 @@ from ray.serve import metrics
 
 from orchard.registry import import_plugins
 from orchard.settings import ServeConfig
+from orchard.settings.widths import widest
 from serve.factory import open_service
 from serve.http.routes import create_app
 from serve.metrics import COUNTERS, GAUGES, HISTOGRAMS, SECONDS, SHARES
@@ -92,7 +93,7 @@ class Endpoint:
 def build(arguments: Arguments) -> Any:
     """Build the Serve application."""
     deployment: Any = ray_serve.deployment(ray_serve.ingress()(Endpoint))
-    max_waiting = arguments.serve.queue // max(1, arguments.serve.width)
+    max_waiting = arguments.serve.queue // widest(arguments.serve.width)
     return deployment.options(
         **options(arguments.serve),
         # Above the bound of the service's own queue, which answers 429 when it is full.

@@ -15,6 +15,7 @@ from orchard.policy import model as models
 from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.policy.store import CATALOG, PolicyFacts, open_bundle, open_tokenizer
 from orchard.settings import RolloutConfig, ServeConfig
+from orchard.settings.widths import of_levels
 from rollout.engine.protocol import InferenceEngine
 from rollout.engine.registry import ENGINES, EngineContext
 from serve.catalog.attributes import NOTHING, check_filters, read_attributes
@@ -55,6 +56,7 @@ def open_service(
     state = config.state or folder.parent / "serve"
     main = _open_main(folder, state, config.guide)
     tokenizer, facts = main.tokenizer, main.facts
+    of_levels(config.width, tokenizer.trie.depth, "serve.width")
     attributes = NOTHING
     if config.attributes is not None:
         attributes = read_attributes(config.attributes, config.filters)
@@ -235,6 +237,7 @@ def engine_of(
         version=loaded.version,
         config=RolloutConfig(engine=config.engine, threads=config.threads),
         seed=0,
+        prefix_bytes=int(config.prefix_cache_mib * 2**20),
     )
     if config.engine != _FALLBACK:
         try:

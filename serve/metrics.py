@@ -5,6 +5,9 @@
 | orchard_serve_requests | counter | variant, source, policy |
 | orchard_serve_fallbacks | counter | variant, reason |
 | orchard_serve_cache_hits | counter | variant |
+| orchard_serve_prefix_hits | counter | variant: histories that continued a kept one |
+| orchard_serve_prefix_tokens | counter | variant: prompt tokens that were not forwarded again |
+| orchard_serve_prefix_bytes | gauge | variant: size of the kept keys and values |
 | orchard_serve_illegal | counter | variant: illegal items in an answer; must stay 0 |
 | orchard_serve_refused | counter | kind |
 | orchard_serve_phase_seconds | histogram | variant, phase: queue, prefill, levels, post, total |
@@ -24,6 +27,8 @@ COUNTERS = {
     "orchard_serve_requests": ("variant", "source", "policy"),
     "orchard_serve_fallbacks": ("variant", "reason"),
     "orchard_serve_cache_hits": ("variant",),
+    "orchard_serve_prefix_hits": ("variant",),
+    "orchard_serve_prefix_tokens": ("variant",),
     "orchard_serve_illegal": ("variant",),
     "orchard_serve_refused": ("kind",),
 }
@@ -33,6 +38,7 @@ HISTOGRAMS = {
 }
 GAUGES = {
     "orchard_serve_queue_rows": (),
+    "orchard_serve_prefix_bytes": ("variant",),
     "orchard_serve_policy_step": ("variant",),
     "orchard_serve_policy_refused": ("variant",),
     "orchard_serve_catalogue_version": (),

@@ -99,7 +99,7 @@ class RecommendRequest(_HistoryRequest):
     filters: Annotated[list[Name], Field(max_length=16)] = Field(default_factory=list[str])
     """Names of configured filters; an item must pass all of them."""
     width: Count | None = None
-    """Beam width; `ved` gets the forward budget of a beam of this width."""
+    """Beam width at all levels; `ved` gets the forward budget of a beam of this width."""
     decoder: Decoder | None = None
     """Search; by default `guided` where the policy has a guide, else `beam`."""
     per_prefix: Count | None = None
@@ -235,7 +235,7 @@ class RecommendResponse(NamesCatalog):
     policy: str
     decoder: Decoder
     width: int
-    """Beam width of the search, which a deadline may have reduced."""
+    """Beam width of the search at its widest level, which a deadline may have reduced."""
     seed: int | None = None
     unknown_items: int = 0
     """Number of history items that the catalog does not contain; the policy does not read them."""
@@ -295,6 +295,8 @@ class VariantInfo(ResponseModel):
     """Digest of the guide of the policy's searches, empty without one."""
     guide_notes: list[str] = Field(default_factory=list[str])
     """Reasons why the guide is not used, or was fitted for something else."""
+    guide_events: int = 0
+    """Number of events that are added to the counts of the guide."""
     refused: str = ""
     """Reason for not serving the newest policy in the folder, empty if it is served."""
 

@@ -18,11 +18,12 @@ from cachetools import TTLCache
 
 from orchard.errors import EngineError
 from orchard.settings import ServeConfig
-from serve.catalog.schema import AssignedItem, DeltaRequest
+from orchard.settings.widths import widest
+from serve.catalog.schema import AssignedItem, DeltaRequest, EventsInfo, EventsRequest
 from serve.catalog.store import CatalogStore, CatalogVersion
 from serve.decoding.batching import TooLateError
 from serve.decoding.recommender import popular_items
-from serve.decoding.request import ResolvedRequest, cache_key, query_of, resolve
+from serve.decoding.request import ResolvedRequest, cache_key, query_of
 from serve.decoding.response import (
     build_response,
     build_score_response,
@@ -104,7 +105,7 @@ class Service:
         await self._synchronizer.start()
         warmup = RecommendRequest(history=[], k=1)
         for name in self.slots:
-            await self._scheduler.warm(self._resolve(warmup, [], name))
+            await self._scheduler.warm(self._scheduler.resolve(warmup, [], name))
         self._following = asyncio.create_task(self._follow())
         self._set_gauges()
         self.ready = True
@@ -133,12 +134,12 @@ class Service:
         start_time = time.monotonic()
         history = await self._history_of(request)
         variant = assign_variant(request.user, self._shares, self.config.ab_salt)
-        resolved = self._resolve(request, history, variant)
+        resolved = self._scheduler.resolve(request, history, variant)
         cache, key = self._cache, None
         if cache is not None:
             slot = self.slots[variant]
             catalog_version = self.catalog_store.current
-            key = cache_key(resolved, str(slot.version), slot.guide_digest, catalog_version)
+            key = cache_key(resolved, str(slot.version), slot.guide_version, catalog_version)
         cached = cache.get(key) if cache is not None and key is not None else None
         if cached is not None:
             self.metrics.count("orchard_serve_cache_hits", variant=variant)
@@ -146,7 +147,7 @@ class Service:
             catalog_version = cached[1]
         else:
             answer, catalog_version = await self._answer(resolved, start_time)
-            is_complete = not answer.fallback and resolved.width == answer.width
+            is_complete = not answer.fallback and widest(resolved.width) == answer.width
             if self.config.wide and answer.proved is False:  # a wider search may have had no time
                 is_complete = not (request.deadline_ms or self.config.deadline_ms)
             if cache is not None and key is not None and is_complete:
@@ -168,7 +169,7 @@ class Service:
         start_time = time.monotonic()
         variant = assign_variant(request.user, self._shares, self.config.ab_salt)
         body = RecommendRequest(history=request.history, user=request.user, k=1)
-        resolved = self._resolve(body, await self._history_of(body), variant)
+        resolved = self._scheduler.resolve(body, await self._history_of(body), variant)
         resolved = replace(resolved, levels=request.explain == "levels")
         try:
             scored = await self._scheduler.score(resolved, request.items, order=request.order)
@@ -188,7 +189,7 @@ class Service:
         if variant not in self.slots:
             raise UnknownNameError(f"there is no such variant; known: {', '.join(self.slots)}")
         history = await self._history_of(request)
-        resolved = self._resolve(request, history, variant)
+        resolved = self._scheduler.resolve(request, history, variant)
         answer, _ = await self._answer(resolved, time.monotonic())
         return answer
 
@@ -200,6 +201,10 @@ class Service:
     async def change(self, delta: DeltaRequest) -> tuple[CatalogVersion, list[AssignedItem]]:
         """Apply a delta to the catalog; see `Synchronizer.change`."""
         return await self._synchronizer.change(delta)
+
+    async def count_events(self, request: EventsRequest) -> EventsInfo:
+        """Add events to the counts of the guides; see `Synchronizer.count_events`."""
+        return await self._synchronizer.count_events(request)
 
     async def activate(self, request: ActivateRequest) -> None:
         """Pin a policy version; see `Synchronizer.activate`."""
@@ -236,15 +241,6 @@ class Service:
         if request.history is not None:
             return request.history
         return await self._histories.of(request.user or "")
-
-    def _resolve(
-        self, request: RecommendRequest, history: list[int], variant: str
-    ) -> ResolvedRequest:
-        """Resolve a request for a variant; see `serve.decoding.request.resolve`."""
-        slot = self.slots[variant]
-        return resolve(
-            request, history, variant, self.config, decoders=slot.decoders, guide=slot.guide
-        )
 
     async def _answer(
         self, resolved: ResolvedRequest, start_time: float
@@ -305,7 +301,7 @@ class Service:
     async def _shadow(self, resolved: ResolvedRequest, name: str, request_id: str) -> None:
         """Answer the same request with a shadow variant, for the exposure log only."""
         try:
-            shadowed = self._resolve(resolved.request, resolved.history, name)
+            shadowed = self._scheduler.resolve(resolved.request, resolved.history, name)
             result = await self._scheduler.submit(shadowed)
         except Exception as error:
             _log.info("shadow %s did not answer: %s", name, error)

@@ -1,4 +1,4 @@
-"""State shared by the replicas of an endpoint: catalog deltas and pins, as files in one folder.
+"""State shared by the replicas of an endpoint: deltas, events and pins, as files in one folder.
 
 A replica that starts later applies all deltas of the ledger and so reaches the same catalog.
 """
@@ -12,13 +12,17 @@ from orchard.catalog import catalog as catalogs
 from orchard.catalog.catalog import Catalog
 from orchard.errors import ConfigError, DataError
 from orchard.folders import atomic_dir
+from orchard.guide.events import Events
 from orchard.policy.store import CATALOG
 from orchard.semantic_ids.bundle import BUNDLE, Bundle
+from serve.catalog.events import EventStore
 from serve.catalog.ledger import Ledger
-from serve.catalog.schema import DeltaRequest
+from serve.catalog.schema import DeltaRequest, EventsRequest
 from serve.catalog.store import CatalogStore, CatalogVersion
 
 _log = logging.getLogger("orchard.serve")
+EVENTS = "events"
+"""Mark of the ledger's entries that make no version of the catalog."""
 
 
 class SharedState:
@@ -31,15 +35,17 @@ class SharedState:
             ConfigError: the folder cannot be created.
         """
         self._folder = folder / catalog[:16]
-        deltas = self._folder / "deltas"
+        deltas, events = self._folder / "deltas", self._folder / "events"
         try:
             deltas.mkdir(parents=True, exist_ok=True)
+            events.mkdir(exist_ok=True)
         except OSError as error:
             raise ConfigError(
                 f"the state folder {folder} cannot be written ({error.strerror}); set serve.state "
                 "to a folder that all replicas can write"
             ) from error
-        self._ledger = Ledger(deltas, catalog)
+        self._ledger = Ledger(deltas, catalog, DeltaRequest)
+        self._events = Ledger(events, catalog, EventsRequest)
 
     @property
     def policies(self) -> Path:
@@ -88,6 +94,25 @@ class SharedState:
             catalog_store.activate(made)
             self._ledger.advance(entry)
         return catalog_store.current
+
+    def append_events(self, version: int, request: EventsRequest) -> None:
+        """Write the events that make a version of the events.
+
+        Raises:
+            ConflictError: another replica has already created that version.
+        """
+        self._events.append(version, request, makes=EVENTS)
+
+    def catch_up_events(self, store: EventStore) -> Events:
+        """Apply all new events to the store; return its current ones.
+
+        Raises:
+            LedgerError: a file of events is missing or damaged.
+        """
+        while (entry := self._events.next_entry()) is not None:
+            store.activate(store.apply(entry.delta))
+            self._events.advance(entry)
+        return store.current
 
     def verify(self) -> int:
         """Check the ledger without applying it; return its newest version or raise LedgerError."""

@@ -9,18 +9,24 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from orchard.errors import DataError
+from orchard.guide.events import Events
+from serve.catalog.events import EventStore, trimmed
 from serve.catalog.ledger import LedgerError
-from serve.catalog.schema import AssignedItem, DeltaRequest
+from serve.catalog.schema import AssignedItem, DeltaRequest, EventsInfo, EventsRequest
 from serve.catalog.store import CatalogStore, CatalogVersion
 from serve.decoding.scheduler import DecodeScheduler
-from serve.errors import ConflictError, UnavailableError, UnknownNameError
+from serve.errors import ConflictError, UnavailableError, UnknownNameError, UnprocessableError
 from serve.policies.read import LoadedPolicy
 from serve.policies.slot import LATEST, PolicySlot
 from serve.schema import ActivateRequest
 from serve.shared_state import SharedState
 
 _log = logging.getLogger("orchard.serve")
+_ATTEMPTS = 5
+"""Number of times that events are written, each time after those of another replica."""
 
 
 class Synchronizer:
@@ -44,6 +50,7 @@ class Synchronizer:
         self._changing = asyncio.Lock()
         self.catalog_refused = ""
         """Why newer catalog deltas are not applied, without paths; empty if they are."""
+        self.event_store, self.events_refused = EventStore(), ""
 
     async def start(self) -> None:
         """Catch up with the other replicas.
@@ -52,8 +59,75 @@ class Synchronizer:
             LedgerError: a delta cannot be applied.
         """
         await self._in_loader(self._shared_state.catch_up, self.catalog_store)
+        await self._in_loader(self._shared_state.catch_up_events, self.event_store)
+        await self._use_events()
         for slot in self.slots.values():
             await self._follow_pin(slot)
+
+    async def count_events(self, request: EventsRequest) -> EventsInfo:
+        """Add events to the counts of all guides, here and at all replicas.
+
+        Raises:
+            ApiError: no policy has a guide, or the events cannot be written.
+        """
+        if not any(slot.guide_digest for slot in self.slots.values()):
+            raise UnprocessableError(
+                "no policy here has a guide that could count events; run `orchard fit guide`"
+            )
+        request = trimmed(request)
+        async with self._changing:
+            events = await self._append_events(request)
+            self.event_store.activate(events)
+            await self._use_events()
+        named = {i for event in request.events for i in (*event.history, event.item)}
+        _, known = self.catalog_store.current.catalog.lookup(np.array(sorted(named), np.int64))
+        return EventsInfo(
+            version=events.version, events=len(events), unknown_items=int((~known).sum())
+        )
+
+    async def _append_events(self, request: EventsRequest) -> Events:
+        """Write events after those of all other replicas; return all of them."""
+        attempts = 0
+        while True:
+            await self._catch_up_events()
+            if self.events_refused:
+                raise UnavailableError(
+                    f"{self.events_refused}; the log of the endpoint says what to do"
+                )
+            events: Events = await self._in_loader(self.event_store.apply, request)
+            try:
+                await self._in_loader(self._shared_state.append_events, events.version, request)
+                return events
+            except ConflictError:  # another replica was first: its events come before
+                attempts += 1
+                if attempts == _ATTEMPTS:
+                    raise
+            except OSError as error:
+                _log.exception("events %d are not written", events.version)
+                raise UnavailableError(
+                    "the events could not be written to the state folder; try again"
+                ) from error
+
+    async def _use_events(self) -> None:
+        """Let the searches from now on use the current events."""
+        catalog, events = self.catalog_store.current.catalog, self.event_store.current
+        for slot in self.slots.values():
+            await self._in_loader(slot.prepare, catalog, events)
+            slot.events = events
+
+    async def _catch_up_events(self) -> None:
+        """Apply new events; if they cannot be, keep those of now, log why once, and remember it."""
+        refused = ""
+        try:
+            await self._in_loader(self._shared_state.catch_up_events, self.event_store)
+        except (LedgerError, OSError) as error:
+            version = self.event_store.current.version
+            refused = f"the ledger of the events is damaged after version {version}"
+            if refused != self.events_refused:
+                _log.error("the events stay at version %d: %s", version, error)
+        self.events_refused = refused
+        if any(s.events is not self.event_store.current for s in self.slots.values()):
+            await self._use_events()
 
     async def change(self, delta: DeltaRequest) -> tuple[CatalogVersion, list[AssignedItem]]:
         """Apply a delta and, unless it is a dry run, publish it to all replicas.
@@ -84,7 +158,7 @@ class Synchronizer:
                         "the delta could not be written to the state folder; try again"
                     ) from error
                 for slot in self.slots.values():
-                    await self._in_loader(slot.prepare, catalog_version.catalog)
+                    await self._in_loader(slot.prepare, catalog_version.catalog, slot.events)
                 self.catalog_store.activate(catalog_version)
             return catalog_version, assigned
 
@@ -111,6 +185,7 @@ class Synchronizer:
         """Poll the other replicas and training once."""
         async with self._changing:
             await self._catch_up()
+            await self._catch_up_events()
             for slot in self.slots.values():
                 await self._follow_pin(slot)
                 loaded = await self._in_loader(slot.read_new_policy)

@@ -41,7 +41,8 @@ from rollout.candidates import Candidates
 from rollout.engine.protocol import DecodingBackend, SearchRunner
 from rollout.engine.torch import TorchEngine
 from rollout.engine.vllm import VllmEngine
-from rollout.search.beam import beam, sample
+from rollout.search.beam import beam
+from rollout.search.draws import sample
 from rollout.search.ved.search import ved
 from rollout.search_trees import build_search_trees
 

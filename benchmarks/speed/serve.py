@@ -30,6 +30,7 @@ from ray import serve as ray_serve
 from benchmarks.shared.bare_search import BareSearch
 from benchmarks.shared.http_load import CLIENTS, Load, closed_loop, measure_rival
 from benchmarks.shared.measure import Report, Row, figure, report
+from benchmarks.speed import serve_ways
 from benchmarks.speed.learner import Setting, default_setting
 from cluster.actors.session import ray_session
 from cluster.cli import serving
@@ -61,6 +62,9 @@ def run(quick: bool) -> Report:
     export_policy(setup, folder / "policy", step=1)
     try:
         overhead = asyncio.run(_overhead(folder / "policy", 20 if quick else 200))
+        ways, way_rows = serve_ways.run(
+            folder / "policy", len(setting.catalog), 10 if quick else 50
+        )
         strong, rival = (
             asyncio.run(measure_rival(folder / "policy", way, WIDTH, RIVAL_PORT,
                                       _histories(setting, 20_000), seconds))
@@ -116,6 +120,7 @@ def run(quick: bool) -> Report:
                f"flight, of {killed['requests']:.0f}"),
         figure("retried_after_kill", killed["retried"], "requests", asked=">= 1",
                note="failed when the replica was killed, and sent once more"),
+        *ways,
     ]  # fmt: skip
     rows: list[Row] = [
         {"case": name} | {k: v for k, v in values.items() if isinstance(v, float)}
@@ -125,7 +130,7 @@ def run(quick: bool) -> Report:
             ("many", large_catalog),
         )
     ]  # fmt: skip
-    return report("serve", figures, rows)
+    return report("serve", figures, [*rows, *way_rows])
 
 
 def _many(items: int, number: int) -> dict[str, float]:

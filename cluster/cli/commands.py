@@ -36,6 +36,7 @@ from orchard.errors import ConfigError
 from orchard.evaluation import ranking
 from orchard.evaluation.ranking import Evaluation
 from orchard.settings import Config
+from orchard.settings.widths import Width
 
 # Orchard shows its own progress bars; bars of single weight files would break them up.
 transformers_logging.disable_progress_bar()
@@ -98,7 +99,7 @@ def evaluate_policy(
     *,
     policy: Path | None,
     split: Literal["valid", "test"],
-    beams: int,
+    beams: Width,
     name: str,
     against: str | None,
     json_file: Path | None,

@@ -22,6 +22,7 @@ from orchard.data.prompts import make_prompts
 from orchard.policy import model, value_head
 from orchard.policy.attention import position_limit
 from orchard.settings import Config
+from orchard.settings.widths import of_levels
 from rollout.engine.registry import ENGINES
 
 GIB = 1 << 30
@@ -120,9 +121,10 @@ def plan(config: Config, sizes: Sizes, machine: Machine, speed: Speed) -> Capaci
     groups = layout(config, sizes)
     weights = 4 * sizes.parameters
     saved = weights * (1 + _ADAM + bool(learner.ema_decay)) * config.checkpoint.keep
-    width = rollout.group_size
-    expanded = sum(min(width, nodes) for nodes in sizes.nodes_per_level[:-1])
-    leaves = min(width, sizes.nodes_per_level[-1])
+    widths = of_levels(rollout.beam_width, len(sizes.nodes_per_level), "rollout.width")
+    inner = zip(widths[:-1], sizes.nodes_per_level[:-1], strict=True)
+    expanded = sum(min(width, nodes) for width, nodes in inner)
+    leaves = min(rollout.group_size, sizes.nodes_per_level[-1])
     prefill = learner.prompts_per_step * sizes.prompt_tokens
     search = float(learner.prompts_per_step * expanded)
     update = prefill + search + learner.prompts_per_step * leaves
@@ -151,7 +153,7 @@ def layout(config: Config, sizes: Sizes) -> tuple[ProcessGroup, ...]:
     activations = 4 * learner.max_tokens * sizes.layers * (8 * sizes.hidden + 3 * sizes.inner)
     engine_weights = sizes.parameters * (4 if rollout.dtype == "float32" else 2)
     kv_bytes = 4 * 2 * sizes.layers * sizes.hidden  # bytes of keys and values per token, at most
-    branches = rollout.group_size * len(sizes.nodes_per_level)
+    branches = sum(of_levels(rollout.beam_width, len(sizes.nodes_per_level), "rollout.width"))
     cache = int(rollout.batch_size * (sizes.prompt_tokens_max + branches) * kv_bytes)
     if ENGINES.facts(rollout.engine).own_process:
         cache = int(rollout.kv_cache_gib * GIB) + _PROCESS  # the engine is a separate process

@@ -22,6 +22,7 @@ from cluster.planning.plan import Sizes
 from cluster.report import plots
 from orchard.errors import ConfigError
 from orchard.settings import Config
+from orchard.settings.widths import of_levels
 
 STAGES = ("search", "rewards", "pack", "learn", "push")
 """Stages of a step."""
@@ -43,6 +44,8 @@ class Model:
     prompts_per_step: float = 8192.0
     candidates: float = 16.0
     """Candidates per prompt."""
+    width: float = 16.0
+    """Mean width of the beam over the levels that are forwarded."""
     levels: float = 3.0
     """Codes per item, which is the number of passes of a search."""
     batch_size: float = 64.0
@@ -96,11 +99,14 @@ def model_of(config: Config, sizes: Sizes, assumed: Sequence[str]) -> Model:
     Raises:
         ConfigError: an assumption does not name a constant, or its value is not positive.
     """
+    widths = of_levels(config.rollout.beam_width, len(sizes.nodes_per_level), "rollout.width")
+    forwarded = widths[:-1] or widths
     model = Model(
         parameters=float(sizes.parameters),
         prompt_tokens=sizes.prompt_tokens,
         prompts_per_step=float(config.learner.prompts_per_step),
         candidates=float(config.rollout.group_size),
+        width=sum(forwarded) / len(forwarded),
         levels=float(len(sizes.nodes_per_level)),
         batch_size=float(config.rollout.batch_size),
         max_lag=float(config.cluster.max_off_policy_steps),
@@ -149,7 +155,7 @@ def times(model: Model, gpus: int) -> Times:
     learners = gpus - actors
     size = min(model.batch_size, math.ceil(model.prompts_per_step / actors))
     width, gigabytes = model.candidates, 4e-9 * model.parameters  # weights in float32
-    tokens = model.prompt_tokens + (model.levels - 1) * width
+    tokens = model.prompt_tokens + (model.levels - 1) * model.width
     update = model.prompts_per_step * (tokens + width) * 8e-12 * model.parameters
     rounds = math.ceil(math.log2(1 + actors / model.gpus_per_node))
     return Times(

@@ -1,6 +1,7 @@
 """Check a configuration against the registries that it names, and against what its run has made."""
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +11,7 @@ from cluster.training.rllib import RllibBackend
 from cluster.training.text_policy import thinks
 from learner.advantage.estimators import ESTIMATORS
 from learner.surrogates import LOSSES
+from orchard.catalog.trie import Trie
 from orchard.config import differences, load
 from orchard.errors import ConfigError
 from orchard.guide.registry import EXPERTS
@@ -17,6 +19,7 @@ from orchard.registry import Registry, Rule, import_plugins
 from orchard.scorers.fit_critic import CRITIC_BACKENDS
 from orchard.settings import Config
 from orchard.settings.data import DataConfig, data_root
+from orchard.settings.widths import last, of_levels
 from orchard.tracking.trackers import TRACKERS
 from rewards.registry import REWARDS
 from rollout.engine.registry import ENGINES
@@ -227,3 +230,15 @@ def check_unchanged(settings: Config, phase: str) -> None:
             f"{settings.run_dir / 'warm_start'} (or its policy)",
             code="config.changed",
         )
+
+
+def check_widths(settings: Config, trie: Trie) -> None:
+    """Refuse lists of widths for other levels; warn of beams wider than the catalog."""
+    of_levels(settings.evaluate.beams, trie.depth, "evaluate.beams")
+    beams = last(settings.evaluate.beams)
+    width = max(settings.rollout.group_size, beams, settings.evaluate.valid_beams)
+    if width > trie.num_leaves:
+        logging.getLogger("orchard").warning(
+            "a beam of %d is wider than the catalog of %d distinct sequences: "
+            "each prompt gets %d candidates", width, trie.num_leaves, trie.num_leaves,
+        )  # fmt: skip

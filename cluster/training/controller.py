@@ -29,6 +29,7 @@ from orchard.evaluation.ranking import Evaluation
 from orchard.guide.guide import Guide
 from orchard.policy.weights import Weights
 from orchard.settings import Config
+from orchard.settings.widths import Width
 from orchard.tracking.metrics_log import MetricsLogger
 from orchard.types import PolicyVersion, Prompts, ScoredTrees, SearchTrees, StoredTransfer
 from rewards.actor import RewardActor
@@ -176,7 +177,7 @@ class Controller:
         *,
         policy: PolicyVersion,
         weights: Weights | StoredTransfer,
-        beams: int,
+        beams: Width,
         advance: Callable[[], None] | None = None,
         guide: Guide | None = None,
         exclude_seen: bool = False,

@@ -34,6 +34,7 @@ from orchard.folders import atomic_write
 from orchard.guide.fit import REPEATS_EXCLUDED_BELOW
 from orchard.guide.guide import Guide
 from orchard.policy.store import PolicyFacts, open_guide
+from orchard.settings.widths import Width, last, shown
 from orchard.types import PolicyVersion
 from rollout.candidates import Candidates
 
@@ -46,7 +47,7 @@ SplitName = Literal["valid", "test"]
 
 
 async def evaluate(
-    controller: Controller, folder: Path, *, split: SplitName, beams: int, name: str
+    controller: Controller, folder: Path, *, split: SplitName, beams: Width, name: str
 ) -> dict[str, Evaluation]:
     """Evaluate a policy folder, and keep each result as `evaluation/<name>.json`.
 
@@ -74,15 +75,22 @@ async def evaluate(
                 guide=guided_by,
                 exclude_seen=excludes and guided_by is not None,
             )
-        further = {} if guided_by is None else guide_settings(guided_by, excludes)
-        results[title] = measure(run, data, rows, candidates, beams, version, further)
+        further = width_settings(beams)
+        if guided_by is not None:
+            further |= guide_settings(guided_by, excludes)
+        results[title] = measure(run, data, rows, candidates, last(beams), version, further)
         if excludes and guided_by is None:
             unseen = without_seen(run, data, rows, candidates)
-            width = max(1, int(unseen.count.min(initial=beams)))
-            results[f"{title}{UNSEEN}"] = measure(run, data, rows, unseen, width, version)
+            width = max(1, int(unseen.count.min(initial=last(beams))))
+            results[f"{title}{UNSEEN}"] = measure(run, data, rows, unseen, width, version, further)
     for title, result in results.items():
         ranking.write(result, evaluation_file(run, title))
     return results
+
+
+def width_settings(beams: Width) -> dict[str, str]:
+    """Return what lists depend on besides the number of candidates: the widths of all levels."""
+    return {} if isinstance(beams, int) else {"evaluate.beams": str(shown(beams))}
 
 
 def guide_settings(guide: Guide, excludes: bool) -> dict[str, str]:
@@ -161,7 +169,7 @@ def has_companions(saved: Evaluation, run: Run, folder: Path, name: str) -> bool
         DataError: the file of one is damaged.
     """
     guide = guide_to_evaluate(run, folder, PolicyFacts.read(folder).version)
-    excludes = excludes_seen(run, guide)
+    excludes, beams = excludes_seen(run, guide), run.config.evaluate.beams
     if excludes:
         path = evaluation_file(run, f"{name}{UNSEEN}")
         if not path.is_file():
@@ -169,14 +177,14 @@ def has_companions(saved: Evaluation, run: Run, folder: Path, name: str) -> bool
         unseen = ranking.read(path)
         # Both are of one search, whose duration is recorded; the width is that of the lists.
         if unseen.seconds != saved.seconds or not is_current(
-            unseen, run, folder, path, unseen.width
+            unseen, run, folder, path, unseen.width, width_settings(beams)
         ):
             return False
     if guide is None:
         return True
     path = evaluation_file(run, f"{name}{GUIDED}")
     return path.is_file() and is_current(
-        ranking.read(path), run, folder, path, saved.width, guide_settings(guide, excludes)
+        ranking.read(path), run, folder, path, beams, guide_settings(guide, excludes)
     )
 
 
@@ -185,7 +193,7 @@ def is_current(
     run: Run,
     folder: Path,
     path: Path,
-    beams: int,
+    beams: Width,
     further: Mapping[str, str] | None = None,
 ) -> bool:
     """Check that an evaluation in the file `path` is what evaluating a policy folder would give.
@@ -203,8 +211,8 @@ def is_current(
         same_policy
         and saved.catalog == run.catalog.digest
         and saved.split == run.test.digest
-        and saved.width == beams
-        and saved.search == {**search_settings(run), **(further or {})}
+        and saved.width == last(beams)
+        and saved.search == {**search_settings(run), **width_settings(beams), **(further or {})}
         and np.array_equal(saved.row, chosen_rows(run, "test"))
     )
 

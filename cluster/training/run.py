@@ -1,6 +1,5 @@
 """Load and check the data, the policy and the run folder before any actor starts."""
 
-import logging
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -277,13 +276,7 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
         feedback = open_feedback(data.feedback, catalog, data.max_history, settings.learner.lists)
     sft_rows = train if fresh is None or settings.sft.rows == "train" else fresh
     check_catalog(settings.rollout, catalog.trie)
-    width = max(settings.rollout.group_size, settings.evaluate.beams, settings.evaluate.valid_beams)
-    if width > catalog.trie.num_leaves:
-        logging.getLogger("orchard").warning(
-            "a beam of %d is wider than the catalog of %d distinct sequences: "
-            "each prompt gets %d candidates",
-            width, catalog.trie.num_leaves, catalog.trie.num_leaves,
-        )  # fmt: skip
+    checks.check_widths(settings, catalog.trie)
     reasons = (
         rationales.of_rows(data, catalog, sft_rows, fresh=sft_rows is fresh)
         if phase == "sft"

@@ -156,6 +156,19 @@ class Trie:
                 return node
             node = torch.where(single, self.first_child(node), node)
 
+    def leaves_below(self, node: Int[Tensor, " F"]) -> Int[Tensor, " F"]:
+        """Count the leaves at or below each node."""
+        low, high = node, node + 1
+        number = torch.zeros_like(node)
+        # Nodes at or below a node, level by level, are consecutive: from `low` to `high` - 1.
+        for _ in range(self.depth):
+            first, end = torch.searchsorted(self.early_leaf, torch.stack((low, high)))
+            is_inner = low < self.num_inner
+            number = number + torch.where(is_inner, end - first, 0)
+            low = torch.where(is_inner, self.first_child(low), low)
+            high = torch.where(is_inner, self.first_child(high), high)
+        return number + high - low
+
     def path(self, node: Int[Tensor, " F"]) -> Int[Tensor, "F D"]:
         """Return the nodes from depth 1 down to each node, -1 past its depth."""
         level = self.depth_of(node)

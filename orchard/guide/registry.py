@@ -24,6 +24,8 @@ class ExpertFacts(Facts):
     """Scales eps of its scores: each adds the feature log(1 + e / eps) to the reward."""
     counts: left_out.CountFactory | None = None
     """Factory of the counts behind it, which the reward `expert` needs to leave out a row."""
+    pairs: count.PairScheme | None = None
+    """Pairs that it counts as conditional frequencies, to which events add; None for others."""
 
 
 EXPERTS: Registry[ExpertFactory, ExpertFacts] = Registry(
@@ -31,10 +33,25 @@ EXPERTS: Registry[ExpertFactory, ExpertFacts] = Registry(
 )
 """Experts by their name in `guide.experts`."""
 
-for _name, _factory, _counts, _scales in (
-    ("transitions", count.transitions, left_out.count_transitions, (0.001, 0.01)),
-    ("cooccurrence", count.cooccurrence, left_out.count_cooccurrence, (0.001, 0.01)),
-    ("item_knn", count.item_knn, left_out.UserCounts, (0.01, 0.1)),
-    ("neighbors", count.neighbors, left_out.count_neighbors, (0.001, 0.01)),
+_FINE = (0.001, 0.01)
+"""Scales of conditional frequencies."""
+
+for _name, _factory, _counts, _pairs, _scales in (
+    (
+        "transitions",
+        count.transitions,
+        left_out.count_transitions,
+        count.TRANSITIONS,
+        (0.001, 0.01),
+    ),
+    (
+        "cooccurrence",
+        count.cooccurrence,
+        left_out.count_cooccurrence,
+        count.COOCCURRENCE,
+        (0.001, 0.01),
+    ),
+    ("item_knn", count.item_knn, left_out.UserCounts, None, (0.01, 0.1)),
+    ("neighbors", count.neighbors, left_out.count_neighbors, count.NEIGHBORS, (0.001, 0.01)),
 ):
-    EXPERTS.register(_name, ExpertFacts(scales=_scales, counts=_counts))(_factory)
+    EXPERTS.register(_name, ExpertFacts(scales=_scales, counts=_counts, pairs=_pairs))(_factory)

@@ -3,9 +3,17 @@
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from orchard.settings.section import Fraction, Section
+from orchard.settings.widths import Width, Widths, last, shown
 
 
 class VedConfig(Section):
@@ -83,7 +91,10 @@ class RolloutConfig(Section):
     been forwarded, and so the children of each alike; `expert+head` adds both. Rewards and losses
     use log p alone."""
     group_size: PositiveInt = 16
-    """Number of candidates per prompt, which is also the beam width."""
+    """Number of candidates per prompt."""
+    width: Widths | None = None
+    """Beam width of the search `beam`: one number, or a list with a number for each level of the
+    codes, such as [32, 64, 64]; by default `group_size`, which the last number is no less than."""
     add_target: bool = False
     """Whether a training search that missed the target replaces its worst candidate with the
     target."""
@@ -116,3 +127,22 @@ class RolloutConfig(Section):
     """Seconds to wait for one batch of search trees."""
     start_timeout_s: PositiveFloat = 300.0
     """Seconds to wait for an actor to start."""
+
+    @model_validator(mode="after")
+    def _wide_enough(self) -> "RolloutConfig":
+        if self.width is not None and last(self.width) < self.group_size:
+            raise ValueError(
+                f"rollout.width = {shown(self.width)} ends below rollout.group_size = "
+                f"{self.group_size}; a beam finds no more candidates than its last level keeps"
+            )
+        if self.width is not None and self.search != "beam":
+            raise ValueError(
+                f"rollout.width = {shown(self.width)} is of rollout.search = beam, not of "
+                f"{self.search}; leave it out"
+            )
+        return self
+
+    @property
+    def beam_width(self) -> Width:
+        """Width of the beam: `width`, by default `group_size`."""
+        return self.group_size if self.width is None else self.width

@@ -6,13 +6,15 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from orchard.settings.section import Section
+from orchard.settings.widths import Widths
 
 
 class EvaluateConfig(Section):
     """Held-out evaluation by constrained beam search."""
 
-    beams: PositiveInt = 50
-    """Beam width of the evaluation on the test split."""
+    beams: Widths = 50
+    """Beam width of the evaluation on the test split: one number, or a list with a number for each
+    level of the codes, the last of which is the number of candidates."""
     engine: str = "torch"
     """Decoding engine of the evaluation."""
     think: bool = False

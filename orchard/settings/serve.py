@@ -15,6 +15,7 @@ from pydantic import (
 )
 
 from orchard.settings.section import Fraction, Section
+from orchard.settings.widths import Widths, shown, widest
 
 
 def _has_credentials(address: str) -> bool:
@@ -70,10 +71,11 @@ class ServeConfig(Section):
     """Decoding engine; if vLLM is not available, `vllm` falls back to `torch` with a warning."""
     threads: PositiveInt = 1
     """CPU threads of the engine in each replica."""
-    width: PositiveInt = 50
-    """Default beam width of a request."""
+    width: Widths = 50
+    """Default beam width of a request: one number, or a list with a number for each level of the
+    codes, such as [128, 256, 512]. Decoders other than `beam` and `guided` take the largest."""
     max_width: PositiveInt = 512
-    """Maximum beam width of a request."""
+    """Maximum beam width of a request, at any level."""
     guide: bool = True
     """Whether searches use the guide in the policy folder (`orchard fit guide`), if there is one:
     requests are then decoded by `guided` unless they name another decoder."""
@@ -94,6 +96,10 @@ class ServeConfig(Section):
     """Seconds to keep a cached response; 0 disables the cache."""
     cache_size: PositiveInt = 10_000
     """Maximum number of cached responses."""
+    prefix_cache_mib: NonNegativeFloat = 0.0
+    """Mebibytes of keys and values of earlier histories that each policy of a replica keeps, so
+    that a history that has grown costs its new items alone; 0 keeps none. Only the engine `torch`
+    keeps any."""
     popularity: Path | None = None
     """Parquet file with the columns item_id and count: the popular items that are returned when the
     policy cannot answer in time. Without the file the training targets of the run are counted."""
@@ -139,10 +145,11 @@ class ServeConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "ServeConfig":
-        if not self.width <= self.max_width <= self.budget <= self.queue:
+        if not widest(self.width) <= self.max_width <= self.budget <= self.queue:
             raise ValueError(
-                f"serve.width = {self.width}, max_width = {self.max_width}, budget = {self.budget} "
-                f"and queue = {self.queue} must not fall in this order; raise the later ones"
+                f"serve.width = {shown(self.width)}, max_width = {self.max_width}, "
+                f"budget = {self.budget} and queue = {self.queue} must not fall in this order; "
+                "raise the later ones"
             )
         if self.wide > self.max_width:
             raise ValueError(

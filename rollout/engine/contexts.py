@@ -53,7 +53,8 @@ class _GrowingLayer(DynamicLayer):
         return both[0], both[1]
 
 
-def _growing_cache() -> DynamicCache:
+def growing_cache() -> DynamicCache:
+    """Return an empty cache whose layers append in place."""
     cache = DynamicCache()
     cache.layer_class_to_replicate = _GrowingLayer
     return cache
@@ -92,7 +93,7 @@ class ContextRows:
 
     def select(self, row: Int64[Tensor, " R"]) -> "ContextRows":
         """Return copies of rows."""
-        cache = _growing_cache()
+        cache = growing_cache()
         for index, layer in enumerate(self.cache.layers):
             assert isinstance(layer, _GrowingLayer)
             cache.update(*layer.rows(row), index)
@@ -138,10 +139,8 @@ class ContextCache:
         distinct = list(dict.fromkeys(token))
         row_of = {text: row for row, text in enumerate(distinct)}
         empty = torch.zeros(len(distinct), 0, dtype=torch.long, device=device)
-        rows = ContextRows(
-            cache=_growing_cache(), position=empty, used=empty.bool(), token=distinct
-        )
-        hidden = rows.append(model, *_right_aligned(distinct, device))
+        rows = ContextRows(cache=growing_cache(), position=empty, used=empty.bool(), token=distinct)
+        hidden = rows.append(model, *right_aligned(distinct, device))
         row = torch.tensor([row_of[text] for text in token], device=device)
         return hidden[row], rows.select(row)
 
@@ -154,7 +153,7 @@ class ContextCache:
             return None
         rows = self._rows.select(torch.tensor(source, device=self._rows.used.device))
         rest = [text[len(known) :] for text, known in zip(token, rows.token, strict=True)]
-        hidden = rows.append(model, *_right_aligned(rest, rows.used.device))
+        hidden = rows.append(model, *right_aligned(rest, rows.used.device))
         rows.token = list(token)
         return hidden, rows
 
@@ -173,7 +172,7 @@ def _match(known: Sequence[bytes], token: Sequence[bytes]) -> list[int] | None:
     return source
 
 
-def _right_aligned(
+def right_aligned(
     texts: Sequence[bytes], device: torch.device
 ) -> tuple[Int64[Tensor, "R S"], Bool[Tensor, "R S"]]:
     """Return the tokens of texts, whose last tokens share a column, and the mask of used slots."""

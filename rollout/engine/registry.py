@@ -38,6 +38,9 @@ class EngineContext:
     """Precision, memory and threads of the engine."""
     seed: int
     """Seed of the text that the engine generates."""
+    prefix_bytes: int = 0
+    """Bytes of keys and values that the engine may keep for prompts that continue earlier ones; an
+    engine that cannot keeps none."""
 
 
 EngineFactory = Callable[[EngineContext], InferenceEngine]
@@ -85,4 +88,4 @@ def _torch(ctx: EngineContext) -> InferenceEngine:
     device = "cuda" if ctx.config.gpus else "cpu"
     # `Module.to` explicitly: the model's own method has another signature.
     nn.Module.to(ctx.model, device=device, dtype=getattr(torch, ctx.config.dtype))
-    return TorchEngine(ctx.model, ctx.tokenizer, ctx.version)
+    return TorchEngine(ctx.model, ctx.tokenizer, ctx.version, prefix_bytes=ctx.prefix_bytes)

@@ -30,6 +30,7 @@ from orchard.types import PolicyVersion, Prompts
 from rollout.candidates import Candidates
 from rollout.engine.contexts import ContextCache
 from rollout.engine.generate import generate
+from rollout.engine.prefix_cache import PrefixCache
 from rollout.engine.protocol import (
     Completions,
     DecodingBackend,
@@ -46,9 +47,20 @@ class TorchEngine:
     """Engine on a model in this process, on the model's device and in its precision."""
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: ItemTokenizer, version: PolicyVersion
+        self,
+        model: PreTrainedModel,
+        tokenizer: ItemTokenizer,
+        version: PolicyVersion,
+        *,
+        prefix_bytes: int = 0,
     ) -> None:
         """Take ownership of `model`, which has the weights of `version`.
+
+        Args:
+            model: the policy.
+            tokenizer: catalog and tokens.
+            version: version of the weights.
+            prefix_bytes: bytes of keys and values of earlier prompts that are kept for longer ones.
 
         Raises:
             EngineError: trees do not reproduce the model's own forward pass (`check_trees`).
@@ -59,6 +71,7 @@ class TorchEngine:
         self.version = version
         self._model = model.eval()
         self._cache, self._contexts = DynamicCache(), ContextCache()
+        self.prefixes = PrefixCache(prefix_bytes) if prefix_bytes else None
         self._in_prompt = torch.zeros(0, 0, dtype=torch.bool, device=head.device)
         self._position = self._above = torch.zeros(0, 0, dtype=torch.long, device=head.device)
         # Hidden states for the value head, from the last slot of the prompt on.
@@ -81,6 +94,8 @@ class TorchEngine:
         restore(self._model, weights, changed)
         self.version, self._cache = version, DynamicCache()
         self._contexts.clear()
+        if self.prefixes is not None:
+            self.prefixes.clear()
 
     def set_catalog(self, catalog: Catalog) -> None:
         """Replace the catalog to search; see `InferenceEngine.set_catalog`."""
@@ -107,16 +122,30 @@ class TorchEngine:
         """Run prefill on the prompts and score the children of the root.
 
         Prompts that continue generated texts, as those of codes after a thought do, reuse their
-        keys and values.
+        keys and values; so do prompts that continue earlier ones, where these are kept.
         """
         widest = check_prompt_length(prompts, self.trie, position_limit(self._model.config))
-        if not self._contexts.is_empty:
+        texts: list[bytes] = []
+        if self.prefixes is not None or not self._contexts.is_empty:
             texts = [t.tobytes() for t in np.split(prompts.token, prompts.token_start[1:-1])]
-            if (continued := self._contexts.continued(self._model, texts)) is not None:
-                hidden, rows = continued
-                self._cache, self._in_prompt, self._position = rows.cache, rows.used, rows.position
-                return self._start(hidden)
-            self._contexts.clear()
+        continued = None
+        if not self._contexts.is_empty:
+            continued = self._contexts.continued(self._model, texts)
+            if continued is None:
+                self._contexts.clear()
+        if continued is None and self.prefixes is not None:
+            continued = self.prefixes.open(self._model, texts)
+        if continued is None:
+            last = self._prefill(prompts, widest)
+        else:
+            last, rows = continued
+            self._cache, self._in_prompt, self._position = rows.cache, rows.used, rows.position
+        if self.prefixes is not None:
+            self.prefixes.keep(texts, self._cache, self._in_prompt, last)
+        return self._start(last)
+
+    def _prefill(self, prompts: Prompts, widest: int) -> Float[Tensor, "B D"]:
+        """Forward whole prompts, of up to `widest` tokens; return their last hidden states."""
         # Left padding puts the last token of every prompt in the same slot.
         num_pad = widest - np.diff(prompts.token_start)
         row, index = ragged.row_of(prompts.token_start), ragged.index_in_row(prompts.token_start)
@@ -130,7 +159,7 @@ class TorchEngine:
         visible = self._in_prompt[:, None] & (slot <= slot[:, None])
         self._cache = DynamicCache()
         self._position = position.clamp(min=0)
-        return self._start(self._forward(token, self._position, visible)[:, -1])
+        return self._forward(token, self._position, visible)[:, -1]
 
     def _start(self, last: Float[Tensor, "B D"]) -> NextCodeLogprobs:
         """Score the children of the root from the hidden states of the prompts' last tokens."""

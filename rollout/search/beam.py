@@ -1,48 +1,49 @@
-"""Beam search and i.i.d. sampling under the trie, batched over prompts, with any engine.
+"""Beam search under the trie, batched over prompts, with any engine.
 
 The policy is the softmax over the legal children of a trie node. Forced codes, which have no
 sibling, have log-probability 0 and need no forward pass of their own: inside a sequence they are
 forwarded with the next code that is a choice, at its end they are not forwarded at all.
 
-Shapes:  B prompts   F beams, draws or frontier nodes of all prompts   M legal children of them
+Shapes:  B prompts   F beams of all prompts   M legal children of them
          C candidates   D longest sequence   S tokens of all spans   F1 = F + 1
 """
 
 from dataclasses import replace
 from functools import partial
 
-import numpy as np
 import torch
-from jaxtyping import Bool, Float32, Float64, Int64
+from jaxtyping import Float32, Float64, Int64
 from torch import Tensor
 
 from orchard import ragged
-from orchard.catalog.trie import ROOT, Children, Trie
+from orchard.catalog.trie import ROOT, Trie
 from orchard.errors import EngineError
 from orchard.guide.values import Valuer
+from orchard.settings.widths import Width, of_levels
 from orchard.types import Cost, Prompts
 from rollout.candidates import Candidates
 from rollout.engine.protocol import DecodingBackend, NextCodeLogprobs
-from rollout.item_filter import ItemFilter, PrefixMask, make_prefix_mask
+from rollout.item_filter import ItemFilter, make_prefix_mask
 from rollout.search.continuations import continuations
 from rollout.search.gumbel import GumbelNoise
-from rollout.search.ranking import Beams, Proof, Ranking, extend_needed
-from rollout.search.topk import row_starts, sort_by_score, top_k
+from rollout.search.ranking import Beams, Proof, Ranking, can_win, extend_needed
+from rollout.search.topk import row_starts, top_k
 
 
 def beam(
     engine: DecodingBackend,
     prompts: Prompts,
     *,
-    width: int,
+    width: Width,
     noise: GumbelNoise | None = None,
     allowed: ItemFilter | None = None,
     guide: Valuer | None = None,
     head: bool = False,
     count: int | None = None,
     prove: int = 0,
+    second_pass: bool = True,
 ) -> Candidates:
-    """Run exact beam search: keep the `width` best prefixes of each prompt at each depth.
+    """Run exact beam search: keep the `width` best prefixes of each prompt at each level.
 
     Leaves reached early keep competing with their score. Ties are broken by trie node. Only kept
     prefixes with more than one child are forwarded. The candidates of a prompt are distinct, and
@@ -61,27 +62,32 @@ def beam(
     Args:
         engine: backend with the policy.
         prompts: batch of prompts.
-        width: prefixes kept at each depth.
+        width: prefixes kept at each level: one number, or one for each level.
         noise: random keys; not together with a guide.
         allowed: leaves that may be found.
         guide: source of the values V.
         head: whether the value head of the policy adds to the keys; not together with noise.
-        count: candidates returned, the first of the beam; all by default. Prefixes that cannot
-            lead to one of them are not forwarded at the last level, in one more pass at most;
-            with `head`, whose values are no bounds, all are.
+        count: candidates returned, the first of the last level; all by default. Prefixes that
+            cannot lead to one of them are dropped at the level where that is known; with `head`,
+            whose values are no bounds, none is.
         prove: number of first candidates that `Candidates.proved` is about, at most `count`; 0
             proves nothing. They are proved to be the best of all allowed leaves if the last of them
             reaches the largest key that was ever dropped, which bounds the keys of leaves below it.
             The cost counts the prompts so `proved`. Must be 0 with `head`.
+        second_pass: whether the last level may be forwarded in two passes where `count` is set: the
+            best prefixes first, then those that can still lead to one of the first candidates.
+            Fewer tokens are forwarded, but a pass of few tokens costs about as much as one of many.
 
     Raises:
         CatalogError: `allowed` or `guide` belongs to another catalog, or another batch.
+        ConfigError: `width` lists another number of levels than the trie has.
         EngineError: a prompt does not fit the engine, the policy has diverged, or `head` is set and
             the policy has no value head that the engine can run.
     """
     assert not (head and prove), "values of the head prove nothing"
     trie, num_prompts = engine.trie, len(prompts)
-    count = width if count is None else min(count, width)
+    widths = of_levels(width, trie.depth)
+    count = widths[-1] if count is None else min(count, widths[-1])
     mask = make_prefix_mask(trie, allowed, num_prompts) if allowed else None
     ranking, proof = Ranking(trie, prompts, guide), Proof(trie, num_prompts)
     expansion = check_finite(engine, engine.prefill(prompts))
@@ -107,7 +113,7 @@ def beam(
             admitted = mask.allows(prompt[source], child)
             source, child, gain = source[admitted], child[admitted], gain[admitted]
             start = row_starts(admitted)[start]
-        most = count if is_last else width
+        most = count if is_last else widths[level]
         if noise is None:
             above = score.index_select(0, source)
             key = ranking.keys(prompt[source], child, above + gain)
@@ -128,12 +134,20 @@ def beam(
             break
         fanout = trie.num_children(node)
         scored = fanout > 1
+        early = count < most and noise is None and not head
+        if early and bool(scored.any()):
+            beams = Beams(prompt=prompt, node=node, score=score, key=key, scored=scored)
+            alive = can_win(trie, ranking, mask, start, beams, count)
+            start = row_starts(alive)[start]
+            prompt, node, score, key = prompt[alive], node[alive], score[alive], key[alive]
+            logprob, fanout, scored = logprob[alive], fanout[alive], scored[alive]
+            forwarded, state = forwarded[alive], state[alive]
         rows = scored.nonzero().squeeze(1)
         expansion = None
         if len(rows) == 0:
             continue
         extend = partial(_extend, engine, state, forwarded, node)
-        if count < width and noise is None and not head and level + 2 == trie.depth:
+        if early and second_pass and level + 2 == trie.depth:
             beams = Beams(prompt=prompt, node=node, score=score, key=key, scored=scored)
             expansion, alive, spent, turns = extend_needed(
                 extend, trie, ranking, mask, beams, count
@@ -167,79 +181,6 @@ def _extend(
     """Forward the beams `rows` from the nodes `above` to their nodes; also count the tokens."""
     token, start = spans(engine, above[rows], node[rows])
     return check_finite(engine, engine.extend(state[rows], token, start, node[rows])), len(token)
-
-
-def sample(
-    engine: DecodingBackend,
-    prompts: Prompts,
-    *,
-    count: int,
-    temperature: float,
-    seed: int,
-    allowed: ItemFilter | None = None,
-) -> Candidates:
-    """Draw `count` independent leaves per prompt; draws with a common prefix share forward passes.
-
-    Each code is drawn from the policy's distribution to the power `1 / temperature`, renormalized;
-    log-probabilities and scores are those of the policy itself. The draws of a prompt depend only
-    on `seed` and its id, not on its batch; a larger `count` adds draws and keeps the others.
-
-    With `allowed`, codes are drawn among prefixes of allowed leaves; a prompt without any allowed
-    leaf gets no draws.
-
-    Raises:
-        CatalogError: `allowed` belongs to another catalog or another batch.
-        EngineError: a prompt does not fit the engine, or the policy has diverged.
-    """
-    trie, num_prompts = engine.trie, len(prompts)
-    mask = make_prefix_mask(trie, allowed, num_prompts) if allowed else None
-    expansion = check_finite(engine, engine.prefill(prompts))
-    cost = Cost(prefill_tokens=len(prompts.token), passes=1)
-    root = torch.arange(num_prompts, device=trie.code.device)
-    if mask is not None:
-        root = root[mask.allows(root, torch.full_like(root, ROOT))]
-    uniform = uniforms(prompts.id[root.cpu().numpy()], count, trie.depth, seed).to(root.device)
-    # Prompt of each draw, and of each frontier node.
-    prompt, frontier_prompt = root.repeat_interleave(count), torch.arange(num_prompts).to(root)
-    node = torch.full_like(prompt, ROOT)
-    logprob = torch.zeros(len(prompt), trie.depth, device=prompt.device)
-    # Draws that are not at a leaf, and the frontier node of each.
-    live, frontier_of = torch.arange(len(prompt), device=prompt.device), prompt
-    for step in range(trie.depth):
-        admitted = _admitted(mask, frontier_prompt, expansion)
-        pick = draw(
-            expansion.logprob,
-            expansion.children,
-            admitted,
-            frontier_of,
-            uniform[live, step],
-            temperature,
-        )
-        child = expansion.children.node[pick]
-        logprob[live, trie.depth_of(child) - 1] = expansion.logprob[pick]
-        above, below = node[live], trie.descend(child)
-        node[live] = below
-        goes_on = trie.num_children(below) > 0
-        live, frontier_of = live[goes_on], frontier_of[goes_on]
-        above, below = above[goes_on], below[goes_on]
-        if len(live) == 0:
-            break
-        # The new frontier: distinct (prompt, node) pairs, and the pair of each live draw.
-        distinct, pair_of = torch.unique(prompt[live] * trie.num_nodes + below, return_inverse=True)
-        # All draws with the same prefix share one engine state; use any one of them.
-        shared = torch.empty_like(distinct).index_copy(
-            0, pair_of, torch.arange(len(pair_of)).to(pair_of)
-        )
-        token, start = spans(engine, above[shared], below[shared])
-        before = expansion.state[frontier_of[shared]]
-        expansion = check_finite(engine, engine.extend(before, token, start, below[shared]))
-        frontier_of, frontier_prompt = pair_of, distinct // trie.num_nodes
-        cost += Cost(forward_tokens=len(token), passes=1)
-    score = logprob.sum(1)
-    order = sort_by_score(prompt, score, node)
-    return collect(
-        trie, prompt[order], node[order], logprob[order], score[order], num_prompts, cost
-    )
 
 
 def check_finite(engine: DecodingBackend, expansion: NextCodeLogprobs) -> NextCodeLogprobs:
@@ -276,57 +217,6 @@ def spans(
     span_of = torch.arange(len(node), device=node.device).repeat_interleave(count)
     level = torch.arange(len(span_of), device=node.device) + (top - start[:-1])[span_of]
     return engine.tokenizer.token_of(trie.path(node)[span_of, level]), start
-
-
-def uniforms(
-    prompt_id: Int64[np.ndarray, " B"], count: int, depth: int, seed: int
-) -> Float64[Tensor, "F D"]:
-    """Draw numbers in [0, 1) for each draw and decision, which depend only on (seed, prompt id)."""
-    draws = [
-        np.random.Generator(np.random.Philox(key=[seed, int(id_)])).random((count, depth))
-        for id_ in prompt_id
-    ]
-    return torch.from_numpy(np.concatenate([np.zeros((0, depth)), *draws]))
-
-
-def _admitted(
-    mask: PrefixMask | None, prompt: Int64[Tensor, " F"], expansion: NextCodeLogprobs
-) -> Bool[Tensor, " M"]:
-    """Return whether the mask allows each legal child for the prompt of its frontier node."""
-    children = expansion.children
-    if mask is None:
-        return torch.ones_like(children.node, dtype=torch.bool)
-    return mask.allows(prompt[children.owner], children.node)
-
-
-def draw(
-    logprob: Float32[Tensor, " M"],
-    children: Children,
-    admitted: Bool[Tensor, " M"],
-    frontier_of: Int64[Tensor, " F"],
-    uniform: Float64[Tensor, " F"],
-    temperature: float,
-) -> Int64[Tensor, " F"]:
-    """Draw a child of frontier node `frontier_of[f]` for each draw f, by inverting its CDF.
-
-    Only `admitted` children are drawn, in proportion to their tempered probability. Returns the
-    index of each drawn child in `children`.
-    """
-    owner, start = children.owner, children.start
-    least = 1e-200  # a log-probability divided by a smaller number would overflow
-    scaled = (logprob.double() / max(temperature, least)).masked_fill(~admitted, float("-inf"))
-    peak = scaled.new_full((len(start) - 1,), float("-inf"))
-    peak = peak.scatter_reduce(0, owner, scaled, "amax")
-    # Unnormalized probabilities, and one CDF over the children of all nodes.
-    weight = (scaled - peak[owner]).exp().masked_fill(~admitted, 0.0)
-    edge = torch.cat([weight.new_zeros(1), weight.cumsum(0)])
-    # Interval of the CDF that belongs to the node of each draw.
-    low, high = edge[start[:-1]][frontier_of], edge[start[1:]][frontier_of]
-    pick = torch.searchsorted(edge, low + uniform * (high - low), right=True) - 1
-    # Rounding may move a number just below 1 past the last admitted child of its node.
-    child_index = torch.arange(len(owner), device=owner.device).masked_fill(~admitted, -1)
-    last = torch.full_like(start[1:], -1).scatter_reduce(0, owner, child_index, "amax")
-    return pick.minimum(last[frontier_of])
 
 
 def collect(

@@ -5,11 +5,13 @@ Shapes:  B prompts
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
 from orchard.catalog.view import CatalogView
 from orchard.guide.values import Valuer
+from orchard.settings.widths import Width, last
 from orchard.types import Cost, Prompts
 from rollout.candidates import Candidates
 from rollout.engine.protocol import DecodingBackend
@@ -47,39 +49,33 @@ def wider_unless_proved(
     engine: DecodingBackend,
     prompts: Prompts,
     *,
-    width: int,
+    width: Width,
     wide: int,
     prove: int,
     guide: Valuer | None = None,
     count: int | None = None,
     allowed: ItemFilter | None = None,
+    second_pass: bool = True,
 ) -> Candidates:
     """Search with `width`, then again with `wide` for the prompts that are not proved by then.
 
-    A prompt gets up to `count` candidates, by default the larger of `width` and `prove`; one with
-    fewer than `prove` of them is searched again too. The cost is that of both searches, and counts
-    the prompts that were `searched_again`.
+    A prompt gets up to `count` candidates, by default the larger of `prove` and the last `width`;
+    one with fewer than `prove` of them is searched again too. The cost is that of both searches,
+    and counts the prompts that were `searched_again`.
 
     Raises:
         CatalogError, EngineError: as `rollout.search.beam.beam`.
     """
-    count = max(width, prove) if count is None else count
-    narrow = beam(
-        engine, prompts, width=width, count=count, prove=prove, guide=guide, allowed=allowed
-    )
+    count = max(last(width), prove) if count is None else count
+    search = partial(beam, engine, count=count, prove=prove, guide=guide, second_pass=second_pass)
+    narrow = search(prompts, width=width, allowed=allowed)
     assert narrow.proved is not None, "prove must be positive"
     rows = np.flatnonzero(~narrow.proved | (np.diff(narrow.start) < min(prove, count)))
     cost = narrow.cost + Cost(counts={"searched_again": len(rows)})
     if len(rows) == 0:
         return replace(narrow, cost=cost)
-    again = beam(
-        engine,
-        prompts.select(rows),
-        width=wide,
-        count=count,
-        prove=prove,
-        guide=guide,
-        allowed=None if allowed is None else allowed.select(rows),
+    again = search(
+        prompts.select(rows), width=wide, allowed=None if allowed is None else allowed.select(rows)
     )
     both = Candidates.concatenate([narrow, again])
     chosen = np.arange(len(prompts))

@@ -4,7 +4,7 @@ V(s) is a bound of the reward r of every leaf below a prefix s, and never rises 
 (`orchard.guide.guide`). So the key log p + V of a prefix bounds the keys log p + r of all leaves
 below it. Without a guide V is 0, and the same holds for log p alone.
 
-Shapes:  B prompts   F beams of all prompts   M children of them   G forwarded beams
+Shapes:  B prompts   B1 = B + 1   F beams of all prompts   M children of them   G forwarded beams
 """
 
 from collections.abc import Callable
@@ -20,7 +20,10 @@ from orchard.guide.values import Valuer
 from orchard.types import Prompts
 from rollout.engine.protocol import NextCodeLogprobs
 from rollout.item_filter import PrefixMask
-from rollout.search.topk import row_starts, sort_by_score
+from rollout.search.topk import row_starts, sort_by_score, top_k
+
+_ROUNDING = 1e-4
+"""Nats by which bounds from sums of probabilities may be off."""
 
 Extend = Callable[[Int64[Tensor, " G"]], tuple[NextCodeLogprobs, int]]
 """Function that forwards beams, and returns their next codes and the number of tokens."""
@@ -37,6 +40,11 @@ class Ranking:
                 f"{trie.catalog[:12]}; run `orchard fit guide` for these items"
             )
         self._values = None if guide is None else guide.values(prompts)
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether keys hold more than log p."""
+        return self._values is not None
 
     def keys(
         self, prompt: Int64[Tensor, " M"], node: Int64[Tensor, " M"], score: Float32[Tensor, " M"]
@@ -86,7 +94,7 @@ class Proof:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Beams:
-    """Beams before the last level, grouped by prompt, best first."""
+    """Beams of one level, grouped by prompt, best first."""
 
     prompt: Int64[Tensor, " F"]
     node: Int64[Tensor, " F"]
@@ -94,6 +102,52 @@ class Beams:
     key: Float32[Tensor, " F"]
     scored: Bool[Tensor, " F"]
     """Whether the node has several children; below any other is a single leaf."""
+
+
+def can_win(
+    trie: Trie,
+    ranking: Ranking,
+    mask: PrefixMask | None,
+    start: Int64[Tensor, " B1"],
+    beams: Beams,
+    count: int,
+) -> Bool[Tensor, " F"]:
+    """Return which beams may still lead to one of the first `count` leaves of their prompt.
+
+    Below every beam is a leaf whose key is at least a bound, and a beam whose key is below `count`
+    of these bounds cannot lead further than these leaves. Where a single leaf is below, the bound
+    is its key. Without a guide, the best of n leaves has at least 1/n of the probability of the
+    prefix, if all of them are allowed.
+
+    Args:
+        trie: trie of the search.
+        ranking: keys of prefixes.
+        mask: allowed leaves; all if None.
+        start: the beams of prompt b are `start[b] : start[b + 1]`.
+        beams: beams of one level.
+        count: number of wanted leaves.
+    """
+    prompt, node = beams.prompt, beams.node
+    enough = start.diff() >= count
+    if not bool(enough.any()):
+        return torch.ones_like(beams.scored)
+    below = trie.leaves_below(node)
+    single = (below == 1).nonzero().squeeze(1)
+    bound = torch.full_like(beams.key, float("-inf"))
+    if not ranking.is_guided:
+        whole = torch.ones_like(beams.scored)
+        if mask is not None:
+            whole = mask.num_allowed(prompt, node) == below
+            if mask.below is not None:
+                whole = torch.zeros_like(whole)
+        bound = torch.where(whole, beams.score - below.log() - _ROUNDING, bound)
+    leaf = trie.descend(node[single])
+    bound[single] = ranking.keys(prompt[single], leaf, beams.score[single])
+    best = top_k(start, bound, node, count)
+    first = row_starts(start.diff().clamp(max=count))[:-1]
+    least = beams.key.new_full((len(enough),), float("-inf"))
+    least[enough] = bound[best[(first + count - 1)[enough]]]
+    return beams.key >= least[prompt]
 
 
 def extend_needed(

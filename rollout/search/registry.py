@@ -21,11 +21,13 @@ from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.registry import Facts, Registry
 from orchard.scorers.prefix_critic import PrefixCritic
 from orchard.settings import Config, RolloutConfig
+from orchard.settings.widths import of_levels
 from orchard.types import Prompts, SearchTrees
 from rollout.engine.protocol import InferenceEngine, SearchFn
 from rollout.search.add_target import search_with_target
 from rollout.search.batches import search_in_batches
-from rollout.search.beam import beam, sample
+from rollout.search.beam import beam
+from rollout.search.draws import sample
 from rollout.search.hints import check_hints, mark_hint, search_below_hint
 from rollout.search.logged import logged
 from rollout.search.sampling import beam_sample, dynamic
@@ -149,6 +151,11 @@ def _needs_head(config: Config) -> None:
         )
 
 
+def _check_widths(config: RolloutConfig, trie: Trie) -> None:
+    """Refuse a list of widths for another number of levels."""
+    of_levels(config.beam_width, trie.depth, "rollout.width")
+
+
 @SEARCHES.register(
     "beam",
     SearchFacts(
@@ -156,15 +163,19 @@ def _needs_head(config: Config) -> None:
         takes_filter=True,
         uses_critic=lambda config: config.guide == "critic",
         uses_guide=lambda config: config.guide.startswith("expert"),
+        check_catalog=_check_widths,
     ),
 )
 def _beam(ctx: SearchContext) -> Search:
-    width, valuer = ctx.config.group_size, ctx.valuer(ctx.config.guide)
+    search = partial(beam, width=ctx.config.beam_width)
+    if ctx.config.width is not None:
+        search = partial(search, count=ctx.config.group_size)
+    valuer = ctx.valuer(ctx.config.guide)
     if _uses_head(ctx.config):
-        return ctx.search_codes(partial(beam, width=width, guide=valuer, head=True))
+        return ctx.search_codes(partial(search, guide=valuer, head=True))
     if valuer is None:
-        return ctx.search_codes(partial(beam, width=width))
-    return ctx.search_codes(partial(beam, width=width, guide=valuer, prove=PROVED))
+        return ctx.search_codes(search)
+    return ctx.search_codes(partial(search, guide=valuer, prove=PROVED))
 
 
 @SEARCHES.register("beam_sample", SearchFacts(takes_filter=True))

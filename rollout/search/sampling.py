@@ -18,7 +18,8 @@ from orchard.types import Prompts
 from rollout.candidates import Candidates
 from rollout.engine.protocol import DecodingBackend
 from rollout.item_filter import ItemFilter
-from rollout.search.beam import beam, sample
+from rollout.search.beam import beam
+from rollout.search.draws import sample
 from rollout.search.gumbel import GumbelNoise
 
 

@@ -26,7 +26,8 @@ from orchard.settings import RolloutConfig
 from orchard.types import Cost, Prompts, SearchTrees
 from rollout.engine.protocol import Completions, GenerationParams, InferenceEngine, SearchFn
 from rollout.search.batches import search_in_batches
-from rollout.search.beam import beam, sample
+from rollout.search.beam import beam
+from rollout.search.draws import sample
 from rollout.search.thoughts import Thoughts, attach_thoughts
 from rollout.search_trees import build_search_trees
 

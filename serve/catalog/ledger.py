@@ -1,4 +1,4 @@
-"""Ledger of the catalog's deltas: one file per version, chained by digests.
+"""Ledger of deltas, of the catalog or of events: one file per version, chained by digests.
 
 Delta n turns version n - 1 into version n. Its file holds the digest of delta n - 1 (of the base
 catalog for the first), the digest of the version that it makes, and its own digest. It is created
@@ -19,12 +19,11 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Generic, TypeVar, cast
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from orchard.errors import DataError
-from serve.catalog.schema import DeltaRequest
 from serve.errors import ConflictError
 
 _log = logging.getLogger("orchard.serve")
@@ -37,8 +36,11 @@ class LedgerError(DataError):
     """A delta of the ledger is missing, damaged, or belongs to another ledger."""
 
 
+D = TypeVar("D", bound=BaseModel)
+
+
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class Entry(Generic[D]):
     """One delta of the ledger, verified."""
 
     version: int
@@ -47,21 +49,21 @@ class Entry:
     """Digest of the delta before it; of the base catalog for the first."""
     makes: str
     """Digest of the version that it makes; empty in files of earlier releases."""
-    delta: DeltaRequest
+    delta: D
     digest: str
     """SHA-256 of everything above."""
 
 
-class Ledger:
+class Ledger(Generic[D]):
     """Deltas in a folder, and the position up to which this replica has applied them."""
 
-    def __init__(self, folder: Path, catalog: str) -> None:
-        """Start at version 0, whose catalog has the digest `catalog`."""
-        self._folder, self._base = folder, catalog
+    def __init__(self, folder: Path, catalog: str, model: type[D]) -> None:
+        """Start at version 0 of the catalog with the digest `catalog`; deltas are of `model`."""
+        self._folder, self._base, self._model = folder, catalog, model
         self._version, self._digest = 0, catalog
         self._chained = False  # whether a delta with digests has been applied
 
-    def next_entry(self) -> Entry | None:
+    def next_entry(self) -> Entry[D] | None:
         """Return the delta after the current position, None if there is none yet.
 
         Raises:
@@ -81,13 +83,13 @@ class Ledger:
             raise self._error(entry.version, f"is not the delta that {HEAD} names")
         return entry
 
-    def advance(self, entry: Entry) -> None:
+    def advance(self, entry: Entry[D]) -> None:
         """Count the next delta as applied."""
         assert entry.version == self._version + 1
         self._version, self._digest = entry.version, entry.digest
         self._chained = self._chained or bool(entry.makes)
 
-    def append(self, version: int, delta: DeltaRequest, makes: str) -> None:
+    def append(self, version: int, delta: D, makes: str) -> None:
         """Write the delta that creates `version`, whose digest is `makes`, and count it as applied.
 
         Raises:
@@ -104,8 +106,8 @@ class Ledger:
             os.link(temporary, self._path(version))
         except FileExistsError as error:
             raise ConflictError(
-                f"another replica created catalog version {version} at the same time; read the "
-                "catalog again and send a new delta"
+                f"another replica created version {version} at the same time; read the catalog "
+                "again and send a new delta"
             ) from error
         finally:
             temporary.unlink()
@@ -117,19 +119,19 @@ class Ledger:
         except (OSError, LedgerError):  # the delta itself is written, and every replica applies it
             _log.warning("%s does not name delta %d", self._folder / HEAD, version, exc_info=True)
 
-    def operations(self, version: int) -> list[DeltaRequest]:
+    def operations(self, version: int) -> list[D]:
         """Return the changes that lead from version 0 to a version, rollbacks resolved.
 
         Raises:
             LedgerError: a delta up to the version cannot be used.
         """
         # Changes that lead to each version so far; a version shares those of the one before.
-        changes: list[tuple[DeltaRequest, ...]] = [()]
+        changes: list[tuple[D, ...]] = [()]
         previous, chained = self._base, False
         for number in range(1, version + 1):
             entry = self._read(number, previous, chained=chained)
             previous, chained = entry.digest, chained or bool(entry.makes)
-            target = entry.delta.rollback_to
+            target = _rollback_of(entry.delta)
             changes.append((*changes[-1], entry.delta) if target is None else changes[target])
         return list(changes[version])
 
@@ -139,7 +141,7 @@ class Ledger:
         Raises:
             LedgerError: a delta cannot be used.
         """
-        reader = Ledger(self._folder, self._base)
+        reader = Ledger(self._folder, self._base, self._model)
         while (entry := reader.next_entry()) is not None:
             reader.advance(entry)
         return reader._version
@@ -148,7 +150,7 @@ class Ledger:
         """Return the error for a delta that cannot be applied, with what to do."""
         return self._error(version, why)
 
-    def _read(self, number: int, previous: str, *, chained: bool) -> Entry:
+    def _read(self, number: int, previous: str, *, chained: bool) -> Entry[D]:
         """Read and verify one delta that has to follow the delta with digest `previous`."""
         path = self._path(number)
         try:
@@ -170,7 +172,7 @@ class Ledger:
         fields = cast("dict[str, Any]", tree)
         try:
             if "digest" not in fields and not chained:  # written by an earlier release
-                delta = DeltaRequest.model_validate(fields)
+                delta = self._model.model_validate(fields)
                 _log.warning("delta %s has no digest: an earlier release wrote it", path)
                 return Entry(
                     version=number, previous=previous, makes="", delta=delta, digest=_digest(fields)
@@ -180,10 +182,10 @@ class Ledger:
                 raise self._error(number, "does not have the digest that it names")
             if fields.get("previous") != previous or fields.get("version") != number:
                 raise self._error(number, "does not continue this ledger")
-            delta = DeltaRequest.model_validate(fields.get("delta"))
+            delta = self._model.model_validate(fields.get("delta"))
         except ValidationError as error:
             raise self._error(number, f"is no delta ({error.errors()[0]['msg']})") from error
-        target = delta.rollback_to
+        target = _rollback_of(delta)
         if target is not None and target >= number:
             raise self._error(number, f"goes back to version {target}, which came later")
         return Entry(
@@ -228,6 +230,11 @@ class Ledger:
 
     def _path(self, version: int) -> Path:
         return self._folder / f"{version:09d}.json"
+
+
+def _rollback_of(delta: BaseModel) -> int | None:
+    """Return the version that a delta goes back to, if it is one that can and does."""
+    return getattr(delta, "rollback_to", None)
 
 
 def _digest(tree: dict[str, Any]) -> str:

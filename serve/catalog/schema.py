@@ -81,6 +81,45 @@ class DeltaRequest(RequestModel):
         return self
 
 
+class Event(RequestModel):
+    """An item that was bought after others."""
+
+    history: Annotated[list[ItemId], Field(max_length=10_000, fail_fast=True)]
+    """Items bought before, oldest first; the last 50 count."""
+    item: ItemId
+    """Item bought after them."""
+
+
+class EventsRequest(RequestModel):
+    """Events to add to the counts of the guide."""
+
+    events: Annotated[list[Event], Field(max_length=10_000, fail_fast=True)] = Field(
+        default_factory=list[Event]
+    )
+    forget: StrictBool = False
+    """Whether to forget all earlier events first: where the guide was fitted anew on a log that
+    holds them."""
+
+    @model_validator(mode="after")
+    def _require_events(self) -> "EventsRequest":
+        """Refuse a request that changes nothing."""
+        if not self.events and not self.forget:
+            raise ValueError("give events, or forget the earlier ones")
+        return self
+
+
+class EventsInfo(ResponseModel):
+    """Events that are added to the counts of the guide."""
+
+    version: int
+    """Number of changes of the events."""
+    events: int
+    """Number of events by now."""
+    unknown_items: int
+    """Number of items of this request that the catalog does not contain: they count once it
+    does."""
+
+
 class Neighbor(ResponseModel):
     """Item of the catalog near a new one."""
 

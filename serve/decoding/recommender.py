@@ -17,6 +17,7 @@ from jaxtyping import Float, Float32, Int, Int64
 from orchard import ragged
 from orchard.guide.guide import Guide
 from orchard.settings import VedConfig
+from orchard.settings.widths import Width, widest
 from orchard.types import Prompts
 from rollout.candidates import Candidates
 from rollout.engine.protocol import DecodingBackend, SearchRunner
@@ -36,7 +37,7 @@ class BatchKey:
     """Search parameters shared by the queries of one batch."""
 
     decoder: Decoder
-    width: int
+    width: Width
     wide: int = 0
     """Width of a second search of the guided decoder where nothing is proved; 0 for none."""
     prove: int = 0
@@ -108,7 +109,7 @@ def recommend(
         excluded=np.concatenate([np.zeros(0, np.int64), *leaves]),
         excluded_start=ragged.starts(np.array([len(rows) for rows in leaves])),
     )
-    search_fn = search_of(kind, allowed, guide)
+    search_fn = search_of(kind, allowed, guide, _most_leaves(queries, kind))
     candidates = runner.run(search_fn if trace is None else trace.of(search_fn), prompts)
     ranked = [
         rank_items(
@@ -176,20 +177,34 @@ def full_leaves(
     return leaf[count == filtered.per_leaf[leaf]]
 
 
-def search_of(kind: BatchKey, allowed: ItemFilter, guide: Guide | None) -> partial[Candidates]:
-    """Return the search function of the batch's decoder."""
-    if kind.decoder == "guided":
-        guided = {"width": kind.width, "prove": kind.prove, "guide": guide, "allowed": allowed}
-        if kind.wide:
-            return partial(wider_unless_proved, wide=kind.wide, **guided)
-        return partial(beam, **guided)
-    if kind.decoder == "beam":
-        return partial(beam, width=kind.width, allowed=allowed)
+def _most_leaves(queries: Sequence[Query], kind: BatchKey) -> int | None:
+    """Return the most leaves that an answer needs; None where a cap or a trace may need all.
+
+    Every leaf has an item that may be shown.
+    """
+    needs_all = kind.trace is not None or any(query.per_prefix is not None for query in queries)
+    return None if needs_all else max(query.k for query in queries)
+
+
+def search_of(
+    kind: BatchKey, allowed: ItemFilter, guide: Guide | None, count: int | None
+) -> partial[Candidates]:
+    """Return the search function of the batch's decoder, of whose beam `count` leaves are used."""
+    width = widest(kind.width)
+    if kind.decoder == "ved":
+        return partial(_ved, width=width, count=width, allowed=allowed)
     if kind.decoder == "beam_sample":
         return partial(
-            beam_sample, width=kind.width, temperature=kind.temperature, seed=0, allowed=allowed
+            beam_sample, width=width, temperature=kind.temperature, seed=0, allowed=allowed
         )
-    return partial(_ved, width=kind.width, count=kind.width, allowed=allowed)
+    # One pass a level: a pass of few tokens takes about as long as one of many.
+    by_level = {"width": kind.width, "count": count, "second_pass": False, "allowed": allowed}
+    if kind.decoder == "beam":
+        return partial(beam, **by_level)
+    guided = by_level | {"prove": kind.prove, "guide": guide}
+    if kind.wide:
+        return partial(wider_unless_proved, wide=kind.wide, **guided)
+    return partial(beam, **guided)
 
 
 def _ved(

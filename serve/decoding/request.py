@@ -10,6 +10,7 @@ import numpy as np
 
 from orchard.guide.guide import Guide
 from orchard.settings import ServeConfig
+from orchard.settings.widths import Width, at_least, widest
 from serve.catalog.store import CatalogVersion
 from serve.decoding.recommender import BatchKey, Query
 from serve.errors import UnprocessableError
@@ -18,6 +19,8 @@ from serve.schema import Decoder, RecommendRequest
 _NUMBERS = itertools.count()
 RANDOM: tuple[Decoder, ...] = ("beam_sample", "ved")
 """Decoders whose answers depend on a seed."""
+BY_LEVEL: tuple[Decoder, ...] = ("beam", "guided")
+"""Decoders whose beam may have a width for each level."""
 _NEEDS = {
     "ved": "a policy with a value head in the torch engine",
     "guided": "a policy with a guide (`orchard fit guide`)",
@@ -33,7 +36,7 @@ class ResolvedRequest:
     variant: str
     decoder: Decoder
     exclude_seen: bool
-    width: int
+    width: Width
     """Requested beam width; a deadline may narrow it."""
     seed: int
     levels: bool
@@ -50,6 +53,7 @@ def resolve(
     *,
     decoders: Sequence[Decoder],
     guide: Guide | None,
+    depth: int,
 ) -> ResolvedRequest:
     """Apply defaults to a request and check it against the configured limits.
 
@@ -60,6 +64,7 @@ def resolve(
         config: limits and defaults.
         decoders: decoders that the variant supports.
         guide: guide of the variant's searches.
+        depth: number of levels of the catalog's codes.
 
     Raises:
         UnprocessableError: the request exceeds a limit, or names an unknown filter or an
@@ -67,10 +72,9 @@ def resolve(
     """
     if request.k > config.max_k:
         raise UnprocessableError(f"k = {request.k} exceeds {config.max_k}; ask for fewer items")
-    width = request.width or max(config.width, request.k)
-    if width > config.max_width:
+    if request.width and request.width > config.max_width:
         raise UnprocessableError(
-            f"width = {width} exceeds {config.max_width}; ask for a narrower beam"
+            f"width = {request.width} exceeds {config.max_width}; ask for a narrower beam"
         )
     decoder = request.decoder or ("beam" if guide is None else "guided")
     if decoder not in decoders:
@@ -90,10 +94,21 @@ def resolve(
         variant=variant,
         decoder=decoder,
         exclude_seen=_excludes_seen(request, decoder, guide),
-        width=width,
+        width=request.width or at_least(_default_width(config.width, decoder, depth), request.k),
         seed=secrets.randbits(62) if request.seed is None else request.seed,
         levels=request.explain != "none" or config.exposure is not None,
     )
+
+
+def _default_width(width: Width, decoder: Decoder, depth: int) -> Width:
+    """Return the configured width as a decoder takes it, for codes of `depth` levels.
+
+    A delta may have changed the number of levels since the setting was checked: the last width
+    goes on, or surplus ones are left out.
+    """
+    if isinstance(width, int) or decoder not in BY_LEVEL:
+        return widest(width)
+    return (*width, *(width[-1:] * depth))[:depth]
 
 
 def _excludes_seen(request: RecommendRequest, decoder: Decoder, guide: Guide | None) -> bool:
@@ -106,7 +121,7 @@ def _excludes_seen(request: RecommendRequest, decoder: Decoder, guide: Guide | N
     return guide is not None and guide.exclude_seen and decoder != "beam_sample"
 
 
-def batch_key(resolved: ResolvedRequest, width: int, wide: int = 0) -> BatchKey:
+def batch_key(resolved: ResolvedRequest, width: Width, wide: int = 0) -> BatchKey:
     """Return the search parameters that all requests of a batch must share."""
     request = resolved.request
     return BatchKey(

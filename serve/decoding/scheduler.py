@@ -16,17 +16,19 @@ from typing import TypeVar
 import numpy as np
 
 from orchard.settings import ServeConfig
+from orchard.settings.widths import at_most, widest
 from rollout.candidates import Candidates
+from rollout.engine.torch import TorchEngine
 from serve.catalog.store import CatalogStore, CatalogVersion
 from serve.decoding.batching import Batcher, BatchPlan, LatencyModel
 from serve.decoding.recommender import BatchKey, Query, RankedItems, recommend
-from serve.decoding.request import ResolvedRequest, batch_key, query_of
+from serve.decoding.request import ResolvedRequest, batch_key, query_of, resolve
 from serve.decoding.scoring import ScoredItems, rank_by_score, score
 from serve.decoding.trace import Trace
 from serve.errors import OverloadedError
 from serve.metrics import ServeMetrics
 from serve.policies.slot import PolicySlot
-from serve.schema import Decoder
+from serve.schema import Decoder, RecommendRequest
 
 _log = logging.getLogger("orchard.serve")
 T = TypeVar("T")
@@ -45,6 +47,7 @@ class DecodeResult:
     decoder: Decoder
     """Decoder that answered: `beam` in place of `guided` where the policy has lost its guide."""
     width: int
+    """Beam width, at its widest level."""
     batch: int
     """Number of requests in the batch."""
     seconds: float
@@ -64,9 +67,9 @@ class DecodeScheduler:
     ) -> None:
         """Search the current version of `catalog_store` with the engines of `slots`."""
         self._slots, self._catalog_store, self._metrics = slots, catalog_store, metrics
-        self._budget, self._max_history = config.budget, max_history
-        self._queue, self._scoring_rows = config.queue, 0
-        self._wide = config.wide
+        self._max_history, self._scoring_rows = max_history, 0
+        self._config = config
+        self._prefix_counts: dict[str, tuple[int, int]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="decoder")
         self._latency = {name: LatencyModel() for name in slots}
         self._batcher = Batcher[ResolvedRequest, tuple[str, BatchKey], DecodeResult](
@@ -79,11 +82,21 @@ class DecodeScheduler:
         """Number of beam rows and of items to score that wait."""
         return self._batcher.waiting_rows + self._scoring_rows
 
+    def resolve(
+        self, request: RecommendRequest, history: list[int], variant: str
+    ) -> ResolvedRequest:
+        """Resolve a request for a variant; see `serve.decoding.request.resolve`."""
+        slot, depth = self._slots[variant], self._catalog_store.current.catalog.trie.depth
+        return resolve(
+            request, history, variant, self._config,
+            decoders=slot.decoders, guide=slot.guide, depth=depth,
+        )  # fmt: skip
+
     async def submit(
         self, resolved: ResolvedRequest, *, deadline: float = float("inf")
     ) -> DecodeResult:
         """Queue a request and return its result; see `Batcher.submit`."""
-        return await self._batcher.submit(resolved, rows=resolved.width, deadline=deadline)
+        return await self._batcher.submit(resolved, rows=widest(resolved.width), deadline=deadline)
 
     async def score(
         self, resolved: ResolvedRequest, items: Sequence[int], *, order: bool
@@ -94,10 +107,10 @@ class DecodeScheduler:
             OverloadedError: too many beam rows and items wait already.
             EngineError: as `scoring.score`.
         """
-        if self.waiting_rows + len(items) > self._queue:
+        if self.waiting_rows + len(items) > self._config.queue:
             raise OverloadedError(
                 f"{self.waiting_rows} rows wait and {len(items)} more exceed the bound of "
-                f"{self._queue}; try again later, or with fewer items",
+                f"{self._config.queue}; try again later, or with fewer items",
                 retry_after_s=1.0,
             )
         self._scoring_rows += len(items)
@@ -136,15 +149,19 @@ class DecodeScheduler:
         self, resolved: ResolvedRequest, left_s: float
     ) -> BatchPlan[tuple[str, BatchKey]] | None:
         """Return the widest search that finishes before the deadline, None if there is none."""
-        least = min(resolved.request.k, resolved.width)
+        wanted = widest(resolved.width)
+        least = min(resolved.request.k, wanted)
         latency = self._latency[resolved.variant]
-        width = latency.width(wanted=resolved.width, least=least, left_s=left_s)
+        width = latency.width(wanted=wanted, least=least, left_s=left_s)
         if width is None or left_s <= 0:
             return None
-        wide = self._wide if resolved.decoder == "guided" and self._wide > width else 0
+        wide = (
+            self._config.wide if resolved.decoder == "guided" and self._config.wide > width else 0
+        )
         if wide and latency.seconds(width + wide) > left_s:
             wide = 0
-        return BatchPlan((resolved.variant, batch_key(resolved, width, wide)), max(width, wide))
+        key = batch_key(resolved, at_most(resolved.width, width), wide)
+        return BatchPlan((resolved.variant, key), max(width, wide))
 
     async def _run(
         self, kind: tuple[str, BatchKey], batch: Sequence[ResolvedRequest], waited: Sequence[float]
@@ -153,7 +170,7 @@ class DecodeScheduler:
         results = await self.run_exclusive(self._search, kind, batch)
         variant, key = kind
         again = results[0].candidates.cost.counts.get("searched_again", 0)
-        num_rows = len(batch) * key.width + int(again) * key.wide
+        num_rows = len(batch) * widest(key.width) + int(again) * key.wide
         trace, seconds = results[0].trace, results[0].seconds
         self._latency[variant].observe(num_rows, seconds)
         for waited_s in waited:
@@ -162,8 +179,9 @@ class DecodeScheduler:
         self._observe_phase(variant, "levels", trace.levels_s)
         post_s = max(0.0, seconds - trace.prefill_s - trace.levels_s)
         self._observe_phase(variant, "post", post_s)
-        fill = min(1.0, num_rows / self._budget)
+        fill = min(1.0, num_rows / self._config.budget)
         self._metrics.observe("orchard_serve_beam_fill", fill, variant=variant)
+        self._count_prefixes(variant)
         return results
 
     def _search(
@@ -186,7 +204,7 @@ class DecodeScheduler:
         return [
             DecodeResult(
                 ranked=of_query, candidates=candidates, trace=trace,
-                catalog_version=catalog_version, policy=str(slot.version), width=key.width,
+                catalog_version=catalog_version, policy=str(slot.version), width=widest(key.width),
                 decoder="beam" if unguided else key.decoder, batch=len(batch), seconds=seconds,
             )
             for of_query in ranked
@@ -210,6 +228,22 @@ class DecodeScheduler:
                 num_illegal = int(illegal.sum())
                 self._metrics.count("orchard_serve_illegal", by=float(num_illegal), variant=variant)
                 _log.error("%d illegal items in an answer of %s", num_illegal, variant)
+
+    def _count_prefixes(self, variant: str) -> None:
+        """Record how much of the prompts the engine had kept since the last call."""
+        engine = self._slots[variant].inference_engine
+        prefixes = engine.prefixes if isinstance(engine, TorchEngine) else None
+        if prefixes is None:
+            return
+        hits, tokens = prefixes.hits, prefixes.tokens
+        before = self._prefix_counts.get(variant, (0, 0))
+        self._prefix_counts[variant] = (hits, tokens)
+        count = self._metrics.count
+        if hits > before[0]:
+            count("orchard_serve_prefix_hits", by=float(hits - before[0]), variant=variant)
+            count("orchard_serve_prefix_tokens", by=float(tokens - before[1]), variant=variant)
+        size = float(prefixes.num_bytes)
+        self._metrics.set("orchard_serve_prefix_bytes", size, variant=variant)
 
     def _observe_phase(self, variant: str, phase: str, seconds: float) -> None:
         self._metrics.observe("orchard_serve_phase_seconds", seconds, variant=variant, phase=phase)

@@ -74,5 +74,6 @@ def _variant_info(service: Service, slot: PolicySlot) -> VariantInfo:
         decoders=slot.decoders,
         guide=slot.guide_digest,
         guide_notes=list(slot.guide_notes),
+        guide_events=len(slot.events) if slot.guide_digest else 0,
         refused=slot.refused,
     )

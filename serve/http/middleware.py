@@ -22,13 +22,13 @@ from serve.errors import ApiError, UnauthorizedError, UnsupportedMediaError
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,100}")
 _HEADER = b"x-request-id"
 _MIB = 1 << 20
-_LARGE = {"/v1/recommend:batch": 8 * _MIB, "/v1/catalog/delta": 32 * _MIB}
+_LARGE = {"/v1/recommend:batch": 8 * _MIB, "/v1/catalog/delta": 32 * _MIB, "/v1/events": 32 * _MIB}
 _MAX_BYTES = _MIB
 """Maximum body size of all other routes."""
 _BODY_S = 30.0
 """Maximum seconds for a client to send a body. Serve has such a limit too, but a header of the
 client disables it."""
-OPERATOR = frozenset({"/v1/catalog/delta", "/v1/policy:activate"})
+OPERATOR = frozenset({"/v1/catalog/delta", "/v1/events", "/v1/policy:activate"})
 """Routes that require the operator token. Their handlers check it again, whatever the path."""
 
 

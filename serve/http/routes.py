@@ -20,7 +20,13 @@ from pydantic import BeforeValidator
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
-from serve.catalog.schema import CatalogInfo, DeltaRequest, ItemInfo
+from serve.catalog.schema import (
+    CatalogInfo,
+    DeltaRequest,
+    EventsInfo,
+    EventsRequest,
+    ItemInfo,
+)
 from serve.errors import (
     ApiError,
     ConflictError,
@@ -221,6 +227,12 @@ def _add_operator_routes(app: FastAPI, service: Service) -> None:
         catalog_version, assigned = await service.change(body)
         changes = {"dry_run": body.dry_run, "assigned": assigned}
         return catalog_info(service, catalog_version).model_copy(update=changes)
+
+    @app.post("/v1/events", tags=["policy"], dependencies=_JSON)
+    async def events(request: Request, body: Annotated[EventsRequest, Body()]) -> EventsInfo:
+        """Add what was bought after what to the counts of the guide, or forget earlier events."""
+        check_token(request.headers.get("authorization"), service.config.token_env)
+        return await service.count_events(body)
 
     @app.post("/v1/policy:activate", tags=["policy"], dependencies=_JSON)
     async def activate(request: Request, body: Annotated[ActivateRequest, Body()]) -> PolicyInfo:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from orchard.catalog.catalog import Catalog
 from orchard.errors import CheckpointError, DataError, OrchardError
+from orchard.guide.events import NONE, Events, with_events
 from orchard.guide.guide import Guide
 from orchard.guide.remap import on_catalog
 from orchard.policy import model as models
@@ -24,19 +25,20 @@ UNREADABLE = (OSError, OrchardError, ValueError, KeyError)
 
 
 class CarriedGuide:
-    """Guide of a policy, carried to the catalog that is served."""
+    """Guide of a policy, carried to the catalog that is served, with the events since its fit."""
 
     def __init__(self, guide: Guide) -> None:
         """Start on the catalog that the guide was fitted for."""
-        self.own, self._last = guide, guide
+        self.own = guide
+        self._last = (guide.catalog.digest, 0), guide
 
-    def on(self, catalog: Catalog) -> Guide:
-        """Return the guide for a catalog, which is remembered until another one is asked for."""
-        last = self._last
-        if last.catalog.digest != catalog.digest:
-            last = on_catalog(self.own, catalog)
+    def on(self, catalog: Catalog, events: Events = NONE) -> Guide:
+        """Return the guide for a catalog and events, remembered until others are asked for."""
+        key, last = self._last
+        if key != (catalog.digest, events.version):
+            last = with_events(on_catalog(self.own, catalog), events)
             _ = last.static  # computed here, not in the first search
-            self._last = last
+            self._last = (catalog.digest, events.version), last
         return last
 
 

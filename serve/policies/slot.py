@@ -20,6 +20,7 @@ import numpy as np
 from orchard import ragged
 from orchard.catalog.catalog import Catalog
 from orchard.errors import CheckpointError, EngineError
+from orchard.guide.events import NONE, Events
 from orchard.guide.guide import Guide, named_digest
 from orchard.policy.item_tokenizer import ItemTokenizer
 from orchard.policy.store import CATALOG, GUIDE
@@ -107,6 +108,8 @@ class PolicySlot:
         self.name, self.share, self.shadow = name, share, shadow
         self.pinned: str | None = None
         self.refused = refused
+        self.events = NONE
+        """Events since the guide was fitted; the next search counts them."""
         self.inference_engine = make(first)
         self._folder, self._tokenizer, self._with_guide = folder, tokenizer, with_guide
         self._digest = tokenizer.catalog.digest
@@ -145,10 +148,15 @@ class PolicySlot:
         """Digest of the guide as it was fitted, empty without one."""
         return "" if self._carried is None else self._carried.own.digest
 
-    def prepare(self, catalog: Catalog) -> None:
-        """Carry the guide to a catalog that comes next; may run in any thread."""
+    @property
+    def guide_version(self) -> str:
+        """Digest of the guide as it was fitted and version of the events; empty without a guide."""
+        return "" if self._carried is None else f"{self.guide_digest} {self.events.version}"
+
+    def prepare(self, catalog: Catalog, events: Events) -> None:
+        """Carry the guide to a catalog and events that come next; may run in any thread."""
         if self._carried is not None:
-            self._carried.on(catalog)
+            self._carried.on(catalog, events)
 
     def read_new_policy(self) -> LoadedPolicy | None:
         """Return a new policy from the folder, None if there is none or a version is pinned.
@@ -207,7 +215,7 @@ class PolicySlot:
         """
         tokenizer = self._tokenizer.with_catalog(catalog)
         if loaded.guide is not None:
-            loaded.guide.on(catalog)
+            loaded.guide.on(catalog, self.events)
         try:
             reference = TorchEngine(loaded.model, tokenizer, loaded.version)
             return probe(reference, tokenizer)
@@ -239,17 +247,18 @@ class PolicySlot:
         return True
 
     def set_catalog(self, catalog: Catalog) -> None:
-        """Switch the engine to a catalog, unless it searches it already."""
+        """Switch the engine to a catalog, and the guide to it and to the current events."""
         if self._digest != catalog.digest:
             self.inference_engine.set_catalog(catalog)
             self._digest = catalog.digest
-            self.guide = self._carried.on(catalog) if self._carried else None
+        # A look-up where nothing has changed, or what has was prepared.
+        self.guide = self._carried.on(catalog, self.events) if self._carried else None
 
     def _accept(self, policy: LoadedPolicy, catalog: Catalog) -> None:
         """Take over what belongs to the policy whose weights the engine has."""
         self._weights, self._has_values = policy.weights, policy.has_values
         self._carried, self.guide_notes = policy.guide, policy.guide_notes
-        self.guide: Guide | None = policy.guide.on(catalog) if policy.guide else None
+        self.guide: Guide | None = policy.guide.on(catalog, self.events) if policy.guide else None
 
     def archive(self, accepted: LoadedPolicy) -> None:
         """Archive an accepted policy if its export is unchanged; delete the oldest copies.

@@ -84,6 +84,7 @@ ADDED_SETTINGS = {
     "rewards.steps", "rewards.utility.clusters", "rewards.utility.groups",
     "rewards.utility.prior", "rewards.utility.backoff", "rewards.utility.floor",
     "rewards.utility.source", "learner.weight_clip", "learner.lists",
+    "rollout.width", "serve.prefix_cache_mib",
 }  # fmt: skip
 """Settings that came after the recording."""
 ADDED_SECTIONS = {"guide", "loop"}
@@ -112,7 +113,7 @@ ADDED_FIELDS: dict[str, set[str]] = {
     "CatalogInfo": {"deltas_refused", "assigned", "bundle"},
     "DeltaRequest": {"share_when_full"},
     "NewItem": {"embedding"},
-    "VariantInfo": {"guide", "guide_notes"},
+    "VariantInfo": {"guide", "guide_notes", "guide_events"},
 }
 """Fields of the API that came beside the recorded ones, by the name of their schema."""
 ADDED_SCHEMAS = {
@@ -122,9 +123,12 @@ ADDED_SCHEMAS = {
     "GuideShare",
     "AssignedItem",
     "Neighbor",
+    "Event",
+    "EventsInfo",
+    "EventsRequest",
 }
 """Schemas of the API that came after the recording."""
-ADDED_PATHS = {"/v1/score"}
+ADDED_PATHS = {"/v1/events", "/v1/score"}
 """Routes that came after the recording."""
 ADDED_DECODERS = {"guided"}
 """Decoders that came after the recording."""

@@ -19,7 +19,8 @@ from orchard.testing import TinySetup, tiny_policy, tiny_setup, tiny_thinking_se
 from orchard.types import ScoredTrees, TrainBatch
 from rollout.candidates import Candidates
 from rollout.engine.torch import TorchEngine
-from rollout.search.beam import beam, sample
+from rollout.search.beam import beam
+from rollout.search.draws import sample
 from rollout.search.sampling import beam_sample
 from rollout.search.score_items import score_items
 from rollout.search.think import search_after_thoughts

@@ -20,7 +20,8 @@ from rollout.actor import RolloutActor, RolloutWorker
 from rollout.candidates import Candidates
 from rollout.engine.torch import TorchEngine
 from rollout.probe import LogprobProbe
-from rollout.search.beam import beam, sample
+from rollout.search.beam import beam
+from rollout.search.draws import sample
 from rollout.search.sampling import beam_sample, dynamic
 
 # More codes at the root than vLLM takes in one list of allowed tokens, and prompts of 1 to 46

@@ -17,7 +17,8 @@ from orchard.settings import VedConfig
 from orchard.testing import TinySetup, tiny_catalog, tiny_setup
 from rollout.engine.torch import TorchEngine
 from rollout.item_filter import ItemFilter
-from rollout.search.beam import beam, sample
+from rollout.search.beam import beam
+from rollout.search.draws import sample
 from rollout.search.gumbel import GumbelNoise
 from rollout.search.sampling import beam_sample
 from rollout.search.ved.search import ved

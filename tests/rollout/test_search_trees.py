@@ -10,7 +10,8 @@ from orchard.testing import TinySetup
 from orchard.types import Prompts, SearchTrees
 from rollout.candidates import Candidates
 from rollout.engine.torch import TorchEngine
-from rollout.search.beam import beam, sample
+from rollout.search.beam import beam
+from rollout.search.draws import sample
 from rollout.search_trees import build_search_trees
 
 

@@ -158,3 +158,51 @@ def test_settings_that_do_not_fit_the_policy_are_refused(
     longer = {"b": VariantConfig(policy=other, share=0.1)}
     with pytest.raises(ConfigError, match=r"max_history = 3, the main policy with 10"):
         open_service(folder, settings(folder, variants=longer), InMemoryMetrics())
+
+
+def test_a_width_for_each_level_is_used_raised_and_capped(folder: Path) -> None:
+    async def work(client: httpx.AsyncClient, service: Service) -> None:
+        facts = {"history": [3, 17], "k": 2, "per_prefix": 100}
+        answer, one = await recommend(client, **facts), await recommend(client, **facts, width=20)
+        assert (answer["width"], one["width"]) == (20, 20)
+        assert answer["cost"]["forward_tokens"] < one["cost"]["forward_tokens"]
+        # No level is below k: all items are found.
+        assert (await recommend(client, history=[3, 17], k=40, exclude=[1]))["returned"] == 39
+        sampled = await recommend(client, history=[3], k=2, decoder="beam_sample", seed=3)
+        assert sampled["width"] == 20
+
+    served(folder, work, width=[2, 4, 20], max_width=50, max_k=50)
+    with pytest.raises(ConfigError, match=r"serve.width = \[2, 4\] has 2 numbers"):
+        served(folder, work, width=[2, 4])
+
+
+def test_an_answer_is_that_of_the_whole_beam_with_fewer_tokens(folder: Path) -> None:
+    async def work(client: httpx.AsyncClient, service: Service) -> None:
+        for exclude in ([], [1, 2, 30]):
+            facts = {"history": [3, 17], "k": 2, "width": 40, "exclude": exclude}
+            early = await recommend(client, **facts)
+            whole = await recommend(client, **facts, per_prefix=100)
+            assert early["items"] == whole["items"]
+            assert early["cost"]["forward_tokens"] < whole["cost"]["forward_tokens"]
+
+    served(folder, work)
+
+
+def test_histories_that_grow_are_counted_and_answered_alike(folder: Path) -> None:
+    async def ask(client: httpx.AsyncClient, service: Service) -> list[list[int]]:
+        metrics = service.metrics
+        assert isinstance(metrics, InMemoryMetrics)
+        lists = [
+            shown(await recommend(client, history=[3, 17, 5, 8][:size])) for size in range(1, 5)
+        ]
+        hits = metrics.total("orchard_serve_prefix_hits")
+        tokens = metrics.total("orchard_serve_prefix_tokens")
+        kept = metrics.gauges.get(("orchard_serve_prefix_bytes", "main"), 0.0)
+        if service.config.prefix_cache_mib:
+            assert (hits, tokens) == (4, 1 + 4 + 7 + 10)  # the warm-up has searched <bos>
+            assert 0 < kept <= 2**20
+        else:
+            assert (hits, tokens, kept) == (0, 0, 0.0)
+        return lists
+
+    assert served(folder, ask) == served(folder, ask, prefix_cache_mib=1.0)

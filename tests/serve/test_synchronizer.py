@@ -117,7 +117,7 @@ def test_two_appends_at_once_get_different_ids(folder: Path) -> None:
             late = await post(other, add=[{"item_id": 902, "title": TITLE}])
             state.catch_up = read  # type: ignore[method-assign]
             assert late.status_code == 409
-            assert "another replica created catalog version 1" in late.json()["detail"]
+            assert "another replica created version 1" in late.json()["detail"]
             assert 902 not in await shown(other)
             late = await post(other, add=[{"item_id": 902, "title": TITLE}])
             assert late.json()["assigned"][0]["sid"] not in ids

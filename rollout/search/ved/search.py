@@ -37,7 +37,7 @@ from orchard.types import Prompts
 from rollout.candidates import Candidates
 from rollout.engine.protocol import DecodingBackend
 from rollout.item_filter import ItemFilter, PrefixMask, make_prefix_mask
-from rollout.search.beam import draw, uniforms
+from rollout.search.draws import draw, uniforms
 from rollout.search.topk import top_k
 from rollout.search.ved.select import select_candidates
 from rollout.search.ved.tree import expand, expand_roots

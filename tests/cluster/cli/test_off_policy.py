@@ -14,7 +14,7 @@ from orchard.policy import weights
 from orchard.testing import TinySetup, brute_force, tiny_setup
 from orchard.types import Prompts
 from rollout.engine.torch import TorchEngine
-from rollout.search.beam import sample
+from rollout.search.draws import sample
 from serve.exposure_log import SCHEMA
 from serve.testing import export_policy
 

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from cluster.training.checks import REGISTRIES, check_names, choices
+from cluster.training.checks import REGISTRIES, check_names, check_widths, choices
 from learner.advantage.estimators import ESTIMATORS
 from orchard import config
 from orchard.errors import ConfigError
 from orchard.settings import Config
+from orchard.testing import tiny_catalog
 from rewards.registry import REWARDS
+from rollout.search.registry import check_catalog
 from tests.fixtures.registries import Borrow
 
 ROOT = Path(__file__).parents[3]
@@ -127,3 +129,18 @@ def test_a_plugin_registers_what_a_run_may_name(
 def test_no_setting_belongs_to_two_registries() -> None:
     claimed = [setting for registry in REGISTRIES for setting in registry.settings]
     assert len(claimed) == len(set(claimed))
+
+
+def test_lists_of_widths_fit_the_levels_of_the_catalog(caplog: pytest.LogCaptureFixture) -> None:
+    trie = tiny_catalog().trie
+    assert trie.depth == 3
+    for key, check in (
+        ("evaluate.beams", lambda run: check_widths(run, trie)),
+        ("rollout.width", lambda run: check_catalog(run.rollout, trie)),
+    ):
+        check(settings(f"{key}=[16,16,16]"))
+        with pytest.raises(ConfigError, match=rf"{key} = \[16, 16\] has 2 numbers") as refused:
+            check(settings(f"{key}=[16,16]"))
+        assert refused.value.code == "config.widths_of_other_depth"
+    check_widths(settings("evaluate.beams=[1,1,900]"), trie)
+    assert "a beam of 900 is wider than the catalog" in caplog.text

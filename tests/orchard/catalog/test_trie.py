@@ -177,3 +177,12 @@ def test_a_trie_is_rebuilt_around_the_buffers_of_its_pickle() -> None:
     assert torch.equal(
         again.children(torch.tensor([0])).node, trie.children(torch.tensor([0])).node
     )
+
+
+@examples
+@given(sequences)
+def test_leaves_are_counted_at_or_below_every_node(codes: list[list[int]]) -> None:
+    _, trie, oracle = world(codes)
+    leaves = [path for path in oracle.paths if not oracle.after[path]]
+    expected = [sum(leaf[: len(path)] == path for leaf in leaves) for path in oracle.paths]
+    assert trie.leaves_below(every(oracle)).tolist() == expected

@@ -21,7 +21,8 @@ from rollout.engine.payload import PayloadDecoder, PayloadEncoder
 from rollout.engine.torch import TorchEngine
 from rollout.engine.worker import SearchExtension, missing
 from rollout.item_filter import ItemFilter
-from rollout.search.beam import beam, sample
+from rollout.search.beam import beam
+from rollout.search.draws import sample
 from rollout.search.ved.search import ved
 
 

@@ -16,7 +16,8 @@ from rollout.candidates import Candidates
 from rollout.engine.protocol import DecodingBackend
 from rollout.engine.torch import TorchEngine
 from rollout.search.add_target import score_leaf, search_with_target
-from rollout.search.beam import beam, sample
+from rollout.search.beam import beam
+from rollout.search.draws import sample
 from rollout.search.sampling import beam_sample, dynamic
 
 Find = Callable[[DecodingBackend, Prompts], Candidates]

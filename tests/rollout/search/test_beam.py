@@ -5,12 +5,14 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from orchard.errors import EngineError
+from orchard.errors import ConfigError, EngineError
+from orchard.settings.widths import of_levels
 from orchard.testing import TinySetup, tiny_prompts, tiny_setup
 from orchard.types import Prompts
 from rollout.candidates import Candidates
 from rollout.engine.torch import TorchEngine
 from rollout.search.beam import beam
+from tests.fixtures.guides import random_guide
 
 
 def found(candidates: Candidates, prompt: int) -> dict[int, float]:
@@ -19,11 +21,12 @@ def found(candidates: Candidates, prompt: int) -> dict[int, float]:
 
 
 def slow_beam(
-    leaf_path: list[tuple[int, ...]], leaf_logprob: np.ndarray, width: int
+    leaf_path: list[tuple[int, ...]], leaf_logprob: np.ndarray, width: int | tuple[int, ...]
 ) -> dict[int, float]:
     """Keep the best prefixes depth by depth; a prefix is as likely as the leaves below it."""
     beams: list[tuple[int, ...]] = [()]
-    for depth in range(1, max(len(path) for path in leaf_path) + 1):
+    levels = max(len(path) for path in leaf_path)
+    for depth, most in enumerate(of_levels(width, levels), start=1):
         score = {
             path[:depth]: np.logaddexp.reduce(
                 [p for other, p in zip(leaf_path, leaf_logprob, strict=True)
@@ -32,7 +35,7 @@ def slow_beam(
             for path in leaf_path
             if any(path[: len(b)] == b for b in beams)
         }  # fmt: skip
-        beams = sorted(score, key=lambda prefix: -score[prefix])[:width]
+        beams = sorted(score, key=lambda prefix: -score[prefix])[:most]
     return {leaf: leaf_logprob[leaf] for leaf, path in enumerate(leaf_path) if path in beams}
 
 
@@ -148,3 +151,35 @@ def test_selected_candidates_are_those_of_the_prompts_asked_for(
     assert again.leaf.tolist() == every.leaf.tolist()
     assert again.start.tolist() == every.start.tolist()
     assert np.array_equal(again.node, every.node)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_a_width_for_each_level_is_that_of_a_slow_beam(
+    world: TinySetup, engine: TorchEngine, guided: bool
+) -> None:
+    guide = random_guide(world.catalog, seed=4) if guided else None
+    depth = world.catalog.trie.depth
+    for width in (3, 7):
+        number = beam(engine, world.prompts, width=width, guide=guide)
+        alike = beam(engine, world.prompts, width=(width,) * depth, guide=guide)
+        for name in ("start", "node", "logprob", "score", "leaf"):
+            assert np.array_equal(getattr(number, name), getattr(alike, name))
+        assert alike.cost.forward_tokens == number.cost.forward_tokens
+    widths = tuple(range(2, 2 + depth))
+    found_by_level = beam(engine, world.prompts, width=widths, guide=guide)
+    assert (np.diff(found_by_level.start) <= widths[-1]).all()
+    narrow = beam(engine, world.prompts, width=widths[0], guide=guide)
+    assert found_by_level.cost.forward_tokens >= narrow.cost.forward_tokens
+    if guided:
+        return
+    for prompt, leaf_logprob in enumerate(world.leaf_logprob):
+        expected = slow_beam(world.leaf_path, leaf_logprob, widths)
+        scores = found(found_by_level, prompt)
+        assert list(scores) == sorted(expected, key=lambda leaf: -expected[leaf])
+
+
+def test_a_list_of_widths_for_other_levels_is_refused(
+    world: TinySetup, engine: TorchEngine
+) -> None:
+    with pytest.raises(ConfigError, match="give one number for each level"):
+        beam(engine, world.prompts, width=(4,) * (world.catalog.trie.depth + 1))

@@ -10,8 +10,9 @@ from orchard.catalog.trie import Children
 from orchard.testing import TinySetup
 from rollout.candidates import Candidates
 from rollout.engine.torch import TorchEngine
-from rollout.search.beam import beam, sample
-from rollout.search.beam import draw as draw_children
+from rollout.search.beam import beam
+from rollout.search.draws import draw as draw_children
+from rollout.search.draws import sample
 
 
 def draw(engine: TorchEngine, world: TinySetup, **options: object) -> Candidates:

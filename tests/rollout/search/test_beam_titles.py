@@ -8,7 +8,8 @@ import torch
 
 from orchard.testing import TinySetup, tiny_title_setup
 from rollout.engine.torch import TorchEngine
-from rollout.search.beam import beam, sample
+from rollout.search.beam import beam
+from rollout.search.draws import sample
 from rollout.search_trees import build_search_trees
 
 TITLES = ["ab", "abc", "abd", "b", "ba ba", "ba bc", "ab", "cab", "c", "cc"]

@@ -2,20 +2,24 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchard import ragged
-from orchard.catalog.view import full_view
+from orchard.catalog.view import full_view, view_of_items
 from orchard.errors import CatalogError
 from orchard.guide import fit
 from orchard.guide.guide import Guide
 from orchard.testing import TinySetup, tiny_setup
 from rollout.candidates import Candidates
+from rollout.engine.protocol import NextCodeLogprobs
 from rollout.engine.torch import TorchEngine
+from rollout.item_filter import ItemFilter
 from rollout.search.beam import beam
 from rollout.search.guided import wider_unless_proved, without_history
 from tests.fixtures.guides import random_guide
@@ -101,20 +105,32 @@ def test_a_prompt_that_no_expert_knows_is_searched_plainly(
 
 @pytest.mark.parametrize("count", [1, 3, 6])
 @pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("filtered", [False, True])
 def test_stopping_early_keeps_the_list_and_spares_tokens(
-    world: TinySetup, engine: TorchEngine, count: int, guided: bool
+    world: TinySetup, engine: TorchEngine, count: int, guided: bool, filtered: bool
 ) -> None:
     guide = random_guide(world.catalog, seed=7) if guided else None
-    whole = beam(engine, world.prompts, width=12, guide=guide, prove=count)
-    early = beam(engine, world.prompts, width=12, guide=guide, prove=count, count=count)
-    for prompt in range(len(world.prompts)):
-        first = whole.leaf[whole.start[prompt] : whole.start[prompt + 1]][:count]
-        mine = early.leaf[early.start[prompt] : early.start[prompt + 1]]
-        assert mine.tolist() == first.tolist()
-    assert whole.proved is not None
-    assert early.proved is not None
-    assert early.proved.tolist() == whole.proved.tolist()
-    assert early.cost.forward_tokens <= whole.cost.forward_tokens
+    allowed = some_leaves(world, seed=count) if filtered else None
+    search = partial(beam, engine, world.prompts, guide=guide, allowed=allowed, prove=count)
+    for width in (12, tuple(range(8, 8 + world.catalog.trie.depth))):
+        whole, early = search(width=width), search(width=width, count=count)
+        for prompt in range(len(world.prompts)):
+            first = whole.leaf[whole.start[prompt] : whole.start[prompt + 1]][:count]
+            mine = early.leaf[early.start[prompt] : early.start[prompt + 1]]
+            assert mine.tolist() == first.tolist()
+        assert whole.proved is not None
+        assert early.proved is not None
+        assert early.proved.tolist() == whole.proved.tolist()
+        assert early.cost.forward_tokens <= whole.cost.forward_tokens
+
+
+def some_leaves(world: TinySetup, *, seed: int) -> ItemFilter:
+    draw, num_prompts = np.random.default_rng(seed), len(world.prompts)
+    excluded = draw.integers(world.catalog.trie.num_leaves, size=(num_prompts, 5))
+    return ItemFilter(
+        view=view_of_items(world.catalog, draw.random(len(world.catalog)) < 0.8),
+        excluded=excluded.reshape(-1), excluded_start=np.arange(num_prompts + 1) * 5,
+    )  # fmt: skip
 
 
 def test_stopping_early_spares_tokens_where_the_policy_is_sure() -> None:
@@ -123,7 +139,40 @@ def test_stopping_early_spares_tokens_where_the_policy_is_sure() -> None:
     whole = beam(engine, world.prompts, width=40)
     early = beam(engine, world.prompts, width=40, count=3)
     assert early.cost.forward_tokens < whole.cost.forward_tokens
-    assert early.cost.passes == whole.cost.passes + 1
+    assert early.cost.passes <= whole.cost.passes + 1
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+def test_a_prefix_that_cannot_win_is_dropped_at_its_own_level(filtered: bool) -> None:
+    world = tiny_setup(level_size=(12, 6, 4), num_items=60, lengths=(3, 2, 5))
+    for parameter in world.model.parameters():
+        parameter.data *= 3  # sure of itself
+    engine = TorchEngine(world.model, world.tokenizer, world.version)
+    allowed = some_leaves(world, seed=2) if filtered else None
+    search = partial(beam, engine, world.prompts, width=60, allowed=allowed)
+    whole, early = search(), search(count=1)
+    forwarded = Watch(engine)
+    beam(forwarded, world.prompts, width=60, count=1, allowed=allowed)
+    level = world.catalog.trie.depth_of(torch.cat(forwarded.nodes))
+    first = (world.catalog.trie.depth_of(torch.arange(world.catalog.trie.num_inner)) == 1).sum()
+    assert int((level == 1).sum()) < len(world.prompts) * int(first)
+    best = whole.leaf[whole.start[:-1]]
+    assert early.leaf.tolist() == best.tolist()
+
+
+class Watch:
+    """Engine that notes the nodes of all frontiers but the root."""
+
+    def __init__(self, engine: TorchEngine) -> None:
+        self.trie, self.tokenizer, self.version = engine.trie, engine.tokenizer, engine.version
+        self.prefill, self._engine = engine.prefill, engine
+        self.nodes: list[torch.Tensor] = []
+
+    def extend(
+        self, state: torch.Tensor, token: torch.Tensor, start: torch.Tensor, node: torch.Tensor
+    ) -> NextCodeLogprobs:
+        self.nodes.append(node)
+        return self._engine.extend(state, token, start, node)
 
 
 def test_candidates_do_not_depend_on_the_batch(world: TinySetup, engine: TorchEngine) -> None:

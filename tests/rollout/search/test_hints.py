@@ -19,7 +19,8 @@ from rollout.actor import RolloutWorker
 from rollout.candidates import Candidates
 from rollout.engine.torch import TorchEngine
 from rollout.item_filter import ItemFilter, make_prefix_mask
-from rollout.search.beam import beam, sample
+from rollout.search.beam import beam
+from rollout.search.draws import sample
 from rollout.search.hints import check_hints, mark_hint, search_below_hint
 from rollout.search.registry import SEARCHES
 from rollout.search.sampling import beam_sample

@@ -13,7 +13,8 @@ from orchard.testing import TinySetup, tiny_policy, tiny_prompts, tiny_setup
 from orchard.types import Prompts
 from rollout.candidates import Candidates
 from rollout.engine.torch import TorchEngine
-from rollout.search.beam import beam, sample
+from rollout.search.beam import beam
+from rollout.search.draws import sample
 from rollout.search.sampling import beam_sample, dynamic
 
 

@@ -189,7 +189,7 @@ def test_of_two_replicas_one_makes_a_version(shop_world: TinySetup, tmp_path: Pa
     one, other = (SharedState(tmp_path, shop_world.catalog.digest) for _ in range(2))
     made = make_catalog_store(shop_world).apply(delta)
     one.append(made, delta)
-    with pytest.raises(ConflictError, match="created catalog version 1 at the same time"):
+    with pytest.raises(ConflictError, match="created version 1 at the same time"):
         other.append(made, delta)
 
 

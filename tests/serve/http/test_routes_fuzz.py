@@ -23,7 +23,10 @@ from serve.schema import RecommendResponse
 from serve.testing import export_policy
 
 FILTERS = {"cheap": {i for i in range(40) if i % 7 < 3}, "stocked": set(range(0, 40, 2))}
-PATHS = ("/v1/recommend", "/v1/recommend:batch", "/v1/catalog/delta", "/v1/policy:activate")
+PATHS = (
+    "/v1/recommend", "/v1/recommend:batch", "/v1/score", "/v1/catalog/delta", "/v1/events",
+    "/v1/policy:activate",
+)  # fmt: skip
 
 
 class Served:

@@ -85,6 +85,7 @@ def test_deltas_and_activations_need_the_token(
         ):
             for path, body in (
                 ("/v1/catalog/delta", {"remove": [1]}),
+                ("/v1/events", {"forget": True}),
                 ("/v1/policy:activate", {"version": "latest"}),
             ):
                 response = await client.post(
@@ -94,7 +95,7 @@ def test_deltas_and_activations_need_the_token(
                 assert response.headers["www-authenticate"] == "Bearer"
         assert service.catalog_store.current.version == 0
         assert isinstance(service.metrics, InMemoryMetrics)
-        assert service.metrics.total("orchard_serve_refused") == 14
+        assert service.metrics.total("orchard_serve_refused") == 21
         monkeypatch.setenv("ORCHARD_SERVE_TOKEN", "")
         closed = await client.post(
             "/v1/catalog/delta", json={"remove": [1]}, headers={"authorization": "Bearer "}

@@ -10,7 +10,7 @@ from orchard.settings import VedConfig
 from orchard.testing import TinySetup
 from rollout.engine.protocol import NextCodeLogprobs
 from rollout.engine.torch import TorchEngine
-from rollout.search.beam import uniforms
+from rollout.search.draws import uniforms
 from rollout.search.ved.search import TRAVERSALS_PER_TOKEN, ved
 from tests.fixtures.values import leaf_values
 
