@@ -280,6 +280,14 @@ SERVING = Board(
                 ("max by (variant) (ray_orchard_serve_policy_refused)", "{{variant}} policy"),
                 ("max(ray_orchard_serve_catalogue_refused)", "delta"),
             ),
+            _graph("Histories continued", "cps", "Requests that continued a kept history.",
+                   _served("ray_orchard_serve_prefix_hits_total", "variant")),
+            _graph(
+                "Kept histories", "bytes", "Size of the kept keys and values.",
+                ("max by (variant) (ray_orchard_serve_prefix_bytes)", "{{variant}}"),
+            ),
+            _graph("Tokens spared", "cps", "Prompt tokens that were not forwarded again.",
+                   _served("ray_orchard_serve_prefix_tokens_total", "variant")),
         ),
         (
             _graph(

@@ -11,7 +11,7 @@ from orchard.feedback.schema import FEEDBACK
 from orchard.testing import TinySetup, tiny_setup
 from orchard.types import Prompts
 from rollout.engine.torch import TorchEngine
-from rollout.search.beam import sample
+from rollout.search.draws import sample
 from serve.testing import export_policy
 
 HISTORY = [3, 17, 5]

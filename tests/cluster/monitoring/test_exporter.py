@@ -140,6 +140,7 @@ def test_every_metric_has_a_source_a_unit_and_a_meaning() -> None:
     units = ("_total", "_seconds", "_versions", "_nats", "_ratio", "_bytes")
     plain = {"_mean", "_best", "_max", "_norm", "_rate", "_step", "_loss", "_surrogate"}
     plain |= {"_diversity", "_version", "_actors", "_hand", "_waiting"}
+    plain |= {"_reward", "_reward_low", "_reward_high", "_drift", "_requests", "_events"}
     assert len({m.name for m in METRICS}) == len(METRICS)
     for metric in METRICS:
         assert metric.help.endswith(".")
