@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 
 import polars as pl
+from transformers.utils import logging as transformers_logging
 
 from cluster import run_lock
 from cluster.loop import rounds, state
@@ -43,6 +44,9 @@ from orchard.simulation.click_models import click_model
 from orchard.simulation.clients import Asking
 from orchard.simulation.synthetic_users import UserParams, users_of_folder
 from orchard.tracking.metrics_log import MetricsLogger
+
+# Bars of single weight files would break up the lines of the rounds.
+transformers_logging.disable_progress_bar()
 
 _log = logging.getLogger("orchard")
 AGAIN = "the same command resumes"

@@ -272,7 +272,7 @@ def test_every_metric_is_scraped_and_a_redeployed_replica_loses_no_request(
     arguments, _ = serving.resolve(
         policy,
         [f"serve.port={port}", "serve.poll_interval_s=0.2", "serve.cache_s=60",
-         f"serve.popularity={counts}"],
+         "serve.prefix_cache_mib=8", f"serve.popularity={counts}"],
     )  # fmt: skip
     serving.start(arguments)
     # Ray shows a counter from its first count on, and nothing illegal is ever answered.
@@ -285,7 +285,8 @@ def test_every_metric_is_scraped_and_a_redeployed_replica_loses_no_request(
 
     async def work() -> None:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60.0) as client:
-            for more in ({}, {}, {"deadline_ms": 1e-6, "k": 3}, {"k": 100_000}):
+            longer = {"history": [1, 2]}  # continues the kept history
+            for more in ({}, {}, longer, {"deadline_ms": 1e-6, "k": 3}, {"k": 100_000}):
                 await client.post("/v1/recommend", json={"history": [1], **more})
             (first,) = replicas()
             wider = arguments.serve.model_copy(update={"width": 60})
@@ -295,6 +296,7 @@ def test_every_metric_is_scraped_and_a_redeployed_replica_loses_no_request(
             assert {tuple(codes) for codes in seen} == {(200,)}
             assert (await client.post("/v1/recommend", json={"history": [1]})).json()["width"] == 60
             assert first not in replicas()
+            await client.post("/v1/recommend", json=longer)
             for _ in range(60):  # Ray's workers report every ten seconds
                 shown = scrape()
                 if wanted.keys() <= shown.keys():
