@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float64
 from torch import nn
 
-from orchard import ragged
 from orchard.catalog.catalog import Catalog
+from orchard.data.histories import history_prompts
 from orchard.errors import ConfigError
 from orchard.policy.store import Policy
 from orchard.types import PolicyVersion, Prompts, SearchTrees
@@ -136,17 +136,8 @@ class LocalPolicy:
 
     def _prompts(self, histories: Sequence[Sequence[int]]) -> Prompts:
         """Histories as the policy reads them, items that the catalog lacks passed over."""
-        rows: list[np.ndarray] = []
-        for history in histories:
-            row, present = self.catalog.lookup(np.array(history, np.int64))
-            rows.append(row[present][-self._max_history :])
-        start = ragged.starts(np.array([len(row) for row in rows], np.int64))
-        item = np.concatenate([np.zeros(0, np.int64), *rows])
-        token, token_start = self._tokenizer.encode_history(item, start)
-        return Prompts(
-            id=np.arange(len(rows)), target=np.zeros(len(rows), np.int64), history=item,
-            history_start=start, token=token, token_start=token_start,
-        )  # fmt: skip
+        prompts, _ = history_prompts(self._tokenizer, histories, max_history=self._max_history)
+        return prompts
 
 
 def load(

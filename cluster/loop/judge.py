@@ -8,11 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
-from orchard import ragged
+from orchard.data.histories import history_prompts
 from orchard.evaluation import off_policy
 from orchard.evaluation.off_policy import OffPolicyEstimate
 from orchard.policy.item_tokenizer import ItemTokenizer
-from orchard.types import Prompts
 from rollout.engine.protocol import DecodingBackend
 from rollout.search.score_items import score_items
 
@@ -55,7 +54,7 @@ def judge(
     root: list[Float32[np.ndarray, "B A"]] = []
     for batch_start in range(0, len(row), _BATCH):
         rows = slice(batch_start, min(batch_start + _BATCH, len(row)))
-        prompts = prompts_of(history[rows], tokenizer, max_history)
+        prompts, _ = history_prompts(tokenizer, history[rows], max_history=max_history)
         leaf = catalog.leaf_of_item[row[rows].clip(min=0)]
         target[rows, : catalog.trie.depth], first = score_items(engine, prompts, leaf)
         root.append(first)
@@ -76,24 +75,3 @@ def judge(
         behaviour=behaviour, target=target, reward=rewards, q=q, v=v
     )
     return off_policy.estimate(decisions), first_logprob
-
-
-def prompts_of(
-    history: Sequence[Sequence[int]], tokenizer: ItemTokenizer, max_history: int | None = None
-) -> Prompts:
-    """Build the prompts of logged histories; items that the catalog lacks are skipped.
-
-    Of each history the last `max_history` items are read, all by default.
-    """
-    rows: list[np.ndarray] = []
-    for item_ids in history:
-        row, in_catalog = tokenizer.catalog.lookup(np.array(item_ids, dtype=np.int64))
-        rows.append(row[in_catalog][-(max_history or len(row) + 1) :])
-    # Catalog rows of all histories, concatenated; history b is flat[start[b] : start[b + 1]].
-    start = ragged.starts(np.array([len(row) for row in rows]))
-    flat = np.concatenate([np.zeros(0, np.int64), *rows])
-    token, token_start = tokenizer.encode_history(flat, start)
-    return Prompts(
-        id=np.arange(len(rows)), target=np.zeros(len(rows), np.int64), history=flat,
-        history_start=start, token=token, token_start=token_start,
-    )  # fmt: skip

@@ -12,7 +12,8 @@ import numpy as np
 import polars as pl
 
 from cluster.loop.gate import Measured
-from cluster.loop.judge import judge, prompts_of
+from cluster.loop.judge import judge
+from orchard.data.histories import history_prompts
 from orchard.evaluation.bootstrap import Estimate, estimates
 from orchard.policy.store import Policy
 from rollout.engine.torch import TorchEngine
@@ -75,7 +76,7 @@ def measure_policy(folder: Path, rows: pl.DataFrame, *, estimator: str = "dr") -
         logprob=draws["logprob"].to_list(), reward=draws["reward"].to_numpy().astype(np.float64),
         max_history=max_history,
     )  # fmt: skip
-    prompts = prompts_of(history[:_MOST_LISTS], tokenizer, max_history)
+    prompts, _ = history_prompts(tokenizer, history[:_MOST_LISTS], max_history=max_history)
     width = min(_LIST_WIDTH, catalog.trie.num_leaves)
     leaf = engine.run(partial(beam, width=width), prompts).leaf
     probability = np.exp(first.astype(np.float64))

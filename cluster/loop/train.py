@@ -10,7 +10,6 @@ served. It learns by `loop.learn`:
 """
 
 import asyncio
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -130,7 +129,6 @@ def add_replay(
     if chosen is None:
         return [own]
     replay = folder / f"{number:05d}-replay"
-    shutil.rmtree(replay, ignore_errors=True)
     with atomic_dir(replay) as partial:
         chosen.write_parquet(partial / ROWS)
     return [own, replay]

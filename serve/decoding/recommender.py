@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float, Float32, Int, Int64
 
 from orchard import ragged
+from orchard.data.histories import history_prompts
 from orchard.guide.guide import Guide
 from orchard.settings import VedConfig
 from orchard.settings.widths import Width, widest
@@ -139,25 +140,12 @@ def read_queries(
 
     The prompt id is the seed of the query, so that its random numbers do not depend on the batch.
     """
-    histories: list[Int64[np.ndarray, " H"]] = []
-    unknown_items: list[int] = []
-    for query in queries:
-        rows, in_catalog = catalog_version.catalog.lookup(query.history)
-        histories.append(rows[in_catalog][-max_history:])
-        unknown_items.append(int((~in_catalog).sum()))
-    # Catalog rows of all histories, history q at start[q] : start[q + 1].
-    history = np.concatenate([np.zeros(0, np.int64), *histories])
-    start = ragged.starts(np.array([len(rows) for rows in histories]))
-    token, token_start = catalog_version.tokenizer.encode_history(history, start)
-    prompts = Prompts(
-        id=np.array([query.seed for query in queries], dtype=np.int64),
-        target=np.zeros(len(queries), dtype=np.int64),
-        history=history,
-        history_start=start,
-        token=token,
-        token_start=token_start,
+    return history_prompts(
+        catalog_version.tokenizer,
+        [query.history for query in queries],
+        max_history=max_history,
+        prompt_id=np.array([query.seed for query in queries], dtype=np.int64),
     )
-    return prompts, unknown_items
 
 
 def excluded_rows(

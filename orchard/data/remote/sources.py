@@ -4,7 +4,7 @@ Names are `FAMILY/CATEGORY`, such as `amazon2018/Industrial_and_Scientific`, or 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
 from orchard.data.importers.read import ImportOptions
@@ -61,55 +61,52 @@ _UCSD = "https://mcauleylab.ucsd.edu/public_datasets/data"
 _SNAP = "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles"
 _GROUPLENS = "https://files.grouplens.org/datasets/movielens"
 _GITHUB = "https://raw.githubusercontent.com"
-_REVIEWS = "for research; no licence is stated, so ask the publisher before other uses"
+_TERMS_OF_REVIEWS = "for research; no licence is stated, so ask the publisher before other uses"
+
+
+def _reviews(
+    reviews: str, meta: str, *, page: str, options: ImportOptions, python_lines: bool = False
+) -> RemoteData:
+    """Return a category of Amazon from the addresses of its reviews and of its metadata."""
+    files = tuple(RemoteFile(url=url, path=PurePosixPath(url).name) for url in (reviews, meta))
+    return RemoteData(
+        files=(files[0], replace(files[1], python_lines=python_lines)),
+        source=files[0].path,
+        items=files[1].path,
+        options=options,
+        page=page,
+        terms=_TERMS_OF_REVIEWS,
+    )
 
 
 def _amazon_2014(category: str) -> RemoteData:
     """Return a 5-core category of 2014 with the last two items of each user held out."""
-    reviews, meta = f"reviews_{category}_5.json.gz", f"meta_{category}.json.gz"
-    return RemoteData(
-        files=(
-            RemoteFile(url=f"{_SNAP}/{reviews}", path=reviews),
-            RemoteFile(url=f"{_SNAP}/{meta}", path=meta, python_lines=True),
-        ),
-        source=reviews,
-        items=meta,
-        options=ImportOptions(core=5, split="leave_one_out", title_words=0),
+    return _reviews(
+        f"{_SNAP}/reviews_{category}_5.json.gz",
+        f"{_SNAP}/meta_{category}.json.gz",
         page="https://cseweb.ucsd.edu/~jmcauley/datasets/amazon/links.html",
-        terms=_REVIEWS,
+        options=ImportOptions(core=5, split="leave_one_out", title_words=0),
+        python_lines=True,
     )
 
 
 def _amazon_2018(category: str) -> RemoteData:
     """Return a 5-core category of 2018, split by time."""
-    reviews, meta = f"{category}_5.json.gz", f"meta_{category}.json.gz"
-    return RemoteData(
-        files=(
-            RemoteFile(url=f"{_UCSD}/amazon_v2/categoryFilesSmall/{reviews}", path=reviews),
-            RemoteFile(url=f"{_UCSD}/amazon_v2/metaFiles2/{meta}", path=meta),
-        ),
-        source=reviews,
-        items=meta,
-        options=ImportOptions(),
+    return _reviews(
+        f"{_UCSD}/amazon_v2/categoryFilesSmall/{category}_5.json.gz",
+        f"{_UCSD}/amazon_v2/metaFiles2/meta_{category}.json.gz",
         page="https://nijianmo.github.io/amazon/",
-        terms=_REVIEWS,
+        options=ImportOptions(),
     )
 
 
 def _amazon_2023(category: str) -> RemoteData:
     """Return a category of 2023 with all its reviews, filtered to 5-core and split by time."""
-    reviews, meta = f"{category}.jsonl.gz", f"meta_{category}.jsonl.gz"
-    raw = f"{_UCSD}/amazon_2023/raw"
-    return RemoteData(
-        files=(
-            RemoteFile(url=f"{raw}/review_categories/{reviews}", path=reviews),
-            RemoteFile(url=f"{raw}/meta_categories/{meta}", path=meta),
-        ),
-        source=reviews,
-        items=meta,
-        options=ImportOptions(),
+    return _reviews(
+        f"{_UCSD}/amazon_2023/raw/review_categories/{category}.jsonl.gz",
+        f"{_UCSD}/amazon_2023/raw/meta_categories/meta_{category}.jsonl.gz",
         page="https://amazon-reviews-2023.github.io/",
-        terms=_REVIEWS,
+        options=ImportOptions(),
     )
 
 

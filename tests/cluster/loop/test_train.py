@@ -1,4 +1,4 @@
-"""What a round learns from: its settings, its clicks, and the older requests beside its own."""
+"""Settings and rows that a round learns from: clicks, and older requests beside its own."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Where the data of a run lie."""
+"""The folder of a run's data."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What was shown is scored as the policy would have drawn it."""
+"""Shown items are scored as the policy would have drawn them."""
 
 import numpy as np
 

@@ -18,7 +18,7 @@ RELEASED = json.loads((Path(__file__).parents[2] / "golden" / "openapi.json").re
 
 
 def breaks(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What a client of the document `then` would miss or be refused for by an endpoint of `now`."""
+    """Return what clients of `then` miss, or are refused for, at an endpoint of `now`."""
     found: list[str] = []
     for path, operations in then["paths"].items():
         for method, operation in operations.items():

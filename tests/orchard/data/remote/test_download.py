@@ -17,7 +17,7 @@ CONTENT = bytes(range(256)) * 40
 
 @dataclass
 class Published:
-    """What the server offers and how it behaves."""
+    """File that the server offers, and its behavior."""
 
     content: bytes = CONTENT
     tag: str | None = '"1"'
