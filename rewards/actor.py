@@ -1,9 +1,6 @@
-"""Ray actor that loads the inputs of the rewards once and scores search trees."""
+"""Worker of a reward actor, which loads the inputs of the rewards once and scores search trees."""
 
 from collections.abc import Sequence
-from typing import Any
-
-import ray
 
 from orchard.registry import import_plugins
 from orchard.types import ScoredTrees, SearchTrees
@@ -28,6 +25,3 @@ class RewardWorker:
     def score(self, trees: SearchTrees) -> ScoredTrees:
         """Score the candidates of trees, their steps and, with a value head, their nodes."""
         return score_all(trees, self._ctx, self._weights)
-
-
-RewardActor: Any = ray.remote(RewardWorker)

@@ -1,4 +1,4 @@
-"""Ray actor for rollouts: an inference engine with its policy, searched for batches of prompts."""
+"""Worker of a rollout actor: an inference engine with its policy, which searches batches."""
 
 import logging
 from collections.abc import Sequence
@@ -249,10 +249,9 @@ class RolloutWorker:
 
 def _fetch(ref: Any) -> WeightTransfer:
     """Return a stored transfer; raise WeightsLostError if its owner has ended."""
+    if isinstance(ref, WeightTransfer):  # of this process
+        return ref
     try:
         return ray.get(ref)
     except ObjectLostError as error:
         raise WeightsLostError(LOST) from error
-
-
-RolloutActor: Any = ray.remote(RolloutWorker)

@@ -15,10 +15,21 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from orchard.errors import WeightMismatchError
+from orchard.settings import Config
 from orchard.types import Prompts
 from rollout.candidates import Candidates
 from rollout.engine.protocol import DecodingBackend, SearchRunner
 from rollout.search.add_target import score_leaf
+
+EXACT, ROUNDED = 1e-3, 0.5
+"""Tolerance in nats between search and learner in float32 and in bfloat16; docs/operations.md."""
+
+
+def probe_tolerance(config: Config) -> float:
+    """Return the tolerance in nats between log-probabilities of the search and of the learner."""
+    formats = {config.rollout.dtype, config.learner.dtype, config.cluster.publish_format}
+    exact = "bfloat16" not in formats
+    return config.cluster.probe_tolerance or (EXACT if exact else ROUNDED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -36,7 +36,7 @@ INNER = {
         "scorers": {"catalog", "data", "evaluation", "guide", "settings"},
     },
     "rollout": {"engine": set[str](), "search": {"engine"}},
-    "learner": {"advantage": set[str](), "batch": {"advantage"}},
+    "learner": {"advantage": set[str](), "batch": {"advantage"}, "workers": {"advantage", "batch"}},
     "serve": {
         "catalog": set[str](),
         "policies": set[str](),
@@ -56,7 +56,6 @@ INNER = {
 MOST_MODULES = 16
 RAY_SHELLS = {
     "rollout": {"actor.py"},
-    "rewards": {"actor.py"},
     "learner": {"ray_trainer.py", "trainer_handle.py"},
     "serve": {"app.py"},
 }
@@ -95,7 +94,7 @@ def test_arrows_point_downwards_only(room: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("room", ["orchard", *RAY_SHELLS])
+@pytest.mark.parametrize("room", ["orchard", "rewards", *RAY_SHELLS])
 def test_only_the_shells_speak_ray(room: str) -> None:
     for path in modules(room):
         if path.name not in RAY_SHELLS.get(room, set()):

@@ -31,9 +31,9 @@ import torch
 
 from benchmarks.shared.measure import Report, Row, figure, report
 from cluster.actors.memory import MemoryMonitor, resident_bytes
-from learner.job_queue import Job, Result
 from learner.publisher import ObjectStore, Publisher
-from learner.trainer_handle import JobQueueActor
+from learner.workers.job_queue import Job, Result
+from learner.workers.trainer_handle import JobQueueActor
 from orchard.catalog import catalog as catalogs
 from orchard.policy import lora, model, weights
 from orchard.policy.item_tokenizer import ItemTokenizer, compact_tokenizer, make_item_tokenizer

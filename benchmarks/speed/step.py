@@ -37,7 +37,6 @@ from benchmarks.shared.flat_loop import FlatLoop, advantages, rewards
 from benchmarks.shared.hugging_face import allowed_tokens, beams
 from benchmarks.shared.measure import Figure, Report, Row, figure, interleaved, report
 from benchmarks.speed.learner import VERSION, Setting, default_setting, random_prompts
-from cluster.training.controller import EXACT
 from cluster.training.loop import PhaseTimer
 from learner.advantage.estimators import compute_advantages
 from learner.batch.pack import pack
@@ -53,7 +52,7 @@ from orchard.types import PolicyVersion, Prompts, SearchTrees
 from rewards.score import score_trees
 from rollout.actor import RolloutWorker
 from rollout.engine.torch import TorchEngine
-from rollout.probe import LogprobProbe
+from rollout.probe import EXACT, LogprobProbe
 from rollout.search.beam import beam
 from rollout.search_trees import build_search_trees
 

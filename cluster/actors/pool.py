@@ -57,6 +57,7 @@ class Pool:
         max_restarts: int,
         start_timeout_s: float,
         section: str = "",
+        kill: Callable[[Any], object] = ray.kill,
     ) -> None:
         """Start `size` actors by `make(index)`.
 
@@ -70,6 +71,7 @@ class Pool:
             max_restarts: replacements over the lifetime of the pool.
             start_timeout_s: longest wait for a new actor.
             section: settings section with these bounds, for messages; `name` by default.
+            kill: function that ends an actor.
         """
         self.name, self._section = name, section or name
         self.restarts = 0
@@ -82,7 +84,7 @@ class Pool:
         """Number of failed calls, by method and reason (died, deadline, raised or unfit)."""
         self.on_start: Callable[[Any], Awaitable[object]] | None = None
         """Hook that initializes a replacement before it receives calls."""
-        self._make = make
+        self._make, self._kill = make, kill
         self._queue, self._timeout_s, self._retries = queue, timeout_s, retries
         self._max_restarts, self._start_timeout_s = max_restarts, start_timeout_s
         self._slots = [ActorSlot(make(index), index) for index in range(size)]
@@ -133,7 +135,7 @@ class Pool:
     def close(self) -> None:
         """Stop the actors that this pool started."""
         for slot in self._slots:
-            ray.kill(slot.actor)
+            self._kill(slot.actor)
 
     @property
     def actors(self) -> list[Any]:
@@ -236,7 +238,7 @@ class Pool:
                     f"that is expected on this cluster; {SEE}"
                 ) from error
             self.restarts += 1
-            ray.kill(slot.actor)
+            self._kill(slot.actor)
             actor = self._make(slot.index)
             await self._wait_started(actor, slot.index)
             if self.on_start is not None:

@@ -37,12 +37,12 @@ class PublishedWeights:
         return version, self.stored, self.probe
 
 
-def store(weights: Weights | StoredTransfer) -> StoredTransfer:
-    """Put weights into the object store in float32, unless they are there."""
+def store(weights: Weights | StoredTransfer, put: Callable[[Any], Any]) -> StoredTransfer:
+    """Put weights where their holders get them, in float32, unless they are there."""
     if isinstance(weights, StoredTransfer):
         return weights
     packed = transfer.pack(dict(weights))
-    return StoredTransfer(digest=transfer.digest(packed), ref=ray.put(packed))
+    return StoredTransfer(digest=transfer.digest(packed), ref=put(packed))
 
 
 async def fetch(weights: Weights | StoredTransfer) -> Weights:

@@ -84,7 +84,7 @@ def check_engines(settings: Config, phase: Phase) -> None:
 
     Without this check the error would appear only when the first actor starts.
     """
-    if address_of(settings.cluster) is not None:
+    if address_of(settings.cluster) is not None and not settings.cluster.in_process:
         return
     engines = {settings.evaluate.engine}
     if phase == "train":

@@ -4,14 +4,14 @@ import asyncio
 import signal
 import time
 from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from functools import partial
 from typing import Any
 
 import numpy as np
-import ray
 from jaxtyping import Float32, Int64
 
+from cluster.actors.backend import backend_of
 from cluster.actors.pool import Pool
 from cluster.actors.session import cpus_needed, ray_session
 from cluster.actors.weights import PublishedWeights, load, load_all, repeated, store
@@ -22,33 +22,22 @@ from cluster.training.measure import measure
 from cluster.training.rollout_stream import groups_of_step
 from cluster.training.run import Run
 from cluster.training.run_dir import open_run_dir
-from learner.trainer_handle import TrainerHandle
+from learner.workers.protocol import Learner
 from orchard.data.prompts import Split, make_prompts
 from orchard.errors import RunInterrupted
 from orchard.evaluation.ranking import Evaluation
 from orchard.guide.guide import Guide
 from orchard.policy.weights import Weights
-from orchard.settings import Config
 from orchard.settings.widths import Width
 from orchard.tracking.metrics_log import MetricsLogger
 from orchard.types import PolicyVersion, Prompts, ScoredTrees, SearchTrees, StoredTransfer
-from rewards.actor import RewardActor
-from rollout.actor import RolloutActor
+from rewards.actor import RewardWorker
+from rollout.actor import RolloutWorker
 from rollout.candidates import Candidates
-from rollout.probe import LogprobProbe
-
-EXACT, ROUNDED = 1e-3, 0.5
-"""Tolerance in nats between search and learner in float32 and in bfloat16; docs/operations.md."""
+from rollout.probe import LogprobProbe, probe_tolerance
 
 AGAIN = "the same command resumes"
 """Hint of the messages of an interrupted run."""
-
-
-def probe_tolerance(config: Config) -> float:
-    """Return the tolerance in nats between log-probabilities of the search and of the learner."""
-    formats = {config.rollout.dtype, config.learner.dtype, config.cluster.publish_format}
-    exact = "bfloat16" not in formats
-    return config.cluster.probe_tolerance or (EXACT if exact else ROUNDED)
 
 
 class Controller:
@@ -61,7 +50,8 @@ class Controller:
         """Event that stops the run after the current step."""
         exporter.set("orchard_policy_lag_bound_versions", run.config.cluster.max_off_policy_steps)
         exporter.set("orchard_logprob_gap_bound_nats", probe_tolerance(run.config))
-        self._tokenizer = ray.put(run.tokenizer)
+        self._backend = backend_of(run.config.cluster)
+        self._tokenizer = self._backend.put(run.tokenizer)
         self._newest = PublishedWeights(policy=PolicyVersion(step=-1, digest=""))
         self._published: dict[Pool, PublishedWeights] = {}
         """Last version sent to each pool, for actors that start later."""
@@ -72,7 +62,7 @@ class Controller:
     def _begin(self) -> None:
         """Start the learner and the actors of the current phase."""
         run, config = self.run, self.run.config
-        self.learner = TrainerHandle(
+        self.learner: Learner = self._backend.learner(
             learner_spec(run), storage=run.dir / "checkpoints", written=self._checkpoint_written
         )
         self.rollout: Pool | None = None
@@ -119,7 +109,9 @@ class Controller:
         reproduce them. An actor that does not is replaced before it runs any search.
         """
         probe = None if probed is None else self._probe(probed)
-        self._newest = PublishedWeights(policy=policy, stored=store(weights), probe=probe)
+        self._newest = PublishedWeights(
+            policy=policy, stored=store(weights, self._backend.put), probe=probe
+        )
         self.exporter.set("orchard_policy_version", policy.step, "learner")
         if self.rollout is not None:
             await self._install(self.rollout, self._newest)
@@ -198,7 +190,7 @@ class Controller:
         if loaded is None or wanted != (loaded.policy.step, loaded.policy.digest):
             newest = self._newest
             if wanted != (newest.policy.step, newest.policy.digest):
-                newest = PublishedWeights(policy=policy, stored=store(weights))
+                newest = PublishedWeights(policy=policy, stored=store(weights, self._backend.put))
             await self._install(ranking, newest)
         size = config.evaluate.batch_size
         batches = [
@@ -206,7 +198,7 @@ class Controller:
             for start in range(0, len(rows), size)
         ]
 
-        guide_ref = None if guide is None else ray.put(guide)
+        guide_ref = None if guide is None else self._backend.put(guide)
 
         async def rank(prompts: Prompts) -> Candidates:
             candidates: Candidates = await ranking.call(
@@ -281,12 +273,13 @@ class Controller:
         """Start a pool of rollout actors with an engine."""
         run, rollout = self.run, self.run.config.rollout
         settings = rollout.model_copy(update={"engine": engine})
-        critic, guide = ray.put(run.critic), ray.put(run.guide)
+        backend, plugins = self._backend, run.config.plugins
+        critic, guide = backend.put(run.critic), backend.put(run.guide)
 
         def make(index: int) -> Any:
-            return RolloutActor.options(num_cpus=1, num_gpus=rollout.gpus).remote(
-                settings, run.policy.resolve(), self._tokenizer,
-                run.config.seed + index, critic, guide, run.config.plugins,
+            return backend.start(
+                RolloutWorker, settings, run.policy.resolve(), self._tokenizer,
+                run.config.seed + index, critic, guide, plugins, gpus=rollout.gpus,
             )  # fmt: skip
 
         pool = Pool(
@@ -299,6 +292,7 @@ class Controller:
             max_restarts=rollout.max_restarts,
             start_timeout_s=rollout.start_timeout_s,
             section="rollout",
+            kill=backend.kill,
         )
 
         async def catch_up(actor: Any) -> None:
@@ -312,27 +306,28 @@ class Controller:
 
     def _reward_pool(self) -> Pool:
         """Start the pool of reward actors."""
-        rewards, context = self.run.config.rewards, ray.put(self.run.reward_context)
-        plugins = self.run.config.plugins
+        backend, rewards = self._backend, self.run.config.rewards
+        context, plugins = backend.put(self.run.reward_context), self.run.config.plugins
         return Pool(
             "rewards",
-            lambda _: RewardActor.options(num_cpus=1).remote(context, plugins),
+            lambda _: backend.start(RewardWorker, context, plugins),
             size=rewards.actors,
             queue=rewards.queue,
             timeout_s=rewards.timeout_s,
             retries=rewards.retries,
             max_restarts=rewards.max_restarts,
             start_timeout_s=self.run.config.rollout.start_timeout_s,
+            kill=backend.kill,
         )
 
 
 @asynccontextmanager
 async def start_controller(run: Run) -> AsyncGenerator[Controller]:
     """Start a controller with the actors of its first phase, and stop everything on exit."""
-    with (
-        open_loggers(run) as (metrics_logger, exporter),
-        ray_session(run.config.cluster, cpus=cpus_needed(run.config), logs=run.dir / "logs"),
-    ):
+    with open_loggers(run) as (metrics_logger, exporter), ExitStack() as stack:
+        if not run.config.cluster.in_process:
+            cpus = cpus_needed(run.config)
+            stack.enter_context(ray_session(run.config.cluster, cpus=cpus, logs=run.dir / "logs"))
         exporter.listen(run.config.cluster, run.dir)
         controller = Controller(run, metrics_logger, exporter)
         # After ray.init, which replaces earlier signal handlers.

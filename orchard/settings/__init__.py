@@ -144,6 +144,16 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _one_worker_in_process(self) -> "Config":
+        if self.cluster.in_process and self.learner.workers > 1:
+            raise refusal(
+                "workers_in_process",
+                f"learner.workers = {self.learner.workers} needs processes of Ray; set "
+                "cluster.in_process = false, or learner.workers = 1",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _adapters_to_publish(self) -> "Config":
         if self.cluster.publish_format == "adapter" and not self.model.lora.rank:
             raise refusal(

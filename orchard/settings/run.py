@@ -61,6 +61,9 @@ class ClusterConfig(Section):
     section: ClassVar[str] = "cluster"
     renamed: ClassVar[Mapping[str, str]] = {"max_lag": "max_off_policy_steps"}
 
+    in_process: bool = False
+    """Whether actors and learner all run in the driver's process, one after the other and without
+    Ray: for debuggers, and for policies so small that processes cost more than they give."""
     address: str | None = None
     """Address of the Ray cluster to join; by default RAY_ADDRESS, or a new local cluster."""
     cpus: PositiveInt | None = None

@@ -66,8 +66,6 @@ def runs() -> None:
             golden.do(command, file)
             if (name, command) == ("beam", "sft"):
                 copy(Path("runs"), Path("twin/runs"))
-            if command == "sft" and golden.FIRST[name] == ("train",):
-                copy(Path("runs", name, "warm_start"), golden.HERE / name / "warm_start")
         write(f"{name}/metrics.jsonl", golden.metrics(Path("runs", name)))
         if name in golden.POLICIES:
             golden.do("export", file, f"policies/{name}")

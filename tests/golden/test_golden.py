@@ -84,7 +84,7 @@ ADDED_SETTINGS = {
     "rewards.steps", "rewards.utility.clusters", "rewards.utility.groups",
     "rewards.utility.prior", "rewards.utility.backoff", "rewards.utility.floor",
     "rewards.utility.source", "learner.weight_clip", "learner.lists",
-    "rollout.width", "serve.prefix_cache_mib",
+    "rollout.width", "serve.prefix_cache_mib", "cluster.in_process",
 }  # fmt: skip
 """Settings that came after the recording."""
 ADDED_SECTIONS = {"guide", "loop"}
@@ -141,8 +141,7 @@ NOW_OPTIONAL: dict[str, Any] = {"decoder": "beam", "exclude_seen": False}
 
 COMMANDS = {"beam": ("sft", "train"), "ved": ("train",), "think": ("sft", "train")}
 """Tiny runs, and what is done to each."""
-FIRST = {"beam": ("sft",), "ved": ("train",), "think": ("train",)}
-"""Part that every test run does; `train` begins with the recorded warm start, if there is one."""
+RAY = (pytest.mark.ray, pytest.mark.nightly)
 PHASES = {
     "sft": {"sft", "evaluation warm_start"},
     "train": {"train", "evaluation warm_start", "evaluation trained"},
@@ -478,41 +477,44 @@ def test_a_saved_policy_recommends_what_it_did(name: str, here: Path) -> None:
     hold(without(now, set[str]().union(*ADDED_FIELDS.values())), read(f"policies/{name}.json"))
 
 
-def measures_what_it_did(name: str, commands: Sequence[str]) -> None:
+def measures_what_it_did(name: str, *, in_process: bool) -> None:
     """Run commands here; all that they measure is what it was."""
-    for command in commands:
-        do(command, HERE / name / "run.toml")
-    phases = set[str]().union(*(PHASES[command] for command in commands))
+    for command in COMMANDS[name]:
+        do(command, HERE / name / "run.toml", f"cluster.in_process={str(in_process).lower()}")
+    phases = set[str]().union(*(PHASES[command] for command in COMMANDS[name]))
     then = [line for line in read(f"{name}/metrics.jsonl") if line["phase"] in phases]
     hold(metrics(Path("runs", name)), renamed(then, RENAMED_METRICS))
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_tiny_run_in_one_process_measures_what_it_did(name: str) -> None:
+    measures_what_it_did(name, in_process=True)
+
+
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("name", FIRST)
-def test_a_tiny_run_measures_what_it_did(name: str, here: Path) -> None:
-    recorded = HERE / name / "warm_start"
-    if recorded.is_dir():
-        shutil.copytree(recorded, here / "runs" / name / "warm_start")
-    measures_what_it_did(name, FIRST[name])
-
-
-@pytest.mark.nightly
-@pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster", "here")
-@pytest.mark.parametrize("name", [name for name in COMMANDS if COMMANDS[name] != FIRST[name]])
-def test_a_whole_tiny_run_measures_what_it_did(name: str) -> None:
-    measures_what_it_did(name, COMMANDS[name])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("beam", marks=pytest.mark.nightly), "ved",
+     pytest.param("think", marks=pytest.mark.nightly)],
+)  # fmt: skip
+def test_a_tiny_run_through_ray_measures_what_it_did(name: str) -> None:
+    measures_what_it_did(name, in_process=False)
 
 
-@pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.usefixtures("ray_cluster")
-def test_an_interrupted_run_ends_as_the_undisturbed_one_did(here: Path) -> None:
+@pytest.mark.parametrize("ray", [False, pytest.param(True, marks=RAY)])
+def test_an_interrupted_run_ends_as_the_undisturbed_one_did(
+    ray: bool, here: Path, request: pytest.FixtureRequest
+) -> None:
+    if ray:
+        request.getfixturevalue("ray_cluster")
     run = here / "runs" / "beam"
     shutil.copytree(HERE / "interrupted", run)
-    do("train", run / "config.toml")
+    do("train", run / "config.toml", f"cluster.in_process={str(not ray).lower()}")
     hold(metrics(run), renamed(read("beam/metrics.jsonl"), RENAMED_METRICS))
 
 

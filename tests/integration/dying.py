@@ -14,10 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import ray
-
 import cluster.training.controller
-import learner.trainer_handle
+import learner.workers.trainer_handle
 from cluster.cli import app as cli
 from learner.trainer import Trainer
 from orchard.types import PolicyVersion, Prompts, ScoredTrees, SearchTrees
@@ -55,7 +53,7 @@ class DyingJudge(RewardWorker):
 
 def dying_work(task: dict[str, Any]) -> None:
     from learner import checkpoint
-    from learner.ray_trainer import worker_loop
+    from learner.workers.ray_trainer import worker_loop
 
     update: Callable[..., Any] = Trainer._update  # pyright: ignore[reportPrivateUsage]
     write = checkpoint.write
@@ -85,8 +83,8 @@ class DyingHouse(cluster.training.controller.Controller):
 
 
 if __name__ == "__main__":
-    cluster.training.controller.RolloutActor = ray.remote(DyingSearcher)
-    cluster.training.controller.RewardActor = ray.remote(DyingJudge)
+    cluster.training.controller.RolloutWorker = DyingSearcher
+    cluster.training.controller.RewardWorker = DyingJudge
     cluster.training.controller.Controller = DyingHouse
-    learner.trainer_handle.worker_loop = dying_work
+    learner.workers.trainer_handle.worker_loop = dying_work
     cli.main(sys.argv[3:])

@@ -1,4 +1,4 @@
-"""Evaluations by real Ray actors: every row once, also where an actor is lost."""
+"""Evaluations by real Ray actors where an actor is lost."""
 
 from collections.abc import Callable
 
@@ -7,9 +7,7 @@ import pytest
 import ray
 
 from cluster.training.controller import Controller
-from cluster.training.evaluate import evaluate, evaluation_file
 from cluster.training.run import prepare
-from orchard.evaluation.ranking import Evaluation, difference, read
 from orchard.policy import model
 from orchard.policy.weights import digest, snapshot
 from orchard.settings import Config
@@ -17,27 +15,6 @@ from orchard.types import PolicyVersion
 from tests.fixtures.begun import in_a_controller, untrained
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
-
-
-def test_an_evaluation_covers_every_row_and_pairs_with_another(
-    settings: Callable[..., Config],
-) -> None:
-    untrained(settings())
-    run = prepare(settings(), "evaluate")
-
-    async def both(controller: Controller) -> tuple[Evaluation, Evaluation]:
-        first = await evaluate(controller, run.policy, split="test", beams=10, name="first")
-        (run.policy / "policy.json").unlink()  # as in a folder that others have made
-        wider = await evaluate(controller, run.policy, split="test", beams=12, name="second")
-        return first["first"], wider["second"]
-
-    found, again = in_a_controller(both, run)
-    assert found.num_rows == len(run.test)
-    assert "hr@20/sid" not in found.metrics
-    # The same policy under a wider beam: what was found stays found, at the same rank.
-    change = difference(again, found)["hr@1/sid"]
-    assert (change.mean, change.low, change.high) == (0, 0, 0)
-    assert read(evaluation_file(run, "first")).metrics == found.metrics
 
 
 def test_an_actor_lost_during_an_evaluation_is_replaced_by_one_of_the_same_policy(

@@ -1,4 +1,4 @@
-"""A run with a guide through Ray: warm start, guided training, plain and guided evaluation."""
+"""A run with a guide: warm start, guided training, plain and guided evaluation."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -18,12 +18,13 @@ from orchard.tracking.metrics_log import read_metrics
 from tests.fixtures.begun import in_a_controller
 from tests.fixtures.runs import TinyRun
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+pytestmark = pytest.mark.slow
 
 
 def test_a_guide_guides_training_and_evaluation(data: Path, tiny_run: TinyRun) -> None:
     path = tiny_run(
         data={"path": str(data)},
+        cluster={"in_process": True},
         sft={"epochs": 2, "lr": 5e-3, "valid_rows": 20, "valid_beams": 10},
         rollout={
             "engine": "torch", "group_size": 6, "batch_size": 4, "threads": 1, "guide": "expert",

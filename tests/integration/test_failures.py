@@ -42,8 +42,8 @@ class Liar:
         await asyncio.sleep(3600)
 
 
-def numb(mark: Path) -> Any:
-    """Rollout actor of which the first one verifies new weights but keeps the old ones."""
+def numb(mark: Path) -> type[RolloutWorker]:
+    """Rollout worker of which the first one verifies new weights but keeps the old ones."""
 
     class Numb(RolloutWorker):
         def load_weights(self, *arguments: Any) -> PolicyVersion:
@@ -54,7 +54,7 @@ def numb(mark: Path) -> Any:
                 engine.restore = lambda *_: None
             return super().load_weights(*arguments)
 
-    return ray.remote(Numb)
+    return Numb
 
 
 @pytest.fixture
@@ -98,6 +98,14 @@ def second_node(ray_cluster: None) -> Iterator[psutil.Process]:
         with suppress(psutil.Error):
             process.kill()
     start.wait(30)
+
+
+def test_a_run_in_one_process_equals_its_twin_on_ray(
+    run_file: Path, twin: tuple[PolicyVersion, dict[str, list[float]]]
+) -> None:
+    run = begin(run_file, "name=here", "cluster.in_process=true")
+    last = in_a_controller(train, run)
+    assert (last.digest, counted(run)) == (twin[0].digest, twin[1])
 
 
 @pytest.mark.nightly
@@ -161,7 +169,7 @@ def test_a_holder_that_kept_its_old_weights_is_replaced_before_it_searches(
     tmp_path: Path,
 ) -> None:
     run = begin(run_file, "name=numb")
-    monkeypatch.setattr("cluster.training.controller.RolloutActor", numb(tmp_path / "mark"))
+    monkeypatch.setattr("cluster.training.controller.RolloutWorker", numb(tmp_path / "mark"))
 
     async def scenario(controller: Controller) -> PolicyVersion:
         last = await train(controller)

@@ -1,4 +1,4 @@
-"""A run that learns from feedback through Ray: an endpoint's log, joined, and training on it."""
+"""A run that learns from feedback: an endpoint's log, joined, and training on it."""
 
 from pathlib import Path
 
@@ -13,12 +13,13 @@ from tests.fixtures.begun import in_a_controller, untrained
 from tests.fixtures.feedback import write_feedback_of
 from tests.fixtures.runs import TinyRun
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+pytestmark = pytest.mark.slow
 
 
 def test_a_run_learns_from_what_was_shown(data: Path, tiny_run: TinyRun, tmp_path: Path) -> None:
     path = tiny_run(
         data={"path": str(data)},
+        cluster={"in_process": True},
         rollout={"engine": "torch", "group_size": 6, "batch_size": 4, "threads": 1},
         rewards={"weights": {"utility": 1.0, "rule": 0.0}, "steps": "utility"},
         learner={

@@ -72,6 +72,12 @@ def test_items_are_written_in_one_notation(run_file: Path) -> None:
     assert refused.value.code == "config.two_notations"
 
 
+def test_two_workers_need_processes(run_file: Path) -> None:
+    with pytest.raises(ConfigError) as refused:
+        config.load(run_file, ["learner.workers=2", "cluster.in_process=true"])
+    assert refused.value.code == "config.workers_in_process"
+
+
 def test_dropout_and_lag_exclude_each_other(run_file: Path) -> None:
     with pytest.raises(ConfigError) as refused:
         config.load(run_file, ["learner.dropout=0.1", "cluster.max_off_policy_steps=1"])

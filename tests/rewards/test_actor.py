@@ -1,5 +1,7 @@
 """The reward actor answers as the function that it wraps."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import ray
@@ -9,7 +11,7 @@ from orchard.errors import ConfigError
 from orchard.settings import RewardsConfig
 from orchard.testing import tiny_catalog, tiny_policy, tiny_prompts
 from orchard.types import PolicyVersion, ScoredTrees
-from rewards.actor import RewardActor
+from rewards.actor import RewardWorker
 from rewards.registry import RewardContext
 from rewards.score import score_trees
 from rollout.engine.torch import TorchEngine
@@ -28,7 +30,8 @@ def test_the_actor_scores_as_the_function_does() -> None:
     trees = build_search_trees(prompts, found, vocabulary, version)
     weights = {"rule": 1.0, "ranking": 1.0}
     known = RewardContext(catalog=catalog, settings=RewardsConfig(weights=weights))
-    actor = RewardActor.remote(known)
+    remote: Any = ray.remote(RewardWorker)
+    actor = remote.remote(known)
     scored: ScoredTrees = ray.get([actor.score.remote(trees)])[0]
     expected = score_trees(trees, catalog, weights)
     np.testing.assert_array_equal(scored.reward, expected.reward)
@@ -38,7 +41,8 @@ def test_the_actor_scores_as_the_function_does() -> None:
 @pytest.mark.usefixtures("ray_cluster")
 def test_an_actor_with_an_unknown_reward_does_not_start() -> None:
     unknown = RewardsConfig(weights={"rul": 1.0})
-    actor = RewardActor.remote(RewardContext(catalog=tiny_catalog(), settings=unknown))
+    remote: Any = ray.remote(RewardWorker)
+    actor = remote.remote(RewardContext(catalog=tiny_catalog(), settings=unknown))
     with pytest.raises(ActorDiedError, match="did you mean rule") as info:
         ray.get(actor.__ray_ready__.remote())
     assert ConfigError.__name__ in str(info.value)

@@ -16,7 +16,7 @@ from orchard.policy.transfer import digest, pack
 from orchard.settings import RolloutConfig
 from orchard.testing import TinySetup, tiny_setup
 from orchard.types import PolicyVersion, StoredTransfer
-from rollout.actor import RolloutActor, RolloutWorker
+from rollout.actor import RolloutWorker
 from rollout.candidates import Candidates
 from rollout.engine.torch import TorchEngine
 from rollout.probe import LogprobProbe
@@ -61,7 +61,8 @@ def actor(
     engine = "torch" if request.param == "torch" else "vllm"
     decode = "worker" if request.param == "torch" else request.param
     config = CONFIG.model_copy(update={"engine": engine, "decode": decode})
-    handle = RolloutActor.options(num_cpus=1).remote(config, folder, wide.tokenizer, 0)
+    remote: Any = ray.remote(RolloutWorker)
+    handle = remote.options(num_cpus=1).remote(config, folder, wide.tokenizer, 0)
     yield handle
     ray.kill(handle)
 

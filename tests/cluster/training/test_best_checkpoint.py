@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from cluster.actors.backend import IN_PROCESS
 from cluster.actors.pool import Pool
 from cluster.actors.weights import PublishedWeights
 from cluster.training.best_checkpoint import SCORE, BestCheckpoint
@@ -72,6 +73,7 @@ def controller(run: Run) -> Controller:
     pool: Any = Here(TorchEngine(policy, run.tokenizer, version))
     made = Controller.__new__(Controller)
     made.run = run.with_phase("evaluate", run.result)
+    made._backend = IN_PROCESS  # pyright: ignore[reportPrivateUsage]
     made.stopping = asyncio.Event()
     made.ranking = pool
     held: dict[Pool, PublishedWeights] = {pool: PublishedWeights(policy=version)}
@@ -174,12 +176,11 @@ def test_an_evaluation_is_done_again_where_the_test_file_or_the_policy_has_chang
 
 @pytest.mark.slow
 def test_an_evaluation_is_done_again_where_its_further_lists_are_missing_or_old(
-    controller: Controller, monkeypatch: pytest.MonkeyPatch
+    controller: Controller,
 ) -> None:
     run = controller.run
     lists = run.config.evaluate.model_copy(update={"exclude_seen": True})
     controller.run = replace(run, config=run.config.model_copy(update={"evaluate": lists}))
-    monkeypatch.setattr("cluster.training.controller.ray.put", lambda guide: guide)
     random_guide(run.catalog, seed=0).save(run.policy / GUIDE)
 
     def evaluated() -> dict[str, int]:

@@ -6,14 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from cluster.training.controller import EXACT, ROUNDED, probe_tolerance
 from learner.batch.sft import pack_answers
 from learner.trainer import Trainer
 from orchard.errors import WeightMismatchError
 from orchard.settings import ClusterConfig, Config, DataConfig, LearnerConfig, RolloutConfig
 from orchard.testing import TinySetup, tiny_policy, tiny_setup
 from rollout.engine.torch import TorchEngine
-from rollout.probe import LogprobProbe, verify
+from rollout.probe import EXACT, ROUNDED, LogprobProbe, probe_tolerance, verify
 
 Dtype = Literal["float32", "bfloat16"]
 EVERY = [(s, t) for s in ("float32", "bfloat16") for t in ("float32", "bfloat16")]

@@ -16,7 +16,7 @@ from orchard.settings import LearnerConfig, RolloutConfig
 from orchard.testing import TinySetup, tiny_thinking_setup
 from orchard.types import ScoredTrees, SearchTrees
 from rewards.steps import add_step_rewards
-from rollout.actor import RolloutActor, RolloutWorker
+from rollout.actor import RolloutWorker
 from rollout.candidates import Candidates
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow]
@@ -40,7 +40,8 @@ def folder(world: TinySetup, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def actor(ray_cluster: None, world: TinySetup, folder: Path) -> Iterator[Any]:
     config = RolloutConfig.model_validate(SETTINGS)
-    handle = RolloutActor.options(num_cpus=1).remote(config, folder, world.tokenizer, 0)
+    remote: Any = ray.remote(RolloutWorker)
+    handle = remote.options(num_cpus=1).remote(config, folder, world.tokenizer, 0)
     yield handle
     ray.kill(handle)
 

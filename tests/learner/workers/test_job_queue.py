@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from learner.job_queue import Job, JobQueue, Result
+from learner.workers.job_queue import Job, JobQueue, Result
 from orchard.errors import CheckpointError
 from orchard.types import PolicyVersion, Update
 
@@ -45,7 +45,7 @@ def test_what_a_recovery_repeats_is_not_kept_and_shows_that_it_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = 100.0
-    monkeypatch.setattr("learner.job_queue.time.monotonic", lambda: now)
+    monkeypatch.setattr("learner.workers.job_queue.time.monotonic", lambda: now)
 
     async def scenario() -> None:
         nonlocal now
@@ -155,7 +155,7 @@ def test_the_newest_result_is_given_again_once_a_restarted_group_repeats_it() ->
 @pytest.mark.slow
 def test_the_queue_reads_what_passes_it_without_torch() -> None:
     code = (
-        "import pickle, sys, learner.job_queue; from orchard.types import *;"
+        "import pickle, sys, learner.workers.job_queue; from orchard.types import *;"
         "pickle.loads(pickle.dumps(StoredTransfer(digest='', ref=None)));"
         "print({'torch', 'transformers'} & set(sys.modules))"
     )

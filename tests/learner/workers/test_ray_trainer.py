@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from learner import checkpoint, ray_trainer
-from learner.job_queue import Job, Result
+from learner import checkpoint
 from learner.spec import LearnerSpec, pack_probe
+from learner.workers import ray_trainer
+from learner.workers.job_queue import Job, Result
 from orchard.policy import model, transfer
 from orchard.policy.transfer import WeightTransfer
 from orchard.policy.weights import Weights

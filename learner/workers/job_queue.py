@@ -1,6 +1,6 @@
 """Queue numbered jobs for the learner's workers and their results for the driver.
 
-`learner.trainer_handle` runs the queue as a Ray actor.
+`learner.workers.trainer_handle` runs the queue as a Ray actor.
 
 A restarted worker group requests the jobs since its checkpoint again, and so receives every request
 for a checkpoint again, too.

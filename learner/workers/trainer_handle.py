@@ -1,4 +1,4 @@
-"""Give the driver a handle of the worker group, with awaitable jobs such as `update(batch)`."""
+"""Give the driver a handle of the worker group on Ray Train, with awaitable jobs."""
 
 import asyncio
 import logging
@@ -17,9 +17,9 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from learner import checkpoint
-from learner.job_queue import Job, JobQueue, Result
-from learner.ray_trainer import worker_loop
 from learner.spec import LearnerSpec
+from learner.workers.job_queue import Job, JobQueue, Result
+from learner.workers.ray_trainer import worker_loop
 from orchard.errors import ActorError, CheckpointError, OrchardError
 from orchard.types import TrainBatch, Update
 
