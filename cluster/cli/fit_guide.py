@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
+import torch
 import typer
 
 from cluster.console import Progress
@@ -13,7 +14,7 @@ from orchard.data.prompts import make_prompts
 from orchard.guide import fit
 from orchard.guide.guide import Guide
 from orchard.policy.store import GUIDE, Policy
-from rollout.engine.torch import TorchEngine
+from rollout.engine.registry import ENGINES, EngineContext
 from rollout.search.beam import beam
 
 
@@ -41,14 +42,26 @@ def search_lists(run: Run, policy: Policy) -> list[fit.Lists]:
     settings = run.config.guide
     order = np.random.default_rng(run.config.seed).permutation(len(run.valid))
     rows = np.sort(order[: settings.rows])
-    engine = TorchEngine(policy.model, run.tokenizer, policy.version)
+    # On a GPU where the rollouts have one and this machine, too.
+    rollout = run.config.rollout
+    gpus = rollout.gpus if torch.cuda.is_available() else 0.0
+    engine = ENGINES["torch"](
+        EngineContext(
+            folder=run.policy,
+            model=policy.model,
+            tokenizer=run.tokenizer,
+            version=policy.version,
+            config=rollout.model_copy(update={"gpus": gpus}),
+            seed=run.config.seed,
+        )
+    )
     search_fn = partial(beam, width=settings.beams)
-    size = run.config.rollout.batch_size
+    size = rollout.batch_size
     lists = list[fit.Lists]()
     with Progress("searching", total=-(-len(rows) // size)) as progress:
         for first in range(0, len(rows), size):
             prompts = make_prompts(run.tokenizer, run.valid, rows[first : first + size])
-            found = search_fn(engine, prompts)
+            found = engine.run(search_fn, prompts)
             lists.append(
                 fit.Lists(
                     prompts=prompts,

@@ -110,6 +110,7 @@ def test_traces_are_scored_as_an_ordinary_forward_pass_scores_text_and_codes(
     assert teacher.sft_step(batch)["nll"] == pytest.approx(-float(found.mean()), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_taught_policy_thinks_in_form_and_learns_from_its_own_thoughts(
     taught: tuple[Run, list[float]],
 ) -> None:

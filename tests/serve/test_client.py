@@ -169,6 +169,7 @@ def refuse(handler: BaseHTTPRequestHandler) -> None:
     handler.wfile.write(body)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("die", [hang_up, answer_as_proxy])
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_reading_request_is_sent_once_more_where_a_replica_died(
@@ -189,6 +190,7 @@ def test_a_reading_request_is_sent_once_more_where_a_replica_died(
     assert replicas.seen == ["/v1/policy"] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("die", [hang_up, answer_as_proxy])
 def test_a_change_is_never_sent_twice(die: Callable[[BaseHTTPRequestHandler], None]) -> None:
     replicas = Replicas(die)
@@ -201,6 +203,7 @@ def test_a_change_is_never_sent_twice(die: Callable[[BaseHTTPRequestHandler], No
     assert len(replicas.seen) == 1
 
 
+@pytest.mark.slow
 def test_what_the_endpoint_itself_refuses_is_not_repeated() -> None:
     replicas = Replicas(refuse)
     with (
@@ -213,6 +216,7 @@ def test_what_the_endpoint_itself_refuses_is_not_repeated() -> None:
     assert len(replicas.seen) == 1
 
 
+@pytest.mark.slow
 def test_something_else_than_an_endpoint_is_named() -> None:
     replicas = Replicas(answer_as_proxy)
     with (
@@ -223,6 +227,7 @@ def test_something_else_than_an_endpoint_is_named() -> None:
         client.catalog()
 
 
+@pytest.mark.slow
 def test_a_client_loads_neither_torch_nor_ray() -> None:
     code = (
         "import sys, orchard; orchard.Client('http://here'); "

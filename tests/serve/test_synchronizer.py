@@ -158,6 +158,7 @@ def test_items_that_cannot_be_assigned_are_refused_in_one_sentence(
     run(work)
 
 
+@pytest.mark.slow
 def test_a_bundle_that_cannot_be_used_is_named_and_the_policy_serves(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -57,6 +57,7 @@ def test_what_is_published_is_what_was_measured() -> None:
     assert readme.TABLES.keys() <= {one["bench"] for one in reports}
 
 
+@pytest.mark.slow
 def test_the_ablation_shows_every_way_and_is_the_same_twice(tmp_path: Path) -> None:
     score, made = plots.METRIC, a_report()
     made["rows"] = [

@@ -9,6 +9,7 @@ from orchard.testing import tiny_setup
 from serve.testing import export_policy
 
 
+@pytest.mark.slow
 def test_scores_and_kept_histories_are_equal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,10 +24,10 @@ def pool(by: int) -> Pool:
         lambda index: IN_PROCESS.start(Divider, by, gpus=0.5),
         size=2,
         queue=1,
-        timeout_s=10,
+        timeout_s=10.0,
         retries=1,
         max_restarts=1,
-        start_timeout_s=10,
+        start_timeout_s=10.0,
         kill=IN_PROCESS.kill,
     )
 
@@ -42,7 +42,7 @@ def test_a_pool_in_one_process_calls_and_broadcasts() -> None:
             1,
             1.5,
         ]
-        assert await actors.broadcast("divide", 3, timeout_s=10) == [1.5, 1.5]
+        assert await actors.broadcast("divide", 3, timeout_s=10.0) == [1.5, 1.5]
         assert sum(actors.calls.values()) == 6
         actors.close()
 

@@ -31,6 +31,7 @@ def test_links_lead_to_the_policies(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "loop" / "serving").iterdir()) == ["canary", "main"]
 
 
+@pytest.mark.slow
 def test_an_endpoint_is_waited_for_and_its_reason_is_told() -> None:
     answers = [
         [{"name": "main", "policy": "1-a", "refused": ""}],

@@ -46,6 +46,7 @@ def test_codes_far_apart_are_refused(tmp_path: Path, code: int, level: int) -> N
         catalogs.read(items(tmp_path, codes))
 
 
+@pytest.mark.slow
 def test_codes_that_count_from_zero_or_one_are_read(tmp_path: Path) -> None:
     for shift in (0, 1):
         codes = drawn() + shift

@@ -99,6 +99,7 @@ def users(draw: st.DrawFn) -> list[list[int]]:
     return draw(st.lists(one, min_size=1, max_size=4))
 
 
+@pytest.mark.slow
 @given(users(), st.integers(1, 8))
 @settings(max_examples=60)
 def test_windows_train_every_target_once_and_every_first_item(

@@ -67,6 +67,7 @@ def test_inclusion_is_that_of_the_enumerated_lists(length: int) -> None:
     np.testing.assert_allclose(found, wanted, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_unlisted_items_count_as_many_small_ones() -> None:
     rng = np.random.default_rng(0)
     policy = np.sort(rng.dirichlet(np.full(400, 0.5)))[::-1]

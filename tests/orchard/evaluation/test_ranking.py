@@ -40,6 +40,7 @@ def plain_metrics(rank: list[int], k: int) -> tuple[float, float]:
     return len(hits) / len(rank), sum(1 / math.log2(r + 2) for r in hits) / len(rank)
 
 
+@pytest.mark.slow
 @examples
 @given(lists, st.data())
 def test_a_target_ranks_where_it_stands_in_the_written_out_list(
@@ -84,6 +85,7 @@ def test_a_metric_that_looks_beyond_the_beam_is_left_out(width: int, largest: in
     assert f"hr@{largest}/sid" in found
 
 
+@pytest.mark.slow
 def test_the_bootstrap_interval_is_the_normal_one_where_both_hold() -> None:
     # 1,500 distinct values and 3,000 resamples: more than are held at once.
     values = np.random.default_rng(1).normal(5.0, 2.0, size=(1500, 1))

@@ -119,6 +119,7 @@ def defined(
     return above
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exhaustive", [False, True], ids=["feedback", "next items"])
 @pytest.mark.parametrize("backoff", ["residual", "paper"])
 def test_utilities_are_those_of_the_definition(

@@ -67,6 +67,7 @@ def users(monkeypatch: pytest.MonkeyPatch) -> SyntheticUsers:
     return users_of_world(world, UserParams(requests=30))
 
 
+@pytest.mark.slow
 def test_a_share_of_the_visits_explores_with_single_draws(users: SyntheticUsers) -> None:
     shop = Shop()
     with listening(shop) as url:
@@ -83,6 +84,7 @@ def test_a_share_of_the_visits_explores_with_single_draws(users: SyntheticUsers)
     assert set(answered.events["request_id"]) <= {f"w0-{number}" for number in range(30)}
 
 
+@pytest.mark.slow
 def test_a_request_that_fails_is_sent_again_under_its_id(users: SyntheticUsers) -> None:
     shop = Shop(failures=2)
     with listening(shop) as url:
@@ -91,6 +93,7 @@ def test_a_request_that_fails_is_sent_again_under_its_id(users: SyntheticUsers) 
     assert {len(tries) for tries in shop.bodies.values()} == {3}
 
 
+@pytest.mark.slow
 def test_refusals_and_silence_are_errors(users: SyntheticUsers) -> None:
     with listening(Shop(failures=9, status=422)) as url, pytest.raises(DataError, match="422"):
         visit(users, 0, Asking(url=url))
@@ -98,6 +101,7 @@ def test_refusals_and_silence_are_errors(users: SyntheticUsers) -> None:
         visit(users, 0, Asking(url=url))
 
 
+@pytest.mark.slow
 def test_events_are_written_in_the_agreed_columns(users: SyntheticUsers, tmp_path: Path) -> None:
     with listening(Shop()) as url:
         answered = visit(users, 0, Asking(url=url))
