@@ -104,7 +104,7 @@ class RedisHistories:
                 socket_timeout=timeout_s, socket_connect_timeout=timeout_s,
             )  # fmt: skip
         except ValueError as error:
-            raise ConfigError(f"serve.redis is no address of a Redis server: {error}") from error
+            raise ConfigError(f"serve.redis is not a Redis address: {error}") from error
 
     async def of(self, user: str) -> list[int]:
         """Return the history of a user; see `Histories`."""

@@ -68,7 +68,7 @@ def _sizes(folder: Path, *, kind: str, catalog: Catalog, section: str) -> dict[s
         )
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{folder / ABOUT} is no description of a fitted model ({error}); fit it again"
+            f"{folder / ABOUT} does not describe a fitted model ({error}); fit it again"
         ) from error
     if model_kind != kind:
         raise CheckpointError(

@@ -101,7 +101,7 @@ class Bundle:
         if not found:
             raise DataError(
                 f"{folder} holds no tokenizer bundle (bundle-1.json); give the folder that "
-                "`orchard data sids` wrote beside the items"
+                "`orchard data sids` wrote next to the items"
             )
         number = found[-1] if version is None else version
         if number not in found:

@@ -26,10 +26,10 @@ LOOP = Board(
         ),
         (
             graph(
-                "Decisions", "none", "Policies published, refused by the gate, and taken back.",
+                "Decisions", "none", "Policies published, refused by the gate, and rolled back.",
                 (value("orchard_loop_published_total"), "{{run}} published"),
                 (value("orchard_loop_refused_total"), "{{run}} refused"),
-                (value("orchard_loop_rolled_back_total"), "{{run}} taken back"),
+                (value("orchard_loop_rolled_back_total"), "{{run}} rolled back"),
             ),
             graph(
                 "Windows", "none", "Without exposures, and with a reward outside the prediction.",

@@ -78,7 +78,7 @@ def download(
         if failures == _ATTEMPTS:
             raise DataError(
                 f"the download of {url} broke off after {_size(part)} bytes ({reason}); run the "
-                f"command again to go on, or put the file at {path} by hand"
+                f"command again to continue, or put the file at {path} by hand"
             ) from reason
         time.sleep(wait_s * 2 ** max(0, failures - 1))
     sha256 = _digest(part, "sha256")
