@@ -72,8 +72,8 @@ def request(
     folder = options.working_dir.resolve()
     if not run.resolve().is_relative_to(folder):
         raise ConfigError(
-            f"run file {run} is outside the working directory {folder}, which is all that the "
-            "cluster gets; copy it there, or set --working-dir"
+            f"run file {run} is outside the working directory {folder}, and the cluster gets "
+            "only that folder; copy it there, or set --working-dir"
         )
     for key, path in (("output", settings.output), ("data.path", settings.data.path)):
         if not path.is_absolute():

@@ -89,7 +89,7 @@ class Attributes:
         if passed_over:
             _log.warning(
                 "%d attribute values of earlier deltas fit no column of serve.attributes and are "
-                "passed over: %s", len(passed_over), ", ".join(sorted(set(passed_over))),
+                "ignored: %s", len(passed_over), ", ".join(sorted(set(passed_over))),
             )  # fmt: skip
         return replace(self, changed=merged)
 

@@ -203,8 +203,8 @@ class Ledger(Generic[D]):
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise LedgerError(
-                f"{path} is damaged; restore it from a backup, or remove it to take the deltas "
-                "beside it as they are"
+                f"{path} is damaged; restore it from a backup, or remove it to accept the "
+                "deltas next to it as they are"
             ) from error
 
     def _numbers(self) -> Sequence[int]:

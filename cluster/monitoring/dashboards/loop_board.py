@@ -47,7 +47,7 @@ LOOP = Board(
             ),
             one("Lag of events", "s", "Median time from an exposure to its event.",
                  "orchard_loop_event_delay_seconds"),
-            one("Late events", "none", "They came after their window was closed.",
+            one("Late events", "none", "Events that arrived after their window was closed.",
                  "orchard_loop_late_events_total"),
         ),
     ),

@@ -166,7 +166,7 @@ def test_attributes_that_are_no_longer_configured_are_passed_over(
     )
     SharedState(tmp_path, shop_world.catalog.digest).catch_up(store)
     assert store.current.version == 4
-    assert "fit no column of serve.attributes and are passed over: price" in caplog.text
+    assert "fit no column of serve.attributes and are ignored: price" in caplog.text
 
 
 def test_files_of_an_earlier_release_are_read_before_those_with_digests(
