@@ -48,9 +48,7 @@ class NoHistories:
 
     async def of(self, user: str) -> list[int]:
         """Raise UnknownNameError."""
-        raise UnknownNameError(
-            "no history store is configured; give a history, which may be empty"
-        )
+        raise UnknownNameError("no history store is configured; give a history, which may be empty")
 
     async def close(self) -> None:
         """Do nothing; there are no connections."""
