@@ -76,7 +76,7 @@ def test_only_folders_of_a_kind_are_replaced(tmp_path: Path) -> None:
     check(tmp_path / "out", overwrite=True)
     (tmp_path / "out" / "mark").unlink()
     (tmp_path / "out" / "mine").write_text("")
-    with pytest.raises(DataError, match="is no data set"):
+    with pytest.raises(DataError, match="is not a data set"):
         check(tmp_path / "out", overwrite=True)
 
 

@@ -142,7 +142,7 @@ def test_an_expert_whose_rows_cannot_be_taken_out_is_refused(borrow: Borrow) -> 
     borrow(EXPERTS).register("towers")(lambda rows: made(rows))
     guide = fit.count(catalog, rows, ["transitions", "towers"])
     context = RewardContext(catalog=catalog, guide=guide, rows=rows, first_row=0)
-    with pytest.raises(ConfigError, match="expert towers, out of which") as refused:
+    with pytest.raises(ConfigError, match="expert towers, from which") as refused:
         _ = context.expert_counts
     assert refused.value.code == "config.expert_without_counts"
     with pytest.raises(ConfigError, match="needs a guide.*orchard fit guide") as refused:

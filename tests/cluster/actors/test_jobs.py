@@ -135,7 +135,7 @@ class Server(JobSubmissionClient):
 def test_a_run_is_submitted_again_only_when_it_is_not_at_work() -> None:
     arguments = request(settings(), QUICKSTART, [], JobRequest(working_dir=ROOT))
     busy: Any = Server(JobStatus.RUNNING)
-    with pytest.raises(ConfigError, match="at work already as job toy-1; stop it first"):
+    with pytest.raises(ConfigError, match="already in progress as job toy-1; stop it first"):
         jobs.submit(busy, arguments)
     ended: Any = Server(JobStatus.STOPPED)
     assert jobs.submit(ended, arguments) == arguments["submission_id"]

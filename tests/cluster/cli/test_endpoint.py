@@ -39,7 +39,7 @@ def test_each_part_of_an_address_is_blamed_for_itself() -> None:
         one.bind(("127.0.0.1", 0))
         one.listen()
         taken = one.getsockname()[1]
-        with pytest.raises(ConfigError, match=f"port {taken} of 127.0.0.1 cannot be had"):
+        with pytest.raises(ConfigError, match=f"port {taken} of 127.0.0.1 is not available"):
             refuse_taken_port(ServeConfig(port=taken))
     for host in ("no-such-host.invalid", "300.1.1.1", "::g"):
         with pytest.raises(ConfigError, match=r"serve\.host = .* is not a known host"):

@@ -113,7 +113,7 @@ def test_what_cannot_be_handed_over_is_refused_and_nothing_is_written(
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     with pytest.raises(SystemExit):
         cli.main(["export", str(run_file), str(tmp_path / "mine"), "--overwrite"])
-    assert "is no policy; choose another folder" in capsys.readouterr().err
+    assert "is not a policy; choose another folder" in capsys.readouterr().err
     (run.policy / "model.safetensors").unlink()
     assert "holds no weights" in refused()
 

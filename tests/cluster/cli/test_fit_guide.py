@@ -158,4 +158,4 @@ def test_a_policy_to_fit_for_is_only_for_guides(
 ) -> None:
     with pytest.raises(SystemExit):
         cli.main(["fit", "critic", str(file), "--policy", str(file.parent)])
-    assert "has no use for critic" in capsys.readouterr().err
+    assert "does not apply to critic" in capsys.readouterr().err

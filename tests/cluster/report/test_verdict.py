@@ -51,7 +51,7 @@ def test_each_pattern_is_named_with_its_remedy() -> None:
     }
     found = advice(log)
     assert [item.page for item in found] == ["section 3", "section 2", "section 4", "section 4"]
-    assert "60% of cases, those of held-out rows in 20%" in found[0].sign
+    assert "60% of cases, groups of held-out rows in 20%" in found[0].sign
     assert "data.fresh" in found[0].remedy
     assert advice({"rewards/zero_spread_share": series(0.9, 0.9)}) == []  # too few to judge by
 

@@ -28,7 +28,7 @@ def test_training_takes_fresh_rows_that_come_after_the_warm_start(load: Load) ->
     assert later.data["train"] == first.data["train"]
     assert learner_spec(later).data == later.rows.digest
     open_run_dir(later)
-    with pytest.raises(ConfigError, match="other data.*fresh has content"):
+    with pytest.raises(ConfigError, match="different data.*fresh has content"):
         prepare(load("data.fresh=['latest.parquet']"), "train")
     old = prepare(load("data.fresh=['later.parquet']", "learner.rows=train"), "train")
     assert old.rows is old.train

@@ -55,7 +55,7 @@ def test_block_k_names_code_k_of_recent_items_and_of_the_target(
         "seen Royal Royal Royal, next Slim",
     ]
     assert second[0] == "seen Tent, next Tent"
-    with pytest.raises(DataError, match=r"another place than \{seen\} and \{next\}"):
+    with pytest.raises(DataError, match=r"placeholders other than \{seen\} and \{next\}"):
         rationales.from_titles(items, split, template="{user}")
 
 

@@ -163,7 +163,7 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
     for overwrite in (False, True):
-        with pytest.raises(DataError, match="is no synthetic world; choose another folder"):
+        with pytest.raises(DataError, match="is not a synthetic world; choose another folder"):
             write_world(tmp_path / "thesis", tiny, overwrite=overwrite)
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
     (tmp_path / "empty").mkdir()
@@ -180,7 +180,7 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
     [
         ({"num_items": 3}, "num_items = 3 is below 10"),
         ({"mean_events": 2.0}, "mean_events = 2.0 is below 5"),
-        ({"drift": 1.5}, "drift = 1.5 is no share"),
+        ({"drift": 1.5}, "drift = 1.5 is not a share"),
         ({"transition_share": 0.7, "noise_share": 0.4}, "exceed 1 together"),
         ({"level_size": (4, 4)}, "room for 16 semantic IDs, too few for num_items = 2000"),
         ({"level_size": (1, 40000)}, "entries from 2 to 32768"),

@@ -144,7 +144,7 @@ def test_rewards_are_bounded_and_bad_values_refused_or_counted(
     assert joined.summary["bounded"] == 2
     assert joined.summary["negative"] == 1
     bad = events([{"item_id": 2, "value": float("nan")}, {"item_id": 3, "value": float("inf")}])
-    with pytest.raises(DataError, match="2 of 2 events .* no finite number.*--bad-values drop"):
+    with pytest.raises(DataError, match="2 of 2 events .* not a finite number.*--bad-values drop"):
         join(shown, bad)
     dropped = join(shown, bad, JoinOptions(bad_values="drop"))
     assert dropped.summary["bad_values"] == 2

@@ -24,7 +24,7 @@ def test_an_address_names_the_kind_of_source(tmp_path: Path) -> None:
     assert isinstance(open_source(str(tmp_path), stream="", password_env=""), FolderSource)
     source = open_source("redis://127.0.0.1:1/0", stream="s", password_env="NO_SUCH")
     assert isinstance(source, RedisSource)
-    with pytest.raises(ConfigError, match="no address of a Redis server"):
+    with pytest.raises(ConfigError, match="not the address of a Redis server"):
         RedisSource("nonsense", stream="s")
 
 

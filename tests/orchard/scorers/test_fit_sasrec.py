@@ -126,7 +126,7 @@ def test_a_missing_foreign_or_damaged_model_is_refused_before_anything_starts(
     with pytest.raises(CheckpointError, match="a model for other"):
         preload(weights, RewardContext(catalog=ITEMS, settings=known.settings))
     (tmp_path / checkpoint.ABOUT).write_text("{}")
-    with pytest.raises(CheckpointError, match="no description of a fitted model"):
+    with pytest.raises(CheckpointError, match="does not describe a fitted model"):
         preload(weights, RewardContext(catalog=ITEMS, settings=known.settings))
 
 

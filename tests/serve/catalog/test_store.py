@@ -63,12 +63,12 @@ def test_a_delta_happens_as_a_whole_and_leaves_the_catalog_version_in_use_alone(
         ({"add": [{"item_id": 1, "sid": [0, 0, 0]}]}, "identifier that is in use"),
         ({"add": [{"item_id": 100, "sid": [9, 0, 0]}]}, "has code 9 at level 1"),
         ({"add": [{"item_id": 100, "sid": [0, 0]}]}, "depth 2 where 3 was expected"),
-        ({"update": [{"item_id": 999, "title": "x"}]}, "999 is to be changed and is not"),
+        ({"update": [{"item_id": 999, "title": "x"}]}, "999 is not in the catalog"),
         ({"remove": [1], "update": [{"item_id": 1, "title": "x"}]}, "occurs twice in the delta"),
         ({"remove": list(range(40))}, "removes every item"),
         (
             {"update": [{"item_id": 1, "attributes": {"size": 3}}]},
-            "attribute size of item 1 is no column",
+            "attribute size of item 1 is not a column",
         ),
     ],
 )
@@ -124,7 +124,7 @@ def test_attributes_change_at_once_and_new_items_bring_theirs(shop: TinyShop) ->
 def test_filters_that_cannot_be_applied_are_refused() -> None:
     attributes = attributes_of(4)
     for by, message in (
-        (FilterConfig(column="size", value=1), "'size' is no column"),
+        (FilterConfig(column="size", value=1), "'size' is not a column"),
         (FilterConfig(column="price", op="in", value=1), "takes a list"),
         (FilterConfig(column="price", value="cheap"), "holds numbers"),
         (FilterConfig(column="colour", op="in", value=("red", 3)), "holds text"),

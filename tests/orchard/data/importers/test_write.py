@@ -22,5 +22,5 @@ def test_only_a_data_set_is_replaced_and_only_when_asked(tmp_path: Path) -> None
     assert (tmp_path / "out" / CARD).read_text() != before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    with pytest.raises(DataError, match="is no data set; choose another folder"):
+    with pytest.raises(DataError, match="is not a data set; choose another folder"):
         write(tmp_path / "mine", examples, source="log.csv", overwrite=True)

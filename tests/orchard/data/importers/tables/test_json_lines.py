@@ -31,7 +31,7 @@ def test_fields_of_several_types_become_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('[{"a": 1}]', "but one JSON array"),
+        ('[{"a": 1}]', "is one JSON array"),
         ('{"a": 1}\n{a: 2}', "line 2 cannot be read"),
         ('{"a": 1}\n' * 2000 + "{'a': 1}\n", "line 2001 cannot be read"),
         ('{"a": 1}\n[1]\n', "line 2 cannot be read .*list, not an object"),
