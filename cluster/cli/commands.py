@@ -224,6 +224,7 @@ def plan_lines(run: Run, sizes: plans.Sizes, capacity: plans.CapacityPlan) -> li
         f"{group.count} x {group.name}: {group.cpus} CPU, {group.gpus:g} GPU, "
         f"{group.memory / plans.GIB:.2f} GiB each"
         for group in capacity.groups
+        if group.count
     ]
     return [
         *lines,
