@@ -131,7 +131,7 @@ def hold(run_dir: Path, command: str | None = None) -> Generator[RunLock]:
     except OSError as error:
         raise ConfigError(
             f"run folder {run_dir} cannot be written: {error.strerror}; "
-            "set output to storage that takes writes and has room"
+            "set output to writable storage with free space"
         ) from error
     lock = RunLock(path, owner)
     try:
@@ -163,7 +163,7 @@ def _acquire(path: Path, owner: Owner) -> None:
 def _has_heartbeat(path: Path, held: Owner) -> bool:
     """Watch the lock of an owner elsewhere until its heart beats, or for `EXPIRES_S`."""
     logging.getLogger("orchard").warning(
-        "%s names %s; waiting up to %.0f s for a sign of life from it", path, held, EXPIRES_S
+        "%s names %s; waiting up to %.0f s for a heartbeat from it", path, held, EXPIRES_S
     )
 
     def beat() -> tuple[str, int]:

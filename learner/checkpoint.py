@@ -157,11 +157,11 @@ def recover(storage: Path) -> Path | None:
     if whole is None and listed:
         raise CheckpointError(
             f"none of the checkpoints in {storage} is whole ({listed[-1]}: {reason}); restore the "
-            "folder from a copy, remove it to start this phase anew, or take another run name"
+            "folder from a copy, remove it to restart this phase, or take another run name"
         )
     if whole is not None:
         logging.getLogger("orchard").warning(
-            "the newest checkpoint in %s cannot be used: %s; the run goes on from %s",
+            "the newest checkpoint in %s cannot be used: %s; the run continues from %s",
             storage, reason, whole.name,
         )  # fmt: skip
     for folder in storage.glob("job_*"):
@@ -182,7 +182,7 @@ def load(trainer: Trainer, folder: Path, *, catalog: str, data: str = "") -> int
     """
     path = folder / FILE
     if not path.is_file():
-        raise CheckpointError(f"{folder} holds no {FILE}; remove the folder to start anew")
+        raise CheckpointError(f"{folder} holds no {FILE}; remove the folder to start over")
     try:
         state: dict[str, Any] = torch.load(path, map_location=trainer.device, weights_only=True)
         version = int(state.get("format", 1))

@@ -50,7 +50,7 @@ def state_of_weights(
         size = f"as large as {largest:.1e}" if finite else "that are not finite"
         return (
             f"{updates} updates at {section}.lr = {config.lr:g} have made weights {size}; "
-            f"lower {section}.lr, and go on from the policy that validation chose"
+            f"lower {section}.lr, and continue from the policy that validation selected"
         )
     return (
         f"the inputs are finite and the weights at most {largest:.1e}, so the arithmetic in "

@@ -102,7 +102,7 @@ def _keys(key: str) -> list[str]:
         try:
             tree: Any = tomllib.loads(f"{key} = 0")
         except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"{key} is no key of a setting: {error}") from error
+            raise ConfigError(f"{key} is not the key of a setting: {error}") from error
         parts = list[str]()
         while isinstance(tree, dict):
             parts += tree

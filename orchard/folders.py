@@ -27,7 +27,7 @@ def check_output_dir(out: Path, *, mark: str, kind: str, overwrite: bool) -> Non
     elif not out.exists():
         return
     if not out.is_dir() or not (out / mark).is_file():
-        raise DataError(f"{out} exists and is no {kind}; choose another folder")
+        raise DataError(f"{out} exists and is not a {kind}; choose another folder")
     if not overwrite:
         raise DataError(f"{out} holds a {kind} already; choose another folder or pass --overwrite")
 

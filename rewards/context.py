@@ -95,8 +95,8 @@ class RewardContext:
         if len(unusable):
             raise DataError(
                 f"the embedding of item {catalog.item_id[unusable[0]]} has length "
-                f"{length[unusable[0]]} ({len(unusable)} of {len(catalog)} items), so that no "
-                "cosine is defined; give it a finite one that is not zero"
+                f"{length[unusable[0]]} ({len(unusable)} of {len(catalog)} items), so its "
+                "cosine is not defined; give it a finite one that is not zero"
             )
         # Unit vectors of the items, grouped by leaf.
         unit = unit[catalog.item_of_leaf] / length[catalog.item_of_leaf, None]
@@ -155,7 +155,7 @@ class RewardContext:
         """
         if self.transitions is None:
             raise ConfigError(
-                "the reward transition needs what followed what in the training rows; give these "
-                "counts, or take it out of rewards.weights"
+                "the reward transition needs the transition counts of the training rows; give "
+                "them, or take it out of rewards.weights"
             )
         return self.transitions

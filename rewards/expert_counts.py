@@ -55,8 +55,8 @@ class ExpertCounts:
             factory = EXPERTS.facts(entry.name).counts if entry.name in EXPERTS else None
             if factory is None:
                 raise ConfigError(
-                    f"the guide has the expert {entry.name}, out of which a row's own part cannot "
-                    "be taken, so that the reward expert would tell rows their own target; "
+                    f"the guide has the expert {entry.name}, from which the part of a row cannot "
+                    "be subtracted, so the reward expert would leak the target of each row; "
                     "register it with counts, or fit a guide without it (guide.experts)",
                     code="config.expert_without_counts",
                 )

@@ -147,6 +147,6 @@ def _check(trie: Trie, allowed: ItemFilter, num_prompts: int) -> None:
     outside = (allowed.excluded < 0) | (allowed.excluded >= trie.num_leaves)
     if outside.any():
         raise CatalogError(
-            f"leaf {allowed.excluded[outside][0]} is to be excluded from a catalog with leaves "
+            f"leaf {allowed.excluded[outside][0]} is excluded, but the catalog has leaves "
             f"0 to {trie.num_leaves - 1}; look leaves up in that catalog"
         )

@@ -58,9 +58,9 @@ def verify(engine: SearchRunner, probe: LogprobProbe) -> float:
     if not difference <= probe.tolerance:
         raise WeightMismatchError(
             f"the answers to the probe are {difference:.2g} nats from the learner's where "
-            f"{probe.tolerance:g} are allowed: the weights have the right digest and the model "
-            "computes something else; try rollout.engine = torch, or raise cluster.probe_tolerance "
-            "if the two only round differently"
+            f"{probe.tolerance:g} are allowed: the weights have the right digest, but the "
+            "model computes different numbers; try rollout.engine = torch, or raise "
+            "cluster.probe_tolerance if the two only round differently"
         )
     return difference
 

@@ -15,7 +15,7 @@ class ApiError(OrchardError):
 class UnknownNameError(ApiError):
     """Error for a filter, user, item or version that does not exist."""
 
-    status, title, kind = 404, "There is no such thing", "unknown"
+    status, title, kind = 404, "Not found", "unknown"
 
 
 class UnprocessableError(ApiError):

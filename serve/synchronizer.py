@@ -72,7 +72,8 @@ class Synchronizer:
         """
         if not any(slot.guide_digest for slot in self.slots.values()):
             raise UnprocessableError(
-                "no policy here has a guide that could count events; run `orchard fit guide`"
+                "no policy of this endpoint has a guide that could count events; run "
+                "`orchard fit guide`"
             )
         request = trimmed(request)
         async with self._changing:

@@ -48,9 +48,7 @@ class NoHistories:
 
     async def of(self, user: str) -> list[int]:
         """Raise UnknownNameError."""
-        raise UnknownNameError(
-            "no history store is configured; give a history, if only an empty one"
-        )
+        raise UnknownNameError("no history store is configured; give a history, which may be empty")
 
     async def close(self) -> None:
         """Do nothing; there are no connections."""
@@ -104,7 +102,7 @@ class RedisHistories:
                 socket_timeout=timeout_s, socket_connect_timeout=timeout_s,
             )  # fmt: skip
         except ValueError as error:
-            raise ConfigError(f"serve.redis is no address of a Redis server: {error}") from error
+            raise ConfigError(f"serve.redis is not a Redis address: {error}") from error
 
     async def of(self, user: str) -> list[int]:
         """Return the history of a user; see `Histories`."""
@@ -113,13 +111,14 @@ class RedisHistories:
             reply: list[bytes] = await self._client.lrange(key, -MOST_ITEMS, -1)
         except self._failures as error:
             raise UnavailableError(
-                "the history store gave no history in time; try again, or give a history"
+                "the history store did not answer in time; try again, or give a history"
             ) from error
         if not reply:  # Redis stores no empty lists
             raise _unknown_user()
         if not all(_INTEGER.fullmatch(entry) for entry in reply):
             raise UnavailableError(
-                "the history store holds something else than item ids for this user; give a history"
+                "the history store has a value that is not a list of item ids for this user; "
+                "give a history"
             )
         items = [int(entry) for entry in reply]
         if not all(-(2**63) <= item < 2**63 for item in items):
@@ -174,4 +173,4 @@ def read_histories(path: Path) -> Mapping[str, Int64[np.ndarray, " H"]]:
 
 def _unknown_user() -> UnknownNameError:
     """Return the error for a user without a history."""
-    return UnknownNameError("there is no history of this user; give one, if only an empty one")
+    return UnknownNameError("there is no history of this user; give one, which may be empty")

@@ -72,8 +72,8 @@ def request(
     folder = options.working_dir.resolve()
     if not run.resolve().is_relative_to(folder):
         raise ConfigError(
-            f"run file {run} is outside the working directory {folder}, which is all that the "
-            "cluster gets; copy it there, or set --working-dir"
+            f"run file {run} is outside the working directory {folder}, and the cluster gets "
+            "only that folder; copy it there, or set --working-dir"
         )
     for key, path in (("output", settings.output), ("data.path", settings.data.path)):
         if not path.is_absolute():
@@ -177,7 +177,7 @@ def submit(jobs: JobSubmissionClient, arguments: dict[str, Any]) -> str:
         active = not JobStatus(job.status).is_terminal()
         if active and (job.metadata or {}).get(RUN_KEY) == run:
             raise ConfigError(
-                f"run {run} is at work already as job {job.submission_id}; stop it first with "
+                f"run {run} is already in progress as job {job.submission_id}; stop it first with "
                 f"`orchard job stop {job.submission_id}`, or choose another name"
             )
     return _retry_until_agent(lambda: jobs.submit_job(**arguments))

@@ -230,7 +230,7 @@ def report(
             )
         if not any((folder / name).is_file() for name in ("config.toml", "metrics.jsonl")):
             raise DataError(
-                f"{folder} is no run folder: it holds neither config.toml nor metrics.jsonl; give "
+                f"{folder} is not a run folder: it has neither config.toml nor metrics.jsonl; give "
                 "the folder below runs/",
                 code="data.no_run",
             )

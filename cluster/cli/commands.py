@@ -128,7 +128,7 @@ def evaluate_policy(
     for title, result in results.items() if segments else ():
         segment_table(title, write_segments(run, split, title, result))
     if f"{name}{UNSEEN}" in results:
-        typer.echo("the history was left out of the lists of *_unseen and of *_guided")
+        typer.echo("the lists of *_unseen and *_guided leave out the history")
 
 
 def quickstart(output: Path, overrides: list[str]) -> None:
@@ -183,7 +183,7 @@ def show_plan(settings: Config) -> None:
         typer.echo(f"# {line}")
     if capacity.refusals:
         raise ConfigError("; ".join(capacity.refusals))
-    typer.echo("# nothing stands against it; nothing was started")
+    typer.echo("# the plan is feasible; nothing was started")
 
 
 def show_simulation(settings: Config, assumed: Sequence[str], plot: Path | None) -> None:
@@ -233,8 +233,8 @@ def plan_lines(run: Run, sizes: plans.Sizes, capacity: plans.CapacityPlan) -> li
         f"a step: {capacity.prefill_tokens:.0f} prompt tokens and at most "
         f"{capacity.search_tokens:.0f} search tokens forward, "
         f"{capacity.update_tokens:.0f} in an update",
-        f"estimated on this CPU, engines' own speed aside: {capacity.search_s:.2f} s of search and "
-        f"{capacity.update_s:.2f} s of update a step, {steps} steps in "
+        f"estimated on this CPU without the engines' overhead: {capacity.search_s:.2f} s of search "
+        f"and {capacity.update_s:.2f} s of update per step, {steps} steps in "
         f"{steps * (capacity.search_s + capacity.update_s) / 60:.1f} minutes",
         *(groups.lines(run.config) if groups is not None else ()),
     ]

@@ -184,7 +184,7 @@ def sids(
     max_without_signal: Annotated[
         float,
         typer.Option(
-            min=0, max=1, help="Largest share of items whose embedding says nothing about them."
+            min=0, max=1, help="Largest share of items whose embedding carries no information."
         ),
     ] = 0.2,
     seed: Annotated[int, typer.Option(min=0, help="Random seed.")] = 0,
@@ -223,7 +223,7 @@ def sids(
 @data.command()
 def encode(
     bundle: Annotated[
-        Path, typer.Argument(help="Tokenizer bundle: the folder `sids` beside the items.")
+        Path, typer.Argument(help="Tokenizer bundle: the folder `sids` next to the items.")
     ],
     items: Annotated[
         Path, typer.Argument(help="Items file (Parquet): new items, or all of a catalog.")
@@ -252,7 +252,7 @@ def encode(
     verify: Annotated[
         bool,
         typer.Option(
-            "--verify", help="Make the semantic IDs of the bundle's first items anew and compare."
+            "--verify", help="Make the semantic IDs of the bundle's first items again and compare."
         ),
     ] = False,
 ) -> None:
@@ -322,7 +322,7 @@ def feedback(
     ] = "last",
     bound: Annotated[float, typer.Option(help="Largest absolute reward; others are cut.")] = 1e3,
     bad_values: Annotated[
-        str, typer.Option(help="Values that are no finite numbers: refuse or drop.")
+        str, typer.Option(help="Values that are not finite numbers: refuse or drop.")
     ] = "refuse",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder.")] = False,
 ) -> None:

@@ -50,7 +50,7 @@ def import_dataset(
     print_facts(facts)
     typer.echo(f"data set: {out}")
     if examples.items.sid is None:
-        typer.echo(f"it has no semantic IDs yet: orchard data sids {out}")
+        typer.echo(f"it has no semantic IDs yet; to assign them: orchard data sids {out}")
 
 
 def fetch_dataset(name: str, root: Path, *, overwrite: bool) -> None:
@@ -97,7 +97,7 @@ def assign_semantic_ids(folder: Path, recipe: "SemanticIdConfig", *, overwrite: 
     for name, quality in (("as quantised", before), ("with collisions settled", after)):
         typer.echo(
             f"{name}: {quality['distinct']} distinct of {quality['items']} items, "
-            f"{quality['colliding_items']} share theirs"
+            f"{quality['colliding_items']} share an ID"
         )
     residual = report["residual"]
     for index, level in enumerate(after["levels"]):
@@ -106,7 +106,7 @@ def assign_semantic_ids(folder: Path, recipe: "SemanticIdConfig", *, overwrite: 
         typer.echo(
             f"level {index + 1}: {level['codes_used']} codes, perplexity "
             f"{level['perplexity']:.1f}, {level['children_mean']:.1f} children per prefix, "
-            f"{level['single_child_share']:.0%} with one{rest}"
+            f"{level['single_child_share']:.0%} of prefixes with one{rest}"
         )
     typer.echo(f"report: {folder / build.REPORT}, picture: {folder / build.PICTURE}")
     typer.echo(f"tokenizer bundle: {folder / bundle.BUNDLE}, for new items: orchard data encode")
@@ -133,8 +133,9 @@ def encode_items(bundle: Path, items: Path, out: Path, options: "EncodeOptions")
         )
     if report.num_silent:
         typer.echo(
-            f"warning: the embeddings of {report.num_silent} new items say nothing about them, so "
-            "their semantic IDs do not either; give them titles with known words, or fit anew",
+            f"warning: the embeddings of {report.num_silent} new items carry no information, so "
+            "their semantic IDs are arbitrary; give them titles with known words, or fit the "
+            "bundle again",
             err=True,
         )
     if report.num_repeated is not None:
@@ -155,7 +156,7 @@ def level_sizes(text: str) -> tuple[int, ...]:
     """Parse codebook sizes such as `256,256,256`; raises ConfigError."""
     sizes = text.split(",")
     if not all(size.strip().isdigit() for size in sizes):
-        raise ConfigError(f"--levels = {text!r} is no list of sizes such as 256,256,256")
+        raise ConfigError(f"--levels = {text!r} is not a list of sizes such as 256,256,256")
     return tuple(int(size) for size in sizes)
 
 

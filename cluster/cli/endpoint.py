@@ -153,7 +153,7 @@ def refuse_taken_port(serving: ServeConfig) -> None:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError as error:
         raise ConfigError(
-            f"serve.host = {host!r} is no known host: {error.strerror}; give an address of this "
+            f"serve.host = {host!r} is not a known host: {error.strerror}; give an address of this "
             "machine, such as 127.0.0.1 or 0.0.0.0"
         ) from error
     found.sort(key=lambda each: each[0] != socket.AF_INET)  # as Serve's proxy reads a name
@@ -165,12 +165,12 @@ def refuse_taken_port(serving: ServeConfig) -> None:
     except OSError as error:
         if error.errno in (errno.EADDRINUSE, errno.EACCES):
             raise ConfigError(
-                f"port {port} of {host} cannot be had: {error.strerror}; choose another one with "
-                "serve.port="
+                f"port {port} of {host} is not available: {error.strerror}; choose another one "
+                "with serve.port="
             ) from error
         raise ConfigError(
-            f"serve.host = {host!r} is no address of this machine: {error.strerror}; give one of "
-            "its own, such as 127.0.0.1 or 0.0.0.0"
+            f"serve.host = {host!r} is not an address of this machine: {error.strerror}; give one "
+            "that is, such as 127.0.0.1 or 0.0.0.0"
         ) from error
 
 

@@ -46,7 +46,7 @@ def export_policy(run: Run, out: Path, *, overwrite: bool = False, adapter: bool
     folders.check_output_dir(out, mark=_MARK, kind="policy", overwrite=overwrite)
     if not (run.policy / _MARK).is_file():
         raise CheckpointError(
-            f"{run.policy} is no policy of a run; warm-start or train one first, or name its "
+            f"{run.policy} is not the policy of a run; warm-start or train one first, or name its "
             "folder with --policy"
         )
     policy = replace(Policy.open(run.policy, run.tokenizer), new_bundle=run.bundle)

@@ -55,7 +55,7 @@ def behavior_values(pairs: Sequence[str]) -> dict[str, float]:
         except ValueError:
             name = ""
         if not name.strip():
-            raise ConfigError(f"--value = {pair!r} is no behavior with a number, such as buy=1")
+            raise ConfigError(f"--value = {pair!r} is not a behavior with a number, such as buy=1")
     return values
 
 

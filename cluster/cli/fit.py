@@ -72,7 +72,7 @@ def fit(kind: str, settings: Config, policy: Path | None = None) -> None:
         return FITS[kind](prepare(settings, "evaluate", policy=policy))
     if policy is not None:
         raise ConfigError(
-            f"--policy = {policy} has no use for {kind}, which is fitted to rows alone; leave it "
+            f"--policy = {policy} does not apply to {kind}, which is fitted to rows only; leave it "
             "out"
         )
     with run_lock.hold(settings.run_dir):

@@ -153,15 +153,16 @@ def evaluate_log(
         each = estimates.value[name]
         typer.echo(f"{name:>7}  {each.mean:.4f}  [{each.low:.4f}, {each.high:.4f}]  n = {each.n}")
     typer.echo(
-        f"weights leave {estimates.effective:.1f} effective decisions of {len(logged.row)}, the "
-        f"largest is {estimates.largest:.3g}; {logged.passed_over} rows of the log were passed over"
+        f"the weights leave {estimates.effective:.1f} effective decisions of {len(logged.row)}; "
+        f"the largest weight is {estimates.largest:.3g}; {logged.passed_over} rows of the log "
+        "were skipped"
     )
     impossible = int((logged.row < 0).sum())
     if impossible or logged.elsewhere:
         typer.echo(
             f"{logged.elsewhere} decisions were drawn from another catalog than "
-            f"{catalog.digest[:8]}, {impossible} cannot be drawn from it and have weight 0; items "
-            "that the log's catalog lacked are judged by no decision"
+            f"{catalog.digest[:8]}; {impossible} cannot be drawn from it and have weight 0; no "
+            "decision judges items that the catalog of the log lacked"
         )
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)

@@ -112,8 +112,8 @@ def _refuse_contradictions(
         path = f"{prefix}deployments.{index}"
         if deployment.get("name") != DEPLOYMENT:
             raise ConfigError(
-                f"{path}.name = {deployment.get('name')!r} is no deployment of the endpoint; its "
-                f"name is {DEPLOYMENT}"
+                f"{path}.name = {deployment.get('name')!r} is not a deployment of the endpoint; "
+                f"its name is {DEPLOYMENT}"
             )
         if deployment.get("num_replicas") is not None:
             key = f"{path}.num_replicas"
@@ -141,7 +141,7 @@ def _refuse_contradictions(
         if value is not None and value != beside:
             raise ConfigError(
                 f"{prefix}args.serve.{key} = {value!r} and {other} = {beside!r} contradict each "
-                f"other; the endpoint would have the second, so remove the first or set both alike"
+                f"other; the endpoint would use the second, so remove the first or set both alike"
             )
 
 

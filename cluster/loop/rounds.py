@@ -183,8 +183,8 @@ def _watch(state: RoundState, actions: Actions, settings: LoopConfig) -> RoundSt
             rolled_back=True,
             reasons=(
                 *state.reasons,
-                f"policy {state.canary} was taken back: it earned {found.mean:.4f} per draw, below "
-                f"the predicted {low:.4f} to {high:.4f}",
+                f"policy {state.canary} was rolled back: it earned {found.mean:.4f} per draw, "
+                f"below the predicted {low:.4f} to {high:.4f}",
             ),
         )  # fmt: skip
         _log.warning("round %d: %s", state.number, back.reasons[-1])

@@ -49,8 +49,8 @@ METRICS = (
     _gauge("orchard_start_timestamp_seconds", "Time at which this process started on the run."),
     _gauge(
         "orchard_end_timestamp_seconds",
-        "Time at which this process ended its work on the run in order, also by an error of its "
-        "own; 0 until then.",
+        "Time at which this process ended its work on the run in an orderly way, also after an "
+        "error; 0 until then.",
     ),
     _counter("orchard_steps_total", "Updates or epochs done by this process.", None, "phase"),
     _gauge("orchard_step", "Updates or epochs done by the run.", None, "phase"),
@@ -189,7 +189,7 @@ METRICS = (
     _counter("orchard_loop_published_total", "Policies that were published.", "loop/published"),
     _counter("orchard_loop_refused_total", "Policies that the gate refused.", "loop/refused"),
     _counter(
-        "orchard_loop_rolled_back_total", "Policies that were taken back.", "loop/rolled_back"
+        "orchard_loop_rolled_back_total", "Policies that were rolled back.", "loop/rolled_back"
     ),
     _counter("orchard_loop_skipped_total", "Windows without exposures.", "loop/skipped"),
     _counter(

@@ -37,7 +37,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except ValueError as error:
         raise DataError(
-            f"{path} is damaged: {error}; run `orchard loop` again, which writes it anew"
+            f"{path} is damaged: {error}; run `orchard loop` again, which writes it again"
         ) from error
 
 

@@ -65,20 +65,20 @@ def _negated(estimate: Estimate) -> Estimate:
 
 
 def advice(train: Metrics) -> list[Advice]:
-    """Return what the log of the RL phase suggests, the first causes to rule out first."""
+    """Return what the log of the RL phase suggests, in the order in which to rule causes out."""
     found: list[Advice] = []
     empty, hits = _mean(train, "rewards/zero_spread_share"), _mean(train, "rewards/hit_rate")
     held_out = _mean(train, "rollout/hit_share_valid")
     if hits is not None and held_out and hits > _KNOWN * held_out:
         found.append(Advice(
-            f"Groups of training rows hold their target in {hits:.0%} of cases, those of held-out "
-            f"rows in {held_out:.0%}: the policy knows its training rows by heart.",
+            f"Groups of training rows contain the target in {hits:.0%} of cases, groups of "
+            f"held-out rows in {held_out:.0%}: the policy has memorized its training rows.",
             "Give RL rows that SFT has not seen (data.fresh, data.hold_back), or fewer sft.epochs.",
             "section 3",
         ))  # fmt: skip
     if empty is not None and empty > _EMPTY:
         found.append(Advice(
-            f"In {empty:.0%} of the groups all candidates have the same reward and teach nothing.",
+            f"In {empty:.0%} of the groups, all candidates have the same reward: no gradient.",
             "Try a larger rollout.group_size, rollout.hints, learner.max_draws, or a reward with "
             "partial credit.",
             "section 2",

@@ -144,7 +144,7 @@ def _logged_draws_are_rewarded_by_the_log(config: Config) -> None:
     uses = "utility" in config.rewards.weights or config.rewards.steps == "utility"
     if SEARCHES.facts(config.rollout.search).logged and uses:
         raise ConfigError(
-            'rollout.search = "logged" learns from rewards as they were; set rewards.weights = '
+            'rollout.search = "logged" learns from the logged rewards; set rewards.weights = '
             '{rule = 1.0} and rewards.steps = "match", or learn by utilities with another search',
             code="config.logged_draws",
         )
@@ -193,7 +193,7 @@ def check_same_data(settings: Config, data: Mapping[str, str]) -> None:
     ]
     if changed:
         raise ConfigError(
-            f"run {settings.name} was made from other data than {settings.data.path} holds "
+            f"run {settings.name} was made from different data than {settings.data.path} holds "
             f"now: {'; '.join(changed)}; restore those files, or choose another run name, to go on "
             "from what it has learned with model.path="
             f"{settings.run_dir / 'warm_start'} (or its policy)",
@@ -226,7 +226,7 @@ def check_unchanged(settings: Config, phase: str) -> None:
     if changed:
         raise ConfigError(
             f"run {settings.name} exists with another configuration: {'; '.join(changed)}; choose "
-            "another name, to go on from what it has learned with model.path="
+            "another name, to continue from its policy with model.path="
             f"{settings.run_dir / 'warm_start'} (or its policy)",
             code="config.changed",
         )

@@ -106,6 +106,6 @@ def warning(train: Int64[np.ndarray, " 2"], valid: Int64[np.ndarray, " 2"], run:
     )
     return (
         f"the groups of {100 * share:.1f} % of the training prompts hold their target, and of "
-        f"{100 * held_share:.1f} % of held-out rows: the policy knows its prompts by heart and "
+        f"{100 * held_share:.1f} % of held-out rows: the policy has memorized its prompts and "
         f"learns little from them; {remedy}"
     )

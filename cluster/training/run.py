@@ -218,7 +218,7 @@ class Run:
             return None
         if (guide := open_guide(self.policy, self.catalog)) is None:
             raise ConfigError(
-                f"the search is to be guided by experts, and {self.policy} holds no guide; run "
+                f"the search is guided by experts, but {self.policy} holds no guide; run "
                 "`orchard fit guide` with the run file, or set rollout.guide and "
                 "rollout.ved.guide to another value",
                 code="config.no_guide",

@@ -35,7 +35,7 @@ def open_run_dir(run: Run) -> None:
     except OSError as error:
         raise ConfigError(
             f"run folder {run.dir} cannot be written: {error.strerror}; "
-            "set output to storage that takes writes and has room"
+            "set output to writable storage with free space"
         ) from error
     if run.policy == run.dir / "scratch" and not run.policy.is_dir():
         if run.growth is not None:

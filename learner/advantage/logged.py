@@ -35,8 +35,8 @@ def importance_weights(scored: ScoredTrees, clip: float) -> Float64[np.ndarray, 
     trees = scored.trees
     if trees.prompts.logged is None:
         raise DataError(
-            "the prompts are no logged draws with a known probability; train on data.feedback with "
-            'rollout.search = "logged"'
+            "the prompts are not logged draws with a known probability; train on data.feedback "
+            'with rollout.search = "logged"'
         )
     logged = trees.prompts.logged.astype(np.float64)[trees.prompt_of_candidate]
     log_weight = trees.score.astype(np.float64) - logged

@@ -69,7 +69,7 @@ class InProcessTrainer:
         Where the storage does not take it, a warning is logged, and older checkpoints remain valid.
         """
         if reason := self._save():
-            _log.warning("%s; the run goes on", reason)
+            _log.warning("%s; the run continues", reason)
 
     async def close(self, *, save: bool = False) -> None:
         """Let go of the worker; with `save`, first write a checkpoint of the newest job.

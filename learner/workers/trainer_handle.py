@@ -141,7 +141,7 @@ class TrainerHandle:
             f"the checkpoint of job {number} cannot be written below {self._storage}: {reason}; "
             f"the one of job {self._whole} is whole, make room (docs/runbooks/disk-full.md)"
         )
-        _log.warning("%s; the run goes on", reason)
+        _log.warning("%s; the run continues", reason)
         return reason
 
     async def close(self, *, save: bool = False) -> None:

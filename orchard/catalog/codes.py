@@ -123,7 +123,7 @@ def check(
         raise CatalogError(
             f"row {row} of the items has code {table[row, level]} at level {level + 1}; "
             f"codes there run from 0 to {limit[level] - 1} ({int(bad.any(1).sum())} such items); "
-            "mend the items file, or make semantic IDs anew (orchard data sids --overwrite)",
+            "correct the items file, or assign new semantic IDs (orchard data sids --overwrite)",
             code="catalog.code_out_of_range",
         )
     # An end marker may still be added to each level.

@@ -165,7 +165,7 @@ def check_embeddings(
     if len(bad):
         raise DataError(
             f"the embedding of item row {bad[0]} in {where} is not finite ({len(bad)} such items); "
-            "compute it anew"
+            "compute it again"
         )
     if max(float(embedding.max(initial=0)), -float(embedding.min(initial=0))) > MOST:
         row, column = np.argwhere(np.abs(embedding.astype(np.float64)) > MOST)[0]
@@ -182,7 +182,7 @@ def _read_npy(path: Path) -> tuple[None, np.ndarray]:
         array: Any = np.load(path, allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise DataError(
-            f"embeddings file {path} is no array of numbers; write it with numpy.save"
+            f"embeddings file {path} is not an array of numbers; write it with numpy.save"
         ) from error
     return None, np.asarray(array)
 
@@ -194,7 +194,7 @@ def _read_npz(path: Path) -> tuple[np.ndarray | None, np.ndarray]:
             arrays = {name: np.asarray(file[name]) for name in file.files}
     except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
         raise DataError(
-            f"embeddings file {path} is no archive of arrays; write it with numpy.savez"
+            f"embeddings file {path} is not an archive of arrays; write it with numpy.savez"
         ) from error
     return _named(arrays, path)
 

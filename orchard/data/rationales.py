@@ -213,14 +213,14 @@ def from_titles(
         recent: number of history items that a block names.
 
     Raises:
-        DataError: the template has placeholders other than those two.
+        DataError: the template has other placeholders than those two.
     """
     try:
         template.format(seen="", next="")
     except (IndexError, KeyError, ValueError) as error:
         raise DataError(
-            f"data.rationale_template = {template!r} has another place than {{seen}} and {{next}} "
-            f"({type(error).__name__}: {error}); use those two"
+            f"data.rationale_template = {template!r} has placeholders other than {{seen}} and "
+            f"{{next}} ({type(error).__name__}: {error}); use those two"
         ) from error
     word_of_code, codes = code_words(catalog), catalog.codes
     result: list[RationaleBlocks] = []

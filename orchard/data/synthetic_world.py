@@ -74,7 +74,7 @@ class WorldParams:
                 raise ConfigError(f"{name} = {getattr(self, name)} is below {bound}; raise it")
         for name in ("collision_share", "focus", "drift", "transition_share", "noise_share"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} = {getattr(self, name)} is no share; use 0 to 1")
+                raise ConfigError(f"{name} = {getattr(self, name)} is not a share; use 0 to 1")
         if self.transition_share + self.noise_share > 1:
             raise ConfigError(
                 f"transition_share = {self.transition_share} and noise_share = {self.noise_share} "

@@ -148,7 +148,7 @@ def _usable_events(events: pl.DataFrame, options: JoinOptions, summary: Counts) 
     if len(bad) and options.bad_values == "refuse":
         first = bad.row(0, named=True)
         raise DataError(
-            f"{len(bad)} of {len(events)} events have a value that is no finite number, such as "
+            f"{len(bad)} of {len(events)} events have a value that is not a finite number, such as "
             f"{first['value']} of behavior {first['behavior']} for item {first['item_id']}; repair "
             "them, or leave them out with --bad-values drop",
             code="data.bad_reward",

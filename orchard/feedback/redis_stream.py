@@ -71,7 +71,7 @@ class RedisSource:
                 socket_timeout=timeout_s, socket_connect_timeout=timeout_s,
             )  # fmt: skip
         except ValueError as error:
-            raise ConfigError(f"{url} is no address of a Redis server: {error}") from error
+            raise ConfigError(f"{url} is not the address of a Redis server: {error}") from error
         self._server = url.rpartition("@")[2]
         self._stream, self._group, self._consumer = stream, group, consumer
         self._patience_s, self._sleep = patience_s, sleep

@@ -3,7 +3,7 @@
 An event is a row as those that the experts were counted in: a history, and the item that followed.
 Its pairs are added to the counts of each expert of conditional frequencies n(a, y) / (s + n(a)).
 The counts behind a fitted matrix follow from it: with S the sum of the row of a leaf a, n(a) is
-s S / (1 - S). Where a guide keeps only the strongest pairs of a leaf (`guide.most`), n(a) comes out
+s S / (1 - S). Where a guide keeps only the strongest pairs of a leaf (`guide.pairs`), n(a) is
 too small, and events count for more. Other experts, as `item_knn`, stay as they are.
 
 Shapes:  E events   E1 = E + 1   H history items   K leaves   P pairs

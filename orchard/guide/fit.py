@@ -98,8 +98,8 @@ def fit_weights(guide: Guide, lists: Sequence[Lists], *, ridge: float = 1e-3) ->
     if len(start) == 1:
         num_rows = sum(len(batch.prompts) for batch in lists)
         raise DataError(
-            f"no target of {num_rows} validation rows is among its candidates, so that a guide has "
-            "nothing to fit its weights to; train the policy longer, or raise guide.beams"
+            f"no target of {num_rows} validation rows is among its candidates, so the weights "
+            "of a guide cannot be fitted; train the policy longer, or raise guide.beams"
         )
     columns = np.ones(table.shape[1], np.bool_)
     columns[-1] = not guide.exclude_seen  # the history is never in a list
@@ -108,7 +108,8 @@ def fit_weights(guide: Guide, lists: Sequence[Lists], *, ridge: float = 1e-3) ->
     if weight[0] <= 0:
         raise DataError(
             f"the likelihood of the policy has weight {weight[0]:.3g} in {len(start) - 1} rows, so "
-            "that nothing can be relative to it; train the policy longer, or raise guide.rows"
+            "the other weights cannot be relative to it; train the policy longer, or raise "
+            "guide.rows"
         )
     fitted = with_weights(guide, (weight[1:] / weight[0]).tolist())
     return Fitted(guide=fitted, hits=len(start) - 1, likelihood_weight=float(weight[0]))

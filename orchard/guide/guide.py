@@ -296,7 +296,7 @@ class Guide:
         )
         return [
             f"the guide was fitted with {kind} {was[:8]}, those in use are {now[:8]}; its weights "
-            "still serve, `orchard fit guide` fits them anew"
+            "still serve, `orchard fit guide` fits them again"
             for kind, now, was in named
             if now and was and now != was
         ]

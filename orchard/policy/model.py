@@ -130,8 +130,8 @@ def check_folder(folder: Path) -> None:
         ) from error
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise DataError(
-            f"{config_file} has model_type {kind!r}, which transformers knows no causal language "
-            "model of; give the folder of one",
+            f"{config_file} has model_type {kind!r}, for which transformers has no causal "
+            "language model; give the folder of one",
             code="policy.unknown_model",
         )
     weight_files = [file for file in folder.glob("*.safetensors") if file.name != value_head.FILE]

@@ -118,8 +118,8 @@ def encode_template(
     encoded = PromptTemplate(before=(*lead, *before), between=between, after=after, limit=limit)
     if encoded.size > limit:
         raise ConfigError(
-            f"the instruction alone has {encoded.size} tokens, the policy has room for {limit} "
-            "beside its answer; shorten the template, or raise prompt.max_tokens if it is set"
+            f"the instruction alone has {encoded.size} tokens, but the policy has room for {limit} "
+            "besides its answer; shorten the template, or raise prompt.max_tokens if it is set"
         )
     return encoded
 

@@ -181,6 +181,6 @@ def load(model: PreTrainedModel, folder: Path) -> None:
         cast(ValueHead, value_head_of(model)).load_state_dict(load_file(folder / FILE))
     except (SafetensorError, RuntimeError) as error:
         raise CheckpointError(
-            f"{folder / FILE} is no value head of this policy: {error}; remove the file to start "
-            "with a fresh head"
+            f"{folder / FILE} is not a value head of this policy: {error}; remove the file to "
+            "start with a fresh head"
         ) from error

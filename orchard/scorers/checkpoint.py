@@ -56,7 +56,7 @@ def _sizes(folder: Path, *, kind: str, catalog: Catalog, section: str) -> dict[s
     setting = f"{section}{kind}"
     if not (folder / ABOUT).is_file():
         raise ConfigError(
-            f"{setting} asks a fitted model, and {folder} holds none; run `orchard fit {kind}` "
+            f"{setting} needs a fitted model, and {folder} holds none; run `orchard fit {kind}` "
             f"with the run file, or set {setting}.path"
         )
     try:
@@ -68,7 +68,7 @@ def _sizes(folder: Path, *, kind: str, catalog: Catalog, section: str) -> dict[s
         )
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{folder / ABOUT} is no description of a fitted model ({error}); fit it again"
+            f"{folder / ABOUT} does not describe a fitted model ({error}); fit it again"
         ) from error
     if model_kind != kind:
         raise CheckpointError(

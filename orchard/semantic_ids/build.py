@@ -84,7 +84,7 @@ class SemanticIdReport(TypedDict):
     embedding: str
     """Source of the embeddings, in words."""
     items_without_signal: int
-    """Number of items whose embedding says nothing about them (see `embed.without_signal`)."""
+    """Number of items whose embedding carries no information (see `embed.without_signal`)."""
     items_sharing_an_embedding: int | None
     """Number of items whose embedding is another item's, too; None where it was not counted."""
     residual: list[float]
@@ -194,7 +194,7 @@ def check_signal(
     """Raise DataError if the embeddings of too many items say nothing about them."""
     if silent.mean() > recipe.max_without_signal:
         raise DataError(
-            f"the embeddings of {int(silent.sum())} of {len(silent)} items say nothing about them "
+            f"the embeddings of {int(silent.sum())} of {len(silent)} items carry no information "
             f"({origin}), such as item {items['item_id'][int(np.argmax(silent))]}; at "
             f"most {recipe.max_without_signal:.0%} may: give --embeddings or --model, choose "
             "another --source, or raise --max-without-signal"

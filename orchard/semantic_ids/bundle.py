@@ -101,7 +101,7 @@ class Bundle:
         if not found:
             raise DataError(
                 f"{folder} holds no tokenizer bundle (bundle-1.json); give the folder that "
-                "`orchard data sids` wrote beside the items"
+                "`orchard data sids` wrote next to the items"
             )
         number = found[-1] if version is None else version
         if number not in found:
@@ -296,13 +296,13 @@ def _publish(
         is_published = True
     except FileExistsError as error:
         raise DataError(
-            f"another command appended version {version} to {folder} meanwhile; run this one "
-            "again, and it continues from there"
+            f"another command appended version {version} to {folder} in the meantime; "
+            "run this one again to continue from there"
         ) from error
     except OSError as error:
         raise DataError(
             f"version {version} of {folder} cannot be written: {error.strerror}; put the bundle "
-            "on storage that takes writes and hard links, and has room"
+            "on writable storage with hard links and free space"
         ) from error
     finally:
         with contextlib.suppress(OSError):

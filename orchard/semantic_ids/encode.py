@@ -50,7 +50,7 @@ class EncodeReport:
     num_moved: int
     """Number of new items whose nearest code was taken, and which have another."""
     num_silent: int
-    """Number of new items whose embedding says nothing about them."""
+    """Number of new items whose embedding carries no information."""
     num_shared: int
     """Number of new items that share a semantic ID because none was free."""
     distance: float

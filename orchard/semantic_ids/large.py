@@ -65,7 +65,7 @@ def open_rows(path: Path, num_items: int) -> Any:
         rows: Any = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise DataError(
-            f"embeddings file {path} is no array of numbers; write it with numpy.save"
+            f"embeddings file {path} is not an array of numbers; write it with numpy.save"
         ) from error
     if rows.ndim != 2 or len(rows) != num_items:
         raise DataError(

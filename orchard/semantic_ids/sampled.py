@@ -37,7 +37,7 @@ def build_sampled(
     for option, value in (("quantiser", recipe.quantiser), ("collisions", recipe.collisions)):
         if value in ("balanced", "keep"):
             raise ConfigError(
-                f"--{option} {value} puts all items in relation at once and cannot go with "
+                f"--{option} {value} needs all items at once and does not work with "
                 "--sample; choose another, or leave --sample out"
             )
     items = build.read_items(folder, overwrite=overwrite)

@@ -69,8 +69,8 @@ class Config(Section):
     output: Path = Path("runs")
     """Folder that holds the run folders."""
     plugins: tuple[str, ...] = ()
-    """Modules that register searches, estimators, rewards or engines of your own; the driver and
-    every actor import them, also from the working directory."""
+    """Modules that register your own searches, estimators, rewards or engines; the driver and every
+    actor import them, also from the working directory."""
     data: DataConfig
     model: ModelConfig = ModelConfig()
     prompt: PromptConfig = PromptConfig()

@@ -38,16 +38,16 @@ def _as_list(value: Any) -> Any:
 Folders = Annotated[
     tuple[Annotated[Path, AfterValidator(Path.expanduser)], ...], BeforeValidator(_as_list)
 ]
-"""Folders, of which a single one needs no list."""
+"""Folders; a single folder may be given without a list."""
 
 
 class DataConfig(Section):
     """Locations of the interaction files, in the Parquet schema of `docs/data.md`."""
 
     path: Annotated[Path, AfterValidator(_under_root)]
-    """Folder that contains the data files. A relative path that is no folder of the working
-    directory is looked up under the environment variable `ORCHARD_DATA`, by default `data`, where
-    `orchard data fetch` puts data sets."""
+    """Folder that contains the data files. A relative path that is not a folder in the working
+    directory is looked up under the folder in the environment variable `ORCHARD_DATA`, by default
+    `data`, where `orchard data fetch` puts data sets."""
     items: FileName = "items.parquet"
     """Items file with the columns item_id, sid, and optionally title."""
     train: tuple[FileName, ...] = ("train.parquet",)
@@ -73,13 +73,13 @@ class DataConfig(Section):
     of the value head compare items by these embeddings; by default they compare codes."""
     bundle: FileName = "sids"
     """Folder of the tokenizer bundle that `orchard data sids` wrote with the items. The policy
-    carries it, so that new items get semantic IDs at the endpoint. A folder `sids` need not exist;
-    an empty name leaves it out."""
+    carries it, so that new items get semantic IDs at the endpoint. The default folder `sids` need
+    not exist; with an empty name, the policy carries no bundle."""
     max_history: PositiveInt = 10
     """Maximum number of history items in a prompt; the most recent items are kept."""
     level_size: tuple[PositiveInt, ...] | None = None
-    """Codebook size of each level; by default that of the tokenizer bundle, without one the largest
-    code in use plus one."""
+    """Codebook size of each level; by default that of the tokenizer bundle, or, without a bundle,
+    the largest code in use plus one."""
     varying_depth: bool = False
     """Whether semantic IDs may differ in length."""
     rationales: str | None = None

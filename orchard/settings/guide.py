@@ -15,11 +15,12 @@ class GuideConfig(Section):
     within ten items, `item_knn` by the cosine of their users, `neighbors` within three items in
     both directions, or registered experts of your own."""
     counts: Literal["train", "all", "feedback"] = "train"
-    """Rows that are counted: those of the warm start alone; the fresh rows of `data.fresh` or
-    `data.hold_back` as well; or all of these and what earned a reward in `data.feedback`, weighted
-    by it."""
+    """Rows that are counted: only those of the warm start; also the fresh rows of `data.fresh` or
+    `data.hold_back`; or all of these and the rewarded items of `data.feedback`, weighted by their
+    reward."""
     half_life: NonNegativeFloat = 0.0
-    """Days before the newest request after which what was shown counts half; 0 for no decay."""
+    """Age in days, relative to the newest request, at which a shown item counts half; 0 for no
+    decay."""
     pairs: NonNegativeInt = 500
     """Maximum number of pairs that an expert keeps of each semantic ID, the strongest; 0 keeps
     all."""

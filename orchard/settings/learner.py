@@ -87,36 +87,36 @@ class LearnerConfig(Section):
     rows: Literal["auto", "fresh", "train", "feedback"] = "auto"
     """Rows that prompts are drawn from: the requests of `data.feedback`, the fresh rows of
     `data.fresh` or `data.hold_back`, or those of the warm start; `auto` takes the first of these
-    that there is."""
+    that exists."""
     prompts_per_step: PositiveInt = 64
     """Number of prompts per training step."""
     max_draws: PositiveInt = 1
-    """Largest number of times that `prompts_per_step` prompts are drawn for one step, until as many
+    """Maximum number of times that `prompts_per_step` prompts are drawn for one step, until as many
     groups teach, that is, have an advantage (dynamic sampling, DAPO, arXiv 2503.14476). Groups that
-    teach are trained on first. 1 trains on the first draw as it is."""
+    teach are trained on first; with 1, the first draw is used without selection."""
     updates_per_batch: PositiveInt = 1
     """Gradient steps on one batch; the ratio clip takes effect above 1."""
     estimator: str = "group"
     """Advantage estimator. `group`, `dapo`, `drgrpo` and `leave_one_out` compare a candidate with
     its group; `sibling` compares it, at each code, with the sibling codes of the same search tree;
     `group_sibling` adds both losses and `blend` averages both advantages; `sapo` compares each step
-    of a candidate with the same step of its group; `credit_to_go` compares what the rewards
-    of its later steps add up to (HRPO); `boundary` compares the strongest positive of a group with
+    of a candidate with the same step of its group; `credit_to_go` compares the sum of the rewards
+    of a step and the later steps (HRPO); `boundary` compares the strongest positive of a group with
     its hardest negative alone (ReCast); `window` compares the positives with a window of the
-    negatives; `snips` weighs logged draws by the policy's probability of them, with
+    negatives; `snips` weighs logged draws by their probability under the policy, with
     `rollout.search = "logged"`."""
     weight_clip: Annotated[float, Field(ge=1.0)] = 10.0
     """Largest importance weight of a logged draw, in `snips`."""
     lists: Literal["single", "independent"] = "single"
-    """Logged draws that `snips` learns from: answers of one draw alone, or lists that were drawn
-    without replacement as well, whose items are taken to be judged by themselves, not by their
-    neighbors or position."""
+    """Logged draws that `snips` learns from: only answers of one draw, or also lists drawn without
+    replacement, under the assumption that users judge each item regardless of its neighbors and
+    position."""
     sibling_weight: NonNegativeFloat = 1.0
     """Weight of the sibling loss relative to the group loss, in `group_sibling`."""
     window: tuple[Fraction, Fraction] = (0.0, 1.0)
     """Window of the estimator `window`: the negatives that count, as shares of a group's negatives
     from the most to the least likely. (0, .1) aims at the first place of the list, a window further
-    down at more places, and (0, 1) is `group`."""
+    down aims at more places, and (0, 1) is `group`."""
     sapo: SapoConfig = SapoConfig()
     std_epsilon: Annotated[float, Field(gt=0.0)] = 1e-4
     """Constant added to a standard deviation before advantages are divided by it."""
@@ -159,14 +159,14 @@ class LearnerConfig(Section):
     """Dropout rate of the embeddings and of each block's output during an update. It requires one
     update per batch and no lag, because the ratio is then 1 within the same pass."""
     ema_decay: Fraction = 0.0
-    """Decay per update of the moving average of the weights that is evaluated and saved; 0 disables
-    it. Rollouts always use the newest weights."""
+    """Decay per update of the moving average of the weights, which is evaluated and saved; 0
+    disables it. Rollouts always use the newest weights."""
     anchor: NonNegativeFloat = 0.0
     """Weight of a supervised term beside the policy loss: the mean negative log-probability of the
     codes of each prompt's target (GRPO-SR, arXiv 2604.14878); 0 disables it."""
     hint_weight: NonNegativeFloat = 0.0
-    """Weight of the same term over the codes that `rollout.hints` has given to a search; .005 to
-    .01 in HCGRec (arXiv 2608.11980)."""
+    """Weight of the same supervised term on the codes that `rollout.hints` has given to a search;
+    .005 to .01 in HCGRec (arXiv 2608.11980)."""
     kl: KlConfig = KlConfig()
     value: ValueConfig = ValueConfig()
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -78,8 +78,8 @@ class TransitionConfig(Section):
     decay: Fraction = 0.3
     """Weight of a history item relative to the next more recent item."""
     floor: Annotated[float, Field(gt=0.0)] = 1e-3
-    """Constant added to a candidate's transition strength before the logarithm, hence the strength
-    of a candidate without any observed transition."""
+    """Constant added to a candidate's transition strength before the logarithm, and thus the
+    strength of a candidate without observed transitions."""
 
 
 class UtilityConfig(Section):
@@ -92,14 +92,14 @@ class UtilityConfig(Section):
     groups: PositiveInt = 64
     """Number of k-means clusters of `history`."""
     prior: PositiveFloat = 1.0
-    """Number of shown items that what is known with less detail counts as."""
+    """Number of shown items that the backoff estimate counts as."""
     backoff: Literal["residual", "paper"] = "residual"
-    """Value that a prefix of a cluster backs off to: of the shorter prefix in the cluster, plus
-    what the coarser cluster thinks of its last code; or, as in the paper, the shorter prefix alone,
-    and the coarser cluster where the cluster has no data."""
+    """Value that a prefix of a cluster backs off to: that of the shorter prefix in the cluster,
+    plus the contribution of its last code in the coarser cluster; or, as in the paper, that of the
+    shorter prefix alone, and of the coarser cluster if the cluster has no data."""
     floor: NonNegativeFloat = 0.0
-    """Constant above 0 that is added to utilities before their logarithm is taken, for next items,
-    as in `rewards.transition.floor`; with 0 they stay as they are."""
+    """Constant that is added to utilities of next items before their logarithm is taken, as in
+    `rewards.transition.floor`; with 0, no logarithm is taken."""
     source: Literal["auto", "feedback", "train"] = "auto"
     """Rows that utilities are estimated from: those of `data.feedback`, or the known training rows,
     whose targets have reward 1 and all other items 0; `auto` takes feedback where there is any."""
@@ -123,8 +123,8 @@ class RewardsConfig(Section):
     transition: TransitionConfig = TransitionConfig()
     utility: UtilityConfig = UtilityConfig()
     steps: Literal["match", "utility"] = "match"
-    """Reward of each code, for estimators of step-level credit: 1 where it matches the target, or
-    what it adds to the utility of the prefix before it (see `rewards.utility`)."""
+    """Reward of each code, for estimators of step-level credit: 1 if it matches the target, or its
+    contribution to the utility of the prefix (see `rewards.utility`)."""
     listwise: ListwiseConfig = ListwiseConfig()
     actors: PositiveInt = 1
     """Number of reward actors."""

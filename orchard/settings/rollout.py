@@ -87,22 +87,23 @@ class RolloutConfig(Section):
     guide: Literal["none", "expert", "critic", "head", "expert+head"] = "none"
     """Values that guide `beam`, whose prefixes are then ranked by log p + V: `expert` takes the
     guide of the policy that training starts from (`orchard fit guide`), `critic` the critic
-    (`orchard fit critic`), `head` the value head of the policy, which values the prefixes that have
-    been forwarded, and so the children of each alike; `expert+head` adds both. Rewards and losses
-    use log p alone."""
+    (`orchard fit critic`), `head` the value head of the policy, which only values forwarded
+    prefixes and therefore gives the children of a prefix the same value; `expert+head` adds both.
+    Rewards and losses use log p alone."""
     group_size: PositiveInt = 16
     """Number of candidates per prompt."""
     width: Widths | None = None
     """Beam width of the search `beam`: one number, or a list with a number for each level of the
-    codes, such as [32, 64, 64]; by default `group_size`, which the last number is no less than."""
+    codes, such as [32, 64, 64]; by default `group_size`. The last number must be at least
+    `group_size`."""
     add_target: bool = False
     """Whether a training search that missed the target replaces its worst candidate with the
     target."""
     hints: NonNegativeInt = 0
-    """Largest number of the target's first codes that a training search may be given as a hint. A
+    """Maximum number of leading codes of the target that a training search may get as a hint. A
     prompt whose group teaches nothing is searched again below one code of its target, then below
-    two, until its group has a spread of rewards (HCGRec, arXiv 2608.11980). Hinted codes have no
-    part in the policy loss; 0 gives no hints."""
+    two, until the rewards of its group differ (HCGRec, arXiv 2608.11980). Hinted codes are not part
+    of the policy loss; 0 gives no hints."""
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
     """Sampling temperature of the random searches; the reported log-probabilities are those of the
     unscaled policy."""

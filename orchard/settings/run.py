@@ -21,15 +21,15 @@ class EvaluateConfig(Section):
     """Whether the policy generates thinking blocks before the beam, greedily and with
     `rollout.think.block_tokens`."""
     guide: bool | Literal["auto"] = "auto"
-    """Whether an evaluation also searches with the guide of the policy; `auto` does if it has
+    """Whether an evaluation also searches with the guide of the policy; `auto` does so if there is
     one."""
     wide: NonNegativeInt = 0
     """Beam width of a second guided search for the rows whose first ten candidates are not proved
     to be the best of the catalog; 0 searches once."""
     exclude_seen: bool | Literal["auto"] = "auto"
     """Whether an evaluation also reports lists without the items of the row's own history, and
-    leaves them out of guided lists; `auto` does if fewer than 1 % of the training targets are in
-    their own history."""
+    leaves these items out of guided lists; `auto` does so if fewer than 1 % of the training targets
+    are in their own history."""
     every: NonNegativeInt = 50
     """Number of updates between two evaluations on the validation rows; 0 disables them."""
     valid_rows: PositiveInt = 1000
@@ -63,7 +63,8 @@ class ClusterConfig(Section):
 
     in_process: bool = False
     """Whether actors and learner all run in the driver's process, one after the other and without
-    Ray: for debuggers, and for policies so small that processes cost more than they give."""
+    Ray: for debuggers, and for policies so small that separate processes cost more than they
+    save."""
     address: str | None = None
     """Address of the Ray cluster to join; by default RAY_ADDRESS, or a new local cluster."""
     cpus: PositiveInt | None = None
@@ -74,8 +75,8 @@ class ClusterConfig(Section):
     publish_timeout_s: PositiveFloat = 60.0
     """Seconds to wait for the actors to load published weights."""
     publish_format: Literal["float32", "bfloat16", "adapter"] = "float32"
-    """Format of published weights: all in float32; all in bfloat16, which halves what travels; or,
-    with `model.lora.rank`, the adapters and what else is trained, which each actor adds to the
+    """Format of published weights: all in float32; all in bfloat16, which halves their size; or,
+    with `model.lora.rank`, the adapters and all other trained weights, which each actor adds to the
     initial policy. Policies are saved in float32 in any case."""
     probe_prompts: NonNegativeInt = 2
     """Number of probe prompts whose targets each rollout actor scores after it loads weights, for

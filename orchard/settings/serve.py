@@ -45,8 +45,8 @@ class VariantConfig(Section):
     shadow: bool = False
     """Whether the policy also answers every other request, for the exposure log only."""
     guide: bool | None = None
-    """Whether searches use the guide of the policy, if its folder has one; by default as
-    `serve.guide` says."""
+    """Whether searches use the guide of the policy, if its folder has one; by default
+    `serve.guide`."""
 
 
 class ServeConfig(Section):
@@ -80,8 +80,8 @@ class ServeConfig(Section):
     """Whether searches use the guide in the policy folder (`orchard fit guide`), if there is one:
     requests are then decoded by `guided` unless they name another decoder."""
     wide: NonNegativeInt = 0
-    """Beam width of a second search by the decoder `guided`, where the first did not prove that its
-    items are the best and the deadline leaves time; 0 makes none."""
+    """Beam width of a second search by the decoder `guided`, which runs if the first did not prove
+    that its items are the best and the deadline leaves time; 0 disables it."""
     max_k: PositiveInt = 512
     """Maximum number of items per request."""
     budget: PositiveInt = 1024
@@ -97,9 +97,9 @@ class ServeConfig(Section):
     cache_size: PositiveInt = 10_000
     """Maximum number of cached responses."""
     prefix_cache_mib: NonNegativeFloat = 0.0
-    """Mebibytes of keys and values of earlier histories that each policy of a replica keeps, so
-    that a history that has grown costs its new items alone; 0 keeps none. Only the engine `torch`
-    keeps any."""
+    """Size in MiB of the cache of keys and values of earlier histories, per policy of a replica. A
+    history that extends a cached one only costs its new items. 0 disables the cache; only the
+    engine `torch` has it."""
     popularity: Path | None = None
     """Parquet file with the columns item_id and count: the popular items that are returned when the
     policy cannot answer in time. Without the file the training targets of the run are counted."""

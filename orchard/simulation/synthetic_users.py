@@ -81,7 +81,7 @@ class UserParams:
         shares = ("taste", "category", "successor", "noise", "min_appeal", "released_later")
         for name in shares:
             if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} = {getattr(self, name)} is no share; use 0 to 1")
+                raise ConfigError(f"{name} = {getattr(self, name)} is not a share; use 0 to 1")
         for name in ("requests", "window_s", "release_windows"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} = {getattr(self, name)} is not positive; raise it")

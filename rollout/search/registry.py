@@ -124,7 +124,7 @@ def _hints_fit(config: Config) -> None:
         )
     if rollout.hints and rollout.add_target:
         raise ConfigError(
-            "rollout.add_target = true puts the target into every group, so that none needs a "
+            "rollout.add_target = true puts the target into every group, so no group needs a "
             f"hint; leave out rollout.hints = {rollout.hints} or rollout.add_target",
             code="config.hints_beside_targets",
         )

@@ -159,7 +159,7 @@ def generate_thoughts(
     """
     if (tags := tokenizer.think) is None:
         raise EngineError(
-            "the policy has no tags to think between; warm-start it on rationales "
+            "the policy has no tags for thinking; warm-start it on rationales "
             "(data.rationales), or choose a search without thoughts"
         )
     return think(

@@ -89,7 +89,7 @@ class Attributes:
         if passed_over:
             _log.warning(
                 "%d attribute values of earlier deltas fit no column of serve.attributes and are "
-                "passed over: %s", len(passed_over), ", ".join(sorted(set(passed_over))),
+                "ignored: %s", len(passed_over), ", ".join(sorted(set(passed_over))),
             )  # fmt: skip
         return replace(self, changed=merged)
 
@@ -97,7 +97,7 @@ class Attributes:
         """Return why a value cannot be an attribute of that name, None if it can."""
         if name not in self.column:
             known = ", ".join(self.column) or "none"
-            return f"is no column of the attributes; there are {known}"
+            return f"is not a column of the attributes; there are {known}"
         if value is None:
             return None
         kind, holds = self.column[name][0].dtype, _HOLDS[self.column[name][0].dtype.kind]
@@ -168,7 +168,7 @@ def check_filters(attributes: Attributes, filters: Mapping[str, FilterConfig]) -
     for name, by in filters.items():
         if by.column not in attributes.column:
             raise ConfigError(
-                f"serve.filters.{name}.column = {by.column!r} is no column of serve.attributes; "
+                f"serve.filters.{name}.column = {by.column!r} is not a column of serve.attributes; "
                 f"there are {', '.join(attributes.column) or 'none'}"
             )
         if (by.op == "in") != isinstance(by.value, tuple):

@@ -168,7 +168,7 @@ class Ledger(Generic[D]):
         except ValueError as error:
             raise self._error(number, "is cut short or damaged") from error
         if not isinstance(tree, dict):
-            raise self._error(number, "is no delta")
+            raise self._error(number, "is not a delta")
         fields = cast("dict[str, Any]", tree)
         try:
             if "digest" not in fields and not chained:  # written by an earlier release
@@ -184,7 +184,7 @@ class Ledger(Generic[D]):
                 raise self._error(number, "does not continue this ledger")
             delta = self._model.model_validate(fields.get("delta"))
         except ValidationError as error:
-            raise self._error(number, f"is no delta ({error.errors()[0]['msg']})") from error
+            raise self._error(number, f"is not a delta ({error.errors()[0]['msg']})") from error
         target = _rollback_of(delta)
         if target is not None and target >= number:
             raise self._error(number, f"goes back to version {target}, which came later")
@@ -203,8 +203,8 @@ class Ledger(Generic[D]):
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise LedgerError(
-                f"{path} is damaged; restore it from a backup, or remove it to take the deltas "
-                "beside it as they are"
+                f"{path} is damaged; restore it from a backup, or remove it to accept the "
+                "deltas next to it as they are"
             ) from error
 
     def _numbers(self) -> Sequence[int]:
@@ -216,7 +216,7 @@ class Ledger(Generic[D]):
         """Return the error for a file, with its remedies."""
         return LedgerError(
             f"delta {self._path(number)} {why}; restore it from a backup, or move it, all later "
-            f"deltas and {HEAD} out of the folder to go on from catalog version {number - 1}"
+            f"deltas and {HEAD} out of the folder to continue from catalog version {number - 1}"
         )
 
     def _write(self, tree: dict[str, Any]) -> Path:

@@ -36,7 +36,7 @@ class NewItem(RequestModel):
     def _one_source_of_codes(self) -> "NewItem":
         """Refuse an embedding that nothing is made of."""
         if self.sid is not None and self.embedding is not None:
-            raise ValueError("give sid, or an embedding to assign one by, and not both")
+            raise ValueError("give sid, or an embedding to assign one by, but not both")
         return self
 
 

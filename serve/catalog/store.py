@@ -260,14 +260,14 @@ def _apply_changes(
     add: list[tuple[int, Sequence[int], str]] = []
     for item in delta.add:
         if item.sid is None:
-            raise DataError(f"item {item.item_id} is to be added and has no sid; send one")
+            raise DataError(f"item {item.item_id} has no sid; send one to add it")
         add.append((item.item_id, item.sid, item.title))
     remove, added = list(delta.remove), {item.item_id for item in delta.add}
     # An update of codes or title removes the item and adds it again.
     for item in delta.update:
         rows, in_catalog = old.catalog.lookup(np.array([item.item_id]))
         if not (in_catalog[0] and old.live[rows[0]]):
-            raise DataError(f"item {item.item_id} is to be changed and is not in the catalog")
+            raise DataError(f"item {item.item_id} is not in the catalog and cannot be changed")
         if item.sid is None and item.title is None:
             continue
         row = int(rows[0])

@@ -79,7 +79,7 @@ def resolve(
     decoder = request.decoder or ("beam" if guide is None else "guided")
     if decoder not in decoders:
         raise UnprocessableError(
-            f"decoder {decoder} needs {_NEEDS[decoder]}, which variant {variant} has not; choose "
+            f"decoder {decoder} needs {_NEEDS[decoder]}, which variant {variant} lacks; choose "
             f"{' or '.join(decoders)}"
         )
     unknown = sorted(set(request.filters) - config.filters.keys())

@@ -302,5 +302,5 @@ def check_probe(
     if not gap <= tolerance:
         raise EngineError(
             f"the engine scores the probe {gap:.2g} away from policy {version}'s own model, more "
-            f"than {tolerance:g}; the policy before it answers on"
+            f"than {tolerance:g}; the previous policy keeps serving"
         )

@@ -33,7 +33,7 @@ def test_a_fitted_critic_guides_a_policy_that_has_no_head(
 ) -> None:
     settings = config.load(file)
     untrained(settings)
-    with pytest.raises(ConfigError, match="critic asks a fitted model.*orchard fit critic"):
+    with pytest.raises(ConfigError, match="critic needs a fitted model.*orchard fit critic"):
         prepare(settings, "train")
     cli.main(["fit", "critic", str(file)])
     assert "explained" in capsys.readouterr().out

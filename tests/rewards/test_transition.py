@@ -73,5 +73,5 @@ def test_a_row_is_judged_by_what_the_other_rows_counted(trees_with: Grow, rows: 
 
 def test_without_counts_it_is_refused(trees_with: Grow) -> None:
     trees = trees_with(ITEMS, [[0]], targets=[0])
-    with pytest.raises(ConfigError, match="transition needs what followed what"):
+    with pytest.raises(ConfigError, match="transition needs the transition counts"):
         transition(trees, RewardContext(catalog=ITEMS))

@@ -175,7 +175,7 @@ def test_what_belongs_to_another_catalog_or_batch_is_refused(
     beyond = replace(
         fit, excluded=np.array([trie.num_leaves]), excluded_start=np.array([0, 1, 1, 1, 1])
     )
-    with pytest.raises(CatalogError, match=f"leaf {trie.num_leaves} is to be excluded"):
+    with pytest.raises(CatalogError, match=f"leaf {trie.num_leaves} is excluded"):
         sample(engine, world.prompts, count=2, temperature=1.0, seed=0, allowed=beyond)
 
 

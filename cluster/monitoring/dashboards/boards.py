@@ -183,7 +183,7 @@ WEIGHTS = Board(
             _one("Step of the newest checkpoint", "none", "A resume begins here.",
                  "orchard_checkpoint_step"),
             _graph(
-                "Since the last step", "s", "A stall shows as a growing age.",
+                "Since the last step", "s", "A stalled run shows a growing age.",
                 ('time() - orchard_last_step_timestamp_seconds{run=~"$run"}', "{{run}} {{phase}}"),
             ),
         ),
@@ -280,13 +280,13 @@ SERVING = Board(
                 ("max by (variant) (ray_orchard_serve_policy_refused)", "{{variant}} policy"),
                 ("max(ray_orchard_serve_catalogue_refused)", "delta"),
             ),
-            _graph("Histories continued", "cps", "Requests that continued a kept history.",
+            _graph("Continued histories", "cps", "Requests that continued a cached history.",
                    _served("ray_orchard_serve_prefix_hits_total", "variant")),
             _graph(
-                "Kept histories", "bytes", "Size of the kept keys and values.",
+                "Cached histories", "bytes", "Size of the cached keys and values.",
                 ("max by (variant) (ray_orchard_serve_prefix_bytes)", "{{variant}}"),
             ),
-            _graph("Tokens spared", "cps", "Prompt tokens that were not forwarded again.",
+            _graph("Tokens saved", "cps", "Prompt tokens that were not forwarded again.",
                    _served("ray_orchard_serve_prefix_tokens_total", "variant")),
         ),
         (

@@ -26,10 +26,10 @@ LOOP = Board(
         ),
         (
             graph(
-                "Decisions", "none", "Policies published, refused by the gate, and taken back.",
+                "Decisions", "none", "Policies published, refused by the gate, and rolled back.",
                 (value("orchard_loop_published_total"), "{{run}} published"),
                 (value("orchard_loop_refused_total"), "{{run}} refused"),
-                (value("orchard_loop_rolled_back_total"), "{{run}} taken back"),
+                (value("orchard_loop_rolled_back_total"), "{{run}} rolled back"),
             ),
             graph(
                 "Windows", "none", "Without exposures, and with a reward outside the prediction.",
@@ -47,7 +47,7 @@ LOOP = Board(
             ),
             one("Lag of events", "s", "Median time from an exposure to its event.",
                  "orchard_loop_event_delay_seconds"),
-            one("Late events", "none", "They came after their window was closed.",
+            one("Late events", "none", "Events that arrived after their window was closed.",
                  "orchard_loop_late_events_total"),
         ),
     ),

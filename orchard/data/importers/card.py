@@ -67,7 +67,7 @@ def check_leaks(examples: SplitExamples) -> None:
         raise DataError(
             f"{_name(examples, int(found[0]))} is a row of train as well, {whose}, with history "
             f"and target ({len(found)} such rows of valid and test); remove them from train, or "
-            "split the data anew"
+            "split the data again"
         )
     leaking = leaks(examples)
     if len(leaking) == 0:
@@ -76,7 +76,7 @@ def check_leaks(examples: SplitExamples) -> None:
     raise DataError(
         f"{_name(examples, row)} predicts item {examples.items.name(int(examples.target[row]))} of "
         f"user {examples.user_id[row]}, an interaction inside a training history of that user "
-        f"({len(leaking)} such rows); split the data anew"
+        f"({len(leaking)} such rows); split the data again"
     )
 
 

@@ -81,7 +81,7 @@ def attach_titles(
         if distinct < _LEAST_DISTINCT and len(titles) > 1:
             note = (
                 f"{described(table, said[:1], (column,))}; `{title}` has {len(set(titles))} "
-                f"different values for {len(titles)} items, which are no titles; name the column "
+                f"different values for {len(titles)} items, which are not titles; name the column "
                 "of titles with --column items.title=NAME"
             )
             return replace(log, notes=(*log.notes, note, *notes))

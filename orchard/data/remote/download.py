@@ -77,8 +77,8 @@ def download(
         failures = failures + 1 if _size(part) == before else 0
         if failures == _ATTEMPTS:
             raise DataError(
-                f"the download of {url} broke off after {_size(part)} bytes ({reason}); run the "
-                f"command again to go on, or put the file at {path} by hand"
+                f"the download of {url} was interrupted after {_size(part)} bytes ({reason}); run "
+                f"the command again to continue, or put the file at {path} by hand"
             ) from reason
         time.sleep(wait_s * 2 ** max(0, failures - 1))
     sha256 = _digest(part, "sha256")
@@ -147,7 +147,7 @@ def _receive(url: str, part: Path, tick: Callable[[int], None]) -> None:
                 received += len(chunk)
                 tick(len(chunk))
     if total is not None and received != total:
-        raise ConnectionError(f"{received} of {total} bytes came")
+        raise ConnectionError(f"received {received} of {total} bytes")
 
 
 def _size(path: Path) -> int:

@@ -183,7 +183,7 @@ def _expansion_fields(
         value = expansion.value.float().cpu().numpy()
     else:
         raise EngineError(
-            "the search is to be guided by values, but the policy has no head for them; set "
+            "the search is guided by values, but the policy has no head for them; set "
             'model.value_head = true or rollout.ved.guide = "critic", or choose another '
             "rollout.search"
         )

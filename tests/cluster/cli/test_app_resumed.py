@@ -60,7 +60,7 @@ def test_a_run_continues_only_under_its_own_configuration(
     (warm.parent / "checkpoints" / "learner-train").mkdir(parents=True)
     said = refused("train", world, "learner.lr=0.5").said
     assert "learner.lr = 0.5 (was 0.0002)" in said
-    assert f"choose another name, to go on from what it has learned with model.path={warm}" in said
+    assert f"choose another name, to continue from its policy with model.path={warm}" in said
     cli.main(["train", str(world), "learner.steps=999", "--dry-run"])
     cli.main(["train", str(world), "name=another", f"model.path='{warm}'", "learner.lr=0.5",
               "--dry-run"])  # fmt: skip

@@ -39,7 +39,7 @@ def test_a_log_is_imported_by_one_command(
     assert "no list of sizes" in fails(["data", "sids", out, "--levels", "2x2"], capsys)
     main(["data", "sids", out, "--levels", "2,2", "--collisions", "extra_level"])
     shown = capsys.readouterr().out
-    assert "6 distinct of 6 items, 0 share theirs" in shown
+    assert "6 distinct of 6 items, 0 share an ID" in shown
     assert f"tokenizer bundle: {out}/sids" in shown
     encode = ["data", "encode", f"{out}/sids", f"{out}/items.parquet", f"{out}/again.parquet"]
     assert "cannot embed an item by itself" in fails([*encode, "--verify"], capsys)

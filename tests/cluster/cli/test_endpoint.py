@@ -42,10 +42,10 @@ def test_each_part_of_an_address_is_blamed_for_itself() -> None:
         with pytest.raises(ConfigError, match=f"port {taken} of 127.0.0.1 cannot be had"):
             refuse_taken_port(ServeConfig(port=taken))
     for host in ("no-such-host.invalid", "300.1.1.1", "::g"):
-        with pytest.raises(ConfigError, match=r"serve\.host = .* is no known host"):
+        with pytest.raises(ConfigError, match=r"serve\.host = .* is not a known host"):
             refuse_taken_port(ServeConfig(host=host, port=0))
     for host in ("192.0.2.1", "2001:db8::1"):  # kept for documentation, no machine's own
-        with pytest.raises(ConfigError, match=r"serve\.host = .* is no address of this machine"):
+        with pytest.raises(ConfigError, match=r"serve\.host = .* is not an address of this"):
             refuse_taken_port(ServeConfig(host=host, port=0))
     refuse_taken_port(ServeConfig(host="localhost", port=0))
 

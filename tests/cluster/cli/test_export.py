@@ -107,7 +107,7 @@ def test_what_cannot_be_handed_over_is_refused_and_nothing_is_written(
     assert "holds no policy; run `orchard sft`" in refused()
     run = started(run_file)
     (run.policy / "policy.json").rename(tmp_path / "policy.json")
-    assert "is no policy of a run" in refused()
+    assert "is not the policy of a run" in refused()
     (tmp_path / "policy.json").rename(run.policy / "policy.json")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")

@@ -66,7 +66,7 @@ def test_a_log_and_events_become_feedback(tmp_path: Path) -> None:
 
 def test_values_and_choices_are_checked(tmp_path: Path) -> None:
     assert behavior_values(["buy=1", "a=b=.5"]) == {"buy": 1.0, "a=b": 0.5}
-    with pytest.raises(ConfigError, match="'buy' is no behavior with a number"):
+    with pytest.raises(ConfigError, match="'buy' is not a behavior with a number"):
         behavior_values(["buy"])
     result = CliRunner().invoke(
         app, ["data", "feedback", "log", "events", str(tmp_path), "--combine", "mean"]

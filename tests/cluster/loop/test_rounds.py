@@ -136,7 +136,7 @@ def test_a_policy_that_disappoints_is_taken_back_within_one_window(canary: float
     states = play(actions, 3)
     assert states[1].watch == "below"
     assert states[1].rolled_back
-    assert "policy 00001 was taken back: it earned 0." in states[1].reasons[0]
+    assert "policy 00001 was rolled back: it earned 0." in states[1].reasons[0]
     assert actions.shown[1] == ({"00000": 360, "00001": 40} if canary else {"00001": 400})
     assert "00001" not in actions.shown[2]
     assert (states[2].main if canary else states[2].previous) == "00002"

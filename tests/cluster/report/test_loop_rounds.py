@@ -45,7 +45,7 @@ def test_the_report_has_a_row_for_each_round(tmp_path: Path) -> None:
 
 def test_a_damaged_log_is_named_in_the_report(tmp_path: Path) -> None:
     (tmp_path / LOG).write_text("{")
-    with pytest.raises(DataError, match="which writes it anew"):
+    with pytest.raises(DataError, match="which writes it again"):
         read_log(tmp_path / LOG)
     assert "The rounds of the loop" in write_report(tmp_path).read_text()
 

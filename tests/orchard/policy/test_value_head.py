@@ -120,5 +120,5 @@ def test_a_saved_policy_keeps_its_head_in_a_file_of_its_own(tmp_path: Path) -> N
 def test_a_damaged_or_foreign_head_is_refused(tmp_path: Path) -> None:
     folder = valued_world().save(tmp_path / "policy")
     (folder / value_head.FILE).write_bytes(b"not tensors")
-    with pytest.raises(CheckpointError, match="is no value head of this policy"):
+    with pytest.raises(CheckpointError, match="is not a value head of this policy"):
         load(folder)

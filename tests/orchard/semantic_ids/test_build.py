@@ -115,7 +115,7 @@ def test_what_cannot_be_embedded_is_refused_and_the_folder_stays_as_it_was(tmp_p
         ({**small, "embeddings": tmp_path / "few.parquet"}, DataError, "item 24 has no embedding"),
         ({**small, "embeddings": tmp_path / "nan.npy"}, DataError, "item row 5 in .* not finite"),
         ({**small, "embeddings": tmp_path / "no.npy"}, DataError, "does not exist"),
-        ({**small, "embeddings": tmp_path / "junk.npy"}, DataError, "is no array of numbers"),
+        ({**small, "embeddings": tmp_path / "junk.npy"}, DataError, "is not an array of numbers"),
         ({**small, "embeddings": tmp_path / "words.npy"}, DataError, "save real numbers"),
         ({**small, "embeddings": tmp_path / "words.parquet"}, DataError, "as a list of numbers"),
         ({**small, "embeddings": tmp_path / "twice.parquet"}, DataError, "item 7 has several"),

@@ -149,7 +149,7 @@ def test_what_cannot_be_read_in_parts_is_refused(tmp_path: Path) -> None:
         ({}, ConfigError, "--sample needs --embeddings"),
         ({"embeddings": folder / "e.npz"}, DataError, "no .npy file, which --sample maps"),
         ({"embeddings": folder / "few.npy"}, DataError, r"\(9, 6\) for 500 items"),
-        ({"embeddings": folder / "junk.npy"}, DataError, "is no array of numbers"),
+        ({"embeddings": folder / "junk.npy"}, DataError, "is not an array of numbers"),
         ({"embeddings": folder / "e.npy", "quantiser": "balanced"}, ConfigError, "--quantiser bal"),
         ({"embeddings": folder / "e.npy", "collisions": "keep"}, ConfigError, "--collisions keep"),
         ({"embeddings": folder / "inf.npy"}, DataError, "not finite"),

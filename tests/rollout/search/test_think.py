@@ -236,7 +236,7 @@ def test_tags_must_be_single_tokens(world: TinySetup) -> None:
 
 def test_thinking_without_tags_or_room_is_refused(world: TinySetup, folder: Path) -> None:
     mute = replace(world, tokenizer=replace(world.tokenizer, think=None))
-    with pytest.raises(EngineError, match="no tags to think between"):
+    with pytest.raises(EngineError, match="no tags for thinking"):
         rollout_worker(mute, folder).search(world.prompts, 0)
     with pytest.raises(EngineError, match="lower rollout.think.block_tokens"):
         rollout_worker(world, folder, think={"block_tokens": 5000}).search(world.prompts, 0)

@@ -183,7 +183,7 @@ def test_events_need_the_token_and_a_guide(guided: Path, folder: Path) -> None:
         )
         refused = await plain.post("/v1/events", json=body, headers=OPERATOR)
         assert refused.status_code == 422
-        assert "no policy here has a guide" in refused.json()["detail"]
+        assert "no policy of this endpoint has a guide" in refused.json()["detail"]
 
     run(work)
 

@@ -95,7 +95,7 @@ def swapped(deltas: Path) -> None:
         (spoil("000000004.json", None), 4, "is missing, the newest is delta 4"),
         (spoil("000000003.json", ""), 3, "is empty"),
         (spoil("000000003.json", "\n"), 3, "is empty"),
-        (spoil("000000003.json", "[1]"), 3, "is no delta"),
+        (spoil("000000003.json", "[1]"), 3, "is not a delta"),
         (spoil("000000003.json", '{"remove": [7]}'), 3, "does not have the digest"),
         (spoil("000000001.json", '{"digest": "0", "delta": {}}'), 1, "does not have the digest"),
         (cut, 2, "is cut short or damaged"),
@@ -115,7 +115,7 @@ def test_a_damaged_ledger_names_the_file_and_what_to_do(
     with pytest.raises(LedgerError, match=why) as failure:
         read(shop_world, tmp_path)
     assert f"{number:09d}.json" in str(failure.value)
-    assert f"to go on from catalog version {number - 1}" in str(failure.value)
+    assert f"to continue from catalog version {number - 1}" in str(failure.value)
     with pytest.raises(LedgerError, match=why):
         SharedState(tmp_path, shop_world.catalog.digest).verify()
     # The remedy: move it, all later deltas and the head away.
@@ -166,7 +166,7 @@ def test_attributes_that_are_no_longer_configured_are_passed_over(
     )
     SharedState(tmp_path, shop_world.catalog.digest).catch_up(store)
     assert store.current.version == 4
-    assert "fit no column of serve.attributes and are passed over: price" in caplog.text
+    assert "fit no column of serve.attributes and are ignored: price" in caplog.text
 
 
 def test_files_of_an_earlier_release_are_read_before_those_with_digests(

@@ -199,7 +199,7 @@ def test_an_embedding_that_says_nothing_is_refused(
 def test_an_embedding_of_something_else_than_numbers_is_malformed(value: Any) -> None:
     with pytest.raises(ValidationError):
         delta(add=[{"item_id": 900, "embedding": [1.0, value]}])
-    with pytest.raises(ValidationError, match="and not both"):
+    with pytest.raises(ValidationError, match="but not both"):
         delta(add=[{"item_id": 900, "embedding": [1.0], "sid": [0, 0]}])
 
 

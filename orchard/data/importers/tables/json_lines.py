@@ -28,7 +28,7 @@ def fields_of(path: Path) -> tuple[tuple[str, ...], dict[str, str]]:
     nested: dict[str, str] = {}
     if data.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
         raise DataError(
-            f"{path.name} is no file of JSON lines but one JSON array; write one object per line"
+            f"{path.name} is one JSON array instead of JSON lines; write one object per line"
         )
     for number, line in enumerate(lines[:_LINES], 1):
         if not line.strip():
@@ -49,7 +49,7 @@ def _object(line: str, number: int, path: Path) -> dict[str, Any]:
     except ValueError as error:
         problem = str(error)
     raise DataError(
-        f"{path.name} is no file of JSON lines: line {number} cannot be read ({problem}); write "
+        f"{path.name} is not a file of JSON lines: line {number} cannot be read ({problem}); write "
         "one object per line; Amazon's files of 2014 are Python dictionaries, take those of 2018 "
         "or 2023"
     )
@@ -75,7 +75,7 @@ def read(file: Path, names: Sequence[str], encoded: Sequence[str], tick: Tick) -
                 done += step
     except (pl.exceptions.PolarsError, OSError) as error:
         _name_bad_line(file)
-        raise DataError(f"{file.name} is no file of JSON lines: {error}") from error
+        raise DataError(f"{file.name} is not a file of JSON lines: {error}") from error
     tick(size - done)
     return pa.table(
         [pa.chunked_array(columns[name], schema.field(name).type) for name in names], schema=schema

@@ -174,7 +174,7 @@ def test_lines_that_are_no_json_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="give the metadata with --items"):
         bring(reviews, tmp_path / "out")
     about.write_text("{'asin': 'B1'}")
-    with pytest.raises(DataError, match="is no file of JSON lines"):
+    with pytest.raises(DataError, match="is not a file of JSON lines"):
         bring(reviews, tmp_path / "out", about)
     about.write_text('{"id": 1}')
     with pytest.raises(DataError, match="has the columns id but no `title`; .*items.title=NAME"):

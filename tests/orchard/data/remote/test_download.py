@@ -84,7 +84,7 @@ def test_a_server_that_sends_nothing_more_ends_it_and_a_second_call_goes_on(
     published: Published, get: Callable[..., str], tmp_path: Path
 ) -> None:
     published.breaks = [3000, 0, 0, 0, 0, 0]
-    with pytest.raises(DataError, match="broke off after 3000 bytes"):
+    with pytest.raises(DataError, match="was interrupted after 3000 bytes"):
         get()
     assert not (tmp_path / "raw" / "log.csv").exists()
     get()
