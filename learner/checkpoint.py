@@ -143,8 +143,8 @@ def recover(storage: Path) -> Path | None:
     """
     try:
         text = (storage / RECORD).read_text(errors="replace")
-    except FileNotFoundError:
-        return None
+    except FileNotFoundError:  # of a run in one process, or killed before its first list
+        return newest_complete(storage)
     listed = sorted(set(re.findall(r"job_\d{6}", text)))
     reason = damage(storage / listed[-1]) if listed else ""
     try:

@@ -2,8 +2,9 @@
 
 The table trains `cluster/runs/sapo_tiny.toml` in four variants from one SFT policy per seed, on the
 same prompts: GRPO with the exact match, GRPO with the share of matching codes, SAPO with the
-advantage on thoughts alone, and SAPO. A group has a signal if the quantity that its estimator
-compares (the reward, or the match at some step) varies among its candidates.
+advantage on thoughts alone, and SAPO. `SPARSE` repeats the table where fewer than one group in ten
+holds its target: more items, and prompts of fresh rows alone. A group has a signal if the quantity
+that its estimator compares (the reward, or the match at some step) varies among its candidates.
 
 The speed is that of a fresh policy, whose blocks nearly all reach their maximum length. On vLLM,
 the plain loop makes one blocking call for each block of each sample and one for each of its codes;
@@ -24,7 +25,7 @@ import torch
 
 from benchmarks.shared.hugging_face import allowed_tokens
 from benchmarks.shared.measure import Figure, Report, Row, figure, interleaved, report
-from benchmarks.shared.recipe import ONE_THREAD
+from benchmarks.shared.recipe import ONE_THREAD, over_seeds, read, spelt
 from benchmarks.shared.thought_loop import ThoughtLoop
 from cluster.cli.commands import TRAINED, WARM_START, improve, warm_start
 from cluster.training.run import Run, prepare
@@ -49,6 +50,9 @@ WAYS = {
 }
 WORLD = WorldParams(num_items=500, num_users=1200)
 """Synthetic world of reduced size: three seeds of the table take one to two core hours."""
+SPARSE = WorldParams(num_items=2000, num_users=1600)
+"""World in which the exact match is rare."""
+FRESH = "data.hold_back=0.3"
 METRICS = ("ndcg@10/sid", "hr@1/sid", "hr@10/sid")
 CUT = (
     "sft.epochs=1", "sft.valid_rows=20", "learner.steps=2", "learner.prompts_per_step=4",
@@ -68,7 +72,8 @@ def run(quick: bool) -> Report:
     here, rows_here = speed_here(changes, **sizes)
     speed, rows = _speed(changes, **sizes)
     figures, table = _table(changes, seeds=1 if quick else 3)
-    return report("sapo", [*here, *speed, *figures], [*rows_here, *rows, *table])
+    sparse = _sparse(output, CUT if quick else (), seeds=1 if quick else 3)
+    return report("sapo", [*here, *speed, *figures], [*rows_here, *rows, *table, *sparse])
 
 
 def _settings(name: str, seed: int, changes: list[str]) -> Config:
@@ -77,18 +82,63 @@ def _settings(name: str, seed: int, changes: list[str]) -> Config:
     )
 
 
+def run_ways(name: str, seed: int, changes: list[str]) -> dict[str, Config]:
+    """Train every variant from the SFT policy of a seed, unless done; return their settings."""
+    sft_config = _settings(f"{name}-{seed}", seed, changes)
+    warm_start(sft_config, dry_run=False)
+    policy = f"model.path={sft_config.run_dir / WARM_START}"
+    runs = {WARM_START: sft_config}
+    for way, overrides in WAYS.items():
+        runs[way] = _settings(f"{name}-{seed}-{way}", seed, [*changes, policy, *overrides])
+        improve(runs[way], dry_run=False)
+    return runs
+
+
+def sparse_changes(output: Path, cut: tuple[str, ...]) -> list[str]:
+    """Write the sparse world, unless it is there; return the settings of runs in it."""
+    data_path = output / "bench-sapo-sparse-data"
+    if not data_path.is_dir():
+        write_world(data_path, SPARSE)
+    return [
+        f"output={output}", f"data.path={data_path}", FRESH, "rollout.engine=torch",
+        "cluster.in_process=true", *ONE_THREAD, *cut,
+    ]  # fmt: skip
+
+
+def _sparse(output: Path, cut: tuple[str, ...], *, seeds: int) -> list[Row]:
+    """Compare all variants in the sparse world, in one process, paired by row and seed."""
+    changes = sparse_changes(output, cut)
+    runs = [run_ways("sapo_sparse", seed, changes) for seed in range(seeds)]
+    rows = list[Row]()
+    for way in (WARM_START, *WAYS):
+        name = WARM_START if way == WARM_START else TRAINED
+        facts = [_scores(of_seed[way], name) for of_seed in runs]
+        if way != WARM_START:
+            pairs = zip(facts, runs, strict=True)
+            facts = [one | _course(of_seed[way]) for one, of_seed in pairs]
+        mean = {key: float(np.mean([one[key] for one in facts])) for key in facts[0]}
+        rows.append({"world": "sparse", "policy": way, "seeds": seeds} | mean)
+    for ours, theirs in (("sapo", "grpo_exact"), ("sapo", "grpo_prefix"), ("sapo", WARM_START),
+                         ("sapo", "sapo_think_only"), ("grpo_exact", WARM_START)):  # fmt: skip
+        left = [read(of_seed[ours], TRAINED) for of_seed in runs]
+        right = [
+            read(of_seed[theirs], WARM_START if theirs == WARM_START else TRAINED)
+            for of_seed in runs
+        ]
+        rows.append({"world": "sparse", "difference": f"{ours} - {theirs}", "seeds": seeds}
+                    | spelt(over_seeds(left, right), METRICS))  # fmt: skip
+    return rows
+
+
 def _table(changes: list[str], *, seeds: int) -> tuple[list[Figure], list[Row]]:
     """Train every variant from the SFT policy of each seed; return figures and mean scores."""
     scores: dict[str, list[dict[str, float]]] = {WARM_START: [], **{way: [] for way in WAYS}}
     for seed in range(seeds):
-        sft_config = _settings(f"sapo_tiny-{seed}", seed, changes)
-        warm_start(sft_config, dry_run=False)
-        scores[WARM_START].append(_scores(sft_config, WARM_START))
-        for way, overrides in WAYS.items():
-            policy = f"model.path={sft_config.run_dir / WARM_START}"
-            settings = _settings(f"sapo_tiny-{seed}-{way}", seed, [*changes, policy, *overrides])
-            improve(settings, dry_run=False)
-            scores[way].append(_scores(settings, TRAINED) | _course(settings))
+        for way, settings in run_ways("sapo_tiny", seed, changes).items():
+            if way == WARM_START:
+                scores[way].append(_scores(settings, WARM_START))
+            else:
+                scores[way].append(_scores(settings, TRAINED) | _course(settings))
     mean = {
         way: {
             name: float(np.mean([facts[name] for facts in facts_of_seeds]))

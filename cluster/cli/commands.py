@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Literal
 
 import typer
-from transformers.utils import logging as transformers_logging
 
 from cluster.actors.memory import MemoryMonitor
 from cluster.console import closing_table, segment_table
@@ -37,9 +36,6 @@ from orchard.evaluation import ranking
 from orchard.evaluation.ranking import Evaluation
 from orchard.settings import Config
 from orchard.settings.widths import Width
-
-# Orchard shows its own progress bars; bars of single weight files would break them up.
-transformers_logging.disable_progress_bar()
 
 WARM_START, TRAINED = "warm_start", "trained"
 QUICKSTART = Path(__file__).parents[1] / "runs" / "quickstart.toml"
@@ -224,6 +220,7 @@ def plan_lines(run: Run, sizes: plans.Sizes, capacity: plans.CapacityPlan) -> li
         f"{group.count} x {group.name}: {group.cpus} CPU, {group.gpus:g} GPU, "
         f"{group.memory / plans.GIB:.2f} GiB each"
         for group in capacity.groups
+        if group.count
     ]
     return [
         *lines,

@@ -154,16 +154,28 @@ def layout(config: Config, sizes: Sizes) -> tuple[ProcessGroup, ...]:
     engine_weights = sizes.parameters * (4 if rollout.dtype == "float32" else 2)
     kv_bytes = 4 * 2 * sizes.layers * sizes.hidden  # bytes of keys and values per token, at most
     branches = sum(of_levels(rollout.beam_width, len(sizes.nodes_per_level), "rollout.width"))
-    cache = int(rollout.batch_size * (sizes.prompt_tokens_max + branches) * kv_bytes)
-    if ENGINES.facts(rollout.engine).own_process:
-        cache = int(rollout.kv_cache_gib * GIB) + _PROCESS  # the engine is a separate process
+    slots = sizes.prompt_tokens_max + branches
+
+    def engine(name: str, batch: int) -> int:
+        """Return the bytes of an actor with an engine."""
+        cache = int(batch * slots * kv_bytes)
+        if ENGINES.facts(name).own_process:
+            cache = int(rollout.kv_cache_gib * GIB) + _PROCESS  # the engine is a separate process
+        return _PROCESS + engine_weights + cache
+
+    evaluates = config.evaluate.engine != rollout.engine or learner.ema_decay > 0
     return (
         ProcessGroup(
             name="driver", count=1, cpus=2, gpus=0.0, memory=_PROCESS + 2 * weights
         ),
         ProcessGroup(
             name="rollout", count=rollout.actors, cpus=1, gpus=rollout.gpus,
-            memory=_PROCESS + engine_weights + cache,
+            memory=engine(rollout.engine, rollout.batch_size),
+        ),
+        # The rollout actors evaluate where they can; else one more actor does.
+        ProcessGroup(
+            name="ranking", count=int(evaluates), cpus=1, gpus=rollout.gpus,
+            memory=engine(config.evaluate.engine, rollout.batch_size),
         ),
         ProcessGroup(
             name="rewards", count=config.rewards.actors, cpus=1, gpus=0.0, memory=_PROCESS,
@@ -180,7 +192,7 @@ def refusals_of(
 ) -> list[str]:
     """Return one sentence (value, bound, remedy) for each setting that cannot work."""
     refusals: list[str] = []
-    learner, rollout = config.learner, config.rollout
+    learner = config.learner
     longest = sizes.prompt_tokens_max + len(sizes.nodes_per_level)
     if longest > sizes.longest:
         refusals.append(
@@ -205,11 +217,11 @@ def refusals_of(
             f"cluster.cpus = {config.cluster.cpus} is below the {needed} that the actors ask for; "
             "raise it or leave it out"
         )
-    gpus = rollout.gpus * rollout.actors + learner.gpus * learner.workers
-    if gpus > machine.gpus:
+    gpus = sum(group.count * group.gpus for group in capacity.groups)
+    if gpus > machine.gpus and not config.cluster.in_process:  # which shares one GPU
         refusals.append(
-            f"rollout.gpus and learner.gpus ask for {gpus:g} GPUs, this machine has "
-            f"{machine.gpus}; lower them or set cluster.address"
+            f"rollout.gpus and learner.gpus ask for {gpus:g} GPUs with the actor that evaluates, "
+            f"this machine has {machine.gpus}; lower them or set cluster.address"
         )
     system = sum(group.count * group.memory for group in capacity.groups if not group.gpus)
     if system > machine.memory:

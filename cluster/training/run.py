@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from cluster.training import checks, text_policy
 from cluster.training.checks import Phase
@@ -36,6 +37,9 @@ from rewards.context import RewardContext
 from rewards.score import preload
 from rewards.transition_counts import TransitionCounts, count_transitions
 from rollout.search.registry import SEARCHES, check_catalog
+
+# Commands show their own progress bars; bars of single weight files would break them up.
+transformers_logging.disable_progress_bar()
 
 
 @dataclass(frozen=True)

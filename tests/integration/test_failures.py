@@ -1,6 +1,7 @@
 """Faults of actors, nodes and disks in a run, which ends with the same weights or an error."""
 
 import asyncio
+import shutil
 import subprocess
 import sys
 import time
@@ -106,6 +107,13 @@ def test_a_run_in_one_process_equals_its_twin_on_ray(
     run = begin(run_file, "name=here", "cluster.in_process=true")
     last = in_a_controller(train, run)
     assert (last.digest, counted(run)) == (twin[0].digest, twin[1])
+    checkpoints = run.dir / "checkpoints" / "learner-train"
+    for number in (4, 5):
+        shutil.rmtree(checkpoints / f"job_{number:06d}")
+    again = begin(run_file, "name=here")  # on Ray, from the third update
+    last = in_a_controller(train, again)
+    assert (last.digest, counted(again)) == (twin[0].digest, twin[1])
+    assert (checkpoints / "job_000005").is_dir()
 
 
 @pytest.mark.nightly

@@ -126,6 +126,8 @@ def test_a_run_goes_on_from_the_newest_checkpoint_that_is_whole(tmp_path: Path) 
         folder = tmp_path / checkpoint.folder_of(number)
         folder.mkdir()
         save_checkpoint(trainer, folder, number=number, catalog=ITEMS.digest)
+    # Without a list, as after a run in one process.
+    assert checkpoint.recover(tmp_path) == tmp_path / "job_000004"
     listed = json.dumps({"checkpoint_results": ["job_000002", "job_000004"]})
     record.write_text(listed)
     assert checkpoint.recover(tmp_path) is None

@@ -60,6 +60,7 @@ def work(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=2)
     values = taught(folder, rank=rank, world=2)
     save_file(dict(values), folder / f"{rank}.safetensors")
+    dist.barrier()  # or gloo may abort the process that is still in a collective
     dist.destroy_process_group()
 
 

@@ -65,7 +65,11 @@ def test_memory_counts_every_copy_of_the_weights() -> None:
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "memory": ({"rollout__kv_cache_gib": 70.0}, {}, "lower rollout.kv_cache_gib"),
-    "gpus": ({"learner__gpus": 1.0, "rollout__gpus": 0.5}, {}, "ask for 1.5 GPUs, .* has 0"),
+    "gpus": (
+        {"learner__gpus": 1.0, "rollout__gpus": 0.5},
+        {},
+        "ask for 2 GPUs with the actor that evaluates, .* has 0",
+    ),
     "cpus": ({"cluster__cpus": 2}, {}, "cluster.cpus = 2 is below the 5"),
     "workers": ({"learner__workers": 9, "learner__prompts_per_step": 8}, {}, "cannot share"),
     "disk": ({}, {"free_disk": 1000}, "lower checkpoint.keep"),
