@@ -2,12 +2,16 @@
 
 `benchmarks.shared.fresh_rows` runs the recipes, one world in one process, and says what each is;
 `python -m benchmarks.shared.fresh_rows SET SEED` runs those of one seed, so that several processes
-may share a machine. What has been run is read. `PARTS` are ways against groups without a hit, with
+may share a machine. What has been run is read; `python -m benchmarks.quality.recipes FILE
+[KEY=VALUE ...]` writes the table of that alone. `PARTS` are ways against groups without a hit, with
 rule and ranking rewards on fresh rows, from the warm start of one seed.
 """
 
-from collections.abc import Mapping
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
@@ -56,15 +60,26 @@ def run(quick: bool) -> Report:
     changes = ("sft.epochs=1", "learner.steps=2", "learner.prompts_per_step=32",
                "evaluate.test_rows=100", "guide.rows=500",
                "output=runs/bench-quick") if quick else ()  # fmt: skip
-    rows, figures = list[Row](), list[Figure]()
+    seeds = range(1 if quick else SEEDS)
     for name in SETS:
-        policies = dict[str, dict[int, Lists]]()
-        for seed in range(1 if quick else SEEDS):
+        for seed in seeds:
             world = World(name=name, seed=seed, changes=changes)
             fresh_rows.warm_start(world)
             for recipe in (*RECIPES, HELD_BACK):
                 fresh_rows.run_recipe(world, recipe)
-            for recipe, lists in read(world).items():
+    rows = parts(World(name=SETS[0], seed=0, changes=changes))
+    return table(changes, seeds=seeds, further=rows)
+
+
+def table(
+    changes: tuple[str, ...], *, seeds: Iterable[int] = range(SEEDS), further: Sequence[Row] = ()
+) -> Report:
+    """Compare what has been run; nothing is run."""
+    rows, figures = list[Row](), list[Figure]()
+    for name in SETS:
+        policies = dict[str, dict[int, Lists]]()
+        for seed in seeds:
+            for recipe, lists in read(World(name=name, seed=seed, changes=changes)).items():
                 policies.setdefault(recipe, {})[seed] = lists
                 rows += [{"set": name, "seed": seed, "recipe": recipe, "lists": kind}
                          | means(found, [m for m in METRICS if m in found.metrics])
@@ -72,8 +87,7 @@ def run(quick: bool) -> Report:
         for pair in PAIRS:
             rows += differences(name, policies, *pair)
         figures += bars(name, policies)
-    rows += parts(World(name=SETS[0], seed=0, changes=changes))
-    return report("recipes", figures, rows)
+    return report("recipes", figures, [*rows, *further])
 
 
 def read(world: World) -> dict[str, Lists]:
@@ -148,3 +162,8 @@ def parts(world: World) -> list[Row]:
             rows.append({"set": world.name, "difference": f"{name} - rule and ranking", "seeds": 1}
                         | spelt(over_seeds([evaluation], [base]), METRICS))  # fmt: skip
     return rows
+
+
+if __name__ == "__main__":
+    file, *overrides = sys.argv[1:]
+    Path(file).write_text(json.dumps(table(tuple(overrides)), indent=1) + "\n")
