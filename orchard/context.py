@@ -20,11 +20,10 @@ from transformers import AddedToken, PreTrainedTokenizerBase
 
 from orchard import ragged
 from orchard.errors import DataError
+from orchard.settings.data import GAP
 
 NO_TOKEN, UNKNOWN = -1, 0
 """Numbers for no token at all, and for a value that has no token of its own."""
-GAP = "gap"
-"""Name of the column of the times between events, in buckets."""
 _DAY = 86_400
 _BUCKETS = {
     "minute": 60, "hour": 3600, "day": _DAY, "week": 7 * _DAY, "month": 30 * _DAY,

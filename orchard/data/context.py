@@ -18,11 +18,12 @@ from jaxtyping import Float64, Int64
 from transformers import PreTrainedTokenizerBase
 
 from orchard import ragged
-from orchard.context import GAP, GAPS, UNKNOWN, Context, ContextColumn, gap_numbers, saved_columns
+from orchard.context import GAPS, UNKNOWN, Context, ContextColumn, gap_numbers, saved_columns
 from orchard.data.columns import combined
 from orchard.errors import ConfigError, DataError
 from orchard.parquet import read_table
 from orchard.settings import DataConfig
+from orchard.settings.data import GAP
 
 pc: Any = pyarrow.compute  # it generates its functions at import, invisibly to type checkers
 _log = logging.getLogger("orchard")

@@ -41,6 +41,8 @@ Folders = Annotated[
 """Folders, of which a single one needs no list."""
 
 
+GAP = "gap"
+"""Name of the column of context with the times between events."""
 ContextName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]+$", max_length=40)]
 """Name of a column of context: lower-case letters, digits and `_`, at least two of them."""
 
