@@ -303,6 +303,8 @@ class VariantInfo(ResponseModel):
     """Reasons why the guide is not used, or was fitted for something else."""
     guide_events: int = 0
     """Number of events that are added to the counts of the guide."""
+    context: dict[str, list[str]] = Field(default_factory=dict[str, list[str]])
+    """Context that requests may give: the values of each column that have tokens."""
     refused: str = ""
     """Reason for not serving the newest policy in the folder, empty if it is served."""
 

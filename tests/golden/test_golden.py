@@ -115,7 +115,7 @@ ADDED_FIELDS: dict[str, set[str]] = {
     "CatalogInfo": {"deltas_refused", "assigned", "bundle"},
     "DeltaRequest": {"share_when_full"},
     "NewItem": {"embedding"},
-    "VariantInfo": {"guide", "guide_notes", "guide_events"},
+    "VariantInfo": {"guide", "guide_notes", "guide_events", "context"},
 }
 """Fields of the API that came beside the recorded ones, by the name of their schema."""
 ADDED_SCHEMAS = {

@@ -85,6 +85,8 @@ def test_a_run_learns_searches_and_serves_with_the_same_prompts(
         body = {"history": history, "items": [0, 1, 2], "context": given}
         scored = (await client.post("/v1/score", json=body)).json()
         assert np.allclose([item["score"] for item in scored["items"]], told, atol=1e-4)
+        info = (await client.get("/v1/policy")).json()["variants"][0]
+        assert info["context"] == {"behavior": ["buy", "view"], "country": ["de", "fr"]}
         refused = await client.post("/v1/recommend", json={"history": history, "context": {"x": 1}})
         assert refused.status_code == 422
         assert "behavior, country" in refused.json()["detail"]

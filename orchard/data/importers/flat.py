@@ -21,7 +21,7 @@ from orchard.errors import ConfigError, DataError
 
 Labels = Literal["positive", "all"]
 _CONTEXT = "context "
-"""What the role of a column of context starts with."""
+"""Beginning of the role of a column of context."""
 _MOST_SHARE = 0.2
 """Largest share of events without user or item that is dropped rather than refused."""
 
