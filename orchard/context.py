@@ -152,15 +152,18 @@ class ContextTokens:
             index[column.per_event] += 1
             if (value := given.get(column.name)) is None:
                 continue
-            is_list = isinstance(value, Sequence) and not isinstance(value, str)
-            if is_list != column.per_event or (is_list and len(value) != length):
+            values = None if isinstance(value, str | int | float) else list(value)
+            is_list = values is not None
+            if is_list != column.per_event or (values is not None and len(values) != length):
                 wanted = f"a list of {length} values, one for each item of the history"
                 raise DataError(
-                    f"context {column.name} is {f'a list of {len(value)}' if is_list else value!r};"
-                    f" it must be {wanted if column.per_event else 'one value'}",
+                    f"context {column.name} is "
+                    + (repr(value) if values is None else f"a list of {len(values)}")
+                    + f"; it must be {wanted if column.per_event else 'one value'}",
                     code="context.wrong_length",
                 )
-            values = cast(Sequence[Value], value if is_list else [value])
+            if values is None:
+                values = [cast(Value, value)]
             places[column.per_event][:, place] = [column.number(each) for each in values]
         return context
 

@@ -17,6 +17,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,7 @@ def write_world(folder: Path, users: int) -> None:
     pq.write_table(items, folder / "items.parquet")
     behavior = np.where(bought, "buy", "view")
     bounds = [0, *(int(share * users) for share in SHARES), users]
-    for part, low, high in zip(PARTS, bounds, bounds[1:], strict=True):
+    for part, (low, high) in zip(PARTS, pairwise(bounds), strict=True):
         columns: dict[str, list[Any]] = {
             "user_id": [], "history": [], "history_behavior": [], "target": [],
         }  # fmt: skip

@@ -9,6 +9,7 @@ Shapes:  H history items   R rows (R1 = R + 1)   E columns of events   U columns
 
 import logging
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -155,7 +156,7 @@ def read_context(
     for column in columns:
         place = places[column.per_event]
         places[column.per_event] += 1
-        for table, low, high in zip(tables, bounds, bounds[1:], strict=False):
+        for table, (low, high) in zip(tables, pairwise(bounds.tolist()), strict=True):
             part = start[low : high + 1]
             if not column.per_event:
                 source = _text(_source(table, column.name, names), per_event=False)
