@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from benchmarks.shared.measure import Figure, Report, Row, figure, report
 from benchmarks.shared.recipe import over_seeds
@@ -37,7 +38,7 @@ from orchard.evaluation.ranking import Evaluation
 from orchard.settings import Config
 
 METRICS = ("ndcg@10/sid", "hr@1/sid", "hr@10/sid")
-SEEDS, USERS, EPOCHS = 3, 3000, 6
+SEEDS, USERS, EPOCHS = 3, 1200, 16
 INDUSTRIAL_SEEDS, INDUSTRIAL_EPOCHS = 2, 8
 ITEMS, EVENTS, MAX_HISTORY = 200, 16, 10
 BOUGHT, FOLLOWS = 0.3, 0.8
@@ -49,6 +50,7 @@ SIZE = {"hidden_size": 48, "layers": 2, "heads": 4, "kv_heads": 2, "intermediate
 
 def run(quick: bool) -> Report:
     """Train all ways with all seeds; `quick` has one seed, few users and one epoch."""
+    torch.set_num_threads(1)
     seeds, users, epochs = (1, 200, 1) if quick else (SEEDS, USERS, EPOCHS)
     folder = Path(tempfile.mkdtemp(prefix="orchard-context-"))
     try:
@@ -56,7 +58,7 @@ def run(quick: bool) -> Report:
         base: dict[str, Any] = {
             "data": {"path": str(folder / "world"), "max_history": MAX_HISTORY},
             "model": SIZE,
-            "sft": {"epochs": epochs, "valid_rows": 500, "valid_beams": 10},
+            "sft": {"epochs": epochs, "lr": 2e-3, "valid_rows": 500, "valid_beams": 10},
         }
         found = results(folder / "runs", base, ("behavior",), seeds)
         rows, gain = table("world", found)
