@@ -38,14 +38,14 @@ from orchard.evaluation.ranking import Evaluation
 from orchard.settings import Config
 
 METRICS = ("ndcg@10/sid", "hr@1/sid", "hr@10/sid")
-SEEDS, USERS, EPOCHS = 3, 1200, 16
+SEEDS, USERS, EPOCHS = 2, 1000, 12
 INDUSTRIAL_SEEDS, INDUSTRIAL_EPOCHS = 2, 8
-ITEMS, EVENTS, MAX_HISTORY = 200, 16, 10
+ITEMS, EVENTS, MAX_HISTORY = 60, 12, 6
 BOUGHT, FOLLOWS = 0.3, 0.8
 """Share of events that are purchases, and of those that follow from the last purchase."""
 NEXT = (0.6, 0.25, 0.15)
 """Probabilities of the items that follow a purchase."""
-SIZE = {"hidden_size": 48, "layers": 2, "heads": 4, "kv_heads": 2, "intermediate_size": 96}
+SIZE = {"hidden_size": 32, "layers": 2, "heads": 2, "kv_heads": 2, "intermediate_size": 64}
 
 
 def run(quick: bool) -> Report:
@@ -58,7 +58,7 @@ def run(quick: bool) -> Report:
         base: dict[str, Any] = {
             "data": {"path": str(folder / "world"), "max_history": MAX_HISTORY},
             "model": SIZE,
-            "sft": {"epochs": epochs, "lr": 2e-3, "valid_rows": 500, "valid_beams": 10},
+            "sft": {"epochs": epochs, "lr": 2e-3, "valid_rows": 200, "valid_beams": 10},
         }
         found = results(folder / "runs", base, ("behavior",), seeds)
         rows, gain = table("world", found)
@@ -66,7 +66,7 @@ def run(quick: bool) -> Report:
         industrial = Path(os.environ.get("ORCHARD_DATA", "data")) / "amazon_industrial"
         if industrial.is_dir():
             write_gaps(industrial, folder / "industrial")
-            base["data"]["path"] = str(folder / "industrial")
+            base["data"] = {"path": str(folder / "industrial"), "max_history": 10}
             base["model"] = {}
             base["sft"] = {
                 "epochs": 1 if quick else INDUSTRIAL_EPOCHS, "ema_decay": 0.99, "logprob": "full",
@@ -140,7 +140,7 @@ def table(data: str, found: dict[str, list[Evaluation]]) -> tuple[list[Row], Fig
 def write_world(folder: Path, users: int) -> None:
     """Write items and the rows of users, sorted by users' places: 8 of 10 of them train."""
     draw = np.random.default_rng(0)
-    sizes = (8, 8, 8)
+    sizes = (5, 5, 5)
     number = draw.choice(int(np.prod(sizes)), size=ITEMS, replace=False)
     codes = np.stack(np.unravel_index(number, sizes), axis=1)
     following = np.stack([draw.choice(ITEMS, size=len(NEXT), replace=False) for _ in range(ITEMS)])
