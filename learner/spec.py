@@ -72,7 +72,7 @@ def sft_epoch(
     tokenizer = spec.tokenizer
     version, forced = PolicyVersion(step=number, digest=""), config.sft.logprob == "full"
 
-    def make_batch(rows: Int64[np.ndarray, " R"]) -> TrainBatch:
+    def make_batch(rows: Int64[np.ndarray, "R ..."]) -> TrainBatch:
         if tasks is not None:
             examples = tasks.examples(rows, tokenizer)
             return sft.pack_examples(examples, tokenizer, version, forced=forced)

@@ -61,7 +61,8 @@ class ExposureLog:
             user: user of the request, if it has one.
             history: item ids in the prompt of the policy.
             temperature: sampling temperature.
-            restricted: whether items were excluded or filtered, so that fewer could be drawn.
+            restricted: whether items were excluded or filtered, so that fewer could be drawn, or
+                the request gave context, which is not logged.
             shadow: whether the answer was only logged and not shown.
         """
         shared: dict[str, object] = {

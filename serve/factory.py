@@ -183,8 +183,11 @@ def _check_prompts(
 ) -> None:
     """Raise ConfigError unless a variant reads the same prompts as the main policy."""
     other, facts = open_tokenizer(folder, tokenizer.catalog), PolicyFacts.read(folder)
-    is_same = (other.size, other.bos, other.pad, other.think, other.instruction) == (
+    is_same = (
+        other.size, other.bos, other.pad, other.think, other.instruction, other.context,
+    ) == (
         tokenizer.size, tokenizer.bos, tokenizer.pad, tokenizer.think, tokenizer.instruction,
+        tokenizer.context,
     ) and all(map(torch.equal, other.level_tokens, tokenizer.level_tokens))  # fmt: skip
     if not is_same:
         raise ConfigError(

@@ -16,6 +16,7 @@ from jaxtyping import Float64
 from torch import nn
 
 from orchard.catalog.catalog import Catalog
+from orchard.context import GivenContext
 from orchard.data.histories import history_prompts
 from orchard.errors import ConfigError
 from orchard.policy.store import Policy
@@ -69,6 +70,7 @@ class LocalPolicy:
         exclude: Sequence[int] = (),
         width: int | None = None,
         guided: bool | None = None,
+        context: GivenContext | None = None,
     ) -> list[Item]:
         """Return the best `k` items after a history, best first.
 
@@ -82,9 +84,12 @@ class LocalPolicy:
             exclude: further item ids to leave out.
             width: beam width; by default twice `k`, at least 50.
             guided: search with the guide; by default where there is one.
+            context: context that the policy was trained with, by column: a value for each item of
+                the history, or one value; what is left out is unknown.
 
         Raises:
             ConfigError: `k` or `width` is below 1, or the policy has no guide to search with.
+            DataError: the policy does not read such context, or it does not fit the history.
         """
         guide = None if guided is False else self._guide
         if guided and guide is None:
@@ -99,7 +104,7 @@ class LocalPolicy:
         left_out = [*exclude, *(history if exclude_seen else ())]
         query = Query(
             history=np.array(history, np.int64), k=k, exclude=np.array(left_out, np.int64),
-            per_prefix=None, seed=0, levels=False,
+            per_prefix=None, seed=0, levels=False, context=context,
         )  # fmt: skip
         key = BatchKey(
             decoder="beam" if guide is None else "guided", prove=k,
@@ -111,32 +116,47 @@ class LocalPolicy:
         )  # fmt: skip
         return ranked.items
 
-    def score(self, history: Sequence[int], items: Sequence[int]) -> Float64[np.ndarray, " C"]:
+    def score(
+        self, history: Sequence[int], items: Sequence[int], *, context: GivenContext | None = None
+    ) -> Float64[np.ndarray, " C"]:
         """Return the log-probability of each item's code sequence after a history.
 
-        Items that share a sequence share its score.
+        Items that share a sequence share its score. `context` is as in `recommend`.
 
         Raises:
-            DataError: the catalog lacks one of the items.
+            DataError: the catalog lacks one of the items, or the policy does not read such context.
         """
         leaf = self.catalog.leaf_of_item[self.catalog.rows(np.array(items, np.int64))]
-        prompts = self._prompts([history])
+        prompts = self._prompts([history], [context])
         start = np.array([0, len(leaf)])
         scored = score_leaves(self._engine, prompts, leaf=leaf, start=start)
         return scored.logprob.sum(1, dtype=np.float64)
 
-    def search_trees(self, histories: Sequence[Sequence[int]], *, width: int = 16) -> SearchTrees:
+    def search_trees(
+        self,
+        histories: Sequence[Sequence[int]],
+        *,
+        width: int = 16,
+        contexts: Sequence[GivenContext | None] | None = None,
+    ) -> SearchTrees:
         """Return the tree of an exact beam search for each history, with every log-probability.
 
         `SearchTrees.leaf` holds catalog leaves; `catalog.item_of_leaf` leads from them to items.
+        `contexts` are the contexts of the histories, as in `recommend`.
         """
-        prompts = self._prompts(histories)
+        prompts = self._prompts(histories, contexts)
         candidates = beam(self._engine, prompts, width=width)
         return build_search_trees(prompts, candidates, self._tokenizer, self.version)
 
-    def _prompts(self, histories: Sequence[Sequence[int]]) -> Prompts:
+    def _prompts(
+        self,
+        histories: Sequence[Sequence[int]],
+        contexts: Sequence[GivenContext | None] | None = None,
+    ) -> Prompts:
         """Histories as the policy reads them, items that the catalog lacks passed over."""
-        prompts, _ = history_prompts(self._tokenizer, histories, max_history=self._max_history)
+        prompts, _ = history_prompts(
+            self._tokenizer, histories, max_history=self._max_history, contexts=contexts
+        )
         return prompts
 
 

@@ -7,26 +7,27 @@ from pydantic import (
     ConfigDict,
     Field,
     StrictBool,
+    StrictFloat,
     StrictInt,
     computed_field,
     model_validator,
 )
 
+_MAX_FIELDS = 64
 Decoder = Literal["beam", "ved", "beam_sample", "guided"]
 Shortfall = Literal["", "exhausted", "width", "budget", "per_prefix"]
 ItemId = Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)]
 Ids = Annotated[list[ItemId], Field(max_length=10_000, fail_fast=True)]
 Name = Annotated[str, Field(min_length=1, max_length=100)]
 Count = Annotated[StrictInt, Field(ge=1, le=100_000)]
+ContextValue = Name | StrictInt | Annotated[StrictFloat, Field(allow_inf_nan=False)] | None
+ContextValues = Annotated[list[ContextValue], Field(max_length=10_000, fail_fast=True)]
 
 
 class ResponseModel(BaseModel):
     """Base of all requests and responses."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-_MAX_FIELDS = 64
 
 
 class _RenamedFields(ResponseModel):
@@ -77,6 +78,11 @@ class _HistoryRequest(RequestModel):
     """Item ids, oldest first. The policy reads the last `max_history` of them."""
     user: Annotated[str, Field(min_length=1, max_length=200)] | None = None
     """User id that selects the variant and, without `history`, the row of the history store."""
+    context: Annotated[
+        dict[Name, ContextValues | ContextValue] | None, Field(max_length=_MAX_FIELDS)
+    ] = None
+    """Context that the policy was trained with, by column: a list with a value for each item of the
+    history, or one value. Columns that are left out, and values without a token, are unknown."""
 
     @model_validator(mode="after")
     def _require_history_or_user(self) -> "_HistoryRequest":
@@ -297,6 +303,8 @@ class VariantInfo(ResponseModel):
     """Reasons why the guide is not used, or was fitted for something else."""
     guide_events: int = 0
     """Number of events that are added to the counts of the guide."""
+    context: dict[str, list[str]] = Field(default_factory=dict[str, list[str]])
+    """Context that requests may give: the values of each column that have tokens."""
     refused: str = ""
     """Reason for not serving the newest policy in the folder, empty if it is served."""
 

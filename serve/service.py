@@ -168,7 +168,9 @@ class Service:
             raise UnavailableError("the policy is still being loaded; try again in a moment")
         start_time = time.monotonic()
         variant = assign_variant(request.user, self._shares, self.config.ab_salt)
-        body = RecommendRequest(history=request.history, user=request.user, k=1)
+        body = RecommendRequest(
+            history=request.history, user=request.user, context=request.context, k=1
+        )
         resolved = self._scheduler.resolve(body, await self._history_of(body), variant)
         resolved = replace(resolved, levels=request.explain == "levels")
         try:
@@ -323,13 +325,15 @@ class Service:
             return
         request = resolved.request
         has_exclusions = bool(request.exclude or resolved.exclude_seen or request.filters)
+        # The log has no context, so that nobody can tell the probability of such an answer later.
+        is_restricted = has_exclusions or request.context is not None
         history = np.array(resolved.history, np.int64)
         _, is_known = catalog_version.catalog.lookup(history)
         is_full = self._exposure.add(
             answer, request_id=request_id, user=request.user,
             history=history[is_known][-self._max_history :].tolist(),  # as the policy reads it
             temperature=request.temperature,
-            restricted=has_exclusions or not catalog_version.is_whole, shadow=shadow,
+            restricted=is_restricted or not catalog_version.is_whole, shadow=shadow,
         )  # fmt: skip
         if is_full:
             self._spawn(self._in_loader(self._exposure.flush))

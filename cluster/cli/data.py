@@ -88,6 +88,13 @@ def import_(
             "without a header are numbered from 1."
         ),
     ] = None,
+    context: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Column of each event that is kept beside the histories, NAME or NAME=COLUMN; gap "
+            "keeps the times. For data.context; may be repeated."
+        ),
+    ] = None,
     labels: Annotated[
         str | None,
         typer.Option(
@@ -136,6 +143,7 @@ def import_(
         items,
         ImportOptions(
             columns=datasets.column_roles(column or []),
+            context=datasets.context_columns(context or []),
             core=core,
             title_words=title_words,
             split=split,

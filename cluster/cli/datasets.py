@@ -1,5 +1,6 @@
 """Import data sets and assign semantic IDs for the data commands, and print the results."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from orchard.data.importers.write import write
 from orchard.data.remote.fetch import fetch_files
 from orchard.data.remote.sources import find
 from orchard.errors import ConfigError
+from orchard.settings.data import GAP
 
 if TYPE_CHECKING:
     from orchard.semantic_ids.build import SemanticIdConfig
@@ -169,6 +171,23 @@ def column_roles(columns: Sequence[str]) -> dict[str, str]:
         if sum(other == role for other, _, _ in pairs) > 1:
             raise ConfigError(f"--column names {role} twice; give each role one column")
     return {role: name for role, _, name in pairs}
+
+
+def context_columns(columns: Sequence[str]) -> dict[str, str]:
+    """Parse names of context such as `behavior` or `behavior=event_type`; raises ConfigError.
+
+    `gap` without a column has an empty one: it stands for the times of the events.
+    """
+    found: dict[str, str] = {}
+    for text in columns:
+        name, equals, column = text.partition("=")
+        if not re.fullmatch(r"[a-z][a-z0-9_]+", name) or (equals and not column) or name in found:
+            raise ConfigError(
+                f"--context = {text!r} is not of the form NAME or NAME=COLUMN, with a new name of "
+                "lower-case letters, digits and _, at least two of them"
+            )
+        found[name] = column or ("" if name == GAP else name)
+    return found
 
 
 def print_facts(facts: Mapping[str, float]) -> None:

@@ -82,6 +82,8 @@ def search_settings(run: Run) -> dict[str, str]:
         "evaluate.think": config.evaluate.think,
         "rollout.dtype": config.rollout.dtype,
     }
+    if config.data.context:
+        settings["data.context"] = ", ".join(config.data.context)
     if config.evaluate.think:
         settings["rollout.think.block_tokens"] = config.rollout.think.block_tokens
     return {name: str(value) for name, value in settings.items()}

@@ -13,7 +13,9 @@ from cluster.training import checks, text_policy
 from cluster.training.checks import Phase
 from orchard.catalog import catalog as catalogs
 from orchard.catalog.catalog import Catalog
+from orchard.context import add_context
 from orchard.data import rationales
+from orchard.data.context import columns_of
 from orchard.data.fresh import concatenate, read_training_rows
 from orchard.data.items import read_items
 from orchard.data.prompts import Split, content_digest, read_split
@@ -108,6 +110,10 @@ class Run:
             "valid": self.valid.digest,
             "test": self.test.digest,
         }
+        if self.config.data.context:
+            splits = [each.context for each in (self.train, self.valid, self.test)]
+            arrays = [a for each in splits if each is not None for a in (each.event, each.row)]
+            digests["context"] = content_digest(*self.config.data.context, *arrays)
         if self.fresh is not None and (self.rows is self.fresh or self.phase == "train"):
             digests["fresh"] = self.fresh.digest
         if self.feedback is not None and self.phase == "train":
@@ -270,9 +276,10 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
         if growth is None:
             PolicyFacts.read(policy).check_catalog(catalog, policy)
         bundle = bundle or open_bundle(policy, catalog)
-    train, fresh = read_training_rows(data, catalog)
+    columns = columns_of(data, text_tokenizer, may_add=policy is None or phase == "sft")
+    train, fresh = read_training_rows(data, catalog, columns, seed=settings.seed)
     valid, test = (
-        read_split([data.path / file], catalog, max_history=data.max_history)
+        read_split([data.path / file], catalog, max_history=data.max_history, context=columns)
         for file in (data.valid, data.test)
     )
     feedback = None
@@ -289,7 +296,7 @@ def prepare(settings: Config, phase: Phase, *, policy: Path | None = None) -> Ru
     if text_tokenizer is None:
         text_tokenizer = text_policy.new_tokenizer(settings, catalog, reasons)
     grows = text_policy.add_instruction(settings, text_tokenizer, catalog, policy)
-    grows = grows or growth is not None
+    grows = add_context(text_tokenizer, columns) > 0 or grows or growth is not None
     tokenizer, traces = item_tokenizer.make_item_tokenizer(text_tokenizer, catalog), None
     if text_policy.thinks(settings):
         tokenizer = replace(tokenizer, think=item_tokenizer.think_tokens(text_tokenizer))

@@ -45,18 +45,23 @@ def pack_sequences(
     they have to be learned too.
     """
     item, start = ragged.take(sequences.item, sequences.start, rows)
-    token, token_start = tokenizer.encode_history(item, start)
+    context = sequences.context and sequences.context.take(sequences.start, rows)
+    token, token_start = tokenizer.encode_history(item, start, context)
     # [I] row of each item, and the item's index within its window
     row_of_item, item_index = ragged.row_of(start), ragged.index_in_row(start)
     # [I, code] trie nodes before and after each code, negative past an item's last code
     before, after = code_states(tokenizer.catalog, item)
     exists = after >= 0
-    # A code is predicted by the slot before it, which counts the codes of all earlier items.
+    # A code is predicted by the slot before it, which counts the codes of all earlier items and,
+    # below, their context.
     num_codes = exists.sum(1)
     # [I] number of codes before each item, first over all rows, then within its row
     codes_before = np.cumsum(num_codes) - num_codes
     codes_before -= np.repeat(codes_before[start[:-1]], np.diff(start))
     query_slot = codes_before[:, None] + np.arange(exists.shape[1])
+    if tokenizer.context.columns:  # tokens of the row, and of each earlier item
+        query_slot += tokenizer.context.num_row
+        query_slot += tokenizer.context.num_event * item_index[:, None]
     num_children = tokenizer.catalog.trie.num_children(torch.from_numpy(before[exists])).numpy()
     is_learnable = exists.copy()
     is_learnable[exists] = forced | (num_children > 1)

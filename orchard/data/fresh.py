@@ -7,6 +7,7 @@ of later rows (`data.fresh`) or the latest rows of the training files (`data.hol
 Shapes:  R rows
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -16,19 +17,30 @@ from jaxtyping import Bool, Int64
 
 from orchard import arrays, ragged
 from orchard.catalog.catalog import Catalog
-from orchard.data.prompts import Split, content_digest, read_splits
+from orchard.context import ContextColumn
+from orchard.data.prompts import Split, content_digest, hide_context, read_splits
 from orchard.errors import DataError
 from orchard.settings import DataConfig
 
 
-def read_training_rows(data: DataConfig, catalog: Catalog) -> tuple[Split, Split | None]:
+def read_training_rows(
+    data: DataConfig,
+    catalog: Catalog,
+    context: Sequence[ContextColumn] = (),
+    *,
+    seed: int = 0,
+) -> tuple[Split, Split | None]:
     """Read the rows of the warm start, and the fresh rows if the settings name any.
+
+    The columns of `context` are read with them, and hidden in a share of the rows
+    (`data.hide_context`), which is drawn from the seed.
 
     Raises:
         DataError: as `read_splits` and `hold_back`.
     """
     groups = [[data.path / name for name in files] for files in (data.train, data.fresh) if files]
-    splits = read_splits(groups, catalog, max_history=data.max_history)
+    splits = read_splits(groups, catalog, max_history=data.max_history, context=context)
+    splits = [hide_context(split, data.hide_context, seed=seed) for split in splits]
     if data.hold_back:
         return hold_back(splits[0], data.hold_back, by=data.hold_back_by)
     return splits[0], splits[1] if data.fresh else None

@@ -8,12 +8,11 @@ Shapes:  R rows   H history items   B prompts   Q sequences   T tokens   (R1 = R
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from blake3 import blake3
 from jaxtyping import Float64, Int, Int64
@@ -21,6 +20,9 @@ from jaxtyping import Float64, Int, Int64
 from orchard import ragged
 from orchard.arrays import Starts
 from orchard.catalog.catalog import Catalog
+from orchard.context import NO_TOKEN, UNKNOWN, Context, ContextColumn
+from orchard.data.columns import combined, numbers_of, users_of
+from orchard.data.context import read_context
 from orchard.errors import DataError
 from orchard.parquet import read_table
 from orchard.policy.item_tokenizer import ItemTokenizer
@@ -46,28 +48,42 @@ class Split:
     """Weight of each row where rewards are estimated from rows; None if all are 1."""
     logged: Float64[np.ndarray, " R"] | None = None
     """Log-probability with which the target was shown; None if it is not known."""
+    context: Context | None = None
+    """Context of the histories; None if prompts have none, or it is not known."""
 
     def __len__(self) -> int:
         return len(self.target)
 
 
-def read_split(paths: Sequence[Path], catalog: Catalog, *, max_history: int) -> Split:
+def read_split(
+    paths: Sequence[Path],
+    catalog: Catalog,
+    *,
+    max_history: int,
+    context: Sequence[ContextColumn] = (),
+) -> Split:
     """Read the rows of one or more Parquet files as one split; see `read_splits`."""
-    return read_splits([paths], catalog, max_history=max_history)[0]
+    return read_splits([paths], catalog, max_history=max_history, context=context)[0]
 
 
 def read_splits(
-    groups: Sequence[Sequence[Path]], catalog: Catalog, *, max_history: int
+    groups: Sequence[Sequence[Path]],
+    catalog: Catalog,
+    *,
+    max_history: int,
+    context: Sequence[ContextColumn] = (),
 ) -> list[Split]:
     """Read splits that have users in common, each from one or more Parquet files.
 
     The columns are `history`, `target` and, optionally, `user_id`, `reward` and `weight`, which are
     1 by default. Histories keep their last `max_history` items. Users may be integers or text; a
-    row without one counts as a distinct user.
+    row without one counts as a distinct user. The columns of `context` are read as well, see
+    `orchard.data.context`.
 
     Raises:
         DataError: a file or a column is missing or unreadable, there are no rows, a history is
-            empty, an item is not in the catalog, or a reward or weight is no finite number.
+            empty, an item is not in the catalog, a reward or weight is no finite number, or the
+            context does not have a value for each item.
     """
     tables = [
         [
@@ -82,10 +98,10 @@ def read_splits(
         for paths in groups
     ]
     names = [", ".join(path.name for path in paths) for paths in groups]
-    user = _users([table for group in tables for table in group], ", ".join(names))
+    user = users_of([table for group in tables for table in group], ", ".join(names))
     bounds = np.cumsum([sum(len(table) for table in group) for group in tables])
     return [
-        _split(group, part, name, catalog, max_history=max_history)
+        _split(group, part, name, catalog, max_history=max_history, context=context)
         for group, part, name in zip(tables, np.split(user, bounds[:-1]), names, strict=True)
     ]
 
@@ -97,11 +113,12 @@ def _split(
     catalog: Catalog,
     *,
     max_history: int,
+    context: Sequence[ContextColumn],
 ) -> Split:
     """Return the rows of some tables, whose users have numbers already."""
     if sum(len(table) for table in tables) == 0:
         raise DataError(f"split {names} has no rows; at least one is needed", code="data.no_rows")
-    lists = [_combined(table["history"]) for table in tables]
+    lists = [combined(table["history"]) for table in tables]
     counts = np.concatenate([part.value_lengths().fill_null(0).to_numpy() for part in lists])
     if (counts == 0).any():
         row = int(np.argmax(counts == 0))
@@ -113,12 +130,12 @@ def _split(
     start = ragged.starts(counts)
     flat = np.concatenate([part.flatten().to_numpy().astype(np.int64) for part in lists])
     recent, recent_start = ragged.last(flat, start, max_history)
-    target = np.concatenate([_combined(t["target"]).to_numpy() for t in tables]).astype(np.int64)
+    target = np.concatenate([combined(t["target"]).to_numpy() for t in tables]).astype(np.int64)
     try:
         history, targets = catalog.rows(recent), catalog.rows(target)
     except DataError as error:
         raise DataError(f"{names}: {error}", code=error.code) from error
-    reward, weight = (_numbers(tables, column, names) for column in ("reward", "weight"))
+    reward, weight = (numbers_of(tables, column, names) for column in ("reward", "weight"))
     told = [part for part in (reward, weight) if part is not None]
     return Split(
         user=user,
@@ -128,81 +145,20 @@ def _split(
         digest=content_digest(user, flat, start, target, *told),
         reward=reward,
         weight=weight,
+        context=read_context(tables, context, start, names, max_history=max_history),
     )
 
 
-def _numbers(tables: Sequence[Any], name: str, names: str) -> Float64[np.ndarray, " R"] | None:
-    """Return an optional column of numbers, 1 in tables without it; None if no table has it."""
-    if not any(name in table.column_names for table in tables):
-        return None
-    parts: list[np.ndarray] = []
-    for table in tables:
-        if name not in table.column_names:
-            parts.append(np.ones(len(table)))
-            continue
-        try:
-            parts.append(_combined(table[name].cast(pa.float64())).to_numpy(zero_copy_only=False))
-        except pa.ArrowInvalid as error:
-            raise DataError(f"column `{name}` of {names} must hold numbers: {error}") from error
-    values = np.concatenate(parts)
-    wrong = ~np.isfinite(values) | ((name == "weight") & (values < 0))
-    if wrong.any():
-        row = int(np.argmax(wrong))
-        least = " and at least 0" if name == "weight" else ""
-        raise DataError(
-            f"row {row} of {names} has {name} {values[row]} ({int(wrong.sum())} such rows); it "
-            f"must be finite{least}",
-            code="data.bad_reward",
-        )
-    return values
-
-
-def _users(tables: Sequence[Any], names: str) -> Int64[np.ndarray, " R"]:
-    """Return a number per user; users who are not integers are numbered by their first row.
-
-    A row without a user counts as a user of its own, with a negative number.
-    """
-    users: list[np.ndarray] = []
-    texts: list[Any] = []
-    for index, table in enumerate(tables):
-        alone = -1 - np.arange(len(table)) - (index << 40)
-        column = table["user_id"] if "user_id" in table.column_names else None
-        if column is None or pa.types.is_null(column.type):
-            users.append(alone)
-            texts.append(pa.nulls(len(table), pa.string()))
-            continue
-        kind = column.type
-        if pa.types.is_dictionary(kind):
-            column, kind = column.cast(kind.value_type), kind.value_type
-        if pa.types.is_floating(kind):
-            column = pa.chunked_array([_combined(column).fill_null(float("nan"))])
-            column = _whole(column, names)
-        elif not (
-            pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
-        ):
-            raise DataError(
-                f"column `user_id` of {names} holds {kind}; it must hold integers or text"
-            )
-        text = _combined(column).cast(pa.string())
-        texts.append(text)
-        if pa.types.is_integer(column.type):
-            present = text.is_valid().to_numpy(zero_copy_only=False)
-            users.append(np.where(present, _combined(column).fill_null(0).to_numpy(), alone))
-    if len(users) == len(tables):  # no text
-        return np.concatenate(users).astype(np.int64)
-    text = pa.chunked_array(texts).combine_chunks()
-    row = text.dictionary_encode().indices
-    alone = -1 - np.arange(len(text))
-    return np.where(text.is_valid().to_numpy(zero_copy_only=False), row.fill_null(0), alone)
-
-
-def _whole(column: Any, names: str) -> Any:
-    """Return a floating-point column as integers, null where it is NaN."""
-    values = column.to_numpy()
-    known = ~np.isnan(values)
-    if (values[known] != np.floor(values[known])).any() or np.isinf(values).any():
-        raise DataError(f"column `user_id` of {names} holds fractions; it must hold integers")
-    return pa.chunked_array([pa.array(np.where(known, values, 0).astype(np.int64), mask=~known)])
+def hide_context(split: Split, share: float, *, seed: int) -> Split:
+    """Return the split with the context of a share of its rows unknown, drawn from the seed."""
+    if split.context is None or share == 0:
+        return split
+    draw = np.random.Generator(np.random.Philox(key=[seed, len(split)]))
+    hidden = draw.random(len(split)) < share
+    event, row = split.context.event.copy(), split.context.row.copy()
+    event[hidden[ragged.row_of(split.history_start)]] = UNKNOWN
+    row[hidden] = UNKNOWN
+    return replace(split, context=Context(event=event, row=row))
 
 
 def content_digest(*parts: np.ndarray | str) -> str:
@@ -217,18 +173,11 @@ def content_digest(*parts: np.ndarray | str) -> str:
     return hasher.hexdigest()
 
 
-def _combined(column: Any) -> Any:
-    """Return the chunks of a column as one array."""
-    combined = column.combine_chunks()
-    if isinstance(combined, pa.ChunkedArray):  # an empty table has no chunk
-        return pa.array([], column.type)
-    return combined
-
-
 def make_prompts(tokenizer: ItemTokenizer, split: Split, rows: Int64[np.ndarray, " B"]) -> Prompts:
     """Encode the selected rows of a split as prompts."""
     history, history_start = ragged.take(split.history, split.history_start, rows)
-    token, token_start = tokenizer.encode_history(history, history_start)
+    context = split.context and split.context.take(split.history_start, rows)
+    token, token_start = tokenizer.encode_history(history, history_start, context)
     return Prompts(
         id=rows.astype(np.int64),
         target=split.target[rows],
@@ -268,6 +217,8 @@ class TrainingWindows:
     start: Int64[np.ndarray, " Q1"]
     fresh: Int64[np.ndarray, " Q"]
     """Position in each window from which items are training targets; earlier ones are context."""
+    context: Context | None = None
+    """Context of the items, none after the last one of a window, and of the windows."""
 
     def __len__(self) -> int:
         return len(self.fresh)
@@ -319,7 +270,12 @@ def make_windows(split: Split, *, max_history: int, targets_only: bool = False) 
     is_history[last] = False
     item[is_history] = ragged.take(history, history_start, window)[0]
     item[last] = target[window]
-    return TrainingWindows(item=item, start=start, fresh=fresh)
+    context = split.context and split.context.take(split.history_start, order[window])
+    if context is not None:
+        event = np.full((len(item), context.event.shape[1]), NO_TOKEN, dtype=np.int64)
+        event[is_history] = context.event
+        context = Context(event=event, row=context.row)
+    return TrainingWindows(item=item, start=start, fresh=fresh, context=context)
 
 
 def code_states(

@@ -89,12 +89,15 @@ class SftTasks:
         self, task: int, rows: Int64[np.ndarray, " B"], item_tokenizer: ItemTokenizer
     ) -> SftExamples:
         empty = np.zeros(0, np.int32), np.zeros(len(rows) + 1, np.int64)
+        beside = None
         if task < 2:
             history, start = ragged.take(self.split.history, self.split.history_start, rows)
-            target = self.split.target[rows]
+            target, context = self.split.target[rows], self.split.context
+            context = context and context.take(self.split.history_start, rows)
+            beside = item_tokenizer.tokens_beside(context, start)
             if task == 0:
                 return SftExamples(
-                    prompt=item_tokenizer.encode_history(history, start),
+                    prompt=item_tokenizer.encode_history(history, start, context),
                     answer=empty,
                     target=target,
                 )
@@ -102,7 +105,7 @@ class SftTasks:
             history, start, target = rows, np.arange(len(rows) + 1), rows
         shown_tokens = item_tokenizer.item_tokens if task == 3 else self.title
         template = self.frame[TASKS[task]]
-        prompt = prompt_template.fill_template(template, shown_tokens, history, start)
+        prompt = prompt_template.fill_template(template, shown_tokens, history, start, beside)
         if task < 3:
             return SftExamples(prompt=prompt, answer=empty, target=target)
         text, text_start = ragged.take(*self.title, rows)

@@ -4,10 +4,10 @@ Compact policies have a word-level tokenizer with one token per code; text polic
 tokens in addition to their text tokens. The codes of title catalogs are text tokens at all levels.
 
 Shapes:  V codes of one level   F nodes   I items   T tokens   R rows (R1 = R + 1)
-         H history items
+         H history items   E, U tokens of context of an event and of a row
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import cast
@@ -24,6 +24,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from orchard import ragged
 from orchard.catalog.catalog import Catalog
 from orchard.catalog.trie import Trie
+from orchard.context import Context, ContextTokens, context_tokens
 from orchard.errors import CatalogError, DataError
 from orchard.policy import prompt_template
 from orchard.policy.code_tokens import PUBLISHED, find_spelling
@@ -68,6 +69,8 @@ class ItemTokenizer:
     """Tags of a policy that reasons before it names an item."""
     instruction: PromptTemplate | None = None
     """Template of a text policy's prompt."""
+    context: ContextTokens = field(default_factory=ContextTokens)
+    """Context that prompts have beside the items; most policies read none."""
 
     @property
     def trie(self) -> Trie:
@@ -110,15 +113,29 @@ class ItemTokenizer:
         return table[table >= 0], ragged.starts((table >= 0).sum(1))
 
     def encode_history(
-        self, item: Int64[np.ndarray, " H"], start: Int64[np.ndarray, " R1"]
+        self,
+        item: Int64[np.ndarray, " H"],
+        start: Int64[np.ndarray, " R1"],
+        context: Context | None = None,
     ) -> tuple[Int32[np.ndarray, " T"], Int64[np.ndarray, " R1"]]:
         """Tokens of a prompt for each row of items; the oldest items give way where it is full.
 
         Args:
             item: catalog rows, oldest first.
             start: row r holds the items `start[r] : start[r + 1]`.
+            context: context of the items and rows; by default that of unknown values. A policy
+                that reads no context passes over it.
         """
-        return fill_template(self.template, self.item_tokens, item, start)
+        tokens = self.tokens_beside(context, start)
+        return fill_template(self.template, self.item_tokens, item, start, tokens)
+
+    def tokens_beside(
+        self, context: Context | None, start: Int64[np.ndarray, " R1"]
+    ) -> tuple[Int32[np.ndarray, "H E"], Int32[np.ndarray, "R U"]] | None:
+        """Tokens of a context as `fill_template` takes them; None for a policy that reads none."""
+        if not self.context.columns:
+            return None
+        return self.context.of(context, num_items=int(start[-1]), num_rows=len(start) - 1)
 
     def with_catalog(self, catalog: Catalog) -> "ItemTokenizer":
         """The same tokens for another version of the catalog."""
@@ -253,4 +270,5 @@ def _with_specials(
         pad=pad,
         size=len(tokenizer),
         instruction=prompt_template.load_from_tokenizer(tokenizer),
+        context=context_tokens(tokenizer),
     )

@@ -5,7 +5,8 @@ in its middle. Both have one form: tokens before the items, between two items, a
 one. These pieces are tokenized separately, so that every component builds the same prompt. The
 template is saved with the policy's tokenizer, like a chat template.
 
-Shapes:  H items of all rows   R1 = rows + 1   T tokens   I1 = catalog items + 1
+Shapes:  H items of all rows   R rows (R1 = R + 1)   T tokens   I1 = catalog items + 1
+         E tokens after an item   U tokens before the first item
 """
 
 from dataclasses import asdict, dataclass
@@ -48,6 +49,7 @@ def fill_template(
     item_tokens: tuple[Int32[np.ndarray, " T"], Int64[np.ndarray, " I1"]],
     item: Int64[np.ndarray, " H"],
     start: Int64[np.ndarray, " R1"],
+    context: tuple[Int32[np.ndarray, "H E"], Int32[np.ndarray, "R U"]] | None = None,
 ) -> tuple[Int32[np.ndarray, " T2"], Int64[np.ndarray, " R1"]]:
     """Build a prompt for each row of items; whole oldest items are dropped until it fits.
 
@@ -56,27 +58,41 @@ def fill_template(
         item_tokens: tokens of every item of the catalog, ragged.
         item: catalog rows, oldest first.
         start: row r holds the items `start[r] : start[r + 1]`.
+        context: tokens right after each item, -1 for none, and before the first item of each row.
     """
     row, num_rows = ragged.row_of(start), len(start) - 1
     # Tokens of each item of the rows: a catalog may have millions that no row names.
     history_token, history_start = ragged.take(*item_tokens, item)
+    # One opening for all rows or, with context, one for each.
+    opening = np.array([template.before], np.int32)
+    if context is not None:
+        after, lead = context
+        count = (after >= 0).sum(1)  # (H,) tokens that follow each item
+        place = np.repeat(history_start[1:], count)
+        history_token = np.insert(history_token, place, after[after >= 0])
+        history_start = history_start + ragged.starts(count)
+        opening = np.concatenate([opening.repeat(num_rows, axis=0), lead], axis=1)
     total = ragged.starts(np.diff(history_start) + len(template.between))
     # (H,) tokens from each item to the end of its row; no separator follows the last item
     rest = total[start[1:]][row] - total[:-1] - len(template.between)
-    kept = rest <= template.limit - template.size
+    room = template.limit - opening.shape[1] - len(template.after)
+    kept = rest <= room
     count = np.bincount(row[kept], minlength=num_rows)
-    # Pieces that prompts consist of: the items of all rows, then before, between and after.
-    edges = (
-        np.array(tokens, np.int32) for tokens in (template.before, template.between, template.after)
-    )
+    # Pieces that prompts consist of: the items of all rows, then openings, between and after.
+    edges = (np.array(tokens, np.int32) for tokens in (template.between, template.after))
     pieces, piece_start = ragged.concatenate(
-        [(history_token, history_start), *((edge, np.array([0, len(edge)])) for edge in edges)]
+        [
+            (history_token, history_start),
+            (opening.reshape(-1), np.arange(len(opening) + 1) * opening.shape[1]),
+            *((edge, np.array([0, len(edge)])) for edge in edges),
+        ]
     )
-    before = len(item)  # piece index of `before`; `between` and `after` follow
+    between = len(item) + len(opening)  # piece index of `between`; `after` follows
     prompt_start = ragged.starts(np.maximum(2 * count, 1) + 1)  # first piece of each prompt
     # Piece index of each position of all prompts: filled with `between`, then overwritten.
-    piece = np.full(int(prompt_start[-1]), before + 1, dtype=np.int64)
-    piece[prompt_start[:-1]], piece[prompt_start[1:] - 1] = before, before + 2
+    piece = np.full(int(prompt_start[-1]), between, dtype=np.int64)
+    piece[prompt_start[:-1]] = len(item) + (0 if context is None else np.arange(num_rows))
+    piece[prompt_start[1:] - 1] = between + 1
     position = ragged.index_in_row(ragged.starts(count))  # position of each kept item in its row
     piece[prompt_start[:-1][row[kept]] + 1 + 2 * position] = np.flatnonzero(kept)
     token, token_start = ragged.take(pieces, piece_start, piece)

@@ -41,6 +41,12 @@ Folders = Annotated[
 """Folders; a single folder may be given without a list."""
 
 
+GAP = "gap"
+"""Name of the column of context with the times between events."""
+ContextName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]+$", max_length=40)]
+"""Name of a column of context: lower-case letters, digits and `_`, at least two of them."""
+
+
 class DataConfig(Section):
     """Locations of the interaction files, in the Parquet schema of `docs/data.md`."""
 
@@ -77,6 +83,14 @@ class DataConfig(Section):
     not exist; with an empty name, the policy carries no bundle."""
     max_history: PositiveInt = 10
     """Maximum number of history items in a prompt; the most recent items are kept."""
+    context: tuple[ContextName, ...] = ()
+    """Columns of context whose values become tokens of the prompts: `NAME` is read from the lists
+    `history_NAME`, one value for each item of the history, or else from the column `NAME`, one
+    value for the row. `gap` without such a column is the time until the next event, in buckets,
+    from `history_timestamp` and `timestamp`."""
+    hide_context: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    """Share of the training rows whose context is hidden, so that the policy can also do without.
+    Nothing is drawn where `data.context` names no column."""
     level_size: tuple[PositiveInt, ...] | None = None
     """Codebook size of each level; by default that of the tokenizer bundle, or, without a bundle,
     the largest code in use plus one."""
@@ -112,6 +126,15 @@ class DataConfig(Section):
                 "two_sources_of_fresh_rows",
                 f"data.fresh and data.hold_back = {self.hold_back} both say which rows are fresh; "
                 "set one of them",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _each_context_once(self) -> "DataConfig":
+        twice = [name for name in self.context if self.context.count(name) > 1]
+        if twice:
+            raise refusal(
+                "context_twice", f"data.context names {twice[0]!r} more than once; name it once"
             )
         return self
 

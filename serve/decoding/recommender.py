@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float, Float32, Int, Int64
 
 from orchard import ragged
+from orchard.context import GivenContext
 from orchard.data.histories import history_prompts
 from orchard.guide.guide import Guide
 from orchard.settings import VedConfig
@@ -63,6 +64,8 @@ class Query:
     levels: bool
     explain: bool = False
     """Whether the guide's share in each item is wanted."""
+    context: GivenContext | None = None
+    """Context of the history; unknown if it is left out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -145,6 +148,7 @@ def read_queries(
         [query.history for query in queries],
         max_history=max_history,
         prompt_id=np.array([query.seed for query in queries], dtype=np.int64),
+        contexts=[query.context for query in queries],
     )
 
 

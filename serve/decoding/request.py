@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from orchard.context import ContextTokens
+from orchard.errors import DataError
 from orchard.guide.guide import Guide
 from orchard.settings import ServeConfig
 from orchard.settings.widths import Width, at_least, widest
@@ -54,6 +56,7 @@ def resolve(
     decoders: Sequence[Decoder],
     guide: Guide | None,
     depth: int,
+    context: ContextTokens,
 ) -> ResolvedRequest:
     """Apply defaults to a request and check it against the configured limits.
 
@@ -65,10 +68,11 @@ def resolve(
         decoders: decoders that the variant supports.
         guide: guide of the variant's searches.
         depth: number of levels of the catalog's codes.
+        context: context that the policy reads.
 
     Raises:
-        UnprocessableError: the request exceeds a limit, or names an unknown filter or an
-            unsupported decoder.
+        UnprocessableError: the request exceeds a limit, names an unknown filter or an unsupported
+            decoder, or gives context that the policy does not read.
     """
     if request.k > config.max_k:
         raise UnprocessableError(f"k = {request.k} exceeds {config.max_k}; ask for fewer items")
@@ -88,6 +92,10 @@ def resolve(
             f"there is no filter {unknown[0]!r}; "
             f"known: {', '.join(sorted(config.filters)) or 'none'}"
         )
+    try:
+        context.read(request.context, len(history))
+    except DataError as error:
+        raise UnprocessableError(str(error)) from error
     return ResolvedRequest(
         request=request,
         history=history,
@@ -147,6 +155,7 @@ def query_of(resolved: ResolvedRequest) -> Query:
         seed=resolved.seed,
         levels=resolved.levels,
         explain=request.explain != "none",
+        context=request.context,
     )
 
 

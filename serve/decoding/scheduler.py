@@ -86,10 +86,10 @@ class DecodeScheduler:
         self, request: RecommendRequest, history: list[int], variant: str
     ) -> ResolvedRequest:
         """Resolve a request for a variant; see `serve.decoding.request.resolve`."""
-        slot, depth = self._slots[variant], self._catalog_store.current.catalog.trie.depth
+        slot, tokenizer = self._slots[variant], self._catalog_store.current.tokenizer
         return resolve(
-            request, history, variant, self._config,
-            decoders=slot.decoders, guide=slot.guide, depth=depth,
+            request, history, variant, self._config, decoders=slot.decoders, guide=slot.guide,
+            depth=tokenizer.trie.depth, context=tokenizer.context,
         )  # fmt: skip
 
     async def submit(

@@ -75,5 +75,9 @@ def _variant_info(service: Service, slot: PolicySlot) -> VariantInfo:
         guide=slot.guide_digest,
         guide_notes=list(slot.guide_notes),
         guide_events=len(slot.events) if slot.guide_digest else 0,
+        context={
+            column.name: list(column.values)
+            for column in service.catalog_store.current.tokenizer.context.columns
+        },
         refused=slot.refused,
     )

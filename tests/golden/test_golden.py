@@ -84,13 +84,14 @@ ADDED_SETTINGS = {
     "rewards.steps", "rewards.utility.clusters", "rewards.utility.groups",
     "rewards.utility.prior", "rewards.utility.backoff", "rewards.utility.floor",
     "rewards.utility.source", "learner.weight_clip", "learner.lists",
-    "rollout.width", "serve.prefix_cache_mib", "cluster.in_process",
+    "rollout.width", "serve.prefix_cache_mib", "cluster.in_process", "data.context",
+    "data.hide_context",
 }  # fmt: skip
 """Settings that came after the recording."""
 ADDED_SECTIONS = {"guide", "loop"}
 """Sections of settings that came after the recording."""
 ADDED_OPTIONS = {
-    "orchard data import": {"--labels", "--encoding"},
+    "orchard data import": {"--labels", "--encoding", "--context"},
     "orchard data sids": {"--max-without-signal", "--sample"},
     "orchard evaluate": {"--segments"},
     "orchard fit": {"--policy"},
@@ -107,13 +108,14 @@ ADDED_RESPONSES = {"415"}
 ADDED_BOUNDS = {"minimum", "exclusiveMaximum", "maxLength"}
 """Bounds that the attributes of items have got since the recording."""
 ADDED_FIELDS: dict[str, set[str]] = {
+    "RecommendRequest": {"context"},
     "RecommendResponse": {"catalog", "requested", "shortfall_reason", "unknown_items", "proved"},
     "Item": {"guide"},
     "ItemInfo": {"catalog"},
     "CatalogInfo": {"deltas_refused", "assigned", "bundle"},
     "DeltaRequest": {"share_when_full"},
     "NewItem": {"embedding"},
-    "VariantInfo": {"guide", "guide_notes", "guide_events"},
+    "VariantInfo": {"guide", "guide_notes", "guide_events", "context"},
 }
 """Fields of the API that came beside the recorded ones, by the name of their schema."""
 ADDED_SCHEMAS = {

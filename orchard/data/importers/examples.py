@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Int64, Shaped
 
 from orchard import ragged
 from orchard.data.importers.log import InteractionLog, ItemTable, UserNames
@@ -52,6 +52,8 @@ class SplitExamples:
     """Statistics of the source, for the data card."""
     notes: tuple[str, ...] = ()
     """Use of every column, and guesses of the reader, in words."""
+    context: Mapping[str, Shaped[np.ndarray, " M"]] = field(default_factory=dict[str, np.ndarray])
+    """Context of the items of `sequence` by name: text, None where it is missing, or times."""
 
     def __len__(self) -> int:
         return len(self.target)
@@ -133,6 +135,7 @@ def of_log(log: InteractionLog, *, split: Split, max_history: int) -> SplitExamp
         users=None if log.user_key is None else UserNames(user_id=log.user_id, key=log.user_key),
         facts=facts,
         notes=log.notes,
+        context={name: values[order] for name, values in log.context.items()},
     )
 
 

@@ -6,6 +6,7 @@ Table -> columns of roles -> identifiers, times and titles -> InteractionLog
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +20,8 @@ from orchard.data.importers.times import parse
 from orchard.errors import ConfigError, DataError
 
 Labels = Literal["positive", "all"]
+_CONTEXT = "context "
+"""Beginning of the role of a column of context."""
 _MOST_SHARE = 0.2
 """Largest share of events without user or item that is dropped rather than refused."""
 
@@ -32,7 +35,12 @@ class LogSource:
 
 
 def find_log(
-    path: Path, columns: Mapping[str, str], *, encoding: str | None, has_items: bool
+    path: Path,
+    columns: Mapping[str, str],
+    *,
+    encoding: str | None,
+    has_items: bool,
+    context: Mapping[str, str] = MappingProxyType({}),
 ) -> LogSource:
     """Find the columns of a log.
 
@@ -41,6 +49,7 @@ def find_log(
         columns: column of each role that was named.
         encoding: encoding of text; detected if None.
         has_items: whether titles come from an item list, which may have the column of titles.
+        context: column of each name of context.
 
     Raises:
         ConfigError: a role does not exist, or two roles share a column.
@@ -54,9 +63,9 @@ def find_log(
     wanted = ("label",) if has_items and "title" not in named else ("title", "label")
     if "parent_asin" in table.names or "asin" in table.names:
         wanted = ("label",)  # the title of an Amazon review is that of the review
-    return LogSource(
-        table=table, choice=choose(table, named, ("user", "item", "timestamp"), wanted)
-    )
+    named |= {f"{_CONTEXT}{name}": column for name, column in context.items()}
+    needed = ("user", "item", "timestamp", *(f"{_CONTEXT}{name}" for name in context))
+    return LogSource(table=table, choice=choose(table, named, needed, wanted))
 
 
 def read_log(source: LogSource, labels: Labels | None, tick: Tick) -> InteractionLog:
@@ -98,6 +107,13 @@ def read_log(source: LogSource, labels: Labels | None, tick: Tick) -> Interactio
         ),
         counts=times.counts,
         notes=tuple(said),
+        context={
+            role.removeprefix(_CONTEXT): np.array(
+                [text or None for text in _joined(parts, name).to_pylist()], dtype=object
+            )
+            for role, name in column.items()
+            if role.startswith(_CONTEXT)
+        },
     )
     negative = _negative(parts, column.get("label"), labels, where)
     if negative is not None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Int64, Shaped
 
 from orchard.errors import DataError
 
@@ -76,6 +76,8 @@ class InteractionLog:
     """Use of every column, and guesses of the reader, in words."""
     dropped: Mapping[str, int] = field(default_factory=dict[str, int])
     """Number of events, users or items removed so far, by reason."""
+    context: Mapping[str, Shaped[np.ndarray, " E"]] = field(default_factory=dict[str, np.ndarray])
+    """Context of the events by name: text, None where it is missing, or times."""
 
     def __len__(self) -> int:
         return len(self.item)
@@ -96,6 +98,7 @@ class InteractionLog:
             ),
             items=self.items.take(item),
             dropped={**self.dropped, **left_out},
+            context={name: values[events] for name, values in self.context.items()},
         )
 
 

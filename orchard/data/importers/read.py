@@ -1,7 +1,7 @@
 """Read a source of any supported format as examples."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +14,7 @@ from orchard.data.importers.roles import check_roles, no_column
 from orchard.data.importers.tables.source import kind_of, sample, suffix_of
 from orchard.data.importers.tables.table import Tick, inspect
 from orchard.errors import ConfigError, DataError
+from orchard.settings.data import GAP
 
 Format = Literal["log", "amazon", "recbole", "minionerec", "lcrec"]
 _AMAZON = ({"reviewerID", "asin", "unixReviewTime"}, {"user_id", "parent_asin", "timestamp"})
@@ -40,6 +41,9 @@ class ImportOptions:
     be given if there are any."""
     encoding: str | None = None
     """Encoding of text files; detected by default."""
+    context: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Column of each name of context that is written beside the histories; `gap` without a column
+    writes the times of the events."""
 
 
 def format_of(source: Path) -> Format:
@@ -96,6 +100,8 @@ def read(source: Path, items: Path | None, choices: ImportOptions, tick: Tick) -
     if source_format == "amazon":
         max_title_words = 20 if max_title_words is None else max_title_words
         min_events = min_events or 5
+    if choices.context.get(GAP) == "":
+        log = replace(log, context={**log.context, "timestamp": log.timestamp})
     if max_title_words:
         log = titled(log, most_words=max_title_words)
     if min_events is not None:
@@ -108,6 +114,7 @@ def _folder(
 ) -> SplitExamples:
     """Read a folder that has items of its own; one of MiniOneRec has splits, too."""
     given = [items, choices.core, choices.title_words, choices.columns or None, choices.labels]
+    given.append(choices.context or None)
     is_split = source_format == "minionerec"
     if any(option is not None for option in given) or (
         choices.split not in (None, "chronological")
@@ -118,7 +125,8 @@ def _folder(
         raise ConfigError(
             f"{source} is {name} folder with items and {own} of its own"
             + ("" if is_split else ", in order but without times")
-            + "; leave --items, --column, --labels, --core, --title-words and --split out"
+            + "; leave --items, --column, --context, --labels, --core, --title-words and --split "
+            "out"
         )
     if is_split:
         return minionerec.read_folder(source, tick)
@@ -140,7 +148,10 @@ def _log(
         beside = path.with_name(path.name.replace(".inter", ".item"))
         items = items or (beside if beside.is_file() else None)
     columns = choices.columns
-    found = find_log(path, columns, encoding=choices.encoding, has_items=items is not None)
+    found = find_log(
+        path, columns, encoding=choices.encoding, has_items=items is not None,
+        context={name: column for name, column in choices.context.items() if column},
+    )  # fmt: skip
     _check_columns(found, columns, items, choices.encoding)
     log = read_log(found, choices.labels, tick)
     if items is None:

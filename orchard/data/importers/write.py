@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Int64
 
-from orchard import folders
+from orchard import folders, ragged
 from orchard.data.importers.card import CARD, facts
 from orchard.data.importers.examples import PARTS, SplitExamples
 
@@ -83,6 +83,10 @@ def _write_part(
     fields = [("user_id", user_type), ("history", pa.list_(item_type)), ("target", item_type)]
     if examples.timestamp is not None:
         fields.append(("timestamp", pa.int64()))
+    types = {
+        n: pa.string() if v.dtype == object else pa.int64() for n, v in examples.context.items()
+    }
+    fields += [(f"history_{name}", pa.list_(kind)) for name, kind in types.items()]
     schema = pa.schema(fields)
     with pq.ParquetWriter(folder / f"{part}.parquet", schema, compression="zstd") as writer:
         for low in range(0, len(rows), _ROWS):
@@ -96,4 +100,11 @@ def _write_part(
             ]
             if examples.timestamp is not None:
                 columns.append(pa.array(examples.timestamp[chunk]))
+            place = ragged.ranges(examples.first[chunk], examples.length[chunk])
+            columns += [
+                pa.ListArray.from_arrays(
+                    pa.array(start.astype(np.int32)), pa.array(examples.context[name][place], kind)
+                )
+                for name, kind in types.items()
+            ]
             writer.write_table(pa.table(columns, schema=schema))

@@ -54,6 +54,32 @@ def test_columns_are_named_and_dates_are_times(tmp_path: Path) -> None:
     assert targets[0] == targets[1]
 
 
+def test_context_of_the_events_and_their_times_are_kept_beside_the_histories(
+    tmp_path: Path,
+) -> None:
+    walked = walks()
+    rows = [(u, i, t, "" if n % 5 == 0 else f"b{n % 3}") for n, (u, i, t) in enumerate(walked)]
+    source = csv_file(tmp_path / "log.csv", rows, header="user_id,item_id,timestamp,kind")
+    bring(source, tmp_path / "out", context={"behavior": "kind", "gap": ""})
+    bring(csv_file(tmp_path / "plain.csv", walked), tmp_path / "plain")
+    of_event = {(t, u): kind or None for u, _, t, kind in rows}
+    times = {u: sorted(t for v, _, t in walked if v == u) for u, _, _ in walked}
+    for part in PARTS:
+        for row, plain in zip(
+            rows_of(tmp_path / "out", part), rows_of(tmp_path / "plain", part), strict=True
+        ):
+            assert {name: row[name] for name in plain} == plain
+            earlier = [
+                (t, u) for u, each in times.items() if row["timestamp"] in each for t in each
+            ]
+            kinds = [of_event[t, u] for t, u in earlier if t in row["history_timestamp"]]
+            assert len(row["history_behavior"]) == len(row["history"])
+            assert max(row["history_timestamp"]) < row["timestamp"]
+            assert row["history_behavior"] == kinds
+    with pytest.raises(DataError, match="no `color`"):
+        bring(source, tmp_path / "other", context={"shade": "color"})
+
+
 def amazon_files(folder: Path, *, zipped: bool) -> tuple[Path, Path]:
     """Ten users who reviewed seven items each, and one item without a usable title."""
     reviews = [
