@@ -10,7 +10,6 @@ rule and ranking rewards on fresh rows, from the warm start of one seed.
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -144,8 +143,7 @@ def parts(world: World) -> list[Row]:
     rows, base = list[Row](), None
     for name, overrides in PARTS.items():
         part = f"part-{name.replace(', ', '-').replace(' ', '-')}"
-        own = replace(world, changes=(*world.changes, *plain))
-        settings = fresh_rows.run_part(own, part, overrides)
+        settings = fresh_rows.run_part(world, part, (*plain, *overrides))
         evaluation = ranking.read(evaluations_of(settings, TRAINED, ())["plain"])
         base = evaluation if base is None else base
         log = read_metrics(settings.run_dir / FILE)["train"]

@@ -15,7 +15,7 @@ import asyncio
 import shutil
 import sys
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -160,15 +160,9 @@ def run_recipe(world: World, recipe: str, *, counts: tuple[Counts, ...] = ("all"
 
 
 def run_part(world: World, part: str, overrides: tuple[str, ...]) -> Config:
-    """Run RL on fresh rows with some overrides, plainly evaluated; return the settings of the run.
-
-    The rewards are those of `world.changes`.
-    """
-    warm = replace(world, changes=()).settings().run_dir / WARM_START
-    settings = world.settings(
-        part, *UPDATES[world.name], "learner.ema_decay=0.9", "learner.rows=fresh", *world.changes,
-        *overrides,
-    )  # fmt: skip
+    """Run RL on fresh rows with some overrides and evaluate it plainly; return its settings."""
+    warm = world.settings().run_dir / WARM_START
+    settings = world.settings(part, *_updates(world), "learner.rows=fresh", *overrides)
     if not is_judged(settings, TRAINED, ()):
         if not (settings.run_dir / WARM_START).is_dir():
             shutil.copytree(warm, settings.run_dir / WARM_START)

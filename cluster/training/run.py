@@ -40,8 +40,7 @@ from rewards.score import preload
 from rewards.transition_counts import TransitionCounts, count_transitions
 from rollout.search.registry import SEARCHES, check_catalog
 
-# Commands show their own progress bars; bars of single weight files would break them up.
-transformers_logging.disable_progress_bar()
+transformers_logging.disable_progress_bar()  # of weight files; commands show their own
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ def test_a_run_does_not_continue_on_other_data(
 ) -> None:
     warm = saved_policy(world)
     recorded = (warm.parent / "config.toml").read_text()
-    assert "made from other data" in refused("sft", world, f"data.path={other_data}").said
+    assert "made from different data" in refused("sft", world, f"data.path={other_data}").said
     assert "train has content" in refused("train", world, f"data.path={other_data}").said
     path = world.parent / "data" / f"{file}.parquet"
     path.write_bytes((other_data / path.name).read_bytes())

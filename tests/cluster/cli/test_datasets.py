@@ -36,7 +36,7 @@ def test_a_log_is_imported_by_one_command(
     assert f"orchard data sids {out}" in shown
     pytest.importorskip("faiss", reason="faiss is not installed; `make env` brings it")
     assert "choose auto, titles" in fails(["data", "sids", out, "--source", "x"], capsys)
-    assert "no list of sizes" in fails(["data", "sids", out, "--levels", "2x2"], capsys)
+    assert "not a list of sizes" in fails(["data", "sids", out, "--levels", "2x2"], capsys)
     main(["data", "sids", out, "--levels", "2,2", "--collisions", "extra_level"])
     shown = capsys.readouterr().out
     assert "6 distinct of 6 items, 0 share an ID" in shown

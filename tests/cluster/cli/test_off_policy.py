@@ -127,10 +127,8 @@ def test_a_draw_of_an_item_that_the_catalog_lacks_counts_with_weight_0(
     assert found.value["logged"].mean == 2.0
     assert found.effective == pytest.approx(400, rel=1e-4)
     assert np.isfinite(found.value["dr"].mean)
-    assert (
-        "800 decisions were drawn from another catalog than "
-        f"{world.catalog.digest[:8]}, 400 cannot be drawn from it"
-    ) in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{world.catalog.digest[:8]}; 400 cannot be drawn from it" in said
 
 
 def test_a_draw_that_shows_two_items_of_one_semantic_id_is_one_decision(tmp_path: Path) -> None:

@@ -183,7 +183,7 @@ def test_items_without_signal_are_counted_and_bounded(tmp_path: Path) -> None:
     np.save(tmp_path / "e.npy", points)
     recipe = {"levels": (2, 4), "embeddings": tmp_path / "e.npy"}
     with pytest.raises(
-        DataError, match=r"of 4 of 18 items say nothing .* such as item 7; at most 20%"
+        DataError, match=r"of 4 of 18 items carry no information .* such as item 7; at most 20%"
     ):
         build(folder, SemanticIdConfig(**recipe))
     report = build(folder, SemanticIdConfig(**recipe, max_without_signal=0.25))
