@@ -233,9 +233,12 @@ def _seconds(times: Any) -> Float64[np.ndarray, " N"]:
 
     Numbers up to 4.2e9 are seconds since 1970, larger ones milliseconds and so on.
     """
-    if pa.types.is_timestamp(times.type):
+    is_typed = pa.types.is_timestamp(times.type)
+    if is_typed:
         times = times.cast(pa.timestamp("ns")).cast(pa.int64())
     values = times.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+    if is_typed:
+        return values / _PER_SECOND[-1]
     size = np.abs(values[np.isfinite(values)]).max(initial=0.0)
     unit = next((u for u in _PER_SECOND if size < _LAST_SECOND * u), _PER_SECOND[-1])
     return values / unit

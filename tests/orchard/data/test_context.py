@@ -1,6 +1,7 @@
 """Context of histories, from the columns of a split to the tokens of prompts."""
 
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -186,6 +187,19 @@ def test_gaps_are_the_times_until_the_next_event_whatever_their_unit(tmp_path: P
         assert found == ["minute", "week", "quarter", "?"]
     assert gap.number(86_400) == gap.number("week")
     assert gap.number(None) == 0
+
+
+def test_the_unit_of_typed_times_is_that_of_their_type(tmp_path: Path) -> None:
+    gap = ContextColumn(name="gap", per_event=True, values=GAPS)
+    times = [datetime(1970, 1, 2, 0, 0), datetime(1970, 1, 2, 0, 10), datetime(1970, 1, 4)]
+    path = save(
+        tmp_path / "typed.parquet", HISTORY, [4, 5], history_timestamp=[times, [None]],
+        timestamp=[datetime(1970, 1, 5), None],
+    )  # fmt: skip
+    split = read_split([path], ITEMS, max_history=9, context=(gap,))
+    assert split.context is not None
+    named = ["?", *GAPS]
+    assert [named[n] for n in split.context.event[:, 0]] == ["hour", "week", "week", "?"]
 
 
 def test_the_training_rows_say_which_values_have_tokens(tmp_path: Path) -> None:
