@@ -108,6 +108,14 @@ class Writer:
             self._thread.join()
 
 
+def unwritten(number: int, storage: Path, reason: str, *, whole: int) -> str:
+    """Say why the checkpoint of a job cannot be written, and of which job the newest one is."""
+    return (
+        f"the checkpoint of job {number} cannot be written below {storage}: {reason}; "
+        f"the one of job {whole} is whole, make room (docs/runbooks/disk-full.md)"
+    )
+
+
 def damage(folder: Path) -> str:
     """Return what is wrong with the files of a checkpoint; "" if they are as they were written."""
     path = folder / FILE

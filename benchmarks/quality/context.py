@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 import torch
 
 from benchmarks.shared.measure import Figure, Report, Row, figure, report
-from benchmarks.shared.recipe import over_seeds
+from benchmarks.shared.recipe import over_seeds, spelt
 from cluster.training.controller import start_controller
 from cluster.training.evaluate import evaluate
 from cluster.training.run import prepare
@@ -127,10 +127,7 @@ def table(data: str, found: dict[str, list[Evaluation]]) -> tuple[list[Row], Fig
     ]
     for way in ("with", "missing"):
         gain = over_seeds(found[way], found["without"])
-        rows.append(
-            {"data": data, "prompts": f"{way} - without"}
-            | {m: f"{gain[m].mean:+.4f} [{gain[m].low:+.4f}, {gain[m].high:+.4f}]" for m in METRICS}
-        )
+        rows.append({"data": data, "prompts": f"{way} - without"} | spelt(gain, METRICS))
     gain = over_seeds(found["with"], found["without"])["ndcg@10/sid"]
     seeds = len(found["with"])
     note = f"lower end of 95 %, {seeds} seeds; mean {gain.mean:+.4f}"

@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
+from benchmarks.shared.recipe import ONE_THREAD
 from cluster.cli.commands import TRAINED, WARM_START
 from cluster.cli.fit_guide import fit_guide
 from cluster.training.controller import Controller, start_controller
@@ -49,7 +50,7 @@ Counts = str
 HELD_BACK, SUPERVISION = "held back", "supervision"
 LONGEST_SUPERVISION = 12
 BEAMS = 50
-IN_PROCESS = ("cluster.in_process=true", "learner.threads=1", "rollout.threads=1")
+IN_PROCESS = ("cluster.in_process=true", *ONE_THREAD)
 ON_A_GPU = (
     "learner.gpus=1", "rollout.gpus=1", "learner.attention=dense", "learner.max_tokens=65536",
     "rollout.batch_size=256", "evaluate.batch_size=1024",

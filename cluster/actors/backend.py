@@ -45,16 +45,11 @@ def _start_in_ray(worker: type, *arguments: object, gpus: float = 0.0) -> Any:
 class Answer:
     """Answer of a call that has ended, with the interface of an object reference."""
 
-    call: Callable[[], object]
+    ended: "Future[object]"
 
     def future(self) -> "Future[object]":
-        """Return the result or the exception of the call, which has already ended."""
-        future: Future[object] = Future()
-        try:
-            future.set_result(self.call())
-        except Exception as error:  # raised where the answer is awaited
-            future.set_exception(error)
-        return future
+        """Return the result or the exception of the call."""
+        return self.ended
 
 
 @dataclass(frozen=True)
@@ -64,8 +59,13 @@ class LocalMethod:
     function: Callable[..., object]
 
     def remote(self, *arguments: object) -> Answer:
-        """Return the answer of a call."""
-        return Answer(lambda: self.function(*arguments))
+        """Call the function and return the answer."""
+        ended: Future[object] = Future()
+        try:
+            ended.set_result(self.function(*arguments))
+        except Exception as error:  # raised where the answer is awaited
+            ended.set_exception(error)
+        return Answer(ended)
 
 
 class LocalActor:

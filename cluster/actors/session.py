@@ -91,6 +91,11 @@ def address_of(settings: ClusterConfig) -> str | None:
     return settings.address or os.environ.get("RAY_ADDRESS") or None
 
 
+def runs_elsewhere(settings: ClusterConfig) -> bool:
+    """Return whether a run joins a cluster, whose machines are not known here."""
+    return not settings.in_process and address_of(settings) is not None
+
+
 def cpus_needed(config: Config) -> int:
     """Return the number of logical CPUs that a run needs.
 

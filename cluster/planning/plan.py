@@ -16,7 +16,7 @@ import psutil
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from cluster.actors.session import address_of, cpus_needed
+from cluster.actors.session import cpus_needed, runs_elsewhere
 from cluster.training.run import Run
 from orchard.data.prompts import make_prompts
 from orchard.policy import model, value_head
@@ -156,26 +156,25 @@ def layout(config: Config, sizes: Sizes) -> tuple[ProcessGroup, ...]:
     branches = sum(of_levels(rollout.beam_width, len(sizes.nodes_per_level), "rollout.width"))
     slots = sizes.prompt_tokens_max + branches
 
-    def engine(name: str, batch: int) -> int:
+    def engine(name: str) -> int:
         """Return the bytes of an actor with an engine."""
-        cache = int(batch * slots * kv_bytes)
+        cache = int(rollout.batch_size * slots * kv_bytes)
         if ENGINES.facts(name).own_process:
             cache = int(rollout.kv_cache_gib * GIB) + _PROCESS  # the engine is a separate process
         return _PROCESS + engine_weights + cache
 
-    evaluates = config.evaluate.engine != rollout.engine or learner.ema_decay > 0
     return (
         ProcessGroup(
             name="driver", count=1, cpus=2, gpus=0.0, memory=_PROCESS + 2 * weights
         ),
         ProcessGroup(
             name="rollout", count=rollout.actors, cpus=1, gpus=rollout.gpus,
-            memory=engine(rollout.engine, rollout.batch_size),
+            memory=engine(rollout.engine),
         ),
         # The rollout actors evaluate where they can; else one more actor does.
         ProcessGroup(
-            name="ranking", count=int(evaluates), cpus=1, gpus=rollout.gpus,
-            memory=engine(config.evaluate.engine, rollout.batch_size),
+            name="ranking", count=int(not config.rollouts_evaluate), cpus=1, gpus=rollout.gpus,
+            memory=engine(config.evaluate.engine),
         ),
         ProcessGroup(
             name="rewards", count=config.rewards.actors, cpus=1, gpus=0.0, memory=_PROCESS,
@@ -209,7 +208,7 @@ def refusals_of(
             f"checkpoints and policies take {capacity.disk / GIB:.1f} GiB, {config.output} has "
             f"{machine.free_disk / GIB:.1f} free; lower checkpoint.keep or set output elsewhere"
         )
-    if address_of(config.cluster) is not None:
+    if runs_elsewhere(config.cluster):
         return refusals  # the resources of a remote cluster are unknown here
     needed = cpus_needed(config)
     if config.cluster.cpus is not None and config.cluster.cpus < needed:
@@ -218,7 +217,9 @@ def refusals_of(
             "raise it or leave it out"
         )
     gpus = sum(group.count * group.gpus for group in capacity.groups)
-    if gpus > machine.gpus and not config.cluster.in_process:  # which shares one GPU
+    if config.cluster.in_process:  # all share one
+        gpus = min(gpus, 1.0)
+    if gpus > machine.gpus:
         refusals.append(
             f"rollout.gpus and learner.gpus ask for {gpus:g} GPUs with the actor that evaluates, "
             f"this machine has {machine.gpus}; lower them or set cluster.address"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from cluster.actors.session import address_of
+from cluster.actors.session import runs_elsewhere
 from cluster.training.rllib import RllibBackend
 from cluster.training.text_policy import thinks
 from learner.advantage.estimators import ESTIMATORS
@@ -84,7 +84,7 @@ def check_engines(settings: Config, phase: Phase) -> None:
 
     Without this check the error would appear only when the first actor starts.
     """
-    if address_of(settings.cluster) is not None and not settings.cluster.in_process:
+    if runs_elsewhere(settings.cluster):
         return
     engines = {settings.evaluate.engine}
     if phase == "train":

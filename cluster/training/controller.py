@@ -74,8 +74,7 @@ class Controller:
             self.rewards = self._reward_pool()
             self.exporter.attach("rollout", self.rollout)
             self.exporter.attach("rewards", self.rewards)
-            # Rollout actors cannot evaluate averaged weights while they search with the newest.
-            if config.evaluate.engine == config.rollout.engine and not config.learner.ema_decay:
+            if config.rollouts_evaluate:
                 if self.ranking is not None:
                     self.ranking.close()
                 self.ranking = self.rollout

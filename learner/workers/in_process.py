@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -99,15 +98,12 @@ class InProcessTrainer:
         worker = self._started
         if self._saved == worker.number:
             return ""
+        writer, reasons = checkpoint.Writer(), list[str]()
         folder = self._folder / checkpoint.folder_of(worker.number)
-        try:
-            checkpoint.write(worker.snapshot(), folder)
-        except OSError as error:
-            reason = os.strerror(error.errno) if error.errno else str(error)
-            return (
-                f"the checkpoint of job {worker.number} cannot be written below {self._folder}: "
-                f"{reason}; the one of job {self._saved} is whole"
-            )
+        writer.start(worker.snapshot(), folder, reasons.append)
+        writer.join()
+        if reason := reasons[0]:
+            return checkpoint.unwritten(worker.number, self._folder, reason, whole=self._saved)
         self._saved = worker.number
         self._written(worker.number)
         for old in sorted(self._folder.glob("job_*"))[: -self._spec.config.checkpoint.keep]:

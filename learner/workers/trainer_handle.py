@@ -137,10 +137,7 @@ class TrainerHandle:
             self._whole = number
             self._written(number)
             return ""
-        reason = (
-            f"the checkpoint of job {number} cannot be written below {self._storage}: {reason}; "
-            f"the one of job {self._whole} is whole, make room (docs/runbooks/disk-full.md)"
-        )
+        reason = checkpoint.unwritten(number, self._storage, reason, whole=self._whole)
         _log.warning("%s; the run continues", reason)
         return reason
 

@@ -91,6 +91,14 @@ class Config(Section):
         """Folder that receives every file of the run."""
         return self.output / self.name
 
+    @property
+    def rollouts_evaluate(self) -> bool:
+        """Whether the rollout actors evaluate in training, which needs no further actor then.
+
+        They cannot evaluate averaged weights while they search with the newest.
+        """
+        return self.evaluate.engine == self.rollout.engine and not self.learner.ema_decay
+
     @model_validator(mode="after")
     def _fresh_rows_exist(self) -> "Config":
         for key, rows in (("sft.rows", self.sft.rows), ("learner.rows", self.learner.rows)):

@@ -96,6 +96,14 @@ def test_a_cluster_elsewhere_is_not_judged_by_this_machine() -> None:
     assert plan(far, SIZES, MACHINE, SPEED).refusals == ()
 
 
+def test_one_process_shares_one_gpu_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    here = settings(cluster__in_process=True, learner__gpus=1.0, rollout__gpus=1.0)
+    assert plan(here, SIZES, replace(MACHINE, gpus=1), SPEED).refusals == ()
+    (refusal,) = plan(here, SIZES, MACHINE, SPEED).refusals
+    assert re.search("ask for 1 GPUs", refusal)
+
+
 @pytest.fixture
 def run_file(tiny_run: TinyRun) -> Path:
     return tiny_run(model={"value_head": True}, rollout={"engine": "torch"})
